@@ -159,13 +159,7 @@ def misbehaving(folder: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> Non
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        (
-            "sys.stderr.write('corrupted list'); sys.stderr.flush(); os.abort()",
-            r"ended by SIGABRT during 'build'. It wrote:.*corrupted",
-        ),
-        ("os.kill(os.getpid(), 9)", r"(?s)ended by SIGKILL.*out of memory"),
-        ("os.kill(os.getpid(), 11)", r"ended by SIGSEGV"),
-        ("os._exit(3)", r"left with exit status 3 during 'build'. It wrote: nothing"),
+        ("os.kill(os.getpid(), 9)", r"(?s)builder of tensorrt-rtx was ended by SIGKILL.*out of memory"),
         ("1 / 0", r"tensorrt_rtx cannot be imported: division by zero"),
         ("time.sleep(60)", r"(?s)gave no reply to 'build' within 4 s and was ended.*--timeout"),
     ],

@@ -1,11 +1,7 @@
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +9,8 @@ import pytest
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
-from sparsifiner_edge.process import read_message, write_message
 from sparsifiner_edge.profiles.figures import ProfileResult
-from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage
-from sparsifiner_edge.profiles.measure.side import start_worker
-from sparsifiner_edge.profiles.measure.worker import Loaded, QueryBlock, fixed_inputs
+from sparsifiner_edge.profiles.measure.worker import fixed_inputs
 from sparsifiner_edge.results import check_result
 from tests.plain import profile_bundle, read_memory
 from tests.tiny import make_bundle
@@ -146,83 +139,6 @@ def test_inputs_are_the_same_every_time_and_fill_their_range():
 def test_inputs_that_cannot_be_made_up_are_refused(spec):
     with pytest.raises(BackendError, match="'a'"):
         fixed_inputs([spec])
-
-
-def test_a_dead_worker_is_reported_with_what_it_wrote(bundles):
-    with start_worker() as worker:
-        request = {"bundle": str(bundles["fast"]), "backend": "onnxruntime", "threads": 1}
-        assert worker.ask("load", 60, Loaded, **request).load_ms > 0
-        os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(BackendError, match=r"measuring process was ended by SIGKILL during 'block'"):
-            worker.ask("block", 60, QueryBlock, queries=10, rewarm=0)
-    with start_worker() as worker, pytest.raises(BackendError, match=r"(?s)exit status 1 during 'nonsense'.*KeyError"):
-        worker.ask("nonsense", 60, object)
-
-
-def test_a_hung_worker_is_killed(bundles):
-    with start_worker() as worker:
-        worker.ask("load", 60, Loaded, bundle=str(bundles["fast"]), backend="onnxruntime", threads=1)
-        os.kill(worker.pid, signal.SIGSTOP)
-        start = time.monotonic()
-        with pytest.raises(BackendError, match="gave no reply to 'usage' within 1 s"):
-            worker.ask("usage", 1, ProcessUsage)
-        assert time.monotonic() - start < 30
-    assert not Path(f"/proc/{worker.pid}").exists()
-
-
-def test_an_error_in_the_worker_keeps_its_message(tmp_path):
-    with start_worker() as worker:
-        with pytest.raises(BackendError, match="no session"):
-            worker.ask("block", 60, QueryBlock, queries=1, rewarm=0)
-        with pytest.raises(ArtifactError, match=r"not a folder"):
-            worker.ask("load", 60, Loaded, bundle=str(tmp_path / "none"), backend="onnxruntime", threads=1)
-        assert worker.ask("usage", 60, ProcessUsage).cpu_s > 0  # It lives on.
-
-
-def test_prints_of_libraries_do_not_reach_the_replies():
-    code = (
-        "import os, sparsifiner_edge.profiles.measure.worker as w\nfrom sparsifiner_edge.runtime.child import serve\n"
-        "def noisy(tell, **more):\n"
-        "    print('noise', flush=True); os.write(1, b'more noise\\n'); return w.operations()['usage'](tell, **more)\n"
-        "serve({'usage': noisy})"
-    )
-    near, far = socket.socketpair()
-    handle = far.fileno()
-    with near, subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"SPARSIFINER_PIPE": str(handle)}, pass_fds=[handle],
-        stdout=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        far.close()
-        write_message(near.fileno(), b'{"operation": "usage"}')
-        assert list(json.loads(read_message(near.fileno(), None, 1 << 20) or b"")) == ["result"]
-        near.close()
-        assert process.communicate()[0] == "noise\nmore noise\n"
-
-
-def test_a_worker_ends_with_its_parent(bundles):
-    code = (
-        "import sys, time\nfrom sparsifiner_edge.profiles.measure.side import start_worker\n"
-        "with start_worker() as worker:\n"
-        "    worker.ask('usage', 60, dict)\n    print(worker.pid, flush=True)\n    time.sleep(600)"
-    )
-    for number in (signal.SIGKILL, signal.SIGINT):
-        with subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as parent:
-            pid = int(parent.stdout.readline())
-            parent.send_signal(number)
-            parent.wait(30)
-        deadline = time.monotonic() + 30
-        while running(pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not running(pid)
-
-
-def running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_a_users_file_does_not_take_a_librarys_place(tmp_path, monkeypatch, bundles):

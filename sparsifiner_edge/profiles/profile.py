@@ -28,7 +28,7 @@ from sparsifiner_edge.profiles.measure.side import (
     LOAD_TIMEOUT_S,
     MeasuredSide,
     OnStage,
-    load_side,
+    open_side,
     stage_progress,
     start_worker,
 )
@@ -92,7 +92,7 @@ def profile_bundle(
         for role, path in folders.items():
             on_stage(f"loading {path.name}")
             request = Load(bundle=str(path.resolve()), backend=backend, threads=threads, kernels=kernels)
-            sides.append(load_side(role, stack.enter_context(start_worker()), request))
+            sides.append(stack.enter_context(open_side(role, request)))
         seen = observe(sides, settings, on_stage, power)
         described = {side.role: _described(side) for side in sides}
     return _result(bundles, sides, seen, described, on_stage if layers else None)

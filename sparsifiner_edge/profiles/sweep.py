@@ -19,10 +19,9 @@ from sparsifiner_edge.profiles.measure.side import (
     LOAD_TIMEOUT_S,
     MeasuredSide,
     WarmUp,
-    load_side,
     measure_blocks,
+    open_side,
     stage_progress,
-    start_worker,
     warm_up,
 )
 from sparsifiner_edge.profiles.measure.worker import Load
@@ -116,12 +115,11 @@ def sweep_bundle(
     for count, batch in points:
         name = f"threads={count},batch={batch}"
         request = Load(bundle=place, backend=backend, threads=count, kernels=kernels, batch=batch)
-        with start_worker() as worker:
-            on_stage(f"measuring {name}")
-            side = load_side(name, worker, request)
+        on_stage(f"measuring {name}")
+        with open_side(name, request) as side:
             warm_up(side, on_stage)
             measure_blocks([side], rules, on_stage, f"measuring {name}")
-            description = worker.ask("describe", LOAD_TIMEOUT_S, Description)
+            description = side.worker.ask("describe", LOAD_TIMEOUT_S, Description)
         rows.append(_row(side, count, batch))
         samples[name], warm_ups[name] = SideSamples(side.latency_ms), side.warm_up
     method = SweepMethod(

@@ -16,10 +16,9 @@ from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.profiles.measure.side import (
     MeasuredSide,
-    load_side,
     measure_blocks,
+    open_side,
     stage_progress,
-    start_worker,
     warm_up,
 )
 from sparsifiner_edge.profiles.measure.worker import Load
@@ -167,7 +166,7 @@ class Stopwatch:
                 on_stage(f"loading {subject.bundle.name}")
                 bundle, backend = str(subject.bundle.resolve()), subject.engine.backend
                 request = Load(bundle=bundle, backend=backend, threads=None, kernels="auto")
-                sides.append(load_side(str(number), stack.enter_context(start_worker()), request))
+                sides.append(stack.enter_context(open_side(str(number), request)))
                 warm_up(sides[-1], on_stage)
             measure_blocks(sides, rules, on_stage, "measuring whole models")
             return medians_in_turn([side.blocks for side in sides])

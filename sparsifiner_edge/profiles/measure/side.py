@@ -7,7 +7,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 import numpy as np
@@ -108,14 +108,16 @@ def stage_progress(progress: Progress | None, planned_s: float) -> OnStage:
     return on_stage
 
 
-def load_side(role: str, worker: Child, request: Load) -> MeasuredSide:
-    """Load a bundle into a fresh worker and run it once, following its memory."""
-    memory = MemoryPhases(worker.pid)
-    loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **asdict(request))
-    memory.end("load")
-    first = worker.ask("first", LOAD_TIMEOUT_S, float)
-    memory.end("first_inference")
-    return MeasuredSide(role, worker, request, loaded, first, memory)
+@contextlib.contextmanager
+def open_side(role: str, request: Load) -> Iterator[MeasuredSide]:
+    """A bundle loaded into a worker of its own and run once, its memory followed."""
+    with start_worker() as worker:
+        memory = MemoryPhases(worker.pid)
+        loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **asdict(request))
+        memory.end("load")
+        first = worker.ask("first", LOAD_TIMEOUT_S, float)
+        memory.end("first_inference")
+        yield MeasuredSide(role, worker, request, loaded, first, memory)
 
 
 def warm_up(side: MeasuredSide, on_stage: OnStage) -> None:

@@ -1,0 +1,133 @@
+"""Processes of ours that work for this one: asked, heard when they die or hang, and gone with whoever asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsifiner_edge.errors import ArtifactError, BackendError
+from sparsifiner_edge.process import read_message, write_message
+from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage
+from sparsifiner_edge.profiles.measure.side import start_worker
+from sparsifiner_edge.runtime.child import Child, start_child
+
+SOURCES = {
+    "aborts": "import os, sys; sys.stderr.write('corrupted list'); sys.stderr.flush(); os.abort()",
+    "leaves": "import os; os._exit(3)",
+    "counts": (
+        "from sparsifiner_edge.runtime.child import serve\n"
+        "def count(tell, upto):\n"
+        "    for n in range(upto):\n        tell(f'step {n}', n, upto)\n"
+        "    return {'counted': upto}\n"
+        "serve({'count': count})"
+    ),
+}
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, source in SOURCES.items():
+        (tmp_path / f"child_that_{name}.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("aborts", r"The child was ended by SIGABRT during 'work'. It wrote: corrupted list\.\n  Do this"),
+        ("leaves", r"The child left with exit status 3 during 'work'. It wrote: nothing\.?\n  Do this"),
+    ],
+)
+@pytest.mark.usefixtures("modules")
+def test_one_that_dies_is_told_with_what_it_wrote(name: str, said: str) -> None:
+    with (
+        start_child(f"child_that_{name}", "The child", "Do this.") as child,
+        pytest.raises(BackendError, match=said),
+    ):
+        child.ask("work", 60, dict)
+
+
+@pytest.mark.usefixtures("modules")
+def test_progress_comes_before_the_result() -> None:
+    steps: list[str] = []
+    with start_child("child_that_counts", "The child", "") as child:
+        found = child.ask("count", 60, dict, lambda stage, *_: steps.append(stage), upto=3)
+    assert found == {"counted": 3}
+    assert steps == ["step 0", "step 1", "step 2"]
+
+
+def test_an_error_keeps_its_class_and_its_message(tmp_path: Path) -> None:
+    with start_worker() as worker:
+        with pytest.raises(BackendError, match="no session"):
+            worker.ask("block", 60, dict, queries=1, rewarm=0)
+        with pytest.raises(ArtifactError, match=r"not a folder"):
+            worker.ask("load", 60, dict, bundle=str(tmp_path / "none"), backend="onnxruntime", threads=1)
+        assert worker.ask("usage", 60, ProcessUsage).cpu_s > 0  # It lives on.
+        with pytest.raises(BackendError, match=r"(?s)exit status 1 during 'nonsense'.*KeyError"):
+            worker.ask("nonsense", 60, object)
+
+
+def test_one_that_hangs_is_killed() -> None:
+    with start_worker() as worker:
+        assert isinstance(worker, Child)
+        worker.ask("usage", 60, ProcessUsage)
+        os.kill(worker.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(BackendError, match="gave no reply to 'usage' within 1 s"):
+            worker.ask("usage", 1, ProcessUsage)
+        assert time.monotonic() - start < 30
+    assert not Path(f"/proc/{worker.pid}").exists()
+
+
+def test_prints_of_libraries_do_not_reach_the_replies() -> None:
+    code = (
+        "import os\nfrom sparsifiner_edge.runtime.child import serve\n"
+        "def noisy(tell):\n    print('noise', flush=True); os.write(1, b'more noise\\n')\n    return 7\n"
+        "serve({'noisy': noisy})"
+    )
+    near, far = socket.socketpair()
+    handle = far.fileno()
+    with near, subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"SPARSIFINER_PIPE": str(handle)}, pass_fds=[handle],
+        stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        far.close()
+        write_message(near.fileno(), b'{"operation": "noisy"}')
+        assert json.loads(read_message(near.fileno(), None, 1 << 20) or b"") == {"result": 7}
+        near.close()
+        assert process.communicate()[0] == "noise\nmore noise\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_it_ends_with_its_parent(number: signal.Signals) -> None:
+    code = (
+        "import time\nfrom sparsifiner_edge.profiles.measure.side import start_worker\n"
+        "with start_worker() as worker:\n"
+        "    worker.ask('usage', 60, dict)\n    print(worker.pid, flush=True)\n    time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.send_signal(number)
+        parent.wait(30)
+    deadline = time.monotonic() + 30
+    while running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(pid)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
