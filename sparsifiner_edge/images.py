@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -146,32 +146,21 @@ def open_image(path: Path) -> Any:
     return _use(path, lambda image: image.convert("RGB"))
 
 
-def decode_image(file: BinaryIO, name: str) -> Any:
-    """As `open_image`, of an open file; `name` is for messages."""
-    return _decoded(file, name, lambda image: image.convert("RGB"))
-
-
 def _use(path: Path, use: Callable[[Any], Any]) -> Any:
-    try:
-        with open_regular(path) as file:
-            return _decoded(file, str(path), use)
-    except ArtifactError as error:  # Missing, a pipe, a device.
-        raise ImageError(f"{path} cannot be read as an image: {error.what}", _FIX) from error
-
-
-def _decoded(file: BinaryIO, name: str, use: Callable[[Any], Any]) -> Any:
     image_module = _pillow()
     try:
-        with warnings.catch_warnings():
+        with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about palettes with transparency, which is dropped
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
             with image_module.open(file, formats=_FORMATS) as image:
                 return use(image)
+    except ArtifactError as error:  # Missing, a pipe, a device.
+        raise ImageError(f"{path} cannot be read as an image: {error.what}", _FIX) from error
     # Pillow's decoders raise many kinds of error on damaged files; none of them is worth a traceback.
     except Exception as error:
         unknown = isinstance(error, image_module.UnidentifiedImageError)  # It would say in which object of Python's.
         why = f"it is none of {', '.join(_FORMATS)}" if unknown else error
-        raise ImageError(f"{name} cannot be read as an image: {why}.", _FIX) from error
+        raise ImageError(f"{path} cannot be read as an image: {why}.", _FIX) from error
 
 
 def _pillow() -> Any:

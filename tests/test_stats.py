@@ -1,9 +1,13 @@
 """Intervals and verdicts: they cover the truth as often as they say, and no program beside makes a bundle faster."""
 
+import gc
+import time
+
 import numpy as np
 import pytest
 
 from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.profiles.measure.timing import call_ms
 
 
 def correlated(random, count, memory=0.9):
@@ -164,3 +168,22 @@ def test_means_of_few_skewed_samples_cover_the_truth_on_the_far_side(count, shap
 def test_quantiles_of_chi_squared(freedom, low, high):
     assert stats.chi_squared(freedom, -1) == pytest.approx(low, rel=0.03)
     assert stats.chi_squared(freedom, 1) == pytest.approx(high, rel=0.005)
+
+
+def test_calls_are_timed_so_often_and_so_long_as_asked() -> None:
+    made: list[str] = []
+    times = call_ms(lambda: made.append("call"), 3, warm_up=2, after=lambda: made.append("after"))
+    assert len(times) == 3
+    assert made == ["call"] * 2 + ["call", "after"] * 3
+    longer = call_ms(lambda: time.sleep(0.002), 1, least_s=0.02)
+    assert sum(longer) >= 20
+    assert all(ms >= 2 for ms in longer)
+    assert gc.isenabled()
+
+
+def test_what_slows_a_whole_round_is_taken_out() -> None:
+    rounds = np.random.default_rng(0).uniform(1, 3, 15)
+    one, two = stats.medians_in_turn([[[3 * x] * 5 for x in rounds], [[2 * x] * 5 for x in rounds]])
+    assert one.value / two.value == pytest.approx(1.5)
+    assert one.low == pytest.approx(one.value)
+    assert stats.median(rounds).value == np.median(rounds)
