@@ -142,6 +142,7 @@ def test_a_feature_model_the_whole_way(
     assert len(json.loads(lines.read_text())["features"]) == 64
 
 
+@pytest.mark.everything
 def test_a_rectangle_the_whole_way(
     tmp_path: Path, tiny_weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,7 @@ def test_the_faster_bundle_is_found_faster(bundles):
     assert kernels == {"subject": "none (standard operators)", "against": "function bodies"}
 
 
+@pytest.mark.everything
 def test_a_bundle_is_not_faster_than_itself(bundles):
     comparisons = [
         profile_bundle(bundles["fast"], against=bundles["fast"], seconds=0.4, **BARE, seed=seed)["statistics"][

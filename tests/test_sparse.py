@@ -26,6 +26,7 @@ from sparsifiner_edge.sparse.attention import DenseAttention, SparseAttention
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, load_student, save_student
+from tests.everything import first
 from tests.models import TINY_CONFIG, images, student, vit
 
 FULL = SparsityConfig(keep=0.999, cells=4, channels=8)
@@ -57,7 +58,8 @@ RECTANGLES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*SUPPORTED.items(), *((name, {"img_size": size}) for name, size in RECTANGLES.items())]
+    ("name", "options"),
+    first([*((name, {"img_size": size}) for name, size in RECTANGLES.items()), *SUPPORTED.items()], len(RECTANGLES)),
 )
 def test_nearly_everything_kept_gives_nearly_the_dense_model(name: str, options: dict[str, Any]) -> None:
     dense = vit(name, **options)
@@ -133,6 +135,7 @@ def test_projections_from_the_weights_suit_white_noise(options: dict[str, Any]) 
         assert (error < 1.1 * least).all(), (number, error / least)
 
 
+@pytest.mark.everything
 def test_prefix_counts_follow_the_architecture() -> None:
     found = {name: student(name, FULL, **SUPPORTED[name]).model for name in SUPPORTED}
     counts = {name: {layer.num_prefix for layer in sparse_layers(model)} for name, model in found.items()}

@@ -24,6 +24,7 @@ from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, sparsify
 from sparsifiner_edge.sparse.weights import normalise
+from tests.everything import first
 
 FACTORIES = "tests.hosts.factories"
 
@@ -77,14 +78,14 @@ def test_layers_before_the_first_change_are_not_run_again(
     for number, layer in enumerate(layers):
         layer.own_attention.register_forward_hook(lambda *_, at=number: ran.append(at))
     depth = len(layers)
-    for first in range(depth):
+    for changed in range(depth):
         plan = LayerPlan(
-            *((tuple(value if n == first else none for n in range(depth))) for value, none in ((9, 0), (0.4, 1.0)))
+            *((tuple(value if n == changed else none for n in range(depth))) for value, none in ((9, 0), (0.4, 1.0)))
         )
         found = trial.distances(plan)
         ran.clear()
         assert trial.distances(plan) == found
-        assert ran == [*range(first, depth)] * 3
+        assert ran == [*range(changed, depth)] * 3
         with monkeypatch.context() as patch:
             patch.setattr("sparsifiner_edge.search.trial.MOST_REMEMBERED", 0)
             assert trial.distances(plan) == found
@@ -110,6 +111,7 @@ def test_a_decoders_map_is_judged_by_its_overlap(tmp_path: Path, pictures: Path)
         trial("masked")
 
 
+@pytest.mark.everything
 def test_the_tokens_of_a_model_with_a_decoder_are_judged_too(tmp_path: Path, pictures: Path) -> None:
     start = sparsify(f"{FACTORIES}:depth", tmp_path / "start", keep=0.5)
     made = load_student(start, trust=[FACTORIES])
@@ -135,7 +137,7 @@ def test_an_output_of_its_own_with_the_name_of_tokens_is_refused(tmp_path: Path)
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize(("factory", "metric"), [("masked", "Covered"), (None, "Sure")])
+@pytest.mark.parametrize(("factory", "metric"), first([(None, "Sure"), ("masked", "Covered")]))
 def test_a_metric_of_the_users_own(
     tmp_path: Path, pictures: Path, tiny_student: Path, factory: str | None, metric: str
 ) -> None:
