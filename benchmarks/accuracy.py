@@ -51,7 +51,7 @@ from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 
 TOKENS = "3:.7,6:.7,9:.7"
-PRUNED = {"keep": 0.1, "token_keep": parse_token_keep(TOKENS), "fuse_tokens": True}
+PRUNED = {"keep": 0.1, "token_keep": parse_token_keep(TOKENS)}
 """Of the student `tokens`."""
 KEEPS = (0.25, 0.1, 0.05)
 FINER = ((16, 4), (8, 4))
@@ -201,7 +201,7 @@ def fidelity(work: Path, tell: Any) -> dict[str, Any]:
             if not folder.exists():
                 continue
             for budget in _budgets(name):
-                pruned = ", tokens .7" if "token_keep" in budget else ", tokens .7, fused" if name == "tokens" else ""
+                pruned = ", tokens .7" if "token_keep" in budget or name == "tokens" else ""
                 pruned += f", merge {budget['merge'][0]}" if "merge" in budget else ""
                 label = f"{name}, {stage}, keep {budget['keep']:g}{pruned}"
                 tell(label)

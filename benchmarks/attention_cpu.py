@@ -29,7 +29,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import OPSET
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.operator import FIRST_VERSION
-from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.results import Result, Subject
 
 HEADS, WIDTH, TILE, PROBE, CHANNELS, SCALE = 6, 64, 16, 8, 24, 0.125
@@ -115,7 +115,8 @@ def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dic
     rng = np.random.default_rng(1)
     projections = {n: rng.normal(size=(HEADS, WIDTH, CHANNELS)).astype(np.float32) for n in ("pq", "pk")}
     shared = {"domain": DOMAIN, "num_heads": HEADS, "scale": SCALE}
-    runs = {DENSE: runner([helper.make_node("DenseAttention", ["qkv"], ["o"], **shared)], {"qkv": qkv}, threads)}
+    given = {"qkv": qkv, "sizes": np.ones((1, tokens), np.float32)}
+    runs = {DENSE: runner([helper.make_node("DenseAttention", ["qkv", "sizes"], ["o"], **shared)], given, threads)}
     work = {DENSE: 4 * tokens * tokens * channels / 1e9}
     halves = Operators(threads, bfloat16=True) if has_bf16() else None
     if halves is not None and halves.precision != "bfloat16":
@@ -124,42 +125,49 @@ def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dic
     settings = {"num_heads": HEADS, "scale": SCALE, "num_prefix": 1, "probe": PROBE, "tile": TILE, "cell": cell,
                 "value_power": 2.0, "prefix_keys": 1}  # fmt: skip
     if halves is not None:
-        runs[DENSE + IN_BF16] = lambda: halves.run("DenseAttention", settings, [qkv], output)
+        runs[DENSE + IN_BF16] = lambda: run_by_name(halves, "DenseAttention", settings, [*given.values()], output)
         work[DENSE + IN_BF16] = work[DENSE]
     for keep in KEEPS:
         keys = math.ceil(round(keep * patches, 9))
         select = helper.make_node(
-            "KeySelect", ["qkv", "pq", "pk"], ["i"], num_prefix=1, probe=PROBE, tile=TILE, cell=cell, keys=keys,
-            value_power=2.0, **shared,
+            "KeySelect", ["qkv", "sizes", "pq", "pk"], ["i"], num_prefix=1, probe=PROBE, tile=TILE, cell=cell,
+            keys=keys, value_power=2.0, **shared,
         )  # fmt: skip
         attend = helper.make_node(
-            "SparseAttention", ["qkv", "i"], ["o"], num_prefix=1, tile=TILE, cell=cell, prefix_keys=1, **shared
+            "SparseAttention", ["qkv", "sizes", "i"], ["o"], num_prefix=1, tile=TILE, cell=cell, prefix_keys=1, **shared
         )
-        inputs = {"qkv": qkv, **projections}
+        inputs = {**given, **projections}
         runs[f"select {keep:g}"] = runner([select], inputs, threads, TensorProto.INT32)
         lists = runs[f"select {keep:g}"]()[0]
-        runs[f"attend {keep:g}"] = runner([attend], {"qkv": qkv, "i": lists}, threads)
+        runs[f"attend {keep:g}"] = runner([attend], {**given, "i": lists}, threads)
         runs[f"both {keep:g}"] = runner([select, attend], inputs, threads)
         work[f"attend {keep:g}"] = 4 * (patches * (1 + keys + cells) + tokens) * channels / 1e9
         if halves is not None:
-            runs |= _in_bf16(halves, qkv, lists, projections, settings | {"keys": keys}, f"{keep:g}")
+            runs |= _in_bf16(halves, [*given.values()], lists, projections, settings | {"keys": keys}, f"{keep:g}")
             work[f"attend {keep:g}{IN_BF16}"] = work[f"attend {keep:g}"]
     return runs, work
 
 
+def run_by_name(
+    operators: Operators, name: str, settings: dict[str, float], inputs: list[np.ndarray], output: np.ndarray
+) -> None:
+    """Run an operator with those of the settings that it has."""
+    operators.run(name, {a.name: settings[a.name] for a in OPERATORS[name].attributes}, inputs, output)
+
+
 def _in_bf16(
-    halves: Operators, qkv: np.ndarray, lists: np.ndarray, projections: dict[str, np.ndarray],
+    halves: Operators, given: list[np.ndarray], lists: np.ndarray, projections: dict[str, np.ndarray],
     settings: dict[str, float], keep: str,
 ) -> dict[str, Run]:  # fmt: skip
     """Attention in bfloat16 alone, and after selection, which is float32."""
-    found, output = np.empty_like(lists), np.empty((1, qkv.shape[1], qkv.shape[2] // 3), np.float32)
+    found, output = np.empty_like(lists), np.empty((1, given[0].shape[1], given[0].shape[2] // 3), np.float32)
 
     def attend() -> None:
-        halves.run("SparseAttention", settings, [qkv, lists], output)
+        run_by_name(halves, "SparseAttention", settings, [*given, lists], output)
 
     def both() -> None:
-        halves.run("KeySelect", settings, [qkv, *projections.values()], found)
-        halves.run("SparseAttention", settings, [qkv, found], output)
+        run_by_name(halves, "KeySelect", settings, [*given, *projections.values()], found)
+        run_by_name(halves, "SparseAttention", settings, [*given, found], output)
 
     return {f"attend {keep}{IN_BF16}": attend, f"both {keep}{IN_BF16}": both}
 

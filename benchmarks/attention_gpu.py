@@ -64,15 +64,15 @@ def ours(qkv: torch.Tensor, keep: float, tile: int) -> dict[str, Any]:
     proj_q, proj_k = projections()
     indices = ops.key_select(qkv, proj_q, proj_k, **select)
     for name, attributes, inputs in (
-        ("KeySelect", select, (qkv, proj_q, proj_k)), ("SparseAttention", attend, (qkv, indices)),
+        ("KeySelect", select, (proj_q, proj_k)), ("SparseAttention", attend, (indices,)),
     ):  # fmt: skip
-        choice = kernels_for(name, attributes, [x.shape for x in inputs], qkv)
+        choice = kernels_for(name, attributes, [qkv.shape, qkv.shape[:2], *(x.shape for x in inputs)], qkv)
         if choice.name != "triton":
             raise SystemExit(f"Triton does not run {name}: {'; '.join(choice.reasons)}")
     return {
         f"select {keep:g}": graph(lambda: ops.key_select(qkv, proj_q, proj_k, **select)),
         f"attend {keep:g}": graph(lambda: ops.sparse_attention(qkv, indices, **attend)),
-        f"both {keep:g}": graph(lambda: triton_layer(select, (qkv, proj_q, proj_k))),
+        f"both {keep:g}": graph(lambda: triton_layer(select, qkv, None, proj_q, proj_k)),
     }
 
 

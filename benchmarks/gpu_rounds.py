@@ -72,7 +72,7 @@ def far_apart(inputs: list[torch.Tensor], settings: dict[str, Any]) -> list[bool
     """Of each head of a layer, whether logits in base 2 leave float32's exponents."""
     qkv, proj_q, proj_k = (x.numpy().astype(np.float64) for x in inputs)
     q, k, _ = (x[:, :, settings["num_prefix"] :] for x in reference.split_heads(qkv, settings["num_heads"]))
-    probes = reference.run_means(q, settings["probe"]) @ proj_q
+    probes = reference.run_means(q, settings["probe"], np.ones((q.shape[0], q.shape[2]))) @ proj_q
     greatest = (settings["scale"] * probes @ (k @ proj_k).swapaxes(-1, -2)).max(-1) / np.log(2)
     return [bool(x) for x in (np.abs(greatest) > RANGE).any(-1).ravel()]
 

@@ -116,7 +116,7 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
     tell("sparsify")
     student = sparsify(
         name, folder / "student", weights=weights, img_size=size, keep=case.keep, cells=case.cells,
-        token_keep=case.pruned, fuse_tokens=bool(case.pruned), merge=case.merge, calibrate=pictures,
+        token_keep=case.pruned, merge=case.merge, calibrate=pictures,
     )  # fmt: skip
     tell(f"export {OURS}")
     made = {OURS: export_bundle(student, folder / "ours", measure=True)}

@@ -5,7 +5,8 @@
 Published "MHSA FLOPs" are MACs of logits and weighted sums plus the predictor. Their counter is not published; 6.12 M a
 layer at 197 tokens fits every row of table 1. The channel reduction of queries and keys is 4.84 M of that and follows
 the tokens; what is left follows their square. With keys counted as the published code counts them, of all the image's
-tokens, that gives the rows that prune as well. "own count" takes the MACs of the published predictor's products as
+tokens, that gives the rows that prune as well; students that prune count keys of the tokens that are left, so these
+rows are arithmetic alone, without commands. "own count" takes the MACs of the published predictor's products as
 `costs.py` counts them.
 """
 
@@ -20,7 +21,7 @@ from summary import write_summary
 from sparsifiner_edge import costs as costs_module
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
-from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.config import SparsityConfig, share_of
 from sparsifiner_edge.costs import ModelShape, layer_costs
 from sparsifiner_edge.results import Result, Subject
 
@@ -77,14 +78,19 @@ def sparsity_of(row: Row) -> SparsityConfig:
     pruned = tuple((layer, row.tokens) for layer in (3, 6, 9)) if row.tokens < 1 else ()
     if row.keep == 1:
         return SparsityConfig(keep=1, token_keep=pruned)
-    return SparsityConfig.for_preset(
-        "paper", keep=row.keep, channels=CHANNELS, token_keep=pruned, image_tokens=TOKENS
-    )  # fmt: skip
+    counts = SparsityConfig(keep=1, token_keep=pruned).layer_tokens(row.shape.depth, row.shape.patches, 1)[:-1]
+    shares = tuple(min(share_of(row.keep, TOKENS), patches) / (patches + 1) for patches, _ in counts)
+    return SparsityConfig.for_preset("paper", keep=shares, channels=CHANNELS, token_keep=pruned)
 
 
 def made_by(row: Row) -> str:
     """The command that makes the row's student; "" where there is none."""
-    if row.shape is LV_S or (row.keep, row.tokens) == (1, 1) or "DynamicViT" in row.name:
+    if (
+        row.shape is LV_S
+        or (row.keep, row.tokens) == (1, 1)
+        or "DynamicViT" in row.name
+        or max(row.keep, row.tokens) < 1
+    ):
         return ""  # The dense model is the teacher.
     pruned = ",".join(f"{layer}:{share:g}" for layer, share in sparsity_of(row).token_keep)
     words = ["--preset paper"] * (row.keep < 1) + [f"--keep {row.keep:g}"] + [f"--token-keep {pruned}"] * bool(pruned)

@@ -95,7 +95,7 @@ TASKS: dict[str, dict[str, Contender]] = {
         "ours": Contender({"keep": 0.25, "merge": falling(29)}),
         "ours, corrupted": Contender({"keep": 0.25, "merge": falling(29)}, CORRUPTED),
         "ToMe": Contender({"keep": 1.0, "merge": falling(30)}, by_tome=True),
-        "EViT": Contender({"keep": 1.0, "token_keep": parse_token_keep("3:.52,6:.52,9:.52"), "fuse_tokens": True}),
+        "EViT": Contender({"keep": 1.0, "token_keep": parse_token_keep("3:.52,6:.52,9:.52")}),
     },
     "saliency": {
         "ours": Contender({"keep": READ, "cells": 49, "merge": falling(122)}),

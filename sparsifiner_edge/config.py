@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
 _COUNTS = {
-    "tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1, "image_tokens": 0,
+    "tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1,
 }  # fmt: skip
 """Whole numbers, and the least value of each."""
 Keep = float | tuple[float, ...]
@@ -83,11 +83,8 @@ class SparsityConfig:
             all layers, the first and the last, or one of each; empty: none. A layer merges at most a quarter of its
             patches.
         merge_window: partners along the curve that a token is compared with; see the operator MatchTokens.
-        fuse_tokens: merge pruned tokens into one more prefix token, their mean weighted by the same attention.
         landmark_factor: preset "paper": tokens per landmark, n // factor landmarks.
         top_coefficients, basis_threshold: preset "paper": coefficients kept per query, entries of the basis that count.
-        image_tokens: preset "paper": of the whole image, of which layers count keys (at most the patches left) and
-            landmarks, which go by places in the image, as published; 0: of the tokens that a layer sees.
 
     Raises:
         ConfigError: a value is out of range.
@@ -102,13 +99,11 @@ class SparsityConfig:
     value_power: float = 2.0
     dense_layers: tuple[int, ...] = ()
     token_keep: tuple[tuple[int, float], ...] = ()
-    fuse_tokens: bool = False
     merge: tuple[int, ...] = ()
     merge_window: int = 16
     landmark_factor: int = 6
     top_coefficients: int = 8
     basis_threshold: float = 0.02
-    image_tokens: int = 0
 
     def __post_init__(self) -> None:
         _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
@@ -134,8 +129,6 @@ class SparsityConfig:
             f"tile {self.tile} is not a multiple of probe {self.probe}.",
             "Choose a probe that divides the tile, such as 4 and 16.",
         )
-        what = f"image_tokens is {self.image_tokens}, but the preset {self.preset!r} counts the tokens that are left."
-        _require(not self.image_tokens or self.preset == "paper", what, "Leave it out, or choose the preset paper.")
         fix = "Give distinct layer indices from 0, such as 0,1."
         _require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
         if self.merge and not any(self.merge):
@@ -180,11 +173,6 @@ class SparsityConfig:
                 f"token_keep at layer {layer} is {share!r}, outside (0, 1).",
                 "Give the share of patch tokens to keep, such as 0.7.",
             )
-        _require(
-            not self.fuse_tokens or (bool(self.token_keep) and self.preset == "edge"),
-            "fuse_tokens requires pruned tokens and the preset edge.",
-            "Leave it out, or say where tokens are pruned.",
-        )
 
     @property
     def is_dense(self) -> bool:
@@ -276,7 +264,7 @@ class SparsityConfig:
         for layer in range(depth):
             patches, prefix = counts[-1]
             if layer in shares:
-                patches, prefix = share_of(shares[layer], patches), prefix + self.fuse_tokens
+                patches = share_of(shares[layer], patches)
             counts.append((patches - merged[layer], prefix))
         return counts
 
@@ -302,22 +290,17 @@ class SparsityConfig:
         choices = patches + prefix if self.preset == "paper" else patches
         if isinstance(self.keep, tuple):
             raise TypeError("the layout of which layer? See of_layer.")
-        most = choices if self.image_tokens in (0, choices) else patches
         return Layout(
             patches=patches,
-            keys=min(share_of(self.keep, self.image_tokens or choices), most),
+            keys=share_of(self.keep, choices),
             tiles=math.ceil(patches / self.tile),
             cell=cell,
             cells=math.ceil(patches / cell) if cell else 0,
         )
 
-    def landmarks(self, tokens: int) -> int:
-        """Preset "paper": landmarks of a layer that sees so many tokens."""
-        return (self.image_tokens or tokens) // self.landmark_factor
-
     def to_dict(self) -> Any:
-        """JSON-ready fields; without `image_tokens` where it is 0, which older versions do not know."""
-        return {name: value for name, value in write_record(self).items() if name != "image_tokens" or value}
+        """JSON-ready fields."""
+        return write_record(self)
 
     @classmethod
     def for_preset(cls, preset: str, **settings: Any) -> SparsityConfig:

@@ -129,7 +129,7 @@ def _probes(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
 def _landmarks(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
     """Channel reduction of q and k, keys to landmarks, coefficients, and scores from the coefficients that are kept."""
     tokens, width, channels = shape.prefix + shape.patches, shape.width, sparsity.channels
-    landmarks = sparsity.landmarks(tokens)
+    landmarks = tokens // sparsity.landmark_factor
     per_head = tokens * landmarks * channels + shape.patches * landmarks * channels
     per_head += shape.patches * tokens * min(sparsity.top_coefficients, landmarks)
     lists = shape.heads * shape.patches * sparsity.layout(shape.patches, shape.prefix).keys

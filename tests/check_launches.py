@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
     assert table is not None
     types, operators = board._tensor_types(model), {}
     for together in board._layers([node for node in model.graph.node if node.name in table.nodes]):
-        plan: Any = board._plan(together, types, 87)
+        plan: Any = board._plan(model, together, types, 87)
         entries = [entry for node in together for entry in table.nodes[node.name]]
         for entry, launch in zip(entries, plan.launches, strict=True):
             name = entry.launch

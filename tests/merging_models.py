@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
-from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 
 LEFT_OF_MERGING = 5
 """Kernels of a layer that merges beside MatchTokens and MergeTokens: sizes and places. `test_real.py` counts them."""
@@ -64,6 +64,6 @@ def merging_graph(dtype: type = np.float32, residual: str = "float32") -> onnx.M
     return helper.make_model(
         graph,
         ir_version=10,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 2)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         functions=[function_body(name, Structure(prefix=True)) for name in ("MatchTokens", "MergeTokens")],
     )

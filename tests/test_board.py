@@ -86,7 +86,7 @@ def test_it_is_said_where_dense_attention_would_be_faster(bundle):
         r"faster on jetson-orin-nano-8gb in (\d+) of \1 layers: .* at \d+ tokens, and faster from some 1025", said
     )
     settings = {"num_heads": 6, "num_prefix": 1, "keys": 922}
-    node = onnx.helper.make_node("KeySelect", ["qkv", "a", "b"], ["lists"], domain=DOMAIN, **settings)
+    node = onnx.helper.make_node("KeySelect", ["qkv", "sizes", "a", "b"], ["lists"], domain=DOMAIN, **settings)
     board = load_board("jetson-orin-nano-8gb")
     assert boards._slower_than_dense([node], {"qkv": ("float16", (1, 9217, 1152))}, board) == ()
 
@@ -155,7 +155,7 @@ def test_a_dense_model_has_nothing_to_compile(tmp_path):
 def test_a_layer_that_cannot_be_compiled_keeps_its_body(model, tmp_path, monkeypatch):
     plan = boards._plan
     monkeypatch.setattr(
-        boards, "_plan", lambda n, t, s: "too wide" if n[-1].op_type == "SparseAttention" else plan(n, t, s)
+        boards, "_plan", lambda m, n, *rest: "too wide" if n[-1].op_type == "SparseAttention" else plan(m, n, *rest)
     )
     entry = board_files(model, {}, load_board("jetson-orin-nano-8gb"), tmp_path)
     assert list(entry.refused.values()) == ["too wide"]
@@ -188,7 +188,7 @@ def test_merging_is_launches_in_the_bundle_and_dense_attention_keeps_its_bodies(
     assert (entry.nodes, entry.launches, entry.refused) == ((6, 15, {}) if keep < 1 else (2, 5, {}))
     variant = onnx.load(folder / entry.model)
     bodies = [node.op_type for node in variant.graph.node if node.domain == DOMAIN]
-    assert bodies == ([] if keep < 1 else ["DenseAttention", "MergedDenseAttention"])
+    assert bodies == ([] if keep < 1 else ["DenseAttention"] * 2)
     assert {function.name for function in variant.functions} == set(bodies)
     for launch in table.launches.values():
         assert launch.shared_bytes <= MOST_SHARED_BYTES

@@ -33,7 +33,7 @@ from tests.plain import estimate_bundle, read_result
         EDGE,
         SparsityConfig(keep=0.25, dense_layers=(0, 3)),
         SparsityConfig(keep=1, token_keep=((3, 0.7), (6, 0.7))),
-        SparsityConfig(keep=0.2, token_keep=((2, 0.5),), fuse_tokens=True),
+        SparsityConfig(keep=0.2, token_keep=((2, 0.5),)),
         SparsityConfig(keep=1, merge=(20, 0)),
         SparsityConfig(keep=(0.1, 0.2, 1.0), merge=(12,), dense_layers=(1,)),
         SparsityConfig.for_preset("paper", keep=0.25, channels=32),

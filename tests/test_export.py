@@ -30,6 +30,7 @@ from sparsifiner_edge.export.graph import add_bodies, check_structure, export_gr
 from sparsifiner_edge.metrics import Agreement
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import INPUT_PREFIX
+from sparsifiner_edge.ops.schema import VERSION
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.student import Student, load_dense, load_student, save_student, sparsify
@@ -110,7 +111,7 @@ def test_nodes_bodies_and_versions(bundle: Path, dense: Path) -> None:
     assert all(name.startswith(INPUT_PREFIX) for function in model.functions for name in function.input)
     assert model.graph.node[0].op_type == "Cast"
     assert model.ir_version <= 10
-    assert {(e.domain, e.version) for e in model.opset_import} == {("", 20), ("sparsifiner", 1)}
+    assert {(e.domain, e.version) for e in model.opset_import} == {("", 20), ("sparsifiner", VERSION)}
     onnx.checker.check_model(model, full_check=True)
     assert not [n for n in model_of(dense).graph.node if n.domain]
     assert not model_of(dense).functions

@@ -24,6 +24,7 @@ from sparsifiner_edge.export.fp16 import convert, to_fp16
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.metrics import aligned, cosine, row_cosines
+from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of
@@ -78,7 +79,11 @@ def test_islands_stay_float32_and_the_rest_does_not(kind: str) -> None:
         floats = {types[name] for name in node.input if types.get(name) in (TensorProto.FLOAT, TensorProto.FLOAT16)}
         if node.op_type in ("LayerNormalization", "Softmax", "Conv", "TopK"):
             assert floats <= {TensorProto.FLOAT}, node  # TopK also sorts indices.
-        if node.op_type in ("MatMul", "Gemm", "Gelu") or node.domain == "sparsifiner":
+        if node.domain == "sparsifiner":  # Sizes alone are float32 by their schema.
+            for name, tensor in zip(node.input, OPERATORS[node.op_type].inputs, strict=True):
+                own = {("float32",): TensorProto.FLOAT, ("int32",): TensorProto.INT32}
+                assert types[name] == own.get(tensor.dtypes, TensorProto.FLOAT16), node
+        if node.op_type in ("MatMul", "Gemm", "Gelu"):
             assert floats == {TensorProto.FLOAT16}, node
     assert {types[o.name] for o in model.graph.output} <= {TensorProto.FLOAT, TensorProto.INT32}
     assert counts[TensorProto.FLOAT16] > counts[TensorProto.FLOAT] > 0
@@ -131,9 +136,9 @@ def test_token_scores_are_ranked_in_float32() -> None:
     while ranked in makers:
         way.append(makers[ranked].op_type)
         ranked = makers[ranked].input[0]
-        if way[-1] == "TokenScore":
+        if way[-1] == "Softmax":
             break
-    assert way[-1] == "TokenScore"
+    assert way[-1] == "Softmax"
     assert "Cast" not in way
 
 

@@ -87,7 +87,7 @@ def test_a_predictor_learns_at_sixteen_patches_a_side_whatever_is_given() -> Non
     ("name", "options", "settings"),
     [
         (TINY, {}, {}),
-        (TINY, {}, {"keep": 0.1, "dense_layers": (0, 2), "token_keep": ((3, 0.7),), "fuse_tokens": True}),
+        (TINY, {}, {"keep": 0.1, "dense_layers": (0, 2), "token_keep": ((3, 0.7),)}),
         (TINY, {}, {"preset": "paper"}),
         (TINY, {}, {"keep": 1.0, "token_keep": ((3, 0.5),)}),
         ("deit_tiny_distilled_patch16_224", {"depth": 2}, {}),

@@ -58,9 +58,7 @@ def test_selection_stands_apart_from_attention_in_every_layer(exported, kernels)
     assert {row["name"] for row in selections} == calls
     # One kernel, or the many nodes of a function's body.
     assert all((row["nodes"] == 1) == (kernels == "native") for row in selections + attentions)
-    scores = [row for row in report["layers"] if row["op"] == "TokenScore"]
-    assert [(row["layer"], row["kind"]) for row in scores] == [(3, "selection")]
-    assert {"TopK", "Gather"} <= {row["op"] for row in rows_of(report, "selection") if row["layer"] == 3}
+    assert {"Softmax", "TopK", "Gather"} <= {row["op"] for row in rows_of(report, "selection") if row["layer"] == 3}
 
 
 def test_a_dense_file_has_no_selection_and_the_same_parts(exported):

@@ -23,6 +23,8 @@ from sparsifiner_edge.costs import layer_costs, summary
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import check, student_changes
 from sparsifiner_edge.export.export import export_bundle, model_shape
+from sparsifiner_edge.ops.graph import gets_merged
+from sparsifiner_edge.ops.schema import VERSION
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.defaults import default_cells, default_keep
 from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
@@ -235,16 +237,15 @@ def test_exported_files_merge_as_torch_does(
     assert manifest.check is not None
     assert manifest.check.kernels_run == ("portable", "native")
     assert manifest.check.differing_indices == 0
-    assert manifest.ops["sparsifiner::MatchTokens"] == 2
+    assert manifest.ops["sparsifiner::MatchTokens"] == VERSION
     assert manifest.merged == tuple(sparsity.layer_merges(manifest.shape.depth, manifest.shape.patches))
     assert dict(manifest.costs) == summary(manifest.shape, sparsity)
     opsets = {entry.domain: entry.version for entry in bundle.model().opset_import}
-    assert opsets["sparsifiner"] == 2
-    kinds = {node.op_type for node in bundle.model().graph.node if node.domain == "sparsifiner"}
+    assert opsets["sparsifiner"] == VERSION
     # The first layer's attention sees no merged token.
-    assert kinds >= (
-        {"KeySelect", "MergedKeySelect"} if sparsity.keep != 1 else {"DenseAttention", "MergedDenseAttention"}
-    )
+    model = bundle.model()
+    merged = [gets_merged(model, node) for node in model.graph.node if node.op_type.endswith("Attention")]
+    assert merged == [False] + [True] * (manifest.shape.depth - 1)
     for kernels in ("portable", "native"):
         with se.open_session(bundle.folder, kernels=kernels) as session:
             check_golden(session, bundle)
@@ -258,8 +259,7 @@ def test_openvino_runs_the_bodies_once_they_are_inlined(tmp_path: Path) -> None:
     assert set(bundle.manifest.ops) == {
         f"sparsifiner::{name}"
         for name in (
-            "KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention", "MergedDenseAttention",
-            "MatchTokens", "MergeTokens",
+            "KeySelect", "SparseAttention", "DenseAttention", "MatchTokens", "MergeTokens",
         )
     }  # fmt: skip
     onnx.save(onnx.inliner.inline_local_functions(bundle.model()), tmp_path / "inlined.onnx")
@@ -291,19 +291,20 @@ def test_a_file_that_merges_other_tokens_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.everything
 def test_layers_are_measured_with_the_sizes_of_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[set[str]] = []
+    seen: list[dict[str, bool]] = []
     right = student_changes.to_onnx
 
     def watched(*given: Any) -> Any:
         model = right(*given)
-        seen.append({node.op_type for node in model.graph.node if node.domain == "sparsifiner"})
+        ours = [node for node in model.graph.node if node.domain == "sparsifiner"]
+        seen.append({node.op_type: gets_merged(model, node) for node in ours})
         return model
 
     monkeypatch.setattr(student_changes, "to_onnx", watched)
     folder = save_student(student(sparsity=dataclasses.replace(MERGED, merge=(0, 0, 0, 0, 12, 0))), tmp_path / "s")
     bundle = export_bundle(folder, tmp_path / "b", measure=True)
-    assert seen[:2] == [{"KeySelect", "SparseAttention"}, {"DenseAttention"}]
-    assert seen[2:] == [{"MergedKeySelect", "MergedSparseAttention"}, {"MergedDenseAttention"}]
+    sized = [[{"KeySelect": x, "SparseAttention": x}, {"DenseAttention": x}] for x in (False, True)]
+    assert seen == [*sized[0], *sized[1]]
     assert [c["layers"] for c in manifest_of(bundle)["measured"]["choices"]] == [[0, 1, 2, 3, 4], [5]]
 
 

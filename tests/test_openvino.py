@@ -36,7 +36,7 @@ KNOWN = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"
 STUDENTS: dict[str, tuple[SparsityConfig, dict[str, Any]]] = {
     "edge": (SparsityConfig(keep=0.2, cells=4, channels=8), {}),
     "merged": (SparsityConfig(keep=(0.2, 0.5, 1.0), cells=4, channels=8, merge=(9, 0)), {}),
-    "pruned": (SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((2, 0.5),), fuse_tokens=True), {}),
+    "pruned": (SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((2, 0.5),)), {}),
     "paper": (SparsityConfig.for_preset("paper", keep=0.2, channels=8), {}),
     "dense": (SparsityConfig(keep=1.0), {}),
     "batch 3": (SparsityConfig(keep=0.2, cells=4, channels=8), {"batch": 3}),

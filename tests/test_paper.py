@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +16,7 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.ops import reference, torch_landmarks
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.order import hilbert_order, inverse
-from sparsifiner_edge.sparse.calibrate import calibrate_from_images, observed, selection_loss, sparse_layers
-from sparsifiner_edge.sparse.in_memory import sparsify_model
-from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.calibrate import calibrate_from_images, sparse_layers
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of
 from tests.models import images, student, vit
@@ -38,22 +35,15 @@ def random_inputs(seed: int) -> tuple[torch.Tensor, ...]:
     return (2 * torch.randn(1, TOKENS, 3 * HEADS * WIDTH), *weights, down, up)
 
 
-def published_mask(
-    inputs: tuple[torch.Tensor, ...], keys: int, left: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and mask [B,H,N-1,N] by the published steps, one at a time, with masks as published; left: of the patches,
-    bool [B,N-1].
-    """
+def published_mask(inputs: tuple[torch.Tensor, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and mask [B,H,N-1,N] by the published steps, one at a time, with masks as published."""
     qkv, proj_q, bias_q, proj_k, bias_k, down, up = inputs
     q, k, _ = qkv.view(-1, TOKENS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
     q, k = F.linear(q, proj_q, bias_q), F.linear(k, proj_k, bias_k)
-    gone = torch.zeros(q.shape[0], TOKENS, dtype=torch.bool) if left is None else F.pad(~left, (1, 0))
-    q, k = (x.masked_fill(gone[:, None, :, None], 0) for x in (q, k))
     coefficients = (q @ (k.transpose(-1, -2) @ down) * HEADS**-0.5)[:, :, 1:].softmax(-1)
     best, where = coefficients.topk(8)
     coefficients = torch.zeros_like(coefficients).scatter(-1, where, best)
     scores = coefficients @ F.threshold(up.abs(), 0.02, 0.0).T
-    scores = scores.masked_fill(gone[:, None, None], -torch.inf)
     return scores, torch.zeros_like(scores).scatter(-1, scores.topk(keys).indices, 1.0)
 
 
@@ -74,29 +64,6 @@ def test_lists_are_the_published_ones_where_scores_decide(keep: float) -> None:
     ):
         ours = torch.zeros_like(scores).scatter(-1, lists.long(), 1.0)
         assert bool((ours == mask).all(-1)[decided].all())
-
-
-@pytest.mark.parametrize("keys", [50, 20])
-def test_what_is_left_of_an_image_is_chosen_from_as_published(keys: int) -> None:
-    """Landmarks by places in the image, what was pruned zero and never chosen."""
-    qkv, *weights = random_inputs(keys)
-    qkv = torch.cat([qkv, qkv.flip(1)])
-    left = torch.zeros(2, TOKENS - 1, dtype=torch.bool)
-    for image in left:
-        image[torch.randperm(TOKENS - 1)[:97]] = True
-    scores, mask = published_mask((qkv, *weights), keys, left)
-    places = torch.stack([image.nonzero()[:, 0] for image in left])
-    tokens = F.pad(1 + places, (1, 0))
-    lists = torch_landmarks.landmark_key_select(
-        qkv[torch.arange(2)[:, None], tokens], *weights, keys=keys, places=places, num_heads=HEADS,
-        scale=HEADS**-0.5, top_coefficients=8, basis_threshold=0.02,
-    )  # fmt: skip
-    for image in range(2):
-        ordered = scores[image][:, left[image]].sort(-1, descending=True).values
-        decided = ordered[..., keys - 1] - ordered[..., keys] > 1e-6
-        assert decided.float().mean() > 0.7
-        ours = torch.zeros(HEADS, 97, TOKENS).scatter(-1, tokens[image][lists[image].long()], 1.0)
-        assert bool((ours == mask[image][:, left[image]]).all(-1)[decided].all())
 
 
 def test_as_many_coefficients_count_as_were_asked_for_where_some_tie() -> None:
@@ -175,52 +142,10 @@ def test_from_student_to_bundle(tmp_path: Path) -> None:
     assert manifest["costs"]["predictor_macs"] > 0
 
 
-@pytest.mark.everything
-def test_pruned_layers_count_the_image_s_tokens(tmp_path: Path) -> None:
-    published = dataclasses.replace(PAPER, token_keep=((1, 0.6), (3, 0.3)), image_tokens=101)
-    made = student(sparsity=published)
-    by_rank = student(sparsity=dataclasses.replace(PAPER, token_keep=((1, 0.6), (3, 0.9))))
-    assert [layer.layout.keys for layer in sparse_layers(made.model)] == [26, 26, 26, 26, 18, 18]
-    assert [layer.layout.keys for layer in sparse_layers(by_rank.model)] == [26, 26, 16, 16, 14, 14]
-    assert {layer.select.down.shape for layer in sparse_layers(made.model)} == {(101, 16)}
-    # As published, all tokens are there while predictors alone learn.
-    for model, counts in ((made, [101] * 6), (by_rank, [101, 101, 61, 61, 55, 55])):
-        seen: list[int] = []
-        with observed(model.model, lambda _, qkv, *__, seen=seen: seen.append(qkv.shape[1]), densely=True):
-            model.model(images(model.model, 1))
-        assert seen == counts
-    calibrate_from_images(made.model, [images(made.model, 1)])
-    losses, generator = [], torch.Generator().manual_seed(0)
-
-    def watch(layer: Any, qkv: torch.Tensor, sizes: Any, positions: torch.Tensor) -> None:
-        with torch.enable_grad():
-            losses.append(selection_loss(layer, qkv, generator, sizes, positions))
-
-    with observed(made.model, watch):
-        made.model(images(made.model, 2))
-    torch.stack(losses).sum().backward()
-    assert all(layer.select.up.grad is not None for layer in sparse_layers(made.model))
-    folder = save_student(made, tmp_path / "s")
-    assert load_student(folder).sparsity == published
-    manifest = manifest_of(export_bundle(folder, tmp_path / "b", batch="dynamic"))
-    assert manifest["ops"]["sparsifiner::PlacedLandmarkKeySelect"] == 2
-    assert manifest["sparsity"]["image_tokens"] == 101
-    export_bundle(folder, tmp_path / "half", precision="fp16")  # held to the float32 file
-    # Predictors of places serve any pruning.
-    set_budget(made.model, dataclasses.replace(published, token_keep=((2, 0.5),)))
-    made.model(images(made.model, 1))
-
-
-def test_how_keys_are_counted_is_an_option() -> None:
-    settings: dict[str, Any] = {"preset": "paper", "keep": 0.25, "token_keep": ((1, 0.6),)}
-    for keep_of, keys, rows in ((None, 26, 101), ("image", 26, 101), ("left", 16, 61)):
-        layer = sparse_layers(sparsify_model(vit(), **settings, keep_of=keep_of))[-1]
-        assert (layer.layout.keys, layer.select.down.shape[0]) == (keys, rows)
-    for preset, keep_of in (("edge", "image"), ("paper", "all")):
-        with pytest.raises(ConfigError, match=f"keep_of is '{keep_of}' with the preset '{preset}'"):
-            sparsify_model(vit(), preset=preset, keep_of=keep_of)
-    with pytest.raises(ConfigError, match="image_tokens is 101, but the preset 'edge'"):
-        SparsityConfig(image_tokens=101)
+def test_pruned_layers_count_the_tokens_that_are_left() -> None:
+    made = student(sparsity=dataclasses.replace(PAPER, token_keep=((1, 0.6), (3, 0.9))))
+    assert [layer.layout.keys for layer in sparse_layers(made.model)] == [26, 26, 16, 16, 14, 14]
+    assert [layer.select.down.shape[0] for layer in sparse_layers(made.model)] == [101, 101, 61, 61, 55, 55]
 
 
 def test_pooled_start_reads_the_class_token_everywhere() -> None:

@@ -26,6 +26,7 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.sparse.attention import HeadGeometry
 from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.patch import final_tokens, make_model_sparse
 from sparsifiner_edge.sparse.prune import Pruning
@@ -39,28 +40,27 @@ STAGES = ((1, 0.7), (3, 0.5))
 PRUNED = SparsityConfig(keep=0.4, cells=4, channels=8, token_keep=STAGES)
 PAPER = SparsityConfig.for_preset("paper", keep=0.3, channels=16, top_coefficients=4, token_keep=STAGES)
 ALONE = SparsityConfig(keep=1, token_keep=STAGES)
-FUSED = dataclasses.replace(PRUNED, fuse_tokens=True)
 
 
-@given(st.integers(2, 40), st.integers(0, 3), st.integers(1, 39), st.booleans(), st.integers(0, 9))
-def test_the_best_stay_in_order(patches: int, prefix: int, kept: int, fuse: bool, seed: int) -> None:
+GEOMETRY = HeadGeometry(2, 4, 0.5)
+
+
+@given(st.integers(2, 40), st.integers(1, 3), st.integers(1, 39), st.integers(0, 9))
+def test_the_best_stay_in_order(patches: int, prefix: int, kept: int, seed: int) -> None:
     kept = min(kept, patches - 1)
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, prefix + patches, 5, generator=rng)
-    scores = torch.rand(2, prefix + patches, generator=rng)
-    places = torch.arange(patches).expand(2, -1)
-    got, _, _, positions = Pruning(kept, prefix, fuse)(CarriedTokens(x, None, None, places), scores)
-    assert got.shape == (2, prefix + fuse + kept, 5)
+    x, qkv = (torch.randn(2, prefix + patches, width, generator=rng) for width in (5, 24))
+    pruning, places = Pruning(kept, prefix), torch.arange(patches).expand(2, -1)
+    got, _, _, positions = pruning(CarriedTokens(x, None, None, places), qkv, GEOMETRY)
+    assert got.shape == (2, prefix + kept, 5)
+    q, k, _ = ops.split_heads(qkv, 2)
+    scores = (0.5 * q[:, :, :1] @ k.mT).softmax(-1)[:, :, 0].mean(1)[:, prefix:]
+    torch.testing.assert_close(pruning.scores(qkv, GEOMETRY), scores)
     for row in range(2):
-        wanted = scores[row, prefix:].sort(descending=True, stable=True).indices[:kept].sort().values
+        wanted = scores[row].sort(descending=True, stable=True).indices[:kept].sort().values
         assert torch.equal(positions[row], wanted)
         assert torch.equal(got[row, :prefix], x[row, :prefix])
-        assert torch.equal(got[row, prefix + fuse :], x[row, prefix:][wanted])
-        if fuse:
-            lost = torch.ones(patches, dtype=torch.bool).index_fill(0, wanted, False)
-            weights = scores[row, prefix:][lost]
-            mean = (weights[:, None] * x[row, prefix:][lost]).sum(0) / weights.sum()
-            torch.testing.assert_close(got[row, prefix], mean, atol=1e-4, rtol=1e-3)
+        assert torch.equal(got[row, prefix:], x[row, prefix:][wanted])
 
 
 def test_ties_go_to_the_lower_index_and_nan_loses() -> None:
@@ -90,17 +90,7 @@ def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
     torch.testing.assert_close(pruned(x), dense.forward_head(tokens), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_dropped_counts_however_little_it_weighs(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(1, 1 + 8, 5).to(dtype)
-    scores = torch.tensor([[0.0, 0.7, 0.1, 0.1, 0.1, 1e-8, 2e-8, 1e-9, 0.0]])
-    got = Pruning(4, prefix=1, fuse=True)(CarriedTokens(x, None, None, torch.arange(8)[None]), scores).values
-    weights = scores[0, 5:].double() / scores[0, 5:].double().sum()
-    torch.testing.assert_close(got[0, 1], (weights @ x[0, 5:].double()).to(dtype))
-
-
-@pytest.mark.parametrize("sparsity", first([PRUNED, PAPER, ALONE, FUSED]), ids=["edge", "paper", "alone", "fused"])
+@pytest.mark.parametrize("sparsity", first([PRUNED, PAPER, ALONE]), ids=["edge", "paper", "alone"])
 @pytest.mark.parametrize("batch", first([1, "dynamic"]))
 def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:
     # The export itself holds both kinds of kernels to torch, token by token.
@@ -108,7 +98,7 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     bundle = export_bundle(tmp_path / "student", tmp_path / "bundle", batch=batch, tokens=True)
     manifest = manifest_of(bundle)
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
-    assert "sparsifiner::TokenScore" in manifest["ops"]
+    assert not any("Score" in name for name in manifest["ops"])
     assert manifest["costs"]["total_macs"] < manifest["dense_costs"]["total_macs"]
     image = smooth_images(160, 1, seed=5)
     results = []
@@ -128,8 +118,7 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     for node in attention:
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
     read = file_session(model, "portable").run([node.output[0] for node in attention], {"image": image})
-    extra = 1 if sparsity.fuse_tokens else 0
-    assert [x.shape[1] for x in read] == [101, 101, 71 + extra, 71 + extra, 36 + 2 * extra, 36 + 2 * extra]
+    assert [x.shape[1] for x in read] == [101, 101, 71, 71, 36, 36]
 
 
 def test_a_file_that_keeps_the_wrong_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -140,7 +129,7 @@ def test_a_file_that_keeps_the_wrong_tokens_is_refused(monkeypatch: pytest.Monke
         return right(-scores if torch.onnx.is_in_onnx_export() else scores, kept)
 
     monkeypatch.setattr(ops, "top_tokens", wrong)
-    with pytest.raises(GateError, match=r"prunes \d+ tokens that torch keeps"):
+    with pytest.raises(GateError, match="differs from torch"):
         export_bundle(folder, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
@@ -217,8 +206,6 @@ def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="token_keep holds"):
             parse_token_keep(text)
     assert parse_token_keep(" 3:.7, 6:.5 ") == ((3, 0.7), (6, 0.5))
-    with pytest.raises(ConfigError, match="fuse_tokens requires"):
-        dataclasses.replace(PAPER, fuse_tokens=True)
     with pytest.raises(ConfigError, match="require a student"):
         export_bundle(TINY, tmp_path / "x", keep=0.5)
     with pytest.raises(ConfigError, match="no maps of its layers"):
@@ -226,10 +213,9 @@ def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
 
 
 def test_sparsify_writes_what_is_pruned(tmp_path: Path, tiny_weights: Path) -> None:
-    folder = sparsify(TINY, tmp_path / "s", weights=tiny_weights, cells=4, token_keep=STAGES, fuse_tokens=True)
+    folder = sparsify(TINY, tmp_path / "s", weights=tiny_weights, cells=4, token_keep=STAGES)
     found = load_student(folder)
     assert found.sparsity.token_keep == STAGES
-    assert found.sparsity.fuse_tokens
 
 
 @pytest.mark.everything
@@ -238,7 +224,6 @@ def test_the_command_line_prunes(tmp_path: Path, tiny_weights: Path, capsys: pyt
     assert_refused(call(capsys, *plain, "--token-keep", "3"), "token_keep holds '3'", "3:.7,6:.7")
     assert_refused(call(capsys, *plain, "--token-keep", "7:.5"), "layer 7: the model has 6 layers")
     assert_refused(call(capsys, *plain, "--token-keep", "3:1.5"), "outside (0, 1)")
-    assert_refused(call(capsys, *plain, "--fuse-tokens"), "requires pruned tokens")
     assert not (tmp_path / "s").exists()
     assert call(capsys, *plain, "--token-keep", "1:.7,3:.5").code == 0
     outcome = call(capsys, "export", tmp_path / "s", "--keep", 0.3, "--token-keep", "2:.6", "-o", tmp_path / "b")

@@ -26,7 +26,6 @@ from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_te
 @click.option("--dense-layers", default="", help="Layers that stay dense, such as 0,1.")
 @click.option("--token-keep", default="", callback=common.parse_pruning, metavar="LAYER:SHARE,...",
               help="Prune tokens, such as 3:.7,6:.7,9:.7.")  # fmt: skip
-@click.option("--fuse-tokens", is_flag=True, help="Merge pruned tokens into one.")
 @click.option(
     "--merge",
     default="0",
@@ -36,9 +35,6 @@ from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_te
     help="Tokens that each layer merges with their like: one rate, the first and the last layer's, or a list.",
 )
 @click.option("--merge-window", type=int, help="Partners along the curve that a token is compared with (16).")
-@click.option("--keep-of", type=click.Choice(["image", "left"]),
-              help="Preset paper, pruned tokens: count keys and landmarks of all that the image has, as published "
-                   "(default), or of those that are left.")  # fmt: skip
 @click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
 @common.output_option("Student folder to write.")
 def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> None:

@@ -94,8 +94,8 @@ def _means(model: nn.Module, images: Sequence[Tensor]) -> list[float]:
     """Of each sparse layer, in the budget of now."""
     shares: dict[SparseAttention, list[float]] = {layer: [] for layer in sparse_layers(model)}
 
-    def watch(layer: SparseAttention, qkv: Tensor, _: Tensor | None, positions: Tensor | None) -> None:
-        shares[layer].append(_share(layer, qkv, positions))
+    def watch(layer: SparseAttention, qkv: Tensor, _: Tensor | None) -> None:
+        shares[layer].append(_share(layer, qkv))
 
     with observed(model, watch, densely=True):
         for image in images:
@@ -103,9 +103,9 @@ def _means(model: nn.Module, images: Sequence[Tensor]) -> list[float]:
     return [round(statistics.fmean(each), 6) if each else 1.0 for each in shares.values()]
 
 
-def _share(layer: SparseAttention, qkv: Tensor, positions: Tensor | None = None) -> float:
+def _share(layer: SparseAttention, qkv: Tensor) -> float:
     q, k, _ = (x.float() for x in ops.split_heads(qkv, layer.geometry.heads))
-    prefix, lists = layer.num_prefix, layer.indices(qkv, None, positions).long()
+    prefix, lists = layer.num_prefix, layer.indices(qkv).long()
     shares = (layer.geometry.scale * q[:, :, prefix:] @ k.mT).softmax(-1)
     keys = shares.shape[-1] - prefix * layer.prefix_keys
     listed = torch.zeros(*lists.shape[:3], keys, dtype=torch.bool, device=qkv.device).scatter_(3, lists, True)

@@ -61,9 +61,9 @@ class Distiller(nn.Module):
         """
         selection: list[Tensor] = []
 
-        def watch(attention: Any, qkv: Tensor, sizes: Tensor | None, positions: Tensor | None) -> None:
+        def watch(attention: Any, qkv: Tensor, sizes: Tensor | None) -> None:
             with torch.enable_grad(), torch.autocast(qkv.device.type, enabled=False):
-                selection.append(selection_loss(attention, qkv.float(), generator, sizes, positions))
+                selection.append(selection_loss(attention, qkv.float(), generator, sizes))
 
         counts = reconstruct or (predictors and bool(self.weights.selection))
         with observed(self.student, watch, densely=reconstruct) if counts else contextlib.nullcontext():

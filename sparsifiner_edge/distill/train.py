@@ -380,7 +380,7 @@ class Training:
             "crops": str(crops),
             **self.origin,
             "budgets": str(recipe.budgets),
-            "sparsity": str(self.sparsity).replace(", image_tokens=0", ""),
+            "sparsity": str(self.sparsity),
             "seed": recipe.seed,
             "images per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
             "steps": self.total,

@@ -33,6 +33,7 @@ from sparsifiner_edge.bundle.kernels import (
 )
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import scratch_folder
+from sparsifiner_edge.ops.graph import gets_merged
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
 from sparsifiner_edge.ops.triton.plan import (
@@ -56,10 +57,11 @@ PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
 LEAST_PTX = {100: 86, 110: 90, 120: 87}
 """Compute capability -> first PTX version that knows it, where the oldest that we write, 8.5, does not."""
 OLDEST_TENSORRT = (10, 3)
-PLANS = {"MatchTokens": plan_match, "MergeTokens": plan_merge} | {
-    f"{kind}{name}": plan
-    for kind in ("", "Merged")
-    for name, plan in (("KeySelect", plan_select), ("SparseAttention", plan_attend))
+PLANS = {
+    "KeySelect": plan_select,
+    "SparseAttention": plan_attend,
+    "MatchTokens": plan_match,
+    "MergeTokens": plan_merge,
 }
 """Of operators that are launched alone."""
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -116,7 +118,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
 def _slower_than_dense(nodes: Sequence[Any], types: Types, board: Board) -> tuple[str, ...]:
     """What a roofline says of attention that would be faster dense; see `profiles.roofline`."""
     slow: list[tuple[float, int, float, int]] = []
-    chosen = [node for node in nodes if node.op_type.endswith("KeySelect")]
+    chosen = [node for node in nodes if node.op_type == "KeySelect"]
     for node in chosen:
         (batch, tokens, _), a = types[node.input[0]][1], _attributes(node)
         keep, lanes = a["keys"] / (tokens - a["num_prefix"]), batch * a["num_heads"]
@@ -247,7 +249,7 @@ def _compile(model: onnx.ModelProto, nodes: Sequence[Any], target: _Target, tabl
     layers = _layers(nodes)
     while layers:
         together = layers.pop(0)
-        plan = _plan(together, types, target.sm)
+        plan = _plan(model, together, types, target.sm)
         if isinstance(plan, str) and len(together) > 1:
             layers = [(node,) for node in together] + layers
             continue
@@ -278,11 +280,11 @@ def _layers(nodes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Nodes that are launched together: a selection and the one attention that reads its lists; others alone."""
     readers: dict[str, list[Any]] = {}
     for node in nodes:
-        if node.op_type.endswith("SparseAttention"):
+        if node.op_type == "SparseAttention":
             readers.setdefault(node.input[-1], []).append(node)
     layers: list[tuple[Any, ...]] = []
     for node in nodes:
-        reading = readers.get(node.output[0], []) if node.op_type.endswith("KeySelect") else []
+        reading = readers.get(node.output[0], []) if node.op_type == "KeySelect" else []
         same = reading and list(node.input[:-2]) == list(reading[0].input[:-1])
         if same and len(reading) == 1 and make_a_layer(_attributes(node), _attributes(reading[0])):
             layers.append((node, reading[0]))
@@ -310,8 +312,8 @@ def _element(number: int) -> str:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).name if number else "unknown"
 
 
-def _plan(together: Sequence[Any], types: Types, sm: int) -> Plan | str:
-    """How nodes are launched together, or why not."""
+def _plan(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm: int) -> Plan | str:
+    """How nodes of a model are launched together, or why not."""
     first, *others = together
     unknown = [name for name in first.input if name not in types]
     if unknown:
@@ -320,10 +322,13 @@ def _plan(together: Sequence[Any], types: Types, sm: int) -> Plan | str:
     reasons = refusals(first.op_type, attributes, shapes, dtype, sm)
     if reasons:
         return "; ".join(reasons)
+    # Selection and attention read no sizes where all are 1; what merges reads them anyhow.
+    sized = gets_merged(model, first) or first.op_type in ("MatchTokens", "MergeTokens")
+    given = shapes if sized else [shapes[0], *shapes[2:]]
     if not others:
-        return PLANS[first.op_type](shapes, attributes, dtype)
-    plan = plan_layer(shapes, attributes, dtype)
-    attended = [*shapes[:-2], plan.buffers["indices"].shape]
+        return PLANS[first.op_type](given, attributes, dtype)
+    plan = plan_layer(given, attributes, dtype)
+    attended = [*shapes[:2], plan.buffers["indices"].shape]
     return "; ".join(refusals(others[0].op_type, _attributes(others[0]), attended, dtype, sm)) or plan
 
 

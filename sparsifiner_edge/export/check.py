@@ -22,9 +22,9 @@ from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.processor import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.layer import SparseLayer
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.outputs import ALONE
+from sparsifiner_edge.sparse.prune import Pruning
 
 
 class Limits(NamedTuple):
@@ -80,8 +80,8 @@ def check_export(
     """
     sparse = any(node.domain == DOMAIN for node in model.graph.node)
     kernels = ("portable", "native") if sparse and native_library("auto") else ("portable",)
-    selects, scores = _outputs_of(model, "KeySelect"), _outputs_of(model, "TokenScore")
-    matches = _outputs_of(model, "MatchTokens")
+    selects, matches = _outputs_of(model, "KeySelect"), _outputs_of(model, "MatchTokens")
+    scores = [node.input[0] for node in model.graph.node if _keeps_largest(node)]
     runners = [file_runner(with_outputs(model, selects + scores + matches), kind) for kind in kernels]
     free: dict[str, Agreement] = {}
     equal: dict[str, Agreement] = {}
@@ -156,6 +156,11 @@ def _outputs_of(model: onnx.ModelProto, kind: str) -> list[str]:
     return [node.output[0] for node in model.graph.node if node.domain == DOMAIN and node.op_type.endswith(kind)]
 
 
+def _keeps_largest(node: onnx.NodeProto) -> bool:
+    """Whether a node of the graph prunes: it ranks scores (what puts their places in order takes the smallest)."""
+    return node.op_type == "TopK" and not any(entry.name == "largest" and entry.i == 0 for entry in node.attribute)
+
+
 def _as_numbers(pairs: Array) -> Array:
     """Pairs int32 [B,M,2] as one number each [B,M]."""
     return pairs[..., 0].astype(np.int64) << 32 | pairs[..., 1]
@@ -178,7 +183,7 @@ def _run_torch(
     matched: list[Array] = []
     merging = [part for part in deployed.modules() if isinstance(part, Merging)]
     layers = sparse_layers(deployed)
-    pruning = [part for part in deployed.modules() if isinstance(part, SparseLayer) and part.pruning is not None]
+    pruning = [part for part in deployed.modules() if isinstance(part, Pruning)]
 
     def match(part: Merging) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
         def found(qkv: torch.Tensor, sizes: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -189,13 +194,8 @@ def _run_torch(
         return found
 
     def choose(layer: SparseAttention) -> Callable[..., torch.Tensor]:
-        def indices(
-            qkv: torch.Tensor, sizes: torch.Tensor | None = None, positions: torch.Tensor | None = None
-        ) -> torch.Tensor:
-            if lists is None:
-                own = type(layer).indices(layer, qkv, sizes, positions)
-            else:
-                own = torch.from_numpy(lists[len(read)])
+        def indices(qkv: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+            own = type(layer).indices(layer, qkv, sizes) if lists is None else torch.from_numpy(lists[len(read)])
             read.append(own.numpy())
             return own
 
@@ -207,7 +207,7 @@ def _run_torch(
         for part in merging:
             part.pairs = match(part)  # type: ignore[method-assign,assignment]
         for pruned, given in zip(pruning, scores, strict=True) if lists is not None else ():
-            pruned.scores = lambda _, given=given: torch.from_numpy(given)  # type: ignore[method-assign,misc]
+            pruned.scores = lambda *_, given=given: torch.from_numpy(given)  # type: ignore[method-assign]
         outputs = deployed(torch.from_numpy(image))
     finally:
         for layer in layers:

@@ -4,12 +4,13 @@
     LayerNormalization, Softmax, means, powers, roots                 float32
     MatMul, Gemm, Gelu, residual additions, the operators' qkv        float16
     what goes into int8 products and comes out of them                float16
-    selection scores, token scores, softmax inside the bodies         float32 (the bodies cast by themselves)
+    sums and softmax of token scores                                  float32
+    selection scores, softmax inside the bodies                       float32 (the bodies cast by themselves)
     outputs, and all that makes the score novelty                     float32
 
 One walk over the graph decides each node's type and puts a Cast where two meet. `onnxruntime.transformers.float16`
-does this for standard operators, but takes the result of every operator for float16: the token scores of a pruned
-model, float32 by their schema, would come to be ranked in float16, where small probabilities tie.
+does this for standard operators, but gives ours float16 sizes, and would rank the scores of a pruned model in float16,
+where small probabilities tie.
 
 Where tokens merge, the file is held to the float32 file with that file's matches, row by row, and with its own on
 average: of tokens that are alike, rounding decides which merge (as for `int8`).
@@ -150,8 +151,7 @@ class _Walk:
             made.input[:] = [self._as(name, wanted[name]) if name in floats else name for name in node.input]
             self.counts[kind] += 1
         self.nodes.append(made)
-        fixed = node.domain == DOMAIN and OPERATORS[node.op_type].output.dtypes == ("float32",)
-        self.types |= {name: SINGLE if fixed else kind for name in node.output if name in self.floats}
+        self.types |= {name: kind for name in node.output if name in self.floats}
 
     def halves(self) -> list[str]:
         """Names of what is float16 and not the same for every image.

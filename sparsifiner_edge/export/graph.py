@@ -19,7 +19,8 @@ from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT
+from sparsifiner_edge.ops.graph import gets_merged
+from sparsifiner_edge.ops.schema import DOMAIN, TOPK_LIMIT, VERSION
 from sparsifiner_edge.sparse.attention import PackedAttention, SparseAttention
 from sparsifiner_edge.sparse.hosts import backbones
 
@@ -166,23 +167,25 @@ def add_bodies(model: onnx.ModelProto) -> None:
     """Append the body of every operator of the domain that the graph uses, and import the domain."""
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     for name in sorted({node.op_type for node in nodes}):
-        structures = {_structure(node) for node in nodes if node.op_type == name}
+        own = [node for node in nodes if node.op_type == name]
+        merged = any(gets_merged(model, node) for node in own)
+        structures = {_structure(node, merged) for node in own}
         if len(structures) > 1:
             raise GateError(f"{name} is used with {len(structures)} structures in one file.", "Use one per model.")
         model.functions.append(function_body(name, structures.pop()))
     for entry in [e for e in model.opset_import if e.domain == DOMAIN]:
         model.opset_import.remove(entry)
     if nodes:
-        version = max(OPERATORS[node.op_type].since for node in nodes)
-        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, version))
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
 
 
-def _structure(node: onnx.NodeProto) -> Structure:
+def _structure(node: onnx.NodeProto, merged: bool) -> Structure:
     values: Mapping[str, int] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     return Structure(
         prefix=values.get("num_prefix", 0) > 0,
         cells=values.get("cell", 0) > 0,
         prefix_keys=bool(values.get("prefix_keys", 1)),
+        merged=merged,
     )
 
 

@@ -159,7 +159,7 @@ class _Attend(nn.Module):
         self.layer = layer
 
     def forward(self, qkv: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
-        return self.layer.attend(qkv, sizes, torch.arange(self.layer.layout.patches)[None])
+        return self.layer.attend(qkv, sizes)
 
 
 def _piece(layer: SparseAttention, merged: bool, densely: bool) -> Piece:

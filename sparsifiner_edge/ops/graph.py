@@ -1,11 +1,11 @@
-"""Tidying the graph of an ONNX file."""
+"""Tidying the graph of an ONNX file, and what it says of the tokens' sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 
 def drop_unused(model: Any) -> None:
@@ -21,6 +21,18 @@ def drop_unused(model: Any) -> None:
     _keep(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in read))
     used = {node.op_type for node in graph.node if node.domain == DOMAIN}
     _keep(model.functions, (f for f in model.functions if f.domain != DOMAIN or f.name in used))
+
+
+def gets_merged(model: Any, node: Any) -> bool:
+    """Whether a node of ours may get sizes other than ones, as the second input: some tokens were merged."""
+    import onnx
+
+    if len(node.input) < 2 or OPERATORS[node.op_type].inputs[1].name != "sizes":
+        return False
+    name = node.input[1]
+    expanded = {made.output[0]: made.input[0] for made in model.graph.node if made.op_type == "Expand"}
+    weight = next((t for t in model.graph.initializer if t.name == expanded.get(name, name)), None)
+    return weight is None or not bool((onnx.numpy_helper.to_array(weight) == 1).all())
 
 
 def _read_by(node: Any) -> Iterator[str]:

@@ -35,16 +35,13 @@ def _triton_missing() -> str | None:
 
 
 NATIVE = Kernels(
-    (
-        "KeySelect", "SparseAttention", "DenseAttention", "TokenScore",
-        "MergedKeySelect", "MergedSparseAttention", "MergedDenseAttention", "MatchTokens", "MergeTokens",
-    ),
+    ("KeySelect", "SparseAttention", "DenseAttention", "MatchTokens", "MergeTokens"),
     "cpu",
     ("float32",),
     native.why_unusable,
-)  # fmt: skip
+)
 TRITON = Kernels(
-    ("KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention", "MatchTokens", "MergeTokens"),
+    ("KeySelect", "SparseAttention", "MatchTokens", "MergeTokens"),
     "cuda",
     ("float32", "float16", "bfloat16"),
     _triton_missing,

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-FIRST_VERSION = 1
 AttributeValue = int | float
 Attributes = Mapping[str, AttributeValue]
 Shapes = Sequence[Sequence[int]]
@@ -54,7 +53,6 @@ class Operator:
             (for KeySelect: absolute, of selection scores).
         doc: the computation, in mathematical notation.
         check: reasons of its own why attributes and shapes do not go together; see `refusals`.
-        since: version of the domain that it came with.
     """
 
     name: str
@@ -64,7 +62,6 @@ class Operator:
     tolerances: Mapping[str, float]
     doc: str
     check: Callable[[Attributes, Shapes, Sizes], list[str]] = lambda *_: []
-    since: int = FIRST_VERSION
 
     def refusals(self, attributes: Attributes, shapes: Shapes) -> list[str]:
         """Reasons why these attributes and input shapes are not allowed; empty when they are."""

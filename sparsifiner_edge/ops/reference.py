@@ -31,13 +31,11 @@ def _merge_heads(heads: Array) -> Array:
     return np.asarray(heads.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
 
 
-def run_means(x: Array, run: int, sizes: Array | None = None) -> Array:
-    """Means over runs of `run` consecutive rows: x [B,H,P,d] -> [B,H,ceil(P/run),d]; the last run may be short.
-
-    `sizes` [B,P] weigh the rows.
+def run_means(x: Array, run: int, sizes: Array) -> Array:
+    """Means over runs of `run` consecutive rows, weighted by sizes [B,P]: x [B,H,P,d] -> [B,H,ceil(P/run),d]; the last
+    run may be short.
     """
-    weights = np.ones((x.shape[0], x.shape[2])) if sizes is None else sizes.astype(np.float64)
-    rows = weights[:, None, :, None]
+    rows = sizes[:, None, :, None]
     starts = range(0, x.shape[2], run)
     sums = [(x * rows)[:, :, i : i + run].sum(2) / rows[:, :, i : i + run].sum(2) for i in starts]
     return np.stack(sums, 2)
@@ -45,6 +43,7 @@ def run_means(x: Array, run: int, sizes: Array | None = None) -> Array:
 
 def key_scores(
     qkv: Array,
+    sizes: Array,
     proj_q: Array,
     proj_k: Array,
     *,
@@ -55,16 +54,13 @@ def key_scores(
     cell: int,
     scale: float,
     value_power: float,
-    sizes: Array | None = None,
 ) -> Array:
-    """Selection scores [B,H,T,P] of KeySelect, or with `sizes` [B,N] of MergedKeySelect."""
+    """Selection scores [B,H,T,P] of KeySelect."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
-    patches = None if sizes is None else sizes[:, num_prefix:]
+    patches = sizes[:, num_prefix:].astype(np.float64)
     probes = run_means(q, probe, patches) @ proj_q.astype(np.float64)
     keys = k @ proj_k.astype(np.float64)
-    logits = scale * probes @ keys.swapaxes(-1, -2)
-    if patches is not None:
-        logits = logits + np.log(patches.astype(np.float64))[:, None, None]
+    logits = scale * probes @ keys.swapaxes(-1, -2) + np.log(patches)[:, None, None]
     logits = logits - logits.max(-1, keepdims=True)
     log_weights = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     per_tile = tile // probe
@@ -83,9 +79,9 @@ def top_keys(scores: Array, keys: int) -> Array:
     return np.sort(order, axis=-1).astype(np.int32)
 
 
-def key_select(qkv: Array, proj_q: Array, proj_k: Array, *, keys: int, **settings: Any) -> Array:
-    """KeySelect, or with `sizes` MergedKeySelect: indices int32 [B,H,T,K]; settings as in `key_scores`."""
-    return top_keys(key_scores(qkv, proj_q, proj_k, **settings), keys)
+def key_select(qkv: Array, *others: Array, keys: int, **settings: Any) -> Array:
+    """KeySelect: indices int32 [B,H,T,K]; inputs and settings as in `key_scores`."""
+    return top_keys(key_scores(qkv, *others, **settings), keys)
 
 
 def landmark_scores(
@@ -101,12 +97,8 @@ def landmark_scores(
     scale: float,
     top_coefficients: int,
     basis_threshold: float,
-    places: Array | None = None,
 ) -> Array:
-    """Selection scores [B,H,N-1,N] of LandmarkKeySelect, or with `places` [B,N-1] of PlacedLandmarkKeySelect."""
-    if places is not None:
-        rows = np.pad(1 + places.clip(0, down.shape[0] - 2), ((0, 0), (1, 0)))
-        down, up = down[rows][:, None], up[rows][:, None]
+    """Selection scores [B,H,N-1,N] of LandmarkKeySelect."""
     q, k, _ = split_heads(qkv, num_heads)
     projected_q = q[:, :, 1:] @ proj_q.astype(np.float64).T + bias_q
     landmarks = (k @ proj_k.astype(np.float64).T + bias_k).swapaxes(-1, -2) @ down.astype(np.float64)
@@ -114,19 +106,18 @@ def landmark_scores(
     dropped = np.argsort(-coefficients, axis=-1, kind="stable")[..., top_coefficients:]
     np.put_along_axis(coefficients, dropped, 0, -1)
     basis = np.abs(up.astype(np.float64))
-    scores = coefficients @ np.where(basis > basis_threshold, basis, 0).swapaxes(-1, -2)
+    scores = coefficients @ np.where(basis > basis_threshold, basis, 0).T
     return np.where(np.isnan(scores), -np.inf, scores)
 
 
 def landmark_key_select(qkv: Array, *weights: Array, keys: int, **settings: Any) -> Array:
-    """LandmarkKeySelect, or with `places` PlacedLandmarkKeySelect: indices int32 [B,H,N-1,K]; inputs and settings as in
-    `landmark_scores`.
-    """
+    """LandmarkKeySelect: indices int32 [B,H,N-1,K]; inputs and settings as in `landmark_scores`."""
     return top_keys(landmark_scores(qkv, *weights, **settings), keys)
 
 
 def sparse_attention(
     qkv: Array,
+    sizes: Array,
     indices: Array,
     *,
     num_heads: int,
@@ -135,11 +126,10 @@ def sparse_attention(
     cell: int,
     scale: float,
     prefix_keys: int = 1,
-    sizes: Array | None = None,
 ) -> Array:
-    """SparseAttention, or with `sizes` [B,N] MergedSparseAttention: float64 [B,N,C]."""
+    """SparseAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
-    counts = np.ones(qkv.shape[:2]) if sizes is None else sizes.astype(np.float64)
+    counts = sizes.astype(np.float64)
     out = np.empty_like(q)
     logits = scale * q[:, :, :num_prefix] @ k.swapaxes(-1, -2) + np.log(counts)[:, None, None]
     out[:, :, :num_prefix] = _softmax(logits) @ v
@@ -169,17 +159,11 @@ def _attend(q: Array, keys: Array, values: Array, offsets: Array, scale: float) 
     return np.asarray(_softmax(scale * q @ keys.T + offsets) @ values)
 
 
-def dense_attention(qkv: Array, *, num_heads: int, scale: float, sizes: Array | None = None) -> Array:
-    """DenseAttention, or with `sizes` [B,N] MergedDenseAttention: float64 [B,N,C]."""
+def dense_attention(qkv: Array, sizes: Array, *, num_heads: int, scale: float) -> Array:
+    """DenseAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
-    offsets = np.zeros(qkv.shape[:2]) if sizes is None else np.log(sizes.astype(np.float64))
-    return _merge_heads(_softmax(scale * q @ k.swapaxes(-1, -2) + offsets[:, None, None]) @ v)
-
-
-def token_score(qkv: Array, *, num_heads: int, scale: float) -> Array:
-    """TokenScore: float64 [B,N]."""
-    q, k, _ = split_heads(qkv, num_heads)
-    return np.asarray(_softmax(scale * q[:, :, :1] @ k.swapaxes(-1, -2))[:, :, 0].mean(1))
+    offsets = np.log(sizes.astype(np.float64))[:, None, None]
+    return _merge_heads(_softmax(scale * q @ k.swapaxes(-1, -2) + offsets) @ v)
 
 
 def match_tokens(qkv: Array, sizes: Array, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Array:

@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from sparsifiner_edge.ops.operator import FLOATS, QKV, Attribute, Attributes, Operator, Shapes, Sizes, Tensor
 
 DOMAIN = "sparsifiner"
-VERSION = 2
-"""Of the domain. Version 2 added what merged tokens and landmarks of pruned images need; what files of version 1 use
-means the same in both, but for coefficients of LandmarkKeySelect that tie (docs/operators.md).
-"""
+VERSION = 3
+"""Of the domain: all operators are of one version, and files of others are refused."""
 TOPK_LIMIT = 3840
 """TensorRT's TopK layer accepts no larger K (TensorRT operator documentation, TopK)."""
 DEVIATION_FLOOR = 1e-6
@@ -24,25 +22,24 @@ DEVIATION_FLOOR = 1e-6
 
 
 def _select_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-    reasons = []
+    reasons = _wrong_sizes(*shapes[:2])
     if a["tile"] % a["probe"]:
         reasons.append(f"tile {a['tile']} is not a multiple of probe {a['probe']}")
     if a["keys"] > sizes.patches:
         reasons.append(f"keys {a['keys']} exceed the {sizes.patches} patches")
-    for name, shape in zip(("proj_q", "proj_k"), shapes[1:], strict=True):
-        if tuple(shape[:2]) != (a["num_heads"], sizes.width) or shape[2] != shapes[1][2] or shape[2] < 1:
+    for name, shape in zip(("proj_q", "proj_k"), shapes[2:], strict=True):
+        if tuple(shape[:2]) != (a["num_heads"], sizes.width) or shape[2] != shapes[2][2] or shape[2] < 1:
             reasons.append(f"{name} must have shape [{a['num_heads']}, {sizes.width}, c], got {list(shape)}")
     return reasons
 
 
-def _landmark_refusals(a: Attributes, shapes: Shapes, sizes: Sizes, of: int | None = None) -> list[str]:
-    """`of`: tokens of the whole image, where some of them are gone."""
+def _landmark_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
     tokens, channels, landmarks = sizes.tokens, shapes[1][0], shapes[5][1]
-    reduction, basis = (channels, sizes.width), (of or tokens, landmarks)
+    reduction, basis = (channels, sizes.width), (tokens, landmarks)
     expected = (reduction, (channels,), reduction, (channels,), basis, basis)
     reasons = [
         f"{tensor.name} must have shape {list(wanted)}, got {list(shape)}"
-        for tensor, wanted, shape in zip(LANDMARK_KEY_SELECT.inputs[1:], expected, shapes[1:7], strict=True)
+        for tensor, wanted, shape in zip(LANDMARK_KEY_SELECT.inputs[1:], expected, shapes[1:], strict=True)
         if tuple(shape) != wanted
     ]
     if a["keys"] > tokens:
@@ -54,28 +51,23 @@ def _landmark_refusals(a: Attributes, shapes: Shapes, sizes: Sizes, of: int | No
     return reasons
 
 
-def _placed_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-    wanted, of = [shapes[0][0], sizes.tokens - 1], shapes[5][0]
-    reasons = _landmark_refusals(a, shapes, sizes, of)
-    if list(shapes[7]) != wanted:
-        reasons.append(f"places must have shape {wanted}, got {list(shapes[7])}")
-    if of < sizes.tokens:
-        reasons.append(f"down has {of} rows for an image of which {sizes.tokens} tokens are left")
-    return reasons
-
-
 def _attention_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-    patches, tiles = sizes.patches, math.ceil(sizes.patches / a["tile"])
-    reasons = []
+    patches, tiles, lists = sizes.patches, math.ceil(sizes.patches / a["tile"]), shapes[2]
+    reasons = _wrong_sizes(*shapes[:2])
     if a["prefix_keys"] not in (0, 1):
         reasons.append(f"prefix_keys must be 0 or 1, got {a['prefix_keys']}")
     if a["prefix_keys"] == 0 and (a["tile"] != 1 or a["cell"] != 0):
         reasons.append("prefix_keys 0 goes with tile 1 and cell 0")
-    if tuple(shapes[1][:3]) != (shapes[0][0], a["num_heads"], tiles):
-        reasons.append(f"indices must have shape [{shapes[0][0]}, {a['num_heads']}, {tiles}, K], got {list(shapes[1])}")
-    elif not 1 <= shapes[1][3] <= (patches if a["prefix_keys"] else sizes.tokens):
-        reasons.append(f"indices list {shapes[1][3]} keys of {patches} patches")
+    if tuple(lists[:3]) != (shapes[0][0], a["num_heads"], tiles):
+        reasons.append(f"indices must have shape [{shapes[0][0]}, {a['num_heads']}, {tiles}, K], got {list(lists)}")
+    elif not 1 <= lists[3] <= (patches if a["prefix_keys"] else sizes.tokens):
+        reasons.append(f"indices list {lists[3]} keys of {patches} patches")
     return reasons
+
+
+def _wrong_sizes(qkv: Sequence[int], sizes: Sequence[int]) -> list[str]:
+    wanted = list(qkv[:2])
+    return [] if list(sizes) == wanted else [f"sizes must have shape {wanted}, got {list(sizes)}"]
 
 
 _HEADS = Attribute("num_heads", int, 1, (1, 3), "H, number of heads")
@@ -83,6 +75,12 @@ _PREFIX = Attribute("num_prefix", int, 0, (1, 0, 5), "leading tokens: class, dis
 _TILE = Attribute("tile", int, 1, (16, 8, 64), "consecutive patch queries that share one key list")
 _CELL = Attribute("cell", int, 0, (55, 0, 7), "consecutive patches that make one background cell; 0: none")
 _SCALE = Attribute("scale", float, 0.0, (0.125,), "factor of the logits, normally d ** -0.5")
+_SIZES = Tensor(
+    "sizes",
+    ("float32",),
+    ("B", "N"),
+    "patches that each token stands for, at least 1: merged ones for several; of the prefix 1",
+)
 _INDICES = Tensor(
     "indices", ("int32",), ("B", "H", "T", "K"), "patch keys read by each tile, counted from 0, strictly ascending"
 )
@@ -92,6 +90,7 @@ KEY_SELECT = Operator(
     check=_select_refusals,
     inputs=(
         QKV,
+        _SIZES,
         Tensor("proj_q", FLOATS, ("H", "d", "c"), "low-rank projection of mean probe queries"),
         Tensor("proj_k", FLOATS, ("H", "d", "c"), "low-rank projection of keys"),
     ),
@@ -109,10 +108,11 @@ KEY_SELECT = Operator(
     tolerances={"float32": 1e-4, "float16": 1e-4, "bfloat16": 1e-4},
     doc=(
         "For every probe g: a_g = (mean of q over its real patches) proj_q. For every patch key j: b_j = k_j proj_k.\n"
-        "l[g, j] = log_softmax over j of (scale a_g . b_j). For a tile t:\n"
+        "l[g, j] = log_softmax over j of (scale a_g . b_j + log s_j). For a tile t:\n"
         "score[t, j] = max over its probes of l[g, j] + value_power log max(|v_j - m_j|, 1e-6), where m_j is the mean\n"
-        "value of the cell of j (0 without cells). The K highest scores win, ties go to the lower index, NaN is\n"
-        "-inf. Scores are computed in float32 whatever the element type: float16 probabilities underflow into ties."
+        "value of the cell of j (0 without cells). A token of size s counts as s do (ToMe, ICLR 2023, section 3):\n"
+        "both means are weighted by size. The K highest scores win, ties go to the lower index, NaN is -inf. Scores\n"
+        "are computed in float32 whatever the element type: float16 probabilities underflow into ties."
     ),
 )
 
@@ -147,27 +147,10 @@ LANDMARK_KEY_SELECT = Operator(
     ),
 )
 
-PLACED_LANDMARK_KEY_SELECT = dataclasses.replace(
-    LANDMARK_KEY_SELECT,
-    name="PlacedLandmarkKeySelect",
-    check=_placed_refusals,
-    inputs=(
-        *LANDMARK_KEY_SELECT.inputs[:5],
-        *(dataclasses.replace(tensor, axes=("M", "L")) for tensor in LANDMARK_KEY_SELECT.inputs[5:]),
-        Tensor("places", ("int32",), ("B", "N-1"), "of each patch among the image's, from 0; one outside is clamped"),
-    ),
-    doc=(
-        "LandmarkKeySelect where some of an image's M - 1 patches are gone, as the published code prunes: what\n"
-        "is left keeps its place. In place of down and up stand, in each image, their rows of the class token and of\n"
-        "the places; what is gone takes part in no landmark and is not chosen."
-    ),
-    since=2,
-)
-
 SPARSE_ATTENTION = Operator(
     name="SparseAttention",
     check=_attention_refusals,
-    inputs=(QKV, _INDICES),
+    inputs=(QKV, _SIZES, _INDICES),
     attributes=(
         _HEADS,
         _PREFIX,
@@ -187,72 +170,22 @@ SPARSE_ATTENTION = Operator(
     tolerances={"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2},
     doc=(
         "Prefix queries attend to all N tokens. A patch query of tile t attends to the prefix, to the K patches in\n"
-        "indices[t], and to one entry per cell r that stands for the n patches of r that t did not select: mean\n"
-        "key, mean value, and a logit raised by log n. A fully selected cell drops out. Softmax in float32."
+        "indices[t], and to one entry per cell r that stands for the patches of r that t did not select: mean key,\n"
+        "mean value, both weighted by size, and a logit raised by the log of the sum of their sizes. The log of its\n"
+        "size is added to a key's logit, for prefix queries too. A cell is `cell` consecutive tokens, whatever their\n"
+        "sizes; a fully selected one drops out. Softmax in float32."
     ),
 )
 
 DENSE_ATTENTION = Operator(
     name="DenseAttention",
-    inputs=(QKV,),
+    check=lambda _, shapes, __: _wrong_sizes(*shapes),
+    inputs=(QKV, _SIZES),
     attributes=(_HEADS, _SCALE),
     output=SPARSE_ATTENTION.output,
     tolerances=SPARSE_ATTENTION.tolerances,
-    doc="softmax(scale q k^T) v per head, over all N tokens. Softmax in float32.",
+    doc="softmax(scale q k^T + log s) v per head, over all N tokens, s their sizes. Softmax in float32.",
 )
-
-TOKEN_SCORE = Operator(
-    name="TokenScore",
-    inputs=(QKV,),
-    attributes=(_HEADS, _SCALE),
-    output=Tensor("scores", ("float32",), ("B", "N"), "what the class token attends to; each row sums to 1"),
-    tolerances={"float32": 1e-5, "float16": 1e-5, "bfloat16": 1e-5},
-    doc=(
-        "For token pruning (EViT, ICLR 2022, section 3): the class token's row of softmax(scale q k^T), mean over\n"
-        "the heads. The class token is token 0. Computed in float32 whatever the element type: ranks of float16\n"
-        "probabilities tie."
-    ),
-)
-
-_SIZES = Tensor("sizes", ("float32",), ("B", "N"), "patches that each token stands for, at least 1; of the prefix 1")
-
-
-def _over_merged_tokens(op: Operator, doc: str) -> Operator:
-    """The operator with `sizes` as its second input."""
-
-    def check(attributes: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-        return _wrong_sizes(*shapes[:2]) + op.check(attributes, [shapes[0], *shapes[2:]], sizes)
-
-    return dataclasses.replace(
-        op,
-        name=f"Merged{op.name}",
-        inputs=(op.inputs[0], _SIZES, *op.inputs[1:]),
-        doc=f"{op.name} over merged tokens: a token of size s counts as s do (ToMe, ICLR 2023, section 3).\n{doc}",
-        check=check,
-        since=2,
-    )
-
-
-MERGED_KEY_SELECT = _over_merged_tokens(
-    KEY_SELECT,
-    "The log of its size is added to a key's logit before the log_softmax; the means of probes (queries) and of cells\n"
-    "(values) are weighted by size.",
-)
-
-MERGED_SPARSE_ATTENTION = _over_merged_tokens(
-    SPARSE_ATTENTION,
-    "The log of its size is added to a key's logit, for prefix queries too. Cells still hold `cell` consecutive\n"
-    "tokens; their mean key and value are weighted by size, and n is the sum of the sizes.",
-)
-
-MERGED_DENSE_ATTENTION = _over_merged_tokens(
-    DENSE_ATTENTION, "softmax(scale q k^T + log s) v per head. Softmax in float32."
-)
-
-
-def _wrong_sizes(qkv: Sequence[int], sizes: Sequence[int]) -> list[str]:
-    wanted = list(qkv[:2])
-    return [] if list(sizes) == wanted else [f"sizes must have shape {wanted}, got {list(sizes)}"]
 
 
 def _match_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
@@ -303,7 +236,6 @@ MATCH_TOKENS = Operator(
         "odd patch's place; order is kept otherwise, and prefix tokens never merge. pairs[i] = (token that stays, its\n"
         "suitor or itself). Computed in float32 whatever the element type."
     ),
-    since=2,
 )
 
 MERGE_TOKENS = Operator(
@@ -317,14 +249,9 @@ MERGE_TOKENS = Operator(
         "x[a] where a pair is (a, a), else (s_a x[a] + s_b x[b]) / (s_a + s_b). Computed in float32. Sizes and places\n"
         "that go on are plain operators: the sum of a pair's sizes, and for each old token the pair that holds it."
     ),
-    since=2,
 )
 
 OPERATORS = {
     op.name: op
-    for op in (
-        KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, TOKEN_SCORE,
-        MERGED_KEY_SELECT, MERGED_SPARSE_ATTENTION, MERGED_DENSE_ATTENTION, MATCH_TOKENS, MERGE_TOKENS,
-        PLACED_LANDMARK_KEY_SELECT,
-    )
-}  # fmt: skip
+    for op in (KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, MATCH_TOKENS, MERGE_TOKENS)
+}

@@ -4,6 +4,8 @@ Shapes and symbols are those of `schema.py`. Under `torch.onnx.export` each oper
 gives the exported file the function body that runs it. On a CUDA GPU `key_select` and `sparse_attention` run as Triton
 kernels where those can (`ops.triton.kernels_for` says which runs, and why), on the processor as native ones within
 `ops.torch_native.native_kernels`.
+
+Where no token was merged, `sizes` are None here: nothing is computed of them. An exported node has them all the same.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsifiner_edge.ops.operator import FIRST_VERSION, Attributes
-from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN
-from sparsifiner_edge.ops.torch_native import native_result
+from sparsifiner_edge.ops.operator import Attributes
+from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, VERSION
+from sparsifiner_edge.ops.torch_native import native_result, single_sizes
 from sparsifiner_edge.ops.torch_triton import triton_result
 
 LARGEST_MASK = 1 << 28
@@ -29,7 +31,7 @@ def bare_node(
 ) -> Tensor:
     """One node of the domain in the file that is exported: outputs of this type and shape."""
     node: Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=dtype, shape=shape, version=FIRST_VERSION
+        f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=dtype, shape=shape, version=VERSION
     )
     return node
 
@@ -101,7 +103,7 @@ def key_scores(
     value_power: float,
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """Selection scores of KeySelect, or with `sizes` [B,N] of MergedKeySelect: float32 [B,H,T,P]."""
+    """Selection scores of KeySelect: float32 [B,H,T,P]."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
     sizes = None if sizes is None else sizes[:, num_prefix:]
     logits = probe_logits(q, k, proj_q, proj_k, probe=probe, scale=scale, sizes=sizes)
@@ -141,7 +143,7 @@ def key_select(
     value_power: float,
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """KeySelect, or with `sizes` [B,N] MergedKeySelect: indices int32 [B,H,T,K]. Its choice has no gradient."""
+    """KeySelect: indices int32 [B,H,T,K]. Its choice has no gradient."""
     settings: dict[str, Any] = {
         "num_heads": num_heads,
         "num_prefix": num_prefix,
@@ -153,21 +155,20 @@ def key_select(
     }
     attributes = {**settings, "keys": keys}
     shape = [qkv.shape[0], num_heads, math.ceil((qkv.shape[1] - num_prefix) / tile), keys]
-    name, inputs = _merged("KeySelect", sizes, qkv, proj_q, proj_k)
     if torch.onnx.is_in_onnx_export():
-        return bare_node(name, inputs, attributes, torch.int32, shape)
-    found = native_result(name, attributes, inputs, shape, torch.int32)
+        inputs = (qkv, _given(sizes, qkv), proj_q, proj_k)
+        return bare_node("KeySelect", inputs, attributes, torch.int32, shape)
+    found = native_result("KeySelect", attributes, qkv, sizes, (proj_q, proj_k), shape, torch.int32)
     if found is not None:
         return found
-    found = triton_result(name, attributes, inputs)
+    found = triton_result("KeySelect", attributes, qkv, sizes, proj_q, proj_k)
     if found is not None:
         return found
     return top_keys(key_scores(qkv, proj_q, proj_k, sizes=sizes, **settings), keys)
 
 
-def _merged(name: str, sizes: Tensor | None, qkv: Tensor, *others: Tensor) -> tuple[str, tuple[Tensor, ...]]:
-    """Name and inputs of an operator, or of its form over merged tokens."""
-    return (name, (qkv, *others)) if sizes is None else (f"Merged{name}", (qkv, sizes, *others))
+def _given(sizes: Tensor | None, qkv: Tensor) -> Tensor:
+    return single_sizes(qkv) if sizes is None else sizes
 
 
 def sparse_attention(
@@ -182,7 +183,7 @@ def sparse_attention(
     prefix_keys: int = 1,
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """SparseAttention, or with `sizes` [B,N] MergedSparseAttention: [B,N,C], differentiable in qkv."""
+    """SparseAttention: [B,N,C], differentiable in qkv."""
     batch, tokens, packed = qkv.shape
     attributes = {
         "num_heads": num_heads,
@@ -193,13 +194,12 @@ def sparse_attention(
         "prefix_keys": prefix_keys,
     }
     shape = [batch, tokens, packed // 3]
-    name, inputs = _merged("SparseAttention", sizes, qkv, indices)
     if torch.onnx.is_in_onnx_export():
-        return bare_node(name, inputs, attributes, qkv.dtype, shape)
-    found = native_result(name, attributes, inputs, shape, qkv.dtype)
+        return bare_node("SparseAttention", (qkv, _given(sizes, qkv), indices), attributes, qkv.dtype, shape)
+    found = native_result("SparseAttention", attributes, qkv, sizes, (indices,), shape, qkv.dtype)
     if found is not None:
         return found
-    found = triton_result(name, attributes, inputs)
+    found = triton_result("SparseAttention", attributes, qkv, sizes, indices)
     if found is not None:
         return found
     q, k, v = split_heads(qkv, num_heads)
@@ -288,26 +288,15 @@ def _logits(tiles: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def dense_attention(qkv: Tensor, *, num_heads: int, scale: float, sizes: Tensor | None = None) -> Tensor:
-    """DenseAttention, or with `sizes` [B,N] MergedDenseAttention: [B,N,C]."""
+    """DenseAttention: [B,N,C]."""
     batch, tokens, packed = qkv.shape
     if torch.onnx.is_in_onnx_export():
         shape = [batch, tokens, packed // 3]
-        name, inputs = _merged("DenseAttention", sizes, qkv)
-        return bare_node(name, inputs, {"num_heads": num_heads, "scale": scale}, qkv.dtype, shape)
+        inputs = (qkv, _given(sizes, qkv))
+        return bare_node("DenseAttention", inputs, {"num_heads": num_heads, "scale": scale}, qkv.dtype, shape)
     q, k, v = split_heads(qkv, num_heads)
     out = F.scaled_dot_product_attention(q, k, v, _bias(sizes, q), scale=scale)
     return out.transpose(1, 2).reshape(batch, tokens, packed // 3)
-
-
-def token_score(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:
-    """TokenScore: float32 [B,N], the class token's attention, mean over the heads. No gradient flows through it."""
-    if torch.onnx.is_in_onnx_export():
-        shape = list(qkv.shape[:2])
-        return bare_node("TokenScore", (qkv,), {"num_heads": num_heads, "scale": scale}, torch.float32, shape)
-    with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
-        q, k, _ = (x.float() for x in split_heads(qkv, num_heads))
-        scores: Tensor = (scale * q[:, :, :1] @ k.mT).softmax(-1)[:, :, 0].mean(1)
-        return scores
 
 
 def rows_at(values: Tensor, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The published predictor in PyTorch: LandmarkKeySelect, PlacedLandmarkKeySelect, and the form that is trained."""
+"""The published predictor in PyTorch: LandmarkKeySelect, and the form that is trained."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from sparsifiner_edge.ops.torch import bare_node, split_heads, top_keys
 def landmark_coefficients(
     q: Tensor, k: Tensor, proj_q: Tensor, bias_q: Tensor, proj_k: Tensor, bias_k: Tensor, down: Tensor, scale: float
 ) -> Tensor:
-    """Coefficients of patch queries over landmarks: q, k [B,H,N,d], down [N,L] or of each image [B,1,N,L] -> float32
-    [B,H,N-1,L], differentiable.
-    """
+    """Coefficients of patch queries over landmarks: q, k [B,H,N,d] -> float32 [B,H,N-1,L], differentiable."""
     with torch.autocast(q.device.type, enabled=False):
         projected_q = F.linear(q[:, :, 1:].float(), proj_q.float(), bias_q.float())
         landmarks = F.linear(k.float(), proj_k.float(), bias_k.float()).transpose(-1, -2) @ down.float()
@@ -41,12 +39,6 @@ def landmark_attention(
     """
     coefficients = landmark_coefficients(q, k, proj_q, bias_q, proj_k, bias_k, down, scale)
     return coefficients @ up.float().mT
-
-
-def rows_of_places(basis: Tensor, places: Tensor) -> Tensor:
-    """Rows of `down` or `up` [M,L] of the class token and of patches at places [B,N-1] of their image: [B,1,N,L]."""
-    rows = 1 + places.long().clamp(0, basis.shape[0] - 2)
-    return basis[F.pad(rows, (1, 0))][:, None]
 
 
 @torch.no_grad()
@@ -82,11 +74,8 @@ def landmark_key_select(
     scale: float,
     top_coefficients: int,
     basis_threshold: float,
-    places: Tensor | None = None,
 ) -> Tensor:
-    """LandmarkKeySelect, or with `places` [B,N-1] PlacedLandmarkKeySelect: indices int32 [B,H,N-1,K]; `weights` are its
-    inputs after qkv, in the schema's order.
-    """
+    """LandmarkKeySelect: indices int32 [B,H,N-1,K]; `weights` are its inputs after qkv, in the schema's order."""
     settings = {
         "num_heads": num_heads,
         "scale": scale,
@@ -95,10 +84,5 @@ def landmark_key_select(
     }
     if torch.onnx.is_in_onnx_export():
         shape = [qkv.shape[0], num_heads, qkv.shape[1] - 1, keys]
-        name, others = "LandmarkKeySelect", weights
-        if places is not None:
-            name, others = "PlacedLandmarkKeySelect", (*weights, places.int())
-        return bare_node(name, (qkv, *others), {**settings, "keys": keys}, torch.int32, shape)
-    if places is not None:
-        weights = (*weights[:4], *(rows_of_places(basis, places) for basis in weights[4:]))
+        return bare_node("LandmarkKeySelect", (qkv, *weights), {**settings, "keys": keys}, torch.int32, shape)
     return top_keys(landmark_scores(qkv, *weights, **settings), keys)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ def match_tokens(qkv: Tensor, sizes: Tensor, *, num_heads: int, num_prefix: int,
     if torch.onnx.is_in_onnx_export():
         # Not within `no_grad`: torch.export makes a module for every change of that, which takes long.
         return bare_node("MatchTokens", (qkv, sizes), attributes, torch.int32, [batch, tokens - merged, 2])
-    found = triton_result("MatchTokens", attributes, (qkv, sizes))
+    found = triton_result("MatchTokens", attributes, qkv, sizes)
     return _matched(qkv, sizes, num_heads, num_prefix, window, merged) if found is None else found
 
 
@@ -79,7 +79,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
     """MergeTokens: [B,M,C], differentiable in x."""
     if torch.onnx.is_in_onnx_export():
         return bare_node("MergeTokens", (x, sizes, pairs), {}, x.dtype, [*pairs.shape[:2], x.shape[2]])
-    found = triton_result("MergeTokens", {}, (x, sizes, pairs))
+    found = triton_result("MergeTokens", {}, x, sizes, pairs)
     if found is not None:
         return found
     with torch.autocast(x.device.type, enabled=False):

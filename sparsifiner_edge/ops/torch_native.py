@@ -41,17 +41,31 @@ def within_native_kernels() -> bool:
     return not torch.compiler.is_compiling() and _OPERATORS.get() is not None
 
 
+def single_sizes(x: Tensor) -> Tensor:
+    """The sizes of tokens x [B,N,C] that were never merged: ones, float32 [B,N]."""
+    return x.new_ones(x.shape[:2], dtype=torch.float32)
+
+
 def native_result(
-    name: str, attributes: Attributes, inputs: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
+    name: str,
+    attributes: Attributes,
+    qkv: Tensor,
+    sizes: Tensor | None,
+    others: Sequence[Tensor],
+    shape: Sequence[int],
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """What the native kernels make of an operator's inputs, the first of them qkv; None where they are not asked to."""
+    """What the native kernels make of an operator's inputs (sizes None: no token was merged); None where they are not
+    asked to.
+    """
     if torch.compiler.is_compiling():
         return None
-    operators, qkv = _OPERATORS.get(), inputs[0]
+    operators = _OPERATORS.get()
     if operators is None or qkv.dtype != torch.float32 or qkv.device.type != "cpu":
         return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, *others)):
         return None
+    inputs = (qkv, single_sizes(qkv) if sizes is None else sizes, *others)
     output = torch.empty(tuple(shape), dtype=dtype)
     operators.run(name, attributes, [x.detach().contiguous().numpy() for x in inputs], output.numpy())
     return output

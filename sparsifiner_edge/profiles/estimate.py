@@ -302,7 +302,7 @@ def memory_bytes(kind: str, weights: float, layer: float, scores: float) -> tupl
 def peak_activations(work: Workload, size: int) -> tuple[float, float]:
     """Bytes of the largest layer's tensors at `size` bytes an element, and of its scores and gathered keys, if kept."""
     shape, sparsity = work.shape, work.sparsity
-    tokens = shape.patches + shape.prefix + sparsity.fuse_tokens * len(sparsity.token_keep)
+    tokens = shape.patches + shape.prefix
     layer = size * tokens * (2 * shape.width + max(4 * shape.width, shape.hidden))
     sparse = set(sparsity.sparse_layers(shape.depth))
     counts = sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)

@@ -12,7 +12,7 @@ from sparsifiner_edge.runtime.onnxruntime.backends import OnnxRuntime
 from sparsifiner_edge.runtime.session import Session
 
 WATCHED = "watched"
-LISTS = ("KeySelect", "MergedKeySelect", "LandmarkKeySelect")
+LISTS = ("KeySelect", "LandmarkKeySelect")
 MATCHES = "MatchTokens"
 
 

@@ -109,17 +109,19 @@ def merging_piece(geometry: HeadGeometry, prefix: int, window: int, patches: int
 
 def attention_piece(geometry: HeadGeometry, prefix: int, patches: int, config: SparsityConfig, merged: bool) -> Piece:
     """Selection and attention of a layer alone; config: with one share of keys for all layers; 1 is dense. merged:
-    whether tokens have sizes.
+    whether sizes are given; else all are 1.
     """
     tokens, channels = prefix + patches, geometry.heads * geometry.dim
     feed: dict[str, Array] = {"qkv": _random(1, tokens, 3 * channels)}
-    kind, sizes = ("Merged", ["sizes"]) if merged else ("", [])
-    if merged:
-        feed["sizes"] = np.ones((1, tokens), np.float32)
-    heads = {"num_heads": geometry.heads, "scale": float(geometry.scale)}
     weights: list[TensorProto] = []
+    sizes = np.ones((1, tokens), np.float32)
+    if merged:
+        feed["sizes"] = sizes
+    else:
+        weights.append(numpy_helper.from_array(sizes, "sizes"))
+    heads = {"num_heads": geometry.heads, "scale": float(geometry.scale)}
     if config.keep == 1:
-        nodes = [_node(f"{kind}DenseAttention", ["qkv", *sizes], "output", heads)]
+        nodes = [_node("DenseAttention", ["qkv", "sizes"], "output", heads)]
     else:
         layout = config.layout(patches, prefix)
         lists = {**heads, "num_prefix": prefix, "tile": config.tile, "cell": layout.cell}
@@ -128,8 +130,8 @@ def attention_piece(geometry: HeadGeometry, prefix: int, patches: int, config: S
             projection = _random(geometry.heads, geometry.dim, config.channels)
             weights.append(numpy_helper.from_array(projection, name))
         nodes = [
-            _node(f"{kind}KeySelect", ["qkv", *sizes, "proj_q", "proj_k"], "indices", lists | choice),
-            _node(f"{kind}SparseAttention", ["qkv", *sizes, "indices"], "output", {**lists, "prefix_keys": 1}),
+            _node("KeySelect", ["qkv", "sizes", "proj_q", "proj_k"], "indices", lists | choice),
+            _node("SparseAttention", ["qkv", "sizes", "indices"], "output", {**lists, "prefix_keys": 1}),
         ]
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name, x in feed.items()]
     output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, tokens, channels])

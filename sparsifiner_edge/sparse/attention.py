@@ -33,8 +33,7 @@ class LandmarkSelector(nn.Module):
     """The published predictor's parameters (Sparsifiner, section 3.2); tied to the number of tokens.
 
     Attributes:
-        proj_q, proj_k: [c, d] with biases [c], shared by the heads. down, up: [M, L], class token included; tokens of
-            the whole image, or of those that the layer sees.
+        proj_q, proj_k: [c, d] with biases [c], shared by the heads. down, up: [N, L], class token included.
     """
 
     def __init__(self, head_dim: int, channels: int, tokens: int, landmarks: int) -> None:
@@ -49,14 +48,6 @@ class LandmarkSelector(nn.Module):
     def inputs(self) -> tuple[Tensor, ...]:
         """The inputs of LandmarkKeySelect after qkv, in the schema's order."""
         return self.proj_q, self.bias_q, self.proj_k, self.bias_k, self.down, self.up
-
-    def inputs_of(self, places: Tensor) -> tuple[Tensor, ...]:
-        """As `inputs`, of the tokens that are left at `places` [B,P] of the image: down and up [B,1,N,L]."""
-        return *self.inputs()[:4], *(torch_landmarks.rows_of_places(basis, places) for basis in (self.down, self.up))
-
-    def places(self, positions: Tensor | None) -> Tensor | None:
-        """Positions [B,P] of the patches that a layer sees, where these are fewer than it has rows for."""
-        return None if positions is None or positions.shape[1] + 1 == self.down.shape[0] else positions
 
 
 class HeadGeometry(NamedTuple):
@@ -112,18 +103,16 @@ class PackedAttention(nn.Module):
         """The layer's input x [B,N,D] and heads' results [B,N,C] -> [B,N,D]."""
         raise NotImplementedError
 
-    def attend(self, qkv: Tensor, sizes: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """qkv [B,N,3C], the tokens' sizes [B,N] where they are merged, and where each patch lies, [B,P] -> [B,N,C]."""
+    def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """qkv [B,N,3C], and the tokens' sizes [B,N] where they are merged -> [B,N,C]."""
         raise NotImplementedError
 
-    def forward(
-        self, x: Tensor, table: Tensor | None = None, sizes: Tensor | None = None, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """For the layer alone, which knows how its tokens lie: x [B,N,D] along the curve, the patches' rotary table,
-        the tokens' sizes [B,N] and the patches' raster places [B,P] -> [B,N,D], and qkv [B,N,3C].
+    def forward(self, x: Tensor, table: Tensor | None = None, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """For the layer alone, which knows how its tokens lie: x [B,N,D] along the curve, the patches' rotary table and
+        the tokens' sizes [B,N] -> [B,N,D], and qkv [B,N,3C].
         """
         qkv = self.packed(x, table)
-        return self.joined(x, self.attend(qkv, sizes, positions)), qkv
+        return self.joined(x, self.attend(qkv, sizes)), qkv
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,N,D] -> q, k, v [B,N,H,d], before rotation."""
@@ -149,15 +138,13 @@ class PackedAttention(nn.Module):
 class DenseAttention(PackedAttention):
     """Plain attention as one operator: the dense layers of a student that has sparse ones."""
 
-    def attend(self, qkv: Tensor, sizes: Tensor | None = None, _: Tensor | None = None) -> Tensor:
+    def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """See `PackedAttention`."""
         return ops.dense_attention(qkv, num_heads=self.geometry.heads, scale=self.geometry.scale, sizes=sizes)
 
 
-Observer = Callable[["SparseAttention", Tensor, "Tensor | None", "Tensor | None"], None]
-"""Called with a sparse layer, its qkv [B,N,3C], the sizes [B,N] of its tokens where they are merged, and the raster
-places [B,P] of its patches.
-"""
+Observer = Callable[["SparseAttention", Tensor, "Tensor | None"], None]
+"""Called with a sparse layer, its qkv [B,N,3C], and the sizes [B,N] of its tokens where they are merged."""
 
 
 class SparseAttention(PackedAttention):
@@ -179,11 +166,11 @@ class SparseAttention(PackedAttention):
     observer: Observer | None = None
     densely: bool = False
 
-    def attend(self, qkv: Tensor, sizes: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """See `PackedAttention`."""
         dense = self.sparsity.keep == 1  # in the budget of now
         if self.observer is not None and not dense:
-            self.observer(self, qkv, sizes, positions)
+            self.observer(self, qkv, sizes)
         if self.densely or dense:
             return ops.dense_attention(qkv, num_heads=self.geometry.heads, scale=self.geometry.scale, sizes=sizes)
         found = self.together(qkv, sizes)
@@ -191,7 +178,7 @@ class SparseAttention(PackedAttention):
             return found
         return ops.sparse_attention(
             qkv,
-            self.indices(qkv, sizes, positions),
+            self.indices(qkv, sizes),
             num_heads=self.geometry.heads,
             num_prefix=self.num_prefix,
             tile=self.sparsity.tile,
@@ -206,8 +193,7 @@ class SparseAttention(PackedAttention):
         if getattr(self.indices, "__func__", None) is not SparseAttention.indices:
             return None
         select = cast(KeySelector, self.select)
-        merged = () if sizes is None else (sizes,)
-        return triton_layer(self.selection, (qkv, *merged, select.proj_q, select.proj_k))
+        return triton_layer(self.selection, qkv, sizes, select.proj_q, select.proj_k)
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -223,8 +209,8 @@ class SparseAttention(PackedAttention):
             "value_power": self.sparsity.value_power,
         }
 
-    def indices(self, qkv: Tensor, sizes: Tensor | None = None, _places: Tensor | None = None) -> Tensor:
-        """Patch keys that each head and tile reads: int32 [B,H,T,K]; it matters nothing where patches lie."""
+    def indices(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Patch keys that each head and tile reads: int32 [B,H,T,K]."""
         select = cast(KeySelector, self.select)
         return ops.key_select(
             qkv,
@@ -240,13 +226,12 @@ class LandmarkAttention(SparseAttention):
 
     prefix_keys = 0
 
-    def indices(self, qkv: Tensor, _: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def indices(self, qkv: Tensor, _: Tensor | None = None) -> Tensor:
         """Tokens that each head and patch query reads: int32 [B,H,N-1,K]. They are never merged here."""
         select = cast(LandmarkSelector, self.select)
         return torch_landmarks.landmark_key_select(
             qkv,
             *select.inputs(),
-            places=select.places(positions),
             num_heads=self.geometry.heads,
             keys=self.layout.keys,
             # The published code scales by the number of heads, not by the head dimension.
@@ -305,8 +290,8 @@ def make_sparse(
             f"Give at most {head_dim} channels.",
         )
     if sparsity.preset == "paper":
-        tokens = sparsity.image_tokens or patches + num_prefix
-        landmarks = sparsity.landmarks(tokens)
+        tokens = patches + num_prefix
+        landmarks = tokens // sparsity.landmark_factor
         if num_prefix != 1 or not 1 <= sparsity.top_coefficients <= landmarks:
             raise ConfigError(
                 f"Preset 'paper' requires one class token and {sparsity.top_coefficients} landmarks; this model has "

@@ -123,7 +123,7 @@ def calibrate_from_images(
 def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:
     """Run a model with dense attention and yield each sparse layer with its qkv [1,N,3C]."""
     seen: list[tuple[SparseAttention, Tensor]] = []
-    with observed(model, lambda attention, qkv, *_: seen.append((attention, qkv)), densely=True), torch.no_grad():
+    with observed(model, lambda attention, qkv, _: seen.append((attention, qkv)), densely=True), torch.no_grad():
         model(image)
     return seen
 
@@ -131,7 +131,7 @@ def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttenti
 @contextlib.contextmanager
 def observed(model: nn.Module, observer: Observer, densely: bool = False) -> Iterator[None]:
     """Let `observer` see every sparse layer and its qkv [B,N,3C]; meanwhile, if `densely`, they attend to all keys and
-    no tokens are merged, nor pruned where predictors go by places in the image.
+    no tokens are merged.
     """
     attentions = sparse_layers(model)
     layers = [part for part in model.modules() if isinstance(part, SparseLayer)]
@@ -232,17 +232,16 @@ def selection_loss(
     qkv: Tensor,
     generator: torch.Generator,
     sizes: Tensor | None = None,
-    positions: Tensor | None = None,
 ) -> Tensor:
     """How far a predictor is from what its layer's queries want; qkv [B,N,3C] counts as given, and so do the sizes
-    [B,N] of merged tokens and the raster places [B,P] of patches; gradient flows to the predictor alone.
+    [B,N] of merged tokens; gradient flows to the predictor alone.
 
     Preset "edge": Kullback-Leibler divergence of the scores of some probes from the maximum of their queries'
     attention, summed over the heads. Preset "paper": squared error of some rows of the predicted attention, summed over
     keys and heads (Sparsifiner, section 3.3). Both are means over batch and rows, and hold no n x n matrix.
     """
     if isinstance(attention.select, LandmarkSelector):
-        return _landmark_loss(attention, qkv.detach(), generator, positions)
+        return _landmark_loss(attention, qkv.detach(), generator)
     return _probe_loss(attention, qkv.detach(), generator, sizes)
 
 
@@ -269,9 +268,7 @@ def _probe_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Genera
     return mean
 
 
-def _landmark_loss(
-    attention: SparseAttention, qkv: Tensor, generator: torch.Generator, positions: Tensor | None
-) -> Tensor:
+def _landmark_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
     select = cast(LandmarkSelector, attention.select)
     with torch.no_grad():
         q, k, _ = (x.float() for x in ops.split_heads(qkv, attention.geometry.heads))
@@ -280,8 +277,6 @@ def _landmark_loss(
         true = (attention.geometry.scale * rows @ k.mT).softmax(-1)
     # The first row stands for the class token, whose attention is not predicted.
     queries = torch.cat([q[:, :, :1], rows], 2)
-    places = select.places(positions)
-    weights = select.inputs() if places is None else select.inputs_of(places)
-    guess = torch_landmarks.landmark_attention(queries, k, *weights, scale=attention.geometry.heads**-0.5)
+    guess = torch_landmarks.landmark_attention(queries, k, *select.inputs(), scale=attention.geometry.heads**-0.5)
     loss: Tensor = (guess - true).square().sum() / (true.shape[0] * true.shape[2])
     return loss

@@ -6,12 +6,9 @@ import dataclasses
 import math
 
 from sparsifiner_edge.config import Keep, SparsityConfig
-from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.sparse.hosts import Backbone
 
 MOST_CELLS = 49
-KEEP_OF = ("image", "left")
-"""Tokens that the preset paper counts keys and landmarks of: all that an image has, or those that a layer sees."""
 _BY_LAYER: tuple[tuple[int, tuple[float, ...]], ...] = (
     (3000, (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0)),
     (600, (0.1, 0.1, 0.2, 1.0)),
@@ -44,23 +41,12 @@ def fit_to_model(
     keep: Keep | None,
     channels: int | None,
     cells: int | None,
-    keep_of: str | None,
 ) -> SparsityConfig:
-    """The config with what suits the model where these are None: the paper's channels, and that it counts keys and
-    landmarks of the image's tokens; other presets' cells, and shares of keys where tokens merge.
-
-    Raises:
-        ConfigError: keys are to be counted in a way that the preset does not know.
+    """The config with what suits the model where these are None: the paper's channels; other presets' cells, and shares
+    of keys where tokens merge.
     """
-    if keep_of not in (None, *KEEP_OF) or (keep_of == "image" and sparsity.preset != "paper"):
-        raise ConfigError(
-            f"keep_of is {keep_of!r} with the preset {sparsity.preset!r}.",
-            "Give left, or with the preset paper image, or leave it out.",
-        )
     if sparsity.preset == "paper":
-        tokens = 0 if keep_of == "left" else backbone.patches + backbone.prefix
-        channels = channels or backbone.geometry.dim // 2
-        return dataclasses.replace(sparsity, channels=channels, image_tokens=tokens)
+        return dataclasses.replace(sparsity, channels=channels or backbone.geometry.dim // 2)
     if cells is None:
         sparsity = dataclasses.replace(sparsity, cells=default_cells(backbone.patches))
     if keep is None and any(sparsity.merge):

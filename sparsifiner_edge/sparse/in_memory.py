@@ -37,8 +37,6 @@ def sparsify_model(
     token_keep: tuple[tuple[int, float], ...] = (),
     merge: int | tuple[int, ...] = (),
     merge_window: int | None = None,
-    keep_of: str | None = None,
-    fuse_tokens: bool = False,
     calibrate: Tensor | Iterable[Tensor] | None = None,
     progress: Progress | None = None,
 ) -> AnyModule:
@@ -47,7 +45,7 @@ def sparsify_model(
     Args:
         module: a VisionTransformer or Eva of timm with a fixed image size, or any module that contains one; on any
             device, in any mode. Its own weights stay as they are.
-        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens, merge, merge_window, keep_of:
+        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, merge, merge_window:
             as of `sparsify`; merge may be one number.
         calibrate: images to learn the predictor from, float [B,3,H,W] or several of those, as the module is called
             with them; a dozen helps a lot, more than 32 do not. None takes the weights alone.
@@ -63,10 +61,10 @@ def sparsify_model(
     backbone = require_supported(module)
     sparsity = SparsityConfig.for_preset(
         preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells, dense_layers=dense_layers,
-        token_keep=token_keep, fuse_tokens=fuse_tokens, merge=(merge,) if isinstance(merge, int) else merge,
+        token_keep=token_keep, merge=(merge,) if isinstance(merge, int) else merge,
         merge_window=merge_window,
     )  # fmt: skip
-    sparsity = fit_to_model(sparsity, backbone, keep, channels, cells, keep_of)
+    sparsity = fit_to_model(sparsity, backbone, keep, channels, cells)
     images = [] if calibrate is None else arriving(module, backbone, calibrate)
     make_model_sparse(module, sparsity)
     calibrate_from_weights(module)

@@ -62,14 +62,12 @@ class SparseLayer(nn.Module):
         curve: see there. entering: patches that this layer sees.
         merging, pruning: what happens to tokens between attention and MLP; at most one of them.
         unmerged: while a predictor learns: merge nothing.
-        keeps_all_to_learn: prune nothing then either, as published: see `SparsityConfig.image_tokens`.
     """
 
     curve: TokenOrder
     entering: int
     merging: nn.Module | None
     pruning: nn.Module | None
-    keeps_all_to_learn: bool
     unmerged: bool = False
 
     @property
@@ -104,18 +102,13 @@ class SparseLayer(nn.Module):
         tokens, attention = self.arrived(x), self.own_attention
         table = self.rotary_table(*given, **options)
         turns = None if table is None else self._at(table, tokens.positions)
-        attended, qkv = attention(self.entry_norm(tokens.values), turns, tokens.sizes, tokens.positions)
+        attended, qkv = attention(self.entry_norm(tokens.values), turns, tokens.sizes)
         tokens = tokens._replace(values=tokens.values + self.after_attention(attended))
-        if self.pruning is not None and not (self.unmerged and self.keeps_all_to_learn):
-            tokens = self.pruning(tokens, self.scores(qkv))
+        if self.pruning is not None:
+            tokens = self.pruning(tokens, qkv, attention.geometry)
         elif self.merging is not None and not self.unmerged:
             tokens = self.merging(tokens, qkv, attention.geometry.heads)
         return self._leaving(tokens._replace(values=tokens.values + self.after_mlp(tokens.values)))
-
-    def scores(self, qkv: Tensor) -> Tensor:
-        """What the class token attends to: qkv [B,N,3C] -> float32 [B,N]."""
-        geometry = self.own_attention.geometry
-        return ops.token_score(qkv, num_heads=geometry.heads, scale=geometry.scale)
 
     def arrived(self, x: Tensor) -> CarriedTokens:
         """What rides along on what the layer gets, or the tokens laid along the curve."""
@@ -149,16 +142,15 @@ class SparseLayer(nn.Module):
         """Tokens as the host knows them: prefix, then every original patch in raster order; where some were pruned,
         those that are left.
         """
-        raster, values = self.curve.raster, tokens.values
-        patches = values[:, values.shape[1] - tokens.positions.shape[1] :]
+        raster, values, prefix = self.curve.raster, tokens.values, self.curve.prefix
+        patches = values[:, prefix:]
         if tokens.places is not None:
             patches = ops.rows_at(patches, tokens.places.index_select(1, raster))
         elif patches.shape[1] == len(raster):
             patches = patches.index_select(1, raster)
         else:
             patches = ops.rows_at(patches, tokens.positions.argsort(1))
-        # A token that pruned ones were fused into is of use to later layers alone.
-        whole = torch.cat([values[:, : self.curve.prefix], patches], 1)
+        whole = torch.cat([values[:, :prefix], patches], 1)
         setattr(whole, _RIDER, (tokens, _version(whole)))
         return whole
 
@@ -193,14 +185,14 @@ def _version(x: Tensor) -> int | None:
 def make_layer(layer: Any, host: type[SparseLayer], curve: TokenOrder) -> None:
     """Turn a layer of a host, in place, into a `SparseLayer`; host: where it keeps the layer's parts."""
     layer.__class__ = mixed(f"Sparse{type(layer).__name__}", host, type(layer))
-    layer.curve, layer.merging, layer.pruning, layer.keeps_all_to_learn = curve, None, None, False
+    layer.curve, layer.merging, layer.pruning = curve, None, None
 
 
 def restore_layer(layer: Any) -> None:
     """Undo `make_layer`."""
     if not isinstance(layer, SparseLayer):
         return
-    for name in ("curve", "entering", "merging", "pruning", "keeps_all_to_learn"):
+    for name in ("curve", "entering", "merging", "pruning"):
         if hasattr(layer, name):
             delattr(layer, name)
     unmixed(layer)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner_edge.ops import torch_merge as ops
+from sparsifiner_edge.ops.torch_native import single_sizes
 from sparsifiner_edge.sparse.layer import CarriedTokens
 
 
@@ -29,7 +30,7 @@ class Merging(nn.Module):
     def forward(self, tokens: CarriedTokens, qkv: Tensor, num_heads: int) -> CarriedTokens:
         """Tokens and their qkv [B,N,3C] -> `merged` fewer of them."""
         x = tokens.values
-        sizes = torch.ones_like(x[:, :, 0], dtype=torch.float32) if tokens.sizes is None else tokens.sizes
+        sizes = single_sizes(x) if tokens.sizes is None else tokens.sizes
         pairs = self.pairs(qkv, sizes, num_heads)
         first, second = pairs.long().unbind(-1)
         a, b = sizes.gather(1, first), sizes.gather(1, second)

@@ -78,11 +78,6 @@ def make_model_sparse(model: AnyModule, sparsity: SparsityConfig) -> AnyModule:
 def _make_sparse(backbone: Backbone, sparsity: SparsityConfig) -> None:
     depth, host = len(backbone.layers), backbone.host
     counts = sparsity.layer_tokens(depth, backbone.patches, backbone.prefix)
-    if sparsity.image_tokens not in (0, sum(counts[0])):
-        raise ConfigError(
-            f"The published predictor is tied to its tokens: {sparsity.image_tokens}, not {sum(counts[0])}.",
-            "Keep the size of its images, or sparsify again.",
-        )
     sparse_layers = sparsity.sparse_layers(depth)
     # The published method knows raster order alone.
     order = np.arange(backbone.patches) if sparsity.preset == "paper" else hilbert_order(*backbone.grid)
@@ -126,7 +121,7 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
 
     Args:
         model: made by `make_model_sparse`.
-        sparsity: as the model's own but for `keep`, `token_keep`, `fuse_tokens`, `merge` and `merge_window`.
+        sparsity: as the model's own but for `keep`, `token_keep`, `merge` and `merge_window`.
         keep_predictors: whether a layer that is dense now keeps its predictor for budgets to come.
 
     Raises:
@@ -141,8 +136,7 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
         )
     counts = sparsity.layer_tokens(depth, backbone.patches, backbone.prefix)
     own = cast(SparsityConfig, backbone.sparsity)
-    tied = sparsity.preset == "paper" and not sparsity.image_tokens
-    if tied and counts != own.layer_tokens(depth, *counts[0]):
+    if sparsity.preset == "paper" and counts != own.layer_tokens(depth, *counts[0]):
         raise ConfigError("The published predictor is tied to its tokens.", "Give --token-keep to sparsify.")
     merged = sparsity.layer_merges(depth, backbone.patches)
     sparse = {number: sparsity.of_layer(number, depth) for number in sparsity.sparse_layers(depth)}
@@ -163,10 +157,9 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
             restore_attention(attention)
             make_dense(attention, host.attention_kind)
         layer.entering, layer.merging, layer.pruning = patches, None, None
-        layer.keeps_all_to_learn = bool(sparsity.image_tokens)
         if merged[number]:
             layer.merging = Merging(merged[number], prefix, sparsity.merge_window)
         elif counts[number + 1] != counts[number]:
-            layer.pruning = Pruning(kept, prefix, sparsity.fuse_tokens)
+            layer.pruning = Pruning(kept, prefix)
     backbone.module.sparsity = sparsity
     _offer_maps(backbone.module, not sparsity.token_keep)

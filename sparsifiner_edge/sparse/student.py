@@ -136,10 +136,8 @@ def sparsify(
     cells: int | None = None,
     dense_layers: tuple[int, ...] = (),
     token_keep: tuple[tuple[int, float], ...] = (),
-    fuse_tokens: bool = False,
     merge: tuple[int, ...] = (),
     merge_window: int | None = None,
-    keep_of: str | None = None,
     calibrate: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -150,10 +148,9 @@ def sparsify(
         output: folder to write; an earlier student there is replaced.
         weights: for timm's names: .safetensors or .pth with its key names; None lets timm download them.
         img_size: pixels: a square's side, or height and width; None takes the model's own.
-        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens, merge, merge_window: see
+        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, merge, merge_window: see
             `SparsityConfig`. None takes the preset's own, or what suits the model (`sparse.defaults`): cells, shares of
             keys where tokens merge, and for the paper's channels half the head dimension.
-        keep_of: preset paper: keys and landmarks are counted of the "image", as published (None), or of tokens "left".
         calibrate: folder of images to learn the predictor from; None takes the weights alone. Eight or more also make
             the score `novelty` (see `sparsifiner_edge.novelty`).
         progress: see `Progress`; counts images.
@@ -169,12 +166,12 @@ def sparsify(
     # Settings are checked before the weights are read: a typing mistake should not cost minutes.
     sparsity = SparsityConfig.for_preset(
         preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells, dense_layers=dense_layers,
-        token_keep=token_keep, fuse_tokens=fuse_tokens, merge=merge, merge_window=merge_window,
+        token_keep=token_keep, merge=merge, merge_window=merge_window,
     )  # fmt: skip
     if calibrate is not None:
         list_images(Path(calibrate))
     loaded = load_source(model, Path(weights) if weights else None, img_size)
-    sparsity = fit_to_model(sparsity, backbone_of(loaded.model), keep, channels, cells, keep_of)
+    sparsity = fit_to_model(sparsity, backbone_of(loaded.model), keep, channels, cells)
     tools = ("sparsifiner-edge", backbone_of(loaded.model).host.name, "torch")
     origin = _origin(loaded, Path(weights) if weights else None)
     provenance = Provenance(origin, Calibration("weights"), {name: version(name) for name in tools})
@@ -347,8 +344,7 @@ def with_budget(
     if keep is not None:
         sparsity = dataclasses.replace(sparsity, keep=keep)
     if token_keep is not None:
-        fuse = sparsity.fuse_tokens and token_keep != ()
-        sparsity = dataclasses.replace(sparsity, token_keep=token_keep, fuse_tokens=fuse)
+        sparsity = dataclasses.replace(sparsity, token_keep=token_keep)
     if (sparsity.keep != 1 and student.sparsity.keep == 1) or sparsity.is_dense != student.sparsity.is_dense:
         raise ConfigError("A sparse student cannot be made dense, nor a dense one sparse.", "Use `sparsify`.")
     if not student.sparsity.is_dense:

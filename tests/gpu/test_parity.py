@@ -66,23 +66,23 @@ def test_as_many_patches_as_there_may_be() -> None:
     hold(case, [qkv, sizes], run(case, [qkv, sizes]), "float32")
 
 
-@pytest.mark.parametrize("merged", ["", "Merged"])
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("patches", [300, 1369])
-def test_a_layer_is_its_two_operators(patches: int, dtype: str, merged: str) -> None:
+def test_a_layer_is_its_two_operators(patches: int, dtype: str, merged: bool) -> None:
     from sparsifiner_edge.ops.triton import run as kernels
 
-    case = case_of(f"{merged}KeySelect", patches, num_heads=3, tile=64, probe=8, keys=patches // 10)
+    case = case_of("KeySelect", patches, sized=merged, num_heads=3, tile=64, probe=8, keys=patches // 10)
     qkv, *others = tensors(case, width=64, dtype=dtype, device="cuda")
     given = (qkv, *(x.float() for x in others))
-    got = triton_layer(case.attributes, given)
-    assert got is not None
     sizes, (proj_q, proj_k) = given[1] if merged else None, given[-2:]
+    got = triton_layer(case.attributes, qkv, sizes, proj_q, proj_k)
+    assert got is not None
     out, lists, _ = kernels._layer(qkv, sizes, proj_q, proj_k, **case.attributes, gradient=False)
     assert torch.equal(out, got)
     hold(case, list(given), lists, dtype)
     shared = {name: case.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
-    hold(case_of(f"{merged}SparseAttention", patches, **shared), [*given[:-2], lists], got, dtype)
+    hold(case_of("SparseAttention", patches, sized=merged, **shared), [*given[:-2], lists], got, dtype)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))

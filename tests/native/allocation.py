@@ -31,7 +31,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.schema import OPERATORS
+from sparsifiner_edge.ops.schema import OPERATORS, VERSION
 
 HERE = Path(__file__).parent
 LIMIT_S = 10.0
@@ -53,16 +53,16 @@ class Subject:
     width: int
     attributes: dict[str, Any]
     keys: int = 0
+    merged: bool = False
 
     def inputs(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
         made = {"qkv": rng.normal(size=(1, self.tokens, 3 * self.heads * self.width)).astype(np.float32)}
-        if self.op == "MatchTokens" or self.op.startswith("Merged"):
-            made["sizes"] = rng.integers(1, 9, (1, self.tokens)).astype(np.float32)
-        if self.op.endswith("KeySelect"):
+        made["sizes"] = rng.integers(1, 9 if self.merged else 2, (1, self.tokens)).astype(np.float32)
+        if self.op == "KeySelect":
             for name in ("proj_q", "proj_k"):
                 made[name] = rng.normal(size=(self.heads, self.width, CHANNELS)).astype(np.float32)
-        if self.op.endswith("SparseAttention"):
+        if self.op == "SparseAttention":
             patches = self.tokens - self.attributes["num_prefix"]
             tiles = -(-patches // self.attributes["tile"])
             lists = [np.sort(rng.permutation(patches)[: self.keys]) for _ in range(self.heads * tiles)]
@@ -81,7 +81,7 @@ class Subject:
         kind = TensorProto.INT32 if OPERATORS[self.op].output.dtypes == ("int32",) else TensorProto.FLOAT
         node = helper.make_node(self.op, list(inputs), ["output"], domain="sparsifiner", **attributes)
         graph = helper.make_graph([node], "one_node", values, [helper.make_tensor_value_info("output", kind, None)])
-        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", OPERATORS[self.op].since)]
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", VERSION)]
         made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
         return made
 
@@ -105,10 +105,9 @@ SUBJECTS = {
     "attend, odd width": Subject("SparseAttention", 301, 2, 20, _attend(16, 20), 50),
     "attend, packed": Subject("SparseAttention", 2050, 1, 16, _attend(64, 100), 50),
     "dense": Subject("DenseAttention", 301, 2, 16, {}),
-    "score": Subject("TokenScore", 301, 2, 16, {}),
-    "select, merged": Subject("MergedKeySelect", 301, 2, 16, _select(16, 8, 20, 2.0)),
-    "attend, merged": Subject("MergedSparseAttention", 301, 2, 16, _attend(16, 20), 50),
-    "dense, merged": Subject("MergedDenseAttention", 301, 2, 16, {}),
+    "select, merged": Subject("KeySelect", 301, 2, 16, _select(16, 8, 20, 2.0), merged=True),
+    "attend, merged": Subject("SparseAttention", 301, 2, 16, _attend(16, 20), 50, merged=True),
+    "dense, merged": Subject("DenseAttention", 301, 2, 16, {}, merged=True),
     "match": Subject("MatchTokens", 301, 2, 16, {"num_prefix": 1, "window": 16, "merged": 40}),
 }
 

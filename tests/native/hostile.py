@@ -16,6 +16,8 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
+from sparsifiner_edge.ops.schema import VERSION
+
 LIMIT, ROOM = 6 << 30, 400 << 20
 MOST = 2**31 - 1
 """The largest value that an attribute may have."""
@@ -39,42 +41,40 @@ def _select(qkv: list[int], heads: int, outcome: str, channels: int = 1, **chang
     """KeySelect, one key, the least tiles."""
     attributes = {"num_prefix": 0, "probe": 1, "tile": 1, "cell": 0, "keys": 1, "value_power": 0.0, **changes}
     proj = [heads, qkv[2] // (3 * heads), channels] if qkv[0] else [1, 1, channels]
-    return Case("KeySelect", [qkv, proj, proj], {"num_heads": heads, **attributes}, outcome)
+    return Case("KeySelect", [qkv, qkv[:2], proj, proj], {"num_heads": heads, **attributes}, outcome)
 
 
 def _attend(qkv: list[int], heads: int, indices: list[int], outcome: str, **changes: int) -> Case:
     attributes = {"num_prefix": 0, "prefix_keys": 1, "tile": 16, "cell": 0, **changes}
-    return Case("SparseAttention", [qkv, indices], {"num_heads": heads, **attributes}, outcome)
+    return Case("SparseAttention", [qkv, qkv[:2], indices], {"num_heads": heads, **attributes}, outcome)
 
 
-def _plain(qkv: list[int], heads: int, outcome: str) -> list[Case]:
-    return [Case(op, [qkv], {"num_heads": heads}, outcome) for op in ("DenseAttention", "TokenScore")]
+def _plain(qkv: list[int], heads: int, outcome: str) -> Case:
+    return Case("DenseAttention", [qkv, qkv[:2]], {"num_heads": heads}, outcome)
 
 
 PLACES, MEMORY, SMALL = "too large for 32-bit places", "out of memory", [1, 40, 24]
 CASES = [
     # No elements, and sizes whose product passes 2^63: undefined in signed numbers, small again in unsigned ones.
-    *_plain([0, 2**40, 3 * 2**30], 2**30, PLACES),
-    *_plain([0, 2**32, 3 * 2**32], 1, PLACES),
-    *_plain([0, 2**62, 12], 1, PLACES),
-    *_plain([0, 2**31, 3], 1, PLACES),
+    _plain([0, 2**40, 3 * 2**30], 2**30, PLACES),
+    _plain([0, 2**32, 3 * 2**32], 1, PLACES),
+    _plain([0, 2**62, 12], 1, PLACES),
+    _plain([0, 2**31, 3], 1, PLACES),
     _select([0, 2**40, 3 * 2**30], 2**30, PLACES),
     _select([0, 2**33, 3 * 2**31], 1, PLACES),
     _attend([0, 2**40, 3 * 2**30], 2**30, [0, 2**30, 2**36, 1], PLACES),
     _attend([0, 2**28 + 1, 3], 1, [0, 1, 2**24 + 1, 1], "too many for 32-bit places"),
     # Nothing to do.
-    Case("DenseAttention", [[0, 40, 24]], {"num_heads": 2}, "[0, 40, 8]"),
-    Case("TokenScore", [[0, 40, 24]], {"num_heads": 2}, "[0, 40]"),
-    Case("TokenScore", [[0, 1, 3 * 2**30]], {"num_heads": 2**30}, "[0, 1]"),
-    Case("DenseAttention", [[0, 1, 3 * 2**30]], {"num_heads": 2**30}, f"[0, 1, {2**30}]"),
+    _plain([0, 40, 24], 2, "[0, 40, 8]"),
+    _plain([0, 1, 3 * 2**30], 2**30, f"[0, 1, {2**30}]"),
     _select([0, 40, 3], 1, "[0, 1, 40, 1]"),
     _select([0, 40, 3], 1, "[0, 1, 1, 40]", tile=MOST, cell=MOST, keys=40, value_power=2.0),
     _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]"),
     _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]", cell=MOST),
     # No tokens, no channels, no keys.
-    *_plain([1, 0, 24], 2, "leave no patch"),
-    *_plain([1, 40, 0], 2, "qkv must have shape"),
-    *_plain([1, 40, 24], MOST, "qkv must have shape"),
+    _plain([1, 0, 24], 2, "leave no patch"),
+    _plain([1, 40, 0], 2, "qkv must have shape"),
+    _plain([1, 40, 24], MOST, "qkv must have shape"),
     _select(SMALL, 2, "proj_q and proj_k must have shape", channels=0),
     _attend(SMALL, 2, [1, 2, 3, 0], "indices must have shape"),
     # Settings beyond every tensor, at the edge of what is allowed, or past it.
@@ -98,7 +98,7 @@ def model(case: Case) -> bytes:
     names = [f"input{i}" for i in range(len(case.shapes))]
     nodes, initializers = [], []
     for name, shape in zip(names, case.shapes, strict=True):
-        kind = np.int32 if case.op == "SparseAttention" and name == "input1" else np.float32
+        kind = np.int32 if case.op == "SparseAttention" and name == "input2" else np.float32
         value = helper.make_tensor("value", helper.np_dtype_to_tensor_dtype(np.dtype(kind)), [1], [0])
         initializers.append(helper.make_tensor(f"{name} shape", TensorProto.INT64, [len(shape)], shape))
         nodes.append(helper.make_node("ConstantOfShape", [f"{name} shape"], [name], value=value))
@@ -106,7 +106,7 @@ def model(case: Case) -> bytes:
     kind = TensorProto.INT32 if case.op == "KeySelect" else TensorProto.FLOAT
     output = helper.make_tensor_value_info("output", kind, None)
     graph = helper.make_graph(nodes, "hostile", [], [output], initializers)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", 1)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", VERSION)]
     made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     return made
 

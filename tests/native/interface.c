@@ -23,10 +23,10 @@ enum { kPacked = 3 * kHeads * kWidth, kTiles = (kTokens - 1 + kTile - 1) / kTile
 struct Results {
   int32_t lists[kBatch * kHeads * kTiles * kKeys], pairs[kBatch * (kTokens - kMerged) * 2];
   float sparse[kBatch * kTokens * kHeads * kWidth], dense[kBatch * kTokens * kHeads * kWidth];
-  float scores[kBatch * kTokens], merged[kBatch * (kTokens - kMerged) * kHeads * kWidth];
+  float merged[kBatch * (kTokens - kMerged) * kHeads * kWidth];
 };
 
-static float qkv[kBatch * kTokens * kPacked], sizes[kBatch * kTokens];
+static float qkv[kBatch * kTokens * kPacked], sizes[kBatch * kTokens], ones[kBatch * kTokens];
 static float proj_q[kHeads * kWidth * kChannels], proj_k[kHeads * kWidth * kChannels];
 static struct Results expected;
 static sparsifiner_pool* pool;
@@ -44,7 +44,7 @@ static void fill(float* values, size_t count, unsigned seed) {
 
 static void run(const float* token_sizes, sparsifiner_parallel_for loop, struct Results* to) {
   sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, loop, pool, ""};
-  const sparsifiner_qkv in = INPUTS(token_sizes, token_sizes ? COUNT(sizes) : 0), sized = INPUTS(sizes, COUNT(sizes));
+  const sparsifiner_qkv in = INPUTS(token_sizes, COUNT(sizes)), sized = INPUTS(sizes, COUNT(sizes));
   const sparsifiner_select select = {1, 8, kTile, 20, kKeys, kChannels, 2.0f};
   const sparsifiner_attend attend = {1, kTile, 20, kKeys, 1};
   const sparsifiner_match match = {1, 16, kMerged};
@@ -53,11 +53,10 @@ static void run(const float* token_sizes, sparsifiner_parallel_for loop, struct 
   const sparsifiner_pairs merge = {TENSOR(to->dense),  TENSOR(sizes),   TENSOR(to->pairs),  kBatch,
                                    kTokens,            kHeads * kWidth, kTokens - kMerged};
   const sparsifiner_output to_lists = TENSOR(to->lists), to_sparse = TENSOR(to->sparse), to_dense = TENSOR(to->dense);
-  const sparsifiner_output to_scores = TENSOR(to->scores), to_pairs = TENSOR(to->pairs), to_merged = TENSOR(to->merged);
+  const sparsifiner_output to_pairs = TENSOR(to->pairs), to_merged = TENSOR(to->merged);
   REQUIRE(sparsifiner_key_select(&call, &in, &select, q, k, to_lists) == SPARSIFINER_OK);
   REQUIRE(sparsifiner_sparse_attention(&call, &in, &attend, lists, to_sparse) == SPARSIFINER_OK);
   REQUIRE(sparsifiner_dense_attention(&call, &in, to_dense) == SPARSIFINER_OK);
-  REQUIRE(sparsifiner_token_score(&call, &in, to_scores) == SPARSIFINER_OK);
   REQUIRE(sparsifiner_match_tokens(&call, &sized, &match, to_pairs) == SPARSIFINER_OK);
   REQUIRE(sparsifiner_merge_tokens(&call, &merge, to_merged) == SPARSIFINER_OK);
 }
@@ -65,7 +64,7 @@ static void run(const float* token_sizes, sparsifiner_parallel_for loop, struct 
 static void* caller(void* data) {
   struct Results* mine = malloc(sizeof(struct Results));
   for (int i = 0; i < 30; ++i) {
-    run(NULL, sparsifiner_pool_for, mine);
+    run(ones, sparsifiner_pool_for, mine);
     if (memcmp(mine, &expected, sizeof(expected)) != 0) *(int*)data = 1;
   }
   free(mine);
@@ -111,14 +110,16 @@ static void refused(void) {
   sparsifiner_output dense = TENSOR(expected.dense);
   REQUIRE(sparsifiner_match_tokens(&call, &in, &match, pairs) == SPARSIFINER_INVALID_ARGUMENT);
   REQUIRE(strcmp(call.message, "sizes has 0 elements, not 262") == 0);
+  in.sizes.data = ones;
+  in.sizes.count = COUNT(ones);
   in.qkv.data = NULL;
   REQUIRE(sparsifiner_dense_attention(&call, &in, asks) == SPARSIFINER_OK);
   REQUIRE(sparsifiner_dense_attention(&call, &in, dense) == SPARSIFINER_INVALID_ARGUMENT);
   REQUIRE(strcmp(call.message, "qkv is null") == 0);
   in.width = INT64_MIN;
-  REQUIRE(sparsifiner_token_score(&call, &in, asks) == SPARSIFINER_INVALID_ARGUMENT);
+  REQUIRE(sparsifiner_dense_attention(&call, &in, asks) == SPARSIFINER_INVALID_ARGUMENT);
   in.width = kWidth;
-  in.batch = in.qkv.count = 0;
+  in.batch = in.qkv.count = in.sizes.count = 0;
   REQUIRE(sparsifiner_dense_attention(&call, &in, dense) == SPARSIFINER_INVALID_ARGUMENT);
   REQUIRE(strstr(call.message, "output has ") != NULL);
   dense.count = 0;
@@ -138,8 +139,11 @@ int main(void) {
   fill(qkv, sizeof(qkv) / sizeof(float), 1);
   fill(proj_q, sizeof(proj_q) / sizeof(float), 2);
   fill(proj_k, sizeof(proj_k) / sizeof(float), 3);
-  for (size_t i = 0; i < sizeof(sizes) / sizeof(float); ++i) sizes[i] = 1.0f + (float)(i % 4);
-  run(NULL, NULL, &expected); /* nobody holds memory */
+  for (size_t i = 0; i < sizeof(sizes) / sizeof(float); ++i) {
+    ones[i] = 1.0f;
+    sizes[i] = 1.0f + (float)(i % 4);
+  }
+  run(ones, NULL, &expected); /* nobody holds memory */
   pool = sparsifiner_pool_create(3);
   REQUIRE(pool != NULL);
   sparsifiner_hold_memory(1);

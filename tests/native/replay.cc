@@ -83,7 +83,7 @@ int main(int argc, char** argv) {
       continue;
     }
     const auto qkv = Read<float>(batch * tokens * 3 * heads * width);
-    const auto sizes = Read<float>(h.sized ? batch * tokens : 0);
+    const auto sizes = Read<float>(batch * tokens);
     const Packed in{qkv.get(), batch, tokens, heads, width, h.scale, h.sized ? sizes.get() : nullptr};
     if (h.op == 4) {
       const size_t left = batch * (tokens - h.merged) * 2;
@@ -93,7 +93,7 @@ int main(int argc, char** argv) {
       continue;
     }
     const size_t tiles = h.tile ? (tokens - h.prefix + h.tile - 1) / h.tile : 0;
-    const size_t listed = batch * heads * tiles * h.keys, size = batch * tokens * (h.op == 3 ? 1 : heads * width);
+    const size_t listed = batch * heads * tiles * h.keys, size = batch * tokens * heads * width;
     if (h.op == 2) {
       const auto proj_q = Read<float>(heads * width * h.channels), proj_k = Read<float>(heads * width * h.channels);
       std::unique_ptr<int32_t[]> lists(new int32_t[listed]);
@@ -115,8 +115,6 @@ int main(int argc, char** argv) {
       done = attend(in, lists.get(),
                     {size_t(h.prefix), size_t(h.prefix_keys), size_t(h.tile), size_t(h.cell), size_t(h.keys)},
                     output.get(), parallel);
-    } else if (h.op == 3) {
-      done = TokenScore(in, output.get(), parallel);
     } else {
       const auto attend = sparsifiner::HasBf16() ? sparsifiner::DenseAttentionBf16 : sparsifiner::DenseAttention;
       done = attend(in, output.get(), parallel);

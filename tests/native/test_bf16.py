@@ -33,7 +33,7 @@ from tests.ops.test_parity import PAPER
 
 LACKING = native.why_unusable() is None and native.target() not in BF16_SETS
 pytestmark = [pytest.mark.skipif(LACKING, reason="the processor multiplies no bfloat16")]
-ATTENTION = ("SparseAttention", "MergedSparseAttention", "DenseAttention", "MergedDenseAttention")
+ATTENTION = ("SparseAttention", "DenseAttention")
 
 
 def held(case: Case) -> Case:
@@ -80,9 +80,9 @@ def test_any_shape_agrees(
 ) -> None:
     keys = max(1, int(keep * patches))
     case = Case(
-        OPERATORS["MergedSparseAttention" if merged else "SparseAttention"],
+        OPERATORS["SparseAttention"],
         {"num_heads": 2, "num_prefix": prefix, "tile": tile, "cell": cell, "scale": 0.1, "prefix_keys": 1},
-        patches, 1,
+        patches, 1, merged=merged,
     )  # fmt: skip
     inputs = case.inputs(seed)
     inputs[-1] = best_lists(inputs[0], prefix, tile, keys)
@@ -95,11 +95,11 @@ def test_any_shape_agrees(
 def test_indices_outside_touch_nothing_outside(wrong: int) -> None:
     case = next(c for c in cases("SparseAttention") if c.patches == 130 and c.attributes["cell"])
     operators = Operators(1, True)
-    qkv, lists = case.inputs()
-    fine = run(operators, case, [qkv, lists])
+    qkv, sizes, lists = case.inputs()
+    fine = run(operators, case, [qkv, sizes, lists])
     lists[:, 0, 0] = wrong
     got = np.full_like(fine, np.nan)
-    operators.run(case.op.name, case.attributes, [qkv, lists], got)
+    operators.run(case.op.name, case.attributes, [qkv, sizes, lists], got)
     rows = slice(case.prefix + case.attributes["tile"], None)
     np.testing.assert_array_equal(got[:, rows], fine[:, rows])
     assert np.isfinite(got).all()
@@ -108,11 +108,11 @@ def test_indices_outside_touch_nothing_outside(wrong: int) -> None:
 
 def test_what_is_not_finite_stays_where_it_is_read() -> None:
     case = next(c for c in cases("DenseAttention") if c.batch == 2)
-    (qkv,) = case.inputs()
+    qkv, sizes = case.inputs()
     operators = Operators(1, True)
-    fine = run(operators, case, [qkv])
+    fine = run(operators, case, [qkv, sizes])
     qkv[0] = np.nan
-    got = run(operators, case, [qkv])
+    got = run(operators, case, [qkv, sizes])
     assert np.isnan(got[0]).all()
     np.testing.assert_array_equal(got[1], fine[1])
     operators.close()

@@ -21,7 +21,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.native import interface
 from sparsifiner_edge.ops.native.interface import Operators
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
 from sparsifiner_edge.runtime.openvino.operators import converters
 from tests.ops.matrix import Case, cases
 
@@ -55,6 +55,10 @@ TABLE = [
     Hostile("MergeTokens", [[1, 64, 8], [1, 1], [1, 60, 2]]),
     Hostile("MergeTokens", [[1, 64, 8], [1, 65], [1, 60, 2]]),
     Hostile("MergeTokens", [[2, 64, 8], [1, 64], [2, 60, 2]]),
+    Hostile("DenseAttention", [[1, 64, 24], [1, 1]]),
+    Hostile("DenseAttention", [[2, 64, 24], [1, 128]]),
+    Hostile("SparseAttention", [[1, 64, 24], [1, 1], [1, 2, 4, 5]], {"num_heads": 2, "tile": 16}),
+    Hostile("KeySelect", [[1, 64, 24], [1, 63], [2, 4, 2], [2, 4, 2]], {"num_heads": 2}),
     Hostile("MatchTokens", [[1, 64, 24], [1, 1]]),
     Hostile("MatchTokens", [[1, 64, 24], [1, 65]]),
     Hostile("MatchTokens", [[2, 64, 24], [1, 64]]),
@@ -64,30 +68,30 @@ TABLE = [
     Hostile("MergeTokens", [[1, 64, 8], [1, 64], [1, 40, 3]]),
     Hostile("MergeTokens", [[1, 64, 8], [1, 64], [3, 40, 2]]),
     # One list for four million tiles; lists of other heads, of no key, of more keys than there are.
-    Hostile("SparseAttention", [[1, 4_000_001, 3], [1, 1, 1, 1]]),
-    Hostile("SparseAttention", [[1, 64, 24], [1, 1, 4, 5]], {"num_heads": 2, "tile": 16}),
-    Hostile("SparseAttention", [[1, 64, 24], [1, 2, 4, 0]], {"num_heads": 2, "tile": 16}),
-    Hostile("SparseAttention", [[1, 64, 24], [1, 2, 4, 64]], {"num_heads": 2, "tile": 16}),
-    Hostile("SparseAttention", [[2, 64, 24], [1, 2, 4, 5]], {"num_heads": 2, "tile": 16}),
-    Hostile("SparseAttention", [[1, 64, 24], [1, 2, 4, 5]], {"num_heads": 2, "tile": 16, "num_prefix": 64}),
+    Hostile("SparseAttention", [[1, 4_000_001, 3], [1, 4_000_001], [1, 1, 1, 1]]),
+    Hostile("SparseAttention", [[1, 64, 24], [1, 64], [1, 1, 4, 5]], {"num_heads": 2, "tile": 16}),
+    Hostile("SparseAttention", [[1, 64, 24], [1, 64], [1, 2, 4, 0]], {"num_heads": 2, "tile": 16}),
+    Hostile("SparseAttention", [[1, 64, 24], [1, 64], [1, 2, 4, 64]], {"num_heads": 2, "tile": 16}),
+    Hostile("SparseAttention", [[2, 64, 24], [2, 64], [1, 2, 4, 5]], {"num_heads": 2, "tile": 16}),
+    Hostile("SparseAttention", [[1, 64, 24], [1, 64], [1, 2, 4, 5]], {"num_heads": 2, "tile": 16, "num_prefix": 64}),
     # Projections of other heads, widths, channels, and of none.
-    Hostile("KeySelect", [[1, 64, 24], [1, 4, 2], [1, 4, 2]], {"num_heads": 2}),
-    Hostile("KeySelect", [[1, 64, 24], [2, 1, 2], [2, 1, 2]], {"num_heads": 2}),
-    Hostile("KeySelect", [[1, 64, 24], [2, 4, 2], [2, 4, 1]], {"num_heads": 2}),
-    Hostile("KeySelect", [[1, 64, 24], [2, 4, 0], [2, 4, 0]], {"num_heads": 2}),
-    Hostile("KeySelect", [[1, 64, 24], [2, 4, 2], [2, 4, 2]], {"num_heads": 2, "keys": 64}),
+    Hostile("KeySelect", [[1, 64, 24], [1, 64], [1, 4, 2], [1, 4, 2]], {"num_heads": 2}),
+    Hostile("KeySelect", [[1, 64, 24], [1, 64], [2, 1, 2], [2, 1, 2]], {"num_heads": 2}),
+    Hostile("KeySelect", [[1, 64, 24], [1, 64], [2, 4, 2], [2, 4, 1]], {"num_heads": 2}),
+    Hostile("KeySelect", [[1, 64, 24], [1, 64], [2, 4, 0], [2, 4, 0]], {"num_heads": 2}),
+    Hostile("KeySelect", [[1, 64, 24], [1, 64], [2, 4, 2], [2, 4, 2]], {"num_heads": 2, "keys": 64}),
     # No tokens, no channels, and none that heads could share.
-    Hostile("DenseAttention", [[1, 0, 24]]),
-    Hostile("DenseAttention", [[1, 64, 0]]),
-    Hostile("DenseAttention", [[1, 64, 23]]),
+    Hostile("DenseAttention", [[1, 0, 24], [1, 0]]),
+    Hostile("DenseAttention", [[1, 64, 0], [1, 64]]),
+    Hostile("DenseAttention", [[1, 64, 23], [1, 64]]),
     Hostile("MatchTokens", [[1, 64, 24], [1, 64]], {"merged": 32}),
     # Axes too few and too many.
-    Hostile("DenseAttention", [[64, 24]]),
-    Hostile("DenseAttention", [[1, 1, 64, 24]]),
+    Hostile("DenseAttention", [[64, 24], [64]]),
+    Hostile("DenseAttention", [[1, 1, 64, 24], [1, 64]]),
     Hostile("MatchTokens", [[1, 64, 24], [64]]),
     Hostile("MergeTokens", [[64, 8], [1, 64], [1, 40, 2]]),
     Hostile("MergeTokens", [[1, 64, 8], [1, 64], [40, 2]]),
-    Hostile("SparseAttention", [[1, 64, 24], [2, 4, 5]], {"num_heads": 2, "tile": 16}),
+    Hostile("SparseAttention", [[1, 64, 24], [1, 64], [2, 4, 5]], {"num_heads": 2, "tile": 16}),
 ]  # fmt: skip
 
 
@@ -103,7 +107,7 @@ def model(op: str, attributes: dict[str, Any], inputs: list[np.ndarray], open_ax
     kind = TensorProto.INT32 if OPERATORS[op].output.dtypes == ("int32",) else TensorProto.FLOAT
     node = helper.make_node(op, names, ["result"], domain=DOMAIN, **attributes)
     graph = helper.make_graph([node], "hostile", values, [helper.make_tensor_value_info("result", kind, None)])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, OPERATORS[op].since)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     return made
 
@@ -156,7 +160,7 @@ def test_indices_beyond_a_tensor_are_clamped(run: Callable[..., np.ndarray], wro
     qkv, x, sizes = rng.normal(size=(1, 64, 24)), rng.normal(size=(1, 64, 8)), np.ones((1, 64))
     settings = LEAST["SparseAttention"] | {"num_heads": 2, "tile": 16, "cell": 7}
     lists, pairs = np.full((1, 2, 4, 5), wrong, np.int32), np.full((1, 40, 2), wrong, np.int32)
-    for op, a, inputs in (("SparseAttention", settings, [qkv, lists]), ("MergeTokens", {}, [x, sizes, pairs])):
+    for op, a, inputs in (("SparseAttention", settings, [qkv, sizes, lists]), ("MergeTokens", {}, [x, sizes, pairs])):
         given = [each if each.dtype == np.int32 else each.astype(np.float32) for each in inputs]
         assert np.isfinite(run(op, a, given)).all()
 
@@ -169,7 +173,7 @@ def _calls(case: Case) -> tuple[Any, Callable[[], int], ctypes.Structure]:
     output = np.zeros(RESULTS[case.op.name](case, inputs), kind)
     tensors = [interface._tensor(case.op.name, x, (x.dtype.name,)) for x in (*inputs, output)]
     name = interface._NAMES[case.op.name]
-    arguments = interface._arguments(name, case.attributes, shape, tensors, False)
+    arguments = interface._arguments(name, case.attributes, shape, tensors)
     call = interface._Call(interface._VERSION, 0, None, None)
     function = getattr(operators._library, f"sparsifiner_{name}")
     kept = (operators, inputs, output)
@@ -224,7 +228,11 @@ def test_the_c_interface_refuses_sizes_that_are_none(op: str) -> None:
 
 def test_types_are_the_schemas() -> None:
     case = next(c for c in cases("SparseAttention") if c.patches == 37)
-    qkv, lists = case.inputs()
-    for wrong in ([qkv, lists.astype(np.float32)], [qkv.astype(np.float64), lists], [np.asfortranarray(qkv), lists]):
+    qkv, sizes, lists = case.inputs()
+    for wrong in (
+        [qkv, sizes, lists.astype(np.float32)],
+        [qkv.astype(np.float64), sizes, lists],
+        [np.asfortranarray(qkv), sizes, lists],
+    ):
         with pytest.raises(BackendError, match=r"sparsifiner::SparseAttention: got .* for contiguous (float|int)32"):
             by_name("SparseAttention", dataclasses.asdict(case)["attributes"], wrong)

@@ -73,7 +73,7 @@ def test_callers_at_a_time_share_one_pool() -> None:
         ("DenseAttention", {"scale": float("nan")}, "scale must be finite and at least 0, got nan"),
         ("KeySelect", {"keys": 5000}, "keys 5000 exceed the 130 patches"),
         ("KeySelect", {"probe": 3}, "tile 16 is not a multiple of probe 3"),
-        ("MergedSparseAttention", {"num_prefix": 500}, "131 tokens leave no patch after 500"),
+        ("SparseAttention", {"num_prefix": 500}, "131 tokens leave no patch after 500"),
         ("SparseAttention", {"prefix_keys": 0}, "prefix_keys 0 goes with tile 1"),
         ("SparseAttention", {"cell": 2**31}, "cell is 2147483648"),
         ("MatchTokens", {"window": 3}, "window 3 is odd"),
@@ -90,7 +90,9 @@ def test_what_the_schema_refuses_is_refused(op: str, change: dict[str, float], m
     with pytest.raises(BackendError, match=f"sparsifiner::{op}: {message}"):
         operators.run(op, {**case.attributes, **change}, inputs, output)
     with pytest.raises(BackendError, match="float64"):
-        operators.run("DenseAttention", cases("DenseAttention")[0].attributes, [np.zeros((1, 3, 24))], output)
+        operators.run(
+            "DenseAttention", cases("DenseAttention")[0].attributes, [np.zeros((1, 3, 24)), np.ones((1, 3))], output
+        )
     operators.close()
 
 
@@ -124,7 +126,7 @@ def test_a_program_in_c_calls_every_operator_under_sanitizers(once: Once, saniti
     assert done.stdout == "well\n"
 
 
-@pytest.mark.parametrize("name", ["KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention"])
+@pytest.mark.parametrize("name", ["KeySelect", "SparseAttention"])
 def test_torch_runs_them_where_it_is_told_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     plain = Operators.run
@@ -136,9 +138,9 @@ def test_torch_runs_them_where_it_is_told_to(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(Operators, "run", counted)
     for seed, case in enumerate(cases(name)):
         inputs = case.inputs(seed)
-        first, *rest = (torch.from_numpy(x) for x in inputs)
-        sizes, rest = (rest[0], rest[1:]) if name.startswith("Merged") else (None, rest)
-        call = ops.key_select if name.endswith("KeySelect") else ops.sparse_attention
+        first, given, *rest = (torch.from_numpy(x) for x in inputs)
+        sizes = given if case.merged else None
+        call = ops.key_select if name == "KeySelect" else ops.sparse_attention
         with native_kernels(2):
             got = call(first, *rest, sizes=sizes, **case.attributes)
             assert ran == [name]

@@ -126,7 +126,8 @@ def test_any_shape_agrees(patches: int, prefix: int, heads: int, tile: int, cell
         {"num_heads": heads, "num_prefix": prefix, "tile": tile, "cell": cell, "scale": 0.3, "prefix_keys": 1},
         patches, 1,
     )  # fmt: skip
-    check(attend, [inputs[0], lists], run_native(attend, [inputs[0], lists]))
+    given = [*inputs[:2], lists]
+    check(attend, given, run_native(attend, given))
 
 
 def test_tokens_that_are_equal_or_nan_match_the_first() -> None:
@@ -158,38 +159,39 @@ def test_of_pairs_as_close_the_smaller_merges() -> None:
 
 def test_ties_infinities_and_nan() -> None:
     case = next(c for c in cases("KeySelect") if c.patches == 130 and c.attributes["keys"] == 40)
-    qkv, proj_q, proj_k = case.inputs()
-    qkv[:] = 1.0
-    expected = np.broadcast_to(np.arange(40), run_reference(case, [qkv, proj_q, proj_k]).shape)
-    np.testing.assert_array_equal(run_native(case, [qkv, proj_q, proj_k]), expected)
-    qkv, proj_q, proj_k = case.inputs()
+    inputs = case.inputs()
+    inputs[0][:] = 1.0
+    expected = np.broadcast_to(np.arange(40), run_reference(case, inputs).shape)
+    np.testing.assert_array_equal(run_native(case, inputs), expected)
+    inputs = case.inputs()
+    qkv = inputs[0]
     width = qkv.shape[-1] // 3
     qkv[:, 101:, 2 * width :] = np.nan
-    got = run_native(case, [qkv, proj_q, proj_k])
-    np.testing.assert_array_equal(got, run_reference(case, [qkv, proj_q, proj_k]))
+    got = run_native(case, inputs)
+    np.testing.assert_array_equal(got, run_reference(case, inputs))
     assert not np.isin(got, np.arange(110, 130)).any()
     qkv[:] = np.nan
-    np.testing.assert_array_equal(run_native(case, [qkv, proj_q, proj_k]), expected)
+    np.testing.assert_array_equal(run_native(case, inputs), expected)
 
 
 @pytest.mark.parametrize("wrong", [-1, 130, 2**31 - 1, -(2**31)])
 def test_indices_outside_touch_nothing_outside(wrong: int) -> None:
     case = next(c for c in cases("SparseAttention") if c.patches == 130 and c.attributes["cell"])
-    qkv, lists = case.inputs()
-    fine = run_native(case, [qkv, lists])
+    qkv, sizes, lists = case.inputs()
+    fine = run_native(case, [qkv, sizes, lists])
     spoiled = lists.copy()
     spoiled[:, 0, 0] = wrong
-    got = run_native(case, [qkv, spoiled])
+    got = run_native(case, [qkv, sizes, spoiled])
     assert got.shape == fine.shape
     rows = slice(case.prefix + case.attributes["tile"], None)
     np.testing.assert_array_equal(got[:, rows], fine[:, rows])  # other tiles are as they were
     unsorted = np.ascontiguousarray(lists[..., ::-1])
-    np.testing.assert_allclose(run_native(case, [qkv, unsorted]), fine, atol=1e-5)
+    np.testing.assert_allclose(run_native(case, [qkv, sizes, unsorted]), fine, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [-1, 130, 2**31 - 1, -(2**31)])
 def test_merged_tokens_outside_touch_nothing_outside(wrong: int) -> None:
-    attend = next(c for c in cases("MergedSparseAttention") if c.patches == 130 and c.attributes["cell"])
+    attend = next(c for c in cases("SparseAttention", merged=True) if c.patches == 130 and c.attributes["cell"])
     qkv, sizes, lists = attend.inputs()
     lists[:, 0, 0] = wrong
     assert run_native(attend, [qkv, sizes, lists]).shape == (*qkv.shape[:2], qkv.shape[2] // 3)
@@ -278,7 +280,6 @@ def growing_session() -> Callable[[], Any]:
         ("MatchTokens", {"merged": 0}, "merged is 0"),
         ("MatchTokens", {"window": 0}, "window is 0"),
         ("MatchTokens", {"window": 3}, "window 3 is odd"),
-        ("MergedKeySelect", {"keys": 5000}, "keys exceed the patches"),
     ],
 )
 def test_what_the_schema_refuses_is_refused(op: str, change: dict[str, Any], message: str) -> None:

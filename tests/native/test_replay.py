@@ -27,8 +27,7 @@ pytestmark = pytest.mark.everything
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "sparsifiner_edge" / "ops" / "native"
 OPS = {
-    "DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2, "TokenScore": 3, "MatchTokens": 4, "MergeTokens": 5,
-    "MergedDenseAttention": 0, "MergedSparseAttention": 1, "MergedKeySelect": 2,
+    "DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2, "MatchTokens": 4, "MergeTokens": 5,
 }  # fmt: skip
 BF16_SETS = ("AMX", "AVX3_ZEN4", "NEON_BF16")
 SETS = (*FLOAT_SETS, "AMX", "AVX3_ZEN4") if os.uname().machine == "x86_64" else (*FLOAT_SETS, "NEON_BF16")
@@ -65,12 +64,12 @@ def sanitised_objects(once: Once, sanitizers: str) -> tuple[list[str], list[str]
 def record(case: Case, inputs: list[np.ndarray]) -> bytes:
     a, name, (batch, tokens, packed) = case.attributes, case.op.name, inputs[0].shape
     heads, prefix = a.get("num_heads", 1), a.get("num_prefix", 0)
-    keys = inputs[-1].shape[-1] if name.endswith("SparseAttention") else a.get("keys", 0)
+    keys = inputs[-1].shape[-1] if name == "SparseAttention" else a.get("keys", 0)
     keys = inputs[2].shape[1] if name == "MergeTokens" else keys
     width = packed if name == "MergeTokens" else packed // (3 * heads)
     channels = inputs[-1].shape[-1] if name.endswith("KeySelect") else 0
     header = struct.pack(
-        "<15q2f", OPS[name], name == "MatchTokens" or name.startswith("Merged"), batch, tokens, heads, width, prefix,
+        "<15q2f", OPS[name], case.merged, batch, tokens, heads, width, prefix,
         prefix * a.get("prefix_keys", 0), a.get("tile", 0), a.get("probe", 0), a.get("cell", 0), keys, channels,
         a.get("window", 0), a.get("merged", 0), a.get("scale", 1.0), a.get("value_power", 0.0),
     )  # fmt: skip
@@ -87,7 +86,7 @@ def replay(command: list[str], made: list[tuple[Case, list[np.ndarray]]]) -> lis
     for case, inputs in made:
         batch, tokens, packed = inputs[0].shape
         name = case.op.name
-        shape: tuple[int, ...] = (batch, tokens) if name == "TokenScore" else (batch, tokens, packed // 3)
+        shape: tuple[int, ...] = (batch, tokens, packed // 3)
         if name.endswith("KeySelect"):
             tiles = math.ceil(case.patches / case.attributes["tile"])
             shape = (batch, case.attributes["num_heads"], tiles, case.attributes["keys"])
@@ -159,12 +158,10 @@ def test_fuzzed_shapes_and_indices_under_sanitizers(sanitised: Path, target: str
         lists = rng.integers(-(2**31), 2**31, (1, heads, math.ceil(patches / tile), keys)).astype(np.int32)
         lists[..., ::2] %= patches
         dense = Case(OPERATORS["DenseAttention"], {"num_heads": heads, "scale": 0.2}, patches + prefix, 1)
-        score = Case(OPERATORS["TokenScore"], dense.attributes, patches + prefix, 1)
-        made += [(select, spoiled), (attend, [spoiled[0], lists]), (dense, [spoiled[0]]), (score, [spoiled[0]])]
         sizes = rng.choice([1, 7, 0, -1, np.nan, np.inf], (1, patches + prefix)).astype(np.float32)
-        for case, rest in ((select, spoiled[1:]), (attend, [lists]), (dense, [])):
-            merged = dataclasses.replace(case, op=OPERATORS[f"Merged{case.op.name}"])
-            made.append((merged, [spoiled[0], sizes, *rest]))
+        for case, rest in ((select, spoiled[2:]), (attend, [lists]), (dense, [])):
+            made.append((case, [spoiled[0], sizes, *rest]))
+            made.append((dataclasses.replace(case, merged=False), [spoiled[0], np.ones_like(sizes), *rest]))
         if patches > 1:
             settings = {"num_heads": heads, "num_prefix": prefix, "window": 2 * int(rng.integers(1, 40))}
             settings |= {"merged": int(rng.integers(1, patches // 2 + 1))}

@@ -18,7 +18,7 @@ from sparsifiner_edge.ops import reference, torch_landmarks, torch_merge
 from sparsifiner_edge.ops import torch as torch_ops
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.operator import Operator
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
 
 PATCHES = (130, 37, 64, 1)
 BATCHES = (1, 2)
@@ -34,10 +34,11 @@ class Case:
     patches: int
     batch: int
     dtype: str = "float32"
+    merged: bool = True
 
     def __str__(self) -> str:
         values = "-".join(f"{k}{v:g}" for k, v in self.attributes.items() if k != "scale")
-        return f"{self.op.name}-P{self.patches}-B{self.batch}-{self.dtype}-{values}"
+        return f"{self.op.name}{'' if self.merged else '-single'}-P{self.patches}-B{self.batch}-{self.dtype}-{values}"
 
     def inputs(self, seed: int = 0) -> list[np.ndarray]:
         """Random inputs: keys and values with a common offset and a few outliers, as in real models."""
@@ -49,25 +50,22 @@ class Case:
         qkv = rng.normal(size=(self.batch, tokens, 3, heads, HEAD_DIM)) + rng.normal(size=(3, heads, HEAD_DIM))
         qkv[:, :: max(tokens // 5, 1)] *= 3
         packed = qkv.reshape(self.batch, tokens, -1).astype(self.dtype)
-        # Those of version 2 draw after the others: what version 1 is tested with stays as it was.
-        sized = self.op.name == "MatchTokens" or self.op.name.startswith("Merged")
-        first = [packed, self._sizes(rng, tokens)] if sized else [packed]
-        if self.op.name in ("KeySelect", "MergedKeySelect"):
+        first = [packed, self._sizes(rng, tokens)]
+        if self.op.name == "KeySelect":
             return [*first, *(rng.normal(size=(heads, HEAD_DIM, CHANNELS)).astype(self.dtype) for _ in range(2))]
-        if self.op.name.endswith("SparseAttention"):
+        if self.op.name == "SparseAttention":
             return [*first, self._lists(rng, heads, tokens)]
         if self.landmarks:
-            gone = 7 if self.op.name.startswith("Placed") else 0
-            shapes = [(CHANNELS, HEAD_DIM), (CHANNELS,)] * 2 + [(tokens + gone, LANDMARKS)] * 2
+            shapes = [(CHANNELS, HEAD_DIM), (CHANNELS,)] * 2 + [(tokens, LANDMARKS)] * 2
             # The published basis is drawn with deviation .02, so that its threshold of .02 drops two thirds.
             scales = [1, 1, 1, 1, 0.3, 0.02]
             weights = [s * rng.normal(size=shape) for s, shape in zip(scales, shapes, strict=True)]
-            left = [np.sort(rng.permutation(self.patches + gone)[: self.patches]) for _ in range(self.batch)]
-            return [packed, *(w.astype(self.dtype) for w in weights), *([np.int32(left)] if gone else [])]
+            return [packed, *(w.astype(self.dtype) for w in weights)]
         return first
 
     def _sizes(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
-        sizes = rng.choice([1, 1, 1, 2, 3, 7, 40], (self.batch, tokens)).astype(np.float32)
+        """Of merged tokens, or ones where nothing was merged."""
+        sizes = rng.choice([1, 1, 1, 2, 3, 7, 40] if self.merged else [1], (self.batch, tokens)).astype(np.float32)
         sizes[:, : self.prefix] = 1
         return sizes
 
@@ -87,7 +85,7 @@ class Case:
     @property
     def landmarks(self) -> bool:
         """Whether this is the published predictor."""
-        return self.op.name.endswith("LandmarkKeySelect")
+        return self.op.name == "LandmarkKeySelect"
 
     def _lists(self, rng: np.random.Generator, heads: int, tokens: int) -> np.ndarray:
         tiles = math.ceil(self.patches / self.attributes["tile"])
@@ -97,13 +95,19 @@ class Case:
         return np.sort(np.stack(choose), -1).reshape(self.batch, heads, tiles, count).astype(np.int32)
 
 
-def cases(op_name: str, full: bool = False, dtype: str = "float32") -> list[Case]:
-    """Allowed points: the schema's tested values all combined, or (default) one departure at a time from the first."""
+def cases(op_name: str, full: bool = False, dtype: str = "float32", merged: bool | None = None) -> list[Case]:
+    """Allowed points: the schema's tested values all combined, or (default) one departure at a time from the first;
+    over merged tokens and single ones (None: both, where the operator's way depends on it).
+    """
+    if merged is None and op_name in ("KeySelect", "SparseAttention", "DenseAttention"):
+        return [case for each in (False, True) for case in cases(op_name, full, dtype, each)]
     op = OPERATORS[op_name]
     options = [a.tested for a in op.attributes] + [PATCHES, BATCHES]
     points: Iterator[tuple[Any, ...]] = itertools.product(*options) if full else iter(_one_departure(options))
     names = [a.name for a in op.attributes]
-    made = [Case(op, dict(zip(names, p, strict=False)), *p[-2:], dtype=dtype) for p in points]
+    made = [
+        Case(op, dict(zip(names, p, strict=False)), *p[-2:], dtype=dtype, merged=merged is not False) for p in points
+    ]
     return [case for case in made if allowed(case)]
 
 
@@ -129,24 +133,22 @@ def allowed(case: Case) -> bool:
 
 def run_reference(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
     """The NumPy reference."""
-    return _apply([reference], case, inputs)
+    return _apply([reference], case.op.name, inputs, case.attributes)
 
 
 def run_torch(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
-    """The PyTorch implementation."""
-    return _apply([torch_ops, torch_merge, torch_landmarks], case, [torch.from_numpy(x) for x in inputs]).numpy()
+    """The PyTorch implementation; where no token is merged, it is told no sizes."""
+    tensors, settings = [torch.from_numpy(x) for x in inputs], case.attributes
+    if case.op.name in ("KeySelect", "SparseAttention", "DenseAttention"):
+        sizes = tensors.pop(1)
+        settings = {**settings, "sizes": sizes if case.merged else None}
+    return _apply([torch_ops, torch_merge, torch_landmarks], case.op.name, tensors, settings).numpy()
 
 
-def _apply(modules: list[Any], case: Case, inputs: list[Any]) -> Any:
-    """An operator in the module that has it; one over merged tokens is the plain one, told the sizes."""
-    name, settings = case.op.name, case.attributes
-    if name.startswith("Merged"):
-        name, settings = name.removeprefix("Merged"), {**settings, "sizes": inputs[1]}
-        inputs = [inputs[0], *inputs[2:]]
-    if name.startswith("Placed"):
-        name, settings, inputs = name.removeprefix("Placed"), {**settings, "places": inputs[-1]}, inputs[:-1]
-    function = next(getattr(module, _snake(name)) for module in modules if hasattr(module, _snake(name)))
-    return function(*inputs, **settings)
+def _apply(modules: list[Any], operator: str, inputs: list[Any], settings: dict[str, Any]) -> Any:
+    """An operator in the module that has it."""
+    name = "".join(f"_{c.lower()}" if c.isupper() else c for c in operator).lstrip("_")
+    return next(getattr(module, name) for module in modules if hasattr(module, name))(*inputs, **settings)
 
 
 def run_body(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
@@ -164,6 +166,7 @@ def body_model(case: Case, inputs: list[np.ndarray]) -> onnx.ModelProto:
         prefix=case.attributes.get("num_prefix", 0) > 0,
         cells=case.attributes.get("cell", 0) > 0,
         prefix_keys=bool(case.attributes.get("prefix_keys", 1)),
+        merged=case.merged,
     )
     node = helper.make_node(
         case.op.name, [t.name for t in case.op.inputs], [case.op.output.name], domain=DOMAIN, **case.attributes
@@ -182,7 +185,7 @@ def body_model(case: Case, inputs: list[np.ndarray]) -> onnx.ModelProto:
     return helper.make_model(
         graph,
         functions=[function_body(case.op.name, structure)],
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, case.op.since)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=10,
     )
 
@@ -207,10 +210,6 @@ def check(case: Case, inputs: list[np.ndarray], got: np.ndarray) -> None:
 def check_selection(case: Case, inputs: list[np.ndarray], got: np.ndarray, tolerance: float) -> None:
     """Ascending, within range, and every selected score at least the K-th of the reference, less the tolerance."""
     settings = {k: v for k, v in case.attributes.items() if k != "keys"}
-    if case.op.name == "MergedKeySelect":
-        settings["sizes"], inputs = inputs[1], [inputs[0], *inputs[2:]]
-    if case.op.name.startswith("Placed"):
-        settings["places"], inputs = inputs[-1], inputs[:-1]
     scores = (reference.landmark_scores if case.landmarks else reference.key_scores)(*inputs, **settings)
     keys = case.attributes["keys"]
     assert got.dtype == np.int32
@@ -222,7 +221,3 @@ def check_selection(case: Case, inputs: list[np.ndarray], got: np.ndarray, toler
     chosen = np.take_along_axis(scores, got.astype(np.int64), -1)
     worst = (threshold - chosen).max()
     assert worst <= tolerance, f"{case}: a selected score lies {worst:.2e} below the K-th"
-
-
-def _snake(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

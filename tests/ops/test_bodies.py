@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from sparsifiner_edge.ops.bodies import Structure, function_body
+from sparsifiner_edge.ops.bodies import INPUT_PREFIX, Structure, function_body
 from sparsifiner_edge.ops.schema import OPERATORS
 from tests.ops.matrix import HEAD_DIM, Case, run_body, run_reference
 
-STRUCTURES = [Structure(*flags) for flags in itertools.product((True, False), repeat=3)]
+STRUCTURES = [Structure(*flags) for flags in itertools.product((True, False), repeat=4)]
 
 
 @pytest.mark.parametrize("name", list(OPERATORS))
@@ -33,3 +33,12 @@ def test_pairs_are_the_references_at_the_sizes_of_images(tokens: int, merged: in
     qkv[1, : tokens // 2] = np.tile(np.eye(HEAD_DIM, dtype=np.float32)[0], 3 * 2)
     sizes = rng.integers(1, 5, (2, tokens)).astype(np.float32)
     np.testing.assert_array_equal(run_body(case, [qkv, sizes]), run_reference(case, [qkv, sizes]))
+
+
+@pytest.mark.parametrize("name", ["KeySelect", "SparseAttention", "DenseAttention"])
+def test_a_body_reads_sizes_only_where_tokens_merge(name: str) -> None:
+    for structure in STRUCTURES:
+        body = function_body(name, structure)
+        read = f"{INPUT_PREFIX}sizes" in {i for node in body.node for i in node.input}
+        assert read == structure.merged
+        assert list(body.input) == [f"{INPUT_PREFIX}{tensor.name}" for tensor in OPERATORS[name].inputs]

@@ -16,8 +16,8 @@ from tests.ops.matrix import Case, allowed, cases, check, run_body, run_referenc
 NARROW = [c for name in OPERATORS for c in cases(name)]
 FULL = [c for name in OPERATORS for c in cases(name, full=True)]
 PAPER = [
-    Case(OPERATORS["SparseAttention"], a, patches, batch)
-    for patches, batch in ((37, 1), (64, 2))
+    Case(OPERATORS["SparseAttention"], a, patches, batch, merged=merged)
+    for patches, batch, merged in ((37, 1, False), (64, 2, False), (64, 2, True))
     for a in [{"num_heads": 3, "num_prefix": 1, "tile": 1, "cell": 0, "scale": 0.125, "prefix_keys": 0}]
 ]
 
@@ -29,7 +29,7 @@ def _ids(case: Any) -> str:
 def test_the_matrix_reaches_every_tested_value() -> None:
     for name, op in OPERATORS.items():
         for attribute in op.attributes:
-            extra = PAPER if name.endswith("SparseAttention") else []
+            extra = PAPER if name == "SparseAttention" else []
             seen = {c.attributes[attribute.name] for c in [*cases(name), *extra]}
             assert seen >= set(attribute.tested), f"{name}.{attribute.name}"
 
@@ -56,7 +56,7 @@ def test_torch_agrees_where_the_prefix_is_only_attended_where_listed(case: Case)
     check(case, inputs, run_torch(case, inputs))
 
 
-@pytest.mark.parametrize("case", PAPER, ids=_ids)
+@pytest.mark.parametrize("case", [case for case in PAPER if not case.merged], ids=_ids)
 def test_lists_too_large_for_a_mask_are_gathered(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = case.inputs()
     found = []
@@ -73,7 +73,7 @@ def test_lists_too_large_for_a_mask_are_gathered(case: Case, monkeypatch: pytest
 def _with_gradient(case: Case, inputs: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """SparseAttention, and the gradient in qkv of the sum of its squares."""
     qkv = torch.from_numpy(inputs[0]).requires_grad_()
-    out = torch_ops.sparse_attention(qkv, torch.from_numpy(inputs[1]), **case.attributes)
+    out = torch_ops.sparse_attention(qkv, torch.from_numpy(inputs[2]), **case.attributes)
     return out.detach(), torch.autograd.grad(out.square().sum(), qkv)[0]
 
 
@@ -88,18 +88,19 @@ def test_half_precision(name: str) -> None:
 @pytest.mark.parametrize("run", [run_torch, run_body])
 def test_ties_go_to_the_lower_index_and_nan_loses(run: Any) -> None:
     case = next(c for c in cases("KeySelect") if c.patches == 130 and c.attributes["keys"] == 5)
-    qkv, proj_q, proj_k = case.inputs()
-    qkv[:] = 1.0
-    expected = np.broadcast_to(np.arange(5), run_reference(case, [qkv, proj_q, proj_k]).shape)
-    np.testing.assert_array_equal(run(case, [qkv, proj_q, proj_k]), expected)
+    inputs = case.inputs()
+    inputs[0][:] = 1.0
+    expected = np.broadcast_to(np.arange(5), run_reference(case, inputs).shape)
+    np.testing.assert_array_equal(run(case, inputs), expected)
     poisoned = dataclasses.replace(case, attributes={**case.attributes, "num_heads": 1})
     assert allowed(poisoned)
-    qkv, proj_q, proj_k = poisoned.inputs()
-    prefix, width = poisoned.attributes["num_prefix"], qkv.shape[-1] // 3
+    inputs = poisoned.inputs()
+    qkv, prefix = inputs[0], poisoned.attributes["num_prefix"]
+    width = qkv.shape[-1] // 3
     # A NaN value spoils the score of its own key alone, and of its cell's mates through their mean: never selected.
     qkv[:, prefix + 100, 2 * width :] = np.nan
-    got = run(poisoned, [qkv, proj_q, proj_k])
-    np.testing.assert_array_equal(got, run_reference(poisoned, [qkv, proj_q, proj_k]))
+    got = run(poisoned, inputs)
+    np.testing.assert_array_equal(got, run_reference(poisoned, inputs))
     assert not np.isin(got, np.arange(55, 110)).any()
 
 
@@ -113,13 +114,13 @@ def test_repeatable_bit_for_bit(run: Any) -> None:
 
 def test_everything_selected_is_dense_attention() -> None:
     case = next(c for c in cases("SparseAttention") if c.attributes["cell"])
-    qkv, lists = case.inputs()
+    qkv, sizes, lists = case.inputs()
     everything = np.broadcast_to(np.arange(case.patches, dtype=np.int32), (*lists.shape[:3], case.patches))
     heads, scale = case.attributes["num_heads"], case.attributes["scale"]
     dense = Case(OPERATORS["DenseAttention"], {"num_heads": heads, "scale": scale}, case.patches, case.batch)
     for run in (run_torch, run_body, run_reference):
-        got = run(case, [qkv, np.ascontiguousarray(everything)])
-        np.testing.assert_allclose(got, run_reference(dense, [qkv]), atol=1e-5)
+        got = run(case, [qkv, sizes, np.ascontiguousarray(everything)])
+        np.testing.assert_allclose(got, run_reference(dense, [qkv, sizes]), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(OPERATORS))

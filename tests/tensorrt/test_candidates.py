@@ -324,4 +324,4 @@ def test_the_dense_model_is_dense_attention():
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
     dense = onnx.load_from_string(dense_model(model.SerializeToString()))
     assert [f.name for f in dense.functions] == ["DenseAttention"]
-    assert {t.name for t in dense.graph.initializer} == {"pixels", "embed", "place", "axes"}
+    assert {t.name for t in dense.graph.initializer} == {"pixels", "embed", "place", "axes", "single"}

@@ -58,7 +58,8 @@ def test_these_are_the_kernels_that_run() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
     for case in (*(cases(name)[0] for name in NAMES), PAPER):
         given = tensors(case)
-        assert kernels_for(case.op.name, case.attributes, [x.shape for x in given], given[0]).name == "triton"
+        shapes = [x.shape for x in case.inputs()]
+        assert kernels_for(case.op.name, case.attributes, shapes, given[0]).name == "triton"
 
 
 @pytest.mark.parametrize("case", [*BOTH, PAPER], ids=str)
@@ -78,10 +79,10 @@ def test_agrees_at_every_element_type_and_head_dimension(name: str, dtype: str, 
     hold(case, given, run(case, given), dtype)
 
 
-def hold_a_layer(select: Case, dtype: str, merged: str) -> None:
+def hold_a_layer(select: Case, dtype: str) -> None:
     """Lists of a layer are KeySelect's own; its output is SparseAttention's over them."""
     given = tensors(select, width=32, dtype=dtype)
-    names = ["qkv", *(["sizes"] if merged else []), "proj_q", "proj_k"]
+    names = ["qkv", *(["sizes"] if select.merged else []), "proj_q", "proj_k"]
     given = [x.float() if name.startswith("proj") else x for name, x in zip(names, given, strict=True)]
     plan = plan_layer([x.shape for x in given], select.attributes, dtype)
     inside, guards = guarded(plan, dict(zip(names, given, strict=True)))
@@ -89,29 +90,29 @@ def hold_a_layer(select: Case, dtype: str, merged: str) -> None:
     assert untouched(guards)
     hold(select, given, done["indices"], dtype)
     shared = {name: select.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
-    attend = case_of(f"{merged}SparseAttention", select.patches, **shared)
+    attend = case_of("SparseAttention", select.patches, sized=select.merged, **shared)
     hold(attend, [*given[:-2], done["indices"]], done["output"], dtype)
 
 
 @pytest.mark.parametrize(
     ("changes", "dtype", "merged"),
     [
-        *(({}, dtype, merged) for dtype in DTYPES for merged in ("", "Merged")),
-        *((x, "float16", "Merged") for x in LAYERS),
-        *((x, "float32", "") for x in LAYERS),
+        *(({}, dtype, merged) for dtype in DTYPES for merged in (False, True)),
+        *((x, "float16", True) for x in LAYERS),
+        *((x, "float32", False) for x in LAYERS),
     ],
     ids=str,
 )
-def test_a_layer_is_its_two_operators(changes: dict[str, Any], dtype: str, merged: str) -> None:
-    hold_a_layer(case_of(f"{merged}KeySelect", 70, **{"cell": 17, **changes}), dtype, merged)
+def test_a_layer_is_its_two_operators(changes: dict[str, Any], dtype: str, merged: bool) -> None:
+    hold_a_layer(case_of("KeySelect", 70, sized=merged, **{"cell": 17, **changes}), dtype)
 
 
-@pytest.mark.parametrize("merged", ["", "Merged"])
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize(("cell", "dtype"), [(100, "float16"), (220, "float16"), (70, "bfloat16")])
-def test_cells_of_several_blocks_and_long_probes(cell: int, dtype: str, merged: str) -> None:
+def test_cells_of_several_blocks_and_long_probes(cell: int, dtype: str, merged: bool) -> None:
     """Values are held in registers until their mean is known, or read again; probes of 12 are read in two parts."""
-    select = case_of(f"{merged}KeySelect", 230, cell=cell, probe=12, tile=24, num_heads=2)
-    hold_a_layer(select, dtype, merged)
+    select = case_of("KeySelect", 230, sized=merged, cell=cell, probe=12, tile=24, num_heads=2)
+    hold_a_layer(select, dtype)
 
 
 def test_a_layer_has_the_gradient_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +203,8 @@ def test_few_distinct_scores(few: int) -> None:
     case = case_of("KeySelect", 64, num_heads=1, num_prefix=0, value_power=0.0, keys=13)
     qkv, proj_q, proj_k = tensors(case)
     qkv = qkv[:, torch.arange(64) % few]
-    expected = run_reference(case, [x.numpy() for x in (qkv, proj_q, proj_k)])
+    sizes = torch.ones(qkv.shape[:2])
+    expected = run_reference(case, [x.numpy() for x in (qkv, sizes, proj_q, proj_k)])
     got = run(case, [qkv, proj_q, proj_k]).numpy()
     assert (np.diff(got, axis=-1) > 0).all()
     np.testing.assert_array_equal(np.sort(got % few, -1), np.sort(expected % few, -1))
@@ -219,7 +221,8 @@ def test_scores_that_are_nothing_like_normal(factors: np.ndarray) -> None:
     qkv, proj_q, proj_k = tensors(case)
     width = qkv.shape[-1] // 3
     qkv[..., width : 2 * width] *= torch.from_numpy(factors.astype(np.float32))[None, :, None]
-    expected = run_reference(case, [x.numpy() for x in (qkv, proj_q, proj_k)])
+    sizes = torch.ones(qkv.shape[:2])
+    expected = run_reference(case, [x.numpy() for x in (qkv, sizes, proj_q, proj_k)])
     np.testing.assert_array_equal(run(case, [qkv, proj_q, proj_k]).numpy(), expected)
 
 

@@ -15,31 +15,34 @@ from sparsifiner_edge.ops.schema import OPERATORS
 from tests.ops import matrix
 from tests.ops.matrix import Case
 
-ATTENTION = ("KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention")
+ATTENTION = ("KeySelect", "SparseAttention")
 NAMES = (*ATTENTION, "MatchTokens", "MergeTokens")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PAPER = Case(
     OPERATORS["SparseAttention"],
     {"num_heads": 2, "num_prefix": 1, "tile": 1, "cell": 0, "scale": 0.125, "prefix_keys": 0}, 13, 1,
+    merged=False,
 )  # fmt: skip
 
 
-def case_of(name: str, patches: int, batch: int = 1, **changes: Any) -> Case:
-    """The first case of an operator's matrix with other sizes."""
-    base = matrix.cases(name)[0]
+def case_of(name: str, patches: int, batch: int = 1, sized: bool | None = None, **changes: Any) -> Case:
+    """The first case of an operator's matrix with other sizes; sized: over merged tokens."""
+    base = matrix.cases(name, merged=sized)[0]
     return dataclasses.replace(base, attributes={**base.attributes, **changes}, patches=patches, batch=batch)
 
 
 def tensors(
     case: Case, seed: int = 0, width: int = matrix.HEAD_DIM, dtype: str = "float32", device: str = "cpu"
 ) -> Any:
-    """Inputs of a case as tensors, floats in `dtype`."""
+    """Inputs of a case as tensors, floats in `dtype`; as the kernels take them, without sizes where all are 1."""
     whole = matrix.HEAD_DIM
     try:
         matrix.HEAD_DIM = width
         arrays = case.inputs(seed)
     finally:
         matrix.HEAD_DIM = whole
+    if not case.merged:
+        del arrays[1]
     found = [torch.from_numpy(x).to(device) for x in arrays]
     return [x.to(DTYPES[dtype]) if x.is_floating_point() else x for x in found]
 
@@ -51,9 +54,9 @@ def run(case: Case, given: list[Tensor]) -> Tensor:
         return torch_merge.merge_tokens(*given)
     if case.op.name == "MatchTokens":
         return torch_merge.match_tokens(*given, **settings)
-    if case.op.name.startswith("Merged"):
+    if case.merged:
         settings["sizes"], given = given[1], [given[0], *given[2:]]
-    function: Any = torch_ops.key_select if case.op.name.endswith("KeySelect") else torch_ops.sparse_attention
+    function: Any = torch_ops.key_select if case.op.name == "KeySelect" else torch_ops.sparse_attention
     result: Tensor = function(*given, **settings)
     return result
 
@@ -65,10 +68,11 @@ def hold(case: Case, given: list[Tensor], got: Tensor, dtype: str) -> None:
     """
     arrays = [x.float().cpu().numpy() if x.is_floating_point() else x.cpu().numpy() for x in given]
     found = got.float().cpu().numpy() if got.is_floating_point() else got.cpu().numpy()
-    if case.op.name.endswith("KeySelect") and dtype != "float32":
+    if not case.merged:
+        arrays.insert(1, np.ones(arrays[0].shape[:2], np.float32))
+    if case.op.name == "KeySelect" and dtype != "float32":
         settings = {k: v for k, v in case.attributes.items() if k != "keys"}
-        plain = [arrays[0], *arrays[-2:]]
-        scores = reference.key_scores(*plain, **settings, sizes=arrays[1] if len(arrays) == 4 else None)
+        scores = reference.key_scores(*arrays, **settings)
         most = 2**-12 * float(np.ptp(scores[np.isfinite(scores)]))
         case = dataclasses.replace(case, op=dataclasses.replace(case.op, tolerances={dtype: max(most, 4e-3)}))
     matrix.check(dataclasses.replace(case, dtype=dtype), arrays, found)

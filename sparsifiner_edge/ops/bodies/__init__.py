@@ -2,7 +2,7 @@
 
 A body takes every size from `Shape`, gathers rows of a flattened [B H P, d] and holds no mask, no scatter that adds and
 no cumulative sum. A file holds one body per operator, so structure that attributes decide (prefix or none, cells or
-none) is fixed per file by `Structure`; every number stays an attribute of the node.
+none), and whether tokens were merged, is fixed per file by `Structure`; every number stays an attribute of the node.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx.parser
 
 from sparsifiner_edge.ops.bodies import attention, merge, select
 from sparsifiner_edge.ops.bodies.common import CONSTANTS, Structure
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
 
 OPSET = 20
 INPUT_PREFIX = "body_input_"
@@ -24,13 +24,8 @@ for another tensor.
 _BODIES: dict[str, Callable[[Structure], str]] = {
     "KeySelect": select.key_select,
     "LandmarkKeySelect": select.landmark_key_select,
-    "PlacedLandmarkKeySelect": select.placed_landmark_key_select,
     "SparseAttention": attention.sparse_attention,
     "DenseAttention": attention.dense_attention,
-    "TokenScore": attention.token_score,
-    "MergedKeySelect": select.merged_key_select,
-    "MergedSparseAttention": attention.merged_sparse_attention,
-    "MergedDenseAttention": attention.merged_dense_attention,
     "MatchTokens": merge.match_tokens,
     "MergeTokens": merge.merge_tokens,
 }
@@ -51,7 +46,7 @@ def function_body(name: str, structure: Structure | None = None) -> onnx.Functio
         f"{name} {attributes}({inputs}) => ({op.output.name}) {{\n{CONSTANTS}{lines}}}"
     )
     function = onnx.parser.parse_function(text)
-    function.doc_string = f"{DOMAIN}::{name} version {op.since}. {op.doc}"
+    function.doc_string = f"{DOMAIN}::{name} version {VERSION}. {op.doc}"
     _drop_unused(function)
     _prefix_inputs(function)
     # ONNX Runtime 1.21 names fused nodes after the first of them and refuses a file in which two bear one name.

@@ -1,17 +1,13 @@
-"""Bodies of SparseAttention, DenseAttention (both over merged tokens too) and TokenScore."""
+"""Bodies of SparseAttention and DenseAttention."""
 
 from __future__ import annotations
 
 from sparsifiner_edge.ops.bodies.common import SPLIT, Structure, attribute, mean, runs, sized_mean
 
 
-def merged_sparse_attention(structure: Structure) -> str:
-    """Lines of MergedSparseAttention; see the schema."""
-    return sparse_attention(structure, merged=True)
-
-
-def sparse_attention(structure: Structure, merged: bool = False) -> str:
+def sparse_attention(structure: Structure) -> str:
     """Lines of SparseAttention; see the schema."""
+    merged = structure.merged
     ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "tile", "cell"))
     shared = structure.prefix and structure.prefix_keys
     first = "a_num_prefix" if shared else "c0"
@@ -244,15 +240,10 @@ def _prefix_rows(merged: bool) -> str:
         prefix_out = MatMul (prefix_cast, v)"""
 
 
-def merged_dense_attention(structure: Structure) -> str:
-    """Lines of MergedDenseAttention; see the schema."""
-    return dense_attention(structure, merged=True)
-
-
-def dense_attention(_: Structure, merged: bool = False) -> str:
+def dense_attention(structure: Structure) -> str:
     """Lines of DenseAttention; see the schema."""
-    biased = "Add (bare, log_sizes)" if merged else "Identity (bare)"
-    return f"""{attribute("num_heads")}{attribute("scale", "float")}{_LOG_SIZES if merged else ""}
+    biased = "Add (bare, log_sizes)" if structure.merged else "Identity (bare)"
+    return f"""{attribute("num_heads")}{attribute("scale", "float")}{_LOG_SIZES if structure.merged else ""}
         rows = Identity (qkv){SPLIT}
         scale = CastLike (a_scale, qkv)
         q_scaled = Mul (q, scale)
@@ -266,22 +257,4 @@ def dense_attention(_: Structure, merged: bool = False) -> str:
         out_tokens = Transpose <perm = [0, 2, 1, 3]> (out)
         merge = Constant <value_ints: ints = [0, 0, -1]> ()
         output = Reshape (out_tokens, merge)
-"""
-
-
-def token_score(_: Structure) -> str:
-    """Lines of TokenScore; see the schema. One query needs no product of matrices, so keys are not transposed."""
-    return f"""{attribute("num_heads")}{attribute("scale", "float")}
-        heads_shape = Concat <axis = 0> (c0, c0, c3, a_num_heads, c_1)
-        packed = Reshape (qkv, heads_shape)
-        q_all = Slice (packed, c0, c1, c1)
-        q_class = Gather <axis = 2> (q_all, i0)
-        k_rows = Gather <axis = 2> (packed, i1)
-        q_single = Cast <to = 1> (q_class)
-        k_single = Cast <to = 1> (k_rows)
-        q_scaled = Mul (q_single, a_scale)
-        products = Mul (q_scaled, k_single)
-        logits = ReduceSum <keepdims = 0> (products, c3)
-        weights = Softmax <axis = 1> (logits)
-        scores = ReduceMean <keepdims = 0> (weights, c2)
 """

@@ -15,11 +15,13 @@ class Structure:
         prefix: num_prefix > 0.
         cells: cell > 0.
         prefix_keys: the attribute of SparseAttention.
+        merged: some node gets sizes other than ones. Where none does, bodies do not read them.
     """
 
     prefix: bool = True
     cells: bool = True
     prefix_keys: bool = True
+    merged: bool = True
 
 
 def attribute(name: str, kind: str = "int") -> str:

@@ -6,13 +6,9 @@ from sparsifiner_edge.ops.bodies.common import MERGED_SIZES, SPLIT, Structure, a
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
 
 
-def merged_key_select(structure: Structure) -> str:
-    """Lines of MergedKeySelect; see the schema."""
-    return key_select(structure, merged=True)
-
-
-def key_select(structure: Structure, merged: bool = False) -> str:
+def key_select(structure: Structure) -> str:
     """Lines of KeySelect; see the schema."""
+    merged = structure.merged
     probe_mean = sized_mean("probe", "a_probe") if merged else mean("probe")
     cell_mean = sized_mean("cell", "a_cell") if merged else mean("cell")
     deviation = runs("v_patch", "a_cell", "patches", "cell") + cell_mean + _FROM_CENTER if structure.cells else _ALONE
@@ -79,16 +75,8 @@ _SIZED_LOGITS = """
         logits = Add (logits_bare, log_sizes)"""
 
 
-def placed_landmark_key_select(structure: Structure) -> str:
-    """Lines of PlacedLandmarkKeySelect; see the schema."""
-    return landmark_key_select(structure, _BY_PLACE, "[0, 1, 3, 2]")
-
-
-def landmark_key_select(_: Structure, rows: str = "", turned: str = "[1, 0]") -> str:
-    """Lines of LandmarkKeySelect; see the schema. rows: of `down_f` and `up_f`, which stay in place of these; turned:
-    how the axes of a basis are turned.
-    """
-    down, up = ("down_rows", "up_rows") if rows else ("down_f", "up_f")
+def landmark_key_select(_: Structure) -> str:
+    """Lines of LandmarkKeySelect; see the schema."""
     ints = "".join(attribute(a) for a in ("num_heads", "keys", "top_coefficients"))
     casts = "".join(
         f"""
@@ -96,7 +84,7 @@ def landmark_key_select(_: Structure, rows: str = "", turned: str = "[1, 0]") ->
         for name in ("proj_q", "bias_q", "proj_k", "bias_k", "down", "up")
     )
     return f"""{ints}{attribute("scale", "float")}{attribute("basis_threshold", "float")}
-        rows = Cast <to = 1> (qkv){SPLIT}{casts}{rows}
+        rows = Cast <to = 1> (qkv){SPLIT}{casts}
         q_patch = Slice (q, c1, c_end, c2)
         proj_q_t = Transpose <perm = [1, 0]> (proj_q_f)
         projected_q_bare = MatMul (q_patch, proj_q_t)
@@ -106,36 +94,21 @@ def landmark_key_select(_: Structure, rows: str = "", turned: str = "[1, 0]") ->
         projected_k_bare = MatMul (k, proj_k_t)
         projected_k = Add (projected_k_bare, bias_k_f)
         projected_k_t = Transpose <perm = [0, 1, 3, 2]> (projected_k)
-        landmarks = MatMul (projected_k_t, {down})
+        landmarks = MatMul (projected_k_t, down_f)
         logits = MatMul (projected_q_scaled, landmarks)
         coefficients = Softmax <axis = -1> (logits)
         largest, largest_index = TopK <axis = -1, largest = 1, sorted = 1> (coefficients, a_top_coefficients)
         least = ReduceMin <keepdims = 1> (largest, c_1){_TIED}
         kept = Where (dropped, f0, coefficients)
-        up_size = Abs ({up})
+        up_size = Abs (up_f)
         up_counts = Greater (up_size, a_basis_threshold)
         basis = Where (up_counts, up_size, f0)
-        basis_t = Transpose <perm = {turned}> (basis)
+        basis_t = Transpose <perm = [1, 0]> (basis)
         scores_raw = MatMul (kept, basis_t)
         broken = IsNaN (scores_raw)
         scores = Where (broken, f_inf, scores_raw){_TOP}"""
 
 
-_BY_PLACE = """
-        places_long = Cast <to = 7> (places)
-        places_above = Max (places_long, i0)
-        image_rows = Shape <start = 0, end = 1> (up)
-        last_place = Sub (image_rows, c2)
-        places_inside = Min (places_above, last_place)
-        patch_rows = Add (places_inside, i1)
-        batch = Shape <start = 0, end = 1> (qkv)
-        one_each = Concat <axis = 0> (batch, c1)
-        class_rows = Expand (i0, one_each)
-        basis_rows = Concat <axis = 1> (class_rows, patch_rows)
-        down_each = Gather <axis = 0> (down_f, basis_rows)
-        up_each = Gather <axis = 0> (up_f, basis_rows)
-        down_rows = Unsqueeze (down_each, c1)
-        up_rows = Unsqueeze (up_each, c1)"""
 # Of coefficients as large as the least that counts, the first count, as many as there is room for.
 _TIED = """
         below = Less (coefficients, least)

@@ -1,4 +1,4 @@
-// DenseAttention in float32, and TokenScore (ops/schema.py).
+// DenseAttention in float32 (ops/schema.py).
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "dense.cc"
@@ -58,48 +58,6 @@ bool DenseAttentionTarget(const Packed& in, float* output, const Parallel& paral
   return AttendDensely<Floats>(in, output, parallel);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// TokenScore: what the class token attends to.
-
-struct ScoreJob {
-  Packed in;
-  float* rows;  // [batch][heads][tokens]: each head's share of the mean
-};
-
-HWY_NOINLINE void ScoreHead(void* data, size_t item, void*) {
-  const ScoreJob& job = *static_cast<const ScoreJob*>(data);
-  const Packed& in = job.in;
-  const D d;
-  const size_t head = item % in.heads, batch = item / in.heads;
-  float* weights = job.rows + item * in.tokens;
-  const auto at = [](size_t j) { return j; };
-  const float total = WeighOne(in.Queries(batch, head), in.Keys(batch, head), in.Row(), at, in.tokens, in.scale,
-                               in.width, nullptr, weights);
-  const V share = hn::Set(d, 1.0f / (total * static_cast<float>(in.heads)));
-  for (size_t j = 0; j < in.tokens; j += kLanes) {
-    const size_t some = std::min(kLanes, in.tokens - j);
-    hn::StoreN(hn::Mul(share, hn::LoadN(d, weights + j, some)), d, weights + j, some);
-  }
-}
-
-bool TokenScoreTarget(const Packed& in, float* output, const Parallel& parallel) {
-  if (in.batch == 0) return true;
-  ScoreJob job{in, nullptr};
-  job.rows = static_cast<float*>(parallel.Shared(Times(Times(in.batch * in.heads, in.tokens), sizeof(float))));
-  if (job.rows == nullptr || !parallel.For(in.batch * in.heads, 0, ScoreHead, &job)) return false;
-  const D d;
-  for (size_t b = 0; b < in.batch; ++b) {
-    const float* rows = job.rows + b * in.heads * in.tokens;
-    for (size_t j = 0; j < in.tokens; j += kLanes) {
-      const size_t some = std::min(kLanes, in.tokens - j);
-      V sum = hn::Zero(d);
-      for (size_t h = 0; h < in.heads; ++h) sum = hn::Add(sum, hn::LoadN(d, rows + h * in.tokens + j, some));
-      hn::StoreN(sum, d, output + b * in.tokens + j, some);
-    }
-  }
-  return true;
-}
-
 }  // namespace HWY_NAMESPACE
 }  // namespace sparsifiner
 HWY_AFTER_NAMESPACE();
@@ -109,10 +67,6 @@ namespace sparsifiner {
 
 bool DenseAttention(const Packed& in, float* output, const Parallel& parallel) {
   return SPARSIFINER_BUILT(DenseAttentionTarget)(in, output, parallel);
-}
-
-bool TokenScore(const Packed& in, float* output, const Parallel& parallel) {
-  return SPARSIFINER_BUILT(TokenScoreTarget)(in, output, parallel);
 }
 
 }  // namespace sparsifiner

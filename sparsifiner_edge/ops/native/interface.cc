@@ -1,5 +1,6 @@
 // The C interface (sparsifiner.h): refuses what the operators' specification refuses, and calls the kernels.
 
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstdarg>
@@ -100,9 +101,16 @@ bool Check(const sparsifiner_qkv& in, size_t prefix, bool asks, Answer* answer, 
   packed->qkv = in.qkv.data;
   packed->sizes = in.sizes.data;
   packed->scale = in.scale;
-  const size_t tokens = packed->batch * packed->tokens, sized = in.sizes.count == 0 ? 0 : tokens;
+  const size_t tokens = packed->batch * packed->tokens;
   return answer->Given("qkv", in.qkv.data, in.qkv.count, tokens * packed->Row(), asks) &&
-         answer->Given("sizes", in.sizes.data, in.sizes.count, sized, asks);
+         answer->Given("sizes", in.sizes.data, in.sizes.count, tokens, asks);
+}
+
+// The same where no token was merged: attention and selection take a shorter way without sizes.
+Packed Attended(Packed in) {
+  const float* end = in.sizes + in.batch * in.tokens;
+  if (std::all_of(in.sizes, end, [](float size) { return size == 1.0f; })) in.sizes = nullptr;
+  return in;
 }
 
 bool Check(const sparsifiner_select& given, const sparsifiner_qkv& qkv, bool asks, Answer* answer, Packed* in,
@@ -176,6 +184,7 @@ bool GivenRows(const Packed& in, const sparsifiner_output& output, Answer* answe
 }  // namespace sparsifiner
 
 using sparsifiner::Answer;
+using sparsifiner::Attended;
 using sparsifiner::Lists;
 using sparsifiner::Call;
 using sparsifiner::Packed;
@@ -208,7 +217,7 @@ sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifi
     return answer.status();
   }
   auto* to = static_cast<int32_t*>(indices.data);
-  if (!KeySelect(in, proj_q.data, proj_k.data, settings, to, Call(*call))) answer.OutOfMemory();
+  if (!KeySelect(Attended(in), proj_q.data, proj_k.data, settings, to, Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 
@@ -226,7 +235,7 @@ sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sp
   }
   const bool halves = call->precision == SPARSIFINER_BFLOAT16 && (settings.tile != 1 || settings.cell != 0);
   const auto attend = halves ? sparsifiner::SparseAttentionBf16 : sparsifiner::SparseAttention;
-  if (!attend(in, indices.data, settings, static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
+  if (!attend(Attended(in), indices.data, settings, static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 
@@ -240,20 +249,7 @@ sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const spa
   }
   const bool halves = call->precision == SPARSIFINER_BFLOAT16;
   const auto attend = halves ? sparsifiner::DenseAttentionBf16 : sparsifiner::DenseAttention;
-  if (!attend(in, static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
-  return answer.status();
-}
-
-sparsifiner_status sparsifiner_token_score(sparsifiner_call* call, const sparsifiner_qkv* qkv,
-                                           sparsifiner_output scores) {
-  Answer answer(call);
-  Packed in{};
-  const bool asks = scores.data == nullptr;
-  if (!answer.well() || !Check(*qkv, 0, asks, &answer, &in) || asks ||
-      !answer.Given("scores", scores.data, scores.count, in.batch * in.tokens, asks)) {
-    return answer.status();
-  }
-  if (!TokenScore(in, static_cast<float*>(scores.data), Call(*call))) answer.OutOfMemory();
+  if (!attend(Attended(in), static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 
@@ -264,7 +260,7 @@ sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsi
   sparsifiner::MatchSettings settings{};
   const bool asks = pairs.data == nullptr;
   if (!answer.well() || !Check(*given, *qkv, asks, &answer, &in, &settings) ||
-      !answer.Given("sizes", in.sizes, qkv->sizes.count, in.batch * in.tokens, asks) || asks ||
+      asks ||
       !answer.Given("pairs", pairs.data, pairs.count, in.batch * (in.tokens - settings.merged) * 2, asks)) {
     return answer.status();
   }

@@ -68,13 +68,12 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "key_select": (POINTER(_Qkv), POINTER(_Select), _Tensor, _Tensor),
     "sparse_attention": (POINTER(_Qkv), POINTER(_Attend), _Tensor),
     "dense_attention": (POINTER(_Qkv),),
-    "token_score": (POINTER(_Qkv),),
     "match_tokens": (POINTER(_Qkv), POINTER(_Match)),
     "merge_tokens": (POINTER(_Pairs),),
 }
 _NAMES = {
     "KeySelect": "key_select", "SparseAttention": "sparse_attention", "DenseAttention": "dense_attention",
-    "TokenScore": "token_score", "MatchTokens": "match_tokens", "MergeTokens": "merge_tokens",
+    "MatchTokens": "match_tokens", "MergeTokens": "merge_tokens",
 }  # fmt: skip
 
 
@@ -126,12 +125,11 @@ class Operators:
         reasons = _refusals(op, tuple(attributes.items()), *(x.shape for x in inputs))
         if reasons:
             raise _refused(op, "; ".join(reasons))
-        merged = op.startswith("Merged")
-        name = _NAMES[op.removeprefix("Merged")]
+        name = _NAMES[op]
         kinds = [tensor.dtypes for tensor in (*OPERATORS[op].inputs, OPERATORS[op].output)]
         tensors = [_tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
         call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
-        arguments = _arguments(name, attributes, [x.shape for x in inputs], tensors, merged)
+        arguments = _arguments(name, attributes, [x.shape for x in inputs], tensors)
         status = getattr(self._library, f"sparsifiner_{name}")(byref(call), *arguments)
         if status:
             raise _refused(op, call.message.decode(errors="replace"))
@@ -163,25 +161,22 @@ def _tensor(op: str, array: Array, allowed: Sequence[str]) -> _Tensor:
 
 
 def _arguments(
-    name: str, a: Mapping[str, float], shapes: Sequence[tuple[int, ...]], tensors: Sequence[_Tensor], merged: bool
+    name: str, a: Mapping[str, float], shapes: Sequence[tuple[int, ...]], tensors: Sequence[_Tensor]
 ) -> list[Any]:
     """What a function takes after the call: of shapes that the schema allows, and tensors, the output's last."""
-    *inputs, output = tensors
     if name == "merge_tokens":
-        return [byref(_Pairs(*inputs, *shapes[0], shapes[2][1])), output]
-    sized = merged or name == "match_tokens"
+        return [byref(_Pairs(*tensors[:3], *shapes[0], shapes[2][1])), tensors[3]]
     batch, tokens, packed = shapes[0]
     heads = int(a["num_heads"])
-    rest: list[Any] = inputs[2 if sized else 1 :]
-    sizes = inputs[1] if sized else _Tensor(None, 0)
-    qkv = _Qkv(inputs[0], sizes, batch, tokens, heads, packed // (3 * heads), a.get("scale", 1.0))
+    qkv = _Qkv(*tensors[:2], batch, tokens, heads, packed // (3 * heads), a.get("scale", 1.0))
+    rest: list[Any] = list(tensors[2:])
     if name == "key_select":
         rest.insert(0, byref(_settings(_Select, {**a, "channels": shapes[-1][2]})))
     elif name == "sparse_attention":
         rest.insert(0, byref(_settings(_Attend, {**a, "keys": shapes[-1][3]})))
     elif name == "match_tokens":
         rest.insert(0, byref(_settings(_Match, a)))
-    return [byref(qkv), *rest, output]
+    return [byref(qkv), *rest]
 
 
 def _settings(kind: type[Structure], a: Mapping[str, float]) -> Structure:

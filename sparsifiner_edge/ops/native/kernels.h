@@ -95,9 +95,6 @@ struct Merging {
 [[nodiscard]] bool KeySelect(const Packed& in, const float* proj_q, const float* proj_k,
                              const SelectSettings& settings, int32_t* indices, const Parallel& parallel);
 
-// The class token's (token 0) row of the softmax, mean over the heads: output [batch, tokens].
-[[nodiscard]] bool TokenScore(const Packed& in, float* output, const Parallel& parallel);
-
 // pairs [batch, tokens - merged, 2]: which tokens become one; needs in.sizes.
 [[nodiscard]] bool MatchTokens(const Packed& in, const MatchSettings& settings, int32_t* pairs,
                                const Parallel& parallel);

@@ -55,8 +55,7 @@ int64_t Tiles(const sparsifiner_qkv& in, int64_t prefix, int64_t tile) { return 
 
 // A kernel reads its attributes once; Compute may run on several threads at a time, and asks the interface first whether
 // it will refuse, for outputs of sizes that make no sense cannot be had. Both are false where they fail, and the problem,
-// if it is none of memory, is told. kMerged: the second input are the tokens' sizes.
-template <bool kMerged>
+// if it is none of memory, is told.
 struct DenseKernel {
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
@@ -65,8 +64,7 @@ struct DenseKernel {
   bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
     sparsifiner_output output{};
-    return tensors.Pack(&in) && (!kMerged || tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) &&
-           session->Check(sparsifiner_dense_attention(session->call(), &in, output)) &&
+    return tensors.Pack(&in) && session->Check(sparsifiner_dense_attention(session->call(), &in, output)) &&
            tensors.Output({in.batch, in.tokens, in.num_heads * in.width}, &output) &&
            session->Check(sparsifiner_dense_attention(session->call(), &in, output));
   }
@@ -74,23 +72,6 @@ struct DenseKernel {
   sparsifiner_qkv qkv{};
 };
 
-struct ScoreKernel {
-  bool Read(const Attributes& from) {
-    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
-  }
-
-  bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
-    sparsifiner_qkv in = qkv;
-    sparsifiner_output output{};
-    return tensors.Pack(&in) && session->Check(sparsifiner_token_score(session->call(), &in, output)) &&
-           tensors.Output({in.batch, in.tokens}, &output) &&
-           session->Check(sparsifiner_token_score(session->call(), &in, output));
-  }
-
-  sparsifiner_qkv qkv{};
-};
-
-template <bool kMerged>
 struct SparseKernel {
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale) &&
@@ -103,10 +84,7 @@ struct SparseKernel {
     sparsifiner_attend attend = settings;
     Shape shape;
     sparsifiner_ints indices{};
-    if (!tensors.Pack(&in) || (kMerged && !tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) ||
-        !tensors.Input(kMerged ? 2 : 1, &shape, &indices)) {
-      return false;
-    }
+    if (!tensors.Pack(&in) || !tensors.Input(2, &shape, &indices)) return false;
     const Shape expected{3, {in.batch, in.num_heads, Tiles(in, settings.num_prefix, settings.tile)}};
     attend.keys = shape.rank == 4 ? shape.axes[3] : 0;
     // Where no patch is left there is no shape to expect, and the interface says so.
@@ -125,7 +103,6 @@ struct SparseKernel {
   sparsifiner_attend settings{};
 };
 
-template <bool kMerged>
 struct SelectKernel {
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale) &&
@@ -139,11 +116,7 @@ struct SelectKernel {
     sparsifiner_select select = settings;
     Shape shape, other;
     sparsifiner_floats proj_q{}, proj_k{};
-    constexpr size_t kFirst = kMerged ? 2 : 1;
-    if (!tensors.Pack(&in) || (kMerged && !tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) ||
-        !tensors.Input(kFirst, &shape, &proj_q) || !tensors.Input(kFirst + 1, &other, &proj_k)) {
-      return false;
-    }
+    if (!tensors.Pack(&in) || !tensors.Input(2, &shape, &proj_q) || !tensors.Input(3, &other, &proj_k)) return false;
     if (shape.rank != 3 || other.rank != 3 || !std::equal(shape.axes, shape.axes + 3, other.axes) ||
         shape.axes[0] != in.num_heads || shape.axes[1] != in.width || shape.axes[2] < 1) {
       return problem->Refuse("proj_q and proj_k must have shape [num_heads, d, c], got %s and %s", Text(shape).text,
@@ -174,7 +147,7 @@ struct MatchKernel {
   bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
     sparsifiner_output pairs{};
-    return tensors.Pack(&in) && tensors.Sizes(1, in.batch, in.tokens, &in.sizes) &&
+    return tensors.Pack(&in) &&
            session->Check(sparsifiner_match_tokens(session->call(), &in, &settings, pairs)) &&
            tensors.Output({in.batch, in.tokens - settings.merged, 2}, &pairs) &&
            session->Check(sparsifiner_match_tokens(session->call(), &in, &settings, pairs));
@@ -277,8 +250,7 @@ class Domain {
     if (OrtCustomOpDomain* made = made_.load()) return made;
     OrtCustomOpDomain* domain = nullptr;
     if (!problem->Check(api.CreateCustomOpDomain("sparsifiner", &domain)) || domain == nullptr) return nullptr;
-    const OrtCustomOp* const operators[] = {&select_,        &sparse_,        &dense_, &score_, &merged_select_,
-                                            &merged_sparse_, &merged_dense_, &match_, &merge_};
+    const OrtCustomOp* const operators[] = {&select_, &sparse_, &dense_, &match_, &merge_};
     for (const OrtCustomOp* each : operators) {
       if (problem->Check(api.CustomOpDomain_Add(domain, each))) continue;
       api.ReleaseCustomOpDomain(domain);
@@ -297,15 +269,11 @@ class Domain {
  private:
   static constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
   const int32_t precision_;
-  const Operator<SelectKernel<false>> select_{"KeySelect", 3, kFloat, kInt, precision_};
-  const Operator<SparseKernel<false>> sparse_{"SparseAttention", 2, kInt, kFloat, precision_};
-  const Operator<DenseKernel<false>> dense_{"DenseAttention", 1, kFloat, kFloat, precision_};
-  const Operator<SelectKernel<true>> merged_select_{"MergedKeySelect", 4, kFloat, kInt, precision_};
-  const Operator<SparseKernel<true>> merged_sparse_{"MergedSparseAttention", 3, kInt, kFloat, precision_};
-  const Operator<DenseKernel<true>> merged_dense_{"MergedDenseAttention", 2, kFloat, kFloat, precision_};
+  const Operator<SelectKernel> select_{"KeySelect", 4, kFloat, kInt, precision_};
+  const Operator<SparseKernel> sparse_{"SparseAttention", 3, kInt, kFloat, precision_};
+  const Operator<DenseKernel> dense_{"DenseAttention", 2, kFloat, kFloat, precision_};
   const Operator<MatchKernel> match_{"MatchTokens", 2, kFloat, kInt, precision_};
   const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat, precision_};
-  const Operator<ScoreKernel> score_{"TokenScore", 1, kFloat, kFloat, precision_};
   std::atomic<OrtCustomOpDomain*> made_{nullptr};
 };
 

@@ -7,7 +7,7 @@
  *
  *     sparsifiner_pool* pool = sparsifiner_pool_create(4);
  *     sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, sparsifiner_pool_for, pool, ""};
- *     sparsifiner_qkv in = {{qkv, 1370 * 1152}, {NULL, 0}, 1, 1370, 6, 64, 0.125f};
+ *     sparsifiner_qkv in = {{qkv, 1370 * 1152}, {sizes, 1370}, 1, 1370, 6, 64, 0.125f};
  *     sparsifiner_output to = {output, 1370 * 384};
  *     if (sparsifiner_dense_attention(&call, &in, to) != SPARSIFINER_OK) puts(call.message);
  *
@@ -111,7 +111,7 @@ typedef struct sparsifiner_output {
 /* Queries, keys and values of every head: qkv [B, N, 3 * H * d], q|k|v along the last axis. */
 typedef struct sparsifiner_qkv {
   sparsifiner_floats qkv;
-  sparsifiner_floats sizes; /* [B, N]: patches that each token stands for; null, of 0 elements: one each */
+  sparsifiner_floats sizes; /* [B, N]: patches that each token stands for; where all are 1 they cost nothing */
   int64_t batch, tokens, num_heads, width;
   float scale; /* of the logits */
 } sparsifiner_qkv;
@@ -136,26 +136,22 @@ typedef struct sparsifiner_pairs {
   int64_t batch, tokens, channels, merged_tokens;
 } sparsifiner_pairs;
 
-/* KeySelect, MergedKeySelect: proj_q, proj_k [H, d, channels] -> indices [B, H, T, keys], T = ceil(P / tile). */
+/* KeySelect: proj_q, proj_k [H, d, channels] -> indices [B, H, T, keys], T = ceil(P / tile). */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifiner_qkv* in,
                                                              const sparsifiner_select* settings,
                                                              sparsifiner_floats proj_q, sparsifiner_floats proj_k,
                                                              sparsifiner_output indices);
 
-/* SparseAttention, MergedSparseAttention: indices [B, H, T, keys] -> output [B, N, H * d]. */
+/* SparseAttention: indices [B, H, T, keys] -> output [B, N, H * d]. */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sparsifiner_qkv* in,
                                                                    const sparsifiner_attend* settings,
                                                                    sparsifiner_ints indices, sparsifiner_output output);
 
-/* DenseAttention, MergedDenseAttention: output [B, N, H * d]. */
+/* DenseAttention: output [B, N, H * d]. */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const sparsifiner_qkv* in,
                                                                   sparsifiner_output output);
 
-/* TokenScore: scores [B, N]. */
-SPARSIFINER_EXPORT sparsifiner_status sparsifiner_token_score(sparsifiner_call* call, const sparsifiner_qkv* in,
-                                                              sparsifiner_output scores);
-
-/* MatchTokens: pairs [B, N - merged, 2]; needs sizes. */
+/* MatchTokens: pairs [B, N - merged, 2]. */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* in,
                                                                const sparsifiner_match* settings,
                                                                sparsifiner_output pairs);

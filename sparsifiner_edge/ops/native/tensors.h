@@ -108,7 +108,7 @@ class Tensors {
     return true;
   }
 
-  // Packed queries, keys and values, of as many heads as `in` has.
+  // Packed queries, keys and values, of as many heads as `in` has, and the sizes of their tokens.
   bool Pack(sparsifiner_qkv* in) const {
     Shape shape;
     if (!Input(0, &shape, &in->qkv)) return false;
@@ -123,10 +123,9 @@ class Tensors {
     in->batch = axes[0];
     in->tokens = axes[1];
     in->width = axes[2] / (3 * in->num_heads);
-    return true;
+    return Sizes(1, in->batch, in->tokens, &in->sizes);
   }
 
-  // The input `sizes` of merged tokens.
   bool Sizes(size_t index, int64_t batch, int64_t tokens, sparsifiner_floats* sizes) const {
     Shape shape;
     if (!Input(index, &shape, sizes)) return false;

@@ -113,7 +113,7 @@ def refusals(
         reasons.append(f"{op.inputs[0].name} must be {', '.join(op.inputs[0].dtypes)}, got {dtype}")
     if capability < LEAST_CAPABILITY:
         reasons.append(f"compute capability {capability / 10} is below {LEAST_CAPABILITY / 10}")
-    return reasons or _size_refusals(attributes, shapes if op.inputs[1].name != "sizes" else [shapes[0], *shapes[2:]])
+    return reasons or _size_refusals(attributes, shapes)
 
 
 def _size_refusals(attributes: Mapping[str, AttributeValue], shapes: Sequence[Sequence[int]]) -> list[str]:
@@ -127,9 +127,9 @@ def _size_refusals(attributes: Mapping[str, AttributeValue], shapes: Sequence[Se
     if "merged" in attributes or "probe" in attributes:
         sizes |= {"patches": columns}
     if "probe" in attributes:
-        sizes |= {"channels": shapes[1][2]}
+        sizes |= {"channels": shapes[2][2]}
     elif "cell" in attributes:
-        tiles, cell = shapes[1][2], int(attributes["cell"])
+        tiles, cell = shapes[2][2], int(attributes["cell"])
         largest |= {"membership": tiles * (tokens + 16)}
         chunks = math.ceil(sizes["tile"] / 16)  # of a tile, at most
         largest |= {"cells": tiles * chunks * math.ceil(columns / cell) * sizes["width"]} if cell else {}

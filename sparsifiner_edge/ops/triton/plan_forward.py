@@ -41,14 +41,14 @@ AT_ONCE = 8
 
 
 def plan_select(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
-    """KeySelect or MergedKeySelect: qkv, sizes where merged, proj_q, proj_k (float32) -> indices. Two launches."""
+    """KeySelect: qkv, sizes where merged, proj_q, proj_k (float32) -> indices. Two launches."""
     s = sizes_of_selection(shapes, attributes, dtype)
     launches = _summarise(s, selecting=True, attending=False), _select(s)
     return Plan(_qkv(s) | _selection_buffers(s, shapes), launches)
 
 
 def plan_attend(shapes: Shapes, attributes: Attributes, dtype: str, gradient: bool = False) -> Plan:
-    """SparseAttention or MergedSparseAttention: qkv, sizes where merged, indices -> output.
+    """SparseAttention: qkv, sizes where merged, indices -> output.
 
     gradient: lse [B,H,N] too, which `plan_backward` needs.
     """
@@ -70,7 +70,7 @@ def plan_layer(shapes: Shapes, attributes: Attributes, dtype: str, gradient: boo
     Three launches where `attend` has room for the cells (`LaunchSizes.marks`), else five.
 
     Args:
-        shapes, attributes: of KeySelect, or MergedKeySelect. gradient: see `plan_attend`.
+        shapes, attributes: of KeySelect; shapes of sizes where merged. gradient: see `plan_attend`.
     """
     s = sizes_of_selection(shapes, attributes, dtype)
     return Plan(

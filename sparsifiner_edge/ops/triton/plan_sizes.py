@@ -19,7 +19,7 @@ class LaunchSizes:
     """Of attention, and of the selection before it.
 
     Attributes:
-        first: prefix tokens that every row reads. merged: whether tokens have sizes.
+        first: prefix tokens that every row reads. merged: whether sizes are read, since some are not 1.
         probe, channels, value_power: of KeySelect; probe 0 where there is none.
     """
 
@@ -138,7 +138,7 @@ class LaunchSizes:
 def sizes_of_selection(
     shapes: Sequence[Sequence[int]], attributes: Mapping[str, AttributeValue], dtype: str
 ) -> LaunchSizes:
-    """Of (Merged)KeySelect, whose shapes these are, before attention that reads the prefix."""
+    """Of KeySelect, whose shapes these are (of sizes where merged), before attention that reads the prefix."""
     a, (batch, tokens, packed) = attributes, shapes[0]
     heads, prefix = int(a["num_heads"]), int(a["num_prefix"])
     return LaunchSizes(
@@ -152,7 +152,7 @@ def sizes_of_selection(
 def sizes_of_attention(
     shapes: Sequence[Sequence[int]], attributes: Mapping[str, AttributeValue], dtype: str
 ) -> LaunchSizes:
-    """Of SparseAttention or MergedSparseAttention, whose shapes these are."""
+    """Of SparseAttention, whose shapes these are (of sizes where merged)."""
     batch, tokens, packed = shapes[0]
     a = {name: int(value) for name, value in attributes.items() if name != "scale"}
     return LaunchSizes(

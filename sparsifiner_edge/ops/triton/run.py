@@ -100,7 +100,7 @@ def key_select(
     qkv: Tensor, sizes: Tensor | None, proj_q: Tensor, proj_k: Tensor, num_heads: int, num_prefix: int, probe: int,
     tile: int, cell: int, keys: int, scale: float, value_power: float,
 ) -> Tensor:  # fmt: skip
-    """KeySelect, or with `sizes` MergedKeySelect: indices int32 [B,H,T,K]."""
+    """KeySelect: indices int32 [B,H,T,K]; sizes None: no token was merged."""
     given = _given(qkv, sizes, proj_q=proj_q.float(), proj_k=proj_k.float())
     a = _selection(num_heads, num_prefix, probe, tile, cell, keys, scale, value_power)
     return launch(_plan(plan_select, list(given.values()), a), given)["indices"]
@@ -155,7 +155,7 @@ def _sparse_attention(
     qkv: Tensor, sizes: Tensor | None, indices: Tensor, num_heads: int, num_prefix: int, tile: int, cell: int,
     scale: float, prefix_keys: int, gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """SparseAttention, or with `sizes` MergedSparseAttention: output, and lse as of `_layer`."""
+    """SparseAttention: output, and lse as of `_layer`."""
     given = _given(qkv, sizes, indices=indices)
     a = _attention(num_heads, num_prefix, tile, cell, scale, prefix_keys)
     assert sizes is None or not gradient, "the gradient over merged tokens is PyTorch's"

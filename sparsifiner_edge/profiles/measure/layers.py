@@ -25,7 +25,7 @@ from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.processor import native_library
 
 LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "decoder", "other")
-"""Parts of a layer. selection: KeySelect, LandmarkKeySelect (placed too), TokenScore and the pruning that follows it.
+"""Parts of a layer. selection: KeySelect, LandmarkKeySelect, and what prunes tokens or matches them.
 other: adds, layer scale, embedding and head."""
 MIN_QUERIES, MAX_QUERIES = 3, 100
 _PROFILED_S = 1.0

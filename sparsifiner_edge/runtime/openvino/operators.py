@@ -97,15 +97,12 @@ def output_shape(name: str, attributes: dict[str, float], shapes: Sequence[Seque
                 "Export the bundle again.",
             )
     batch, tokens, last = shapes[0]
-    kind = name.removeprefix("Merged")
-    if kind == "KeySelect":
+    if name == "KeySelect":
         patches, tile = tokens - int(attributes["num_prefix"]), int(attributes["tile"])
         return [batch, int(attributes["num_heads"]), -(-patches // tile), int(attributes["keys"])]
-    if kind == "TokenScore":
-        return [batch, tokens]
-    if kind == "MatchTokens":
+    if name == "MatchTokens":
         return [batch, tokens - int(attributes["merged"]), 2]
-    if kind == "MergeTokens":
+    if name == "MergeTokens":
         return [batch, shapes[2][1], last]
     return [batch, tokens, last // 3]
 

@@ -19,8 +19,8 @@ from sparsifiner_edge.bundle.engines import DENSE, Candidate, Details, Engine
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import GateError
-from sparsifiner_edge.ops.bodies import function_body
-from sparsifiner_edge.ops.graph import drop_unused
+from sparsifiner_edge.ops.bodies import Structure, function_body
+from sparsifiner_edge.ops.graph import drop_unused, gets_merged
 from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
@@ -28,13 +28,12 @@ from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 WARM_UP, RUNS = 10, 30
 FUSED = "_gemm_mha_v2"
 """In the names of an engine's layers: full TensorRT's fused attention."""
-_DENSE_OPERATORS = {"SparseAttention": ("DenseAttention", 1), "MergedSparseAttention": ("MergedDenseAttention", 2)}
-"""Operator -> its dense counterpart, and how many of the inputs that has."""
+_SPARSE, _DENSE = "SparseAttention", "DenseAttention"
 
 
 def has_sparse_attention(bundle: Bundle) -> bool:
     """Whether dense attention can take the place of nodes in a bundle's file."""
-    return any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in _DENSE_OPERATORS)
+    return f"{DOMAIN}::{_SPARSE}" in bundle.manifest.ops
 
 
 def has_kernel_operators(bundle: Bundle) -> bool:
@@ -91,14 +90,16 @@ def dense_model(content: bytes) -> bytes:
 
     model = onnx.load_from_string(content)
     for node in model.graph.node:
-        if node.domain == DOMAIN and node.op_type in _DENSE_OPERATORS:
-            name, inputs = _DENSE_OPERATORS[node.op_type]
+        if node.domain == DOMAIN and node.op_type == _SPARSE:
             kept = [a for a in node.attribute if a.name in ("num_heads", "scale")]
-            made = onnx.helper.make_node(name, node.input[:inputs], node.output, node.name, domain=DOMAIN)
+            made = onnx.helper.make_node(_DENSE, node.input[:2], node.output, node.name, domain=DOMAIN)
             made.attribute.extend(kept)
             node.CopyFrom(made)
     drop_unused(model)
-    held = {function.name for function in model.functions}
-    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
-    model.functions.extend(function_body(name) for name, _ in _DENSE_OPERATORS.values() if name in used - held)
+    dense = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type == _DENSE]
+    for function in [function for function in model.functions if function.name == _DENSE]:
+        model.functions.remove(function)
+    if dense:
+        merged = any(gets_merged(model, node) for node in dense)
+        model.functions.append(function_body(_DENSE, Structure(merged=merged)))
     return bytes(model.SerializeToString())
