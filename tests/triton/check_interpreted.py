@@ -146,7 +146,9 @@ def test_a_query_that_is_no_number_spoils_its_own_tile() -> None:
     qkv, proj_q, proj_k = tensors(case)
     qkv[:, 1 + 20, 0] = torch.nan  # of the second tile
     got = run(case, [qkv, proj_q, proj_k]).numpy()
-    np.testing.assert_array_equal(got, run_reference(case, [x.numpy() for x in (qkv, proj_q, proj_k)]))
+    np.testing.assert_array_equal(
+        got, run_reference(case, [x.numpy() for x in (qkv, torch.ones(qkv.shape[:2]), proj_q, proj_k)])
+    )
     np.testing.assert_array_equal(got[0, 0, 1], np.arange(5))
 
 
@@ -191,7 +193,9 @@ def test_ties_go_to_the_lower_index_and_nan_loses() -> None:
     width = qkv.shape[-1] // 3
     qkv[:, 1 + 30, 2 * width :] = torch.nan  # a value: spoils its own cell
     got = run(case, [qkv, proj_q, proj_k])
-    np.testing.assert_array_equal(got.numpy(), run_reference(case, [x.numpy() for x in (qkv, proj_q, proj_k)]))
+    np.testing.assert_array_equal(
+        got.numpy(), run_reference(case, [x.numpy() for x in (qkv, torch.ones(qkv.shape[:2]), proj_q, proj_k)])
+    )
     assert not np.isin(got.numpy(), np.arange(20, 40)).any()
     qkv[:, 1 + 10, width : 2 * width] = torch.nan  # a key: spoils every softmax
     assert (run(case, [qkv, proj_q, proj_k]) == torch.arange(5, dtype=torch.int32)).all()
