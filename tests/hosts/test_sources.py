@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def test_from_folder_to_bundle_on_the_command_line(
     assert manifest_of(bundle)["tools"]["transformers"]
     done = call(capsys, "evaluate", bundle, "--against", dinov2, "--data", pictures, "--json")
     assert done.code == 0, done
-    assert json.loads(done.out)["statistics"]["patches_cosine"]["pictures"] == 3
+    assert json.loads(done.out)["statistics"]["patches_cosine"]["images"] == 3
     assert process("profile", bundle, "--against", dense, "--seconds", "0.2", "--json").code == 0
 
 
@@ -222,6 +223,34 @@ def _pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def _text(name: str, text: str) -> Any:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def _pixels(**changes: Any) -> Any:
+    return _text("preprocessor_config.json", json.dumps(PROCESSOR | changes))
+
+
+def _weights(change: Any) -> Any:
+    def harm(folder: Path) -> None:
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        change(state["layernorm.weight"])
+        safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return harm
+
+
+def _sharded(**index: Any) -> Any:
+    """Weights elsewhere, and an index."""
+
+    def harm(folder: Path) -> None:
+        (folder.parent / "elsewhere").mkdir()
+        (folder / "model.safetensors").rename(folder.parent / "elsewhere" / "model.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
+
+    return harm
+
+
 def _shorter(folder: Path) -> None:
     state = safetensors.torch.load_file(folder / "model.safetensors")
     state.pop("layernorm.weight")
@@ -242,18 +271,52 @@ def _shorter(folder: Path) -> None:
         (_config(model_type="nothing"), "could not be loaded by transformers"),
         (_config(auto_map={"AutoModel": "evil.Model"}, model_type="evil"), "could not be loaded by transformers"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "could not be loaded by transformers"),
-        (lambda folder: (folder / "preprocessor_config.json").write_text("{}"), "no image_mean and image_std"),
-        (lambda folder: (folder / "preprocessor_config.json").write_text(
-            json.dumps(PROCESSOR | {"image_std": [0, 1, 1]})), "std is (0.0, 1.0, 1.0)"),
+        (_config(num_hidden_layers=2**30), "config.json: num_hidden_layers is 1073741824"),
+        (_config(backbone_config={"depths": [2, 2**30]}), "depths is [2, 1073741824]"),
+        (_config(num_labels=2**30), "num_labels is 1073741824"),
+        (_config(hidden_size=2**20), "numbers, they are"),
+        (_config(hidden_size=2**40), "could not be loaded by transformers"),
+        (_config(image_size=14 * 2**16), "numbers, they are"),
+        (_config(transformers_weights="../other.safetensors"), "transformers_weights is '../other.safetensors'"),
+        (_config(architectures=[["Dinov2Model"]]), "could not be loaded by transformers"),
+        (_config(architectures=["nn"]), "nn, unknown to transformers"),
+        (_config(patch_size=0), "could not be loaded by transformers"),
+        (_config(hidden_size="64"), "could not be loaded by transformers"),
+        (_config(hidden_size=float("inf")), "could not be loaded by transformers"),
+        (_text("config.json", '{"model_type": "dinov2", "x": ' + "[" * 100_000), "could not be loaded by transformers"),
+        (_text("preprocessor_config.json", "{}"), "no image_mean and image_std"),
+        (_text("preprocessor_config.json", "[]"), "is [], not dict"),
+        (_text("preprocessor_config.json", '{"image_mean": 1' + "0" * 400 + "}"), "image_mean is"),
+        (_text("preprocessor_config.json", '{"rescale_factor": 1' + "0" * 400 + "}"), "rescale_factor is"),
+        (_text("preprocessor_config.json", '{"x": 1' + "0" * 5000 + "}"), "could not be loaded by transformers"),
+        (_pixels(image_std=[0, 1, 1]), "std is (0.0, 1.0, 1.0)"),
+        (_pixels(image_std=[1, 1]), "std is (1.0, 1.0)"),
+        (_pixels(image_mean=0.5), "image_mean is 0.5, not list"),
+        (_pixels(image_mean="grey"), 'image_mean is "grey", not list'),
+        (_pixels(image_mean=[[0.5], 0, 0]), "image_mean[0] is [0.5], not float"),
+        (_pixels(image_mean=[0, 0, 10**400]), "image_mean"),
+        (_pixels(image_mean=[0, 0, float("nan")]), "mean is (0.0, 0.0, nan)"),
+        (_pixels(rescale_factor=0), "rescale_factor is 0"),
+        (_pixels(rescale_factor=float("nan")), "rescale_factor is NaN"),
+        (_pixels(rescale_factor=1e-320), "is (inf, inf, inf)"),
+        (_pixels(do_normalize="no"), 'do_normalize is "no"'),
+        (_weights(lambda weight: weight.fill_(float("nan"))), "layernorm.weight holds NaN or infinity"),
+        (_sharded(weight_map={"layernorm.weight": "../elsewhere/model.safetensors"}), "outside its folder"),
+        (_sharded(weight_map={"layernorm.weight": "/etc/passwd"}), "outside its folder"),
+        (_sharded(weight_map={"layernorm.weight": ".."}), "outside its folder"),
+        (_sharded(weight_map={"layernorm.weight": 5}), "could not be loaded by transformers"),
+        (_sharded(weight_map=["x"]), "could not be loaded by transformers"),
+        (_sharded(), "could not be loaded by transformers"),
     ],
 )  # fmt: skip
 def test_folders_that_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dinov2: Path, harm: Any, said: str
 ) -> None:
     harm(dinov2)
-    before = snapshot(tmp_path)
+    before, most = snapshot(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert_refused(call(capsys, "sparsify", dinov2, "-o", tmp_path / "out"), said)
     assert snapshot(tmp_path) == before
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most + (1 << 20), "a gigabyte was taken"
 
 
 def refused_size(capsys: pytest.CaptureFixture[str], folder: Path, *size: str) -> Outcome:
@@ -301,5 +364,5 @@ def test_a_students_configuration_is_held_against_its_weights(tmp_path: Path, di
     with pytest.raises(WeightsError, match="does not fit"):
         load_student(copied)
     (copied / ARCHITECTURE_FILE).unlink()
-    with pytest.raises(WeightsError, match="could not be loaded"):
+    with pytest.raises(ArtifactError, match="does not exist"):
         load_student(copied)

@@ -7,16 +7,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-from collections.abc import Iterator, Mapping
+import json
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+import msgspec
+import safetensors
 import torch
 from torch import nn
 
-from sparsifiner_edge.artifacts import ARCHITECTURE_FILE, MAX_JSON
-from sparsifiner_edge.bounds import MOST_SIDE, ImageSize, height_width, size_text
+from sparsifiner_edge.artifacts import ARCHITECTURE_FILE, MAX_JSON, WEIGHTS_FILE
+from sparsifiner_edge.bounds import MOST_CLASSES, MOST_SIDE, ImageSize, height_width, size_text
 from sparsifiner_edge.errors import (
+    ArtifactError,
     ConfigError,
     MissingExtraError,
     SparsifinerError,
@@ -24,11 +29,21 @@ from sparsifiner_edge.errors import (
     WeightsError,
 )
 from sparsifiner_edge.files import read_bytes
+from sparsifiner_edge.records import read_record
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
-from sparsifiner_edge.sparse.weights import Normalisation, brief
+from sparsifiner_edge.sparse.weights import Normalisation, brief, check_numbers
 
 _ATTENTION = "eager"
 """What every model has, whatever its configuration names."""
+_INDEX = "model.safetensors.index.json"
+_FETCHED = ("config.json", "p*processor_config.json", WEIGHTS_FILE, _INDEX, "model-?????-of-?????.safetensors")
+"""Of a name on the hub."""
+_AGAIN = "Give the folder whole, as transformers saves it."
+_MANY = re.compile("layer|depth|stage|block|expert")
+_MOST_LAYERS = 1024
+"""Of a number in a configuration whose name has one of `_MANY`: each stands for a module, whatever its size."""
+_SPARE = 1 << 24
+"""Numbers that a model may hold beside those of its files: what mismatches is said by name, unless it is large."""
 _TOWERS = {"CLIPModel": "CLIPVisionModel", "SiglipModel": "SiglipVisionModel"}
 """Models of images and text: their image tower is taken."""
 
@@ -51,6 +66,16 @@ def is_saved(folder: Path) -> bool:
     return path.is_file() and b'"model_type"' in read_bytes(path, MAX_JSON)
 
 
+class Processor(msgspec.Struct):
+    """What `preprocessor_config.json` says of pixels."""
+
+    do_rescale: bool | None = True
+    rescale_factor: Annotated[float, msgspec.Meta(gt=0)] = 1 / 255
+    do_normalize: bool | None = True
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+
+
 def load_pretrained(source: str, img_size: ImageSize | None = None) -> tuple[str, nn.Module, Normalisation]:
     """A pretrained model: its class, itself, and what it expects of pixels.
 
@@ -59,46 +84,112 @@ def load_pretrained(source: str, img_size: ImageSize | None = None) -> tuple[str
         img_size: see `for_size`.
 
     Raises:
-        SparsifinerError: it cannot be had, does not fit its configuration, or is none that can be taken.
+        SparsifinerError: it cannot be had, does not fit its configuration, holds NaN, or is none that can be taken.
     """
-    transformers, local = library(), Path(source).is_dir()
+    transformers = library()
     with _quiet(transformers), _about(source):
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        kind = _class(config, source)
-        given, _ = transformers.ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
+        folder = Path(source if Path(source).is_dir() else _fetched(source))
+        kind, config = _configuration(folder, source)
+        _require_room(kind, config, _weight_files(folder), source)
+        given, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+        pixels = _pixels(given, source)
         model, found = kind.from_pretrained(
-            source,
-            local_files_only=local,
+            folder,
+            config=config,
+            local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # to say which
             attn_implementation=_ATTENTION,
         )
-    for what in ("missing_keys", "mismatched_keys"):
-        if found[what]:
-            some = sorted(map(str, found[what]))[:3]
-            raise WeightsError(
-                f"The weights in {source} do not fit its configuration: {what.replace('_', ' ')} {', '.join(some)}.",
-                "Give the folder whole, as transformers saves it.",
-            )
-    return kind.__name__, for_size(_with_attention(model), img_size), _pixels(given, source)
+        for what in ("missing_keys", "mismatched_keys"):
+            if found[what]:
+                some = sorted(map(str, found[what]))[:3]
+                raise WeightsError(
+                    f"The weights in {source} do not fit its configuration: {what.replace('_', ' ')} "
+                    f"{', '.join(some)}.",
+                    _AGAIN,
+                )
+        for name, tensor in model.named_parameters():
+            check_numbers(tensor, True, f"{source}: {name}")
+        return kind.__name__, for_size(_with_attention(model), img_size), pixels
+
+
+def _fetched(name: str) -> str:
+    """Where a model of the hub lies, once it is downloaded."""
+    return str(importlib.import_module("huggingface_hub").snapshot_download(name, allow_patterns=list(_FETCHED)))
 
 
 def blank(folder: Path, img_size: ImageSize) -> nn.Module:
-    """The model that a student's folder describes, with random weights.
+    """The model that a student's folder describes, with random weights; on the device `meta` it takes no memory.
 
     Raises:
         SparsifinerError: it describes none that can be taken.
     """
-    transformers = library()
-    with _quiet(transformers), _about(str(folder)):
-        config = transformers.AutoConfig.from_pretrained(
-            (folder / ARCHITECTURE_FILE).parent, local_files_only=True, trust_remote_code=False
+    with _quiet(library()), _about(str(folder)):
+        kind, config = _configuration((folder / ARCHITECTURE_FILE).parent, str(folder))
+        model: nn.Module = kind(config)
+        return for_size(_with_attention(model), img_size)
+
+
+def _configuration(folder: Path, source: str) -> tuple[Any, Any]:
+    """The class that a folder's configuration names, and that class's own configuration.
+
+    Raises:
+        ConfigError: it has numbers of modules or classes that no model has, or names a file.
+    """
+    path = folder / "config.json"
+    left = [json.loads(read_bytes(path, MAX_JSON))]
+    while left:
+        content = left.pop()
+        left += content.values() if isinstance(content, dict) else content if isinstance(content, list) else []
+        for name, value in content.items() if isinstance(content, dict) else ():
+            most = MOST_CLASSES if name == "num_labels" else _MOST_LAYERS if _MANY.search(name) else None
+            numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)]
+            if (most is not None and any(x > most for x in numbers)) or name == "transformers_weights":
+                raise ConfigError(f"{path}: {name} is {value!r:.60}.", _AGAIN)
+    config = library().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = _class(config, source)
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    config._attn_implementation = _ATTENTION
+    return kind, config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Files of a folder's weights, all in it.
+
+    Raises:
+        ArtifactError: its index names others.
+    """
+    index = folder / _INDEX
+    if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
+        return [folder / WEIGHTS_FILE]
+    names = set(json.loads(read_bytes(index, MAX_JSON))["weight_map"].values())
+    for name in names:
+        if Path(name).name != name or name == "..":
+            raise ArtifactError(f"{index} names the file {name!r:.80} outside its folder.", "Do not use this model.")
+    return [folder / name for name in names]
+
+
+def _require_room(kind: Any, config: Any, files: Sequence[Path], source: str) -> None:
+    """Refuse a configuration of a model far larger than its weights, before any memory is taken for it.
+
+    Raises:
+        WeightsError: it is.
+    """
+    with torch.device("meta"):
+        model = kind(config)
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    held = 0
+    for path in files:
+        with safetensors.safe_open(path, "pt") as file:
+            held += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
+    if wanted > 2 * held + _SPARE:
+        raise WeightsError(
+            f"The weights in {source} do not fit its configuration: it has {wanted:,} numbers, they are {held:,}.",
+            _AGAIN,
         )
-        config._attn_implementation = _ATTENTION
-        model: nn.Module = _class(config, str(folder))(config)
-    return for_size(_with_attention(model), img_size)
 
 
 def _with_attention(model: nn.Module) -> nn.Module:
@@ -157,18 +248,19 @@ def _class(config: Any, source: str) -> Any:
     return kind
 
 
-def _pixels(given: Mapping[str, Any], source: str) -> Normalisation:
+def _pixels(given: object, source: str) -> Normalisation:
     """What an image processor does to pixels, resizing excepted, as x = (pixel / 255 - mean) / std."""
-    factor = 255.0 * float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else 255.0
-    if not given.get("do_normalize", True):
+    fix = "Mend its preprocessor_config.json."
+    found = read_record(given, Processor, source, fix, ConfigError)
+    factor = 255.0 * found.rescale_factor if found.do_rescale else 255.0
+    if not found.do_normalize:
         return Normalisation.checked([0.0] * 3, [1 / factor] * 3)
-    mean, std = given.get("image_mean"), given.get("image_std")
-    if mean is None or std is None:
+    if found.image_mean is None or found.image_std is None:
         raise ConfigError(
             f"{source} does not say what its model expects of pixels: no image_mean and image_std.",
             "Add them to its preprocessor_config.json.",
         )
-    return Normalisation.checked([x / factor for x in mean], [x / factor for x in std])
+    return Normalisation.checked([x / factor for x in found.image_mean], [x / factor for x in found.image_std])
 
 
 @contextlib.contextmanager
