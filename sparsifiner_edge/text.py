@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,13 @@ def _escape(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def file_name(text: str) -> str:
+    """A name for a file or folder that we write, after something of others: letters, digits, points, underscores and
+    hyphens alone, beginning with a letter or digit.
+    """
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")[:100] or "model"
 
 
 def dump_json(content: Any, indent: int | None = 2) -> str:

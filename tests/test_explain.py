@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,26 @@ def test_what_the_command_refuses(made: Path, tmp_path: Path, capsys: Any) -> No
     (tmp_path / "file").write_text("")
     assert call(capsys, *asked[:4], "-o", tmp_path / "file").code == 2
     assert call(capsys, "explain", made, "--data", made / "images", "-o", tmp_path / "out").code == 2
+
+
+def test_an_explanation_is_written_whole_and_its_files_are_named_harmlessly(
+    made: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsifiner_edge.report import explain_page
+
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    shutil.copyfile(made / "images" / "0.png", images / "a\x1b[2J\nb.png")
+    asked = ("explain", made / "student", "--data", images, "-o", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(explain_page, "write_overview", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert_refused(call(capsys, *asked), "No space left")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+    for _ in range(2):
+        assert call(capsys, *asked).code == 0
+        assert sorted(path.name for path in out.iterdir()) == ["0-a__2J_b.png", "explain.json", "index.html"]
+    (out / "notes.txt").write_text("mine")
+    assert_refused(call(capsys, *asked), "holds something else")
 
 
 def test_a_page_in_both_languages(made: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,15 @@ import click
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.files import io_errors
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.files import io_errors, replaced
+from sparsifiner_edge.results import write_result
+from sparsifiner_edge.text import file_name, shown
 
 if TYPE_CHECKING:
     from sparsifiner_edge.explained import ExplainResult
 
-RESULT = "explain.json"
+RESULT, PAGE = "explain.json", "index.html"
+_PICTURE = re.compile(r"\d+-.*\.png", re.DOTALL)
 
 
 @click.command()
@@ -43,18 +46,26 @@ def command(
 
     place = None if at is None else _place(at)
     templates()  # Before minutes of work that no page could show.
-    with io_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()) and not (output / RESULT).is_file():
-            raise ArtifactError(f"{output} holds something else than an explanation.", "Choose another output.")
+    _require_ours(output)
     with common.progress_bar("images") as progress:
         result, explained = sparsifiner_edge.explain_student(
             student, data, at=place, most=most, steady=steady, trust=trust, progress=progress
         )
-    write_explanation(explained, result.method, output / "index.html", language)
-    for number, image in enumerate(explained):
-        write_overview(image, output / f"{number}-{image.path.stem}.png")
-    common.print_result(result, as_json, lambda found: _print(found, output), output / RESULT)
+    with replaced(output) as folder:
+        write_explanation(explained, result.method, folder / PAGE, language)
+        for number, image in enumerate(explained):
+            write_overview(image, folder / f"{number}-{file_name(image.path.stem)}.png")
+        write_result(folder / RESULT, result)
+    common.print_result(result, as_json, lambda found: _print(found, output))
+
+
+def _require_ours(output: Path) -> None:
+    """Refuse to replace a folder that holds anything but an explanation."""
+    with io_errors(output):
+        present = {path.name for path in output.iterdir()} if output.exists() else set()
+        others = {name for name in present - {PAGE, RESULT} if not _PICTURE.fullmatch(name)}
+        if others or (present and RESULT not in present):
+            raise ArtifactError(f"{output} holds something else than an explanation.", "Choose another output.")
 
 
 def _place(text: str) -> tuple[int, int]:

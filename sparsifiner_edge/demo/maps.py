@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import MissingExtraError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.metrics import intersection_over_union, mean_absolute_error
+from sparsifiner_edge.process import import_matplotlib
 from sparsifiner_edge.runtime import open_session
 
 
@@ -32,10 +32,9 @@ def draw_maps(dense: Drawn, others: Sequence[Drawn], photographs: Sequence[Path]
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "demo") from error
+    import_matplotlib("demo")
+    from matplotlib.figure import Figure
+
     maps = {drawn: _maps(drawn.bundle, photographs, name) for drawn in (dense, *others)}
     figure = Figure(figsize=(2.5 * (2 + 2 * len(others)), 2.55 * len(photographs) + 0.5), layout="constrained")
     axes = figure.subplots(len(photographs), 2 + 2 * len(others), squeeze=False)

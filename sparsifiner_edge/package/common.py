@@ -18,7 +18,7 @@ from sparsifiner_edge.bundle.golden import read_golden
 from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle, bundle_hash, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.text import dump_json
+from sparsifiner_edge.text import dump_json, file_name
 
 PACKAGE_SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9_./:-]+")
@@ -59,12 +59,7 @@ def read_bundle(folder: Path) -> ImageBundle:
     _check_tensors(folder, "outputs", manifest.outputs)
     if [(t.name, t.dtype, t.shape[1:]) for t in manifest.inputs] != [("image", "uint8", (height, width, 3))]:
         raise ConfigError(f"{folder} does not take one image `image` uint8 [B,{height},{width},3].", "Export it again.")
-    return ImageBundle(folder, manifest, safe_name(manifest.name or ""), tuple(bundle.labels()), text=bundle.text)
-
-
-def safe_name(text: str) -> str:
-    """Letters, digits, points, underscores and hyphens alone, beginning with a letter or digit: a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")[:100] or "model"
+    return ImageBundle(folder, manifest, file_name(manifest.name or ""), tuple(bundle.labels()), text=bundle.text)
 
 
 def _check_tensors(folder: Path, key: str, specs: tuple[TensorSpec, ...]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.errors import MissingExtraError
+from sparsifiner_edge.process import import_matplotlib
 from sparsifiner_edge.report.blocks import Figure
 
 PALETTE = {
@@ -76,10 +77,9 @@ def fonts(language: str) -> list[str] | None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.font_manager import findSystemFonts, fontManager
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "report") from error
+    import_matplotlib("report")
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
     # Also those installed after matplotlib made its list, which it keeps in the user's cache.
     for path in sorted(set(findSystemFonts()) - {entry.fname for entry in fontManager.ttflist}):
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # A font that it cannot read it does not need.

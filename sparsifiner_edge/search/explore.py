@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
-from sparsifiner_edge.errors import GateError
+from sparsifiner_edge.bounds import MOST_COUNT
+from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.files import write_text
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
@@ -23,6 +25,7 @@ from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.text import dump_json
 
 STATE_SCHEMA = 2
+AGAIN = "Delete the folder, and search anew."
 SPREAD = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.6, 2.5)
 NEAR = (0.9, 0.97, 1.03)
 """Distances that are tried, as multiples of the bound: once, and then in every round."""
@@ -50,8 +53,8 @@ class Bound(NamedTuple):
 class Tried(msgspec.Struct, frozen=True, kw_only=True):
     """A plan and its distances, image by image; predicted: their mean, before."""
 
-    merge: tuple[int, ...]
-    keep: tuple[float, ...]
+    merge: tuple[Annotated[int, Meta(ge=0, le=MOST_COUNT)], ...]
+    keep: tuple[Annotated[float, Meta(ge=0, le=1)], ...]
     distances: list[float]
     predicted: float | None = None
 
@@ -78,10 +81,18 @@ class State(msgspec.Struct, kw_only=True):
 
 
 class Search:
-    """Plans of one student, measured on images as they come up; each is kept in `file`."""
+    """Plans of one student, measured on images as they come up; each is kept in `file`.
+
+    Raises:
+        ConfigError: what the state has seen is of another model, or of other images.
+    """
 
     def __init__(self, trial: Trial, state: State, file: Path, progress: Progress | None) -> None:
         self.trial, self.state, self.file, self.progress = trial, state, file, progress
+        depth, images = len(trial.selects), trial.images
+        for seen in state.seen:
+            if not (len(seen.merge) == len(seen.keep) == depth and len(seen.distances) == images):
+                raise ConfigError(f"{file} has a plan that is not of {depth} layers and {images} images.", AGAIN)
         self._known = {seen.plan: seen for seen in state.seen}
 
     def measure(self, plans: Sequence[LayerPlan], stage: str, model: FidelityModel | None = None) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from sparsifiner_edge.config import keep_text, merge_text
+from sparsifiner_edge.process import import_matplotlib
 from sparsifiner_edge.records import Known
 from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.search.plan import LayerPlan
@@ -142,6 +143,7 @@ def not_dominated(rows: Sequence[tuple[float, ...]]) -> list[bool]:
 
 def draw_front(result: SearchResult, path: Path) -> None:
     """front.png: milliseconds against fidelity; lines are predictions, marks with whiskers whole models."""
+    import_matplotlib("report")
     from matplotlib.figure import Figure
 
     found = result.statistics

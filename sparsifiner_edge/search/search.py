@@ -37,7 +37,7 @@ from sparsifiner_edge.search.entrants import (
     timed,
     why_unmet,
 )
-from sparsifiner_edge.search.explore import STATE_SCHEMA, Bound, Engines, Search, State, explore
+from sparsifiner_edge.search.explore import AGAIN, STATE_SCHEMA, Bound, Engines, Search, State, explore
 from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch
 from sparsifiner_edge.search.front import (
     Checked,
@@ -128,8 +128,8 @@ def search_model(
     images, folder = asked.images, Path(output)
     bundles = [open_bundle(Path(path)).folder for path in against]
     about = {
-        "source": str(source), "weights": None if weights is None else str(weights), "teacher": teacher,
-        "img_size": img_size, "metric": metric, "images": [str(path) for path in images.searched],
+        "source": _place(source), "weights": _place(weights), "teacher": _place(teacher),
+        "img_size": img_size, "metric": metric, "images": [str(path.resolve()) for path in images.searched],
     } | ({} if asked.task is None else {"task": asked.task})  # fmt: skip
     about |= {"corruptions": [one.label for one in asked.conditions]} if asked.conditions else {}
     state = _state(folder, about)
@@ -290,6 +290,11 @@ def _write(folder: Path, result: SearchResult) -> None:
     draw_front(result, folder / "front.png")
 
 
+def _place(name: str | Path | None) -> str | None:
+    """Where a file or folder lies, however it was spelt; any other name as it is."""
+    return None if name is None else str(Path(name).resolve() if Path(name).exists() else name)
+
+
 def _state(folder: Path, about: Any) -> State:
     """What an interrupted search left in its folder."""
     file = folder / STATE_FILE
@@ -299,7 +304,7 @@ def _state(folder: Path, about: Any) -> State:
         return State(about=about)
     if not file.is_file():
         raise ConfigError(f"{folder} holds something else.", "Give a new folder.")
-    state = read_record(read_json(file, STATE_SCHEMA), State, file, "Delete the folder.")
+    state = read_record(read_json(file, STATE_SCHEMA, AGAIN), State, file, AGAIN)
     if state.about != write_record(about):
         raise ConfigError(f"{folder} holds another search.", "Give a new folder, or the same model, images and metric.")
     return state

@@ -39,8 +39,8 @@ class Trial:
         conditions: by image the corruption that it suffers; none: all are clean.
 
     Attributes:
-        patches: of the backbone. selects: by layer whether it has a predictor; one without stays dense.
-        judge: of what a model makes of the images.
+        patches: of the backbone. images: how many. judge: of what a model makes of the images.
+        selects: by layer whether it has a predictor; one without stays dense.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Trial:
     ) -> None:  # fmt: skip
         self._student = student
         self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
-        self.patches = student.backbone.patches
+        self.patches, self.images = student.backbone.patches, len(paths)
         self._raw = [image[None] for image in _seen(paths, student.img_size, conditions)]
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():

@@ -13,7 +13,8 @@ from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.package import TARGETS, package_bundle
-from sparsifiner_edge.package.common import read_bundle, safe_name
+from sparsifiner_edge.package.common import read_bundle
+from sparsifiner_edge.text import file_name
 from tests.commands import assert_refused, call, snapshot
 from tests.tiny import make_bundle
 
@@ -150,7 +151,7 @@ def test_a_failure_leaves_nothing(target: str, tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_names_stay_in_their_folder(name: str, safe: str, tmp_path: Path) -> None:
-    assert safe_name(name) == safe
+    assert file_name(name) == safe
     out = tmp_path / "out"
     package_bundle(tiny(tmp_path / "bundle", name=name), "triton", out)
     assert [path.name for path in (out / "models").iterdir()] == [safe]

@@ -18,7 +18,7 @@ import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import kind_of
 from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.config import keep_text, merge_text, parse_merge
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.images import list_images
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.records import Unavailable
@@ -26,10 +26,12 @@ from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import read_result
 from sparsifiner_edge.search import finalists
 from sparsifiner_edge.search.asked import Asked, what_is_asked
+from sparsifiner_edge.search.explore import STATE_SCHEMA, Search
 from sparsifiner_edge.search.finalists import Contender, Stopwatch
 from sparsifiner_edge.search.front import Finalist, SearchResult
 from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
+from sparsifiner_edge.search.search import _place, _state
 from sparsifiner_edge.search.start import start_of
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student
@@ -303,6 +305,34 @@ def test_energy_is_bounded_by_the_power_that_a_sensor_reads(tmp_path: Path, monk
     monkeypatch.setattr(finalists, "profile_bundle", profiled(Unavailable("no sensor")))
     with pytest.raises(ConfigError, match="cannot be read here: no sensor"):
         stopwatch.watts(contender)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seen": [{"merge": [0], "keep": [1], "distances": [float("nan")]}]}, "is nan"),
+        ({"seen": [{"merge": ["x"], "keep": [1], "distances": [0]}]}, "not int"),
+        ({"seen": [{"merge": [-1], "keep": [1], "distances": [0]}]}, "is -1"),
+        ({"seen": [{"merge": [0], "keep": [2], "distances": [0]}]}, "is 2"),
+        ({"seen": [{"merge": [0], "keep": [1], "distances": [0]}]}, "not of 2 layers and 1 images"),
+        ({"seen": [{"merge": [0, 0], "keep": [1, 1], "distances": [0, 0]}]}, "not of 2 layers and 1 images"),
+        ({"seen": 5}, "seen is 5"),
+        ({"about": {"source": "other"}}, "holds another search"),
+    ],
+)
+def test_what_a_search_goes_on_from_is_checked(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    file = tmp_path / "search.json"
+    file.write_text(json.dumps({"schema_version": STATE_SCHEMA, "about": {"source": "x"}} | change))
+    with pytest.raises(SparsifinerError, match=said):
+        Search(SimpleNamespace(selects=[True, True], images=1), _state(tmp_path, {"source": "x"}), file, None)
+
+
+def test_a_search_is_known_however_its_paths_are_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "student").mkdir()
+    monkeypatch.chdir(tmp_path)
+    spelt = ["student", "./student/", Path("student/../student"), tmp_path / "student"]
+    assert {_place(name) for name in spelt} == {str(tmp_path / "student")}
+    assert (_place("vit_small"), _place(None)) == ("vit_small", None)
 
 
 def test_what_is_refused(tmp_path: Path, photographs: Path, tiny_weights: Path, pictures: Path) -> None:

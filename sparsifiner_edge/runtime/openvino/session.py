@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import sys
 import threading
 import time
@@ -17,12 +15,12 @@ import numpy as np
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.machine import has_int8_products, machine
+from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.backend import cache_folder, import_package
+from sparsifiner_edge.runtime.backend import import_package
 from sparsifiner_edge.runtime.openvino.operators import converters, without_bodies
 from sparsifiner_edge.runtime.processor import BF16_TOLERANCE, BF16_TOLERANCE_FREE, as_line
 from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
@@ -97,7 +95,7 @@ class OpenVinoSession(Session):
         self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
         try:
-            self._compiled = self._compile(openvino, graph, content, ours, threads, precision)
+            self._compiled = self._compile(openvino, graph, ours, threads, precision)
             ran = self._precision(precision, stored)
         except BackendError:
             self.close()
@@ -121,7 +119,8 @@ class OpenVinoSession(Session):
             threads=threads,
         )
 
-    def _compile(self, openvino: Any, graph: Any, content: bytes, ours: list[str], threads: int, precision: str) -> Any:
+    def _compile(self, openvino: Any, graph: Any, ours: list[str], threads: int, precision: str) -> Any:
+        """Anew each time: OpenVINO runs what lies in its cache unchecked, and reads a pipe there for ever."""
         core = openvino.Core()
         settings = {
             "INFERENCE_NUM_THREADS": threads,
@@ -134,14 +133,6 @@ class OpenVinoSession(Session):
             frontend = import_package("openvino.frontend.onnx", "openvino", "openvino", "Reinstall openvino.")
             for extension in converters(openvino, frontend, ours, self._operators):
                 core.add_extension(extension)
-        else:
-            # Python ops cannot be stored; what has none is compiled once per file, version and processor.
-            digest, processor = hashlib.sha256(content).hexdigest()[:16], machine().cpu_model
-            name = f"{digest}-{openvino.__version__}-{processor if isinstance(processor, str) else 'cpu'}"
-            folder = cache_folder() / "openvino" / "".join(c if c.isalnum() else "-" for c in name)
-            with contextlib.suppress(OSError):  # Without one it compiles each time.
-                folder.mkdir(parents=True, exist_ok=True)
-                settings["CACHE_DIR"] = str(folder)
         return core.compile_model(
             core.read_model(without_bodies(graph, ours).SerializeToString(), b""), "CPU", settings
         )
