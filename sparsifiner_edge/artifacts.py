@@ -25,7 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-STUDENT_SCHEMA = 1
+STUDENT_SCHEMA = 2
 STUDENT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 NOVELTY_FILE = "novelty.safetensors"
@@ -63,29 +63,33 @@ def sha256(path: Path, copy: BinaryIO | None = None) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path, schema: int) -> dict[str, Any]:
+def read_json(path: Path, schema: int | None, again: str) -> dict[str, Any]:
     """Read a JSON object that carries `schema_version`: a dict of whatever it holds; see `records.read_record`.
 
+    Args:
+        schema: the version that it must be of; None: any. again: what makes it anew, for messages.
+
     Raises:
-        ArtifactError: missing, not a regular file, larger than 64 MiB, not JSON, or of a newer schema than `schema`.
+        ArtifactError: missing, not a regular file, larger than 64 MiB, not JSON, nested deeply, with NaN or infinity,
+            or of another version.
     """
-    return parse_json(read_bytes(path, MAX_JSON), path, schema)
+    return parse_json(read_bytes(path, MAX_JSON), path, schema, again)
 
 
-def parse_json(text: bytes, path: Path, schema: int) -> dict[str, Any]:
+def parse_json(text: bytes, path: Path, schema: int | None, again: str) -> dict[str, Any]:
     """`read_json` of bytes that were read from `path`."""
     try:
         content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or a number of more digits than Python takes.
-        raise ArtifactError(f"{path} cannot be read: {error}.", "Make it again, or restore it.") from error
+        raise ArtifactError(f"{path} cannot be read: {error}.", again) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise ArtifactError(f"{path} has no schema_version.", "It was not written by sparsifiner-edge.")
-    if version > schema:
-        raise ArtifactError(
-            f"{path} has schema {version}; this version reads up to {schema}.",
-            "Upgrade: pip install -U sparsifiner-edge",
-        )
+    if schema not in (None, version):
+        raise ArtifactError(f"{path} has schema {version}; this version reads {schema} alone.", again)
+    found = flaw(content)
+    if found is not None:
+        raise ArtifactError(f"{path}: {found}.", again)
     return dict(content)
 
 
@@ -143,7 +147,7 @@ def kind_of(folder: Path) -> str | None:
         text = read_bytes(folder / name, MAX_JSON)
         # transformers' file of this name has neither.
         theirs = name == STUDENT_FILE and b'"schema_version"' not in text and b'"model_type"' in text
-        if not theirs and parse_json(text, folder / name, schema=1 << 30).get("kind") == kind:
+        if not theirs and parse_json(text, folder / name, None, "Make it again.").get("kind") == kind:
             return kind
     return None
 
@@ -181,7 +185,7 @@ def _own_files(folder: Path, kind: str) -> set[str]:
             return set()
         if kind == "student":
             return {STUDENT_FILE, WEIGHTS_FILE, NOVELTY_FILE, ARCHITECTURE_FILE}
-        files = read_json(path, schema=1 << 30).get("files")
+        files = read_json(path, None, "Make it again.").get("files")
         own = {path.name, *(files if isinstance(files, dict) else ())}
         if kind == "bundle":
             left = [file for scratch in scratches(folder) for file in scratch.rglob("*") if file.is_file()]

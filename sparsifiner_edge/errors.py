@@ -53,7 +53,7 @@ class WeightsError(SparsifinerError):
 
 
 class ArtifactError(SparsifinerError):
-    """A student, bundle or result is corrupt, altered, of a newer schema, or not ours."""
+    """A student, bundle or result is corrupt, altered, of another version, or not ours."""
 
 
 class ImageError(SparsifinerError):

@@ -1,6 +1,6 @@
 """The result file: what was measured, on what, with which machine and software, every raw sample, and the statistics.
 
-Schema version 1 is one JSON object with the fields of `Result`. Units stand in the names of fields (`latency_ms`).
+It is one JSON object with the fields of `Result`. Units stand in the names of fields (`latency_ms`).
 A value that could not be found says why (`records.Unavailable`); it is never null.
 """
 
@@ -23,11 +23,11 @@ from sparsifiner_edge.machine import Environment, Machine, environment, machine
 from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.text import dump_json
 
-RESULT_SCHEMA = 1
+RESULT_SCHEMA = 2
 Kind = Literal[
     "profile", "evaluation", "comparison", "sweep", "demo", "estimate", "search", "robustness", "explanation"
 ]
-_FIX = "Measure again, or restore the file."
+_FIX = "Measure again: sparsifiner-edge profile, evaluate, explain, estimate or search, with -o."
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -170,10 +170,10 @@ def read_result(path: Path, form: type[Result] = Result) -> Result:
 
     Args:
         path: a file of `write_result`.
-        form: `Result` checks the head, and takes the rest as it is: a file may be of another version, or of a
+        form: `Result` checks the head, and takes the rest as it is: a file may be of a
             benchmark. The class of a kind checks all of it.
 
     Raises:
-        ArtifactError: missing, not a regular file, not JSON, of a newer schema, or see `check_result`.
+        ArtifactError: missing, not a regular file, not JSON, of another version, or see `check_result`.
     """
-    return check_result(read_json(path, RESULT_SCHEMA), path, form)
+    return check_result(read_json(path, RESULT_SCHEMA, _FIX), path, form)

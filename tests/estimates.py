@@ -33,7 +33,7 @@ def counted(
         "shape": dataclasses.asdict(shape),
         "tokens": {"prefix": shape.prefix, "grid": [1, shape.patches]},
         "sparsity": sparsity.to_dict() if sparse else None,
-        "ops": {"sparsifiner::KeySelect": 1} if sparse else {},
+        "ops": ["sparsifiner::KeySelect"] if sparse else [],
         "costs": summary(shape, sparsity) if costs is None else costs,
         "dense_costs": summary(shape, DENSE),
     }

@@ -129,7 +129,7 @@ def test_wrong_usage(tiny: Path, capsys: pytest.CaptureFixture[str], arguments: 
 
 def test_batch_sizes(tmp_path: Path) -> None:
     images = (InputSpec("image", "uint8", (size, 4, 4, 3)) for size in (2, "batch"))
-    fixed, dynamic = (Bundle(tmp_path, Manifest(schema_version=2, files={}, inputs=(image,))) for image in images)
+    fixed, dynamic = (Bundle(tmp_path, Manifest(schema_version=3, files={}, inputs=(image,))) for image in images)
     assert batch_range(fixed, None) == batch_range(fixed, (2, 2, 2)) == BatchRange(2, 2, 2)
     assert batch_range(dynamic, None) == BatchRange(1, 1, 8)
     assert batch_range(dynamic, (2, 4, 4)) == BatchRange(2, 4, 4)
@@ -139,7 +139,7 @@ def test_batch_sizes(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="batch sizes are"):
             batch_range(dynamic, sizes)
     with pytest.raises(ArtifactError, match="does not say the shape"):
-        batch_range(Bundle(tmp_path, Manifest(schema_version=2, files={})), None)
+        batch_range(Bundle(tmp_path, Manifest(schema_version=3, files={})), None)
 
 
 # A worker that dies, hangs or is killed: a package of TensorRT-RTX's name that does so where the worker imports it.

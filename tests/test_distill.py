@@ -29,7 +29,7 @@ from sparsifiner_edge.sparse.student import dense_twin, load_student, save_stude
 from tests.commands import PROGRAM, assert_refused, call, process
 from tests.models import student, vit
 
-SHORT = ("distil.steps=6", "batch=2", "check_every=3", "save_every=2", "pictures.held_out=2", "budgets.keep=[0.1,0.2]")
+SHORT = ("distil.steps=6", "batch=2", "check_every=3", "save_every=2", "images.held_out=2", "budgets.keep=[0.1,0.2]")
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Pat
     for name in ("dogs/04.png", "dogs/06.png", "dogs/08.png"):  # of which each process meets some
         (folder / name).write_bytes(b"no image")
     steps = (
-        "reconstruct.steps=2", "distil.steps=3", "check_every=3", "pictures.held_out=2", "save_every=3",
-        "budgets.keep=[0.2]", "pictures.cut_mix=0.0",
+        "reconstruct.steps=2", "distil.steps=3", "check_every=3", "images.held_out=2", "save_every=3",
+        "budgets.keep=[0.2]", "images.cut_mix=0.0",
     )  # fmt: skip
     script = (
         "import sys\n"
@@ -141,8 +141,8 @@ def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Pat
         assert done.returncode == 0, done.stderr[-3000:]
     trainings = [load_student(tmp_path / x).provenance.training for x in ("two", "one")]
     assert trainings[0]["processes"] == 2
-    assert len(trainings[0]["pictures"]["unreadable"]) == 3
-    assert trainings[0]["pictures"] == trainings[1]["pictures"]
+    assert len(trainings[0]["images"]["unreadable"]) == 3
+    assert trainings[0]["images"] == trainings[1]["images"]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
     two, one = (load_student(tmp_path / x).model.state_dict() for x in ("two", "one"))
     for name, value in one.items():
@@ -200,7 +200,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(
     settings = (x for s in SHORT for x in ("--set", s))
     outcome = call(capsys, "distill", start, "--data", data, *settings, "-o", tmp_path / "out", "--json")
     assert outcome.code == 0, outcome.err
-    pictures = json.loads(outcome.out)["pictures"]
+    pictures = json.loads(outcome.out)["images"]
     assert "01.png" in pictures["held out"]
     assert [Path(path).name for path in pictures["unreadable"]] == ["01.png", "03.png", "04.png"]
     for path in data.rglob("*.png"):
@@ -212,7 +212,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(
 @pytest.mark.everything
 def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
     for mixed, wanted in (("0.0", 6), ("1.0", 0)):
-        changes = (*SHORT, f"pictures.cut_mix={mixed}")
+        changes = (*SHORT, f"images.cut_mix={mixed}")
         distill_student(start, folder, tmp_path / f"out{mixed}", labels=True, overrides=changes)
         assert sum("labels" in entry for entry in history(tmp_path / f"out{mixed}")) == wanted
     with pytest.raises(ConfigError, match="1 classes, the student knows 2"):
@@ -224,7 +224,7 @@ def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
 @pytest.mark.everything
 def test_students_of_rectangles_train(folder: Path, tmp_path: Path) -> None:
     start = save_student(student(num_classes=2, img_size=(96, 160)), tmp_path / "start")
-    summary = distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "pictures.cut_mix=0.5"))
+    summary = distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "images.cut_mix=0.5"))
     assert summary.steps == 6
     assert all(np.isfinite(losses(tmp_path / "out")))
     assert load_student(tmp_path / "out").img_size == (96, 160)
@@ -277,7 +277,7 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
 
 @pytest.mark.everything
 def test_passes_add_up_to_one_step(folder: Path, start: Path, tmp_path: Path) -> None:
-    fixed = (*SHORT, "distil.steps=3", "distil.predictor_learning_rate=0.0", "pictures.cut_mix=0.0")
+    fixed = (*SHORT, "distil.steps=3", "distil.predictor_learning_rate=0.0", "images.cut_mix=0.0")
     distill_student(start, folder, tmp_path / "one", overrides=(*fixed, "batch=4"))
     distill_student(start, folder, tmp_path / "two", overrides=(*fixed, "batch=2", "accumulate=2"))
     for name in ("patches", "classes", "logits"):

@@ -117,7 +117,7 @@ def test_random_crops_have_the_shape_of_the_model(size: tuple[int, int]) -> None
 
 
 def test_epochs_are_counted_over_all_processes(folder: Path, tmp_path: Path) -> None:
-    plan, found = read_recipe("cpu", ("batch=2", "pictures.held_out=2")), student(num_classes=2)
+    plan, found = read_recipe("cpu", ("batch=2", "images.held_out=2")), student(num_classes=2)
     source = folder_source(folder, 2, False, None)
     training = Training(make_accelerator(plan), found, dense_twin(found), source, plan, tmp_path)
     training.accelerator = SimpleNamespace(num_processes=4)
@@ -301,38 +301,6 @@ def test_mixed_images_hold_a_rectangle_of_their_neighbour(folder: Path, tmp_path
         shares.append(float(other[0].float().mean()))
     assert 15 < mixed < 45
     assert max(shares) > 0.5
-
-
-def test_a_checkpoint_that_says_pictures_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    from sparsifiner_edge.distill import checkpoint
-    from sparsifiner_edge.distill.distill import _restore
-
-    restored: list[object] = []
-    training: Any = SimpleNamespace(
-        fingerprint=lambda: {"images": "hash", "images per step": 4, "seed": 0}, restore=restored.append
-    )
-    saved = SimpleNamespace(fingerprint={"pictures": "hash", "pictures per step": 4, "seed": 0})
-    monkeypatch.setattr(checkpoint, "load", lambda _: saved)
-    _restore(training, tmp_path)
-    assert restored == [saved]
-    saved.fingerprint["pictures per step"] = 8
-    with pytest.raises(ConfigError, match="began with other images per step: 8, now 4"):
-        _restore(training, tmp_path)
-
-
-def test_recipes_of_before_say_pictures(tmp_path: Path) -> None:
-    path = tmp_path / "r.toml"
-    path.write_text("[distil]\nsteps = 1\n[pictures]\nheld_out = 3\n")
-    assert read_recipe(str(path)).images.held_out == 3
-    assert read_recipe(str(path), ["pictures.held_out=4"]).images.held_out == 4
-    assert read_recipe(str(path), ["images.held_out=5"]).images.held_out == 5
-    with pytest.raises(ConfigError, match=r"images\.held_out is \"x\""):
-        read_recipe(str(path), ["images.held_out=x"])
-    path.write_text("[pictures]\nheld_out = 3\n[images]\nheld_out = 4\n")
-    with pytest.raises(ConfigError, match="both pictures and images"):
-        read_recipe(str(path))
 
 
 def test_images_get_worse_as_often_as_asked(pictures: Path) -> None:

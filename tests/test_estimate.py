@@ -93,7 +93,7 @@ def test_bad_use_is_a_message_and_exit_2(tmp_path: Path, tiny_bundle: Path) -> N
         "cpu-generic states no peak for fp16": [tiny_bundle, "--board", "cpu-generic", "--precision", "fp16"],
         "kernels is 'fast'": [tiny_bundle, "--board", "t4", "--kernels", "fast"],
         "no power mode 'MAXN'": [tiny_bundle, "--board", "t4", "--power-mode", "MAXN"],
-        "nowhere.toml cannot be read": [tiny_bundle, "--board-file", tmp_path / "nowhere.toml"],
+        "nowhere.toml cannot be read": [tiny_bundle, "--board", tmp_path / "nowhere.toml"],
         "is not a folder": [tmp_path / "nowhere", "--board", "t4"],
         "is a folder or a device. Give a file's name": [tiny_bundle, "--board", "t4", "-o", tmp_path],
     }

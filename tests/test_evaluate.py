@@ -55,7 +55,7 @@ def test_student_and_bundle_agree_however_the_teacher_is_given(made: dict[str, P
         evaluate_student(made["bundle"], made["pictures"], against=made["dense"]),
     ]
     for result in results:
-        assert result["statistics"]["patches_cosine"]["pictures"] == 4
+        assert result["statistics"]["patches_cosine"]["images"] == 4
         assert means(result) == pytest.approx(means(results[0]), abs=1e-3)
     assert 0.5 < means(results[0])["patches_cosine"] < 0.99999
     assert results[3]["method"]["runtime"]["subject"]["kernels"].startswith("native, ")

@@ -229,13 +229,13 @@ def test_a_model_with_rotary_embeddings_at_another_size_and_batch(tmp_path: Path
     dense = manifest_of(export_shallow(load_dense(name, weights, 96), tmp_path / "d"))
     assert sparse["tokens"] == dense["tokens"] == {"prefix": 5, "grid": [6, 6]}
     assert sparse["check"]["batches_run"] == [1, 3]
-    assert dense["ops"] == {}
+    assert dense["ops"] == []
 
 
 def test_keep_one_is_the_plain_dense_bundle(tmp_path: Path) -> None:
     made = save_student(student(sparsity=SparsityConfig(keep=1)), tmp_path / "s")
     manifest = manifest_of(export_bundle(made, tmp_path / "b"))
-    assert manifest["ops"] == {}
+    assert manifest["ops"] == []
     assert manifest["sparsity"] is None
 
 

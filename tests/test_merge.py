@@ -237,7 +237,7 @@ def test_exported_files_merge_as_torch_does(
     assert manifest.check is not None
     assert manifest.check.kernels_run == ("portable", "native")
     assert manifest.check.differing_indices == 0
-    assert manifest.ops["sparsifiner::MatchTokens"] == VERSION
+    assert "sparsifiner::MatchTokens" in manifest.ops
     assert manifest.merged == tuple(sparsity.layer_merges(manifest.shape.depth, manifest.shape.patches))
     assert dict(manifest.costs) == summary(manifest.shape, sparsity)
     opsets = {entry.domain: entry.version for entry in bundle.model().opset_import}

@@ -124,7 +124,7 @@ def test_types_are_those_of_the_file(precision):
     """With `trt_fp16_enable` or `trt_int8_enable` ONNX Runtime drops strong typing."""
 
     def options(digest="ab"):
-        manifest = Manifest(schema_version=2, files={"model.onnx": digest * 32}, precision=precision)
+        manifest = Manifest(schema_version=3, files={"model.onnx": digest * 32}, precision=precision)
         return OnnxRuntimeTensorRt().options(manifest)
 
     assert not [name for name in options() if name.endswith(("16_enable", "int8_enable"))]

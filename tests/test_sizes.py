@@ -95,7 +95,7 @@ def test_another_tile_and_dense_layers_in_a_rectangle(tiny_student: Path, tmp_pa
         tiny_student, tmp_path / "b", img_size=(96, 160), keep=0.9, tile=8, probe=8, calibrate=pictures, measure=True
     )
     manifest = manifest_of(made)
-    assert (manifest["retiled"]["to"]["tile"], manifest["retiled"]["pictures"]) == (8, 3)
+    assert (manifest["retiled"]["to"]["tile"], manifest["retiled"]["images"]) == (8, 3)
     assert manifest["measured"]["choices"]
 
 

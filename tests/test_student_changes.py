@@ -98,7 +98,7 @@ def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_p
     assert tiles == {4 * own.tile} == {manifest["sparsity"]["tile"]}
     assert manifest["retiled"]["from"] == {"tile": own.tile, "probe": own.probe}
     assert 0.97 <= manifest["retiled"]["cosine"] < 1
-    assert manifest["retiled"]["pictures"] == 3
+    assert manifest["retiled"]["images"] == 3
 
 
 @pytest.mark.everything

@@ -43,7 +43,7 @@ def test_every_point_is_measured(bundles):
 
 
 def test_points_are_every_combination_once():
-    bundle = Bundle(Path("b"), Manifest(schema_version=2, files={}))
+    bundle = Bundle(Path("b"), Manifest(schema_version=3, files={}))
     points = _points({"threads": [1, 2, 1], "batch": [4, 1]}, None, bundle)
     assert points == [(1, 4), (1, 1), (2, 4), (2, 1)]
     assert _points({"batch": [2]}, 3, bundle) == [(3, 2)]

@@ -147,7 +147,7 @@ def test_bundles_of_any_batch_answer_as_timm_validates(bundle: str, made: dict[s
     method = result["method"]
     assert method["batch"] == {"subject": 4 if bundle == "bundle" else 3, "teacher": 3}
     assert method["preprocessing"] == method["teacher_preprocessing"]
-    assert evaluate_student(made[bundle], made["data"], against=made[bundle], queries=2)["method"]["pictures"]
+    assert evaluate_student(made[bundle], made["data"], against=made[bundle], queries=2)["method"]["images"]
 
 
 @UNCLOSED

@@ -1,4 +1,4 @@
-"""What export found, as a manifest says it, for people. Bundles run without it, and older ones lack some of it:
+"""What export found, as a manifest says it, for people. Bundles run without it:
 everything has a default, and None means that the manifest does not say.
 """
 
@@ -57,7 +57,7 @@ class Retiled(Struct, frozen=True):
     before: Tiling = field(name="from", default=Tiling())
     after: Tiling = field(name="to", default=Tiling())
     cosine: float | None = None
-    images: int = field(default=0, name="pictures")
+    images: int = 0
     refused: str | None = None
 
 

@@ -107,13 +107,13 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
     """The table of a bundle; None where its manifest lists no kernels for that GPU.
 
     Raises:
-        ArtifactError: of a newer schema, or malformed.
+        ArtifactError: of another version, or malformed.
     """
     name = table_file(capability)
     path = bundle.folder / name
     if name not in bundle.manifest.files:
         return None
-    content = parse_json(bundle.read(name, MAX_JSON), path, KERNELS_SCHEMA)
+    content = parse_json(bundle.read(name, MAX_JSON), path, KERNELS_SCHEMA, AGAIN)
     table = read_record(content, KernelTable, path, AGAIN)
     for name, launch in table.launches.items():
         if not _NAME.fullmatch(name):  # It becomes the name of a file and of a plugin.

@@ -133,12 +133,13 @@ def read_signature(folder: Path) -> Signature | None:
     """What a bundle's signature says, unchecked; None for an unsigned bundle.
 
     Raises:
-        ArtifactError: it is malformed, of a newer schema, or a link out of the bundle.
+        ArtifactError: it is malformed, of another version, or a link out of the bundle.
     """
     path = place_in(folder, SIGNATURE_FILE)
     if not path.exists():
         return None
-    return read_record(read_json(path, SIGNATURE_SCHEMA), Signature, path, "Sign the bundle again.")
+    again = "Sign the bundle again: sparsifiner-edge bundle sign BUNDLE/ --key KEY.pem"
+    return read_record(read_json(path, SIGNATURE_SCHEMA, again), Signature, path, again)
 
 
 def require_signature(folder: Path, public_key: Path) -> Bundle:

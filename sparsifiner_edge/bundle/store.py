@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,7 +46,6 @@ from sparsifiner_edge.files import (
     write_text,
 )
 from sparsifiner_edge.onnx_file import read_model
-from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.text import dump_json, shown
 
@@ -211,7 +209,7 @@ def open_bundle(folder: Path) -> Bundle:
     Those files are read later by `Bundle.read`, which checks the very bytes against the hash again.
 
     Raises:
-        ArtifactError: not a bundle, newer schema, a file missing, altered, or outside the folder.
+        ArtifactError: not a bundle, of another version, a file missing, altered, or outside the folder.
     """
     text = read_manifest(folder)
     bundle = Bundle(folder, parse_manifest(text, folder / BUNDLE_FILE), text=text)
@@ -255,7 +253,9 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
             for old in scratches(folder):
                 if not is_locked(old):
                     shutil.rmtree(old, ignore_errors=True)
-            for path in unlisted_engines(folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA).get("files", ())):
+            for path in unlisted_engines(
+                folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA, AGAIN).get("files", ())
+            ):
                 path.unlink(missing_ok=True)
             scratch = stack.enter_context(scratch_beside(folder / SCRATCH, folder=True))
         yield scratch
@@ -273,12 +273,10 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
         ArtifactError: the bundle is not one any more, or the disk refuses; the bundle is as it was.
     """
     with io_errors(folder), locked(folder):
-        text = read_manifest(folder)
-        before = parse_manifest(text, folder / BUNDLE_FILE)
+        before = parse_manifest(read_manifest(folder), folder / BUNDLE_FILE)
         after = change(before)
         kept = after.files | {name: sha256(path) for name, path in files.items()}
-        # What this version does not know stays.
-        content = json.loads(text) | {"files": kept, "engines": write_record(after.engines)}
+        content = manifest_content(msgspec.structs.replace(after, files=kept))
         for path in files.values():
             sync(path)
         with signals_held():

@@ -16,7 +16,7 @@ from sparsifiner_edge.bundle.sign import fingerprint_of, read_signature, require
 from sparsifiner_edge.bundle.store import LABELS_FILE, Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.onnx_file import all_nodes
-from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 
 
 class CheckResult(Struct, frozen=True):
@@ -133,16 +133,16 @@ def _tensor(value: Any) -> TensorSpec:
     return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape)
 
 
-def _operators(stated: dict[str, int], model: Any) -> str:
+def _operators(stated: tuple[str, ...], model: Any) -> str:
     """The operators in the manifest are those in the file, each with its body."""
     used = {f"{DOMAIN}::{node.op_type}" for node in all_nodes(model) if node.domain == DOMAIN}
     bodies = {f"{function.domain}::{function.name}" for function in model.functions}
     versions = {entry.version for entry in model.opset_import if entry.domain == DOMAIN}
     if used - bodies:
         raise GateError(f"without a body: {', '.join(sorted(used - bodies))}")
-    # A file imports the domain once, as of its newest operator.
-    if set(stated) != bodies or (stated and versions != {max(stated.values())}):
-        raise GateError(f"the manifest says {stated}, the model has {sorted(bodies)} of version {sorted(versions)}")
+    if set(stated) != bodies or (stated and versions != {VERSION}):
+        said = f"the model has {sorted(bodies)} of version {sorted(versions)}"
+        raise GateError(f"the manifest says {sorted(stated)} of version {VERSION}, {said}")
     return ", ".join(sorted(used)) or "standard ones alone"
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=common.PATH, required=False)
-@click.option("--board", "--board-file", "board", metavar="NAME|FILE.toml",
+@click.option("--board", "board", metavar="NAME|FILE.toml",
               help="A board of this package (see --list), or your own (docs/boards.md).")  # fmt: skip
 @click.option("--precision", help="fp32, tf32, fp16 or int8; by default the bundle's.")
 @click.option("--power-mode", metavar="NAME|ID", help="As nvpmodel names or numbers it; by default full clocks.")

@@ -29,7 +29,7 @@ from sparsifiner_edge.cli import common
               help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
 @click.option("--calibrate", type=common.PATH,
               help="A folder of images: int8 is calibrated with them, another tile is judged by them.")  # fmt: skip
-@click.option("--int8-target", "--recipe", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
+@click.option("--int8-target", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
               show_default=True, help="For int8: what will run it.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
 @click.option("--measure-in", type=click.Choice(ON_PROCESSOR),

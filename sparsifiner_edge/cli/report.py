@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 @click.option("--price-device-hour", type=float, help="Price of an hour of the device, for the same.")
 @click.option("--currency", default="", help="Code or sign that is printed with costs, such as EUR.")
 @click.option("--strict", is_flag=True, help="Exit with 1, and write nothing, when the results cannot be compared.")
-@click.option(
-    "--no-images", "--no-pictures", "no_images", is_flag=True, help="Write the page alone, without PNGs beside it."
-)
+@click.option("--no-images", "no_images", is_flag=True, help="Write the page alone, without PNGs beside it.")
 @click.option("--picture", "pictures", multiple=True, type=common.PATH,
               help="A PNG or JPEG that the page shows; may be given again.")  # fmt: skip
 @common.json_option

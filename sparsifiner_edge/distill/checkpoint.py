@@ -64,7 +64,6 @@ class Checkpoint(msgspec.Struct, forbid_unknown_fields=True):
     Attributes:
         average: averaged weights; None where the training has none.
         recent: losses that an explosion is measured against.
-        scaler: what older versions trained in fp16 with; none of theirs can be resumed.
     """
 
     fingerprint: Fingerprint
@@ -73,7 +72,6 @@ class Checkpoint(msgspec.Struct, forbid_unknown_fields=True):
     average: Tensors | None
     recent: list[float]
     state: TrainingState
-    scaler: None = None
 
 
 def save(folder: Path, content: Checkpoint) -> None:

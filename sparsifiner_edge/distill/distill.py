@@ -97,7 +97,7 @@ class TrainingSummary(msgspec.Struct, frozen=True):
     kept: str
     fidelity: Fidelity
     teacher: Teacher
-    images: TrainingImages = msgspec.field(name="pictures")
+    images: TrainingImages
     processes: int
     start: Start = msgspec.field(name="from")
     warnings: list[str] = []
@@ -297,8 +297,7 @@ def _clear(folder: Path) -> None:
 
 def _restore(training: Training, folder: Path) -> None:
     content = checkpoint.load(folder)
-    # Older checkpoints say "pictures".
-    now, then = training.fingerprint(), {n.replace("pictures", "images"): x for n, x in content.fingerprint.items()}
+    now, then = training.fingerprint(), content.fingerprint
     for name, value in now.items():
         if then.get(name) != value:
             raise ConfigError(

@@ -188,9 +188,6 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: no such recipe, no TOML, a name is unknown, or a value is of the wrong type or out of range.
     """
     content = _content(source)
-    if {"pictures", "images"} <= content.keys():
-        raise ConfigError("The recipe has both pictures and images.", "pictures is an older name: keep images.")
-    content = {_current(name): value for name, value in content.items()}
     for override in overrides:
         _set(content, override)
     recipe = read_record(content, Recipe, "The recipe", _DOCUMENT, ConfigError)
@@ -253,11 +250,6 @@ class _Front(msgspec.Struct, frozen=True):
     finalists: list[_Judged] = []
 
 
-def _current(name: str) -> str:
-    """A section's name; older recipes call the images pictures."""
-    return "images" if name == "pictures" else name
-
-
 def _set(content: dict[str, Any], override: str) -> None:
     """Put the value of an override such as "distil.steps=500" in its place."""
     name, equals, text = override.partition("=")
@@ -265,7 +257,7 @@ def _set(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r} has no value.", "Give NAME=VALUE, such as distil.steps=500.")
     *path, last = name.strip().split(".")
     section: Any = content
-    for part in map(_current, path):
+    for part in path:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override!r}: {part} is not a section.", "See the recipe's names.")

@@ -371,13 +371,11 @@ class Training:
         """What must be the same for a training to be resumed; learning rates, losses and limits may change."""
         recipe = self.recipe
         images = recipe.images
-        crops = (images.smallest_crop, images.flip, images.cut_mix, *([images.corrupted] if images.corrupted else ()))
-        # What older versions did not know stands there only where it is used, so that theirs can be resumed.
+        crops = images.smallest_crop, images.flip, images.cut_mix, images.corrupted
         mixed = images.auto_augment, images.erasing, images.mixup, images.mixup_cut, images.smoothing
-        crops += mixed if any(mixed) else ()
         return {
             "images": self.source.fingerprint,
-            "crops": str(crops),
+            "crops": str(crops + mixed),
             **self.origin,
             "budgets": str(recipe.budgets),
             "sparsity": str(self.sparsity),
@@ -389,5 +387,5 @@ class Training:
             # Of the optimiser's state, which comes from the checkpoint:
             "epsilon": recipe.epsilon,
             "weight_decay": recipe.weight_decay,
-            **({"predictor_weight_decay": decay} if (decay := recipe.predictor_weight_decay) else {}),
+            "predictor_weight_decay": recipe.predictor_weight_decay,
         }

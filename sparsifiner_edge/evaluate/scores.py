@@ -23,7 +23,7 @@ class Figure(msgspec.Struct, frozen=True):
     """Over images of which it says something: the mean with Student's t interval; of cosines also the least."""
 
     mean: Estimate
-    images: int = msgspec.field(name="pictures")
+    images: int
     least: float | None = None
 
 
@@ -37,7 +37,7 @@ class ScoresMethod(msgspec.Struct, frozen=True, kw_only=True):
     masks: str | None = None
     higher_is_better: bool | None = None
     results: dict[str, float] | None = None
-    images: list[str] = msgspec.field(name="pictures")
+    images: list[str]
     preprocessing: str
     runtime: dict[str, Runtime]
 

@@ -40,7 +40,7 @@ from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.export.student_changes import changed
 from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
 from sparsifiner_edge.metrics import POSITIONS
-from sparsifiner_edge.ops.schema import DOMAIN, VERSION
+from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
@@ -359,7 +359,7 @@ def _manifest(
         name=student.name,
         precision=numbers.precision,
         shape=shape,
-        ops={f"{DOMAIN}::{f.name}": VERSION for f in model.functions},
+        ops=tuple(sorted(f"{DOMAIN}::{f.name}" for f in model.functions)),
         inputs=tuple(InputSpec(*_tensor(v), layout="NHWC", range=(0, 255), colour="RGB") for v in model.graph.input),
         outputs=tuple(TensorSpec(*_tensor(v)) for v in model.graph.output),
         preprocessing=Preprocessing(size, f"{centre_text(size)}, bicubic", Folded(pre.mean, pre.std, "1/255")),

@@ -90,7 +90,7 @@ def _table(backend: str) -> tuple[_Table, Path]:
     }  # fmt: skip
     file = cache_folder() / "latency" / f"{_digest(dump_json(about).encode())}.json"
     with contextlib.suppress(ArtifactError):
-        found = read_record(read_json(file, TABLE_SCHEMA), _Table, file, "Delete it.")
+        found = read_record(read_json(file, TABLE_SCHEMA, "Delete it."), _Table, file, "Delete it.")
         if found.about == about:
             return found, file
     return _Table(about=about), file

@@ -40,7 +40,7 @@ SPARSE_BOUNDS = {"native": (0.5, 2.5), "portable": (0.3, 4.0)}
 """Least and most that sparse layers' own operators, and merging, may take on a GPU, as factors: judged, for no one
 published it."""
 MERGE_KERNELS = {"pairs", "merge"}
-"""In a bundle's table where MatchTokens and MergeTokens were compiled; older exports left them out."""
+"""In a bundle's table where MatchTokens and MergeTokens were compiled."""
 IDLE_SHARE = (0.1, 0.25, 0.4)
 """Power at rest as a share of the most, where a board does not state it: least, taken, most."""
 RUNTIME_BYTES = {"gpu": (150e6, 400e6, 1200e6), "cpu": (60e6, 90e6, 130e6)}
@@ -147,7 +147,7 @@ def estimate_bundle(
             carries kernels compiled for its SM.
 
     Raises:
-        ArtifactError: not a bundle, altered, of a newer schema, or its costs are missing or do not fit its model.
+        ArtifactError: not a bundle, altered, of another version, or its costs are missing or do not fit its model.
         BackendError: unknown kernels.
         ConfigError: unknown board, mode or precision.
     """

@@ -76,7 +76,7 @@ def profile_bundle(
         A result of kind "profile", or "comparison" with `against`.
 
     Raises:
-        ArtifactError: not a bundle, altered, or of a newer schema.
+        ArtifactError: not a bundle, altered, or of another version.
         BackendError: unknown backend, the backend rejects the model, or a process died or hung.
         ConfigError: a number is out of range.
     """

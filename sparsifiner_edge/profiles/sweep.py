@@ -100,7 +100,7 @@ def sweep_bundle(
         A result of kind "sweep"; `samples` by name such as "threads=2,batch=1".
 
     Raises:
-        ArtifactError: not a bundle, altered, or of a newer schema.
+        ArtifactError: not a bundle, altered, or of another version.
         BackendError: unknown backend, the backend rejects the model, or a process died or hung.
         ConfigError: an axis is unknown or has bad values, or the bundle's batch is fixed at another size.
     """

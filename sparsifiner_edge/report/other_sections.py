@@ -55,7 +55,7 @@ def task_section(data: ReportData, pictures: Sequence[Picture]) -> Section:
         for name, found in list(file.result.statistics.items())[:MAX_ROWS]:
             of, _, figure = name.partition("_") if name.partition("_")[0] in _OF else ("", "", name)
             told = texts.known(f"task.{figure}", clean(figure, 40))
-            count = number(get(found, "pictures"))
+            count = number(get(found, "images"))
             table.append([
                 f"{texts(f'task.{of}')}: {told}" if of else told, texts.figure(interval(found, "mean"), digits=4),
                 "–" if count is None else str(int(count)),

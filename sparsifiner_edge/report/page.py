@@ -39,7 +39,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     page: str
-    images: list[str] | Unavailable = msgspec.field(name="pictures")
+    images: list[str] | Unavailable
     verdict: list[str]
     differences: dict[str, list[str]]
     flags: list[dict[str, str]]
@@ -73,7 +73,7 @@ def write_report(
         pictures: PNG or JPEG files that the page shows, such as what a model makes of photographs.
 
     Raises:
-        ArtifactError: a file is not a result, of a newer schema, or holds NaN; or the disk refuses.
+        ArtifactError: a file is not a result, of another version, or holds NaN; or the disk refuses.
         ConfigError: no result, no such language, an impossible price, a bundle in none of the results.
         ImageError: a picture is none, or too large.
         GateError: `strict`, and the results cannot be compared.

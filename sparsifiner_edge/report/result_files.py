@@ -72,7 +72,7 @@ def read_result_files(paths: Sequence[Path]) -> list[ResultFile]:
     """Read results, each file once.
 
     Raises:
-        ArtifactError: a file is not a result, of a newer schema, or holds NaN or infinity.
+        ArtifactError: a file is not a result, of another version, or holds NaN or infinity.
         ConfigError: no file.
     """
     if not paths:
@@ -207,7 +207,7 @@ def accuracies_of(files: Sequence[ResultFile], sides: Sequence[ResultSide]) -> l
 
 def _task(method: Mapping[str, Any]) -> str:
     """What decides whether two accuracies can stand side by side."""
-    return repr([method.get(name) for name in ("metric", "queries", "gallery", "pictures", "preprocessing", "classes")])
+    return repr([method.get(name) for name in ("metric", "queries", "gallery", "images", "preprocessing", "classes")])
 
 
 class LabelledManifest(NamedTuple):

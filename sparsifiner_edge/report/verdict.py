@@ -12,9 +12,6 @@ from sparsifiner_edge.report.stability_section import stability_sentences
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import Interval, clean, get, interval, plain, rows
 
-OLD_FLAGS = {"not-settled": "not-warmed-up", "clock-varies": "clock-drift"}
-"""What older files call a flag -> its name."""
-
 
 def verdict_sentences(data: ReportData) -> list[str]:
     """The verdict: what the page shows, a sentence each, the most important first."""
@@ -103,7 +100,6 @@ def flags_of(data: ReportData) -> list[dict[str, str]]:
     for side in data.sides:
         for flag in rows(side.figures, "flags"):  # Those of a sweep stand in its rows.
             name = clean(get(flag, "flag") or "?")
-            name = OLD_FLAGS.get(name, name)
             what, do = (clean(get(flag, part) or "", 400) for part in ("what", "do"))
             if texts.language != "en" or not do:
                 do = texts.known(f"flag.{name}.do", do)

@@ -70,7 +70,7 @@ def open_session(
         public_key: the bundle must be signed by this key; see `sign.require_signature`.
 
     Raises:
-        ArtifactError: not a bundle, altered, of a newer schema, or not signed by that key.
+        ArtifactError: not a bundle, altered, of another version, or not signed by that key.
         BackendError: no such backend or kernels, `threads` below 1 or absurd, or the backend rejects the model.
         MissingExtraError: the backend's package is not installed, or what checks signatures.
     """

@@ -25,7 +25,7 @@ def verify_bundle(
         the key does not fit.
 
     Raises:
-        ArtifactError: not a bundle, a file missing or altered, of a newer schema: there is nothing to check then.
+        ArtifactError: not a bundle, a file missing or altered, of another version: there is nothing to check then.
         BackendError: the backend cannot run it.
         MissingExtraError: the backend, or what checks signatures, is not installed.
     """

@@ -118,7 +118,7 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
     loaded = size if backbone.module is model else student.img_size
     images = [normalise(torch.from_numpy(load_image(p, loaded))[None], student.normalisation) for p in taken]
     learn(backbone, images if backbone.module is model else arriving(model, backbone, images), progress)
-    how = Calibration("pictures", len(taken), size, [p.name for p in taken])
+    how = Calibration("images", len(taken), size, [p.name for p in taken])
     return dataclasses.replace(student, provenance=replace(student.provenance, calibration=how))
 
 
@@ -227,7 +227,7 @@ def load_student(
         trust: modules whose functions may make the model: a student of a user's own factory names one.
 
     Raises:
-        ArtifactError: no student, corrupt, altered, or of a newer schema; it names a module that is not trusted.
+        ArtifactError: no student, corrupt, altered, or of another version; it names a module that is not trusted.
         SparsifinerError: its settings do not fit.
     """
     folder = Path(folder)

@@ -9,11 +9,11 @@ import msgspec
 from msgspec import Meta
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, STUDENT_SCHEMA, read_json
-from sparsifiner_edge.bounds import ImageSize, flaw
+from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.records import read_record
 
-SPARSIFY_AGAIN = "Make the student again."
+SPARSIFY_AGAIN = "Make the student again: sparsifiner-edge sparsify MODEL -o STUDENT/"
 HostKind = Literal["timm", "transformers", "factory"]
 """Where a model is from: a name of timm's, a configuration of transformers', or a user's own function."""
 ClassNames = tuple[Annotated[str, Meta(pattern=r"^[^\ud800-\udfff]{1,1000}$")], ...]
@@ -38,12 +38,12 @@ class Calibration(msgspec.Struct, frozen=True):
     """What the predictor was learnt from.
 
     Attributes:
-        origin: "weights" alone, or "pictures".
+        origin: "weights" alone, or "images".
         images: how many. img_size: pixels at which it learnt. files: their names.
     """
 
     origin: str = msgspec.field(name="from")
-    images: int | None = msgspec.field(default=None, name="pictures")
+    images: int | None = None
     img_size: ImageSize | None = None
     files: list[str] | None = None
 
@@ -112,15 +112,12 @@ def read_config(folder: Path) -> StudentConfig:
     """What a student folder says of itself, without its weights.
 
     Raises:
-        ArtifactError: no student, corrupt, or of a newer schema.
+        ArtifactError: no student, corrupt, or of another version.
     """
     path = folder / STUDENT_FILE
-    content = read_json(path, STUDENT_SCHEMA)
+    content = read_json(path, STUDENT_SCHEMA, SPARSIFY_AGAIN)
     if content.get("kind") != "student":
         raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
-    found = flaw(content)
-    if found is not None:
-        raise ArtifactError(f"{path}: {found}.", SPARSIFY_AGAIN)
     return read_record(content, StudentConfig, path, SPARSIFY_AGAIN)
 
 

@@ -53,7 +53,7 @@ def counted(tmp_path: Path) -> Path:
         shape=dataclasses.asdict(shape),
         tokens={"prefix": 1, "grid": [16, 16]},
         sparsity=sparsity.to_dict(),
-        ops={"sparsifiner::KeySelect": 1},
+        ops=["sparsifiner::KeySelect"],
         costs=summary(shape, sparsity),
         dense_costs=summary(shape, SparsityConfig(keep=1)),
     )

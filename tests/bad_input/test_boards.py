@@ -27,7 +27,7 @@ def test_files_that_have_no_end_or_no_beginning(tmp_path: Path, bundle: Path) ->
     os.mkfifo(pipe)
     link.symlink_to("/dev/zero")
     large.write_text(BOARD + "#" * MAX_TOML)
-    assert_refused(process("estimate", bundle, "--board-file", pipe, timeout=120), "pipe.toml", "not a regular file")
+    assert_refused(process("estimate", bundle, "--board", pipe, timeout=120), "pipe.toml", "not a regular file")
     for path in (pipe, link, large, Path("/dev/zero"), tmp_path):
         with pytest.raises(ConfigError, match="cannot be read"):
             read_board(path)

@@ -13,6 +13,8 @@ import onnx
 import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE
+from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.errors import ArtifactError
 from tests.bad_input.damage import edit_json, flip
 from tests.commands import assert_refused, call, process
 from tests.seal import seal_bundle
@@ -38,7 +40,8 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: 
     ("change", "texts"),
     [
         (lambda m: m.pop("schema_version"), ["has no schema_version"]),
-        (lambda m: m.update(schema_version=7), ["schema 7; this version reads up to 2", "Upgrade"]),
+        (lambda m: m.update(schema_version=2), ["schema 2; this version reads 3 alone", "sparsifiner-edge export"]),
+        (lambda m: m.update(schema_version=7), ["schema 7; this version reads 3 alone"]),
         (lambda m: m.update(kind="student"), ["is not a bundle's manifest", "Export the bundle again"]),
         (lambda m: m.pop("files"), ["is not a bundle's manifest"]),
         (lambda m: m.update(files=["model.onnx"]), ["is not a bundle's manifest"]),
@@ -90,7 +93,7 @@ def drop_outputs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "texts"),
     [
-        (lambda b: (b / BUNDLE_FILE).write_text("{"), ["manifest.json cannot be read", "Make it again"]),
+        (lambda b: (b / BUNDLE_FILE).write_text("{"), ["manifest.json cannot be read", "Export the bundle again"]),
         (lambda b: (b / BUNDLE_FILE).unlink(), ["manifest.json does not exist"]),
         (lambda b: flip(b / "model.onnx"), ["model.onnx does not match its SHA-256"]),
         (lambda b: flip(b / "golden.npz"), ["golden.npz does not match its SHA-256"]),
@@ -120,6 +123,16 @@ def test_a_damaged_bundle(
 def instead(path: Path, make: Callable[[Path], object]) -> None:
     path.unlink()
     make(path)
+
+
+@pytest.mark.parametrize("entry", ["check", "retiled", "measured", "quantisation", "float16"])
+def test_what_is_for_people_may_lack_anything_and_hold_more(entry: str, tmp_path: Path) -> None:
+    more = {entry: {"of a fork": [None]}, "boards": [{}], "provenance": {"teacher": {"x": 1}}}
+    manifest = open_bundle(make_bundle(tmp_path / "b", preprocessing={"size": 4, "folded": {}}, **more)).manifest
+    assert getattr(manifest, entry) is not None
+    assert (manifest.boards[0].launches, manifest.provenance) == (0, {"teacher": {"x": 1}})
+    with pytest.raises(ArtifactError, match=f"{entry} is 5, not dict"):
+        open_bundle(make_bundle(tmp_path / "c", **{entry: 5}))
 
 
 @pytest.mark.parametrize(

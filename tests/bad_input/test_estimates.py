@@ -37,7 +37,7 @@ def test_what_is_estimated_here(counted: Path) -> None:
         (lambda m: m["inputs"][0].update(shape=[1.5]), "inputs[0].shape[0] is 1.5, not int or str or null"),
         (lambda m: m["inputs"][0].update(shape=[2**40]), "an input's shape is"),
         (lambda m: m["inputs"][0].update(shape=[-1]), r"an input's shape is [-1]"),
-        (lambda m: m.update(ops={}), "names no operators for its sparse layers"),
+        (lambda m: m.update(ops=[]), "names no operators for its sparse layers"),
         (lambda m: m.update(precision=["fp16"]), 'precision is ["fp16"], not str or null'),
         (lambda m: m["shape"].update(patches=16.5), "shape.patches is 16.5, not int"),
         (lambda m: m["shape"].update(depth=-1), "shape.depth is -1, not int >= 1"),

@@ -119,7 +119,7 @@ def test_names_do_nothing_to_a_page_or_a_terminal(tmp_path: Path, capsys: Capsys
         result["statistics"]["subject"]["flags"] = [{"flag": name, "what": name, "do": name}]
 
     path = written(tmp_path, change)
-    outcome = call(capsys, "report", path, "-o", tmp_path / "r.html", "--no-pictures")
+    outcome = call(capsys, "report", path, "-o", tmp_path / "r.html", "--no-images")
     assert outcome.code == 0
     assert "\\x1b[31m\\u202e\\ud800\\x9b" in outcome.out
     page = (tmp_path / "r.html").read_text()

@@ -31,7 +31,8 @@ def export_refused(capsys: Capsys, student: Path, target: Path, *texts: str) -> 
     [
         (lambda c: c.pop("schema_version"), ["has no schema_version"]),
         (lambda c: c.update(schema_version="1"), ["has no schema_version"]),
-        (lambda c: c.update(schema_version=2), ["schema 2; this version reads up to 1", "Upgrade"]),
+        (lambda c: c.update(schema_version=1), ["schema 1; this version reads 2 alone", "sparsifiner-edge sparsify"]),
+        (lambda c: c.update(schema_version=3), ["schema 3; this version reads 2 alone"]),
         (lambda c: c.update(kind="bundle"), ["is not a student"]),
         (lambda c: c.pop("model"), ["model is missing"]),
         (lambda c: c.update(model=["test_vit"]), ['model is ["test_vit"], not str']),
@@ -73,7 +74,7 @@ def test_a_student_with_other_settings(
 @pytest.mark.parametrize(
     ("damage", "texts"),
     [
-        (lambda s: (s / STUDENT_FILE).write_text('{"schema_version": 1,'), ["config.json cannot be read"]),
+        (lambda s: (s / STUDENT_FILE).write_text('{"schema_version": 2,'), ["config.json cannot be read"]),
         (lambda s: (s / STUDENT_FILE).write_text("[" * 100_000), ["config.json cannot be read"]),
         (lambda s: (s / STUDENT_FILE).write_bytes(b"\xff\xfe\x00"), ["config.json cannot be read"]),
         (lambda s: (s / STUDENT_FILE).write_text("[]"), ["has no schema_version"]),

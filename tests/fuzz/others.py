@@ -30,7 +30,7 @@ def report(one: Try) -> None:
     name = one.rng.choice(["comparison", "profile", "evaluation", "estimate", "sweep"])
     path.write_bytes(mutated_json(json.loads((one.good / "results" / f"{name}.json").read_text()), one.rng))
     page.unlink(missing_ok=True)
-    more = ["--lang", one.rng.choice(["en", "ja"])] + ([] if one.number % 20 == 0 else ["--no-pictures"])
+    more = ["--lang", one.rng.choice(["en", "ja"])] + ([] if one.number % 20 == 0 else ["--no-images"])
     more += (["--price-kwh", "0.3"] if one.number % 3 == 0 else []) + (["--json"] if one.number % 4 == 0 else [])
     other = [one.good / "results" / "estimate.json"] if one.number % 5 == 0 else []
     command("report", path, *other, "-o", page, *more)
@@ -139,7 +139,7 @@ def settings(one: Try) -> None:
             mutated_toml(one.rng.choice(sorted((ROOT / "profiles" / "boards").glob("*.toml"))).read_text(), one.rng)
         )
         more = one.rng.choice(([], ["--json"]))
-        command("estimate", one.good / "bundle", "--board-file", board, "--precision", "fp32", *more)
+        command("estimate", one.good / "bundle", "--board", board, "--precision", "fp32", *more)
         return
     from sparsifiner_edge.distill.recipe import read_recipe
     from sparsifiner_edge.records import write_record

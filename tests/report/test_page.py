@@ -49,7 +49,7 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     assert f"{costs / 1e6:.1f} (" in page.text
     assert "Nothing in this section was measured" in page.text
     assert "No prices were given" in page.text
-    figures = [file_name(path) for path in summary["pictures"]]
+    figures = [file_name(path) for path in summary["images"]]
     for name in ("accuracy-1", "stability-1-features", "latency", "memory", "layers-1", "sweep-1", "estimate"):
         assert f"report-{name}.png" in figures
 
@@ -82,8 +82,8 @@ def test_the_command_line(capsys, real, tmp_path):
     summary = json.loads(outcome.out)
     assert summary["page"] == str(target)
     assert '<html lang="ja">' in target.read_text()
-    assert {"page.html", *map(file_name, summary["pictures"])} == {path.name for path in target.parent.iterdir()}
-    outcome = call(capsys, "report", real["comparison"], "-o", target, "--no-pictures")
+    assert {"page.html", *map(file_name, summary["images"])} == {path.name for path in target.parent.iterdir()}
+    outcome = call(capsys, "report", real["comparison"], "-o", target, "--no-images")
     assert f"{target}: page written" in outcome.out
 
 
@@ -131,7 +131,7 @@ def test_the_same_conditions_are_no_difference(real, tmp_path):
 def test_an_estimate_is_no_measurement(real, tmp_path):
     summary, page = written([real["estimate"]], tmp_path / "r.html")
     assert summary["verdict"][0].startswith("Estimate, not a measurement")
-    assert "latency" not in [name.removeprefix("r-") for name in summary["pictures"]]
+    assert "latency" not in [name.removeprefix("r-") for name in summary["images"]]
     assert "raised no warnings" not in page.text
     _, page = written([real["comparison"], real["estimate"]], tmp_path / "r.html", prices=Prices(1, 1))
     assert "(estimate)" in page.text
@@ -235,7 +235,7 @@ def test_energy_and_its_cost(changed, tmp_path):
     # 7200 J are 2 Wh, a million times 7.2 mJ; 3.6 ms a million times are an hour.
     assert "0.00100 (0.00090–0.00110)" in page.text
     assert "2.00 (1.94–2.06)" in page.text
-    assert "r-energy.png" in map(file_name, summary["pictures"])
+    assert "r-energy.png" in map(file_name, summary["images"])
 
 
 def test_what_is_missing_is_said(changed, tmp_path):
@@ -246,7 +246,7 @@ def test_what_is_missing_is_said(changed, tmp_path):
             result["statistics"][role] = {"latency_ms": {"p50": kept["latency_ms"]["p50"]}}
 
     summary, page = written([changed("comparison", strip)], tmp_path / "r.html")
-    assert summary["pictures"] == []
+    assert summary["images"] == []
     assert "contains no raw samples" in page.text
     assert page.text.count("Not measured. Run:") >= 4
     assert "None" not in page.text
@@ -268,16 +268,6 @@ def test_flags_stand_out(changed, tmp_path):
     summary, _ = written([path], tmp_path / "r.html", images=False, language="ja")
     assert "スロットリング" in summary["flags"][0]["name"]
     assert "冷却" in summary["flags"][0]["do"]
-
-
-@pytest.mark.parametrize(("before", "now"), [("not-settled", "not-warmed-up"), ("clock-varies", "clock-drift")])
-def test_flags_of_before_are_known(changed, tmp_path, before, now):
-    def change(result):
-        result["statistics"]["subject"]["flags"] = [{"flag": before, "what": "it moved", "do": "Wait."}]
-        result["statistics"]["against"]["flags"] = []
-
-    summary, _ = written([changed("comparison", change)], tmp_path / "r.html", images=False)
-    assert [flag["name"] for flag in summary["flags"]] == [Texts("en").known(f"flag.{now}", "")]
 
 
 # ---- bundles
@@ -323,7 +313,7 @@ def test_without_matplotlib_there_is_the_page_alone(monkeypatch, real, tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
     summary, page = written([real["comparison"]], tmp_path / "r.html")
-    assert "sparsifiner-edge[report]" in summary["pictures"]["unavailable"]
+    assert "sparsifiner-edge[report]" in summary["images"]["unavailable"]
     assert page.text.count('pip install "sparsifiner-edge[report]"') == 1
     assert not [tag for tag, _ in page.tags if tag == "svg"]
     assert re.search(r"layer 0: [0-9.]+ ms", page.text)  # What a chart shows stands there in words.

@@ -30,7 +30,7 @@ def test_names_are_never_markup(changed, tmp_path):
     assert page.open == []
     assert "<script>alert(1)</script>" in page.text  # As text, it is all there.
     assert "\u202e" not in (tmp_path / "r.html").read_text()
-    assert len(summary["pictures"]) >= 3
+    assert len(summary["images"]) >= 3
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_names_are_never_markup(changed, tmp_path):
         ("{}", "has no schema_version"),
         ("[1]", "has no schema_version"),
         ("not JSON", "cannot be read"),
-        ('{"schema_version": 99}', "this version reads up to 1"),
-        ('{"schema_version": 1}', "kind is missing"),
+        ('{"schema_version": 99}', "has schema 99; this version reads 2 alone"),
+        ('{"schema_version": 2}', "kind is missing"),
         ("[" * 5000, "cannot be read"),
     ],
 )

@@ -95,7 +95,7 @@ def make_bundle(folder, model, operators, kernels=False, tolerance=1e-4):
     if kernels:
         write_kernels(folder, **(kernels if isinstance(kernels, dict) else {}))
     seal_bundle(folder, {
-        "precision": "fp32", "ops": {f"{DOMAIN}::{name}": 1 for name in operators},
+        "precision": "fp32", "ops": [f"{DOMAIN}::{name}" for name in operators],
         "inputs": [{"name": "image", "dtype": "uint8", "shape": ["batch", 8, 8, 3]}],
         "outputs": [{"name": "features", "dtype": "float32", "shape": ["batch", 64]}],
         "tolerances": {"features": tolerance},
@@ -281,7 +281,7 @@ def test_a_file_without_nodes_of_ours_has_no_dense_counterpart(tmp_path, machine
     folder = make_sparse_bundle(tmp_path / "b")
     model = onnx.inliner.inline_local_functions(onnx.load(folder / "model.onnx"))
     onnx.save(model, folder / "model.onnx")
-    reseal(folder, ops={}, sparsity={"keep": 0.2})
+    reseal(folder, ops=[], sparsity={"keep": 0.2})
     _, found = details(folder)
     assert found.kernels == "bodies"
     assert verdict(found) == [
@@ -306,7 +306,7 @@ def test_a_dense_model_that_merges_takes_the_plugin_too(tmp_path, machine):
     assert (engine.variant, found.kernels) == ("measured", "plugin")
     assert {name: entry.compute_ms for name, entry in found.candidates.items()} == {"bodies": 3.0, "plugin": 1.0}
     with pytest.raises(BackendError, match="no sparse attention, and no tokens merge"):
-        build_engine(reseal(folder, ops={"sparsifiner::DenseAttention": 1}), "tensorrt", options={"kernels": "plugin"})
+        build_engine(reseal(folder, ops=["sparsifiner::DenseAttention"]), "tensorrt", options={"kernels": "plugin"})
 
 
 def test_the_dense_model_is_dense_attention():

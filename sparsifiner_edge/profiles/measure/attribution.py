@@ -1,8 +1,7 @@
 """Which layer of a vision transformer, and which part of it, a node of its ONNX graph belongs to.
 
 The exported file's nodes are named by their module, such as "blocks.3.mlp.fc1.MatMul" (`export.graph`): layer 3, mlp.
-What a quantiser or a change of types put between them belongs to what reads it. Files of bundle schema 1 have other
-names, and no layers here.
+What a quantiser or a change of types put between them belongs to what reads it.
 Imports onnx, so that measuring alone needs none of this.
 """
 
