@@ -24,9 +24,7 @@ from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.text import dump_json
 
 RESULT_SCHEMA = 2
-Kind = Literal[
-    "profile", "evaluation", "comparison", "sweep", "demo", "estimate", "search", "robustness", "explanation"
-]
+Kind = Literal["profile", "evaluation", "comparison", "demo", "estimate", "search", "robustness", "explanation"]
 _FIX = "Measure again: sparsifiner-edge profile, evaluate, explain, estimate or search, with -o."
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 

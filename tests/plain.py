@@ -19,7 +19,6 @@ def _plain(module: str, name: str) -> Callable[..., Any]:
 
 
 profile_bundle = _plain("profiles", "profile_bundle")
-sweep_bundle = _plain("profiles", "sweep_bundle")
 estimate_bundle = _plain("profiles.estimate", "estimate_bundle")
 evaluate_student = _plain("evaluate.evaluate", "evaluate_student")
 write_report = _plain("report", "write_report")

@@ -65,13 +65,8 @@ def test_the_table_shows_both_and_what_ran(bundles):
     [
         (["nowhere"], "nowhere is not a folder"),
         (["{fast}", "--backend", "abacus"], "Unknown backend 'abacus'"),
-        (["{fast}", "--rules", "slow"], "rules is 'slow'"),
         (["{fast}", "--threads", "0"], "--threads"),
         (["{fast}", "--seconds", "0"], "--seconds"),
-        (["{fast}", "--rules", "mlperf", "--seconds", "5"], "--seconds cannot be combined with --rules mlperf"),
-        (["{fast}", "--sweep", "threads"], "sweep is 'threads'"),
-        (["{fast}", "--sweep", "colour=1"], "over 'colour'"),
-        (["{fast}", "--sweep", "batch=1", "--against", "{slow}"], "--against cannot be combined with --sweep"),
         (["{fast}", "--seconds", "0.1", "-o", "{fast}"], "is a folder"),
         (["{altered}"], "does not match its SHA-256"),
     ],
@@ -95,15 +90,6 @@ def test_layers_are_printed_by_kind_with_what_is_amiss(bundles):
     assert "fast: too-short: " in run.stdout
 
 
-def test_a_sweep_prints_a_row_for_each_point(tmp_path, bundles):
-    path = tmp_path / "sweep.json"
-    run = profile(bundles["fast"], "--sweep", "threads=1", "--sweep", "batch=1,4", "--seconds", "0.05", "-o", str(path))
-    assert (run.returncode, run.stderr) == (0, "")
-    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in run.stdout.splitlines() if "│" in line}
-    assert {"1 x 1", "1 x 4"} <= set(rows)
-    assert read_result(path)["kind"] == "sweep"
-
-
 def children(pid):
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -123,10 +109,9 @@ def wait_for(condition, seconds=60):
     return condition()
 
 
-@pytest.mark.parametrize("length", [["--seconds", "300"], ["--rules", "mlperf"]])
-def test_an_interrupt_ends_the_workers_and_writes_nothing(tmp_path, bundles, length):
+def test_an_interrupt_ends_the_workers_and_writes_nothing(tmp_path, bundles):
     path = tmp_path / "result.json"
-    arguments = [bundles["fast"], "--against", bundles["slow"], *length, "-o", str(path)]
+    arguments = [bundles["fast"], "--against", bundles["slow"], "--seconds", "300", "-o", str(path)]
     with subprocess.Popen(
         [sys.executable, "-m", "sparsifiner_edge", "profile", *arguments],
         stdout=subprocess.PIPE,

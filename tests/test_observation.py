@@ -96,7 +96,7 @@ def test_power_is_read_where_the_backend_runs(monkeypatch, backend, on):
     monkeypatch.setattr(observation, "find_sensor", find)
     side = types.SimpleNamespace(request=types.SimpleNamespace(backend=backend))
     with pytest.raises(StopIteration):
-        observation.observe([side], make_rules("quick", 1), None, power=True)
+        observation.observe([side], make_rules(1), None, power=True)
     assert asked == [on]
 
 

@@ -10,14 +10,12 @@ import click
 
 from sparsifiner_edge.bounds import MOST_SECONDS
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import MISSING, Unavailable
 from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
     from sparsifiner_edge.profiles.figures import Figures, ProfileResult
-    from sparsifiner_edge.profiles.sweep import SweepResult
 
 Cell: TypeAlias = Estimate | float | Unavailable | None
 
@@ -26,52 +24,29 @@ Cell: TypeAlias = Estimate | float | Unavailable | None
 @common.bundle_argument
 @common.backend_option
 @click.option("--against", type=common.PATH, help="Another bundle: measure the ratio of the two.")
-@click.option("--rules", default="quick", show_default=True,
-              help="How long and how often: quick, or mlperf (single stream: 600 s or 24,576 queries).")  # fmt: skip
 @common.threads_option
 @common.kernels_option
 @click.option("--seconds", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
-              help="Minimum measuring time per bundle, or per point of a sweep.  [default: 10; sweep: 3]")  # fmt: skip
+              help="Minimum measuring time per bundle.  [default: 10]")  # fmt: skip
 @click.option("--layers/--no-layers", "layers", default=None,
               help="Print the time of each kind of layer, which JSON always has; or time none.")  # fmt: skip
-@click.option("--sweep", "sweeps", multiple=True, metavar="AXIS=N,N,...",
-              help="Measure at each of threads=1,2 or batch=1,2,4 instead; may be given for both.")  # fmt: skip
 @common.json_option
 @common.result_option
 def command(
     *,
     bundle: Path,
     against: Path | None,
-    rules: str,
     layers: bool | None,
-    sweeps: tuple[str, ...],
     as_json: bool,
     output: Path | None,
     **options: Any,
 ) -> None:
     """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own."""
-    from sparsifiner_edge.profiles import parse_axes, profile_bundle, sweep_bundle
+    from sparsifiner_edge.profiles import profile_bundle
 
-    if sweeps:
-        _refuse_with_sweep(against, rules, layers)
-        axes = parse_axes(sweeps)
-        with common.progress_bar("starting") as progress:
-            points = sweep_bundle(bundle, axes, progress=progress, **options)
-        common.print_result(points, as_json, _print_sweep, output)
-        return
-    if rules == "mlperf" and options["seconds"] is not None:
-        raise ConfigError("--seconds cannot be combined with --rules mlperf.", "Those rules fix how long it lasts.")
     with common.progress_bar("starting") as progress:
-        result = profile_bundle(
-            bundle, against=against, rules=rules, layers=layers is not False, progress=progress, **options
-        )
+        result = profile_bundle(bundle, against=against, layers=layers is not False, progress=progress, **options)
     common.print_result(result, as_json, lambda found: _print(found, with_layers=bool(layers)), output)
-
-
-def _refuse_with_sweep(against: Path | None, rules: str, layers: bool | None) -> None:
-    for given, name in ((against is not None, "--against"), (rules != "quick", "--rules"), (bool(layers), "--layers")):
-        if given:
-            raise ConfigError(f"{name} cannot be combined with --sweep.", "Run profile without the sweep for it.")
 
 
 def _print(result: ProfileResult, with_layers: bool) -> None:
@@ -97,7 +72,6 @@ def _print(result: ProfileResult, with_layers: bool) -> None:
 _ROWS: tuple[tuple[str, Callable[[Figures], Cell]], ...] = (
     ("latency p50, ms", lambda f: f.latency_ms.p50),
     ("latency p90, ms", lambda f: f.latency_ms.p90),
-    ("p90 by early stopping, ms", lambda f: f.mlperf.early_stopping_p90_ms if f.mlperf else None),
     ("latency p99, ms", lambda f: f.latency_ms.p99),
     ("throughput, queries/s", lambda f: f.throughput_per_s),
     ("queries measured", lambda f: f.queries),
@@ -123,8 +97,6 @@ def _remarks(figure: Figures) -> list[str]:
     if isinstance(figure.energy, Unavailable):
         reason = figure.energy.why.partition(":")[0]
         remarks.append(f"energy {MISSING}: {reason} (--json tells what was looked for)")
-    if figure.mlperf is not None:
-        remarks.append(f"mlperf: {'valid' if figure.mlperf.valid else 'INVALID'}, {figure.mlperf.why}")
     return remarks
 
 
@@ -139,17 +111,6 @@ def _print_layers(name: str, figure: Figures) -> None:
         cells = [[kind, _cell(ms), f"{ms / total:.1%}" if total else "?"] for kind, ms in times]
         cells.append(["sum", _cell(total), f"{compared.total_over_latency:.0%} of the latency"])
         common.print_table(f"{name}: time by kind of layer", ["", "ms", "share"], cells)
-
-
-def _print_sweep(result: SweepResult) -> None:
-    name = Path(str(result.subjects[0].path)).name
-    rows = []
-    for point in result.statistics.sweep:
-        marks = ", ".join(dict.fromkeys(flag.flag for flag in point.flags))
-        cells = [_cell(point.latency_ms.p50), _cell(point.throughput_per_s), marks]
-        rows.append([f"{point.threads} x {point.batch}", *cells])
-    columns = ["threads x batch", "latency p50 of a batch, ms", "images/s", "flags"]
-    common.print_table(f"{name}, value (95 % interval)", columns, rows)
 
 
 def _megabytes(size: int | Unavailable) -> float | Unavailable:

@@ -9,7 +9,7 @@ from sparsifiner_edge.profiles.measure.layers import Row
 from sparsifiner_edge.profiles.measure.memory import Bytes, PhaseMemory
 from sparsifiner_edge.profiles.measure.resource_usage import Usage
 from sparsifiner_edge.profiles.measure.side import WarmUp
-from sparsifiner_edge.profiles.rules import Mlperf, Rules
+from sparsifiner_edge.profiles.rules import Rules
 from sparsifiner_edge.profiles.sensors import Energy
 from sparsifiner_edge.profiles.sensors.base import SensorDescription
 from sparsifiner_edge.profiles.sensors.conditions import Seen
@@ -55,7 +55,6 @@ class Figures(Summary, frozen=True, kw_only=True):
     energy: Known[Energy]
     usage: Usage
     parts_ms: dict[str, float] | None = None
-    mlperf: Mlperf | None = None
     flags: list[Flag]
     layers: list[Row] | Unavailable | None = None
     layers_total_ms: float | Unavailable | None = None

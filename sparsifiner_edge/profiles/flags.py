@@ -24,7 +24,7 @@ THRESHOLDS: dict[str, float] = {
     "spread": 0.10,
     # Medians of the first and the last third, their intervals apart. Our choice: what a settled warm-up may move by.
     "trend": 0.02,
-    # Seconds: trtexec's default duration. Queries: the least that bound p90 (MLPerf's early stopping).
+    # Seconds: trtexec's default duration. Queries: the least that bound p90 at 99 %.
     "seconds": 3.0,
     "queries": 64,
     # Highest over lowest clock of the busiest core, or of the GPU, while queries ran. Our choice: as p50 moves.

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
-from sparsifiner_edge.errors import ConfigError, SparsifinerError
+from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import (
     Comparison,
@@ -46,7 +46,6 @@ def profile_bundle(
     backend: str = "onnxruntime",
     *,
     against: str | Path | None = None,
-    rules: str = "quick",
     threads: int | None = None,
     kernels: str = "auto",
     seconds: float | None = None,
@@ -62,11 +61,10 @@ def profile_bundle(
         bundle: the bundle that is judged.
         backend: one of `sparsifiner_edge.runtime.BACKENDS`, for both bundles.
         against: the bundle to compare with, in turn with the first.
-        rules: "quick", or "mlperf" for MLPerf's single stream: 600 s and 1,024 queries, or 24,576 queries.
         threads: threads inside one operator; None takes the cores that this process may run on.
         kernels: one of `sparsifiner_edge.runtime.KERNEL_CHOICES`, for both bundles.
-        seconds, min_queries: least time measured and least number of queries, per bundle; None takes the rules' own
-            (quick: 10 s and 64, in at most twice `seconds` or 60 s). Either makes an mlperf run one that is not valid.
+        seconds, min_queries: least time measured and least number of queries, per bundle; None takes 10 s and
+            64. It takes at most twice `seconds`, or 60 s.
         seed: of the order.
         layers: also time each layer, afterwards and in another process.
         power: also read power, where there is a sensor; False spares the idle baselines.
@@ -80,12 +78,10 @@ def profile_bundle(
         BackendError: unknown backend, the backend rejects the model, or a process died or hung.
         ConfigError: a number is out of range.
     """
-    settings = make_rules(rules, seconds, min_queries, seed)
+    settings = make_rules(seconds, min_queries, seed)
     check_choices(backend, kernels)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     bundles = {role: open_bundle(path) for role, path in folders.items()}
-    if rules == "mlperf":
-        _reject_batches(bundles)
     on_stage = stage_progress(progress, len(bundles) * (settings.seconds + 1.0))
     with contextlib.ExitStack() as stack:
         sides = []
@@ -121,14 +117,6 @@ def _result(
         Samples(**samples, power=seen.recording.samples() or None),
         Statistics(**figures, comparison=compared),
     )
-
-
-def _reject_batches(bundles: dict[str, Bundle]) -> None:
-    """MLPerf's single stream has one sample a query: better rejected now than after ten minutes."""
-    for role, bundle in bundles.items():
-        if bundle.manifest.batch not in (None, 1):
-            what = f"The {role}'s batch is fixed at {bundle.manifest.batch}; mlperf takes one image a query."
-            raise ConfigError(what, "Export it with a batch of 1, or dynamic.")
 
 
 def _described(side: MeasuredSide) -> Description:

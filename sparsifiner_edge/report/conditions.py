@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sparsifiner_edge.report.result_files import SWEEP, Accuracy, ResultFile, ResultSide, accuracies_of, sides_of
+from sparsifiner_edge.report.result_files import Accuracy, ResultFile, ResultSide, accuracies_of, sides_of
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import Interval, clean, get, interval, mapping, number, reason
 from sparsifiner_edge.results import Result
@@ -94,7 +94,7 @@ def conditions_of(side: ResultSide) -> SharedConditions:
         ("machine", board_of(side) if side.estimated else machine_of(side.file.result)),
         ("power_mode", _power_mode(side)),
         ("device", _said(runtime.get("device"))),
-        ("threads", "" if side.role == SWEEP else threads),  # A sweep varies them.
+        ("threads", threads),
         ("backend", _joined(backend, " ")),
         ("precision", _said(runtime.get("precision"))),
     )
@@ -138,7 +138,7 @@ def report_data(files: Sequence[ResultFile], texts: Texts) -> ReportData:
     sides = sides_of(files)
     found: dict[SharedConditions, list[ResultSide]] = {}
     for side in sides:
-        if not side.estimated and side.role != SWEEP:
+        if not side.estimated:
             found.setdefault(conditions_of(side), []).append(side)
     differences = _differences(sides)
     groups = [

@@ -112,15 +112,7 @@ def _latency_table(group: SideGroup, texts: Texts) -> Table:
     table = []
     for path in _LATENCY_ROWS:
         table.append([texts(f"latency.{path[-1]}"), *(_cell(get(side.figures, *path), texts) for side in group.sides)])
-    if any("mlperf" in side.figures for side in group.sides):
-        table.append([texts("latency.mlperf"), *(_mlperf(side, texts) for side in group.sides)])
     return Table(["", *(side.label for side in group.sides)], table)
-
-
-def _mlperf(side: ResultSide, texts: Texts) -> str:
-    found = mapping(side.figures, "mlperf")
-    valid = texts("latency.valid" if found.get("valid") is True else "latency.invalid")
-    return f"{_cell(found.get('early_stopping_p90_ms'), texts)} ({valid})" if found else "–"
 
 
 def _cell(content: Any, texts: Texts, factor: float = 1.0) -> str:

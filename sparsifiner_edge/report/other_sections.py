@@ -1,4 +1,4 @@
-"""The sections behind the figures: what was sparse, costs, estimates, sweeps, other figures, method and machine."""
+"""The sections behind the figures: what was sparse, costs, estimates, other figures, method and machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.report import charts
 from sparsifiner_edge.report.blocks import Block, Note, Picture, Section, Table
-from sparsifiner_edge.report.conditions import ReportData, board_of, conditions_of, machine_of
-from sparsifiner_edge.report.result_files import MEASURED_KINDS, SWEEP, LabelledManifest, ResultFile, ResultSide
+from sparsifiner_edge.report.conditions import ReportData, board_of, conditions_of
+from sparsifiner_edge.report.result_files import MEASURED_KINDS, LabelledManifest, ResultFile, ResultSide
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.values import Interval, clean, get, interval, mapping, number, plain, reason, rows
+from sparsifiner_edge.report.values import Interval, clean, get, interval, mapping, number, plain, reason
 
 MAX_ROWS, MAX_BARS = 200, 24
 _MILLION, _MOST_PRICE = 1e6, 1e12
@@ -139,8 +139,7 @@ def cost_section(data: ReportData, prices: Prices) -> Section:
         command = "sparsifiner-edge report RESULT.json --price-kwh 0.30 --currency EUR"
         return Section("cost", [Note(texts("cost.none"), True, command)])
     table, money = [], prices.currency or texts("cost.units")
-    sides = [side for side in data.sides if side.role != SWEEP]
-    for side in sides:
+    for side in data.sides:
         # Gross energy is what the meter counts; one inference after another, at the mean latency.
         joules = side.figure("energy_j") if side.estimated else side.figure("energy", "gross_j_per_inference")
         latency = side.figure("latency_ms") if side.estimated else side.figure("latency_ms", "mean")
@@ -151,7 +150,7 @@ def cost_section(data: ReportData, prices: Prices) -> Section:
     given = [f"{name}: {price:g} {money}" for name, price in named if price is not None]
     head = [texts("cost.model"), texts("cost.energy", money=money), texts("cost.device", money=money)]
     note = Note(texts("cost.prices", prices=texts.listed(given)))
-    return Section("cost", [Table(head, table), note], [side.file for side in sides])
+    return Section("cost", [Table(head, table), note], [side.file for side in data.sides])
 
 
 def _price(amount: Interval | None, price: float | None, texts: Texts) -> str:
@@ -182,37 +181,6 @@ def estimate_section(data: ReportData) -> Section:
     methods = dict.fromkeys(clean(get(side.figures, "latency_ms", "method") or "", 400) for side in sides)
     blocks += [Note(texts("estimate.method", method=method)) for method in methods if method]
     return Section("estimate", blocks if sides else [], [side.file for side in sides])
-
-
-def sweep_section(data: ReportData) -> Section:
-    """Throughput and latency over threads and batch sizes."""
-    texts, blocks = data.texts, []  # type: tuple[Texts, list[Block]]
-    sides = [side for side in data.sides if side.role == SWEEP]
-    for index, side in enumerate(sides):
-        found = rows(side.figures, SWEEP)
-        bars = [bar for row in found[:MAX_BARS] if (bar := _sweep_bar(row, index, texts)) is not None]
-        if bars:
-            title = f"{texts('sweep.chart')} — {side.label}, {machine_of(side.file.result)}"
-            blocks.append(charts.bar_chart(f"sweep-{index + 1}", title, bars, texts))
-        head = texts.heads("sweep", ("threads", "batch", "p50", "p90", "throughput", "flags"))
-        blocks.append(Table(head, [_sweep_row(row, texts) for row in found[:MAX_ROWS]]))
-    return Section("sweep", blocks, [side.file for side in sides])
-
-
-def _sweep_bar(row: Any, colour: int, texts: Texts) -> charts.Bar | None:
-    throughput = interval(row, "throughput_per_s")
-    if throughput is None:
-        return None
-    point = texts("sweep.point", **{name: clean(row.get(name, "?"), 8) for name in ("threads", "batch")})
-    return charts.Bar(point, throughput, colour, texts.figure(throughput, "/s"))
-
-
-def _sweep_row(row: Any, texts: Texts) -> list[str]:
-    paths = (("latency_ms", "p50"), ("latency_ms", "p90"), ("throughput_per_s",))
-    figures = [texts.figure(interval(row, *path)) for path in paths]
-    flags = dict.fromkeys(clean(flag.get("flag", "?")) for flag in rows(row, "flags"))
-    names = texts.listed([texts.known(f"flag.{flag}", flag) for flag in flags])
-    return [clean(row.get("threads", "–"), 8), clean(row.get("batch", "–"), 8), *figures, names or "–"]
 
 
 def method_section(data: ReportData) -> Section:

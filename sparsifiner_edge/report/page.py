@@ -130,7 +130,6 @@ def _sections(
         measured_sections.layers_section(data),
         other_sections.sparsity_section(data, manifests),
         other_sections.cost_section(data, prices),
-        other_sections.sweep_section(data),
         other_sections.estimate_section(data),
         other_sections.method_section(data),
     ]

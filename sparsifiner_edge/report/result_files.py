@@ -14,12 +14,11 @@ from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
 from sparsifiner_edge.bundle.manifest import Manifest, parse_manifest
 from sparsifiner_edge.bundle.store import bundle_hash, read_manifest
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
-from sparsifiner_edge.report.values import GREATEST, LEAST, Interval, clean, get, interval, mapping, number, rows
+from sparsifiner_edge.report.values import GREATEST, LEAST, Interval, clean, get, interval, mapping, number
 from sparsifiner_edge.results import Result, read_result
 
 PROGRAM = "sparsifiner-edge"
 MEASURED_KINDS = ("profile", "comparison")
-SWEEP = "sweep"
 LatencySamples = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -41,7 +40,7 @@ class ResultSide(NamedTuple):
     """One bundle in one result.
 
     Attributes:
-        role: "subject", "against", or `SWEEP`. sha: hash that names the bundle.
+        role: "subject" or "against". sha: hash that names the bundle.
         label: a name that no other side on the page has; before " · " it is the bundle's.
         place: its folder. figures: its part of `statistics`.
         samples: latencies in ms, empty where there are none.
@@ -101,29 +100,29 @@ def sides_of(files: Sequence[ResultFile]) -> list[ResultSide]:
     """The bundles that results measured or estimated, in the order given; labels tell them apart."""
     found = [side for file in files for side in _sides(file)]
     names = _names(found)
-    times = Counter((side.sha, side.estimated, side.role == SWEEP) for side in found)
+    times = Counter((side.sha, side.estimated) for side in found)
     labelled = []
     for side in found:
-        again = times[side.sha, side.estimated, side.role == SWEEP] > 1
+        again = times[side.sha, side.estimated] > 1
         labelled.append(side._replace(label=names[side.sha] + (f" · {side.file.name}" if again else "")))
     return labelled
 
 
 def _sides(file: ResultFile) -> Iterator[ResultSide]:
-    """Of an estimate or a sweep, all figures are its first subject's; of others each role's."""
+    """Of an estimate, all figures are its first subject's; of others each role's."""
     result = file.result
     measured = result.kind in MEASURED_KINDS
-    if not measured and result.kind not in ("estimate", SWEEP):
+    if not measured and result.kind != "estimate":
         return
     for position, subject in enumerate(result.subjects if measured else result.subjects[:1]):
         role = subject.role or ("subject" if position == 0 else "")
         figures = mapping(result.statistics, role) if measured else result.statistics
-        if not figures or (result.kind == SWEEP and not rows(figures, SWEEP)):
+        if not figures:
             continue
         place = str(subject.path)
         yield ResultSide(
             file=file,
-            role=SWEEP if result.kind == SWEEP else role,
+            role=role,
             sha=str(subject.sha256),
             label=clean(subject.name or Path(place).name),
             place=place,

@@ -98,7 +98,7 @@ def flags_of(data: ReportData) -> list[dict[str, str]]:
     texts = data.texts
     found: dict[tuple[str, str, str], list[str]] = {}
     for side in data.sides:
-        for flag in rows(side.figures, "flags"):  # Those of a sweep stand in its rows.
+        for flag in rows(side.figures, "flags"):
             name = clean(get(flag, "flag") or "?")
             what, do = (clean(get(flag, part) or "", 400) for part in ("what", "do"))
             if texts.language != "en" or not do:

@@ -158,7 +158,7 @@ class Stopwatch:
         return power
 
     def _measured(self, subjects: Sequence[Contender]) -> list[Estimate]:
-        rules = replace(make_rules("quick", SECONDS, LEAST_ROUNDS), blocks=LEAST_ROUNDS)
+        rules = replace(make_rules(SECONDS, LEAST_ROUNDS), blocks=LEAST_ROUNDS)
         on_stage = stage_progress(self._progress, len(subjects) * (SECONDS + 2.0))
         with contextlib.ExitStack() as stack:
             sides: list[MeasuredSide] = []

@@ -16,12 +16,10 @@ from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.profiles.rules import make_rules
-from sparsifiner_edge.profiles.sweep import parse_axes
 from sparsifiner_edge.report import Prices
 from sparsifiner_edge.sparse.hosts.timm import create
 from tests.commands import Outcome, assert_refused, call
 from tests.models import TINY
-from tests.plain import sweep_bundle
 
 Capsys = pytest.CaptureFixture[str]
 DIGITS = "9" * 5000
@@ -38,10 +36,6 @@ DIGITS = "9" * 5000
         (["profile", "--seconds", "nan"], ["--seconds", "nan"]),
         (["profile", "--seconds", "inf"], ["--seconds", "inf"]),
         (["profile", "--threads", "2147483648"], ["--threads", "is not in the range"]),
-        (["profile", "--sweep", "threads=100000000"], ["sweep is over threads", "from 1 to 1024"]),
-        (["profile", "--sweep", f"threads={DIGITS}"], ["sweep is 'threads=999"]),
-        (["profile", "--sweep", "threads=٣"], ["sweep is 'threads="]),
-        (["profile", "--sweep", "batch=1_0"], ["sweep is 'batch=1_0'"]),
         (["package", "--for", "triton", "--batch", "9" * 30], ["--batch", "is not in the range"]),
     ],
 )
@@ -100,10 +94,7 @@ def test_whole_numbers_of_a_setting_become_what_operators_take() -> None:
 def test_the_same_from_python(bundle: Path, tmp_path: Path) -> None:
     for wrong in ((math.nan, None), (1e300, None), (None, 2**31)):
         with pytest.raises(ConfigError, match=r"seconds is|min_queries is"):
-            make_rules("quick", wrong[0], wrong[1])
-    for axes in ({"threads": [10**9]}, {"batch": [10**9]}):
-        with pytest.raises(ConfigError, match="sweep is over"):
-            sweep_bundle(bundle, axes)
+            make_rules(wrong[0], wrong[1])
     with pytest.raises(ConfigError, match=r"price-kwh is 1e\+300"):
         Prices(kwh=1e300).checked()
     with pytest.raises(ConfigError, match="image size 64000 is too large"):
@@ -124,7 +115,6 @@ def test_the_same_from_python(bundle: Path, tmp_path: Path) -> None:
 
 def test_what_a_number_is() -> None:
     assert parse_token_keep("3:.7, 6:5e-1") == ((3, 0.7), (6, 0.5))
-    assert parse_axes(["threads=1,2"]) == {"threads": [1, 2]}
     assert whole_number(" 7 ", "x") == 7
     assert parse_token_keep("3:1.5E-1") == ((3, 0.15),)
     for text in ("", "1e9999", "0x1", "1_0", "nan", "infinity", "٣", "1" * 400, "1e400"):

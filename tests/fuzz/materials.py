@@ -69,7 +69,7 @@ def bundle(good: Path) -> None:
 def results(good: Path) -> None:
     """One result of each kind."""
     from sparsifiner_edge.evaluate.evaluate import evaluate_student
-    from sparsifiner_edge.profiles import profile_bundle, sweep_bundle
+    from sparsifiner_edge.profiles import profile_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle
     from sparsifiner_edge.results import write_result
 
@@ -78,7 +78,6 @@ def results(good: Path) -> None:
         "profile": profile_bundle(good / "plain", seconds=0.2, threads=1),
         "evaluation": evaluate_student(good / "bundle", good / "images", against=good / "bundle"),
         "estimate": estimate_bundle(good / "bundle", "jetson-orin-nano-8gb"),
-        "sweep": sweep_bundle(good / "plain", {"threads": [1, 2]}, seconds=0.2),
     }
     for name, result in made.items():
         write_result(good / "results" / f"{name}.json", result)

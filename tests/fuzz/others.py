@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 def report(one: Try) -> None:
     path, page = one.work / "result.json", one.work / "page.html"
-    name = one.rng.choice(["comparison", "profile", "evaluation", "estimate", "sweep"])
+    name = one.rng.choice(["comparison", "profile", "evaluation", "estimate"])
     path.write_bytes(mutated_json(json.loads((one.good / "results" / f"{name}.json").read_text()), one.rng))
     page.unlink(missing_ok=True)
     more = ["--lang", one.rng.choice(["en", "ja"])] + ([] if one.number % 20 == 0 else ["--no-images"])
@@ -179,7 +179,7 @@ USAGES = (
         "run {good}/plain --source {good}/images",
         "--threads --top --threshold --fps --stall --metrics --duration --frames",
     ),
-    ("profile {good}/plain", "--threads --batch --seconds --sweep --rules --price-kwh"),
+    ("profile {good}/plain", "--threads --batch --seconds --price-kwh"),
     ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode --kernels --batch"),
     ("build {good}/plain --backend tensorrt-rtx", "--compute-capability --timeout --min-batch --option"),
     ("package {good}/plain --for triton -o {work}/out", "--batch"),

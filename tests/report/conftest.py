@@ -22,7 +22,7 @@ def real(once: Once, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, 
     from sparsifiner_edge.evaluate.evaluate import evaluate_student
     from sparsifiner_edge.evaluate.explain import explain_student
     from sparsifiner_edge.export.export import export_bundle
-    from sparsifiner_edge.profiles import profile_bundle, sweep_bundle
+    from sparsifiner_edge.profiles import profile_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle
     from tests.models import TINY
 
@@ -35,7 +35,6 @@ def real(once: Once, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, 
             "estimate": estimate_bundle(tiny_bundle, "jetson-orin-nano-8gb"),
             "robustness": evaluate_student(tiny_bundle, pictures, against=dense, corruptions="fog,rain", severity="3"),
             "explanation": explain_student(tiny_student, pictures, most=2)[0],
-            "sweep": sweep_bundle(dense, {"threads": [1, 2]}, seconds=0.2),
         }
         for name, result in results.items():
             write_result(folder / f"{name}.json", result)

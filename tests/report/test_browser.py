@@ -35,7 +35,7 @@ def page(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pages(real, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    results = [real[kind] for kind in ("comparison", "profile", "evaluation", "robustness", "estimate", "sweep")]
+    results = [real[kind] for kind in ("comparison", "profile", "evaluation", "robustness", "estimate")]
     for language in ("en", "ja"):
         path = folder / f"{language}.html"
         write_report(results, path, language=language, prices=Prices(0.3, 0.1, "EUR"), images=False)

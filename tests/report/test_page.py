@@ -15,7 +15,7 @@ from tests.commands import call
 from tests.plain import write_report
 from tests.report.outline import file_name, written
 
-KINDS = ("comparison", "evaluation", "robustness", "explanation", "estimate", "sweep")
+KINDS = ("comparison", "evaluation", "robustness", "explanation", "estimate")
 
 
 def test_the_whole_page_from_real_results(real, tmp_path):
@@ -36,7 +36,6 @@ def test_the_whole_page_from_real_results(real, tmp_path):
         "layers",
         "sparsity",
         "cost",
-        "sweep",
         "estimate",
         "method",
     ):
@@ -50,7 +49,7 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     assert "Nothing in this section was measured" in page.text
     assert "No prices were given" in page.text
     figures = [file_name(path) for path in summary["images"]]
-    for name in ("accuracy-1", "stability-1-features", "latency", "memory", "layers-1", "sweep-1", "estimate"):
+    for name in ("accuracy-1", "stability-1-features", "latency", "memory", "layers-1", "estimate"):
         assert f"report-{name}.png" in figures
 
 

@@ -96,7 +96,7 @@ def test_figures_of_another_shape_are_left_out(real, changed, tmp_path, value):
         result["statistics"]["subject"]["latency_ms"] = given
 
     def all_others(result):
-        result["statistics"]["subject"] |= dict.fromkeys(("energy", "memory", "layers", "flags", "mlperf"), given)
+        result["statistics"]["subject"] |= dict.fromkeys(("energy", "memory", "layers", "flags"), given)
 
     for number, change in enumerate((one_of_latency, latency, all_others)):
         target = tmp_path / f"{number}.html"

@@ -52,7 +52,7 @@ class MeasuredSide:
     """A bundle in a worker, and what was measured of it.
 
     Attributes:
-        role: "subject" or "against"; of a sweep the point.
+        role: "subject" or "against".
         worker: its process. request: what it was asked to load.
         loaded: what loading reported. first_ms: of the first inference. memory: its phases so far.
         warm_up: how warm-up went. query_ms: a query's time after it.
