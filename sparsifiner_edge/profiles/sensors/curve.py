@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -41,16 +42,12 @@ class Curve(NamedTuple):
 
 
 class Integral(NamedTuple):
-    """What a curve holds over some windows: joules, seconds covered of seconds asked for, readings inside.
-
-    `mixed_s` of the covered seconds lie in windows with no measurement of their own, only ones across their edges.
-    """
+    """What a curve holds over some windows: joules, seconds covered of seconds asked for, readings inside."""
 
     joules: float
     covered_s: float
     asked_s: float
     readings: int
-    mixed_s: float
 
     @property
     def watts(self) -> float:
@@ -96,31 +93,31 @@ def integrate(curve: Curve, windows: Spans) -> Integral:
     Work begins and ends in steps, so the piece nearest to a window's edge of those measured within it holds up to the
     edge. A piece measured across the edge would mix in the power of what ran outside, always the same way.
     """
-    found = np.array([_one(curve, begin, finish) for begin, finish in windows]).reshape(-1, 4)
-    joules, covered, readings, mixed = (float(total) for total in found.sum(axis=0))
-    return Integral(joules, covered, sum(finish - begin for begin, finish in windows), int(readings), mixed)
+    found = np.array([_one(curve, begin, finish) for begin, finish in windows]).reshape(-1, 3)
+    joules, covered, readings = (float(total) for total in found.sum(axis=0))
+    return Integral(joules, covered, sum(finish - begin for begin, finish in windows), int(readings))
 
 
-def _one(curve: Curve, begin: float, finish: float) -> tuple[float, float, int, float]:
-    """Joules, seconds covered, readings inside and seconds mixed of one window."""
+def _one(curve: Curve, begin: float, finish: float) -> tuple[float, float, int]:
+    """Joules, seconds covered and readings inside of one window."""
     part = slice(np.searchsorted(curve.end, begin, "right"), np.searchsorted(curve.start, finish, "left"))
     start, end, since, until, watts = (values[part] for values in curve[:5])
     length = np.minimum(end, finish) - np.maximum(start, begin)
     within = np.flatnonzero((since >= begin) & (until <= finish))
     if len(within):
         watts = watts[np.clip(np.arange(len(watts)), within[0], within[-1])]
-    covered = float(length.sum())
     inside = int(np.sum((since >= begin) & (since < finish)))
-    return float(watts @ length), covered, inside, 0.0 if len(within) else covered
+    return float(watts @ length), float(length.sum()), inside
 
 
-def steps_within(curve: Curve, windows: Spans) -> tuple[float, int]:
-    """Root mean square of the differences between successive pieces that begin within windows, and how many."""
-    bounds = [np.searchsorted(curve.since, window) for window in windows]
-    steps = np.concatenate([np.diff(curve.watts[first:last]) for first, last in bounds])
-    if not len(steps):
-        return float(np.ptp(curve.watts)) if len(curve.watts) else 0.0, 0
-    return float(np.sqrt(np.mean(steps**2))), len(steps)
+def parts_of(windows: Spans, least_s: float, most: int) -> list[Spans]:
+    """Windows cut into pieces no shorter than `least_s`, neighbours together in at most so many parts."""
+    pieces = []
+    for begin, end in windows:
+        bounds = np.linspace(begin, end, max(1, int((end - begin) / least_s)) + 1).tolist()
+        pieces += list(pairwise(bounds))
+    edges = np.linspace(0, len(pieces), min(most, len(pieces)) + 1).astype(int)
+    return [pieces[first:last] for first, last in pairwise(edges)]
 
 
 def joined(windows: Sequence[tuple[float, float]], pause_s: float = 0.0) -> Spans:

@@ -1,10 +1,9 @@
-"""Joules per inference out of a recording, with what they may be wrong by."""
+"""Joules per inference out of a recording, with an interval over parts of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,22 +16,22 @@ from sparsifiner_edge.profiles.sensors.curve import (
     counter_curve,
     integrate,
     joined,
+    parts_of,
     power_curve,
-    steps_within,
 )
 from sparsifiner_edge.profiles.sensors.recorder import Recording, Window
-from sparsifiner_edge.profiles.stats import estimate
+from sparsifiner_edge.profiles.stats import MIN_FOR_MEAN, effective_size, estimate, student_t
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Estimate
 
 _LEAST_COVERED = 0.8
-_Z95 = 1.96
+_PARTS, _PART_READINGS = 20, 5
+"""An interval is over so many parts of the windows at most, of so many readings at least."""
 _READINGS, _REFRESHES = 20, 10
 """Of a sensor, within inferences that are worth an energy: see `least_window_s`."""
 _METHOD = (
-    "spread between successive readings, power steps within a reading period (and the sensor's averaging time) of the "
-    "windows' edges, missing readings, and for net figures the baselines' spread and drift; the sensor's own accuracy "
-    "is not in it"
+    "Student's t over the mean power of up to 20 parts of the windows, effective sample size; for net with half "
+    "of what the idle baselines differ by; the sensor's own accuracy and averaging are not in it"
 )
 
 
@@ -78,13 +77,6 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[str]
 
 
-class _Idle(NamedTuple):
-    """Idle power in watts, and what it may be off by (95 %)."""
-
-    watts: float
-    error: float
-
-
 def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> Energy:
     """What `inferences` inferences within `windows` cost.
 
@@ -102,15 +94,16 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
     curve = _curve(recording)
     inside = integrate(curve, spans)
     before, after = _baselines(recording, curve, spans)
-    idle = _mean_idle(before, after)
+    idle, drift = _mean_idle(before, after)
     reason = _why_none(sensor, curve, inside, spans, inferences)
     gross: Known[Estimate] = Unavailable(reason)
     net: Known[Estimate] = Unavailable(reason)
     mean_w: float | Unavailable = Unavailable(reason)
     if not reason:
-        error, mean_w = _error(sensor, curve, spans, inside), inside.watts
-        gross = _per_inference(inside, _Idle(0.0, 0.0), error, inferences)
-        net = _per_inference(inside, idle, error, inferences)
+        mean_w = inside.watts
+        reach = _reach(curve, spans, _PART_READINGS * curve.interval_s + sensor.averaging_s)
+        gross = _per_inference(inside, 0.0, reach, inferences)
+        net = _per_inference(inside, idle, None if reach is None else math.hypot(reach, drift), inferences)
     lost = f"no readings, or a counter that was reset, for {curve.lost_s:.3g} s"
     return Energy(
         sensor=sensor.name,
@@ -120,9 +113,9 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
         gross_j_per_inference=gross,
         net_j_per_inference=net,
         mean_w=mean_w,
-        idle_w=_watts(idle),
-        idle_before_w=_watts(before),
-        idle_after_w=_watts(after),
+        idle_w=idle,
+        idle_before_w=before,
+        idle_after_w=after,
         method="energy counter" if curve.counted else "trapezoid rule",
         samples=inside.readings,
         covered=inside.share,
@@ -165,29 +158,17 @@ def _why_none(sensor: PowerSensor, curve: Curve, inside: Integral, spans: Spans,
     return ""
 
 
-def _error(sensor: PowerSensor, curve: Curve, spans: Spans, inside: Integral) -> float:
-    """Joules, 95 %: what the integral over all windows may be off by, the sensor's own accuracy apart."""
-    edges = np.ravel(joined(spans, max(sensor.period_s, curve.interval_s)))
-    delay = curve.interval_s + sensor.averaging_s
-    middles = (curve.since + curve.until) / 2
-    before, after, at_edges = (np.interp(edges + late, middles, curve.watts) for late in (-delay, delay, 0.0))
-    # A step of power lies anywhere within an interval, evenly and independently.
-    placing = _Z95 / math.sqrt(12) * curve.interval_s * float(np.linalg.norm(after - before))
-    # A running average lags by half its time: at the start of a window it still holds what came before, in place of
-    # what the end of the window held. Always the same way, so that many windows do not help. A tenth more, since the
-    # average also blurs the step that is looked at.
-    lost = np.abs(before[::2] - at_edges[1::2])
-    lagging = 1.1 * sensor.averaging_s / 2 * float(np.sum(lost))
-    # What was not seen, or only together with what ran outside, may have held anything between lowest and highest.
-    unseen = (inside.asked_s - inside.covered_s + inside.mixed_s / 2) * float(np.ptp(curve.watts))
-    # Differences of successive readings, which a slow drift hardly raises. Of a counter nothing is lost in between; up
-    # to each edge the power of the readings within is taken.
-    step, count = steps_within(curve, spans)
-    counted, sampled = curve.interval_s * math.sqrt(2 * len(spans) / 3), inside.covered_s / math.sqrt(2 * (count + 1))
-    return math.hypot(placing, lagging, unseen, _Z95 * step * (counted if curve.counted else sampled))
+def _reach(curve: Curve, spans: Spans, least_s: float) -> float | None:
+    """Watts, 95 %: how far the mean power of such windows may lie from what it was; None: too few parts to say."""
+    powers = [integrate(curve, part).watts for part in parts_of(spans, least_s, _PARTS)]
+    known = np.array([watts for watts in powers if math.isfinite(watts)])
+    count = effective_size(known) if len(known) else 0
+    if count < MIN_FOR_MEAN:
+        return None
+    return student_t(count - 1) * float(known.std(ddof=1)) / math.sqrt(count)
 
 
-def _baselines(recording: Recording, curve: Curve, spans: Spans) -> tuple[Known[_Idle], Known[_Idle]]:
+def _baselines(recording: Recording, curve: Curve, spans: Spans) -> tuple[Known[float], Known[float]]:
     """Idle power before and after the windows."""
     # The sensor's average still holds what was before; so do the readings next to the edge.
     settle = recording.sensor.averaging_s + curve.interval_s
@@ -197,35 +178,28 @@ def _baselines(recording: Recording, curve: Curve, spans: Spans) -> tuple[Known[
     return _baseline(curve, before), _baseline(curve, after)
 
 
-def _baseline(curve: Curve, spans: Spans) -> Known[_Idle]:
+def _baseline(curve: Curve, spans: Spans) -> Known[float]:
     inside = integrate(curve, spans)
     if inside.share < _LEAST_COVERED:
         return Unavailable(f"readings cover {inside.covered_s:.3g} of {inside.asked_s:.3g} idle seconds")
-    step, count = steps_within(curve, spans)
-    return _Idle(inside.watts, _Z95 * step / math.sqrt(2 * (count + 1)))
+    return inside.watts
 
 
-def _mean_idle(before: Known[_Idle], after: Known[_Idle]) -> Known[_Idle]:
-    """The mean of before and after, its error their drift and spread."""
-    known = [part for part in (before, after) if isinstance(part, _Idle)]
+def _mean_idle(before: Known[float], after: Known[float]) -> tuple[Known[float], float]:
+    """The mean of before and after, and half of what they differ by."""
+    known = [part for part in (before, after) if isinstance(part, float)]
     if not known:
-        return Unavailable("no idle baseline was read, before or after")
-    drift = abs(known[0].watts - known[-1].watts) / 2
-    error = math.hypot(drift, *(part.error / len(known) for part in known))
-    return _Idle(sum(part.watts for part in known) / len(known), error)
+        return Unavailable("no idle baseline was read, before or after"), 0.0
+    return sum(known) / len(known), abs(known[0] - known[-1]) / 2
 
 
-def _watts(part: Known[_Idle]) -> float | Unavailable:
-    return part.watts if isinstance(part, _Idle) else part
-
-
-def _per_inference(inside: Integral, idle: Known[_Idle], error: float, inferences: int) -> Known[Estimate]:
-    """Joules beyond idle power, each with its error in joules."""
-    if isinstance(idle, Unavailable):
-        return idle
-    if math.isclose(idle.watts, inside.watts, rel_tol=1e-9):
+def _per_inference(inside: Integral, idle_w: Known[float], reach_w: float | None, inferences: int) -> Known[Estimate]:
+    """Joules beyond idle power, so many watts to either side."""
+    if isinstance(idle_w, Unavailable):
+        return idle_w
+    if math.isclose(idle_w, inside.watts, rel_tol=1e-9):
         return Unavailable("the sensor read exactly the same, idle and at work: it is frozen, or does not see the work")
-    # Uncovered time is taken at the mean of the covered; what that may be off by is in the error.
-    joules = (inside.watts - idle.watts) * inside.asked_s
-    error = math.hypot(error, idle.error * inside.asked_s)
-    return estimate(joules / inferences, (joules - error) / inferences, (joules + error) / inferences, _METHOD)
+    # Uncovered time is taken at the mean of the covered.
+    watts, seconds = inside.watts - idle_w, inside.asked_s / inferences
+    bounds = (None, None) if reach_w is None else ((watts - reach_w) * seconds, (watts + reach_w) * seconds)
+    return estimate(watts * seconds, *bounds, _METHOD)
