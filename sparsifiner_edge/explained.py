@@ -28,15 +28,6 @@ class Faithful(msgspec.Struct, frozen=True, kw_only=True):
     gained: list[float]
 
 
-class Changed(msgspec.Struct, frozen=True, kw_only=True):
-    """What changes with a small change of the image; see `evaluate.steadiness`."""
-
-    lists: float
-    merges: float
-    attention: float
-    dense: float
-
-
 class ReadKey(msgspec.Struct, frozen=True, kw_only=True):
     """A patch that a place reads, row and column of its first patch; score = probe + deviation, means of the heads."""
 
@@ -69,14 +60,13 @@ class ImageSummary(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         faithful: by "ours", "dense", and what knows nothing of the image: "random", patches in any order, and "moved",
-            ours at another place. steady: by "noise", "shift" and "flip", where asked for.
+            ours at another place.
         better: whether ours explains more than either of these, by SaCo and by deletion.
     """
 
     image: str
     layers: list[LayerSummary]
     faithful: dict[str, Faithful]
-    steady: dict[str, Changed] = {}
     better: bool = False
 
 

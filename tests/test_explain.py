@@ -16,11 +16,10 @@ from PIL import Image
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate import steadiness as module
 from sparsifiner_edge.evaluate.connections import look, reaching, scores_of, weights_of
 from sparsifiner_edge.evaluate.explain import explain_image
 from sparsifiner_edge.evaluate.faithfulness import elsewhere, faithfulness, groups_of, saco
-from sparsifiner_edge.explained import Changed, ExplainResult
+from sparsifiner_edge.explained import ExplainResult
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.report.explain_page import write_explanation, write_overview
@@ -205,17 +204,14 @@ def made(once: Once) -> Path:
 
 
 def test_the_command(made: Path, tmp_path: Path) -> None:
-    done = process("explain", made / "student", "--data", made / "images", "--at", "100,40", "--steady",
-                   "-o", tmp_path / "out")  # fmt: skip
+    done = process("explain", made / "student", "--data", made / "images", "--at", "100,40", "-o", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
-    assert "dense attention" in done.out
     result = read_result(tmp_path / "out" / "explain.json", ExplainResult)
     assert result.kind == "explanation"
     assert result.method.explained == "the token of the patch in row 2, column 6"
     assert result.method.images == ["0.png", "1.png"]
     for found in result.statistics.images:
         assert set(found.faithful) == {"ours", "dense", "random", "moved"}
-        assert set(found.steady) == {"noise", "shift", "flip"}
         assert [layer.tokens for layer in found.layers] == [100, 88, 80, 80, 80, 80]
         assert [layer.merged for layer in found.layers] == [12, 8, 0, 0, 0, 0]
         for layer in found.layers:
@@ -229,34 +225,6 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     for name in ("0-0.png", "1-1.png"):
         with Image.open(tmp_path / "out" / name) as drawn:
             assert drawn.size == (4 * 160 + 3 * 6, 160)
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_how_much_changes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing where the image stays; a little with noise, more with another image."""
-    made = student(sparsity=KINDS[kind])
-    image, other = smooth_images(160, 2)
-    monkeypatch.setattr(module, "PERTURBED", {"none": lambda x: x, "noise": module.noisy, "other": lambda _: other})
-    found = module.steadiness(made, image)
-    assert found["none"] == Changed(lists=0, merges=0, attention=0, dense=0)
-    for name in ("lists", "attention", "dense"):
-        none, noise, another = (getattr(found[key], name) for key in ("none", "noise", "other"))
-        assert none < noise < another <= 1
-    assert bool(found["other"].merges) == (made.sparsity.merge != ())
-    assert np.array_equal(module.flipped(module.flipped(image)), image)
-    assert np.array_equal(module.shifted(image)[:, 1:], image[:, :-1])
-
-
-def test_a_flip_is_compared_at_the_places_that_patches_come_from() -> None:
-    """A model of one layer without positions, whose patches look alike from both sides: its attention is flipped."""
-    made = student(sparsity=SparsityConfig(keep=0.2, cells=0, channels=8), depth=1)
-    with torch.no_grad():
-        made.backbone.module.pos_embed.zero_()
-        weight = made.backbone.embedding.weight
-        weight.copy_((weight + weight.flip(3)) / 2)
-    found = module.steadiness(made, smooth_images(160)[0])
-    assert found["flip"].dense < 1e-4
-    assert found["shift"].dense > 1e-3
 
 
 def test_what_the_command_refuses(made: Path, tmp_path: Path, capsys: Any) -> None:

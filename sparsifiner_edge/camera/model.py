@@ -16,14 +16,12 @@ from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
 from sparsifiner_edge.camera.prepare import Fit
-from sparsifiner_edge.camera.reads import Read, Reads
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.runtime import Session
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
-from sparsifiner_edge.runtime.watched import open_watched
 from sparsifiner_edge.text import finite
 
 TOP = 5
@@ -42,13 +40,9 @@ class Model:
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
-        reads: whether to look at what layers read, too.
-
-    Attributes:
-        read: what they read of the last image; None where nobody asked.
 
     Raises:
-        ConfigError: the bundle takes a fixed batch above 1; reads of one that reads everything.
+        ConfigError: the bundle takes a fixed batch above 1.
         SparsifinerError: the bundle or backend is unusable.
     """
 
@@ -61,12 +55,9 @@ class Model:
         threshold: float = 0.0,
         public_key: Path | None = None,
         kernels: str = "auto",
-        reads: bool = False,
     ) -> None:
         bundle = checked_bundle(folder, public_key)
         _require_centre(bundle)
-        self._reads = Reads(bundle) if reads else None
-        self.read: Read | None = None
         self.fit = Fit(bundle.image_size)
         self.labels = bundle.labels()
         tokens = bundle.manifest.tokens
@@ -76,8 +67,7 @@ class Model:
         self._scored = bundle.manifest.novelty is not None
         self._reference: Array | None = None
         self._tokens_before: Array | None = None
-        opened = open_watched if reads else open_checked
-        self.session: Session = opened(bundle, backend, threads, kernels)
+        self.session: Session = open_checked(bundle, backend, threads, kernels)
         try:
             _require_image(self.session, bundle)
         except SparsifinerError:
@@ -92,10 +82,7 @@ class Model:
 
     def infer(self, image: Array) -> dict[str, Array]:
         """The model's own outputs for one image, uint8 [H,W,3]."""
-        outputs = self.session.infer({"image": image[None]})
-        if self._reads is not None:
-            self.read, outputs = self._reads.taken_from(outputs)
-        return outputs
+        return self.session.infer({"image": image[None]})
 
     def answer(self, outputs: dict[str, Array]) -> Answer:
         """`top` of a classifier, else `features`, else `maps`; and `novelty`.

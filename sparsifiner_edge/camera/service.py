@@ -46,7 +46,6 @@ class RunOptions(NamedTuple):
         duration_s, frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
         stall_s: a source that gives nothing for so long is taken for dead.
-        overlay_reads: see `Model`; the overlay shows what was read in the place of its map.
         allow_redirect: of an RTSP server to another host; see `Relay`.
     """
 
@@ -64,12 +63,10 @@ class RunOptions(NamedTuple):
     public_key: Path | None = None
     kernels: str = "auto"
     allow_redirect: bool = False
-    overlay_reads: bool = False
 
-    def model(self) -> tuple[str, int | None, int, float, Path | None, str, bool]:
+    def model(self) -> tuple[str, int | None, int, float, Path | None, str]:
         """Those of `Model`, in its order."""
-        plain = self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels
-        return *plain, self.overlay_reads
+        return self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
@@ -264,8 +261,6 @@ class _Run:
         if self._overlay is None or frame.shown is None:
             return
         lines, heat = text_lines(record, rate), self._model.heat(outputs)
-        if (read := self._model.read) is not None:
-            lines, heat = [*lines, read.line], read.shares / max(float(read.shares.max()), 1e-9)
         at_s = frame.times.captured_ns / 1e9 if self._source.live else record.pts_s
         try:
             self._overlay.write(frame.shown, lines, heat, at_s or 0.0)

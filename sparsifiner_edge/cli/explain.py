@@ -31,12 +31,11 @@ _PICTURE = re.compile(r"\d+-.*\.png", re.DOTALL)
               help="Images at most, evenly taken.")  # fmt: skip
 @click.option("--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True,
               help="Of the page.")  # fmt: skip
-@click.option("--steady", is_flag=True, help="Also say how much of it changes under noise, a shift and a flip.")
 @common.trust_option
 @common.json_option
 @common.output_option("Folder to write: index.html, explain.json and a picture per image.")
 def command(
-    *, student: Path, data: Path, at: str | None, most: int, language: str, steady: bool, trust: tuple[str, ...],
+    *, student: Path, data: Path, at: str | None, most: int, language: str, trust: tuple[str, ...],
     as_json: bool, output: Path,
 ) -> None:  # fmt: skip
     """Show what STUDENT read, merged and averaged on images, what of that reached the output, and whether it is so."""
@@ -49,7 +48,7 @@ def command(
     _require_ours(output)
     with common.progress_bar("images") as progress:
         result, explained = sparsifiner_edge.explain_student(
-            student, data, at=place, most=most, steady=steady, trust=trust, progress=progress
+            student, data, at=place, most=most, trust=trust, progress=progress
         )
     with replaced(output) as folder:
         write_explanation(explained, result.method, folder / PAGE, language)
@@ -83,13 +82,6 @@ def _print(result: ExplainResult, output: Path) -> None:
             rows.append([shown(found.image), name, *(f"{figure:.3f}" for figure in figures)])
     head = ["image", "order of", "SaCo", "deletion", "insertion"]
     common.print_table(f"explained: {result.method.explained}", head, rows)
-    changed = [
-        [shown(found.image), name, *(f"{x:.1%}" for x in (values.lists, values.merges, values.attention, values.dense))]
-        for found in result.statistics.images
-        for name, values in found.steady.items()
-    ]
-    if changed:
-        common.print_table("changed", ["image", "by", "lists", "merges", "attention", "dense attention"], changed)
     for found in result.statistics.images:
         if not found.better:
             click.echo(f"{shown(found.image)}: this explanation is no better than chance.")

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     "done, and an interrupted run leaves its lines in FILE.part.",
 )
 @click.option("--overlay", type=common.PATH, help="Also draw the answers into this video (.mp4, .mkv).")
-@click.option("--overlay-reads", is_flag=True, help="Let it show which patches the layers read, for debugging.")
 @click.option(
     "--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True, help="Most classes per answer."
 )
@@ -95,8 +94,6 @@ def command(
     from sparsifiner_edge.camera.service import RunOptions, run_service
     from sparsifiner_edge.camera.sources import parse_source
 
-    if options["overlay_reads"] and overlay is None:
-        raise ConfigError("--overlay-reads has no overlay to show it in.", "Give --overlay FILE.mp4.")
     parsed = parse_source(source)
     still = parsed.kind == "images"
     if still:

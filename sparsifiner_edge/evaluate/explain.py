@@ -16,7 +16,6 @@ from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.connections import LayerWeights, SeenLayer, look, reaching, scores_of
 from sparsifiner_edge.evaluate.faithfulness import answer_of, elsewhere, faithfulness, groups_of
-from sparsifiner_edge.evaluate.steadiness import steadiness
 from sparsifiner_edge.explained import (
     CONTROLS,
     DENSE,
@@ -46,14 +45,13 @@ LISTED = 24
 
 def explain_student(
     student: str | Path, data: str | Path, *, at: tuple[int, int] | None = None, most: int = EXPLAINED,
-    steady: bool = False, trust: Sequence[str] = (), progress: Progress | None = None,
+    trust: Sequence[str] = (), progress: Progress | None = None,
 ) -> tuple[ExplainResult, list[Explained]]:  # fmt: skip
     """Explain a student's features, or its token of one patch, on images.
 
     Args:
         student: student folder. data: an image or a folder. at: x and y in pixels of the image that the model sees;
-            None: the features. most: images at most, evenly taken. steady: also how much changes with a small change of
-            the image. trust: see `load_student`. progress: see `Progress`.
+            None: the features. most: images at most, evenly taken. trust: see `load_student`. progress: see `Progress`.
 
     Returns:
         The result, and what a page shows.
@@ -65,7 +63,7 @@ def explain_student(
     folder, made, explained = Path(student), load_student(student, trust=trust), []
     place, paths = _patch(made, at), evenly(list_images(Path(data)), most)
     for number, path in enumerate(paths):
-        explained.append(explain_image(made, path, place, seed=number, steady=steady))
+        explained.append(explain_image(made, path, place, seed=number))
         if progress:
             progress("images", number + 1, len(paths))
     method = ExplainMethod(
@@ -87,12 +85,9 @@ def explain_student(
 
 
 def explain_image(
-    student: Student, path: Path, place: tuple[int, int] | None = None, seed: int = 0, judge: bool = True,
-    steady: bool = False,
-) -> Explained:  # fmt: skip
-    """One image; place: row and column of a patch; seed: of what chance gives beside it; judge: whether it is true;
-    steady: see `explain_student`.
-    """
+    student: Student, path: Path, place: tuple[int, int] | None = None, seed: int = 0, judge: bool = True
+) -> Explained:
+    """One image; place: row and column of a patch; seed: of what chance gives beside it; judge: whether it is true."""
     backbone, image = student.backbone, load_image(path, student.img_size)
     curve = inverse(backbone.layers[0].curve.order.numpy())
     layers, dense = look(student, image), look(student, image, densely=True)
@@ -110,10 +105,7 @@ def explain_image(
     chance = random.random(backbone.grid)
     against = reached | {RANDOM: chance / chance.sum(), MOVED: elsewhere(reached[OURS], random)}
     faithful = faithfulness(answer_of(student, place), image, against) if judge else {}
-    changes = steadiness(student, image) if steady else {}
-    summary = ImageSummary(
-        image=path.name, layers=summaries, faithful=faithful, steady=changes, better=_better(faithful)
-    )
+    summary = ImageSummary(image=path.name, layers=summaries, faithful=faithful, better=_better(faithful))
     return Explained(path, image, maps, reached, summary)
 
 
