@@ -2,15 +2,14 @@
 pruning (EViT), at about half of the dense multiply-accumulates, all trained by one recipe for as many steps.
 
     python benchmarks/robustness.py train [--task classes|saliency] [--only NAME] [--work FOLDER]
-    python benchmarks/robustness.py find [--work FOLDER]           # plans by `search`, clean and under corruption
     python benchmarks/robustness.py measure [--task ..] [--work FOLDER] [-o FOLDER]    # hours; goes on where stopped
 
 `classes`: DINOv2 ViT-S/14 at 224 px, a linear probe of Fashion-MNIST on frozen features, learnt from clean images.
 `saliency`: `sparsifiner_edge.demo.saliency` at 518 px, IoU with true masks (stamps on publication photographs). A dense
 map needs every token, so nothing is pruned there. `features`: cosines of the classifier's students, at several budgets,
-and of plans that were found, on the publication photographs. Trainings and searches see photographs and Fashion-MNIST's
-training images, none that is measured on; "corrupted" trainings see the fifteen of ImageNet-C, and none of a camera's
-own. `measure` leaves rows in the folder's `raw` that it did not measure, if they are of as many images. Needs the
+on the publication photographs. Trainings see photographs and Fashion-MNIST's training images, none that is measured on;
+"corrupted" trainings see the fifteen of ImageNet-C, and none of a camera's own. `measure` leaves rows in the folder's
+`raw` that it did not measure, if they are of as many images. Needs the
 packages that `accuracy.py` and `stamps.py` name.
 """
 
@@ -70,15 +69,13 @@ class Contender(NamedTuple):
 
     Attributes:
         sparsify: how it is made. overrides: of the recipe. by_tome: whether tokens merge by ToMe's rule.
-        of: the student of the classifier's that it is, `sparsify` its budget. found: `search`'s corruptions, where that
-            made it.
+        of: the student of the classifier's that it is, `sparsify` its budget.
     """
 
     sparsify: dict[str, Any]
     overrides: tuple[str, ...] = ()
     by_tome: bool = False
     of: str | None = None
-    found: dict[str, Any] | None = None
 
 
 def falling(first: int) -> tuple[int, ...]:
@@ -87,8 +84,6 @@ def falling(first: int) -> tuple[int, ...]:
 
 
 CORRUPTED = ("images.corrupted=0.5",)
-AT_LEAST, MINUTES, SEARCHED, BOARD = 0.98, 10.0, 40, "jetson-orin-nano-8gb"
-"""Fidelity, minutes and images of a search, a fifth of which is its own check; latency is estimated for the board."""
 READ = (0.2, 0.2, 0.5, 1.0)
 TASKS: dict[str, dict[str, Contender]] = {
     "classes": {
@@ -109,8 +104,6 @@ TASKS: dict[str, dict[str, Contender]] = {
         "ours, corrupted": Contender({}, of="ours, corrupted"),
         "ToMe": Contender({}, by_tome=True, of="ToMe"),
         "EViT": Contender({}, of="EViT"),
-        "found, clean": Contender({}, found={}),
-        "found, corrupted": Contender({}, found={"corruptions": "common", "severity": SEVERITY}),
     },
 }
 TRAINED = ("classes", "saliency")
@@ -250,30 +243,9 @@ def train(tasks: tuple[str, ...], only: tuple[str, ...], work: Path) -> None:
             click.echo(f"{output.name}: {told}")
 
 
-@main.command()
-@_work
-def find(work: Path) -> None:
-    """Search the fastest plan that is as faithful, on clean images, and on those that suffered ImageNet-C's fifteen."""
-    work.mkdir(parents=True, exist_ok=True)
-    photographs = sorted((collect(work / "pictures") / "train").glob("photograph*-whole.jpg"))
-    data = linked(work / "searched", evenly(photographs, SEARCHED))
-    for name, contender in TASKS["features"].items():
-        if contender.found is None or student_of(work, "features", name, "untrained").exists():
-            continue
-        with progress_bar(name) as progress:
-            found = se.search_model(
-                material.DINOV2, data, work / f"features-{name}", weights=weights_file(), img_size=SIZE,
-                at_least=AT_LEAST, board=BOARD, precisions=["fp16"], minutes=MINUTES, progress=progress,
-                **contender.found,
-            )  # fmt: skip
-        click.echo(f"{name}: {write_record(found.statistics.finalists[0])}")
-
-
 def student_of(work: Path, task: str, name: str, stage: str) -> Path:
     """The student's folder."""
     contender = TASKS[task][name]
-    if contender.found is not None:
-        return work / f"features-{name}" / "student"
     if contender.of:
         return student_of(work, "classes", contender.of, stage)
     return work / f"{task}-{name}" if stage == "trained" else untrained(work, task, name)
@@ -324,8 +296,6 @@ def class_folders(work: Path, part: str, count: int) -> Path:
 
 def _stages(contender: Contender) -> tuple[str, ...]:
     """Those in which it differs from others."""
-    if contender.found is not None:
-        return ("untrained",)
     return ("trained",) if contender.overrides or contender.of else STAGES
 
 
@@ -347,7 +317,7 @@ def measure(
                 continue
             folder = student_of(work, task, name, stage)
             if not folder.exists():
-                err_console.print(f"{task}, {name}: neither trained nor found in {work}")
+                err_console.print(f"{task}, {name}: not trained in {work}")
                 continue
             with progress_bar(f"{task}, {name}, {stage}") as progress:
                 found = judged(work, task, name, stage, progress)

@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ SEARCHES = {
     518: (("fp32", 0.98), ("int8", 0.995), ("int8", 0.95), ("int8", 0.98)),
     1036: (("fp32", 0.98),),
 }
-"""Each goes on from the one before; the last one's answer is compared."""
+"""The last one's answer is compared."""
 BACKENDS = ("onnxruntime", "openvino")
 REQUIRED = {224: (1.05, 1.15), 518: (1.12, 1.25), 1036: (1.12, 1.3)}
 """Times the best uniform setting: required, aimed at."""
@@ -86,9 +87,10 @@ def searched(
     size: int, searches: Sequence[tuple[str, float]], data: Path, work: Path, backends: Sequence[str] = BACKENDS,
     seed: int = 0,
 ) -> list[SearchResult]:  # fmt: skip
-    """A search by fidelity, and others that go on from it; the last one's answer stays in `work`/found."""
+    """Searches by fidelity; the last one's answer stays in `work`/found."""
     found = []
     for precision, bound in searches:
+        shutil.rmtree(work / "found", ignore_errors=True)
         with progress_bar(f"{size} px, {precision}, at least {bound}") as progress:
             found.append(
                 se.search_model(
@@ -234,6 +236,7 @@ def checks(count: int, work: Path, tell: Any) -> list[dict[str, Any]]:
 def saliency(work: Path) -> dict[str, Any]:
     """The demonstration's model at a bound of its map, and over publication photographs."""
     images = images_in(work, [*split.development(), *split.calibration()])
+    shutil.rmtree(work / "found", ignore_errors=True)
     with progress_bar("saliency") as progress:
         result = se.search_model(
             f"{demo.MODULE}:saliency", images, work / "found", at_least=OVERLAP, metric="task", img_size=demo.SIZE,
@@ -301,7 +304,7 @@ def layouts(work: Path, tell: Any) -> list[dict[str, Any]]:
     "--layouts", "other_layouts", is_flag=True, help="Other tiles, probes and cells, of what was found before."
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False),
-              help="Folder for results; its work/ is gone on from.")  # fmt: skip
+              help="Folder for results, and for work/.")  # fmt: skip
 def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, other_layouts: bool, output: Path) -> None:
     """See the module's documentation."""
     subject = Subject(path=Unavailable("computed here"), name=material.DINOV2, sha256=Unavailable("computed here"))

@@ -25,9 +25,6 @@ TOLD_DRIFT = 0.1
 @click.option("--data", type=common.PATH, required=True, help="Folder of images like those that the model will see.")
 @click.option("--at-least", type=float, metavar="FIDELITY", help="The fastest that is as near to the dense model.")
 @click.option("--at-most-ms", type=float, metavar="MS", help="The nearest to the dense model that takes no longer.")
-@click.option(
-    "--at-most-mj", type=float, metavar="MJ", help="The nearest to the dense model that takes no more energy."
-)
 @click.option("--metric", type=click.Choice(("patches", "class", "task")), default="patches", show_default=True,
               help="Fidelity: cosine of patch tokens, of the class token, or a task's (see --task).")  # fmt: skip
 @click.option("--task", metavar="maps|package.module:class",
@@ -51,14 +48,12 @@ TOLD_DRIFT = 0.1
 )
 @click.option("--board", metavar="NAME|FILE.toml",
               help="A board that is not here: latency is estimated, as `estimate` does.")  # fmt: skip
-@click.option("--against", multiple=True, type=common.PATH, metavar="BUNDLE/",
-              help="A bundle to stand beside what is found; repeatable.")  # fmt: skip
 @click.option(
     "--minutes",
     type=common.FiniteRange(min=1, max=10_000),
     default=20.0,
     show_default=True,
-    help="About how long to look.",
+    help="About how long to look; Ctrl-C ends it earlier, with the best so far.",
 )
 @click.option(
     "--seed",
@@ -67,8 +62,6 @@ TOLD_DRIFT = 0.1
     show_default=True,
     help="Of which images are kept for the check.",
 )
-@common.corruptions_option
-@common.severity_option
 @common.trust_option
 @common.json_option
 @common.output_option("Folder for front.json, front.png, student/ and bundle/.")
@@ -86,15 +79,10 @@ def command(*, source: str, data: Path, output: Path, as_json: bool, **options: 
 def _print(result: SearchResult, output: Path) -> None:
     found, board = result.statistics, result.method.board
     rows = [_row(finalist) for finalist in found.finalists]
-    for rival in found.rivals:
-        name = f"{Path(rival.path).name}: {rival.backend}, {rival.precision}"
-        rows.append([name, f"{rival.fidelity:.4f}", "", _ms(rival.ms), ""])
     for engine, dense in found.dense_ms.items():
         own = found.dense_fidelity.get(engine)
         rows.append([f"dense: {engine}", "" if own is None else f"{own:.4f}", "", _ms(dense), ""])
     title = "Finalists, whole models measured" if board is None else f"Finalists, estimated for {board}, not measured"
-    under = result.method.corruptions or []
-    title += f"; every image under one of {len(under)} corruptions" if under else ""
     common.print_table(title, ["", "fidelity", "predicted", "ms", "predicted"], rows)
     for finalist in found.finalists:  # Not in the table: at 80 columns a plan would cut the figures off.
         click.echo(f"{finalist.backend}, {finalist.precision}: --merge {finalist.merge} --keep {finalist.keep}")
@@ -107,11 +95,6 @@ def _print(result: SearchResult, output: Path) -> None:
                 f"{engine} as at the start. Fix its clocks, or close what else runs, and search again.",
                 err=True,
             )
-    if result.method.watts is not None:
-        watts, ms = result.method.watts, result.method.at_most_ms
-        click.echo(
-            f"The dense model takes {watts:.1f} W while it computes: {result.method.at_most_mj:g} mJ are {ms:.1f} ms."
-        )
     if isinstance(found.answer, Unavailable):
         click.echo(f"No answer: {found.answer.why}.", err=True)
         return

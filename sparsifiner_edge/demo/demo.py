@@ -102,7 +102,7 @@ STEPS = 5
 
 
 def run_demo(output: Path, progress: Progress, minutes: float = MINUTES) -> DemoResult:
-    """Run the demonstration into `output`; one that ended there is replaced, one that was stopped gone on from.
+    """Run the demonstration into `output`; one that ended or was stopped there is replaced.
 
     Args:
         progress: see `Progress`; counts steps, and tells of those of the search.
@@ -175,7 +175,7 @@ def _write_page(output: Path, row: _Row) -> None:
 
 
 def _require_demonstration(output: Path) -> None:
-    """Refuse a folder that holds something else; drop what an earlier demonstration that ended left."""
+    """Refuse a folder that holds something else; drop what an earlier demonstration left."""
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir() or (any(output.iterdir()) and not (output / RESULT).exists() and not _was_stopped(output)):
@@ -183,7 +183,7 @@ def _require_demonstration(output: Path) -> None:
     if (output / RESULT).exists():
         read_result(output / RESULT)
         (output / RESULT).unlink()
-        shutil.rmtree(output / FOUND, ignore_errors=True)
+    shutil.rmtree(output / FOUND, ignore_errors=True)
 
 
 def _was_stopped(output: Path) -> bool:

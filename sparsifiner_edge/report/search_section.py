@@ -1,4 +1,4 @@
-"""What a search found: its finalists beside the dense model and the rivals that were given, and the front."""
+"""What a search found: its finalists beside the dense model, and the front."""
 
 from __future__ import annotations
 
@@ -49,14 +49,11 @@ def search_section(data: ReportData) -> Section:
 
 
 def _models(statistics: Any, texts: Texts) -> Iterator[_Found]:
-    """Finalists, rivals and the dense model, as far as they are whole."""
+    """Finalists and the dense model, as far as they are whole."""
     for place, row in enumerate(rows(statistics, "finalists")):
         label = texts("search.merged", merge=clean(row.get("merge"), 60), keep=clean(row.get("keep"), 60))
         predicted = interval(row, "predicted_fidelity"), interval(row, "predicted_ms")
         yield from _whole(row, label, _engine(row), 0 if place == 0 else 1, predicted)
-    for row in rows(statistics, "rivals"):
-        label = clean(str(row.get("path", "?")).rstrip("/").rpartition("/")[2], 60)
-        yield from _whole(row, label, _engine(row), 2)
     for engine, ms in mapping(statistics, "dense_ms").items():
         fidelity = number(get(statistics, "dense_fidelity", engine))
         row = {"fidelity": 1.0 if fidelity is None else fidelity, "ms": ms}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from sparsifiner_edge.bundle.entries import ON_PROCESSOR
-from sparsifiner_edge.corruptions import Condition, every_condition
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.judge import MAPS
@@ -21,7 +19,7 @@ from sparsifiner_edge.search.judge import FIDELITIES
 from sparsifiner_edge.search.latency import Deployment
 
 MOST_ASKED = 1e6
-"""Milliseconds or millijoules."""
+"""Milliseconds."""
 PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
 """That are searched: here and for a CPU, and for a board's GPU."""
 LEAST_IMAGES, CHECKED = 5, 5
@@ -41,12 +39,9 @@ class ImageSplit(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is searched for, in which engines, on which images; left_out: backends that do not run here, and why;
-    conditions: corruptions that images suffer, in the order in which they are dealt out.
-    """
+    """What is searched for, in which engines, on which images; left_out: backends that do not run here, and why."""
 
     bound: Bound
-    at_most_mj: float | None
     metric: str
     task: str | None
     seed: int
@@ -54,11 +49,6 @@ class Asked(NamedTuple):
     engines: list[Deployment]
     left_out: dict[str, str]
     images: ImageSplit
-    conditions: list[Condition]
-
-    def suffered(self, images: Sequence[Path], before: int = 0) -> list[Condition]:
-        """One for each of the images, after those that so many others had; none where images stay clean."""
-        return list(itertools.islice(itertools.cycle(self.conditions), before, before + len(images)))
 
     def judged_by(self, patches: int) -> Asked:
         """The same, with the images that judge plans of a model that makes so many patches of one."""
@@ -67,39 +57,32 @@ class Asked(NamedTuple):
 
 
 def what_is_asked(
-    bounds: tuple[float | None, float | None, float | None], metric: str, task: str | None, backends: Sequence[str],
-    precisions: Sequence[str], board: str | Path | None, data: str | Path, seed: int, corruptions: str | None,
-    severity: str | None,
+    bound: Bound, metric: str, task: str | None, backends: Sequence[str], precisions: Sequence[str],
+    board: str | Path | None, data: str | Path, seed: int,
 ) -> Asked:  # fmt: skip
-    """See `search_model`; bounds: at least, at most ms, at most mJ.
+    """See `search_model`.
 
     Raises:
         ConfigError: not one bound, or a value is out of range; too few images.
         SparsifinerError: a backend that was named does not run here; no such board.
     """
-    bound, device = _bound(*bounds, metric), None if board is None else load_board(board)
-    if task is not None and metric != "task":
-        raise ConfigError(f"--task goes with --metric task, not {metric}.", "Leave one of the two out.")
-    if severity is not None and corruptions is None:
-        raise ConfigError("A severity is that of corruptions.", "Name them: --corruptions all.")
-    conditions = [] if corruptions is None else every_condition(corruptions, severity)
-    conditions = random.Random(seed).sample(conditions, len(conditions))  # noqa: S311
-    engines, left_out = _engines(backends, precisions, device)
-    own = None if task == MAPS else task
-    return Asked(bound, bounds[2], metric, own, seed, device, engines, left_out, _split(data, seed), conditions)
-
-
-def _bound(at_least: float | None, at_most_ms: float | None, at_most_mj: float | None, metric: str) -> Bound:
+    _require_one(bound)
     if metric not in FIDELITIES:
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(FIDELITIES)}.")
-    if sum(bound is not None for bound in (at_least, at_most_ms, at_most_mj)) != 1:
-        raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY, --at-most-ms MS or --at-most-mj MJ.")
-    if at_least is not None and not 0 < at_least < 1:
-        raise ConfigError(f"at least is {at_least}.", "Give a fidelity between 0 and 1, such as 0.98.")
-    for most, unit in ((at_most_ms, "ms"), (at_most_mj, "mJ")):
-        if most is not None and not 0 < most < MOST_ASKED:
-            raise ConfigError(f"at most is {most} {unit}.", "Give more than 0, and less than a million.")
-    return Bound(at_least, at_most_ms)
+    if task is not None and metric != "task":
+        raise ConfigError(f"--task goes with --metric task, not {metric}.", "Leave one of the two out.")
+    device = None if board is None else load_board(board)
+    engines, left_out = _engines(backends, precisions, device)
+    return Asked(bound, metric, None if task == MAPS else task, seed, device, engines, left_out, _split(data, seed))
+
+
+def _require_one(bound: Bound) -> None:
+    if (bound.at_least is None) == (bound.at_most_ms is None):
+        raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY or --at-most-ms MS.")
+    if bound.at_least is not None and not 0 < bound.at_least < 1:
+        raise ConfigError(f"at least is {bound.at_least}.", "Give a fidelity between 0 and 1, such as 0.98.")
+    if bound.at_most_ms is not None and not 0 < bound.at_most_ms < MOST_ASKED:
+        raise ConfigError(f"at most is {bound.at_most_ms} ms.", "Give more than 0, and less than a million.")
 
 
 def _engines(

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.files import replaced
@@ -18,7 +17,7 @@ from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Bound, Engines, Search
 from sparsifiner_edge.search.fidelity_model import FidelityModel
 from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch
-from sparsifiner_edge.search.front import Checked, Finalist, Rival
+from sparsifiner_edge.search.front import Checked, Finalist
 from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.trial import Trial
@@ -60,7 +59,7 @@ class Shortlist:
 
     def __init__(self, search: Search, engines: Engines, model: FidelityModel, bound: Bound) -> None:
         self.search, self.engines, self.model, self.bound = search, engines, model, bound
-        self.plans = [seen.plan for seen in search.state.seen if not seen.plan.is_dense]
+        self.plans = [plan for plan in search.known if not plan.is_dense]
 
     def ms(self, engine: Deployment, plan: LayerPlan) -> float:
         """As predicted."""
@@ -135,59 +134,14 @@ def _entrant(exports: Exports, choice: Shortlist, engine: Deployment, stopwatch:
     return Entrant(plan, engine, bundle, distance, predicted, choice.ms(engine, plan))
 
 
-class Whole(NamedTuple):
-    """What was timed as whole models in one run: entrants with their times, the dense model, and rivals."""
-
-    entrants: list[Entrant]
-    dense_ms: dict[Deployment, Estimate]
-    rivals: list[Rival]
-
-
-class Judged(NamedTuple):
-    """A bundle of the user's in an engine, and its fidelity."""
-
-    contender: Contender
-    fidelity: float
-
-
-def rivals_in(
-    bundles: Sequence[Path], hosts: Sequence[Deployment], trial: Trial, stopwatch: Stopwatch
-) -> list[Judged]:  # fmt: skip
-    """The user's bundles in each backend, or on the board, judged before anything is searched.
-
-    Raises:
-        ConfigError: a bundle cannot be compared, or the board has no arithmetic for its precision.
-        SparsifinerError: a backend refuses it.
-    """
-    found = []
-    for bundle in bundles:
-        precision = open_bundle(bundle).manifest.precision or "fp32"
-        for engine in dict.fromkeys(host._replace(precision=precision) for host in hosts):
-            contender = Contender(bundle, engine)
-            with open_session(bundle, engine.judged_in) as session:
-                trial.require_comparable(session, bundle)
-                found.append(Judged(contender, 1 - fmean(trial.distances_of(session.infer))))
-            if not engine.is_here:
-                stopwatch.times([contender])
-    return found
-
-
 def timed(
-    subjects: Sequence[Entrant], exports: Exports, hosts: Sequence[Deployment], rivals: Sequence[Judged],
-    stopwatch: Stopwatch,
-) -> Whole:  # fmt: skip
-    """The entrants, the dense model in the engines given, and the user's own bundles."""
+    subjects: Sequence[Entrant], exports: Exports, hosts: Sequence[Deployment], stopwatch: Stopwatch
+) -> tuple[list[Entrant], dict[Deployment, Estimate]]:
+    """The entrants with their times, and the dense model's in the engines given: whole models, in one run."""
     denses = [Contender(exports.dense_for(host), host) for host in hosts]
-    others = [rival.contender for rival in rivals]
-    found = stopwatch.times([*(Contender(x.bundle, x.engine) for x in subjects), *denses, *others])
+    found = stopwatch.times([*(Contender(x.bundle, x.engine) for x in subjects), *denses])
     ours = [entrant._replace(measured=ms) for entrant, ms in zip(subjects, found, strict=False)]
-    found = found[len(subjects) :]
-    rows = [
-        Rival(path=str(other.bundle), backend=other.engine.backend, precision=other.engine.precision,
-              fidelity=rival.fidelity, ms=ms)
-        for rival, other, ms in zip(rivals, others, found[len(denses) :], strict=True)
-    ]  # fmt: skip
-    return Whole(ours, dict(zip(hosts, found, strict=False)), rows)
+    return ours, dict(zip(hosts, found[len(subjects) :], strict=True))
 
 
 def judged(subjects: Sequence[Entrant], bound: Bound) -> list[Entrant]:

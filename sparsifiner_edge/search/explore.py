@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
-from msgspec import Meta
 
-from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.files import write_text
+from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.records import write_record
 from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
 from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.search.solve import Solver
 from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.text import dump_json
 
-STATE_SCHEMA = 2
-AGAIN = "Delete the folder, and search anew."
 SPREAD = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.6, 2.5)
 NEAR = (0.9, 0.97, 1.03)
 """Distances that are tried, as multiples of the bound: once, and then in every round."""
@@ -39,7 +31,7 @@ LEAST_AIM = 1e-3
 
 
 class Bound(NamedTuple):
-    """What is asked for: one of the two; a bound of energy becomes one of time."""
+    """What is asked for: one of the two."""
 
     at_least: float | None
     at_most_ms: float | None
@@ -50,73 +42,42 @@ class Bound(NamedTuple):
         return f"fidelity {self.at_least}" if self.at_least is not None else f"{self.at_most_ms:.4g} ms"
 
 
-class Tried(msgspec.Struct, frozen=True, kw_only=True):
+class Tried(NamedTuple):
     """A plan and its distances, image by image; predicted: their mean, before."""
 
-    merge: tuple[Annotated[int, Meta(ge=0, le=MOST_COUNT)], ...]
-    keep: tuple[Annotated[float, Meta(ge=0, le=1)], ...]
+    plan: LayerPlan
     distances: list[float]
     predicted: float | None = None
 
-    @property
-    def plan(self) -> LayerPlan:
-        """The plan."""
-        return LayerPlan(self.merge, self.keep)
-
-
-class State(msgspec.Struct, kw_only=True):
-    """What a search goes on from: about tells searches apart."""
-
-    schema_version: int = STATE_SCHEMA
-    about: Any
-    seen: list[Tried] = []
-
-    def save(self, file: Path) -> None:
-        """Keep it.
-
-        Raises:
-            ArtifactError: the disk refuses.
-        """
-        write_text(file, dump_json(write_record(self)))
-
 
 class Search:
-    """Plans of one student, measured on images as they come up; each is kept in `file`.
+    """Plans of one student, measured on images as they come up.
 
-    Raises:
-        ConfigError: what the state has seen is of another model, or of other images.
+    Attributes:
+        known: what was measured, in that order.
     """
 
-    def __init__(self, trial: Trial, state: State, file: Path, progress: Progress | None) -> None:
-        self.trial, self.state, self.file, self.progress = trial, state, file, progress
-        depth, images = len(trial.selects), trial.images
-        for seen in state.seen:
-            if not (len(seen.merge) == len(seen.keep) == depth and len(seen.distances) == images):
-                raise ConfigError(f"{file} has a plan that is not of {depth} layers and {images} images.", AGAIN)
-        self._known = {seen.plan: seen for seen in state.seen}
+    def __init__(self, trial: Trial, progress: Progress | None) -> None:
+        self.trial, self.progress = trial, progress
+        self.known = dict[LayerPlan, Tried]()
 
     def measure(self, plans: Sequence[LayerPlan], stage: str, model: FidelityModel | None = None) -> list[float]:
         """Mean distances; those that are known already are not measured again."""
         for number, plan in enumerate(plans):
-            if plan not in self._known:
+            if plan not in self.known:
                 predicted = None if model is None else model.of(plan)
-                seen = Tried(
-                    merge=plan.merge, keep=plan.keep, distances=self.trial.distances(plan), predicted=predicted
-                )
-                self._known[plan] = seen
-                self.state.seen.append(seen)
-                self.state.save(self.file)
+                self.known[plan] = Tried(plan, self.trial.distances(plan), predicted)
             if self.progress:
                 self.progress(stage, number + 1, len(plans))
         return [self.distance(plan) for plan in plans]
 
     def distance(self, plan: LayerPlan) -> float:
         """Mean of a plan that was measured."""
-        return fmean(self._known[plan].distances)
+        return fmean(self.known[plan].distances)
 
     def shape(self, plan: LayerPlan) -> float:
         """Of the gamma distribution that the distances of single images have; an exponential one's at most."""
-        distances, least = self._known[plan].distances, self.trial.judge.least
+        distances, least = self.known[plan].distances, self.trial.judge.least
         return min(1.0, (max(fmean(distances), least) / max(float(np.std(distances, ddof=1)), least)) ** 2)
 
     def predicted(self, plan: LayerPlan) -> float:
@@ -133,7 +94,7 @@ class Search:
         found = iter(self.measure(reading, "each layer alone, reading"))
         keep = [next(found) if own else 1.0 for own in selects]
         model = FidelityModel(Sensitivities(np.array(merge), np.array(keep)), patches, self.trial.judge.least)
-        known = [seen for seen in self.state.seen if not seen.plan.is_dense and seen.plan != but]
+        known = [seen for seen in self.known.values() if not seen.plan.is_dense and seen.plan != but]
         return model.fitted([seen.plan for seen in known], [fmean(seen.distances) for seen in known])
 
 
@@ -199,30 +160,42 @@ class Engines:
 def explore(search: Search, engines: Engines, bound: Bound, tile: int, until: float) -> FidelityModel:
     """Measure plans where the front is expected, until the answer stays as it is; returns the model that it ends with.
 
+    Ctrl-C ends it too, once each layer alone is known: what was found so far is what answers are chosen of.
     until: `time.monotonic()` at which no round is begun any more.
     """
-    model, before, selects = search.model(), 0.0, search.trial.selects
-    for number in range(ROUNDS):
-        solvers = {e: Solver(latency, model, selects, tile) for e, latency in engines.latencies.items()}
-        aims = {engine: _aim(solver, bound, engines.losses[engine]) for engine, solver in solvers.items()}
-        costs = {e: _cost(solver, aims[e], bound, engines.losses[e]) for e, solver in solvers.items()}
-        best = min(costs.values())
-        followed = [e for e in sorted(costs, key=costs.__getitem__)[:MOST_ENGINES] if costs[e] <= CLOSE * best]
-        plans = dict.fromkeys(
-            solvers[engine].at_distance(aims[engine] * factor)
-            for engine in followed
-            for factor in (NEAR if number else SPREAD)
-        )
-        search.measure([plan for plan in plans if not plan.is_dense], f"round {number + 1}", model)
-        model = search.model()
-        for engine in followed:
-            plan = Solver(engines.latencies[engine], model, selects, tile).at_distance(aims[engine])
-            if engine not in engines.anchors and not plan.is_dense:
-                engines.calibrate(engine, plan, *search.measure([plan], "near the answer", model))
-        if abs(best - before) < SETTLED * best or time.monotonic() > until:
-            break
-        before = best
-    return model
+    model, before = search.model(), 0.0
+    with contextlib.suppress(KeyboardInterrupt):
+        for number in range(ROUNDS):
+            best = _round(number, search, engines, bound, tile, model)
+            model = search.model()
+            if abs(best - before) < SETTLED * best or time.monotonic() > until:
+                break
+            before = best
+    return search.model()
+
+
+def _round(
+    number: int, search: Search, engines: Engines, bound: Bound, tile: int, model: FidelityModel
+) -> float:  # fmt: skip
+    """Plans around the bound measured in the engines that are near the best; what the best was expected to cost."""
+    selects = search.trial.selects
+    solvers = {e: Solver(latency, model, selects, tile) for e, latency in engines.latencies.items()}
+    aims = {engine: _aim(solver, bound, engines.losses[engine]) for engine, solver in solvers.items()}
+    costs = {e: _cost(solver, aims[e], bound, engines.losses[e]) for e, solver in solvers.items()}
+    best = min(costs.values())
+    followed = [e for e in sorted(costs, key=costs.__getitem__)[:MOST_ENGINES] if costs[e] <= CLOSE * best]
+    plans = dict.fromkeys(
+        solvers[engine].at_distance(aims[engine] * factor)
+        for engine in followed
+        for factor in (NEAR if number else SPREAD)
+    )
+    search.measure([plan for plan in plans if not plan.is_dense], f"round {number + 1}", model)
+    model = search.model()
+    for engine in followed:
+        plan = Solver(engines.latencies[engine], model, selects, tile).at_distance(aims[engine])
+        if engine not in engines.anchors and not plan.is_dense:
+            engines.calibrate(engine, plan, *search.measure([plan], "near the answer", model))
+    return best
 
 
 def _aim(solver: Solver, bound: Bound, loss: float) -> float:

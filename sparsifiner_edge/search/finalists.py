@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.profiles.boards.board import Board
@@ -22,11 +21,9 @@ from sparsifiner_edge.profiles.measure.side import (
     warm_up,
 )
 from sparsifiner_edge.profiles.measure.worker import Load
-from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.stats import medians_in_turn
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
@@ -138,24 +135,6 @@ class Stopwatch:
             ms = of_bundle.latency_ms
             found.append(Estimate(ms.value, ms.low, ms.high, ESTIMATED, f"estimated, not measured: {ms.method}"))
         return found
-
-    def watts(self, subject: Contender) -> float:
-        """Mean power while a model computes, as its sensor reads it, or as it is estimated for a board.
-
-        Raises:
-            ConfigError: nothing reads it here.
-        """
-        if self.board is not None:
-            of_bundle = estimate_bundle(subject.bundle, self.board, precision=subject.engine.precision).statistics
-            return of_bundle.energy_j.power_w
-        profile = profile_bundle(subject.bundle, backend=subject.engine.backend, seconds=SECONDS, layers=False)
-        found = profile.statistics.subject.energy
-        power = found if isinstance(found, Unavailable) else found.mean_w
-        if isinstance(power, Unavailable):
-            raise ConfigError(
-                f"Energy cannot be read here: {power.why}.", "Bound the time, --at-most-ms, or name a board, --board."
-            )
-        return power
 
     def _measured(self, subjects: Sequence[Contender]) -> list[Estimate]:
         rules = replace(make_rules(SECONDS, LEAST_ROUNDS), blocks=LEAST_ROUNDS)

@@ -54,16 +54,6 @@ class Finalist(msgspec.Struct, frozen=True, kw_only=True):
     command: str
 
 
-class Rival(msgspec.Struct, frozen=True, kw_only=True):
-    """A bundle of the user's to compare with, in one engine; fidelity and ms as of a `Finalist`."""
-
-    path: str
-    backend: str
-    precision: str
-    fidelity: float
-    ms: Estimate
-
-
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
     """The answer on images that nothing was searched or calibrated with."""
 
@@ -75,8 +65,6 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     """How it was searched.
 
     Attributes:
-        watts: mean power of the dense model, by which a bound of energy became one of time.
-        corruptions: with severities, those that the images suffered which plans were judged by, one each.
         board: None: this machine. images: names by use. tables: by engine, what its latencies were measured with.
     """
 
@@ -84,11 +72,8 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     task: str | None = None
     at_least: float | None = None
     at_most_ms: float | None = None
-    at_most_mj: float | None = None
-    watts: float | None = None
     seed: int
     board: str | None = None
-    corruptions: list[str] | None = None
     images: dict[str, list[str]]
     solver: str = "dynamic program over layers; price of fidelity bisected"
     tables: dict[str, Any]
@@ -98,7 +83,7 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
     """What was found.
 
     Attributes:
-        points: in the order of fidelity. finalists: the answer first, if there is one. rivals: as given.
+        points: in the order of fidelity. finalists: the answer first, if there is one.
         dense_ms: the dense model by what runs it: the fastest, and what runs finalists. drift: its time at the end over
             that at the start; more than a tenth off 1, the machine changed its speed, and predictions are of another.
         losses: by engine, the fidelity that its precision loses: of the plan near the answer that was measured whole,
@@ -112,7 +97,6 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
     finalists: list[Finalist]
     answer: Known[Finalist]
     check: Known[Checked]
-    rivals: list[Rival]
     dense_ms: dict[str, Estimate]
     drift: dict[str, float]
     losses: dict[str, float]
@@ -152,13 +136,11 @@ def draw_front(result: SearchResult, path: Path) -> None:
     for engine in sorted({name for point in found.points for name in point.predicted_ms}):
         line = sorted((p.predicted_ms[engine], p.fidelity) for p in found.points if p.on_front)
         axis.plot(*zip(*line, strict=True), ".-", lw=0.8, ms=4, label=f"predicted, {engine}")
-    marked: list[tuple[Finalist | Rival, str, str]] = [(x, f"{x.backend}, {x.precision}", "o") for x in found.finalists]
-    marked += [(x, f"{Path(x.path).name}, {x.backend}, {x.precision}", "s") for x in found.rivals]
-    for one, name, mark in marked:
+    for one in found.finalists:
         low, high = (bound if isinstance(bound, float) else one.ms.value for bound in (one.ms.low, one.ms.high))
         reach = [[one.ms.value - low], [high - one.ms.value]]
-        label = f"{'measured' if result.method.board is None else 'estimated'}, {name}"
-        axis.errorbar([one.ms.value], [one.fidelity], xerr=reach, fmt=mark, capsize=3, label=label)
+        label = f"{'measured' if result.method.board is None else 'estimated'}, {one.backend}, {one.precision}"
+        axis.errorbar([one.ms.value], [one.fidelity], xerr=reach, fmt="o", capsize=3, label=label)
     if result.method.at_least is not None:
         axis.axhline(result.method.at_least, color="black", lw=0.8)
     if result.method.at_most_ms is not None:

@@ -22,12 +22,10 @@ class Fidelity(NamedTuple):
     """How answers are judged.
 
     Attributes:
-        distance: 1 - fidelity of what a model makes of an image, by its number. reads: names of the outputs that this
-            needs of a bundle. least: a distance counts as no smaller.
+        distance: 1 - fidelity of what a model makes of an image, by its number. least: a distance counts as no smaller.
     """
 
     distance: Callable[[int, Answer], float]
-    reads: frozenset[str] = frozenset({TOKENS})
     least: float = ROUNDING
 
 
@@ -69,7 +67,7 @@ def _overlap(wanted: Sequence[Answer]) -> Fidelity:
     def distance(number: int, got: Answer) -> float:
         return 1 - (map_scores(got.outputs[names[0]], masks[number], THRESHOLD, ("iou",))["iou"] or 0.0)
 
-    return Fidelity(distance, frozenset(names), COARSE)
+    return Fidelity(distance, COARSE)
 
 
 def _own(task: str, wanted: Sequence[Answer], paths: Sequence[Path]) -> Fidelity:
@@ -91,4 +89,4 @@ def _own(task: str, wanted: Sequence[Answer], paths: Sequence[Path]) -> Fidelity
         lost = dense[number] - score(number, got.outputs)
         return max(0.0, lost if metric.higher_is_better else -lost)
 
-    return Fidelity(distance, frozenset(wanted[0].outputs) - {TOKENS}, COARSE)
+    return Fidelity(distance, COARSE)

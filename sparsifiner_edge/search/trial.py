@@ -10,19 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.bounds import ImageSize
-from sparsifiner_edge.corruptions import Condition, corrupt
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.judge import Answer
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.torch_native import native_kernels
-from sparsifiner_edge.runtime.session import Session
 from sparsifiner_edge.search.judge import fidelity_of
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.sparse.attention import SparseAttention
-from sparsifiner_edge.sparse.outputs import TOKENS, answer_of, outputs_of
+from sparsifiner_edge.sparse.outputs import answer_of, outputs_of
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
@@ -36,21 +32,19 @@ class Trial:
 
     Args:
         metric: one of `judge.FIDELITIES`. task: of "task" a user's metric; None: a decoder's map.
-        conditions: by image the corruption that it suffers; none: all are clean.
 
     Attributes:
-        patches: of the backbone. images: how many. judge: of what a model makes of the images.
+        patches: of the backbone. judge: of what a model makes of the images.
         selects: by layer whether it has a predictor; one without stays dense.
     """
 
     def __init__(
-        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, task: str | None = None,
-        conditions: Sequence[Condition] = (),
-    ) -> None:  # fmt: skip
+        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, task: str | None = None
+    ) -> None:
         self._student = student
         self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
-        self.patches, self.images = student.backbone.patches, len(paths)
-        self._raw = [image[None] for image in _seen(paths, student.img_size, conditions)]
+        self.patches = student.backbone.patches
+        self._raw = [load_image(path, student.img_size)[None] for path in paths]
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():
             wanted = [answer_of(teacher, image, student.outputs) for image in self._pixels]
@@ -99,21 +93,6 @@ class Trial:
                 hook.remove()
         return outputs
 
-    def require_comparable(self, session: Session, bundle: Path) -> None:
-        """Refuse a bundle of other images, or without the outputs that this metric reads.
-
-        Raises:
-            ConfigError: it is one.
-        """
-        (given,) = session.inputs
-        lacking = self.judge.reads - {output.name for output in session.outputs}
-        size = list(self._raw[0].shape[1:3])
-        if list(given.shape[1:3]) != size:
-            raise ConfigError(f"{bundle} takes images of {list(given.shape[1:3])}.", f"Export one that takes {size}.")
-        if lacking:
-            fix = "Export it with --tokens." if TOKENS in lacking else "Give one of the same model."
-            raise ConfigError(f"{bundle} has no output {', '.join(sorted(lacking))}.", fix)
-
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]]) -> list[float]:
         """1 - the metric, image by image, of what a session makes of them."""
         prefix = self._student.backbone.prefix
@@ -131,12 +110,3 @@ def _giving(layers: Sequence[Any], outputs: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for layer, _ in zip(layers, outputs, strict=False):
             del layer.forward
-
-
-def _seen(paths: Sequence[Path], size: ImageSize, conditions: Sequence[Condition]) -> list[Pixels]:
-    """Images, each under its corruption."""
-    images = [load_image(path, size) for path in paths]
-    if not conditions:
-        return images
-    pairs = zip(images, conditions, strict=True)
-    return [corrupt(image, *condition, seed=number) for number, (image, condition) in enumerate(pairs)]

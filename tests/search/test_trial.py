@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.corruptions import Condition, corrupt
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.sessions import file_session
@@ -18,7 +17,7 @@ from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.graph import gets_merged
 from sparsifiner_edge.profiles.stats import skewed_mean
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.search.explore import Search, State, Tried
+from sparsifiner_edge.search.explore import Search, Tried
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
 from sparsifiner_edge.search.plan import LayerPlan, dense, uniform
 from sparsifiner_edge.search.trial import Trial
@@ -50,23 +49,6 @@ def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictu
         cosine = torch.cosine_similarity(got[:, 1:], wanted[:, 1:], dim=-1).mean()
         assert distance == pytest.approx(1 - float(cosine), abs=1e-5)
     assert trial.distances(plan) == found, "a plan in between changes nothing"
-
-
-def test_images_each_suffer_a_corruption_of_their_own(student: Student, pictures: Path) -> None:
-    paths, teacher = list_images(pictures), dense_twin(student).model
-    conditions = [Condition("fog", 3), Condition("contrast", 5), Condition("rotation", 2)]
-    trial = Trial(student, teacher, paths, "patches", None, conditions)
-    plan = LayerPlan((20, 0, 10, 0, 0, 0), (0.2, 1.0, 0.5, 1.0, 1.0, 1.0))
-    assert trial.distances(plan) == Trial(student, teacher, paths, "patches", None, conditions).distances(plan)
-    known = [[corrupt(load_image(path, 160), *each, seed=n) for each in conditions] for n, path in enumerate(paths)]
-    seen = [
-        int(np.argmin([np.abs(raw[0].astype(int) - x).sum() for x in of]))
-        for raw, of in zip(trial._raw, known, strict=True)
-    ]
-    assert seen == [0, 1, 2]
-    assert all(np.array_equal(raw[0], of[at]) for raw, of, at in zip(trial._raw, known, seen, strict=True))
-    clean = Trial(student, teacher, paths, "patches").distances(plan)
-    assert trial.distances(plan) != clean
 
 
 def test_layers_before_the_first_change_are_not_run_again(
@@ -118,18 +100,12 @@ def test_the_tokens_of_a_model_with_a_decoder_are_judged_too(tmp_path: Path, pic
     made = load_student(start, trust=[FACTORIES])
     judged = Trial(made, dense_twin(made).model, list_images(pictures), "patches")
     plan = uniform(8, 1.0, len(judged.selects), judged.patches)
-    whole, lacking = (
-        export_bundle(
-            start, tmp_path / str(tokens), merge=plan.merge, keep=plan.short_keep, tokens=tokens, trust=[FACTORIES]
-        )
-        for tokens in (True, False)
+    bundle = export_bundle(
+        start, tmp_path / "bundle", merge=plan.merge, keep=plan.short_keep, tokens=True, trust=[FACTORIES]
     )
-    with open_session(whole) as session:
+    with open_session(bundle) as session:
         assert [output.name for output in session.outputs] == ["depth", "tokens"]
-        judged.require_comparable(session, whole)
         np.testing.assert_allclose(judged.distances_of(session.infer), judged.distances(plan), rtol=0.02)
-    with open_session(lacking) as session, pytest.raises(ConfigError, match="no output tokens"):
-        judged.require_comparable(session, lacking)
 
 
 def test_an_output_of_its_own_with_the_name_of_tokens_is_refused(tmp_path: Path) -> None:
@@ -157,7 +133,6 @@ def test_a_metric_of_the_users_own(
         start, tmp_path / "bundle", merge=harsh.merge, keep=harsh.short_keep, tokens=tokens, trust=trust
     )
     with open_session(bundle) as session:
-        judged.require_comparable(session, bundle)
         np.testing.assert_allclose(judged.distances_of(session.infer), found[1], atol=0.02)
     for name, words in (
         ("Silent", "A search needs a score"), ("Broken", "Broken.update failed"), ("Unmade", "no labels here"),
@@ -171,12 +146,12 @@ def test_a_metric_of_the_users_own(
     ("distances", "shape"), [([0.0] * 6, 1.0), ([0.02] * 6, 1.0), ([0.0] * 5 + [0.3], 1 / 6)]
 )  # fmt: skip
 def test_how_images_differ_is_told_of_any_distances(
-    student: Student, pictures: Path, tmp_path: Path, distances: list[float], shape: float
+    student: Student, pictures: Path, distances: list[float], shape: float
 ) -> None:
     trial = Trial(student, dense_twin(student).model, list_images(pictures), "patches")
     plan = uniform(4, 1.0, len(trial.selects), trial.patches)
-    seen = Tried(merge=plan.merge, keep=plan.keep, distances=distances)
-    search = Search(trial, State(about={}, seen=[seen]), tmp_path / "state.json", None)
+    search = Search(trial, None)
+    search.known[plan] = Tried(plan, distances)
     assert search.shape(plan) == pytest.approx(shape, rel=1e-6)
     bound = skewed_mean(distances, search.shape(plan))
     assert bound.value <= bound.high
