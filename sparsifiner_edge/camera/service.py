@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from sparsifiner_edge.camera.sources import Source, require_decoder, require_oth
 from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
 from sparsifiner_edge.files import io_errors
+from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import write_record
 
 _TICK_S = 0.1
@@ -136,30 +135,6 @@ def _close_quietly(events: LineWriter) -> None:
     """Who read the events may have gone; that is no failure of the run."""
     with contextlib.suppress(OSError):
         events.close()
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, once; after that they do what they did before."""
-    asked = threading.Event()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def stop(_number: int, _frame: object) -> None:
-        asked.set()
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in numbers:
-        if before[number] is not signal.SIG_IGN:
-            signal.signal(number, stop)
-    try:
-        yield asked
-    finally:
-        restore()
 
 
 def _ms(began_ns: int, ended_ns: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from statistics import fmean
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsifiner_edge.errors import GateError
+from sparsifiner_edge.process import stopping
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
 from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency
@@ -50,21 +52,27 @@ class Tried(NamedTuple):
     predicted: float | None = None
 
 
+class _StoppedError(Exception):
+    """No plan is measured any more."""
+
+
 class Search:
     """Plans of one student, measured on images as they come up.
 
     Attributes:
-        known: what was measured, in that order.
+        known: what was measured, in that order. stop: once set, no other plan is measured.
     """
 
     def __init__(self, trial: Trial, progress: Progress | None) -> None:
         self.trial, self.progress = trial, progress
-        self.known = dict[LayerPlan, Tried]()
+        self.known, self.stop = dict[LayerPlan, Tried](), threading.Event()
 
     def measure(self, plans: Sequence[LayerPlan], stage: str, model: FidelityModel | None = None) -> list[float]:
         """Mean distances; those that are known already are not measured again."""
         for number, plan in enumerate(plans):
             if plan not in self.known:
+                if self.stop.is_set():
+                    raise _StoppedError
                 predicted = None if model is None else model.of(plan)
                 self.known[plan] = Tried(plan, self.trial.distances(plan), predicted)
             if self.progress:
@@ -160,11 +168,11 @@ class Engines:
 def explore(search: Search, engines: Engines, bound: Bound, tile: int, until: float) -> FidelityModel:
     """Measure plans where the front is expected, until the answer stays as it is; returns the model that it ends with.
 
-    Ctrl-C ends it too, once each layer alone is known: what was found so far is what answers are chosen of.
+    Ctrl-C (or SIGTERM) ends it too, once each layer alone is known: of what was found so far answers are chosen.
     until: `time.monotonic()` at which no round is begun any more.
     """
     model, before = search.model(), 0.0
-    with contextlib.suppress(KeyboardInterrupt):
+    with stopping() as search.stop, contextlib.suppress(_StoppedError):
         for number in range(ROUNDS):
             best = _round(number, search, engines, bound, tile, model)
             model = search.model()
