@@ -56,7 +56,7 @@ from sparsifiner_edge.sparse.teacher import teacher_of
 RESERVED = 0.4
 """Of the time asked for, what exports and the last measurement may take."""
 Value = TypeVar("Value")
-FRONT = "front.json"
+FRONT, STUDENT, BUNDLE = "front.json", "student", "bundle"
 
 
 def search_model(

@@ -201,5 +201,5 @@ def _per_inference(inside: Integral, idle_w: Known[float], reach_w: float | None
         return Unavailable("the sensor read exactly the same, idle and at work: it is frozen, or does not see the work")
     # Uncovered time is taken at the mean of the covered.
     watts, seconds = inside.watts - idle_w, inside.asked_s / inferences
-    bounds = (None, None) if reach_w is None else ((watts - reach_w) * seconds, (watts + reach_w) * seconds)
-    return estimate(watts * seconds, *bounds, _METHOD)
+    low, high = (None if reach_w is None else (watts + way * reach_w) * seconds for way in (-1, 1))
+    return estimate(watts * seconds, low, high, _METHOD)
