@@ -88,7 +88,7 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
             weight.mul_((LOGIT_SPREAD / backbone.width) ** 0.5 / float(weight.std()))
     se.sparsify_model(model, keep=0.25 if backbone.patches < 1000 else 0.10)
     example = torch.zeros(1, 3, *backbone.image_size)
-    bundle = open_bundle(se.export_model(model, example, folder / "bundle", mean=(0.5,) * 3, std=(0.25,) * 3))
+    bundle = open_bundle(se.export_model(model, example, folder / "bundle", normalise=((0.5,) * 3, (0.25,) * 3)))
     manifest, sparsity = bundle.manifest, backbone.sparsity
     assert sparsity is not None
     return {

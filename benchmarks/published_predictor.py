@@ -40,6 +40,7 @@ from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse import calibrate
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
+from sparsifiner_edge.sparse.source import LoadedModel
 from sparsifiner_edge.sparse.student import Student, make_student
 from sparsifiner_edge.sparse.weights import normalise
 
@@ -55,7 +56,8 @@ STARTS = {"now": (calibrate.UP_START, calibrate.UP_CLASS), "entries of 1": (1.0,
 def made(start: tuple[float, float], calibration: Sequence[Tensor]) -> Student:
     """A student whose up-projection starts at these entries."""
     model = load_model(material.DINOV2, weights_file(), SIZE)
-    student = make_student(material.DINOV2, model, SparsityConfig.for_preset("paper", keep=KEEPS[0]))
+    loaded = LoadedModel("timm", material.DINOV2, model, preprocessing(model))
+    student = make_student(loaded, SparsityConfig.for_preset("paper", keep=KEEPS[0]))
     with mock.patch.multiple(calibrate, UP_START=start[0], UP_CLASS=start[1]):
         calibrate.calibrate_from_images(student.model, calibration)
     return student

@@ -36,7 +36,7 @@ from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.sparse.source import from_factory
+from sparsifiner_edge.sparse.source import load_source
 from sparsifiner_edge.sparse.weights import normalise
 
 MODULE, SIZE = "sparsifiner_edge.demo.saliency", 518
@@ -126,8 +126,8 @@ def times(dense: Path, files: dict[str, Exported], tell: Any) -> tuple[dict[str,
     """Milliseconds [rounds, 1] of every engine; medians, and the ratio of the fastest dense to the fastest of ours."""
     threads = available_cores()
     image = smooth_images(SIZE)
-    loaded = from_factory(f"{MODULE}:saliency", None)
-    pixels = normalise(torch.from_numpy(image), loaded.pixels)
+    loaded = load_source(f"{MODULE}:saliency")
+    pixels = normalise(torch.from_numpy(image), loaded.normalisation)
     torch.set_num_threads(threads)
 
     def in_torch() -> Any:

@@ -1,12 +1,14 @@
-"""Images from files and folders, as uint8 arrays of the size a model takes."""
+"""Images from files and folders, as uint8 arrays of the size a model takes, and what it expects of their pixels."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +22,61 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What these endings stand for, and no other decoder: one of Pillow's starts another program."""
 _FIX = "Replace or remove it."
 Item = TypeVar("Item")
+Normalise: TypeAlias = tuple[Sequence[float], Sequence[float]] | Literal[False] | None
+"""What a caller says of pixels: mean and standard deviation (see `Normalisation`); False: the module normalises inside,
+pixels from 0 to 1; None: nothing, so that the model itself must.
+"""
+_Deviation = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Normalisation(msgspec.Struct, frozen=True):
+    """What a model expects of an image: x = (pixel * scale - mean) / std per channel of RGB."""
+
+    mean: tuple[float, float, float]
+    std: tuple[_Deviation, _Deviation, _Deviation]
+    scale: Literal["1/255"] = "1/255"
+
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std}, scale {self.scale}"
+
+    @classmethod
+    def checked(cls, mean: Any, std: Any) -> Normalisation:
+        """Of three finite numbers each, standard deviations above 0.
+
+        Raises:
+            ConfigError: something else.
+        """
+        return cls(_channels("mean", mean), _channels("std", std, 0.0))
+
+    @classmethod
+    def given(cls, normalise: Normalise) -> Normalisation | None:
+        """What a caller said; None: nothing.
+
+        Raises:
+            ConfigError: it is neither of what `Normalise` is.
+        """
+        if normalise is None or normalise is False:
+            return None if normalise is None else AS_IS
+        if isinstance(normalise, tuple) and len(normalise) == 2:
+            return cls.checked(*normalise)
+        raise ConfigError(
+            f"normalise is {normalise!r:.80}.", "Give (mean, std), or False where the module normalises inside."
+        )
+
+
+AS_IS = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+"""Pixels from 0 to 1, whatever the module does with them."""
+
+
+def _channels(name: str, values: Any, above: float = -math.inf) -> tuple[float, float, float]:
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError, RuntimeError):  # The last of a tensor with other axes than one.
+        red = green = blue = math.nan
+    if not all(above < value < math.inf for value in (red, green, blue)):
+        raise ConfigError(f"{name} is {values!r:.80}.", "Give one number for each of red, green and blue.")
+    return red, green, blue
 
 
 def list_images(source: Path) -> list[Path]:

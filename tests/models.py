@@ -11,8 +11,9 @@ import torch
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.novelty import fit_density
-from sparsifiner_edge.sparse.hosts.timm import TimmModel
+from sparsifiner_edge.sparse.hosts.timm import TimmModel, preprocessing
 from sparsifiner_edge.sparse.novelty import Novelty
+from sparsifiner_edge.sparse.source import LoadedModel
 from sparsifiner_edge.sparse.student import Student, make_student
 
 TINY = "test_vit"
@@ -33,7 +34,12 @@ def vit(name: str = TINY, seed: int = 0, **options: Any) -> TimmModel:
 
 def student(name: str = TINY, sparsity: SparsityConfig = TINY_CONFIG, **options: Any) -> Student:
     """A sparse model with projections from its weights."""
-    return make_student(name, vit(name, **options), sparsity)
+    return sparse(name, vit(name, **options), sparsity)
+
+
+def sparse(name: str, model: TimmModel, sparsity: SparsityConfig = TINY_CONFIG) -> Student:
+    """A model of timm's made sparse in place, with projections from its weights."""
+    return make_student(LoadedModel("timm", name, model, preprocessing(model)), sparsity)
 
 
 def with_density(made: Student) -> Student:

@@ -66,9 +66,8 @@ def dense(once: Once) -> Path:
 def export_shallow(made: Student, output: Path, depth: int = 2, **options: Any) -> Path:
     """Of a student its first layers alone: what is particular to an architecture is in each of them."""
     made.model.blocks = made.model.blocks[:depth]
-    pixels = preprocessing(made.model)
-    example = torch.zeros(1, 3, *made.model.patch_embed.img_size)
-    return export_model(made.model, example, output, mean=pixels.mean, std=pixels.std, **options)
+    example, pixels = torch.zeros(1, 3, *made.model.patch_embed.img_size), made.normalisation
+    return export_model(made.model, example, output, normalise=(pixels.mean, pixels.std), **options)
 
 
 def model_of(bundle: Path) -> onnx.ModelProto:

@@ -21,9 +21,9 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 import sparsifiner_edge as se
 from sparsifiner_edge.demo.saliency import saliency
 from sparsifiner_edge.demo.split import development, home
-from sparsifiner_edge.images import load_image, load_mask
+from sparsifiner_edge.images import Normalisation, load_image, load_mask
 from sparsifiner_edge.metrics import auroc, intersection_over_union, mean_absolute_error
-from sparsifiner_edge.sparse.weights import Normalisation, normalise
+from sparsifiner_edge.sparse.weights import normalise
 from tests.commands import assert_refused, call, process
 
 FACTORY, METRICS = "tests.hosts.factories", "tests.hosts.metrics"

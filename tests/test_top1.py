@@ -29,9 +29,9 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.images import list_images, load_image, open_image
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.hosts.timm import load_model
-from sparsifiner_edge.sparse.student import load_student, make_student, save_student
+from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call
-from tests.models import TINY, TINY_CONFIG, vit
+from tests.models import TINY, sparse, vit
 from tests.once import Once
 from tests.plain import evaluate_student
 
@@ -79,7 +79,7 @@ def made(once: Once) -> dict[str, Path]:
     def make(folder: Path) -> None:
         model = classifier(photographs(folder / "data"))
         save_file(model.state_dict(), folder / "weights.safetensors")
-        save_student(make_student(TINY, model, TINY_CONFIG), folder / "student")
+        save_student(sparse(TINY, model), folder / "student")
         export_bundle(folder / "student", folder / "bundle", batch=4)
         export_bundle(folder / "student", folder / "dynamic", batch="dynamic")
 

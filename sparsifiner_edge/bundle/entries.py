@@ -7,14 +7,6 @@ from __future__ import annotations
 from msgspec import Struct, field
 
 
-class Folded(Struct, frozen=True):
-    """Preprocessing that the file does: mean and standard deviation per channel of pixels times `scale`."""
-
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    scale: str | None = None
-
-
 class OutputCheck(Struct, frozen=True):
     """An output of the file compared with torch's; the last with torch reading the keys that the file selected."""
 

@@ -16,7 +16,6 @@ from sparsifiner_edge.bundle.entries import (
     BoardKernels,
     Check,
     Float16,
-    Folded,
     Measured,
     NoveltyFit,
     Quantisation,
@@ -25,6 +24,7 @@ from sparsifiner_edge.bundle.entries import (
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.records import read_record, write_record
 
 BUNDLE_SCHEMA = 3
@@ -71,12 +71,12 @@ class Preprocessing(msgspec.Struct, frozen=True):
     Attributes:
         size: pixels, one number for a square, else height and width.
         resize: how an image gets there, "centre square, bicubic" or "centre rectangle, bicubic".
-        folded: mean, standard deviation and scale, which the file applies.
+        folded: what the file does to pixels, where the model does not do it itself.
     """
 
     size: _ImageSize
     resize: str = "centre square, bicubic"
-    folded: Folded | None = None
+    folded: Normalisation | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True):

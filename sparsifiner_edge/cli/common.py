@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 import rich.progress
@@ -22,6 +23,9 @@ from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json, finite, shown
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.images import Normalisation
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -156,6 +160,26 @@ trust_option = click.option("--trust", multiple=True, metavar="MODULE",
     help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
 
 
+def normalise_options(command: Command) -> Command:
+    """`--mean`, `--std` and `--no-normalise` as the one argument `normalise`; see `images.Normalise`."""
+
+    @functools.wraps(command)
+    def with_normalise(*, mean: str | None, std: str | None, no_normalise: bool, **options: Any) -> Any:
+        if (mean is None) != (std is None) or (no_normalise and mean is not None):
+            raise click.UsageError("Give --mean and --std, or --no-normalise alone.")
+        given = None if mean is None or std is None else (mean.split(","), std.split(","))
+        return command(normalise=False if no_normalise else given, **options)
+
+    for option in (
+        click.option("--no-normalise", is_flag=True, help="The model normalises inside, of pixels from 0 to 1."),
+        click.option("--std", metavar="R,G,B", help="Their standard deviation, likewise."),
+        click.option("--mean", metavar="R,G,B",
+            help="Mean of pixels / 255 that the model expects; by default what it declares or its library records."),
+    ):  # fmt: skip
+        with_normalise = option(with_normalise)
+    return cast(Command, with_normalise)
+
+
 @contextlib.contextmanager
 def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
     """A progress bar with the time left, on standard error; gives what moves it."""
@@ -189,6 +213,14 @@ def print_novelty(student: Path) -> None:
     found = read_config(student).novelty
     few = f"none, for want of {LEAST_IMAGES} images that can be read and differ"
     click.echo(f"novelty: {f'fitted to {found.images} images' if found else few}")
+
+
+def normalisation_text(found: Normalisation | None) -> str:
+    """What the file does to pixels."""
+    from sparsifiner_edge.images import AS_IS
+
+    none = "no normalisation: the module does it itself, of pixels from 0 to 1"
+    return none if found == AS_IS else f"folded in: {found or 'unknown'}"
 
 
 Shown = TypeVar("Shown")

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 @common.token_keep_option
 @common.merge_option
 @common.trust_option
+@common.normalise_options
 @common.backend_option
 @common.kernels_option
 @common.json_option

@@ -42,6 +42,7 @@ from sparsifiner_edge.cli import common
 @click.option("--tokens", is_flag=True, help="Also give the tokens of a classifier, or of a model with a decoder.")
 @click.option("--novelty/--no-novelty", default=True,
               help="Also say how unlike its calibration images an image is, if the student had some.")  # fmt: skip
+@common.normalise_options
 @common.json_option
 @common.output_option("Bundle folder to write.")
 def command(*, source: str, output: Path, as_json: bool, measure: bool, measure_in: str | None, **options: Any) -> None:
@@ -61,6 +62,8 @@ def command(*, source: str, output: Path, as_json: bool, measure: bool, measure_
 
 def _print(bundle: Bundle) -> None:
     folder, manifest = bundle.folder, bundle.manifest
+    if manifest.preprocessing is not None:
+        click.echo(common.normalisation_text(manifest.preprocessing.folded))
     for line in (*_check(manifest), *_novelty(manifest), *_merged(manifest), *_changes(manifest), *_measured(manifest)):
         click.echo(line)
     for board in manifest.boards:

@@ -63,6 +63,7 @@ TOLD_DRIFT = 0.1
     help="Of which images are kept for the check.",
 )
 @common.trust_option
+@common.normalise_options
 @common.json_option
 @common.output_option("Folder for front.json, front.png, student/ and bundle/.")
 def command(*, source: str, data: Path, output: Path, as_json: bool, **options: Any) -> None:

@@ -36,6 +36,7 @@ from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_te
 )
 @click.option("--merge-window", type=int, help="Partners along the curve that a token is compared with (16).")
 @click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
+@common.normalise_options
 @common.output_option("Student folder to write.")
 def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> None:
     """Make MODEL sparse, without training, and write a student folder.
@@ -50,11 +51,14 @@ def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> N
         folder = sparsifiner_edge.sparsify(model, output, dense_layers=layers, progress=progress, **options)
     from sparsifiner_edge.sparse.student_file import read_config  # once the extra `train` is known to be there
 
-    made = SparsityConfig.from_dict(read_config(folder).sparsity)
+    config = read_config(folder)
+    made = SparsityConfig.from_dict(config.sparsity)
+    click.echo(common.normalisation_text(config.normalisation))
     if options["calibrate"] is not None:
         common.print_novelty(folder)
     merging = f", merge {merge_text(made.merge)}" if any(made.merge) else ""
+    trust = f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
     click.echo(
         f"{folder}: student written, keep {keep_text(made.keep)}, {made.cells} cells{merging}. "
-        f"Next: sparsifiner-edge export {folder} -o BUNDLE/"
+        f"Next: sparsifiner-edge export {folder}{trust} -o BUNDLE/"
     )

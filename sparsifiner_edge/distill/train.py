@@ -180,7 +180,7 @@ class Training:
     def _stream(self) -> Iterator[Batch]:
         return batches(
             self.source,
-            augmentation(self.size, self.recipe.images, self.pre.triples[0]),
+            augmentation(self.size, self.recipe.images, self.pre.mean),
             seed=self.recipe.seed,
             batch=self.recipe.batch,
             first=self.state.step * self.recipe.accumulate,

@@ -14,7 +14,7 @@ from sparsifiner_edge.evaluate.judges import Task
 from sparsifiner_edge.evaluate.robustness import RobustnessQuestion, RobustnessResult, evaluate_robustness
 from sparsifiner_edge.evaluate.scores import ScoresResult, evaluate_scores
 from sparsifiner_edge.evaluate.top1 import Feeding, evaluate_top1
-from sparsifiner_edge.images import evenly, list_images
+from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images
 from sparsifiner_edge.judge import MAPS, THRESHOLD
 from sparsifiner_edge.progress import Progress
 
@@ -44,6 +44,7 @@ def evaluate_student(
     crop_pct: float | None = None,
     batch: int | None = None,
     workers: int | None = None,
+    normalise: Normalise = None,
     progress: Progress | None = None,
 ) -> ScoresResult | ClassResult | RobustnessResult:
     """Compare a student or bundle with its dense teacher over images.
@@ -67,6 +68,7 @@ def evaluate_student(
         corruptions: judge by the same metric while images are corrupted: "all", "common", "camera" or names; see
             `corruptions`. severity: as "3", "1,3,5" or "1..5"; None takes all.
         crop_pct, batch, workers: for top1 on clean images: see `Feeding`.
+        normalise: for `against`, a model: what it expects of pixels; see `sparsify`.
         progress: see `Progress`; counts images.
 
     Returns:
@@ -77,7 +79,10 @@ def evaluate_student(
             without images, classes that differ, or no classifier.
         SparsifinerError: subject, teacher or images are unusable.
     """
-    compared = TeacherComparison(Path(subject), against, weights, keep, token_keep, merge, backend, kernels, trust)
+    compared = TeacherComparison(
+        Path(subject), against, weights, keep, token_keep, merge, backend, kernels, trust,
+        Normalisation.given(normalise),
+    )  # fmt: skip
     chosen = Task(task or MAPS, map_name, Path(masks) if masks else None, THRESHOLD if threshold is None else threshold)
     feeding = Feeding(crop_pct, batch, workers)
     _require_sense(metric, chosen, head, corruptions, severity)

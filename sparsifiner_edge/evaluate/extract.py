@@ -18,12 +18,13 @@ from sparsifiner_edge.bounds import ImageSize, size_text
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.config import Keep
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.hosts import Backbone
 from sparsifiner_edge.sparse.outputs import outputs_of
-from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
+from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, refuse_normalisation
 from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise
 
@@ -66,6 +67,7 @@ class TeacherComparison(NamedTuple):
     """What is compared with which teacher, and what runs bundles: arguments of `evaluate_student`.
 
     Attributes:
+        normalisation: what a dense model expects of pixels; see `load_source`.
         device: torch's name of what models in torch run on. batch: images at once, where a model takes any number;
             None: as suits it. output: the only one that is wanted; None: all.
     """
@@ -79,6 +81,7 @@ class TeacherComparison(NamedTuple):
     backend: str
     kernels: str
     trust: Sequence[str] = ()
+    normalisation: Normalisation | None = None
     device: str = "cpu"
     batch: int | None = None
     output: str | None = None
@@ -126,10 +129,12 @@ def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib
     bundle = against is not None and Path(against).is_dir() and kind_of(Path(against)) is not None
     if weights is not None and (against is None or bundle):
         raise ConfigError("--weights are those of a timm model, and none is named.", "Name it: --against MODEL.")
+    if against is None or bundle:
+        refuse_normalisation(compared.normalisation)
     if against is not None:
         if bundle:
             return _bundle(Path(against), compared, stack)
-        dense = load_dense(str(against), Path(weights) if weights else None, size)
+        dense = load_dense(str(against), Path(weights) if weights else None, size, compared.normalisation)
         origin = dense.provenance.weights or Weights()
         return _torch(dense, str(against), origin.sha256 or origin.origin or "its own code", compared)
     if kind_of(compared.subject) != "student":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
+from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.sparse.calibrate import observed
@@ -16,7 +17,7 @@ from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
 from sparsifiner_edge.sparse.novelty import Novelty, NoveltyScore, tokens_after
 from sparsifiner_edge.sparse.outputs import ALONE, outputs_of
 from sparsifiner_edge.sparse.student import Student
-from sparsifiner_edge.sparse.weights import Normalisation, brief
+from sparsifiner_edge.sparse.weights import brief
 
 
 class DeployedModel(nn.Module):

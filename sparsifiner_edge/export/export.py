@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_number
-from sparsifiner_edge.bundle.entries import Check, Folded, NoveltyFit
+from sparsifiner_edge.bundle.entries import Check, NoveltyFit
 from sparsifiner_edge.bundle.manifest import (
     BUNDLE_SCHEMA,
     MODEL_FILE,
@@ -38,19 +38,25 @@ from sparsifiner_edge.export.graph import DYNAMIC, BatchSize, export_graph, set_
 from sparsifiner_edge.export.int8 import INT8_TARGETS, held_out, quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.export.student_changes import changed
-from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
+from sparsifiner_edge.images import Normalisation, Normalise, centre_text, evenly, list_images, load_image
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, class_labels
 from sparsifiner_edge.sparse.in_memory import require_images
 from sparsifiner_edge.sparse.outputs import ALONE, checked_names
-from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_dense, load_student
+from sparsifiner_edge.sparse.source import declared
+from sparsifiner_edge.sparse.student import (
+    MAX_CALIBRATION_IMAGES,
+    Student,
+    load_dense,
+    load_student,
+    refuse_normalisation,
+)
 from sparsifiner_edge.sparse.student_file import Provenance, checked_labels
-from sparsifiner_edge.sparse.weights import Normalisation
 from sparsifiner_edge.text import shown
 
 _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
@@ -84,6 +90,7 @@ def export_bundle(
     inline: bool = False,
     novelty: bool = True,
     trust: Sequence[str] = (),
+    normalise: Normalise = None,
     progress: Progress | None = None,
 ) -> Path:
     """Export a student folder, or a pretrained model as the dense baseline, to a bundle folder.
@@ -111,7 +118,7 @@ def export_bundle(
             no kernels of ours can take them there.
         novelty: also give the score `novelty` [B,1] (see `sparsifiner_edge.novelty`), if the student was calibrated on
             images of this size.
-        trust: see `load_student`.
+        trust: see `load_student`. normalise: for a model, what it expects of pixels; see `sparsify`.
         progress: for int8; see `Progress`.
 
     Returns:
@@ -126,7 +133,7 @@ def export_bundle(
     size_of_batch = parse_batch(batch)
     wanted = _boards(boards, inline)
     numbers = _numbers(precision, int8_target, calibrate, bool(tile or probe or boards), inline)
-    student = _load(source, weights, img_size, keep, token_keep, merge, trust)
+    student = _load(source, weights, img_size, keep, token_keep, merge, trust, Normalisation.given(normalise))
     student = student if novelty else dataclasses.replace(student, novelty=None)
     student, changes = changed(student, tile, probe, measure, numbers.images, bool(wanted))
     file = _file(student, deploy(student, tokens), size_of_batch, numbers, progress)
@@ -140,8 +147,7 @@ def export_model(
     example: Tensor,
     output: str | Path,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalise: Normalise = None,
     outputs: Sequence[str] | None = None,
     name: str | None = None,
     labels: Sequence[str] = (),
@@ -158,10 +164,11 @@ def export_model(
         module: called with images [B,3,H,W] alone, on the CPU.
         example: such images, floating-point; their size is the bundle's.
         output: folder to write; an earlier bundle there is replaced.
-        mean, std: of pixels / 255, per RGB channel, which the module expects to be taken off and divided by; 0 and 1
-            where it wants pixels from 0 to 1.
+        normalise: what the module expects of pixels / 255: (mean, std), three numbers each; False: nothing, it
+            normalises inside; None: what it declares as `image_mean` and `image_std`.
         outputs: names of what it gives: of a dictionary some of its keys; None takes the module's own.
-        name: of the model, for people; None takes its class. labels: of its classes, if "logits" is an output.
+        name: of the model, for people; None takes its class. labels: of its classes, if "logits" is an output; none
+            takes those of a classifier of timm's or transformers'.
         precision, batch, calibrate, int8_target, inline, progress: as of `export_bundle`.
 
     Returns:
@@ -174,6 +181,7 @@ def export_model(
     target = Path(output)
     require_replaceable(target, "bundle")
     size_of_batch, names = parse_batch(batch), checked_names(outputs)
+    pixels = declared(module, f"This {type(module).__name__}", Normalisation.given(normalise))
     numbers = _numbers(precision, int8_target, calibrate, False, inline)
     backbone = backbone_of(module)
     require_images(example)
@@ -185,7 +193,7 @@ def export_model(
         )
     student = Student(
         module, name or type(module).__name__, backbone.sparsity or SparsityConfig(keep=1), Provenance(),
-        checked_labels(list(labels), "labels"), Normalisation.checked(mean, std), names,
+        pixels, checked_labels(list(labels), "labels"), names,
     )  # fmt: skip
     file = _file(student, deploy(student), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
@@ -293,6 +301,7 @@ def _load(
     token_keep: tuple[tuple[int, float], ...] | None,
     merge: tuple[int, ...] | None,
     trust: Sequence[str],
+    normalisation: Normalisation | None,
 ) -> Student:
     folder = Path(source)
     kind = kind_of(folder) if folder.is_dir() else None
@@ -301,13 +310,14 @@ def _load(
             raise ConfigError(
                 "--keep, --token-keep and --merge require a student.", "Make one with `sparsifiner-edge sparsify`."
             )
-        return load_dense(str(source), Path(weights) if weights else None, img_size)
+        return load_dense(str(source), Path(weights) if weights else None, img_size, normalisation)
     if kind != "student":
         raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
     if weights:
         raise ConfigError(
             "--weights cannot be combined with a student.", "A student has its own weights; leave it out."
         )
+    refuse_normalisation(normalisation)
     return load_student(folder, img_size, keep, token_keep, merge, trust)
 
 
@@ -328,8 +338,8 @@ def model_shape(model: nn.Module) -> ModelShape:
 
 
 def _own_labels(model: nn.Module) -> list[str]:
-    """Of a classifier of timm."""
-    return class_labels(model) if isinstance(model, TimmModel) else []
+    """Of a classifier of timm's or transformers'."""
+    return class_labels(model) if isinstance(model, TimmModel) else list(hugging_face.configured_labels(model))
 
 
 def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> dict[str, str]:
@@ -347,7 +357,7 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
 def _manifest(
     student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, numbers: _Numbers
 ) -> Manifest:
-    pre, size = student.normalisation, student.img_size
+    size = student.img_size
     # Keys, tokens that stay, or pairs that merge.
     backbone, fit = student.backbone, student.novelty
     sparse = student.sparsity.sparse_layers(len(backbone.layers))
@@ -362,7 +372,7 @@ def _manifest(
         ops=tuple(sorted(f"{DOMAIN}::{f.name}" for f in model.functions)),
         inputs=tuple(InputSpec(*_tensor(v), layout="NHWC", range=(0, 255), colour="RGB") for v in model.graph.input),
         outputs=tuple(TensorSpec(*_tensor(v)) for v in model.graph.output),
-        preprocessing=Preprocessing(size, f"{centre_text(size)}, bicubic", Folded(pre.mean, pre.std, "1/255")),
+        preprocessing=Preprocessing(size, f"{centre_text(size)}, bicubic", student.normalisation),
         tokens=Tokens(shape.prefix, backbone.grid),
         sparsity=student.sparsity if selects else None,
         merged=tuple(student.sparsity.layer_merges(shape.depth, shape.patches)) if student.sparsity.merge else None,

@@ -13,6 +13,7 @@ from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.files import io_errors, scratch_folder
+from sparsifiner_edge.images import Normalise
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
@@ -77,6 +78,7 @@ def search_model(
     minutes: float = 20.0,
     seed: int = 0,
     trust: Sequence[str] = (),
+    normalise: Normalise = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Find the fastest plan at a fidelity on this machine, or the most faithful within a latency, and export it.
@@ -97,7 +99,7 @@ def search_model(
         minutes: how long to look, about, export and last measurement included. Ctrl-C ends the looking: the best that
             was found by then is measured whole and exported, as if the time were over.
         seed: of which images are kept for the check.
-        trust: see `load_student`.
+        trust: see `load_student`. normalise: for a model, what it expects of pixels; see `sparsify`.
         progress: see `Progress`.
 
     Returns:
@@ -111,7 +113,7 @@ def search_model(
     end = time.monotonic() + 60 * minutes * (1 - RESERVED)
     asked = what_is_asked(Bound(at_least, at_most_ms), metric, task, backends, precisions, board, data, seed)
     folder = _new(Path(output))
-    start = start_of(source, folder, weights, img_size, teacher, asked.images.searched, trust, progress)
+    start = start_of(source, folder, weights, img_size, teacher, asked.images.searched, trust, normalise, progress)
     student = load_student(start, trust=trust)
     require_searchable(student, start)
     asked = asked.judged_by(student.backbone.patches)

@@ -9,11 +9,11 @@ from sparsifiner_edge.artifacts import kind_of
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.images import evenly
+from sparsifiner_edge.images import Normalise, evenly
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.search.finalists import linked
 from sparsifiner_edge.sparse.novelty import with_novelty
-from sparsifiner_edge.sparse.student import Student, load_student, save_student, sparsify
+from sparsifiner_edge.sparse.student import Student, load_student, refuse_normalisation, save_student, sparsify
 
 START = "start"
 START_SHARE = 0.25
@@ -26,7 +26,7 @@ PREDICTED, FITTED = 8, 100
 
 def start_of(
     source: str | Path, folder: Path, weights: str | Path | None, img_size: ImageSize | None, teacher: str | None,
-    images: Sequence[Path], trust: Sequence[str], progress: Progress | None,
+    images: Sequence[Path], trust: Sequence[str], normalise: Normalise, progress: Progress | None,
 ) -> Path:  # fmt: skip
     """The user's student, or one with a predictor in every layer, which is made once, in `folder`; see `search_model`.
 
@@ -37,6 +37,7 @@ def start_of(
     if given.is_dir() and kind_of(given) == "student":
         if img_size is not None:
             raise ConfigError("A student has a size of its own.", "Leave --img-size out.")
+        refuse_normalisation(normalise)
         return given
     if teacher is not None:
         raise ConfigError("--teacher is for a student.", "Leave it out: a model is its own teacher.")
@@ -46,7 +47,7 @@ def start_of(
             pictures = linked(scratch / "images", evenly(images, PREDICTED))
             made = sparsify(
                 str(source), scratch / START, weights=weights, img_size=img_size, keep=START_SHARE, calibrate=pictures,
-                progress=progress,
+                normalise=normalise, progress=progress,
             )  # fmt: skip
             save_student(with_novelty(load_student(made, trust=trust), evenly(images, FITTED), progress), start)
     return start

@@ -14,10 +14,11 @@ from torch import nn
 
 from sparsifiner_edge.bounds import ImageSize, height_width, size_text
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
-from sparsifiner_edge.sparse.hosts.timm import TimmModel, load_model, preprocessing
+from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
 from sparsifiner_edge.sparse.student_file import HostKind
-from sparsifiner_edge.sparse.weights import Normalisation, brief
+from sparsifiner_edge.sparse.weights import brief
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -29,19 +30,23 @@ class LoadedModel:
 
     Attributes:
         kind, name: as a student's file has them: timm's name, transformers' class, or "package.module:factory".
-        model: in evaluation mode. pixels: what it expects of them. outputs: names for what it gives; None: its own.
-        origin: of the weights, for people.
+        model: in evaluation mode. normalisation: what it expects of pixels. outputs: names for what it gives; None: its
+            own. labels: of its classes, where they have names. origin: of the weights, for people.
     """
 
     kind: HostKind
     name: str
     model: nn.Module
-    pixels: Normalisation
+    normalisation: Normalisation
     outputs: tuple[str, ...] | None = None
+    labels: tuple[str, ...] = ()
     origin: str | None = None
 
 
-def load_source(source: str, weights: Path | None = None, img_size: ImageSize | None = None) -> LoadedModel:
+def load_source(
+    source: str, weights: Path | None = None, img_size: ImageSize | None = None,
+    normalisation: Normalisation | None = None,
+) -> LoadedModel:  # fmt: skip
     """A pretrained model.
 
     Args:
@@ -49,13 +54,19 @@ def load_source(source: str, weights: Path | None = None, img_size: ImageSize | 
             "facebook/dinov2-small", which transformers downloads; or "package.module:factory", which is imported.
         weights: for timm's names: file with its key names; None lets timm download them.
         img_size: pixels: a square's side, or height and width; None takes the model's own.
+        normalisation: what it expects of pixels, where that is not what is recorded for a model of timm's or
+            transformers'; a user's own declares it otherwise (see `declared`).
 
     Raises:
-        SparsifinerError: there is no such model, it cannot be had, or the size does not suit it.
+        SparsifinerError: there is no such model, it cannot be had, the size does not suit it, or nobody says what it
+            expects of pixels.
     """
-    if _FACTORY.fullmatch(source):
+    if is_factory(source):
         _require_no_weights(weights, source)
-        return from_factory(source, img_size)
+        module = made_by(source, img_size)
+        names = getattr(module, "output_names", None)
+        pixels = declared(module, source, normalisation)
+        return LoadedModel("factory", source, module, pixels, None if names is None else tuple(names))
     if _HUB.fullmatch(source) and not Path(source).exists() and Path(source).parent.is_dir():
         # A slip in a path is no reason to ask a network.
         raise ArtifactError(f"{source} does not exist.", "Give a folder, or a hub's name from another place.")
@@ -66,10 +77,18 @@ def load_source(source: str, weights: Path | None = None, img_size: ImageSize | 
                 "Make one with `sparsifiner-edge sparsify`.",
             )
         _require_no_weights(weights, source)
-        name, module, pixels = hugging_face.load_pretrained(source, img_size)
-        return LoadedModel("transformers", name, module, pixels, None, source)
+        name, module, pixels = hugging_face.load_pretrained(source, img_size, normalisation)
+        labels = hugging_face.configured_labels(module)
+        return LoadedModel("transformers", name, module, pixels, labels=labels, origin=source)
     model = load_model(source, weights, img_size)
-    return LoadedModel("timm", source, model, preprocessing(model), None, None if weights else "timm hub")
+    return LoadedModel(
+        "timm", source, model, normalisation or preprocessing(model), origin=None if weights else "timm hub"
+    )
+
+
+def is_factory(source: str) -> bool:
+    """Whether a model's name is of the form "package.module:factory"."""
+    return _FACTORY.fullmatch(source) is not None
 
 
 def _require_no_weights(weights: Path | None, source: str) -> None:
@@ -77,14 +96,12 @@ def _require_no_weights(weights: Path | None, source: str) -> None:
         raise ConfigError(f"--weights are for timm's names; {source!r} brings its own.", "Leave --weights out.")
 
 
-def from_factory(source: str, img_size: ImageSize | None = None) -> LoadedModel:
-    """What a user's own function makes: it is imported, and called with `img_size` where it takes that.
-
-    The module may say what it expects of pixels (`image_mean`, `image_std`, per RGB channel, of pixels / 255), and what
-    it gives (`output_names`); else that is what timm records for the backbone in it, and what it returns.
+def made_by(source: str, img_size: ImageSize | None = None) -> nn.Module:
+    """What a user's own function makes, in evaluation mode: it is imported, and called with `img_size` where it takes
+    that. The module may say what it expects of pixels (see `declared`), and name what it gives (`output_names`).
 
     Raises:
-        ConfigError: it cannot be imported, fails, or makes no module; what it says of pixels is nonsense.
+        ConfigError: it cannot be imported, fails, or makes no module.
         UnsupportedModelError: the module contains no vision transformer, or several.
     """
     factory = _imported(source)
@@ -104,8 +121,7 @@ def from_factory(source: str, img_size: ImageSize | None = None) -> LoadedModel:
             f"{size_text(backbone.image_size)}" + ("." if takes_size else ": it takes no img_size."),
             "Let the function take img_size and pass it on, or leave --img-size out.",
         )
-    names = getattr(model, "output_names", None)
-    return LoadedModel("factory", source, model.eval(), _pixels(model, source), None if names is None else tuple(names))
+    return model.eval()
 
 
 def _imported(source: str) -> Any:
@@ -122,14 +138,26 @@ def _imported(source: str) -> Any:
     return found
 
 
-def _pixels(model: Any, source: str) -> Normalisation:
-    mean, std = getattr(model, "image_mean", None), getattr(model, "image_std", None)
-    if mean is not None and std is not None:
-        return Normalisation.checked(mean, std)
-    backbone = backbone_of(model).module
-    if isinstance(backbone, TimmModel):
-        return preprocessing(backbone)
-    raise ConfigError(
-        f"{source} does not say what its module expects of pixels.",
-        "Set image_mean and image_std on the module: three numbers each, of pixels / 255.",
-    )
+def declared(module: nn.Module, whose: str, given: Normalisation | None) -> Normalisation:
+    """What a user's own module expects of pixels / 255, per RGB channel: its `image_mean` and `image_std`, or what the
+    caller gives. Whether it normalises inside cannot be seen, and a record of the backbone in it says nothing of that.
+
+    Args:
+        whose: for messages.
+
+    Raises:
+        ConfigError: neither says; or both, and something else; or it is nonsense.
+    """
+    mean, std = getattr(module, "image_mean", None), getattr(module, "image_std", None)
+    own = None if mean is None or std is None else Normalisation.checked(mean, std)
+    if own is not None and given not in (None, own):
+        raise ConfigError(f"{whose} declares {own}; {given} was given.", "Leave that out, or mend the declaration.")
+    found = own or given
+    if found is None:
+        raise ConfigError(
+            f"{whose} does not say what its module expects of pixels: it declares no image_mean and image_std.",
+            "Declare both on the module; or give --mean and --std, such as --mean 0.485,0.456,0.406 "
+            "--std 0.229,0.224,0.225; or --no-normalise where the module normalises inside, of pixels from 0 to 1 "
+            "(in Python normalise=(mean, std), or normalise=False).",
+        )
+    return found

@@ -18,21 +18,20 @@ from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE, new_folder, r
 from sparsifiner_edge.bounds import ImageSize, height_width, size_of
 from sparsifiner_edge.config import Keep, SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.images import evenly, list_images, load_image
+from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.defaults import fit_to_model
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
-from sparsifiner_edge.sparse.hosts.timm import create, load_state, on_paper, preprocessing
+from sparsifiner_edge.sparse.hosts.timm import create, load_state, on_paper
 from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
 from sparsifiner_edge.sparse.novelty import Novelty, read_novelty, with_novelty, write_novelty
 from sparsifiner_edge.sparse.patch import make_model_sparse, require_supported, restore_backbone, set_budget
-from sparsifiner_edge.sparse.source import LoadedModel, from_factory, load_source
+from sparsifiner_edge.sparse.source import LoadedModel, load_source, made_by
 from sparsifiner_edge.sparse.student_file import (
     SPARSIFY_AGAIN,
     Calibration,
-    ExpectedPixels,
     HostKind,
     Provenance,
     StudentConfig,
@@ -40,14 +39,7 @@ from sparsifiner_edge.sparse.student_file import (
     checked_labels,
     read_config,
 )
-from sparsifiner_edge.sparse.weights import (
-    Normalisation,
-    StateDict,
-    check_fit,
-    check_numbers,
-    normalise,
-    read_weights,
-)
+from sparsifiner_edge.sparse.weights import StateDict, check_fit, check_numbers, normalise, read_weights
 from sparsifiner_edge.text import dump_json
 
 MAX_CALIBRATION_IMAGES = 32
@@ -62,8 +54,8 @@ class Student:
         name: timm's name, transformers' class, or the function that makes the model; `kind` says which.
         sparsity: what is sparse.
         provenance: where weights and projections came from.
+        normalisation: what it expects of pixels.
         labels: names of a classifier's classes, where its own are known.
-        pixels: what it expects of them; None: as timm records for the model.
         outputs: names for what it gives (see `outputs_of`); None: its own.
         novelty: what images it was calibrated on, for the score of that name.
     """
@@ -72,16 +64,11 @@ class Student:
     name: str
     sparsity: SparsityConfig
     provenance: Provenance
+    normalisation: Normalisation
     labels: tuple[str, ...] = ()
-    pixels: Normalisation | None = None
     outputs: tuple[str, ...] | None = None
     kind: HostKind = "timm"
     novelty: Novelty | None = None
-
-    @property
-    def normalisation(self) -> Normalisation:
-        """What it expects of pixels."""
-        return preprocessing(self.model) if self.pixels is None else self.pixels
 
     @property
     def backbone(self) -> Backbone:
@@ -94,15 +81,22 @@ class Student:
         return size_of(*self.backbone.image_size)
 
 
-def make_student(name: str, model: Any, sparsity: SparsityConfig, provenance: Provenance | None = None) -> Student:
-    """Make `model` sparse in place, with projections from its weights.
+def make_student(loaded: LoadedModel, sparsity: SparsityConfig, provenance: Provenance | None = None) -> Student:
+    """Make a model sparse in place, with projections from its weights.
 
     Raises:
         UnsupportedModelError, ConfigError: see `make_model_sparse`.
     """
-    make_model_sparse(model, sparsity)
-    calibrate_from_weights(model)
-    return Student(model.eval(), name, sparsity, provenance or Provenance())
+    make_model_sparse(loaded.model, sparsity)
+    calibrate_from_weights(loaded.model)
+    return _student(loaded, sparsity, provenance or Provenance())
+
+
+def _student(loaded: LoadedModel, sparsity: SparsityConfig, provenance: Provenance) -> Student:
+    return Student(
+        loaded.model, loaded.name, sparsity, provenance, loaded.normalisation, loaded.labels, loaded.outputs,
+        loaded.kind,
+    )  # fmt: skip
 
 
 def calibrate_student(student: Student, folder: Path, progress: Progress | None = None) -> Student:
@@ -139,6 +133,7 @@ def sparsify(
     merge: tuple[int, ...] = (),
     merge_window: int | None = None,
     calibrate: str | Path | None = None,
+    normalise: Normalise = None,
     progress: Progress | None = None,
 ) -> Path:
     """Make a pretrained model sparse and write it as a student folder.
@@ -153,6 +148,9 @@ def sparsify(
             keys where tokens merge, and for the paper's channels half the head dimension.
         calibrate: folder of images to learn the predictor from; None takes the weights alone. Eight or more also make
             the score `novelty` (see `sparsifiner_edge.novelty`).
+        normalise: what the model expects of pixels / 255: (mean, std), three numbers each; False: nothing, it
+            normalises inside; None: what is recorded for a model of timm's or transformers', or what your own declares
+            as `image_mean` and `image_std`.
         progress: see `Progress`; counts images.
 
     Returns:
@@ -170,12 +168,12 @@ def sparsify(
     )  # fmt: skip
     if calibrate is not None:
         list_images(Path(calibrate))
-    loaded = load_source(model, Path(weights) if weights else None, img_size)
+    loaded = load_source(model, Path(weights) if weights else None, img_size, Normalisation.given(normalise))
     sparsity = fit_to_model(sparsity, backbone_of(loaded.model), keep, channels, cells)
     tools = ("sparsifiner-edge", backbone_of(loaded.model).host.name, "torch")
     origin = _origin(loaded, Path(weights) if weights else None)
     provenance = Provenance(origin, Calibration("weights"), {name: version(name) for name in tools})
-    student = _of_source(loaded, make_student(loaded.name, loaded.model, sparsity, provenance))
+    student = make_student(loaded, sparsity, provenance)
     if calibrate is not None:
         if sparse_layers(student.model):
             student = calibrate_student(student, Path(calibrate), progress)
@@ -202,7 +200,7 @@ def save_student(student: Student, output: Path) -> Path:
             img_size=student.img_size,
             num_classes=student.backbone.classes or len(student.labels),
             labels=student.labels,
-            pixels=None if student.pixels is None else ExpectedPixels(*student.pixels.triples),
+            normalisation=student.normalisation,
             outputs=student.outputs,
             sparsity=student.sparsity.to_dict(),
             provenance=student.provenance,
@@ -255,9 +253,8 @@ def load_student(
         raise ConfigError("The published predictor is tied to its tokens.", "Make a student of this size: sparsify.")
     make_model_sparse(model, sparsity)
     _load(model, {key: tensor for key, tensor in state.items() if is_predictor(key)}, str(weights), is_predictor)
-    pixels = None if config.pixels is None else Normalisation.checked(config.pixels.mean, config.pixels.std)
     student = Student(
-        model, config.model, sparsity, config.provenance, labels, pixels, config.outputs, config.host
+        model, config.model, sparsity, config.provenance, config.normalisation, labels, config.outputs, config.host
     )  # fmt: skip
     # Statistics are of images of this size.
     if config.novelty is not None and student.img_size == config.img_size:
@@ -285,12 +282,12 @@ def _dense(
         blank = hugging_face.blank(folder, config.img_size)
         return hugging_face.for_size(_load(blank, state, source), size)
     _require_trust(config.model, trust, folder)
-    model = _load(from_factory(config.model, config.img_size).model, state, source)
+    model = _load(made_by(config.model, config.img_size), state, source)
     if size == config.img_size:
         return model
     backbone = backbone_of(model)
     backbone.host.resize(backbone, height_width(size))
-    return _load(from_factory(config.model, size).model, model.state_dict(), source)
+    return _load(made_by(config.model, size), model.state_dict(), source)
 
 
 def _require_trust(factory: str, trust: Sequence[str], folder: Path) -> None:
@@ -352,23 +349,31 @@ def with_budget(
     return dataclasses.replace(student, sparsity=sparsity)
 
 
-def load_dense(source: str, weights: Path | None = None, img_size: ImageSize | None = None) -> Student:
+def load_dense(
+    source: str, weights: Path | None = None, img_size: ImageSize | None = None,
+    normalisation: Normalisation | None = None,
+) -> Student:  # fmt: skip
     """A pretrained model (see `load_source`) as the dense baseline: plain attention, untouched.
 
     Raises:
         UnsupportedModelError: it could not be made sparse, so it is no baseline for anything here.
     """
-    loaded = load_source(source, weights, img_size)
+    loaded = load_source(source, weights, img_size, normalisation)
     require_supported(loaded.model)
-    provenance = Provenance(_origin(loaded, weights))
-    return _of_source(loaded, Student(loaded.model, loaded.name, SparsityConfig(keep=1), provenance))
+    return _student(loaded, SparsityConfig(keep=1), Provenance(_origin(loaded, weights)))
 
 
-def _of_source(loaded: LoadedModel, student: Student) -> Student:
-    """A student with what its source says of it."""
-    if loaded.kind == "timm":
-        return student
-    return dataclasses.replace(student, pixels=loaded.pixels, outputs=loaded.outputs, kind=loaded.kind)
+def refuse_normalisation(given: object) -> None:
+    """Of a student, or where there is no model.
+
+    Raises:
+        ConfigError: some was given.
+    """
+    if given is not None:
+        raise ConfigError(
+            "--mean, --std and --no-normalise (in Python normalise) are of a model: a student or bundle has its own.",
+            "Leave them out.",
+        )
 
 
 def _origin(loaded: LoadedModel, weights: Path | None) -> Weights:

@@ -11,6 +11,7 @@ from msgspec import Meta
 from sparsifiner_edge.artifacts import STUDENT_FILE, STUDENT_SCHEMA, read_json
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.records import read_record
 
 SPARSIFY_AGAIN = "Make the student again: sparsifiner-edge sparsify MODEL -o STUDENT/"
@@ -62,13 +63,6 @@ class Provenance(msgspec.Struct, frozen=True):
     training: Any = None
 
 
-class ExpectedPixels(msgspec.Struct, frozen=True):
-    """What a model expects of pixels / 255, per RGB channel; see `Normalisation`."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
 class NoveltyConfig(msgspec.Struct, frozen=True):
     """What a student's score `novelty` was fitted to; its numbers lie in `novelty.safetensors`, of this SHA-256.
 
@@ -89,7 +83,7 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
         host: where the model is from. model: timm's name, transformers' class (its configuration lies beside), or the
             function as "package.module:function".
         img_size: pixels, one number for a square. sparsity: see `SparsityConfig.from_dict`.
-        pixels: None: as timm records. outputs: names for what the model gives; None: its own.
+        normalisation: what the model expects of pixels. outputs: names for what it gives; None: its own.
         weights_sha256: of the file beside it. novelty: None: nothing was calibrated on images.
     """
 
@@ -100,7 +94,7 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
     img_size: ImageSize
     num_classes: int
     labels: ClassNames = ()
-    pixels: ExpectedPixels | None = None
+    normalisation: Normalisation
     outputs: tuple[str, ...] | None = None
     sparsity: Any
     provenance: Provenance

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.sparse.source import is_factory
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense
 
 
@@ -24,7 +25,9 @@ def teacher_of(student: Student, name: str | None, weights: Path | None) -> Stud
                 "Name the teacher: --teacher MODEL --weights FILE.",
             )
         return dense_twin(student)
-    teacher = load_dense(name, weights, student.img_size)
+    # A function's own module may leave to its student what both expect.
+    pixels = student.normalisation if is_factory(name) else None
+    teacher = load_dense(name, weights, student.img_size, pixels)
     for (what, value), (_, own) in zip(_compared(teacher), _compared(student), strict=True):
         if value != own and not (what == "classes" and 0 in (value, own)):
             raise ConfigError(

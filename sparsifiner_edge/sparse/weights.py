@@ -1,11 +1,9 @@
-"""Weights as files and by name, and what a model expects of an image: of no library in particular."""
+"""Weights as files and by name, and images as models take them: of no library in particular."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +12,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.errors import ConfigError, WeightsError
+from sparsifiner_edge.errors import WeightsError
+from sparsifiner_edge.images import Normalisation
 
 StateDict = dict[str, Tensor]
 FIT = "Give weights of the same architecture, with the library's own key names."
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalisation:
-    """What a model expects of an image: x = (pixel / 255 - mean) / std per RGB channel, after a bicubic resize."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def triples(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation of red, green and blue."""
-        (a, b, c), (d, e, f) = self.mean, self.std
-        return (a, b, c), (d, e, f)
-
-    @classmethod
-    def checked(cls, mean: Sequence[float], std: Sequence[float]) -> Normalisation:
-        """Of three finite numbers each, standard deviations above 0.
-
-        Raises:
-            ConfigError: something else.
-        """
-        for name, values in (("mean", mean), ("std", std)):
-            found = tuple(float(value) for value in values)
-            if len(found) != 3 or not all(map(math.isfinite, found)) or (name == "std" and min(found) <= 0):
-                raise ConfigError(f"{name} is {found}.", "Give one number for each of red, green and blue.")
-        return cls(tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def normalise(images: Tensor, pre: Normalisation) -> Tensor:

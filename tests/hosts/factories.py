@@ -12,9 +12,10 @@ from tests.models import vit
 
 
 class Segmenter(nn.Module):
-    """timm's encoder and a decoder; what it expects of pixels is what timm records."""
+    """timm's encoder and a decoder."""
 
     output_names = ("mask", "heat")
+    image_mean, image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, img_size: int | tuple[int, int] = 160) -> None:
         super().__init__()
@@ -76,6 +77,35 @@ def tokens_too() -> nn.Module:
 
 def silent() -> nn.Module:
     return Depth(says=False)
+
+
+class Inside(nn.Module):
+    """Normalises inside, and declares nothing; what timm records for its encoder is something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = vit(num_classes=0)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.encoder((pixels - 0.4) / 0.3))
+
+
+def inside() -> nn.Module:
+    torch.manual_seed(2)
+    return Inside()
+
+
+class Outside(Inside):
+    """Its caller normalises."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.encoder(pixels))
+
+
+def outside() -> nn.Module:
+    torch.manual_seed(2)
+    return Outside()
 
 
 def fails() -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 SIXTEEN = {**SIZES, "intermediate_size": 128, "image_size": 160, "patch_size": 16}
+PROCESSOR = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_rescale": True, "rescale_factor": 1 / 255}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("ViTModel", SIXTEEN),
     "DINOv2": ("Dinov2Model", {**SIZES, "image_size": 140}),
@@ -55,6 +58,13 @@ def sharpen(module: torch.nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             parameter.mul_(8)
+
+
+def saved(made: Any, folder: Path, processor: dict[str, Any] | None = None) -> Path:
+    """A model's folder, as transformers saves it."""
+    made.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR if processor is None else processor))
+    return folder
 
 
 def images(size: tuple[int, int], batch: int = 2) -> Tensor:

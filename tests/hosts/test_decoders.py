@@ -16,15 +16,15 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.sessions import file_runner
+from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.profiles.measure.attribution import find_places
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.weights import Normalisation
 from tests.everything import first
 from tests.hosts.hugging_face import MODELS, depth_anything, images, model
 from tests.models import vit
 
-SEEN = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+SEEN: Any = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MERGED = {"keep": 0.4, "cells": 4, "channels": 8, "merge": 4}
 OTHERS = [name for name in MODELS if name != "DINOv2"]
 
@@ -53,7 +53,7 @@ def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, A
     size = backbone_of(made).image_size
     if settings:
         se.sparsify_model(made, **settings)
-    bundle = open_bundle(se.export_model(made, images(size), tmp_path / "bundle", **SEEN))
+    bundle = open_bundle(se.export_model(made, images(size), tmp_path / "bundle", normalise=SEEN))
     manifest = bundle.manifest
     assert [output.name for output in manifest.outputs] == ["features", "tokens"]
     assert manifest.shape is not None
@@ -81,14 +81,14 @@ def test_depth_anything(tmp_path: Path) -> None:
     here, beside = (torch.corrcoef(torch.stack([sparse.roll(n, 2).flatten(), dense.flatten()]))[0, 1] for n in (0, 14))
     assert here > 0.7
     assert here > beside + 0.1
-    bundle = open_bundle(se.export_model(made, x, tmp_path / "bundle", **SEEN))
+    bundle = open_bundle(se.export_model(made, x, tmp_path / "bundle", normalise=SEEN))
     assert [(output.name, output.shape) for output in bundle.manifest.outputs] == [("predicted_depth", (1, 140, 140))]
     places = find_places(bundle.model()).nodes
     assert {place.kind for place in places.values() if place.layer is None} == {"decoder", "other"}
     assert any(name.startswith("decoder.neck.") for name in places)
     assert {place.layer for place in places.values()} == {None, 0, 1, 2, 3}
     pixels = np.random.default_rng(0).integers(0, 256, (1, 140, 140, 3), dtype=np.uint8)
-    wanted = DeployedModel(made, Normalisation(**SEEN))(torch.from_numpy(pixels))[0].detach().numpy()
+    wanted = DeployedModel(made, Normalisation(*SEEN))(torch.from_numpy(pixels))[0].detach().numpy()
     np.testing.assert_allclose(file_runner(bundle.model())(pixels)["predicted_depth"], wanted, atol=1e-3)
 
 
@@ -98,7 +98,7 @@ def test_a_users_decoder(tmp_path: Path, pictures: Path, precision: str) -> None
     given = {"calibrate": pictures} if precision == "int8" else {}
     bundle = open_bundle(
         se.export_model(
-            made, torch.zeros(1, 3, 160, 160), tmp_path / "bundle", mean=(0,) * 3, std=(1,) * 3, precision=precision,
+            made, torch.zeros(1, 3, 160, 160), tmp_path / "bundle", normalise=False, precision=precision,
             **given,
         )
     )  # fmt: skip
@@ -117,7 +117,7 @@ def test_batches_and_names(tmp_path: Path, batch: int | str) -> None:
     made = Segmenter("tuple")
     where = tmp_path / "bundle"
     example = torch.zeros(1, 3, 160, 160)
-    unit = {"mean": (0,) * 3, "std": (1,) * 3}
+    unit: Any = {"normalise": False}
     bundle = open_bundle(se.export_model(made, example, where, outputs=["m", "h"], batch=batch, name="mine", **unit))
     assert [output.name for output in bundle.manifest.outputs] == ["m", "h"]
     assert bundle.manifest.name == "mine"
@@ -127,7 +127,7 @@ def test_batches_and_names(tmp_path: Path, batch: int | str) -> None:
 
 
 def test_normalisation_is_folded_where_nothing_else_reads_the_pixels() -> None:
-    pre = Normalisation(**SEEN)
+    pre = Normalisation(*SEEN)
     assert DeployedModel(vit(), pre).folded
     assert DeployedModel(depth_anything(), pre).folded
     assert not DeployedModel(Segmenter(), pre).folded
@@ -157,8 +157,8 @@ class Wordy(Failing):
         (Segmenter, {"outputs": ["a b"]}, ConfigError, "'a b' cannot name an output"),
         (Segmenter, {"outputs": ["image"]}, ConfigError, "'image' cannot name an output"),
         (lambda: Segmenter("tuple"), {"outputs": ["a"]}, ConfigError, "for 1 outputs a"),
-        (Segmenter, {"std": (1, 0, 1)}, ConfigError, "std is (1.0, 0.0, 1.0)"),
-        (Segmenter, {"mean": (1,)}, ConfigError, "mean is (1.0,)"),
+        (Segmenter, {"normalise": ((0, 0, 0), (1, 0, 1))}, ConfigError, "std is (1, 0, 1)"),
+        (Segmenter, {"normalise": ((1,), (1, 1, 1))}, ConfigError, "mean is (1,)"),
         (Segmenter, {"example": torch.zeros(1, 3, 96, 96)}, ConfigError, "of 96 pixels, the model of 160"),
         (Segmenter, {"example": torch.zeros(3, 160, 160)}, ConfigError, "Images are float32 [3, 160, 160]"),
         (Segmenter, {"precision": "int8"}, ConfigError, "int8 requires images"),
@@ -167,7 +167,7 @@ class Wordy(Failing):
 def test_what_is_refused_writes_nothing(
     tmp_path: Path, make: Any, settings: dict[str, Any], error: type[Exception], said: str
 ) -> None:
-    given = {"example": torch.zeros(1, 3, 160, 160), "mean": (0,) * 3, "std": (1,) * 3} | settings
+    given = {"example": torch.zeros(1, 3, 160, 160), "normalise": False} | settings
     with pytest.raises(error) as caught:
         se.export_model(make(), given.pop("example"), tmp_path / "bundle", **given)
     assert said in str(caught.value)

@@ -16,22 +16,16 @@ import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import ARCHITECTURE_FILE
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError, WeightsError
+from sparsifiner_edge.images import AS_IS
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.source import load_source
 from sparsifiner_edge.sparse.student import dense_twin, load_dense, load_student
 from tests.commands import Outcome, assert_refused, call, manifest_of, process, snapshot
 from tests.hosts.factories import Segmenter
-from tests.hosts.hugging_face import MODELS, depth_anything, images, model
+from tests.hosts.hugging_face import MODELS, PROCESSOR, depth_anything, images, model, saved
 
 HERE = "tests.hosts.factories"
-PROCESSOR = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_rescale": True, "rescale_factor": 1 / 255}
-
-
-def saved(made: Any, folder: Path, processor: dict[str, Any] | None = None) -> Path:
-    made.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR if processor is None else processor))
-    return folder
 
 
 @pytest.fixture
@@ -134,9 +128,9 @@ def test_an_image_tower_is_taken_out_of_a_model_of_images_and_texts(tmp_path: Pa
 
 def test_a_processor_that_does_not_normalise(tmp_path: Path) -> None:
     folder = saved(model("ViT"), tmp_path / "m", {"do_normalize": False})
-    assert load_source(str(folder)).pixels.triples == ((0, 0, 0), (1, 1, 1))
+    assert load_source(str(folder)).normalisation == AS_IS
     folder = saved(model("ViT"), tmp_path / "n", PROCESSOR | {"do_rescale": False})
-    assert load_source(str(folder)).pixels.mean == pytest.approx((0.5 / 255, 0.4 / 255, 0.3 / 255))
+    assert load_source(str(folder)).normalisation.mean == pytest.approx((0.5 / 255, 0.4 / 255, 0.3 / 255))
 
 
 def test_a_users_function(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +186,6 @@ def test_a_slip_in_a_path_asks_no_network(tmp_path: Path, monkeypatch: pytest.Mo
         (["sparsify", f"{HERE}:NOTHING"], "is a NoneType"),
         (["sparsify", f"{HERE}:nowhere"], "cannot be imported: AttributeError"),
         (["sparsify", "no.such.package:f"], "cannot be imported: ModuleNotFoundError"),
-        (["sparsify", f"{HERE}:silent"], "does not say what its module expects of pixels"),
         (["sparsify", f"{HERE}:depth", "--img-size", "154"], "made a model of 140: it takes no img_size"),
         (["sparsify", f"{HERE}:stubborn", "--img-size", "96"], "was asked for 96 pixels and made a model of 160"),
         (["sparsify", f"{HERE}:segmenter", "--weights", "x.pth"], "--weights are for timm's names"),

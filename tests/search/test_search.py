@@ -161,7 +161,7 @@ def test_a_board_is_estimated_and_its_page_says_so(
 def test_the_score_novelty_is_fitted_to_more_images_than_predictors(
     photographs: Path, tiny_weights: Path, tmp_path: Path
 ) -> None:
-    made = start_of(TINY, tmp_path, tiny_weights, None, None, list_images(photographs), (), None)
+    made = start_of(TINY, tmp_path, tiny_weights, None, None, list_images(photographs), (), None, None)
     found = load_student(made)
     assert found.novelty is not None
     assert (found.novelty.images, found.provenance.calibration.images) == (10, 8)

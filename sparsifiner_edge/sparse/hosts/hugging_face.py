@@ -29,9 +29,10 @@ from sparsifiner_edge.errors import (
     WeightsError,
 )
 from sparsifiner_edge.files import read_bytes
+from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
-from sparsifiner_edge.sparse.weights import Normalisation, brief, check_numbers
+from sparsifiner_edge.sparse.weights import brief, check_numbers
 
 _ATTENTION = "eager"
 """What every model has, whatever its configuration names."""
@@ -76,12 +77,14 @@ class Processor(msgspec.Struct):
     image_std: list[float] | None = None
 
 
-def load_pretrained(source: str, img_size: ImageSize | None = None) -> tuple[str, nn.Module, Normalisation]:
+def load_pretrained(
+    source: str, img_size: ImageSize | None = None, pixels: Normalisation | None = None
+) -> tuple[str, nn.Module, Normalisation]:
     """A pretrained model: its class, itself, and what it expects of pixels.
 
     Args:
         source: folder, or a name on the hub, which is downloaded.
-        img_size: see `for_size`.
+        img_size: see `for_size`. pixels: what it expects of them; None takes what its image processor does.
 
     Raises:
         SparsifinerError: it cannot be had, does not fit its configuration, holds NaN, or is none that can be taken.
@@ -91,8 +94,9 @@ def load_pretrained(source: str, img_size: ImageSize | None = None) -> tuple[str
         folder = Path(source if Path(source).is_dir() else _fetched(source))
         kind, config = _configuration(folder, source)
         _require_room(kind, config, _weight_files(folder), source)
-        given, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
-        pixels = _pixels(given, source)
+        if pixels is None:
+            given, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+            pixels = _pixels(given, source)
         model, found = kind.from_pretrained(
             folder,
             config=config,
@@ -258,9 +262,28 @@ def _pixels(given: object, source: str) -> Normalisation:
     if found.image_mean is None or found.image_std is None:
         raise ConfigError(
             f"{source} does not say what its model expects of pixels: no image_mean and image_std.",
-            "Add them to its preprocessor_config.json.",
+            "Add them to its preprocessor_config.json, or give --mean and --std.",
         )
-    return Normalisation.checked([x / factor for x in found.image_mean], [x / factor for x in found.image_std])
+    mean, std = (tuple(x / factor for x in values) for values in (found.image_mean, found.image_std))
+    return Normalisation.checked(mean, std)
+
+
+def configured_labels(model: nn.Module) -> tuple[str, ...]:
+    """Names of a classifier's classes, as its configuration gives them; none where it only numbers them.
+
+    Raises:
+        ConfigError: it names other classes than the model has.
+    """
+    if not type(model).__name__.endswith("ForImageClassification"):
+        return ()
+    names = {int(number): str(name) for number, name in cast(Any, model).config.id2label.items()}
+    if names == {number: f"LABEL_{number}" for number in names}:
+        return ()
+    if sorted(names) != list(range(len(names))):
+        raise ConfigError(
+            f"id2label names the classes {sorted(names)}, not 0 to {len(names) - 1}.", "Mend it in config.json."
+        )
+    return tuple(names[number] for number in range(len(names)))
 
 
 @contextlib.contextmanager

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.bounds import MOST_CLASSES, MOST_SIDE, ImageSize, height_width, size_of, size_text
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsError
+from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.sparse.attention import HeadGeometry, PackedAttention, rotated
 from sparsifiner_edge.sparse.hosts import Backbone, Host
 from sparsifiner_edge.sparse.layer import SparseLayer
-from sparsifiner_edge.sparse.weights import FIT, Normalisation, StateDict, brief, check_fit, check_numbers, read_weights
+from sparsifiner_edge.sparse.weights import FIT, StateDict, brief, check_fit, check_numbers, read_weights
 
 TimmModel: TypeAlias = VisionTransformer | Eva
 """What can be made sparse: timm's plain vision transformers, the latter with rotary position embeddings too."""
@@ -231,7 +232,7 @@ def _layer_refusal(layer: nn.Module) -> str | None:
 def preprocessing(model: nn.Module) -> Normalisation:
     """The normalisation that timm records for a model."""
     data = resolve_model_data_config(model)
-    return Normalisation(tuple(data["mean"]), tuple(data["std"]))
+    return Normalisation.checked(data["mean"], data["std"])
 
 
 def class_labels(model: TimmModel) -> list[str]:
