@@ -22,6 +22,8 @@ from sparsifiner_edge.runtime.child import Child, start_child
 SOURCES = {
     "aborts": "import os, sys; sys.stderr.write('corrupted list'); sys.stderr.flush(); os.abort()",
     "leaves": "import os; os._exit(3)",
+    "falls silent": "import os, time; os.close(int(os.environ['SPARSIFINER_PIPE'])); time.sleep(99)",
+    "raves": "import os, time; os.write(int(os.environ['SPARSIFINER_PIPE']), b'\\xff' * 99); time.sleep(99)",
     "counts": (
         "from sparsifiner_edge.runtime.child import serve\n"
         "def count(tell, upto):\n"
@@ -35,7 +37,7 @@ SOURCES = {
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in SOURCES.items():
-        (tmp_path / f"child_that_{name}.py").write_text(source)
+        (tmp_path / f"child_that_{name.replace(' ', '_')}.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
@@ -44,12 +46,15 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("aborts", r"The child was ended by SIGABRT during 'work'. It wrote: corrupted list\n  Do this"),
         ("leaves", r"The child left with exit status 3 during 'work'. It wrote: nothing\n  Do this"),
+        ("falls silent", r"The child was ended by SIGKILL during 'work'"),
+        ("raves", r"The child was ended by SIGKILL during 'work'"),
     ],
 )
 @pytest.mark.usefixtures("modules")
-def test_one_that_dies_is_told_with_what_it_wrote(name: str, said: str) -> None:
+def test_one_that_dies_is_told_with_what_it_wrote(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsifiner_edge.runtime.child._ENDING_S", 1.0)
     with (
-        start_child(f"child_that_{name}", "The child", "Do this.") as child,
+        start_child(f"child_that_{name.replace(' ', '_')}", "The child", "Do this.") as child,
         pytest.raises(BackendError, match=said),
     ):
         child.ask("work", 60, dict)

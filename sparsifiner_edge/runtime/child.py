@@ -29,7 +29,7 @@ _TAIL_BYTES = 2000
 _MOST_BYTES = 1 << 30
 _PIPE = "SPARSIFINER_PIPE"
 """Variable of the child's environment: the number of its end of the pipe."""
-_EVERY_S = 0.05
+_EVERY_S, _ENDING_S = 0.05, 5.0
 _REPORT = "Report this as a bug."
 _KINDS = {kind.__name__: kind for kind in SparsifinerError.__subclasses__()}
 _Result = TypeVar("_Result")
@@ -69,13 +69,14 @@ class Child:
         while True:
             try:
                 message = read_message(self._pipe, deadline, _MOST_BYTES)
+                content = None if message is None else json.loads(message)
             except StalledError as error:
                 raise self._lost(f"gave no reply to {operation!r} within {timeout_s:g} s and was ended") from error
-            except OSError:
-                message = None
-            if message is None:
-                raise self._lost(f"{_how(self._process.wait())} during {operation!r}")
-            reply = read_record(json.loads(message), Reply, self._name, _REPORT, BackendError)
+            except (OSError, ValueError):  # Cut off, or overwritten by what goes wrong there.
+                content = None
+            if content is None:
+                raise self._lost(f"{self._ended()} during {operation!r}")
+            reply = read_record(content, Reply, self._name, _REPORT, BackendError)
             if reply.error is not None:
                 kind, what, fix = reply.error
                 raise rebuilt(_KINDS.get(kind, BackendError), what, fix)
@@ -89,16 +90,20 @@ class Child:
         self._process.kill()
         self._process.wait()
 
+    def _ended(self) -> str:
+        """How; one that closed its pipe and hangs is killed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ENDING_S)
+        self.end()
+        status = self._process.returncode
+        return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
+
     def _lost(self, what: str) -> BackendError:
         self.end()
         self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, self._log.tell() - _TAIL_BYTES))
         written = " ".join(self._log.read().decode("utf-8", "replace").split()) or "nothing"
         return BackendError(f"{self._name} {what}. It wrote: {written}", self._fix)
-
-
-def _how(status: int) -> str:
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
 
 
 @contextlib.contextmanager
