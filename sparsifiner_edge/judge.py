@@ -17,7 +17,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS, auroc, cosine, intersection_over_union, mean_absolute_error
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 Outputs = Mapping[str, Array]
 """By name, batch 1."""
 Scores = dict[str, float | None]
@@ -32,7 +32,7 @@ MAP_MEASURES: dict[str, Callable[[Array, Array], float | None]] = {
 """Of a map and what is true: its error, of masks their overlap, and how well a map's values order a mask's pixels."""
 
 
-class Answer(NamedTuple):
+class Prediction(NamedTuple):
     """What a model gives for one image.
 
     Attributes:
@@ -49,7 +49,7 @@ class Answer(NamedTuple):
         return self.outputs["tokens"][:, self.prefix :]
 
 
-PARTS: dict[str, Callable[[Answer], Array]] = {
+PARTS: dict[str, Callable[[Prediction], Array]] = {
     "features": lambda answer: answer.outputs["features"],
     "class": lambda answer: answer.outputs["tokens"][:, :1],
     "prefix": lambda answer: answer.outputs["tokens"][:, : answer.prefix],
@@ -58,7 +58,7 @@ PARTS: dict[str, Callable[[Answer], Array]] = {
 """Rows [..., C] of an answer that are compared by their cosine."""
 
 
-def alike(part: str, got: Answer, wanted: Answer) -> float:
+def alike(part: str, got: Prediction, wanted: Prediction) -> float:
     """Mean cosine of one of `PARTS`; of patches, where `got` lacks some, of those that it has."""
     rows, expected = PARTS[part](got), PARTS[part](wanted)
     if part == "patches" and POSITIONS in got.outputs:
@@ -184,7 +184,7 @@ class OwnMetric:
         return _called(f"{type(self._metric).__name__}.{method}", call)
 
 
-def _called(name: str, call: Callable[[], Value]) -> Value:
+def _called(name: str, call: Callable[[], _Value]) -> _Value:
     try:
         return call()
     except Exception as error:

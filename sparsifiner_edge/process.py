@@ -164,16 +164,16 @@ def read_message(handle: int, deadline: float | None, most: int) -> bytearray | 
         ValueError: it is longer.
         OSError: the other side is gone.
     """
-    prefix = read_bytes(handle, _LENGTH.size, deadline)
+    prefix = receive_bytes(handle, _LENGTH.size, deadline)
     if prefix is None:
         return None
     (length,) = _LENGTH.unpack(prefix)
     if length > most:
         raise ValueError(f"a message of {length} bytes")
-    return read_bytes(handle, length, deadline)
+    return receive_bytes(handle, length, deadline)
 
 
-def read_bytes(handle: int, count: int, deadline: float | None) -> bytearray | None:
+def receive_bytes(handle: int, count: int, deadline: float | None) -> bytearray | None:
     """So many bytes; None at the end of the stream. See `read_message`."""
     data = bytearray(count)
     view, poll = memoryview(data), select.poll()

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from sparsifiner_edge.judge import Answer, alike, correlation, map_scores
+from sparsifiner_edge.judge import Prediction, alike, correlation, map_scores
 from sparsifiner_edge.metrics import POSITIONS
 
 RNG = np.random.default_rng(0)
 
 
-def answer(patches: int = 6, **more: np.ndarray) -> Answer:
-    return Answer({"tokens": RNG.normal(size=(1, 2 + patches, 8)), "features": RNG.normal(size=(1, 8)), **more}, 2)
+def answer(patches: int = 6, **more: np.ndarray) -> Prediction:
+    return Prediction({"tokens": RNG.normal(size=(1, 2 + patches, 8)), "features": RNG.normal(size=(1, 8)), **more}, 2)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,9 @@ def test_parts_are_compared_by_their_cosine(part: str, rows: slice) -> None:
 def test_of_pruned_patches_those_that_are_left_count() -> None:
     whole, places = answer(), np.array([[4, 1]])
     tokens = whole.outputs["tokens"]
-    pruned = Answer({"tokens": np.concatenate([tokens[:, :2], tokens[:, 2:][:, places[0]]], 1), POSITIONS: places}, 2)
+    pruned = Prediction(
+        {"tokens": np.concatenate([tokens[:, :2], tokens[:, 2:][:, places[0]]], 1), POSITIONS: places}, 2
+    )
     assert alike("patches", pruned, whole) == pytest.approx(1)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.camera.prepare import Fit
-from sparsifiner_edge.process import read_bytes, read_message, write_message
+from sparsifiner_edge.process import read_message, receive_bytes, write_message
 from sparsifiner_edge.text import shown
 
 _MAX_HEADER = 1 << 16
@@ -131,7 +131,7 @@ def receive(handle: int, seconds: float) -> DecoderMessage | None:
     header, shapes = _parsed(content)
     images = []
     for shape in shapes:
-        pixels = read_bytes(handle, shape[0] * shape[1] * 3, deadline)
+        pixels = receive_bytes(handle, shape[0] * shape[1] * 3, deadline)
         if pixels is None:
             return None
         images.append(np.frombuffer(pixels, np.uint8).reshape(shape))

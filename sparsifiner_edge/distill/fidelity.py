@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.captured import Captured, attention_captured
-from sparsifiner_edge.judge import Answer, alike, correlation
+from sparsifiner_edge.judge import Prediction, alike, correlation
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.outputs import TOKENS, ModelAnswer, seen_by
@@ -66,7 +66,7 @@ def judge_weights(
         values, right = list[float](), list[bool]()
         for one in held_out:
             seen = seen_by(model, one.image, names)
-            values.append(_cosine(seen.answer(backbone.prefix), one.wanted.answer(backbone.prefix)))
+            values.append(_cosine(seen.prediction(backbone.prefix), one.wanted.prediction(backbone.prefix)))
             if one.label is not None:
                 right.append(int(backbone.heads(seen.tokens)["logits"].argmax()) == one.label)
         each.append(values)
@@ -80,7 +80,7 @@ def judge_weights(
     )
 
 
-def _cosine(got: Answer, wanted: Answer) -> float:
+def _cosine(got: Prediction, wanted: Prediction) -> float:
     parts = [alike(part, got, wanted) for part in (("prefix", "patches") if got.prefix else ("patches",))]
     others = wanted.outputs.keys() - {TOKENS, POSITIONS}
     return statistics.fmean(parts + [correlation(got.outputs[name], wanted.outputs[name]) for name in others])

@@ -18,9 +18,9 @@ from sparsifiner_edge.images import SUFFIXES, load_image, load_mask
 from sparsifiner_edge.judge import (
     MAPS,
     THRESHOLD,
-    Answer,
     Outputs,
     OwnMetric,
+    Prediction,
     Scores,
     alike,
     map_in,
@@ -48,7 +48,7 @@ class Task(NamedTuple):
     threshold: float = THRESHOLD
 
 
-class Seen(NamedTuple):
+class JudgedImage(NamedTuple):
     """An image as both models saw it.
 
     Attributes:
@@ -58,9 +58,9 @@ class Seen(NamedTuple):
 
     number: int
     condition: Condition | None
-    subject: Answer
-    teacher: Answer
-    clean: Answer
+    subject: Prediction
+    teacher: Prediction
+    clean: Prediction
 
 
 class Judge:
@@ -82,11 +82,11 @@ class Judge:
         """One of the images, clean."""
         return load_image(self._files[number], self._size)
 
-    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """The subject's and the teacher's."""
         raise NotImplementedError
 
-    def clean(self, seen: Seen) -> Scores:
+    def clean(self, seen: JudgedImage) -> Scores:
         """What a result holds of a clean image: a figure of each model, and what the subject lost."""
         found, (own, dense) = Scores(), self.scores(seen)
         for name, got in own.items():
@@ -103,18 +103,18 @@ class Judge:
 def answers(
     judge: Judge, subject: Extractor, teacher: Extractor, conditions: Sequence[Condition], progress: Progress | None,
     stage: str,
-) -> Iterator[Seen]:  # fmt: skip
+) -> Iterator[JudgedImage]:  # fmt: skip
     """Image by image, clean and then under each condition."""
     steps, total = itertools.count(1), len(judge.images) * (len(conditions) + 1)
     for number in range(len(judge.images)):
         image = judge.load(number)
         shown = [image, *(corrupt(image, *condition, seed=number) for condition in conditions)]
-        clean: Answer | None = None
+        clean: Prediction | None = None
         pairs = zip((None, *conditions), subject.each(shown), teacher.each(shown), strict=True)
         for condition, own, dense in pairs:
-            answer = Answer(dense, teacher.prefix)
+            answer = Prediction(dense, teacher.prefix)
             clean = clean or answer
-            yield Seen(number, condition, Answer(own, subject.prefix), answer, clean)
+            yield JudgedImage(number, condition, Prediction(own, subject.prefix), answer, clean)
             if progress:
                 progress(stage, next(steps), total)
 
@@ -126,7 +126,7 @@ class FeatureJudge(Judge):
 
     truth = "features: the dense model's of the clean image; patches: the dense model's of the same, corrupted image"
 
-    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`.
 
         Raises:
@@ -138,7 +138,7 @@ class FeatureJudge(Judge):
             own["patches"], dense["patches"] = alike("patches", seen.subject, seen.teacher), 1.0
         return own, dense
 
-    def clean(self, seen: Seen) -> Scores:
+    def clean(self, seen: JudgedImage) -> Scores:
         """See `Judge`: the subject's alone."""
         return {f"{name}_cosine": value for name, value in self.scores(seen)[0].items()}
 
@@ -171,7 +171,7 @@ class MapJudge(Judge):
         self._masks = [] if task.masks is None else masks_of(task.masks, files)
         self.truth = "true masks" if self._masks else "the dense model's map of the clean image"
 
-    def clean(self, seen: Seen) -> Scores:
+    def clean(self, seen: JudgedImage) -> Scores:
         """See `Judge`; first the subject's map against the teacher's."""
         own, dense = self._maps(seen)
         if own.shape != dense.shape:
@@ -182,7 +182,7 @@ class MapJudge(Judge):
         apart = map_scores(own, dense, self._task.threshold, self._measures)
         return apart | super().clean(seen) if self._masks else apart
 
-    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
         mask = load_mask(self._masks[seen.number], self._size) if self._masks else self._mask_of(seen.clean)
         true = mask if seen.condition is None else moved(mask, *seen.condition, seed=seen.number)
@@ -194,11 +194,11 @@ class MapJudge(Judge):
         masks = None if self._task.masks is None else str(self._task.masks)
         return {"output": self._output, "threshold": self._task.threshold, "masks": masks}
 
-    def _maps(self, seen: Seen) -> tuple[Array, Array]:
+    def _maps(self, seen: JudgedImage) -> tuple[Array, Array]:
         self._output, own = map_in(seen.subject.outputs, self._output, "subject")
         return own, map_in(seen.teacher.outputs, self._output, "teacher")[1]
 
-    def _mask_of(self, clean: Answer) -> Array:
+    def _mask_of(self, clean: Prediction) -> Array:
         name, dense = map_in(clean.outputs, self._output, "teacher")
         if dense.min() < 0 or dense.max() > 1:
             raise ConfigError(
@@ -231,7 +231,7 @@ class OwnJudge(Judge):
         self._higher = self._metrics[JUDGED[0], None].higher_is_better
         self.lower = frozenset() if self._higher else frozenset({"score"})
 
-    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
         own, dense = (
             Scores(score=self._metric(role, seen.condition).score(answer.outputs, self._files[seen.number]))
@@ -270,7 +270,7 @@ class ClassJudge(Judge):
         """See `Judge`."""
         return self._queries.load(number, self._size)
 
-    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
         right = []
         for predictor, answer in zip(self._predictors, (seen.subject, seen.teacher), strict=True):

@@ -19,7 +19,7 @@ from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.runtime.session import Runtime
 
 
-class Figure(msgspec.Struct, frozen=True):
+class ScoreFigure(msgspec.Struct, frozen=True):
     """Over images of which it says something: the mean with Student's t interval; of cosines also the least."""
 
     mean: Estimate
@@ -53,7 +53,7 @@ class ScoresResult(Declared, frozen=True):
 
     method: ScoresMethod
     samples: dict[str, list[float | None]]
-    statistics: dict[str, Figure]
+    statistics: dict[str, ScoreFigure]
 
 
 def evaluate_scores(
@@ -76,7 +76,7 @@ def evaluate_scores(
     )  # fmt: skip
     known = {name: [x for x in values if x is not None] for name, values in samples.items()}
     statistics = {
-        name: Figure(stats.small_sample_mean(x), len(x), min(x) if task is None else None)
+        name: ScoreFigure(stats.small_sample_mean(x), len(x), min(x) if task is None else None)
         for name, x in known.items() if x
     }  # fmt: skip
     return ScoresResult("evaluation", with_roles(subject, teacher), method, samples, statistics)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.judge import THRESHOLD, Answer, Outputs, OwnMetric, alike, map_scores
+from sparsifiner_edge.judge import THRESHOLD, Outputs, OwnMetric, Prediction, alike, map_scores
 from sparsifiner_edge.sparse.outputs import TOKENS
 from sparsifiner_edge.sparse.student import Student
 
@@ -18,20 +18,20 @@ ROUNDING, COARSE = 1e-7, 1e-3
 """Distances that count as no smaller: of cosines, and of a task's figures, which may be nothing for many images."""
 
 
-class Fidelity(NamedTuple):
+class FidelityMeasure(NamedTuple):
     """How answers are judged.
 
     Attributes:
         distance: 1 - fidelity of what a model makes of an image, by its number. least: a distance counts as no smaller.
     """
 
-    distance: Callable[[int, Answer], float]
+    distance: Callable[[int, Prediction], float]
     least: float = ROUNDING
 
 
 def fidelity_of(
-    metric: str, task: str | None, student: Student, wanted: Sequence[Answer], paths: Sequence[Path]
-) -> Fidelity:
+    metric: str, task: str | None, student: Student, wanted: Sequence[Prediction], paths: Sequence[Path]
+) -> FidelityMeasure:
     """What judges by one of `FIDELITIES`.
 
     Args:
@@ -52,10 +52,10 @@ def fidelity_of(
         return _overlap(wanted)
     if metric == "class" and not backbone.class_token:
         raise ConfigError("This model has no class token.", "Judge by --metric patches.")
-    return Fidelity(lambda number, got: 1 - alike(metric, got, wanted[number]))
+    return FidelityMeasure(lambda number, got: 1 - alike(metric, got, wanted[number]))
 
 
-def _overlap(wanted: Sequence[Answer]) -> Fidelity:
+def _overlap(wanted: Sequence[Prediction]) -> FidelityMeasure:
     names = [name for name in wanted[0].outputs if name != TOKENS]
     if len(names) != 1:
         raise ConfigError(
@@ -64,13 +64,13 @@ def _overlap(wanted: Sequence[Answer]) -> Fidelity:
         )
     masks = [answer.outputs[names[0]] > THRESHOLD for answer in wanted]
 
-    def distance(number: int, got: Answer) -> float:
+    def distance(number: int, got: Prediction) -> float:
         return 1 - (map_scores(got.outputs[names[0]], masks[number], THRESHOLD, ("iou",))["iou"] or 0.0)
 
-    return Fidelity(distance, COARSE)
+    return FidelityMeasure(distance, COARSE)
 
 
-def _own(task: str, wanted: Sequence[Answer], paths: Sequence[Path]) -> Fidelity:
+def _own(task: str, wanted: Sequence[Prediction], paths: Sequence[Path]) -> FidelityMeasure:
     """A user's `TaskMetric`, whose scores lie from 0 to 1; an image on which a model does better loses nothing."""
     metric = OwnMetric(task)
 
@@ -85,8 +85,8 @@ def _own(task: str, wanted: Sequence[Answer], paths: Sequence[Path]) -> Fidelity
 
     dense = [score(number, answer.outputs) for number, answer in enumerate(wanted)]
 
-    def distance(number: int, got: Answer) -> float:
+    def distance(number: int, got: Prediction) -> float:
         lost = dense[number] - score(number, got.outputs)
         return max(0.0, lost if metric.higher_is_better else -lost)
 
-    return Fidelity(distance, COARSE)
+    return FidelityMeasure(distance, COARSE)

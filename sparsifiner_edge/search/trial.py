@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.images import load_image
-from sparsifiner_edge.judge import Answer
+from sparsifiner_edge.judge import Prediction
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.torch_native import native_kernels
 from sparsifiner_edge.search.judge import fidelity_of
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.sparse.attention import SparseAttention
-from sparsifiner_edge.sparse.outputs import answer_of, outputs_of
+from sparsifiner_edge.sparse.outputs import outputs_of, prediction_of
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
@@ -47,7 +47,7 @@ class Trial:
         self._raw = [load_image(path, student.img_size)[None] for path in paths]
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():
-            wanted = [answer_of(teacher, image, student.outputs) for image in self._pixels]
+            wanted = [prediction_of(teacher, image, student.outputs) for image in self._pixels]
         self.judge = fidelity_of(metric, task, student, wanted, paths)
         self._made: list[list[Tensor]] = []
 
@@ -62,7 +62,7 @@ class Trial:
         with native_kernels(available_cores()):
             for number, (pixels, outputs) in enumerate(zip(self._pixels, made, strict=True)):
                 with _giving(layers, outputs):
-                    answer = answer_of(self._student.model, pixels, self._student.outputs)
+                    answer = prediction_of(self._student.model, pixels, self._student.outputs)
                 found.append(self.judge.distance(number, answer))
         return found
 
@@ -96,7 +96,7 @@ class Trial:
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]]) -> list[float]:
         """1 - the metric, image by image, of what a session makes of them."""
         prefix = self._student.backbone.prefix
-        got = (Answer(infer({"image": image}), prefix) for image in self._raw)
+        got = (Prediction(infer({"image": image}), prefix) for image in self._raw)
         return [self.judge.distance(number, answer) for number, answer in enumerate(got)]
 
 

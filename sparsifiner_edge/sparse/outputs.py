@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.judge import Answer
+from sparsifiner_edge.judge import Prediction
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.layer import riding
@@ -69,14 +69,14 @@ class ModelAnswer(NamedTuple):
     positions: Tensor | None
     outputs: dict[str, Tensor]
 
-    def answer(self, prefix: int) -> Answer:
+    def prediction(self, prefix: int) -> Prediction:
         """For a judge; prefix: tokens before the patches."""
-        return Answer(_arrays(self.outputs | _with_positions(self.tokens, self.positions)), prefix)
+        return Prediction(_arrays(self.outputs | _with_positions(self.tokens, self.positions)), prefix)
 
 
-def answer_of(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> Answer:
+def prediction_of(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> Prediction:
     """All that a bundle of the module would give for one image [1,3,H,W], tokens too, for a judge."""
-    return Answer(_arrays(outputs_of(module, images, names, tokens=True)), backbone_of(module).prefix)
+    return Prediction(_arrays(outputs_of(module, images, names, tokens=True)), backbone_of(module).prefix)
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
