@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import importlib
 import os
 import resource
 import runpy
@@ -26,7 +25,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.errors import MissingExtraError
 from sparsifiner_edge.quiet import NO_TELEMETRY
 
 _SOURCE = str(Path(__file__).resolve().parents[1])
@@ -48,28 +46,6 @@ _BECOME = (
     "[_signal.signal(n, _signal.SIG_DFL) for n in (_signal.SIGPIPE, _signal.SIGXFSZ)]; "
     "os.execv(sys.argv[2], sys.argv[2:])"
 )
-
-
-def import_matplotlib(extra: str) -> None:
-    """Import matplotlib, so that no settings of the working directory (`matplotlibrc`) are read: they come first there.
-
-    Args:
-        extra: of this package, that brings it.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    if sys.modules.get("matplotlib") is not None:
-        return
-    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
-    try:
-        os.chdir("/")
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", extra) from error
-    finally:
-        os.fchdir(here)
-        os.close(here)
 
 
 def start_python(module: str, environment: Mapping[str, str] | None = None, **pipes: Any) -> subprocess.Popen[bytes]:

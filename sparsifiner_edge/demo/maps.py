@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.files import import_matplotlib
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.metrics import intersection_over_union, mean_absolute_error
-from sparsifiner_edge.process import import_matplotlib
 from sparsifiner_edge.runtime import open_session
 
 

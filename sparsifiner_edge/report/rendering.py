@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.errors import MissingExtraError
-from sparsifiner_edge.process import import_matplotlib
+from sparsifiner_edge.files import import_matplotlib
 from sparsifiner_edge.report.blocks import Figure
 
 PALETTE = {

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from sparsifiner_edge.config import keep_text, merge_text
-from sparsifiner_edge.process import import_matplotlib
+from sparsifiner_edge.files import import_matplotlib
 from sparsifiner_edge.records import Known
 from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.search.plan import LayerPlan

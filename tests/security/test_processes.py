@@ -90,7 +90,7 @@ def test_no_settings_of_the_working_directory_are_read(kind: str, tmp_path: Path
     else:
         (tmp_path / "matplotlibrc").write_text("axes.facecolor: red\n")
     code = (
-        "import os; from sparsifiner_edge.process import import_matplotlib; import_matplotlib('report'); "
+        "import os; from sparsifiner_edge.files import import_matplotlib; import_matplotlib('report'); "
         "import matplotlib; print(matplotlib.rcParams['axes.facecolor'], os.getcwd())"
     )
     start = [sys.executable, "-c", code]
