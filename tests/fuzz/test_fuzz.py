@@ -9,7 +9,6 @@ import click
 import pytest
 
 from sparsifiner_edge.cli import main as program
-from tests.everything import first
 from tests.fuzz import materials
 from tests.fuzz.harness import LIMIT_S, FailureError, Target, Try, attempt, command, strict_json
 from tests.fuzz.targets import TARGETS
@@ -23,7 +22,8 @@ def good(once: Once) -> Path:
     return once("good", lambda folder: materials.make(folder, ("plain", "signed", "bundle", "images", "results")))
 
 
-@pytest.mark.parametrize("name", first(QUICK))
+@pytest.mark.everything
+@pytest.mark.parametrize("name", QUICK)
 def test_nothing_hostile_gets_through(name: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     failed = {}
