@@ -79,7 +79,7 @@ def main() -> None:
     given = parser.parse_args()
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
     found = untyped(texts)
-    native = [path for end in ("*.cc", "*.h") for path in PACKAGE.rglob(end)]
+    native = [path for end in ("*.cc", "*.h") for path in (PACKAGE.parent / "runtime").rglob(end)]
     counts: dict[str, object] = {
         "untyped": found.total(),
         "unavailable": sum("unavailable" in text for text in texts.values()),

@@ -20,10 +20,7 @@ HOUSES = ("sparsifiner_edge/", "runtime/", "export/")
 ROOMS: dict[str, tuple[str, ...]] = {
     "base": ("sparsifiner_edge/*.py",),
     "ops": ("sparsifiner_edge/ops/",),
-    "native": (
-        *(f"sparsifiner_edge/ops/native/*{end}" for end in CODE if end != ".py"),
-        *(f"runtime/native/*{end}" for end in CODE),
-    ),
+    "native": ("runtime/native/",),
     "triton": ("sparsifiner_edge/ops/triton/",),
     "sparse": ("sparsifiner_edge/sparse/",),
     "distill": ("sparsifiner_edge/distill/",),

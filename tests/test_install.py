@@ -101,6 +101,9 @@ def agrees(found: dict[str, object], *, library: bool) -> None:
 @pytest.mark.everything
 def test_a_wheel_of_the_tree(tmp_path: Path) -> None:
     agrees(look(build(ROOT, tmp_path), tmp_path), library=True)
+    native = tmp_path / "installed" / "sparsifiner_edge" / "ops" / "native"
+    assert (native / "sparsifiner.h").is_file()
+    assert not list(native.glob("*.cc"))
 
 
 @pytest.mark.everything

@@ -25,7 +25,7 @@ from tests.ops.matrix import Case, cases, check
 pytestmark = pytest.mark.everything
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parents[1] / "sparsifiner_edge" / "ops" / "native"
+SOURCES = HERE.parents[1] / "runtime" / "native"
 OPS = {
     "DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2, "MatchTokens": 4, "MergeTokens": 5,
 }  # fmt: skip
