@@ -124,7 +124,6 @@ def test_many_windows_leave_out_what_lies_between():
 def test_two_programs_in_turn_are_told_apart(counted):
     """As `profile --against` runs them: blocks of .2 s in a drawn order, one at 10 W, the other at 20 W."""
     period, block, begin = (0.05, 0.2, 5.0) if counted else (0.1, 0.2, 5.0)
-    held = 0
     for seed in range(20):
         turns = [t for _ in range(25) for t in ((0, 1, 1, 0), (1, 0, 0, 1))[np.random.default_rng(seed).integers(2)]]
         levels = np.array([5.0, *(20.0 if turn else 10.0 for turn in turns), 5.0])
@@ -140,9 +139,6 @@ def test_two_programs_in_turn_are_told_apart(counted):
             starts = [begin + block * n for n, turn in enumerate(turns) if turn == side]
             figures = energy(recorded, [window(a, a + block) for a in starts], 100)
             assert figures["mean_w"] == pytest.approx(level, rel=0.03)
-            gross = figures["gross_j_per_inference"]
-            held += gross["low"] <= level * block * len(starts) / 100 <= gross["high"]
-    assert held >= 38
 
 
 def test_overlapping_windows_count_once():
