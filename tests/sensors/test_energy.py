@@ -228,7 +228,6 @@ def test_readings_that_end_early_give_what_is_known_or_say_that_it_is_too_little
     mostly = judged(record_power(power, times[times < 37]))
     assert mostly["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
     assert mostly["covered"] == pytest.approx(0.9, abs=0.01)
-    # The missing tenth might have held anything between what was seen lowest and highest.
     assert "cover" in mostly["idle_after_w"]["unavailable"]
     barely = judged(record_power(power, times[times < 25]))
     assert "50%" in barely["gross_j_per_inference"]["unavailable"]
