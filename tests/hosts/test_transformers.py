@@ -121,7 +121,7 @@ def test_the_same_weights_are_the_same_model_as_in_timm(twins: tuple[Any, Any]) 
         se.sparsify_model(twin, keep=0.25, cells=16, merge=8)
         read: list[Tensor] = []
         lists.append(read)
-        with observed(twin, lambda layer, qkv, sizes, _, read=read: read.append(layer.indices(qkv, sizes))):
+        with observed(twin, lambda layer, qkv, sizes, read=read: read.append(layer.indices(qkv, sizes))):
             read.append(final_tokens(twin, x)[0])
     (*keys, tokens), (*others, expected) = lists
     assert len(keys) == 12
