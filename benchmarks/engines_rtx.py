@@ -26,6 +26,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.results import Result, Subject, read_result
 from sparsifiner_edge.runtime.build import build_engine
@@ -163,7 +164,7 @@ def main(*, bundles: Path | None, kinds: tuple[str, ...], output: Path) -> None:
 def save(output: Path, subjects: list[Subject], rows: list[dict[str, Any]], earlier: dict[str, str]) -> None:
     method = {
         "backend": "tensorrt-rtx",
-        "version": str(find_backend("tensorrt-rtx").load().__version__),
+        "version": str(find_backend(Execution(backend="tensorrt-rtx")).load().__version__),
         "what": "built ahead of time, in a process each, without a GPU; none of the engines was run",
         "settings": {str(size): kinds for size, kinds in SETTINGS.items()},
         "recorded": earlier,

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.costs import MAC_KINDS, layer_costs
 from sparsifiner_edge.demo import material, split
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export import int8 as int8_gates
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle, model_shape
@@ -143,7 +144,9 @@ def quick_engines(points: list[Point], tell: Any) -> tuple[list[Point], dict[str
 def merging_in_first_layer(bundle: Path, of: Setting) -> dict[str, float]:
     """Milliseconds of all that matches and merges in the first layer, and of the whole layer."""
     images = of.images
-    times = measure_layers(str(bundle), "onnxruntime", of.threads, "native", lambda _: {"image": images}, 200)
+    times = measure_layers(
+        str(bundle), Execution(kernels="native", threads=of.threads), lambda _: {"image": images}, 200
+    )
     rows = [row for row in times.layers if row.layer == 0]
     whole, merging = (sum(row.ms for row in rows if part in row.name) for part in ("", ".merging."))
     return {"layer_ms": whole, "merging_ms": merging, "share": merging / whole}
@@ -175,24 +178,24 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
                 student, folder / f"ours-{len(points)}", merge=merge, keep=keep, batch=of.batch, **more
             )
             macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
-            for family, backend, ran in engines:
-                if backend == "onnxruntime":
+            for family, backend, computes, ran in engines:
+                if (backend, computes) == ("onnxruntime", "auto"):
                     session = ort_session(str(bundle / "model.onnx"), of.threads)
                     points.append(_ort_point(session, family, budget, macs, ran, of))
                 else:
-                    points.append(_our_point(bundle, family, budget, macs, backend, of, ran))
+                    points.append(_our_point(bundle, family, budget, macs, (backend, computes), of, ran))
     return points
 
 
-def _our_engines(of: Setting, precision: str) -> list[tuple[str, str, str]]:
-    """Families, their backends and precisions, of our files in one precision."""
-    found = [(f"ours, ONNX Runtime {precision}", "onnxruntime", precision)]
+def _our_engines(of: Setting, precision: str) -> list[tuple[str, str, str, str]]:
+    """Families, their backends, what they compute in, and precisions, of our files in one precision."""
+    found = [(f"ours, ONNX Runtime {precision}", "onnxruntime", "auto", precision)]
     if precision == "fp32":
-        found.append(("ours, OpenVINO f32", "openvino", "fp32"))
-        return found + [("ours, OpenVINO bf16", "openvino-bf16", "bf16")] * ("bf16" in of.hints)
+        found.append(("ours, OpenVINO f32", "openvino", "auto", "fp32"))
+        return found + [("ours, OpenVINO bf16", "openvino", "bf16", "bf16")] * ("bf16" in of.hints)
     rest = of.hints[-1]
-    found.append((f"ours, OpenVINO int8, rest {rest}", "openvino" if rest == "f32" else "openvino-bf16", "int8"))
-    return found + [("ours, ONNX Runtime int8, attention bf16", "onnxruntime-bf16", "int8")] * ("bf16" in of.hints)
+    found.append((f"ours, OpenVINO int8, rest {rest}", "openvino", "auto" if rest == "f32" else "bf16", "int8"))
+    return found + [("ours, ONNX Runtime int8, attention bf16", "onnxruntime", "bf16", "int8")] * ("bf16" in of.hints)
 
 
 def sum_of_layers(student: Any) -> float:
@@ -259,8 +262,12 @@ def _ort_point(session: Any, family: str, budget: str, macs: float, precision: s
     return Point(family, budget, lambda: session.run(None, {"image": images}), tokens, macs, precision)
 
 
-def _our_point(bundle: Path, family: str, budget: str, macs: float, backend: str, of: Setting, precision: str) -> Point:
-    session, images = open_session(bundle, backend, of.threads, "native"), of.images
+def _our_point(
+    bundle: Path, family: str, budget: str, macs: float, engine: tuple[str, str], of: Setting, precision: str
+) -> Point:
+    """engine: backend, and what it computes in."""
+    session = open_session(bundle, engine[0], of.threads, "native", precision=engine[1])
+    images = of.images
     return Point(
         family, budget, lambda: session.infer({"image": images}),
         lambda x: np.asarray(session.infer({"image": x})["tokens"]), macs, precision,

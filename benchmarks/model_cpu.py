@@ -60,11 +60,12 @@ CASES = (
 )  # fmt: skip
 OURS, OURS8 = "ours, ONNX Runtime fp32", "ours, ONNX Runtime int8"
 ELSEWHERE = {
-    "ours, ONNX Runtime int8, attention bf16": (OURS8, "onnxruntime-bf16"),
-    "ours, OpenVINO fp32": (OURS, "openvino"), "ours, OpenVINO bf16": (OURS, "openvino-bf16"),
-    "ours, OpenVINO int8, rest fp32": (OURS8, "openvino"), "ours, OpenVINO int8, rest bf16": (OURS8, "openvino-bf16"),
+    "ours, ONNX Runtime int8, attention bf16": (OURS8, "onnxruntime", "bf16"),
+    "ours, OpenVINO fp32": (OURS, "openvino", "auto"), "ours, OpenVINO bf16": (OURS, "openvino", "bf16"),
+    "ours, OpenVINO int8, rest fp32": (OURS8, "openvino", "auto"),
+    "ours, OpenVINO int8, rest bf16": (OURS8, "openvino", "bf16"),
 }  # fmt: skip
-"""Which of our files, by which backend."""
+"""Which of our files, by which backend, in which precision."""
 DENSE, DENSE8 = "ONNX Runtime fp32", "ONNX Runtime int8"
 FP32 = (DENSE, "OpenVINO fp32", "torch fp32")
 REQUIRED = {
@@ -149,8 +150,8 @@ def engines(
     for label, bundle in bundles.items():
         session = ort_session(str(bundle / "model.onnx"), threads)
         runs[label] = lambda session=session: session.run(None, {"image": image})
-    for label, (file, backend) in ours_elsewhere().items():
-        opened = open_session(bundles[file], backend, threads, "native")
+    for label, (file, backend, precision) in ours_elsewhere().items():
+        opened = open_session(bundles[file], backend, threads, "native", precision=precision)
         said[label] = {"precision": opened.description.precision, "kernels": opened.description.kernels}
         runs[label] = lambda opened=opened: opened.infer({"image": image})
     for rest, hint in (("fp32", "f32"), ("bf16", "bf16"))[: 2 if has_bf16() else 1]:
@@ -204,9 +205,9 @@ def peak_memory(bundles: dict[str, Path], size: int, threads: int) -> dict[str, 
 def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any]:
     """Mean patch cosine over the eight photographs: of each of ours to ours in fp32, and to the dense model."""
     tokens = {}
-    files = {label: (label, "onnxruntime") for label in (OURS, OURS8)} | ours_elsewhere()
-    for label, (file, backend) in files.items():
-        with open_session(bundles[file], backend, threads) as opened:
+    files = {label: (label, "onnxruntime", "auto") for label in (OURS, OURS8)} | ours_elsewhere()
+    for label, (file, backend, precision) in files.items():
+        with open_session(bundles[file], backend, threads, precision=precision) as opened:
             feeds = ({"image": load_image(path, size)[None]} for path in split.development())
             tokens[label] = [opened.infer(feed) for feed in feeds]
     with open_session(bundles[DENSE], threads=threads) as opened:

@@ -20,12 +20,14 @@ from typing import Any
 import click
 import numpy as np
 import safetensors.numpy
-from msgspec.structs import asdict, replace
+from msgspec import to_builtins
+from msgspec.structs import replace
 from summary import write_summary
 
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.demo import material
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.measure.side import start_worker
@@ -94,8 +96,8 @@ def _dense(folder: Path) -> Path:
 
 def _ready(worker: Child, bundle: Path, threads: int | None, seconds: float) -> Callable[[], np.ndarray[Any, Any]]:
     """Load and warm up; what it returns measures a block of about so many seconds."""
-    request = Load(bundle=str(bundle.resolve()), backend="onnxruntime", threads=threads)
-    worker.ask("load", _TIMEOUT_S, Loaded, **asdict(request))
+    request = Load(bundle=str(bundle.resolve()), execution=Execution(threads=threads))
+    worker.ask("load", _TIMEOUT_S, Loaded, **to_builtins(request))
     worker.ask("first", _TIMEOUT_S, float)
     query_ms = float(np.median(worker.ask("block", _TIMEOUT_S, QueryBlock, queries=10, rewarm=10).latency_ms))
     queries = max(5, round(seconds * 1000 / query_ms))

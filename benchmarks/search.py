@@ -95,7 +95,7 @@ def searched(
             found.append(
                 se.search_model(
                     material.DINOV2, data, work / "found", at_least=bound, weights=weights_file(), img_size=size,
-                    backends=backends, precisions=[precision], seed=seed, progress=progress,
+                    backends=backends, computes=["auto"], precisions=[precision], seed=seed, progress=progress,
                 )
             )  # fmt: skip
     return found
@@ -108,9 +108,9 @@ def predictions(results: list[SearchResult]) -> list[dict[str, Any]]:
     rows = []
     for result in results:
         for one in result.statistics.finalists:
-            drift = result.statistics.drift[str(Deployment(one.backend, one.precision).dense_host)]
+            drift = result.statistics.drift[str(Deployment(one.backend, one.stored, one.computes).dense_host)]
             rows.append({
-                "at_least": result.method.at_least, "drift": drift, "engine": f"{one.backend}, {one.precision}",
+                "at_least": result.method.at_least, "drift": drift, "engine": one.engine,
                 "merge": one.merge, "keep": one.keep, "ms": one.ms.value,
                 "ms_off": one.predicted_ms * drift / one.ms.value - 1,
                 "distance_off": (1 - one.predicted_fidelity) / (1 - one.fidelity) - 1,
@@ -129,7 +129,7 @@ def answer_of(result: SearchResult) -> Finalist:
 def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path, tell: Any) -> dict[str, Any]:
     """The last search's answer beside uniform settings at its fidelity, over publication photographs."""
     answer = answer_of(result)
-    engine = Deployment(answer.backend, answer.precision)
+    engine = Deployment(answer.backend, answer.stored, answer.computes)
     student = load_student(folder / "start")
     photographs = evenly(split.publication(), JUDGES[size])
     few, trial = (
@@ -138,12 +138,12 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
     )
 
     def lost(bundle: Path) -> float:
-        with open_session(bundle, engine.backend) as session:
+        with open_session(bundle, engine.backend, precision=engine.computes) as session:
             return fmean(trial.distances_of(session.infer))
 
     tell("the answer over publication photographs")
     own, depth = lost(folder / "bundle"), len(student.backbone.layers)
-    with open_session(folder / "bundle", engine.backend) as session:
+    with open_session(folder / "bundle", engine.backend, precision=engine.computes) as session:
         by_few = fmean(few.distances_of(session.infer))
     plans = [
         uniform(round(trial.patches * gone / depth), share, depth, trial.patches) for gone in GONE for share in SHARES
@@ -155,7 +155,7 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
     chosen = around(judged, by_few, latency.of)
     images = linked_images(folder, result)
     exports = Exports(scratch, folder / "start", dense_twin(load_student(folder / "start")), images, (), None)
-    bundles = {plan: exports.of(plan, engine.precision) for plan in chosen}
+    bundles = {plan: exports.of(plan, engine.stored) for plan in chosen}
     tell("timing")
     contenders = [Contender(path, engine) for path in (folder / "bundle", *bundles.values())]
     ours, *others = Stopwatch(None, None).times(contenders)
@@ -245,7 +245,7 @@ def saliency(work: Path) -> dict[str, Any]:
     answer = answer_of(result)
     student = load_student(work / "found" / "start", trust=[demo.MODULE])
     trial = Trial(student, dense_twin(student).model, split.publication(), "task")
-    with open_session(work / "found" / "bundle", answer.backend) as session:
+    with open_session(work / "found" / "bundle", answer.backend, precision=answer.computes) as session:
         overlaps = [1 - distance for distance in trial.distances_of(session.infer)]
     engine, dense = min(result.statistics.dense_ms.items(), key=lambda row: row[1].value)
     low, high = (bound if isinstance(bound, float) else answer.ms.value for bound in (answer.ms.low, answer.ms.high))
@@ -261,7 +261,7 @@ def layouts(work: Path, tell: Any) -> list[dict[str, Any]]:
     folder = work / "found"
     result = read_result(folder / "front.json", SearchResult)
     answer = answer_of(result)
-    engine = Deployment(answer.backend, answer.precision)
+    engine = Deployment(answer.backend, answer.stored, answer.computes)
     own = load_student(folder / "student")
     calibration = linked_images(folder, result)
     tried = [work / "images" / name for name in result.method.images["tried"]]
@@ -275,9 +275,9 @@ def layouts(work: Path, tell: Any) -> list[dict[str, Any]]:
             student, bundle = scratch / f"student-{number}", scratch / f"bundle-{number}"
             save_student(made, student)
             se.export_bundle(
-                student, bundle, precision=engine.precision, calibrate=images if engine.precision == "int8" else None
+                student, bundle, precision=engine.stored, calibrate=images if engine.stored == "int8" else None
             )
-            with open_session(bundle, engine.backend) as session:
+            with open_session(bundle, engine.backend, precision=engine.computes) as session:
                 found.append((change, Contender(bundle, engine), fmean(trial.distances_of(session.infer))))
         tell("timing")
         times = Stopwatch(None, None).times([contender for _, contender, _ in found])
@@ -342,7 +342,8 @@ def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, other_layouts: b
         found = saliency(output / "work" / "saliency")
         answer, ratio, overlap = found["answer"], found["ratio"], found["publication_overlap"]
         click.echo(
-            f"{answer['backend']}, {answer['precision']}, merge {answer['merge']}, keep {answer['keep']}: "
+            f"{answer['backend']}, {answer['stored']}, {answer['computes']}, "
+            f"merge {answer['merge']}, keep {answer['keep']}: "
             f"{answer['ms']['value']:.1f} ms; dense {found['dense']}: {ratio['value']:.2f} times "
             f"({ratio['low']:.2f} to {ratio['high']:.2f}), required {FASTER[0]}, aim {FASTER[1]}; IoU over publication "
             f"photographs {overlap['value']:.4f} (at least {overlap['low']:.4f}), required {OVERLAP}"

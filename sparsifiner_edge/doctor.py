@@ -12,6 +12,7 @@ import msgspec
 
 from sparsifiner_edge.camera.confine import Confinement, confinement
 from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.machine import Environment, Machine, environment, machine, package_version
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.quiet import NO_TELEMETRY
@@ -19,15 +20,10 @@ from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.cuda.driver import too_new
 from sparsifiner_edge.runtime.cuda.support import CudaSupport, cuda_support
-from sparsifiner_edge.runtime.onnxruntime.backends import (
-    GpuProvider,
-    OnnxRuntime,
-    OnnxRuntimeBf16,
-    OnnxRuntimeCuda,
-    OnnxRuntimeTensorRt,
-)
-from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK, import_onnxruntime
-from sparsifiner_edge.runtime.openvino.backend import OpenVino, OpenVinoBf16, OpenVinoFp16
+from sparsifiner_edge.runtime.onnxruntime.backend import GPU_PROVIDERS, OnnxRuntime
+from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK
+from sparsifiner_edge.runtime.openvino.backend import OpenVino
+from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
@@ -38,12 +34,13 @@ _REQUIREMENT = re.compile(
 )
 
 
-class BackendState(msgspec.Struct, frozen=True):
-    """Whether something can be used here, and why, or why not."""
+class BackendState(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Whether something can be used here, and why, or why not; options: the same of its precisions and providers."""
 
     available: bool
     reason: str
     version: str | Unavailable
+    options: dict[str, BackendState] = {}
 
 
 class Extra(msgspec.Struct, frozen=True):
@@ -85,9 +82,8 @@ def examine() -> Findings:
         native_library=library,
         native_library_reason=reason,
         backends={
-            **{kind.name: _onnxruntime(kind()) for kind in (OnnxRuntime, OnnxRuntimeBf16)},
-            **{kind.name: _openvino(kind()) for kind in (OpenVino, OpenVinoBf16, OpenVinoFp16)},
-            **{kind.name: _provider(kind(), device) for kind in (OnnxRuntimeCuda, OnnxRuntimeTensorRt)},
+            "onnxruntime": _processor(OnnxRuntime, _providers(device)),
+            "openvino": _processor(OpenVino),
             "tensorrt": _engines(TensorRt(), device, "builds engines for the GPU of this machine"),
             "tensorrt-rtx": _engines(TensorRtRtx(), device, "builds engines ahead of time for RTX cards"),
         },
@@ -121,38 +117,36 @@ def _cuda() -> Known[CudaDevice]:
         return Unavailable(f"{error.what} {error.fix}")
 
 
-def _onnxruntime(backend: OnnxRuntime) -> BackendState:
-    version: Known[str] = Unavailable("cannot be imported")
+def _processor(kind: type[ProcessorBackend], providers: dict[str, BackendState] | None = None) -> BackendState:
+    """A backend of the processor, its precisions beside that of the file, and its providers."""
+    options = {}
+    for precision in kind.computes[1:]:
+        how = "computes on the processor in" if kind is OpenVino else "attention computes in"
+        options[f"--precision {precision}"] = _loads(
+            kind, f"{how} {precision}", Execution(backend=kind.name, precision=precision)
+        )
+    found = _loads(kind, "imports, and runs on the processor", Execution(backend=kind.name))
+    return msgspec.structs.replace(found, options=options | (providers or {}))
+
+
+def _loads(kind: type[ProcessorBackend], reason: str, execution: Execution) -> BackendState:
     try:
-        module = import_onnxruntime()
-        version = str(module.__version__)
-        backend.load()  # What it needs besides.
+        version = str(kind(execution).load().__version__)
     except SparsifinerError as error:
-        return BackendState(False, f"{error.what} {error.fix}", version)
-    providers = ", ".join(module.get_available_providers())
-    how = "; attention in bfloat16" if backend.execution.bfloat16 else ""
-    reason = f"imports, and offers {providers}; uses CPUExecutionProvider{how}"
+        return BackendState(False, f"{error.what} {error.fix}", package_version(kind.name))
     return BackendState(True, reason, version)
 
 
-def _openvino(backend: OpenVino) -> BackendState:
-    try:
-        version = str(backend.load().__version__)
-    except SparsifinerError as error:
-        return BackendState(False, f"{error.what} {error.fix}", package_version("openvino"))
-    return BackendState(True, f"imports, and runs on the processor in {backend.precision}", version)
-
-
-def _provider(backend: GpuProvider, device: Known[CudaDevice]) -> BackendState:
+def _providers(device: Known[CudaDevice]) -> dict[str, BackendState]:
     """That a build offers a provider says nothing about the machine: it does so without any GPU."""
-    try:
-        version = str(backend.load().__version__)
-    except SparsifinerError as error:
-        return BackendState(False, f"{error.what} {error.fix}", package_version("onnxruntime"))
-    if isinstance(device, Unavailable):
-        return BackendState(False, f"{backend.provider} is built in, and {device.why}", version)
-    does = f"a fallback: {FALLBACK}; whether it starts is seen when a bundle is opened"
-    return BackendState(True, f"{backend.provider} is built in; {does}", version)
+    found = {}
+    for name, provider in GPU_PROVIDERS.items():
+        does = f"a fallback: {FALLBACK}; whether it starts is seen when a bundle is opened"
+        state = _loads(OnnxRuntime, f"{provider} is built in; {does}", Execution(provider=name))
+        if state.available and isinstance(device, Unavailable):
+            state = BackendState(False, f"{provider} is built in, and {device.why}", state.version)
+        found[f"--provider {name}"] = state
+    return found
 
 
 def _engines(backend: TensorRtBackend, device: Known[CudaDevice], skill: str) -> BackendState:

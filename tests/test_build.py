@@ -103,7 +103,9 @@ def test_a_signature_that_no_longer_holds_is_said(tiny: Path, capsys: pytest.Cap
     [
         (["--backend", "opencv"], "Unknown backend 'opencv'"),
         (["--compute-capability", "8.6"], "onnxruntime builds no engine"),
-        (["--backend", "onnxruntime-cuda"], "onnxruntime-cuda builds no engine file"),
+        (["--backend", "openvino", "--provider", "cuda"], "openvino has no provider cuda"),
+        (["--precision", "fp64"], "'fp64' is not one of"),
+        (["--backend", RTX, "--compute-capability", "8.6", "--precision", "bf16"], "computes in what a file stores"),
         (["--backend", RTX, "--compute-capability", "86"], "compute capability is '86'"),
         (["--backend", RTX, "--compute-capability", ""], "compute capability is ''"),
         (["--backend", RTX, "--compute-capability", "8.6,"], "compute capability is ''"),

@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles.measure import layers
 from sparsifiner_edge.profiles.measure.attribution import find_places
@@ -37,8 +38,9 @@ def exported(once, tiny_weights):
     return {name: folder / name for name in ("sparse", "dense")}
 
 
-def measured(bundle, kernels):
-    return write_record(measure_layers(str(bundle), "onnxruntime", 1, kernels, fixed_inputs, query_ms=50.0))
+def measured(bundle, kernels, provider="cpu"):
+    execution = Execution(provider=provider, kernels=kernels, threads=1)
+    return write_record(measure_layers(str(bundle), execution, fixed_inputs, query_ms=50.0))
 
 
 def rows_of(report, kind):
@@ -181,7 +183,7 @@ def test_a_session_with_a_profiler_of_its_own_is_asked(exported, monkeypatch):
 
 def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
     class Session:
-        backend, inputs, description = "onnxruntime-cuda", (), types.SimpleNamespace(device="GPU")
+        backend, inputs, description = "onnxruntime", (), types.SimpleNamespace(device="GPU")
 
         def __enter__(self):
             return self
@@ -190,8 +192,8 @@ def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
             pass
 
     monkeypatch.setattr(layers, "open_checked", lambda *_: Session())
-    with pytest.raises(BackendError, match="onnxruntime-cuda on GPU gives no times per layer"):
-        measured(exported["dense"], "portable")
+    with pytest.raises(BackendError, match="onnxruntime on GPU gives no times per layer"):
+        measured(exported["dense"], "portable", "cuda")
 
 
 def quantised(places, *names):

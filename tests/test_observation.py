@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.measure import observe as observation
 from sparsifiner_edge.profiles.measure.worker import _Worker
@@ -85,8 +86,10 @@ def test_a_sensor_that_averages_has_a_longer_baseline_and_wants_longer_windows(m
     assert "at least 3 s" in marks["power-too-short"]["do"]
 
 
-@pytest.mark.parametrize(("backend", "on"), [("onnxruntime", "cpu"), ("onnxruntime-cuda", "gpu"), ("tensorrt", "gpu")])
-def test_power_is_read_where_the_backend_runs(monkeypatch, backend, on):
+@pytest.mark.parametrize(
+    ("asked_for", "on"), [({}, "cpu"), ({"provider": "cuda"}, "gpu"), ({"backend": "tensorrt"}, "gpu")]
+)
+def test_power_is_read_where_the_backend_runs(monkeypatch, asked_for, on):
     asked = []
 
     def find(on):
@@ -94,7 +97,7 @@ def test_power_is_read_where_the_backend_runs(monkeypatch, backend, on):
         raise StopIteration
 
     monkeypatch.setattr(observation, "find_sensor", find)
-    side = types.SimpleNamespace(request=types.SimpleNamespace(backend=backend))
+    side = types.SimpleNamespace(request=types.SimpleNamespace(execution=Execution(**asked_for)))
     with pytest.raises(StopIteration):
         observation.observe([side], make_rules(1), None, power=True)
     assert asked == [on]

@@ -13,6 +13,7 @@ import pytest
 from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, MissingExtraError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops import native
@@ -115,11 +116,12 @@ def test_gives_what_onnx_runtime_gives(bundles: dict[str, Path], name: str, kern
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 @pytest.mark.parametrize("name", first(["edge", "merged", "dense", "int8"]))
 def test_bf16_is_what_really_runs(bundles: dict[str, Path], name: str) -> None:
-    with open_session(bundles[name], "openvino") as exact, open_session(bundles[name], "openvino-bf16") as session:
+    bf16 = open_session(bundles[name], "openvino", precision="bf16")
+    with open_session(bundles[name], "openvino") as exact, bf16 as session:
         image = np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)
         wanted, got = exact.infer({"image": image}), session.infer({"image": image})
-        assert session.description.precision == ("int8, rest bf16" if name == "int8" else "bf16")
-        assert session.description.backend == "openvino-bf16"
+        assert session.description.precision == ("int8, rest bf16" if name == "int8" else "fp32, run in bf16")
+        assert session.description.backend == "openvino"
     # Random weights have close calls among keys and pairs.
     assert all(cosine(got[output], value) > 0.9 for output, value in wanted.items())
     assert any((got[output] != value).any() for output, value in wanted.items())
@@ -153,8 +155,8 @@ def test_an_inlined_file_runs_without_us(
 
 @pytest.mark.skipif("FP16" in KNOWN, reason="the processor has fp16 arithmetic")
 def test_a_precision_that_the_processor_lacks_is_refused(bundles: dict[str, Path]) -> None:
-    with pytest.raises(BackendError, match=r"(?s)no fp16 arithmetic \(OpenVINO: .*FP32.*Choose openvino"):
-        open_session(bundles["edge"], "openvino-fp16")
+    with pytest.raises(BackendError, match=r"(?s)no fp16 arithmetic \(OpenVINO: .*FP32.*Leave --precision out"):
+        open_session(bundles["edge"], "openvino", precision="fp16")
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if not name.endswith("LandmarkKeySelect")])
@@ -232,9 +234,9 @@ def test_every_command_takes_it(
     assert json.loads(built.out)["description"]["kernels"] == f"native, {native.target()}"
     if "BF16" in KNOWN:
         for name in ("edge", "dense", "int8"):
-            checked = call(capsys, "build", bundles[name], "--backend", "openvino-bf16")
+            checked = call(capsys, "build", bundles[name], "--backend", "openvino", "--precision", "bf16")
             assert checked.code == 0, checked.err
-            assert checked.out.startswith("openvino-bf16 20"), checked.out
+            assert checked.out.startswith("openvino 20"), checked.out
     refused = call(capsys, "build", bundles["edge"], "--backend", "openvino", "--compute-capability", "8.6")
     assert (refused.code, "openvino builds no engine" in refused.err) == (2, True)
     profiled = call(
@@ -258,17 +260,19 @@ def test_every_command_takes_it(
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 def test_export_measures_in_the_backend_that_will_run_the_file(bundles: dict[str, Path], tmp_path: Path) -> None:
     source = bundles["merged"].parent / "student"
-    made = process("export", source, "--measure-in", "openvino-bf16", "--json", "-o", tmp_path / "b")
+    made = process(
+        "export", source, "--measure-in", "openvino", "--measure-precision", "bf16", "--json", "-o", tmp_path / "b"
+    )
     assert made.code == 0, made.err
     measured = json.loads(made.out)["measured"]
-    assert measured["backend"] == "openvino-bf16"
+    assert (measured["backend"], measured["precision"]) == ("openvino", "bf16")
     assert measured["kernels"].startswith(f"native, {native.target()}")
     assert ("attention in bfloat16" in measured["kernels"]) == (native.target() in BF16_SETS)
     assert all(c["kept_dense"] == (c["sparse_ms"] > c["dense_ms"]) for c in measured["choices"])
     refused = process("export", source, "--measure-in", "tensorrt", "-o", tmp_path / "none")
     assert (refused.code, refused.out) == (2, "")
     with pytest.raises(ConfigError, match="tensorrt-rtx does not run on the processor"):
-        export_bundle(source, tmp_path / "none", measure="tensorrt-rtx")
+        export_bundle(source, tmp_path / "none", measure=Execution(backend="tensorrt-rtx"))
     assert not (tmp_path / "none").exists()
 
 
@@ -276,7 +280,7 @@ def test_export_measures_in_the_backend_that_will_run_the_file(bundles: dict[str
 def test_attention_in_bfloat16_is_told(bundles: dict[str, Path]) -> None:
     precision = "bfloat16" if native.target() in BF16_SETS else "float32"
     said = f"native, {native.target()}, attention in {precision}"
-    with open_session(bundles["merged"], "openvino-bf16", kernels="native") as session:
+    with open_session(bundles["merged"], "openvino", kernels="native", precision="bf16") as session:
         assert session.description.kernels == said
     with open_session(bundles["merged"], "openvino") as session:
         assert session.description.kernels == f"native, {native.target()}"

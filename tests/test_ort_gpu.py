@@ -14,17 +14,24 @@ import pytest
 
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.errors import BackendError, ConfigError, GateError
+from sparsifiner_edge.errors import BackendError, GateError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.onnxruntime.backends import OnnxRuntimeCuda, OnnxRuntimeTensorRt
-from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK, Execution, OrtSession
+from sparsifiner_edge.runtime.onnxruntime import backend as backend_module
+from sparsifiner_edge.runtime.onnxruntime.backend import GPU_PROVIDERS, OnnxRuntime
+from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK, OrtSession, Provider
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
 from tests.tiny import make_bundle
 
-BOTH = [OnnxRuntimeCuda(), OnnxRuntimeTensorRt()]
+BOTH = [OnnxRuntime(Execution(provider=name)) for name in GPU_PROVIDERS]
 CPU_BUILD = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+
+
+def name_of(backend):
+    """ONNX Runtime's, of the provider."""
+    return GPU_PROVIDERS[backend.execution.provider]
 
 
 @pytest.fixture
@@ -72,8 +79,8 @@ def provider(gpu_build, monkeypatch, tmp_path):
 def test_the_real_build_for_the_cpu_is_named(bundle, backend):
     with pytest.raises(BackendError, match=r"(?s)onnxruntime \d.* has no .*; it offers .*CPU.*sparsifiner-edge\[gpu\]"):
         backend.load()
-    with pytest.raises(BackendError, match=f"has no {backend.provider}"):
-        backend.open(open_bundle(bundle), 1, "auto")
+    with pytest.raises(BackendError, match=f"has no {name_of(backend)}"):
+        backend.open(open_bundle(bundle))
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -81,7 +88,7 @@ def test_no_device_is_said_before_a_session_is_made(bundle, gpu_build, monkeypat
     install_cuda(monkeypatch, Gpu(count=0))
     monkeypatch.setattr(onnxruntime, "InferenceSession", None)
     with pytest.raises(BackendError, match="CUDA finds no device"):
-        backend.open(open_bundle(bundle), 1, "auto")
+        backend.open(open_bundle(bundle))
 
 
 @pytest.mark.skipif(not CPU_BUILD, reason="onnxruntime-gpu is installed")
@@ -91,20 +98,20 @@ def test_a_silent_fallback_is_an_error(bundle, gpu_build, monkeypatch, backend):
     install_cuda(monkeypatch, Gpu())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with pytest.raises(BackendError, match=rf"(?s){backend.provider} does not start.*CPUExecutionProvider instead"):
-            backend.open(open_bundle(bundle), 1, "auto")
+        with pytest.raises(BackendError, match=rf"(?s){name_of(backend)} does not start.*CPUExecutionProvider instead"):
+            backend.open(open_bundle(bundle))
 
 
 @pytest.mark.parametrize("backend", BOTH)
 def test_what_the_provider_is_given(bundle, provider, backend, tmp_path):
-    with backend.open(open_bundle(bundle), 1, "auto") as session:
+    with backend.open(open_bundle(bundle)) as session:
         described = session.description
         assert session.backend == backend.name
-    assert described.provider == backend.provider
+    assert described.provider == name_of(backend)
     assert described.device == "Orin (compute capability 8.7)"
     (name, options), last = provider.asked
-    assert (name, last) == (backend.provider, "CPUExecutionProvider")
-    if isinstance(backend, OnnxRuntimeTensorRt):
+    assert (name, last) == (name_of(backend), "CPUExecutionProvider")
+    if backend.execution.provider == "tensorrt":
         assert options["trt_engine_cache_path"].startswith(str(tmp_path / "cache"))
     else:
         assert options["use_tf32"] == 0
@@ -114,7 +121,7 @@ def test_what_the_provider_is_given(bundle, provider, backend, tmp_path):
 def test_what_runs_is_said(tmp_path, provider, backend):
     for function, said in ((True, FALLBACK), (False, "none (standard operators), with pageable copies")):
         made = make_bundle(tmp_path / str(function), function=function)
-        with backend.open(open_bundle(made), 1, "auto") as session:
+        with backend.open(open_bundle(made)) as session:
             assert session.description.kernels == said
     assert FALLBACK == "function bodies, not the CUDA kernels, with pageable copies"
 
@@ -125,7 +132,7 @@ def test_types_are_those_of_the_file(precision):
 
     def options(digest="ab"):
         manifest = Manifest(schema_version=3, files={"model.onnx": digest * 32}, precision=precision)
-        return OnnxRuntimeTensorRt().options(manifest)
+        return backend_module._gpu_options("tensorrt", manifest)
 
     assert not [name for name in options() if name.endswith(("16_enable", "int8_enable"))]
     assert options("cd")["trt_engine_cache_path"] != options()["trt_engine_cache_path"]
@@ -135,26 +142,31 @@ def test_an_engine_that_differs_from_golden_is_refused(bundle, provider, monkeyp
     closed = []
     monkeypatch.setattr(OrtSession, "close", lambda self: closed.append(self.backend))
     provider.error = 0.01
-    with pytest.raises(GateError, match=r"(?s)'features' differs from golden by .* instead of .*onnxruntime-tensorrt"):
-        OnnxRuntimeTensorRt().open(open_bundle(bundle), 1, "auto")
-    assert closed == ["onnxruntime-tensorrt"]
+    with pytest.raises(GateError, match=r"(?s)'features' differs from golden.*Do not trust onnxruntime"):
+        OnnxRuntime(Execution(provider="tensorrt")).open(open_bundle(bundle))
+    assert closed == ["onnxruntime"]
 
 
 @pytest.mark.parametrize("backend", BOTH)
-def test_native_kernels_and_builds_are_refused(bundle, backend):
+def test_native_kernels_and_other_precisions_are_refused(bundle, provider, backend):
+    name = backend.execution.provider
     with pytest.raises(BackendError, match="native kernels are the processor's"):
-        open_session(bundle, backend.name, kernels="native")
-    with pytest.raises(ConfigError, match=f"{backend.name} builds no engine file"):
-        build_engine(bundle, backend.name)
+        open_session(bundle, kernels="native", provider=name)
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(BackendError, match=f"computes in what a file stores, fp32 here, and not in {precision}"):
+            open_session(bundle, precision=precision, provider=name)
+    built = build_engine(bundle, provider=name)
+    assert built.description.provider == name_of(backend)
+    assert built.golden["features"]["range_relative_error"] < 1e-5
 
 
 def test_the_cpu_is_reported_as_before(bundle):
     path = bundle / "model.onnx"
-    with OrtSession(path, path.read_bytes(), 1) as session:
+    with OrtSession(path, path.read_bytes()) as session:
         assert (session.backend, session.description.provider) == ("onnxruntime", "CPUExecutionProvider")
     warnings.simplefilter("ignore", UserWarning)
     with pytest.raises(BackendError, match="NoSuchProvider"):
-        OrtSession(path, path.read_bytes(), 1, execution=Execution(provider="NoSuchProvider"))
+        OrtSession(path, path.read_bytes(), provider=Provider("NoSuchProvider"))
 
 
 def test_standard_output_stays_clean(bundle):
@@ -163,13 +175,14 @@ def test_standard_output_stays_clean(bundle):
         "import sys, json, onnxruntime\n"
         "onnxruntime.preload_dlls = lambda: print('Failed to load libcudnn')\n"
         "onnxruntime.get_available_providers = lambda: ['CUDAExecutionProvider']\n"
-        "from sparsifiner_edge.runtime.onnxruntime import backends\n"
+        "from sparsifiner_edge.execution import Execution\n"
+        "from sparsifiner_edge.runtime.onnxruntime import backend\n"
         "from sparsifiner_edge.runtime.cuda import CudaDevice\n"
-        "backends.probe = lambda: CudaDevice(0, 'x', (8, 7), 1, True, '12.6')\n"
+        "backend.probe = lambda: CudaDevice(0, 'x', (8, 7), 1, True, '12.6')\n"
         "from pathlib import Path\n"
         "from sparsifiner_edge.bundle.store import open_bundle\n"
         "folder = Path(sys.argv[1])\n"
-        "try: backends.OnnxRuntimeCuda().open(open_bundle(folder), 1, 'auto')\n"
+        "try: backend.OnnxRuntime(Execution(provider='cuda')).open(open_bundle(folder))\n"
         "except Exception as error: print(json.dumps(str(error)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export import int8 as module
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
@@ -105,7 +106,7 @@ def test_int8_products_do_not_saturate(backend: str) -> None:
         [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    with processor_run(model, backend, "int8") as (run, _):
+    with processor_run(model, Execution(backend=backend), "int8") as (run, _):
         got = run({"image": np.ones((1, 40, 64), np.float32)})["y"]
     np.testing.assert_allclose(got, np.broadcast_to(np.where(np.arange(32) % 2, 64.0, -64.0), got.shape), rtol=1e-5)
 

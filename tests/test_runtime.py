@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,10 +13,11 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError, SparsifinerError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime import BACKENDS, open_session
-from sparsifiner_edge.runtime.open import find_backend
+from sparsifiner_edge.runtime.open import find_backend, open_checked
 from sparsifiner_edge.runtime.session import validate_inputs
 from tests.seal import seal_bundle
 from tests.tiny import make_bundle
@@ -139,6 +141,20 @@ def test_an_unknown_backend_lists_the_known(bundle):
         open_session(bundle, backend="opencv")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"precision": "fp64"}, r"precision is 'fp64'.*\n.*auto, fp32, bf16, fp16"),
+        ({"provider": "rocm"}, r"provider is 'rocm'.*\n.*cpu, cuda, tensorrt"),
+        ({"backend": "openvino", "provider": "cuda"}, r"openvino has no provider cuda.*\n.*--backend onnxruntime"),
+        ({"precision": "fp16"}, r"ONNX Runtime computes in what a file stores, fp32 here.*\n.*--precision fp16"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(bundle, wrong, message):
+    with pytest.raises(BackendError, match=message):
+        open_session(bundle, **wrong)
+
+
 def test_no_threads_is_refused(bundle):
     with pytest.raises(BackendError, match="threads is 0"):
         open_session(bundle, threads=0)
@@ -241,10 +257,10 @@ def test_importing_runtime_loads_no_backend_and_no_torch():
 
 def test_a_backend_is_found_by_its_name_and_loads_no_other():
     for name in BACKENDS:
-        assert find_backend(name).name == name
-    code = "import sys; from sparsifiner_edge.runtime.open import find_backend; find_backend('onnxruntime')\n"
+        assert find_backend(Execution(backend=name)).name == name
+    code = "import sys; from sparsifiner_edge.runtime.open import Execution, find_backend; find_backend(Execution())\n"
     loaded = in_fresh_python(code + "print(*sys.modules)").stdout.split()
-    assert "sparsifiner_edge.runtime.onnxruntime.backends" in loaded
+    assert "sparsifiner_edge.runtime.onnxruntime.backend" in loaded
     assert not any(name.startswith("sparsifiner_edge.runtime.tensorrt") for name in loaded)
 
 
@@ -258,3 +274,42 @@ def test_a_missing_onnxruntime_gives_the_pip_command(bundle):
     printed = in_fresh_python(code, str(bundle)).stdout
     assert printed.startswith(MissingExtraError.__name__)
     assert 'pip install "sparsifiner-edge[cpu]"' in printed
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """Another package's backend, installed: it runs ours under its own name."""
+    info = tmp_path / "site" / "foreign-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1\n")
+    points = "foreign = foreign:Foreign\nbroken = foreign:Missing\nno-backend = foreign:NUMBER\n"
+    (info / "entry_points.txt").write_text(f"[sparsifiner_edge.backends]\n{points}")
+    (tmp_path / "site" / "foreign.py").write_text(
+        "from sparsifiner_edge.runtime.onnxruntime.backend import OnnxRuntime\n"
+        "NUMBER = 1\n"
+        "class Foreign(OnnxRuntime):\n"
+        "    name = 'foreign'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    yield
+    sys.modules.pop("foreign", None)
+
+
+def test_another_package_adds_a_backend(bundle, foreign):
+    with open_session(bundle, "foreign", threads=1) as session:
+        assert (session.backend, session.description.threads) == ("foreign", 1)
+        assert check_golden(session, open_bundle(bundle))
+    for name, message in (("broken", "foreign:Missing cannot be imported"), ("no-backend", "is no class of Backend")):
+        with pytest.raises(BackendError, match=message):
+            open_session(bundle, name)
+    with pytest.raises(BackendError, match="tensorrt-rtx, foreign, broken"):
+        open_session(bundle, "none")
+
+
+def test_no_other_package_runs_where_a_signature_is_required(bundle, foreign):
+    """Nor is it imported."""
+    signed = dataclasses.replace(open_bundle(bundle), signed=True)
+    open_checked(signed).close()
+    with pytest.raises(BackendError, match=r"foreign is no backend of sparsifiner-edge itself.*signature.*\n.*onnxrun"):
+        open_checked(signed, Execution(backend="foreign"))
+    assert "foreign" not in sys.modules

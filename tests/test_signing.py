@@ -36,7 +36,9 @@ def signed(tmp_path: Path, keys: Path) -> Path:
 
 
 def test_a_signed_bundle_is_what_it_was(signed: Path, keys: Path) -> None:
-    assert require_signature(signed, keys / "key.pub") == open_bundle(signed)
+    required = require_signature(signed, keys / "key.pub")
+    assert required == open_bundle(signed)
+    assert (required.signed, open_bundle(signed).signed) == (True, False)
     assert SIGNATURE_FILE not in open_bundle(signed).manifest.files
     content = json.loads((signed / SIGNATURE_FILE).read_text())
     assert content["schema_version"] == 1

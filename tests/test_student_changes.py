@@ -12,6 +12,7 @@ import torch
 from sparsifiner_edge.bundle.entries import Measured
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export import piece_times, student_changes
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.piece_times import Piece, PieceTimes
@@ -60,10 +61,10 @@ def test_what_this_machine_has_measured_is_read_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    done: list[str] = []
+    done: list[Execution] = []
     measure = piece_times.measured_piece
     monkeypatch.setattr(
-        piece_times, "measured_piece", lambda piece, backend: done.append(backend) or measure(piece, backend)
+        piece_times, "measured_piece", lambda piece, execution: done.append(execution) or measure(piece, execution)
     )
 
     def measured() -> Measured:
@@ -72,7 +73,7 @@ def test_what_this_machine_has_measured_is_read_again(
     first, again = measured(), measured()
     assert first == again
     assert first.kernels
-    assert done == 2 * ["onnxruntime"]
+    assert done == 2 * [Execution()]
     # Other attention of the same sizes is another entry; a table that cannot be read is made anew.
     student_changes.keep_dense_where_slower(load_student(folder, keep=0.9).model)
     assert len(done) == 3
@@ -105,22 +106,22 @@ def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_p
 def test_a_gpu_takes_tile_64_where_that_passes(folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, images = load_student(folder, keep=0.9), sorted(pictures.iterdir())
     assert (own.sparsity.tile, own.sparsity.probe) == (16, 8)
-    taken, changes = student_changes.changed(own, None, None, False, images, gpu=True)
+    taken, changes = student_changes.changed(own, None, None, None, images, gpu=True)
     found = changes["retiled"]
     assert (taken.sparsity.tile, taken.sparsity.probe) == (found.after.tile, found.after.probe) == (64, 8)
     assert (found.images, found.refused) == (3, None)
     assert 0.97 <= found.cosine < 1
     # Its own where the user says so, or where it has it.
-    asked, _ = student_changes.changed(own, 32, None, False, images, gpu=True)
+    asked, _ = student_changes.changed(own, 32, None, None, images, gpu=True)
     assert asked.sparsity.tile == 32
-    assert student_changes.changed(taken, None, None, False, (), gpu=True) == (taken, {"retiled": None})
-    assert student_changes.changed(own, None, None, False, images, gpu=False) == (own, {})
+    assert student_changes.changed(taken, None, None, None, (), gpu=True) == (taken, {"retiled": None})
+    assert student_changes.changed(own, None, None, None, images, gpu=False) == (own, {})
     # What cannot be judged, or fails, is kept, and says why.
-    kept, changes = student_changes.changed(own, None, None, False, (), gpu=True)
+    kept, changes = student_changes.changed(own, None, None, None, (), gpu=True)
     assert kept is own
     assert "requires images to judge it by. Give some: --calibrate DIR" in changes["retiled"].refused
     monkeypatch.setattr(student_changes, "LEAST_TOKENS_COSINE", 0.999999)
-    kept, changes = student_changes.changed(own, None, None, False, images, gpu=True)
+    kept, changes = student_changes.changed(own, None, None, None, images, gpu=True)
     assert kept is own
     assert changes["retiled"].after.tile == 16
     assert "allowed 0.999999" in changes["retiled"].refused

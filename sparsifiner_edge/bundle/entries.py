@@ -60,10 +60,6 @@ class NoveltyFit(Struct, frozen=True):
     false_alarms: float | None = None
 
 
-ON_PROCESSOR = ("onnxruntime", "onnxruntime-bf16", "openvino", "openvino-bf16", "openvino-fp16")
-"""Backends (`runtime.open.BACKENDS`) that run the file itself on the processor."""
-
-
 class LayerChoice(Struct, frozen=True):
     """Layers of equal sizes: medians of one's attention, at batch 1, and whether they were kept dense."""
 
@@ -74,12 +70,13 @@ class LayerChoice(Struct, frozen=True):
 
 
 class Measured(Struct, frozen=True):
-    """Where sparse attention pays on the machine that exported. kernels: what ran it. backend: in which."""
+    """Where sparse attention pays on the machine that exported. kernels: what ran it. backend, precision: in which."""
 
     kernels: str | None = None
     choices: tuple[LayerChoice, ...] = ()
     sparse_layers_left: int | None = None
     backend: str = "onnxruntime"
+    precision: str = "auto"
 
 
 class Quantisation(Struct, frozen=True):

@@ -130,6 +130,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tools: dict[str, str] = {}
 
     @property
+    def float_precision(self) -> str:
+        """What the file stores all in that is not int8: "fp32" or "fp16"."""
+        return "fp16" if self.precision == "fp16" or self.float16 is not None else "fp32"
+
+    @property
     def batch(self) -> int | None:
         """Images at once; None where that is dynamic, or not said."""
         size = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else None

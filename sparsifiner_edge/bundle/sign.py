@@ -7,6 +7,7 @@ what is about to run is what the holder of the key has signed.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -169,7 +170,7 @@ def require_signature(folder: Path, public_key: Path) -> Bundle:
         if signature.key != fingerprint(public):
             why = f"is signed by another key ({signature.key[:16]}, wanted {fingerprint(public)[:16]})"
         raise ArtifactError(f"{folder} {why}.", "Do not use this bundle, or sign it again.")
-    return bundle
+    return dataclasses.replace(bundle, signed=True)
 
 
 def _fits(public: Any, encoded: str, text: bytes) -> bool:

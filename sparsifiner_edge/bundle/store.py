@@ -64,11 +64,13 @@ class Bundle:
         folder: as given; messages name it.
         manifest: made of the very bytes that were checked, the signature included where one is required.
         text: those bytes.
+        signed: its signature was required, and is that of the key.
     """
 
     folder: Path
     manifest: Manifest
     text: bytes = dataclasses.field(default=b"", kw_only=True)
+    signed: bool = dataclasses.field(default=False, kw_only=True, compare=False)
 
     def read(self, name: str, most: int = MAX_FILE) -> bytes:
         """The content of one of its files: these very bytes have the hash that the manifest says.

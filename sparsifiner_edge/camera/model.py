@@ -20,7 +20,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.novelty import NOVELTY
-from sparsifiner_edge.runtime import Session
+from sparsifiner_edge.runtime import Execution, Session
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.text import finite
 
@@ -36,7 +36,7 @@ class Model:
 
     Args:
         folder: the bundle.
-        backend, threads, kernels: see `open_session`.
+        execution: how it is run.
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
@@ -49,12 +49,10 @@ class Model:
     def __init__(
         self,
         folder: Path,
-        backend: str,
-        threads: int | None,
+        execution: Execution,
         top: int = TOP,
         threshold: float = 0.0,
         public_key: Path | None = None,
-        kernels: str = "auto",
     ) -> None:
         bundle = checked_bundle(folder, public_key)
         _require_centre(bundle)
@@ -67,7 +65,7 @@ class Model:
         self._scored = bundle.manifest.novelty is not None
         self._reference: Array | None = None
         self._tokens_before: Array | None = None
-        self.session: Session = open_checked(bundle, backend, threads, kernels)
+        self.session: Session = open_checked(bundle, execution)
         try:
             _require_image(self.session, bundle)
         except SparsifinerError:

@@ -27,6 +27,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, Miss
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import write_record
+from sparsifiner_edge.runtime import Execution
 
 _TICK_S = 0.1
 STALL_S = 3.0
@@ -37,7 +38,7 @@ class RunOptions(NamedTuple):
     """How to run.
 
     Attributes:
-        backend, threads, kernels: see `open_session`.
+        backend, precision, provider, kernels, threads: see `open_session`.
         output: file for the records, added to by a live source; None is standard output.
         overlay: video file to draw into.
         top, threshold, public_key: see `Model`.
@@ -60,12 +61,18 @@ class RunOptions(NamedTuple):
     metrics: tuple[str, int] | None = None
     stall_s: float = STALL_S
     public_key: Path | None = None
+    precision: str = "auto"
+    provider: str = "cpu"
     kernels: str = "auto"
     allow_redirect: bool = False
 
-    def model(self) -> tuple[str, int | None, int, float, Path | None, str]:
+    def model(self) -> tuple[Execution, int, float, Path | None]:
         """Those of `Model`, in its order."""
-        return self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels
+        execution = Execution(
+            backend=self.backend, precision=self.precision, provider=self.provider, kernels=self.kernels,
+            threads=self.threads,
+        )  # fmt: skip
+        return execution, self.top, self.threshold, self.public_key
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:

@@ -25,8 +25,6 @@ _MOST_OPTION = (1 << 59) - 1
 
 @click.command()
 @common.bundle_argument
-@click.option("--backend", default="onnxruntime", show_default=True,
-              help="onnxruntime, openvino (no engine: the golden pair is run), tensorrt or tensorrt-rtx.")  # fmt: skip
 @click.option("--compute-capability", metavar="X.Y,...",
               help="GPUs to build for, such as 8.6,8.9; by default this machine's.")  # fmt: skip
 @click.option("--min-batch", type=_BATCH, help="For a dynamic batch: the least size; by default 1.")
@@ -36,7 +34,7 @@ _MOST_OPTION = (1 << 59) - 1
               help="Seconds that one candidate of an engine may take.  [600; 1800 on a Jetson]")  # fmt: skip
 @click.option("--option", "options", metavar="NAME=VALUE", multiple=True,
               help="A setting of one backend, such as optimisation_level=5; may be repeated.")  # fmt: skip
-@common.kernels_option
+@common.execution_options
 @common.json_option
 def command(
     *,
@@ -49,7 +47,10 @@ def command(
     as_json: bool,
     **passed: Any,
 ) -> None:
-    """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
+    """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present.
+
+    For onnxruntime and openvino there is no engine: the golden pair is run.
+    """
     import sparsifiner_edge
 
     with common.progress_bar("starting") as progress:

@@ -21,15 +21,14 @@ def command() -> None:
 
 @command.command("verify")
 @common.bundle_argument
-@common.backend_option
-@common.kernels_option
+@common.execution_options
 @click.option("--public-key", type=common.PATH, help="It must be signed by this key.")
 @common.json_option
-def verify_command(*, bundle: Path, backend: str, kernels: str, public_key: Path | None, as_json: bool) -> None:
+def verify_command(*, bundle: Path, public_key: Path | None, as_json: bool, **execution: str) -> None:
     """Check BUNDLE: hashes, signature, manifest against model, and the golden pair. Exit code 1: a check failed."""
     from sparsifiner_edge.runtime.verify import verify_bundle
 
-    result = verify_bundle(bundle, backend=backend, kernels=kernels, public_key=public_key)
+    result = verify_bundle(bundle, public_key=public_key, **execution)
     common.print_result(result, as_json, _print)
     if not result.passed:
         sys.exit(1)

@@ -19,6 +19,7 @@ from rich.text import Text
 from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, whole_number
 from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
@@ -130,14 +131,25 @@ bundle_argument = click.argument("bundle", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 result_option = click.option("-o", "--output", type=PATH, callback=_require_file,
                              help="Also write the result, raw samples included, to this JSON file.")  # fmt: skip
-backend_option = click.option("--backend", default="onnxruntime", show_default=True, help="What runs a bundle.")
-kernels_option = click.option(
-    "--kernels",
-    type=click.Choice(("auto", "native", "portable")),
-    default="auto",
-    show_default=True,
-    help="Operators of sparse attention: the native library where it can be loaded, only it, or function bodies.",
-)
+
+
+def execution_options(command: Command) -> Command:
+    """How a bundle is run: backend, precision, provider and kernels, each an argument of the command."""
+    for option in reversed((
+        click.option("--backend", default="onnxruntime", show_default=True,
+                     help="onnxruntime, openvino, tensorrt or tensorrt-rtx."),
+        click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True,
+                     help="What is computed in of all that is not int8 in the file; auto: as it is stored."),
+        click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True,
+                     help="Of onnxruntime: what it runs on."),
+        click.option("--kernels", type=click.Choice(KERNEL_CHOICES), default="auto", show_default=True,
+                     help="Operators of sparse attention: the native library where it can be loaded, only it, or "
+                          "function bodies."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
 threads_option = click.option("--threads", type=click.IntRange(1, MOST_THREADS),
                               help="Threads; by default the cores this process may use.")  # fmt: skip
 weights_option = click.option("--weights", type=PATH,

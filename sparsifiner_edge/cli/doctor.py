@@ -32,8 +32,9 @@ def _text(value: object) -> str:
 
 def _backend_rows(findings: doctor.Findings) -> list[list[str]]:
     rows = [
-        [name, "yes" if entry.available else "no", _text(entry.version), entry.reason]
-        for name, entry in (*findings.backends.items(), ("triton", findings.triton))
+        [f"  {name}" if inside else backend, "yes" if entry.available else "no", _text(entry.version), entry.reason]
+        for backend, state in (*findings.backends.items(), ("triton", findings.triton))
+        for inside, (name, entry) in enumerate([(backend, state), *state.options.items()])
     ]
     device, missing, library = findings.cuda, findings.decoding.missing, findings.native_library
     support = findings.cuda_support

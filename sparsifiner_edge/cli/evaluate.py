@@ -52,8 +52,7 @@ if TYPE_CHECKING:
 @common.merge_option
 @common.trust_option
 @common.normalise_options
-@common.backend_option
-@common.kernels_option
+@common.execution_options
 @common.json_option
 @common.result_option
 def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **options: Any) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.bundle.entries import ON_PROCESSOR, Check
+from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.execution import ON_PROCESSOR, PRECISIONS, Execution
 
 
 @click.command(cls=common.SizedCommand)
@@ -34,6 +35,8 @@ from sparsifiner_edge.cli import common
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
 @click.option("--measure-in", type=click.Choice(ON_PROCESSOR),
               help="The same in this backend.  [--measure alone: onnxruntime]")  # fmt: skip
+@click.option("--measure-precision", type=click.Choice(PRECISIONS),
+              help="The same, computed in this precision.  [default: auto, as the file stores it]")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile GPU kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
 @click.option("--inline", is_flag=True,
@@ -45,14 +48,18 @@ from sparsifiner_edge.cli import common
 @common.normalise_options
 @common.json_option
 @common.output_option("Bundle folder to write.")
-def command(*, source: str, output: Path, as_json: bool, measure: bool, measure_in: str | None, **options: Any) -> None:
+def command(
+    *, source: str, output: Path, as_json: bool, measure: bool, measure_in: str | None,
+    measure_precision: str | None,
+    **options: Any,
+) -> None:  # fmt: skip
     """Export a student folder, or MODEL (see sparsify) as the dense baseline, to ONNX, checked against PyTorch."""
     import sparsifiner_edge
 
+    measured_in = Execution(backend=measure_in or "onnxruntime", precision=measure_precision or "auto")
+    options["measure"] = measured_in if measure or measure_in or measure_precision else False
     with common.progress_bar("exporting and checking") as progress:
-        folder = sparsifiner_edge.export_bundle(
-            source, output, measure=measure_in or measure, progress=progress, **options
-        )
+        folder = sparsifiner_edge.export_bundle(source, output, progress=progress, **options)
     bundle = open_bundle(folder)
     if as_json:
         common.print_json(manifest_content(bundle.manifest))
@@ -134,8 +141,10 @@ def _measured(manifest: Manifest) -> Iterator[str]:
     """Which layers are kept dense on this machine."""
     if manifest.measured is None:
         return
-    yield f"measured in {manifest.measured.backend}, {manifest.measured.kernels}:"
-    for choice in manifest.measured.choices:
+    measured = manifest.measured
+    precision = "" if measured.precision == "auto" else f", {measured.precision}"
+    yield f"measured in {measured.backend}{precision}, {measured.kernels}:"
+    for choice in measured.choices:
         yield (
             f"layers {choice.layers[0]} to {choice.layers[-1]}: sparse attention {choice.sparse_ms:.2f} ms, "
             f"dense {choice.dense_ms:.2f} ms: {'kept dense' if choice.kept_dense else 'sparse'}"

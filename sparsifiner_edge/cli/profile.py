@@ -22,10 +22,9 @@ Cell: TypeAlias = Estimate | float | Unavailable | None
 
 @click.command()
 @common.bundle_argument
-@common.backend_option
+@common.execution_options
 @click.option("--against", type=common.PATH, help="Another bundle: measure the ratio of the two.")
 @common.threads_option
-@common.kernels_option
 @click.option("--seconds", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
               help="Minimum measuring time per bundle.  [default: 10]")  # fmt: skip
 @click.option("--layers/--no-layers", "layers", default=None,

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     required=True,
     help="An image, a folder of images, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test.",
 )
-@common.backend_option
-@common.kernels_option
+@common.execution_options
 @common.threads_option
 @click.option(
     "--output",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsifiner_edge.bundle.entries import ON_PROCESSOR
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.records import Unavailable
 
 if TYPE_CHECKING:
@@ -39,12 +39,15 @@ TOLD_DRIFT = 0.1
     type=click.Choice(ON_PROCESSOR),
     help="Repeatable; by default all that run here.",
 )
+@click.option("--computes", multiple=True, type=click.Choice(("auto", "bf16", "fp16")),
+              help="What a backend computes in of all that is not int8; auto: as stored. Repeatable; by default all "
+                   "that run here.")  # fmt: skip
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
     type=click.Choice(("fp32", "int8", "fp16")),
-    help="Repeatable; by default int8 and fp32, on a board's GPU int8 and fp16.",
+    help="What files store. Repeatable; by default int8 and fp32, on a board's GPU int8 and fp16.",
 )
 @click.option("--board", metavar="NAME|FILE.toml",
               help="A board that is not here: latency is estimated, as `estimate` does.")  # fmt: skip
@@ -86,7 +89,7 @@ def _print(result: SearchResult, output: Path) -> None:
     title = "Finalists, whole models measured" if board is None else f"Finalists, estimated for {board}, not measured"
     common.print_table(title, ["", "fidelity", "predicted", "ms", "predicted"], rows)
     for finalist in found.finalists:  # Not in the table: at 80 columns a plan would cut the figures off.
-        click.echo(f"{finalist.backend}, {finalist.precision}: --merge {finalist.merge} --keep {finalist.keep}")
+        click.echo(f"{finalist.engine}: --merge {finalist.merge} --keep {finalist.keep}")
     for engine, why in found.left_out.items():
         click.echo(f"Left out: {engine}: {why}", err=True)
     for engine, factor in found.drift.items():
@@ -109,14 +112,16 @@ def _print(result: SearchResult, output: Path) -> None:
                 "That is less than was asked for: images differ that much. Ask for more, or give more images.", err=True
             )
     if board is None:
-        click.echo(f"Next: sparsifiner-edge run {output / 'bundle'} --backend {found.answer.backend} --source IMAGES/")
+        answer = found.answer
+        how = f"--backend {answer.backend}" + (f" --precision {answer.computes}" if answer.computes != "auto" else "")
+        click.echo(f"Next: sparsifiner-edge run {output / 'bundle'} {how} --source IMAGES/")
     else:
         click.echo(f"Next: sparsifiner-edge estimate {output / 'bundle'} --board {board}")
 
 
 def _row(finalist: Finalist) -> list[str]:
     return [
-        f"{finalist.backend}, {finalist.precision}", f"{finalist.fidelity:.4f}", f"{finalist.predicted_fidelity:.4f}",
+        finalist.engine, f"{finalist.fidelity:.4f}", f"{finalist.predicted_fidelity:.4f}",
         _ms(finalist.ms), f"{finalist.predicted_ms:.1f}",
     ]  # fmt: skip
 

@@ -131,8 +131,8 @@ def run_demo(output: Path, progress: Progress, minutes: float = MINUTES) -> Demo
         progress(name, next(done), STEPS)
 
     found = search_model(
-        source, images, output / FOUND, at_least=AT_LEAST, img_size=SIZE, backends=[BACKEND], precisions=[PRECISION],
-        minutes=minutes, trust=[MODULE], progress=prefixed(progress, "search: "),
+        source, images, output / FOUND, at_least=AT_LEAST, img_size=SIZE, backends=[BACKEND], computes=["auto"],
+        precisions=[PRECISION], minutes=minutes, trust=[MODULE], progress=prefixed(progress, "search: "),
     )  # fmt: skip
     answer = found.statistics.answer
     if isinstance(answer, Unavailable):

@@ -14,6 +14,7 @@ from sparsifiner_edge.evaluate.judges import Task
 from sparsifiner_edge.evaluate.robustness import RobustnessQuestion, RobustnessResult, evaluate_robustness
 from sparsifiner_edge.evaluate.scores import ScoresResult, evaluate_scores
 from sparsifiner_edge.evaluate.top1 import Feeding, evaluate_top1
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images
 from sparsifiner_edge.judge import MAPS, THRESHOLD
 from sparsifiner_edge.progress import Progress
@@ -33,6 +34,8 @@ def evaluate_student(
     queries: int | None = None,
     head: str | Path | None = None,
     backend: str = "onnxruntime",
+    precision: str = "auto",
+    provider: str = "cpu",
     kernels: str = "auto",
     trust: Sequence[str] = (),
     task: str | None = None,
@@ -63,7 +66,7 @@ def evaluate_student(
         queries: for accuracies: use at most so many images of `data`, evenly taken; None takes all.
         head: for linear: student folder to write, the subject with the probe as its classifier.
         keep, token_keep, merge: for a student: other budgets than its own.
-        backend, kernels: what runs bundles; see `open_session`. trust: see `load_student`.
+        backend, precision, provider, kernels: what runs bundles; see `open_session`. trust: see `load_student`.
         task, map_name, masks, threshold: for the metric "task"; see `Task`. None takes what that has.
         corruptions: judge by the same metric while images are corrupted: "all", "common", "camera" or names; see
             `corruptions`. severity: as "3", "1,3,5" or "1..5"; None takes all.
@@ -79,8 +82,9 @@ def evaluate_student(
             without images, classes that differ, or no classifier.
         SparsifinerError: subject, teacher or images are unusable.
     """
+    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels)
     compared = TeacherComparison(
-        Path(subject), against, weights, keep, token_keep, merge, backend, kernels, trust,
+        Path(subject), against, weights, keep, token_keep, merge, execution, trust,
         Normalisation.given(normalise),
     )  # fmt: skip
     chosen = Task(task or MAPS, map_name, Path(masks) if masks else None, THRESHOLD if threshold is None else threshold)

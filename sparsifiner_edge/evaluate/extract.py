@@ -18,6 +18,7 @@ from sparsifiner_edge.bounds import ImageSize, size_text
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.config import Keep
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
@@ -78,8 +79,7 @@ class TeacherComparison(NamedTuple):
     keep: Keep | None
     token_keep: tuple[tuple[int, float], ...] | None
     merge: tuple[int, ...] | None
-    backend: str
-    kernels: str
+    execution: Execution
     trust: Sequence[str] = ()
     normalisation: Normalisation | None = None
     device: str = "cpu"
@@ -178,7 +178,7 @@ def images_together(backbone: Backbone, tokens: int | None = None) -> int:
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
     bundle = open_bundle(folder)
-    session = stack.enter_context(open_checked(bundle, compared.backend, kernels=compared.kernels))
+    session = stack.enter_context(open_checked(bundle, compared.execution))
     fixed = bundle.manifest.batch
 
     def extract(image: Array) -> dict[str, Array]:

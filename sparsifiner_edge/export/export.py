@@ -30,6 +30,7 @@ from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
 from sparsifiner_edge.config import Keep, SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.check import MAPS_OTHERS, OTHERS, SAME, check_export, smooth_images
 from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
@@ -85,7 +86,7 @@ def export_bundle(
     tokens: bool = False,
     calibrate: str | Path | None = None,
     int8_target: str = "cpu",
-    measure: bool | str = False,
+    measure: bool | Execution = False,
     boards: Sequence[str | Path] = (),
     inline: bool = False,
     novelty: bool = True,
@@ -110,8 +111,8 @@ def export_bundle(
         calibrate: for int8, another tile and boards: a folder of images like those that the model will see; at most
             32 are used.
         int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
-        measure: keep dense the layers where sparse attention is slower on this machine, in the backend named, or in
-            ONNX Runtime; the manifest says which.
+        measure: keep dense the layers where sparse attention is slower on this machine, run as this says, or (True) in
+            ONNX Runtime; the manifest says how.
         boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle;
             where neither tile nor probe is given, the tile is `student_changes.GPU_TILE` if that passes the gate.
         inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
@@ -135,7 +136,8 @@ def export_bundle(
     numbers = _numbers(precision, int8_target, calibrate, bool(tile or probe or boards), inline)
     student = _load(source, weights, img_size, keep, token_keep, merge, trust, Normalisation.given(normalise))
     student = student if novelty else dataclasses.replace(student, novelty=None)
-    student, changes = changed(student, tile, probe, measure, numbers.images, bool(wanted))
+    measured_in = Execution() if measure is True else measure or None
+    student, changes = changed(student, tile, probe, measured_in, numbers.images, bool(wanted))
     file = _file(student, deploy(student, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)

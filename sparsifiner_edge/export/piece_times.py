@@ -15,9 +15,10 @@ import onnx
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import read_json, sha256
 from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.sessions import processor_run
 from sparsifiner_edge.files import write_text
-from sparsifiner_edge.machine import available_cores, environment, machine, package_version
+from sparsifiner_edge.machine import environment, machine, package_version
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.progress import Progress
@@ -57,20 +58,20 @@ class PieceTimes(NamedTuple):
     about: Any
 
 
-def piece_times(pieces: Mapping[Key, Piece], backend: str, progress: Progress | None = None) -> PieceTimes:
-    """Of each graph, alone on all cores, in a backend of the processor; those measured before come from the cache.
+def piece_times(pieces: Mapping[Key, Piece], execution: Execution, progress: Progress | None = None) -> PieceTimes:
+    """Of each graph, alone, in a backend of the processor; those measured before come from the cache.
 
     Raises:
         ConfigError: the backend is none of the processor's.
         MissingExtraError, BackendError: it cannot run here.
     """
-    table, file = _table(backend)
+    table, file = _table(execution)
     named = {key: _hash(piece) for key, piece in pieces.items()}
     lacking = {name: pieces[key] for key, name in named.items() if name not in table.ms}
     for number, (name, piece) in enumerate(lacking.items(), 1):
-        table.ms[name], table.kernels = measured_piece(piece, backend)
+        table.ms[name], table.kernels = measured_piece(piece, execution)
         if progress:
-            progress(f"timing parts of layers in {backend}", number, len(lacking))
+            progress(f"timing parts of layers in {execution.backend}", number, len(lacking))
     if lacking:
         with contextlib.suppress(ArtifactError, OSError):  # A full or sealed disk costs the next search a minute.
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,12 +79,12 @@ def piece_times(pieces: Mapping[Key, Piece], backend: str, progress: Progress | 
     return PieceTimes({key: table.ms[name] for key, name in named.items()}, table.kernels, table.about)
 
 
-def _table(backend: str) -> tuple[_Table, Path]:
+def _table(execution: Execution) -> tuple[_Table, Path]:
     """What is known of this machine in a backend, and its file."""
     here, library = write_record(machine()), native_library("auto")
     packages = {name: package_version(name) for name in ("sparsifiner-edge", "onnxruntime", "openvino")}
     about = {
-        "backend": backend, "threads": available_cores(),
+        "backend": execution.backend, "precision": execution.precision, "threads": execution.cores,
         "machine": {name: here[name] for name in ("cpu_model", "logical_cores", "kernel", "board")},
         "packages": write_record(packages), "variables": environment().variables,
         "kernels": None if library is None else [native.target(), sha256(library)],
@@ -112,10 +113,10 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def measured_piece(piece: Piece, backend: str) -> tuple[float, str]:
+def measured_piece(piece: Piece, execution: Execution) -> tuple[float, str]:
     """Milliseconds of a graph, as the faster quarter of runs has them, and the kernels that ran it: what else a machine
     does makes some slower.
     """
-    with processor_run(piece.model, backend, piece.stored) as (run, kernels):
+    with processor_run(piece.model, execution, piece.stored) as (run, kernels):
         taken = call_ms(lambda: run(piece.feed), LEAST_RUNS, least_s=LEAST_S, warm_up=1)
     return statistics.quantiles(taken)[0], kernels

@@ -10,11 +10,11 @@ from typing import Any
 import onnx
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime, session_options
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.runtime.onnxruntime.session import inference_session, session_options
 from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.runtime.processor import ProcessorBackend, native_library
+from sparsifiner_edge.runtime.processor import ProcessorBackend, holds_float16, usable_kernels
 
 
 def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
@@ -27,28 +27,17 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
         MissingExtraError: ONNX Runtime is not installed.
         BackendError: the native library is missing or cannot be used, or ONNX Runtime refuses the file.
     """
-    ort = import_onnxruntime()
-    options = session_options()
-    # The native kernels do not compute in float16.
-    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
-    library = None if kernels == "auto" and half else native_library(kernels)
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no base but Exception.
-        why = str(error).partition("\n")[0]
-        raise BackendError(
-            f"ONNX Runtime {ort.__version__} refuses the file that would be written: {why}",
-            "Choose other settings, and report this as a bug.",
-        ) from error
+    kernels, fix = usable_kernels(holds_float16(model), kernels), "Choose other settings, and report this as a bug."
+    return inference_session(
+        model.SerializeToString(), session_options(), kernels, "the file that would be written", fix
+    )
 
 
 @contextlib.contextmanager
 def processor_run(
-    model: onnx.ModelProto, backend: str, stored: str | None = None
+    model: onnx.ModelProto, execution: Execution, stored: str | None = None
 ) -> Iterator[tuple[Callable[[Mapping[str, Array]], Any], str]]:
-    """What runs a graph in a backend of the processor, on all cores, and the kernels that it does so on.
+    """What runs a graph in a backend of the processor, and the kernels that it does so on.
 
     stored: precision of its linear layers, where it is not the backend's own: "int8".
 
@@ -56,10 +45,10 @@ def processor_run(
         ConfigError: the backend is none of the processor's.
         MissingExtraError, BackendError: as `open_session`.
     """
-    found = find_backend(backend)
-    if not isinstance(found, ProcessorBackend):
-        raise ConfigError(f"{backend} does not run on the processor.", "Measure in onnxruntime or openvino.")
-    with found.session(Path("layer"), model.SerializeToString(), available_cores(), "auto", stored) as opened:
+    found = find_backend(execution)
+    if not isinstance(found, ProcessorBackend) or execution.provider != "cpu":
+        raise ConfigError(f"{execution.backend} does not run on the processor.", "Measure in onnxruntime or openvino.")
+    with found.session(Path("layer"), model.SerializeToString(), stored) as opened:
         yield opened.infer, str(opened.description.kernels)
 
 

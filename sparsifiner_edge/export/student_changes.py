@@ -19,6 +19,7 @@ from torch import nn
 
 from sparsifiner_edge.bundle.entries import LayerChoice, Measured, Retiled, Tiling
 from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.graph import to_onnx
 from sparsifiner_edge.export.piece_times import Piece, piece_times
 from sparsifiner_edge.images import load_image
@@ -36,19 +37,19 @@ LEAST_TOKENS_COSINE = 0.97
 
 
 def changed(
-    student: Student, tile: int | None, probe: int | None, backend: str | bool, images: Sequence[Path], gpu: bool
-) -> tuple[Student, dict[str, Any]]:
-    """The student with another tile, for a GPU with what suits it; layers kept dense where that is faster here, in a
-    backend (True: ONNX Runtime, False: none); what of it the manifest says.
+    student: Student, tile: int | None, probe: int | None, measured_in: Execution | None, images: Sequence[Path],
+    gpu: bool,
+) -> tuple[Student, dict[str, Any]]:  # fmt: skip
+    """The student with another tile, for a GPU with what suits it; layers kept dense where that is faster here, run as
+    said (None: not asked for); what of it the manifest says.
     """
     changes: dict[str, Any] = {}
-    backend = "onnxruntime" if backend is True else backend
     if tile is not None or probe is not None:
         student, changes["retiled"] = with_tile(student, tile, probe, images)
     elif gpu and not student.sparsity.is_dense and student.sparsity.preset == "edge":
         student, changes["retiled"] = with_gpu_tile(student, images)
-    if isinstance(backend, str) and student.sparsity.sparse_layers(len(student.backbone.layers)):
-        measured = changes["measured"] = keep_dense_where_slower(student.model, backend)
+    if measured_in is not None and student.sparsity.sparse_layers(len(student.backbone.layers)):
+        measured = changes["measured"] = keep_dense_where_slower(student.model, measured_in)
         kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
         dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
         sparsity = dataclasses.replace(student.sparsity, dense_layers=dense)
@@ -119,7 +120,7 @@ def _cosine(own: Student, changed: Student, images: Sequence[Path]) -> float:
     return statistics.fmean(means)
 
 
-def keep_dense_where_slower(model: Any, backend: str = "onnxruntime") -> Measured:
+def keep_dense_where_slower(model: Any, execution: Execution | None = None) -> Measured:
     """Turn sparse layers of a model, in place, into dense ones where sparse attention is slower on this machine.
 
     Both run on the kernels that a session of the backend would use here, with the layer's own sizes, selection and
@@ -138,7 +139,8 @@ def keep_dense_where_slower(model: Any, backend: str = "onnxruntime") -> Measure
         for number, (key, members) in enumerate(groups.items())
         for densely in (False, True)
     }
-    found, choices = piece_times(pieces, backend), []
+    execution = execution or Execution()
+    found, choices = piece_times(pieces, execution), []
     for number, members in enumerate(groups.values()):
         sparse, dense = found.ms[number, False], found.ms[number, True]
         slower = sparse > dense
@@ -146,7 +148,8 @@ def keep_dense_where_slower(model: Any, backend: str = "onnxruntime") -> Measure
             restore_attention(attention)
             make_dense(attention, backbone.host.attention_kind)
         choices.append(LayerChoice(tuple(layer for layer, _ in members), sparse, dense, slower))
-    return Measured(found.kernels, tuple(choices), len(sparse_layers(model)), backend)
+    left = len(sparse_layers(model))
+    return Measured(found.kernels, tuple(choices), left, execution.backend, execution.precision)
 
 
 class _Attend(nn.Module):

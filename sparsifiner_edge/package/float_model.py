@@ -20,7 +20,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
-from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.package.common import ImageBundle, read_golden_image
 from sparsifiner_edge.runtime.onnxruntime.session import OrtSession
@@ -124,7 +124,7 @@ class _PlanesSession(OrtSession):
     """A session on a float model that takes images as the bundle does."""
 
     def __init__(self, path: Path, bundle: ImageBundle) -> None:
-        super().__init__(path, path.read_bytes(), available_cores(), "portable", bundle.precision)
+        super().__init__(path, path.read_bytes(), Execution(kernels="portable"), bundle.precision)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """uint8 [B,H,W,3] -> float32 [B,3,H,W] -> outputs."""

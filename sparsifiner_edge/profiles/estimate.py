@@ -16,6 +16,7 @@ from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.roofline import (
@@ -169,7 +170,7 @@ def estimate_model(
     Raises:
         BackendError, ConfigError: see `estimate_bundle`.
     """
-    check_choices("onnxruntime", kernels)
+    check_choices(Execution(kernels=kernels))
     board.peak(precision)
     assumed = Assumed("none", "the model is dense") if sparsity.is_dense else Assumed(kernels, "asked for")
     work = _workload(shape, sparsity, batch, board, assumed)
@@ -221,7 +222,7 @@ def _workload(shape: ModelShape, sparsity: SparsityConfig, batch: int, board: Bo
 
 
 def _kernels(asked: str, manifest: Manifest, board: Board) -> Assumed:
-    check_choices("onnxruntime", asked)
+    check_choices(Execution(kernels=asked))
     if not manifest.ops:
         return Assumed("none", "the bundle has standard operators alone")
     if asked != "auto":

@@ -6,10 +6,12 @@ import contextlib
 from pathlib import Path
 
 import numpy as np
-from msgspec.structs import asdict, replace
+from msgspec import to_builtins
+from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import (
     Comparison,
@@ -46,6 +48,8 @@ def profile_bundle(
     backend: str = "onnxruntime",
     *,
     against: str | Path | None = None,
+    precision: str = "auto",
+    provider: str = "cpu",
     threads: int | None = None,
     kernels: str = "auto",
     seconds: float | None = None,
@@ -59,10 +63,9 @@ def profile_bundle(
 
     Args:
         bundle: the bundle that is judged.
-        backend: one of `sparsifiner_edge.runtime.BACKENDS`, for both bundles.
+        backend, precision, provider, kernels: see `open_session`; for both bundles.
         against: the bundle to compare with, in turn with the first.
         threads: threads inside one operator; None takes the cores that this process may run on.
-        kernels: one of `sparsifiner_edge.runtime.KERNEL_CHOICES`, for both bundles.
         seconds, min_queries: least time measured and least number of queries, per bundle; None takes 10 s and
             64. It takes at most twice `seconds`, or 60 s.
         seed: of the order.
@@ -79,7 +82,8 @@ def profile_bundle(
         ConfigError: a number is out of range.
     """
     settings = make_rules(seconds, min_queries, seed)
-    check_choices(backend, kernels)
+    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels, threads=threads)
+    check_choices(execution)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     bundles = {role: open_bundle(path) for role, path in folders.items()}
     on_stage = stage_progress(progress, len(bundles) * (settings.seconds + 1.0))
@@ -87,7 +91,7 @@ def profile_bundle(
         sides = []
         for role, path in folders.items():
             on_stage(f"loading {path.name}")
-            request = Load(bundle=str(path.resolve()), backend=backend, threads=threads, kernels=kernels)
+            request = Load(bundle=str(path.resolve()), execution=execution)
             sides.append(stack.enter_context(open_side(role, request)))
         seen = observe(sides, settings, on_stage, power)
         described = {side.role: _described(side) for side in sides}
@@ -133,7 +137,7 @@ def _with_layers(figures: Figures, side: MeasuredSide) -> Figures:
     p50 = stats.percentile(side.latency_ms, 0.5)
     try:
         with start_worker() as worker:
-            found = worker.ask("layers", LOAD_TIMEOUT_S, LayerTimes, **asdict(side.request), query_ms=p50)
+            found = worker.ask("layers", LOAD_TIMEOUT_S, LayerTimes, **to_builtins(side.request), query_ms=p50)
     except SparsifinerError as error:
         why = Unavailable(error.what)
         return replace(figures, layers=why, layers_total_ms=why, layers_compared=why)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from sparsifiner_edge.execution import precision_text
 from sparsifiner_edge.report import charts
 from sparsifiner_edge.report.blocks import Block, Figure, Note, Section, Table
 from sparsifiner_edge.report.conditions import ReportData
@@ -70,7 +71,8 @@ def _whole(
 
 
 def _engine(row: Mapping[str, Any]) -> str:
-    return ", ".join(clean(row.get(name), 40) for name in ("backend", "precision"))
+    stored, computed = (clean(row.get(name), 40) for name in ("stored", "computes"))
+    return f"{clean(row.get('backend'), 40)}, {stored if computed == 'auto' else precision_text(stored, computed)}"
 
 
 def _chart(found: list[_Found], file: ResultFile, name: str, texts: Texts) -> Figure:

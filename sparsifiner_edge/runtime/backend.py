@@ -15,6 +15,7 @@ from sparsifiner_edge.bundle.engines import BODIES, BatchRange, Details, Engine
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, MissingExtraError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.session import Session
 
@@ -52,9 +53,17 @@ def import_package(module: str, package: str, extra: str, fix: str) -> Any:
 
 
 class Backend(abc.ABC):
-    """What runs bundles. Attributes: name: as given to `open_session`."""
+    """What runs bundles.
+
+    Attributes:
+        name: as given to `open_session`.
+        execution: how it shall run them; None: as it does by itself.
+    """
 
     name: ClassVar[str]
+
+    def __init__(self, execution: Execution | None = None) -> None:
+        self.execution = execution or Execution(backend=self.name)
 
     @abc.abstractmethod
     def load(self) -> Any:
@@ -62,24 +71,35 @@ class Backend(abc.ABC):
 
         Raises:
             MissingExtraError: it is not installed.
-            BackendError: it is installed and of no use: broken, too old, or built without what is needed.
+            BackendError: it is installed and of no use: broken, too old, built without what is needed, or without the
+                precision that is asked for.
         """
 
     @abc.abstractmethod
-    def open(self, bundle: Bundle, threads: int, kernels: str) -> Session:
-        """A session on a bundle; see `open_session`. `kernels` is what `choose_kernels` returned."""
+    def open(self, bundle: Bundle) -> Session:
+        """A session on a bundle; see `open_session`."""
 
-    def choose_kernels(self, bundle: Bundle, kernels: str) -> str:  # noqa: ARG002
-        """What a choice of kernels (`open.KERNEL_CHOICES`) means for a bundle here.
 
-        Raises:
-            BackendError: it cannot be.
-        """
-        if kernels == "native":
-            raise BackendError(
-                "The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime or openvino."
-            )
-        return kernels
+def refuse_native(kernels: str) -> None:
+    """Refuse kernels that a GPU cannot run."""
+    if kernels == "native":
+        raise BackendError(
+            "The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime or openvino."
+        )
+
+
+def require_stored(precision: str, stored: str, name: str) -> None:
+    """Refuse a precision (`PRECISIONS`) of what computes in a file's own types.
+
+    Args:
+        stored: what the file holds beside int8: "fp32" or "fp16". name: of what runs it.
+    """
+    if precision not in ("auto", stored):
+        raise BackendError(
+            f"{name} computes in what a file stores, {stored} here, and not in {precision}.",
+            "Leave --precision out"
+            + (f", or export with --precision {precision}." if precision in ("fp32", "fp16") else "."),
+        )
 
 
 class Candidates(NamedTuple):

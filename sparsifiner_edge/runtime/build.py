@@ -14,12 +14,12 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.progress import Progress, prefixed
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime.backend import Backend, EngineBackend, Job, OptionValues
+from sparsifiner_edge.runtime.backend import EngineBackend, Job, OptionValues
 from sparsifiner_edge.runtime.candidates import build_fastest
-from sparsifiner_edge.runtime.open import find_backend, open_checked
-from sparsifiner_edge.runtime.processor import ProcessorBackend
+from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.session import Description
 
 DEFAULT_BATCH = BatchRange(1, 1, 8)
@@ -53,6 +53,8 @@ def build_engine(
     batch: tuple[int, int, int] | None = None,
     timeout_s: float | None = None,
     options: OptionValues | None = None,
+    precision: str = "auto",
+    provider: str = "cpu",
     kernels: str = "auto",
     progress: Progress | None = None,
 ) -> BuildResult:
@@ -70,7 +72,8 @@ def build_engine(
         batch: least, best and greatest batch size, for a bundle of dynamic batch; None: `DEFAULT_BATCH`.
         timeout_s: seconds that one candidate of an engine may take; None: 600, on a board that shares memory 1800.
         options: see the backend's module.
-        kernels: what runs the golden pair on the processor; see `open_session`. TensorRT's are an option of its own.
+        precision, provider, kernels: what runs the golden pair on the processor; see `open_session`. An engine computes
+            in what the file stores, and TensorRT's kernels are an option of its own.
         progress: called with (stage, done, total).
 
     Raises:
@@ -78,7 +81,8 @@ def build_engine(
         SparsifinerError: nothing was written, the bundle is as it was.
     """
     start = time.monotonic()
-    found = find_backend(backend)
+    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels)
+    found = find_backend(execution)
     checked = open_bundle(Path(bundle))
     capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
     engines: tuple[Engine, ...] = ()
@@ -90,8 +94,8 @@ def build_engine(
         limit = found.default_timeout_s() if timeout_s is None else timeout_s
         engines = _build_all(found, checked, planned, options or {}, limit, progress)
     else:
-        _require_plain(found, bool(capabilities or batch or options))
-        with open_checked(checked, backend, kernels=kernels) as session:
+        _require_plain(backend, bool(capabilities or batch or options))
+        with found.open(checked) as session:
             golden = check_golden(session, checked)
             described = session.description
     return BuildResult(
@@ -105,15 +109,11 @@ def build_engine(
     )
 
 
-def _require_plain(backend: Backend, for_engines: bool) -> None:
+def _require_plain(backend: str, for_engines: bool) -> None:
     """Refuse what only backends with engines take."""
-    if not isinstance(backend, ProcessorBackend):
-        raise ConfigError(
-            f"{backend.name} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
-        )
     if for_engines:
         raise ConfigError(
-            f"{backend.name} builds no engine: compute capability, batch sizes and options are for TensorRT.",
+            f"{backend} builds no engine: compute capability, batch sizes and options are for TensorRT.",
             "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
         )
 

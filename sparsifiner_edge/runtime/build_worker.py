@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsifiner_edge.bundle.engines import Details
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime.backend import EngineBackend, Job
@@ -35,7 +36,7 @@ def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> Det
 def build(tell: Progress, job: object) -> Details:
     """Carry out a job in this process."""
     read = read_record(job, Job, "The job", "Report this.")
-    backend = find_backend(read.engine.backend)
+    backend = find_backend(Execution(backend=read.engine.backend))
     assert isinstance(backend, EngineBackend)
     return backend.build(read, tell)
 

@@ -3,54 +3,79 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from sparsifiner_edge.bounds import MOST_THREADS
 from sparsifiner_edge.bundle.sign import require_signature
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS, Execution
 from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {
-    "onnxruntime": "onnxruntime.backends:OnnxRuntime",
-    "onnxruntime-bf16": "onnxruntime.backends:OnnxRuntimeBf16",
+    "onnxruntime": "onnxruntime.backend:OnnxRuntime",
     "openvino": "openvino.backend:OpenVino",
-    "openvino-bf16": "openvino.backend:OpenVinoBf16",
-    "openvino-fp16": "openvino.backend:OpenVinoFp16",
-    "onnxruntime-cuda": "onnxruntime.backends:OnnxRuntimeCuda",
-    "onnxruntime-tensorrt": "onnxruntime.backends:OnnxRuntimeTensorRt",
     "tensorrt": "tensorrt.full:TensorRt",
     "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
 }
 """Name -> module beside this one, imported when it is asked for, and class in it."""
-KERNEL_CHOICES = ("auto", "native", "portable")
-"""What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
+ENTRY_POINTS = "sparsifiner_edge.backends"
+"""Group in which other packages name theirs: classes of `backend.Backend`. Looked at for names that are not ours."""
 
 
-def check_choices(backend: str, kernels: str = "auto") -> None:
-    """Reject a name that is no backend, or no choice of kernels.
+def check_choices(execution: Execution) -> None:
+    """Refuse a name that is no backend, or a choice that is none of its kind.
 
     Raises:
         BackendError: lists those of this version.
     """
-    if backend not in BACKENDS:
-        raise BackendError(f"Unknown backend {backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
-    if kernels not in KERNEL_CHOICES:
-        raise BackendError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNEL_CHOICES)}.")
+    others = {} if execution.backend in BACKENDS else _others()
+    if execution.backend not in {**BACKENDS, **others}:
+        names = ", ".join([*BACKENDS, *others])
+        raise BackendError(f"Unknown backend {execution.backend!r}.", f"Choose one of: {names}.")
+    for name, known in (("kernels", KERNEL_CHOICES), ("precision", PRECISIONS), ("provider", PROVIDERS)):
+        if getattr(execution, name) not in known:
+            raise BackendError(f"{name} is {getattr(execution, name)!r}.", f"Choose one of: {', '.join(known)}.")
+    if execution.provider != "cpu" and execution.backend != "onnxruntime":
+        raise BackendError(
+            f"{execution.backend} has no provider {execution.provider}: those are ONNX Runtime's.",
+            "Leave --provider out, or choose --backend onnxruntime.",
+        )
+    if execution.threads is not None and not 1 <= execution.threads <= MOST_THREADS:
+        raise BackendError(
+            f"threads is {execution.threads}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
+        )
 
 
-def find_backend(backend: str) -> Backend:
-    """The backend of a name.
+def find_backend(execution: Execution) -> Backend:
+    """The backend that is asked for, told how it shall run.
 
     Raises:
-        BackendError: there is none.
+        BackendError: see `check_choices`; or another package's is no class of `Backend`, or cannot be imported.
     """
-    check_choices(backend)
-    module, _, kind = BACKENDS[backend].partition(":")
-    made: Backend = getattr(importlib.import_module(f"sparsifiner_edge.runtime.{module}"), kind)()
+    check_choices(execution)
+    if execution.backend not in BACKENDS:
+        return _other(_others()[execution.backend], execution)
+    module, _, kind = BACKENDS[execution.backend].partition(":")
+    made: Backend = getattr(importlib.import_module(f"sparsifiner_edge.runtime.{module}"), kind)(execution)
     return made
+
+
+def _others() -> dict[str, EntryPoint]:
+    """Backends of other packages that are installed, by name; none of them is imported."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _other(point: EntryPoint, execution: Execution) -> Backend:
+    try:
+        kind = point.load()
+    except Exception as error:  # It is anybody's code.
+        raise BackendError(f"{point.value} cannot be imported: {error}.", f"Reinstall {point.name}.") from error
+    if not (isinstance(kind, type) and issubclass(kind, Backend)):
+        raise BackendError(f"{point.value} is no class of Backend.", f"Report it to the authors of {point.name}.")
+    return kind(execution)
 
 
 def open_session(
@@ -59,22 +84,29 @@ def open_session(
     threads: int | None = None,
     kernels: str = "auto",
     public_key: str | Path | None = None,
+    *,
+    precision: str = "auto",
+    provider: str = "cpu",
 ) -> Session:
     """Open a bundle whose hashes match, ready to run.
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
-        backend: one of `BACKENDS`.
+        backend: one of `BACKENDS`, or another package's (`ENTRY_POINTS`).
         threads: threads inside one operator; None takes the cores that this process may run on.
         kernels: one of `KERNEL_CHOICES`; the session's `description` says what runs.
         public_key: the bundle must be signed by this key; see `sign.require_signature`.
+        precision: one of `PRECISIONS`: what is computed in of all that the file does not hold in int8.
+        provider: one of `PROVIDERS`, of ONNX Runtime.
 
     Raises:
         ArtifactError: not a bundle, altered, of another version, or not signed by that key.
-        BackendError: no such backend or kernels, `threads` below 1 or absurd, or the backend rejects the model.
+        BackendError: no such backend, kernels, precision or provider, `threads` below 1 or absurd, the backend has no
+            such precision here, or rejects the model.
         MissingExtraError: the backend's package is not installed, or what checks signatures.
     """
-    return open_checked(checked_bundle(Path(bundle), public_key), backend, threads, kernels)
+    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels, threads=threads)
+    return open_checked(checked_bundle(Path(bundle), public_key), execution)
 
 
 def checked_bundle(folder: Path, public_key: str | Path | None = None) -> Bundle:
@@ -82,14 +114,14 @@ def checked_bundle(folder: Path, public_key: str | Path | None = None) -> Bundle
     return open_bundle(folder) if public_key is None else require_signature(folder, Path(public_key))
 
 
-def open_checked(
-    bundle: Bundle, backend: str = "onnxruntime", threads: int | None = None, kernels: str = "auto"
-) -> Session:
-    """`open_session` with what `checked_bundle` returned: only files that its manifest vouches for are used."""
-    check_choices(backend, kernels)
-    found = find_backend(backend)
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
+def open_checked(bundle: Bundle, execution: Execution | None = None) -> Session:
+    """`open_session` with what `checked_bundle` returned: only files that its manifest vouches for are used, and no
+    code of other packages where a signature was required.
+    """
+    execution = execution or Execution()
+    if bundle.signed and execution.backend not in BACKENDS:
         raise BackendError(
-            f"threads is {threads}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
+            f"{execution.backend} is no backend of sparsifiner-edge itself, and a signature is required.",
+            f"Choose one of: {', '.join(BACKENDS)}.",
         )
-    return found.open(bundle, threads or available_cores(), found.choose_kernels(bundle, kernels))
+    return find_backend(execution).open(bundle)

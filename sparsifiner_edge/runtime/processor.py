@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle
@@ -13,40 +14,59 @@ from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+_FLOAT16 = 10
+"""TensorProto.FLOAT16."""
 BF16_TOLERANCE, BF16_TOLERANCE_FREE = 5e-2, 1e-1
 """Greatest difference from golden outputs, relative to their range, in bf16 and fp16: dense, and where keys are chosen.
 Measured on DINOv2 in bf16: .008 and .084."""
 
 
 class ProcessorBackend(Backend):
-    """A backend that runs the model itself, on the processor: `build` writes nothing, and runs the golden pair."""
+    """A backend that runs the model itself, on the processor: `build` writes nothing, and runs the golden pair.
+
+    Attributes:
+        computes: precisions (`execution.PRECISIONS`) that it may run a float32 file in.
+    """
+
+    computes: ClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
-    def session(
-        self, model: Path, content: bytes | str, threads: int, kernels: str, stored: str | None = None
-    ) -> Session:
+    def session(self, model: Path, content: bytes | str, stored: str | None = None) -> Session:
         """A session on a file's content, or on the path of a copy that nobody changes.
 
         Args:
             model: where it is from, for messages. stored: the bundle's own word for its precision.
         """
 
-    def open(self, bundle: Bundle, threads: int, kernels: str) -> Session:
+    def open(self, bundle: Bundle) -> Session:
         """See `Backend.open`."""
         with bundle.sealed_copy(MODEL_FILE) as copy:
-            return self.session(bundle.folder / MODEL_FILE, copy, threads, kernels, bundle.manifest.precision)
+            return self.session(bundle.folder / MODEL_FILE, copy, bundle.manifest.precision)
 
-    def choose_kernels(self, bundle: Bundle, kernels: str) -> str:
-        """See `Backend.choose_kernels`: a file of a type that the native kernels do not take runs by its bodies."""
-        if bundle.manifest.float16 is None or "float16" in NATIVE.dtypes:
-            return kernels
-        if kernels == "native":
-            raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
-        return "portable"
+
+def holds_float16(model: ModelProto) -> bool:
+    """Whether a file's weights are float16, all that are not int8."""
+    return any(tensor.data_type == _FLOAT16 for tensor in model.graph.initializer)
+
+
+def usable_kernels(float16: bool, kernels: str) -> str:
+    """What a choice of kernels means for a file: one of float16, which the native ones do not take, runs by its bodies.
+
+    Raises:
+        BackendError: it cannot be.
+    """
+    if not float16 or "float16" in NATIVE.dtypes:
+        return kernels
+    if kernels == "native":
+        raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
+    return "portable"
 
 
 def native_library(kernels: str) -> Path | None:
-    """The library to register for a choice of kernels (`open.KERNEL_CHOICES`); None for function bodies.
+    """The library to register for a choice of kernels (`KERNEL_CHOICES`); None for function bodies.
 
     Raises:
         BackendError: "native" where it cannot be used, or the variable `SPARSIFINER_TARGET` names no instruction set.
@@ -58,7 +78,7 @@ def native_library(kernels: str) -> Path | None:
 
 
 def why_portable(kernels: str) -> str | None:
-    """Why a choice of kernels (`open.KERNEL_CHOICES`) means function bodies here; None where the native library runs.
+    """Why a choice of kernels (`KERNEL_CHOICES`) means function bodies here; None where the native library runs.
 
     Raises:
         BackendError: the variable `SPARSIFINER_TARGET` names no instruction set.

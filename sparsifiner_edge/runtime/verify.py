@@ -7,17 +7,24 @@ from pathlib import Path
 from sparsifiner_edge.bundle.golden import beyond_text, check_golden
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.bundle.verify import Verification, run_checks
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime.open import open_checked
 
 
 def verify_bundle(
-    bundle: str | Path, *, backend: str = "onnxruntime", kernels: str = "auto", public_key: str | Path | None = None
+    bundle: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    precision: str = "auto",
+    provider: str = "cpu",
+    kernels: str = "auto",
+    public_key: str | Path | None = None,
 ) -> Verification:
     """Check all of a bundle.
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
-        backend, kernels: what runs the golden pair; see `open_session`.
+        backend, precision, provider, kernels: what runs the golden pair; see `open_session`.
         public_key: the signature must be that key's; without it a signature is reported and not checked.
 
     Returns:
@@ -30,8 +37,10 @@ def verify_bundle(
         MissingExtraError: the backend, or what checks signatures, is not installed.
     """
 
+    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels)
+
     def answer(checked: Bundle) -> str:
-        with open_checked(checked, backend, kernels=kernels) as session:
+        with open_checked(checked, execution) as session:
             found = check_golden(session, checked)
         parts = (
             f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}{beyond_text(f)}"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sparsifiner_edge.bundle.entries import ON_PROCESSOR
-from sparsifiner_edge.errors import ConfigError, SparsifinerError
+from sparsifiner_edge.errors import ConfigError, MissingExtraError, SparsifinerError
+from sparsifiner_edge.execution import ON_PROCESSOR, Execution
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.judge import MAPS
 from sparsifiner_edge.profiles.boards.board import Board, load_board
@@ -22,6 +22,9 @@ MOST_ASKED = 1e6
 """Milliseconds."""
 PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
 """That are searched: here and for a CPU, and for a board's GPU."""
+COMPUTES = ("auto", "bf16", "fp16")
+"""What of a file that is not int8 is computed in, here: auto is as it is stored."""
+Runs = tuple[Sequence[str], Sequence[str], Sequence[str]]
 LEAST_IMAGES, CHECKED = 5, 5
 """Images that a search takes at least; one of so many is kept for the check."""
 LEAST_TRIED, MOST_TRIED, PATCHES = 6, 24, 16_000
@@ -57,10 +60,9 @@ class Asked(NamedTuple):
 
 
 def what_is_asked(
-    bound: Bound, metric: str, task: str | None, backends: Sequence[str], precisions: Sequence[str],
-    board: str | Path | None, data: str | Path, seed: int,
-) -> Asked:  # fmt: skip
-    """See `search_model`.
+    bound: Bound, metric: str, task: str | None, runs: Runs, board: str | Path | None, data: str | Path, seed: int
+) -> Asked:
+    """See `search_model`; runs: its backends, computes, precisions.
 
     Raises:
         ConfigError: not one bound, or a value is out of range; too few images.
@@ -72,7 +74,7 @@ def what_is_asked(
     if task is not None and metric != "task":
         raise ConfigError(f"--task goes with --metric task, not {metric}.", "Leave one of the two out.")
     device = None if board is None else load_board(board)
-    engines, left_out = _engines(backends, precisions, device)
+    engines, left_out = _engines(runs, device)
     return Asked(bound, metric, None if task == MAPS else task, seed, device, engines, left_out, _split(data, seed))
 
 
@@ -85,10 +87,9 @@ def _require_one(bound: Bound) -> None:
         raise ConfigError(f"at most is {bound.at_most_ms} ms.", "Give more than 0, and less than a million.")
 
 
-def _engines(
-    backends: Sequence[str], precisions: Sequence[str], board: Board | None
-) -> tuple[list[Deployment], dict[str, str]]:
-    """Those asked for, or all that run here, or the board; and backends that do not run here, and why."""
+def _engines(runs: Runs, board: Board | None) -> tuple[list[Deployment], dict[str, str]]:
+    """Those asked for, or all that run here, or the board; and what does not run here, and why."""
+    backends, computes, precisions = runs
     gpu = board is not None and board.kind == "gpu"
     known = BOARD_PRECISIONS if gpu else PRECISIONS
     for precision in precisions:
@@ -97,23 +98,37 @@ def _engines(
                 f"precision is {precision!r}.", f"Choose of: {', '.join(dict.fromkeys((*known, 'fp32')))}."
             )
     if board is not None:
-        if backends:
+        if backends or computes:
             raise ConfigError("A board's latency is estimated for no backend.", "Leave one of the two out.")
         chosen = precisions or [precision for precision in known if board.has_peak(precision)]
         return [Deployment(board.name, precision) for precision in chosen], {}
-    found, left_out = list[str](), dict[str, str]()
+    found, left_out = list[tuple[str, str]](), dict[str, str]()
     for name in backends or ON_PROCESSOR:
-        backend = find_backend(name)
+        backend = find_backend(Execution(backend=name))
         if not isinstance(backend, ProcessorBackend):
             raise ConfigError(f"{name} does not run on the processor.", f"Choose of: {', '.join(ON_PROCESSOR)}.")
-        try:
-            backend.load()
-            found.append(name)
-        except SparsifinerError as error:
-            if backends:
-                raise
-            left_out[name] = error.what
-    return [Deployment(name, precision) for name in found for precision in precisions or PRECISIONS], left_out
+        for computed in computes or backend.computes:
+            try:
+                _require_computed(backend, computed)
+                found.append((name, computed))
+            except SparsifinerError as error:
+                if backends and (computes or computed == "auto"):
+                    raise
+                left_out[name if computed == "auto" else f"{name} in {computed}"] = error.what
+                if isinstance(error, MissingExtraError):
+                    break
+    if not found:
+        raise ConfigError(f"Nothing runs here: {' '.join(left_out.values())}", "Leave --computes out.")
+    return [Deployment(name, stored, used) for name, used in found for stored in precisions or PRECISIONS], left_out
+
+
+def _require_computed(backend: ProcessorBackend, precision: str) -> None:
+    """Refuse a precision that a backend does not compute in here."""
+    if precision not in backend.computes:
+        raise ConfigError(
+            f"{backend.name} computes in no {precision} but what a file stores.", f"Choose of: {', '.join(COMPUTES)}."
+        )
+    find_backend(Execution(backend=backend.name, precision=precision)).load()
 
 
 def _split(data: str | Path, seed: int) -> ImageSplit:

@@ -13,7 +13,7 @@ from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.files import replaced
 from sparsifiner_edge.profiles.stats import estimate, skewed_mean
 from sparsifiner_edge.results import Estimate
-from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Bound, Engines, Search
 from sparsifiner_edge.search.fidelity_model import FidelityModel
 from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch
@@ -121,8 +121,8 @@ def _entrant(exports: Exports, choice: Shortlist, engine: Deployment, stopwatch:
     most, excess = choice.most, 0.0
     for tried in range(1, TRIES + 1):
         plan = choice.best(engine, most)
-        bundle = exports.of(plan, engine.precision)
-        with open_session(bundle, engine.judged_in) as session:
+        bundle = exports.of(plan, engine.stored)
+        with open_checked(checked_bundle(bundle), engine.execution) as session:
             distance = fmean(choice.search.trial.distances_of(session.infer))
         in_time = choice.bound.at_least is None
         found = stopwatch.times([Contender(bundle, engine)])[0].value if in_time else distance
@@ -158,12 +158,12 @@ def judged(subjects: Sequence[Entrant], bound: Bound) -> list[Entrant]:
 def finalist(entrant: Entrant, start: Path, trust: Sequence[str]) -> Finalist:
     """As it stands in the result; start: the student that it is exported from."""
     merge, keep = merge_text(entrant.plan.merge), keep_text(entrant.plan.short_keep)
-    backend, precision = entrant.engine
-    chosen = "" if precision == "fp32" else f" --precision {precision}"
-    chosen += " --calibrate IMAGES/" if precision == "int8" else ""
+    stored = entrant.engine.stored
+    chosen = "" if stored == "fp32" else f" --precision {stored}"
+    chosen += " --calibrate IMAGES/" if stored == "int8" else ""
     chosen += "".join(f" --trust {name}" for name in trust)
     return Finalist(
-        merge=merge, keep=keep, backend=backend, precision=precision, fidelity=1 - entrant.distance,
+        merge=merge, keep=keep, **entrant.engine._asdict(), fidelity=1 - entrant.distance,
         predicted_fidelity=1 - entrant.predicted_distance, predicted_ms=entrant.predicted_ms, ms=entrant.ms,
         command=f"sparsifiner-edge export {start} --merge {merge} --keep {keep}{chosen} -o BUNDLE/",
     )  # fmt: skip
@@ -183,7 +183,7 @@ def why_unmet(nearest: Entrant, bound: Bound) -> str:
 
 def checked(winner: Entrant, trial: Trial, search: Search) -> tuple[Checked, list[float]]:
     """The answer on images that nothing was chosen by; those that it was judged by tell how images differ."""
-    with open_session(winner.bundle, winner.engine.judged_in) as session:
+    with open_checked(checked_bundle(winner.bundle), winner.engine.execution) as session:
         found = trial.distances_of(session.infer)
     lost = skewed_mean(found, search.shape(winner.plan))
     low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (lost.high, lost.low))

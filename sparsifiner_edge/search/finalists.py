@@ -69,15 +69,15 @@ class Exports:
         Raises:
             GateError: int8 loses too much.
         """
-        precision = host.precision if host.is_here else "fp32"
-        path = self.folder / f"dense-{precision}"
+        stored = host.stored if host.is_here else "fp32"
+        path = self.folder / f"dense-{stored}"
         if not path.exists():
-            self._tell(f"exporting the dense model in {precision}")
+            self._tell(f"exporting the dense model in {stored}")
             source = self.folder / "dense-student"
             if not source.exists():
                 save_student(self._dense_model, source)
             export_bundle(
-                source, path, precision=precision, calibrate=self._calibration if precision == "int8" else None,
+                source, path, precision=stored, calibrate=self._calibration if stored == "int8" else None,
                 tokens=True, trust=self.trust,
             )  # fmt: skip
         return path
@@ -131,7 +131,7 @@ class Stopwatch:
             return self._measured(subjects)
         found = []
         for subject in subjects:
-            of_bundle = estimate_bundle(subject.bundle, self.board, precision=subject.engine.precision).statistics
+            of_bundle = estimate_bundle(subject.bundle, self.board, precision=subject.engine.stored).statistics
             ms = of_bundle.latency_ms
             found.append(Estimate(ms.value, ms.low, ms.high, ESTIMATED, f"estimated, not measured: {ms.method}"))
         return found
@@ -143,8 +143,7 @@ class Stopwatch:
             sides: list[MeasuredSide] = []
             for number, subject in enumerate(subjects):
                 on_stage(f"loading {subject.bundle.name}")
-                bundle, backend = str(subject.bundle.resolve()), subject.engine.backend
-                request = Load(bundle=bundle, backend=backend, threads=None, kernels="auto")
+                request = Load(bundle=str(subject.bundle.resolve()), execution=subject.engine.execution)
                 sides.append(stack.enter_context(open_side(str(number), request)))
                 warm_up(sides[-1], on_stage)
             measure_blocks(sides, rules, on_stage, "measuring whole models")

@@ -12,6 +12,7 @@ from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.files import import_matplotlib
 from sparsifiner_edge.records import Known
 from sparsifiner_edge.results import Declared, Estimate
+from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
 
 
@@ -37,6 +38,7 @@ class Finalist(msgspec.Struct, frozen=True, kw_only=True):
     """A plan as it was exported, in one engine.
 
     Attributes:
+        backend, stored, computes: see `latency.Deployment`.
         fidelity: of the bundle, mean over the images searched with. predicted_fidelity: by a model that was fitted to
             all plans but this one. ms: median of the whole model, or for a board that
             is not here an estimate of it, as `ms.interval` says.
@@ -46,12 +48,18 @@ class Finalist(msgspec.Struct, frozen=True, kw_only=True):
     merge: str
     keep: str
     backend: str
-    precision: str
+    stored: str
+    computes: str
     fidelity: float
     predicted_fidelity: float
     predicted_ms: float
     ms: Estimate
     command: str
+
+    @property
+    def engine(self) -> str:
+        """For people."""
+        return str(Deployment(self.backend, self.stored, self.computes))
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +147,7 @@ def draw_front(result: SearchResult, path: Path) -> None:
     for one in found.finalists:
         low, high = (bound if isinstance(bound, float) else one.ms.value for bound in (one.ms.low, one.ms.high))
         reach = [[one.ms.value - low], [high - one.ms.value]]
-        label = f"{'measured' if result.method.board is None else 'estimated'}, {one.backend}, {one.precision}"
+        label = f"{'measured' if result.method.board is None else 'estimated'}, {one.engine}"
         axis.errorbar([one.ms.value], [one.fidelity], xerr=reach, fmt="o", capsize=3, label=label)
     if result.method.at_least is not None:
         axis.axhline(result.method.at_least, color="black", lw=0.8)

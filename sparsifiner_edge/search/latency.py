@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle.entries import ON_PROCESSOR
 from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.execution import ON_PROCESSOR, Execution, precision_text
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.piece_times import Piece, piece_times
 from sparsifiner_edge.progress import Progress
@@ -32,10 +32,15 @@ EACH = 3
 
 
 class Deployment(NamedTuple):
-    """What runs a model: a backend of the processor, or a board by name, and the precision of the file."""
+    """What runs a model: a backend of the processor, or a board by name.
+
+    Attributes:
+        stored: precision of the file. computes: what of it is not int8 is computed in (`execution.PRECISIONS`).
+    """
 
     backend: str
-    precision: str
+    stored: str
+    computes: str = "auto"
 
     @property
     def is_here(self) -> bool:
@@ -43,17 +48,18 @@ class Deployment(NamedTuple):
         return self.backend in ON_PROCESSOR
 
     @property
-    def judged_in(self) -> str:
-        """The backend that its bundles' fidelity is measured in."""
-        return self.backend if self.is_here else "onnxruntime"
+    def execution(self) -> Execution:
+        """What its bundles' fidelity is measured in."""
+        return Execution(backend=self.backend, precision=self.computes) if self.is_here else Execution()
 
     @property
     def dense_host(self) -> Deployment:
-        """What runs the dense model: `onnxruntime-bf16` is for operators of ours alone."""
-        return self._replace(backend="onnxruntime") if self.backend == "onnxruntime-bf16" else self
+        """What runs the dense model: in ONNX Runtime bfloat16 is for operators of ours alone."""
+        return self._replace(computes="auto") if self.backend == "onnxruntime" else self
 
     def __str__(self) -> str:
-        return f"{self.backend}, {self.precision}"
+        said = self.stored if self.computes == "auto" else precision_text(self.stored, self.computes)
+        return f"{self.backend}, {said}"
 
 
 class PartTable(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,7 +155,7 @@ def measured(student: Student, engine: Deployment, progress: Progress | None = N
     """
     backbone = backbone_of(deploy(student).model)
     sparsity, geometry, whole = student.sparsity, backbone.geometry, backbone.patches
-    linear = LinearPieces(backbone.layers[0], backbone.width, engine.precision == "int8")
+    linear = LinearPieces(backbone.layers[0], backbone.width, engine.stored == "int8")
     least = max(sparsity.tile, whole // 10)
     patches = sorted(
         {round(whole * (least / whole) ** (n / (MEASURED_SIZES - 1))) for n in range(MEASURED_SIZES)}, reverse=True
@@ -167,16 +173,16 @@ def measured(student: Student, engine: Deployment, progress: Progress | None = N
             config = SparsityConfig(**{**_plain(sparsity), "keep": share, "merge": (1,)})
             pieces[name_of(share), count] = attention_piece(geometry, backbone.prefix, count, config, count != whole)
     ours = {key: piece for key, piece in pieces.items() if key[0] in map(name_of, SHARES)}
-    found = piece_times(ours, engine.backend, progress)
+    found = piece_times(ours, engine.execution, progress)
     found.ms.update(
-        piece_times({k: v for k, v in pieces.items() if k not in ours}, engine.dense_host.backend, progress).ms
+        piece_times({k: v for k, v in pieces.items() if k not in ours}, engine.dense_host.execution, progress).ms
     )
     names = [name for name in dict.fromkeys(key[0] for key in pieces) if name != "merging"]
     rows = {name: [found.ms[name, count] for count in patches] for name in names}
     few = patches[::EACH][::-1]
     merging = np.interp(patches, few, [found.ms["merging", count] for count in few]).tolist()
     projections, mlp = rows.pop("projections"), rows.pop("mlp")
-    about = {**found.about, "ran_on": found.kernels, "precision": engine.precision}
+    about = {**found.about, "ran_on": found.kernels, "precision": engine.stored}
     return PartTable(
         about=about, patches=patches, projections=projections, mlp=mlp, merging=merging, attention=rows
     )  # fmt: skip

@@ -18,7 +18,7 @@ from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Estimate, Subject, write_result
-from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.search.asked import Asked, what_is_asked
 from sparsifiner_edge.search.board import estimated
 from sparsifiner_edge.search.entrants import (
@@ -73,6 +73,7 @@ def search_model(
     img_size: ImageSize | None = None,
     teacher: str | None = None,
     backends: Sequence[str] = (),
+    computes: Sequence[str] = (),
     precisions: Sequence[str] = (),
     board: str | Path | None = None,
     minutes: float = 20.0,
@@ -92,8 +93,9 @@ def search_model(
             package.module:class; None or "maps": IoU of a decoder's map.
         weights, img_size: for a model; weights: or the teacher's.
         teacher: of a student that was trained: its dense model.
-        backends: of the processor; none: all that run here. precisions: none: fp32 and int8, or for a
-            board's GPU fp16 and int8.
+        backends: of the processor; computes: what of a file that is not int8 they compute in, of "auto" (as stored),
+            "bf16" and "fp16"; none: all that run here.
+        precisions: that files store; none: fp32 and int8, or for a board's GPU fp16 and int8.
         board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
             fidelity.
         minutes: how long to look, about, export and last measurement included. Ctrl-C ends the looking: the best that
@@ -111,7 +113,8 @@ def search_model(
         SparsifinerError: model, student or images are unusable.
     """
     end = time.monotonic() + 60 * minutes * (1 - RESERVED)
-    asked = what_is_asked(Bound(at_least, at_most_ms), metric, task, backends, precisions, board, data, seed)
+    runs = backends, computes, precisions
+    asked = what_is_asked(Bound(at_least, at_most_ms), metric, task, runs, board, data, seed)
     folder = _new(Path(output))
     start = start_of(source, folder, weights, img_size, teacher, asked.images.searched, trust, normalise, progress)
     student = load_student(start, trust=trust)
@@ -173,7 +176,7 @@ def _begin(
     begun, refused = _dense_ms(exports, asked.engines, stopwatch)
     # Of the dense model float32 and a board that is not here lose nothing.
     losses = {
-        host: _lost(exports.dense_for(host), host, trial) if host.precision != "fp32" and host.is_here else 0.0
+        host: _lost(exports.dense_for(host), host, trial) if host.stored != "fp32" and host.is_here else 0.0
         for host in begun
     }
     found = Engines(
@@ -226,7 +229,7 @@ def _result(told: Told, search: Search, found: Engines, ending: Ending) -> Searc
         check=check[0] if check else Unavailable("there is no answer to check"),
         dense_ms=_named(ending.dense_ms),
         dense_fidelity={
-            str(host): 1 - told.losses[host] for host in ending.dense_ms if host.is_here or host.precision == "fp32"
+            str(host): 1 - told.losses[host] for host in ending.dense_ms if host.is_here or host.stored == "fp32"
         },
         losses=_named(found.losses),
         anchors=_anchors(found),
@@ -243,9 +246,9 @@ def _now(
 ) -> tuple[float, float]:  # fmt: skip
     """See `explore.MeasureWhole`: the dense model beside it tells what became of the machine's speed."""
     host = engine.dense_host
-    contenders = [Contender(exports.of(plan, engine.precision), engine), Contender(exports.dense_for(host), host)]
+    contenders = [Contender(exports.of(plan, engine.stored), engine), Contender(exports.dense_for(host), host)]
     ours, again = stopwatch.times(contenders)
-    return _lost(exports.of(plan, engine.precision), engine, trial), ours.value * begun[host].value / again.value
+    return _lost(exports.of(plan, engine.stored), engine, trial), ours.value * begun[host].value / again.value
 
 
 def _anchors(found: Engines) -> dict[str, dict[str, float]]:
@@ -279,7 +282,7 @@ def _dense_ms(
 
 def _lost(bundle: Path, engine: Deployment, trial: Trial) -> float:
     """The distance of a bundle in an engine."""
-    with open_session(bundle, engine.judged_in) as session:
+    with open_checked(checked_bundle(bundle), engine.execution) as session:
         return fmean(trial.distances_of(session.infer))
 
 
@@ -290,7 +293,7 @@ def _latencies(
     """Of each engine that runs the dense model, which tells what the sum of a model's layers leaves out."""
     nothing, patches = dense(len(student.backbone.layers)), student.backbone.patches
     return {
-        engine: estimated(student, board, engine.precision)
+        engine: estimated(student, board, engine.stored)
         if board is not None
         else PlanLatency(measured(student, engine, progress), patches).calibrated(
             Anchor(nothing, begun[engine.dense_host].value)

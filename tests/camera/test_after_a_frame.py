@@ -26,6 +26,7 @@ from sparsifiner_edge.camera.overlay import text_lines
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.prepare import Fit, fit_pillow
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.execution import Execution
 from tests.tiny import make_bundle
 
 
@@ -145,7 +146,7 @@ def test_a_pipeline_that_remarks_much(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_manifest_that_resizes_otherwise(value: Any, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4, "resize": value})
     with pytest.raises(ArtifactError, match=r"preprocessing\.resize is"):
-        Model(bundle, "onnxruntime", 1)
+        Model(bundle, Execution(threads=1))
 
 
 def test_a_rectangular_model_on_frames(tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_a_rectangular_model_on_frames(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b", size=(40, 60), preprocessing=manifest)
     frame = np.zeros((480, 640, 3), np.uint8)
     frame[18:462] = (255, 0, 0)  # A model of this shape sees the middle 427 rows.
-    with Model(bundle, "onnxruntime", 1) as model:
+    with Model(bundle, Execution(threads=1)) as model:
         assert model.fit.size == (40, 60)
         found, red = (
             model.answer(model.infer(fit_pillow(Image.fromarray(pixels), model.fit))).features
@@ -164,7 +165,7 @@ def test_a_rectangular_model_on_frames(tmp_path: Path) -> None:
 
 
 def test_a_scene_that_stays_does_not_change(cells: Path) -> None:
-    with Model(cells, "onnxruntime", 1) as model:
+    with Model(cells, Execution(threads=1)) as model:
         picture = fit_pillow(Image.fromarray(draw_pattern(1)), model.fit)
         other = fit_pillow(Image.fromarray(draw_pattern(123456)), model.fit)
         found = [model.change(model.infer(p)) for p in (picture, picture, other, picture)]
@@ -176,7 +177,7 @@ def test_a_scene_that_stays_does_not_change(cells: Path) -> None:
 
 
 def test_a_map_of_changes(cells: Path) -> None:
-    with Model(cells, "onnxruntime", 1) as model:
+    with Model(cells, Execution(threads=1)) as model:
         model.tokens = (1, 2, 3)
         tokens = np.random.default_rng(0).normal(size=(1, 7, 4))
         assert model.change_map({"tokens": tokens}) is None
@@ -192,7 +193,7 @@ def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
     mask = np.zeros((1, 4, 8), np.float32)
     mask[0, 1:3, 6:] = 0.9
     depth = np.linspace(2, 5, 16, dtype=np.float32).reshape(1, 1, 4, 4)
-    with Model(cells, "onnxruntime", 1) as model:
+    with Model(cells, Execution(threads=1)) as model:
         answer = model.answer({"mask": mask, "depth": depth, "tokens": mask})
         assert answer.maps is not None
         first, second = answer.maps

@@ -21,6 +21,7 @@ from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.execution import Execution
 from tests.bad_images import BAD_IMAGES, png_of_size
 from tests.camera.hostile import SECRET, make_hostile
 from tests.commands import process, snapshot
@@ -137,7 +138,7 @@ def test_images(cells: Path, tmp_path: Path) -> None:
         (tmp_path / f"size{number}.png").write_bytes(png_of_size(*size))
     (tmp_path / "page.html").rename(tmp_path / "page.png")
     before, most = snapshot(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with Model(cells, "onnxruntime", None) as model:
+    with Model(cells, Execution()) as model:
         records = list(run_images(model, tmp_path))
     assert len(records) == 11
     assert all("cannot be read as an image" in (record.error or "") for record in records)
@@ -198,7 +199,7 @@ def test_bundles(number: int, cells: Path, tmp_path: Path) -> None:
     TRICKS[number](bundle, manifest)
     (bundle / BUNDLE_FILE).write_text(json.dumps(manifest))
     outside = (tmp_path / "outside.txt").read_bytes()
-    with pytest.raises(SparsifinerError) as caught, Model(bundle, "onnxruntime", 1):
+    with pytest.raises(SparsifinerError) as caught, Model(bundle, Execution(threads=1)):
         pass
     assert caught.value.fix
     assert len(str(caught.value)) < 12_000

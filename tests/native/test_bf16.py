@@ -156,31 +156,34 @@ def test_a_session_of_onnx_runtime_says_so_and_leaves_others_alone(tmp_path: Pat
     bundle = export_bundle(
         save_student(student(TINY, sparsity), tmp_path / "student"), tmp_path / "bundle", tokens=True
     )
-    with open_session(bundle) as exact, open_session(bundle, "onnxruntime-bf16") as session:
+    with open_session(bundle) as exact, open_session(bundle, precision="bf16") as session:
         image = {"image": np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)}
         wanted, got, again = exact.infer(image), session.infer(image), exact.infer(image)
         assert exact.description.kernels == f"native, {native.target()}"
         assert session.description.kernels == f"native, {native.target()}, attention in bfloat16"
-        assert session.description.backend == "onnxruntime-bf16"
+        assert (session.description.backend, exact.description.precision) == ("onnxruntime", "fp32")
+        assert session.description.precision == "fp32, attention bf16"
     for name, value in wanted.items():
         np.testing.assert_array_equal(again[name], value)
         assert cosine(got[name], value).min() > 0.9  # random weights have close calls among keys and pairs
     assert any((got[name] != value).any() for name, value in wanted.items())
-    built = process("build", bundle, "--backend", "onnxruntime-bf16")
+    built = process("build", bundle, "--precision", "bf16")
     assert built.code == 0, built.err
 
 
 @pytest.mark.everything
 def test_a_session_of_onnx_runtime_is_never_silently_float32(tmp_path: Path) -> None:
     bundle = export_bundle(save_student(student(TINY), tmp_path / "student"), tmp_path / "bundle")
-    refused = process("profile", bundle, "--backend", "onnxruntime-bf16", env={native.TARGET_VARIABLE: "AVX2"})
+    refused = process("profile", bundle, "--precision", "bf16", env={native.TARGET_VARIABLE: "AVX2"})
     assert (refused.code, refused.out) == (2, "")
     assert "AVX2 has no bfloat16" in refused.err
     with pytest.raises(BackendError, match="Function bodies have no bfloat16"):
-        open_session(bundle, "onnxruntime-bf16", kernels="portable")
+        open_session(bundle, precision="bf16", kernels="portable")
     plain = export_bundle(save_student(student(TINY, SparsityConfig(keep=1)), tmp_path / "dense"), tmp_path / "plain")
-    with pytest.raises(BackendError, match=r"no attention that could run in bfloat16\.\n.*onnxruntime"):
-        open_session(plain, "onnxruntime-bf16")
+    with pytest.raises(BackendError, match=r"no attention that could run in bfloat16\.\n.*Leave --precision out"):
+        open_session(plain, precision="bf16")
+    with pytest.raises(BackendError, match=r"(?s)computes in what a file stores, fp32 here, .* export .* fp16"):
+        open_session(plain, precision="fp16")
 
 
 def test_a_wrong_precision_of_a_session_is_refused() -> None:

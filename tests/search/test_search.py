@@ -35,8 +35,8 @@ from tests.commands import call, handlers_kept
 from tests.models import TINY
 from tests.once import Once
 
-ENGINE: dict[str, Any] = {"backends": ["onnxruntime"], "precisions": ["fp32"]}
-PLAIN = ("--backend", "onnxruntime", "--precision", "fp32")
+ENGINE: dict[str, Any] = {"backends": ["onnxruntime"], "computes": ["auto"], "precisions": ["fp32"]}
+PLAIN = ("--backend", "onnxruntime", "--computes", "auto", "--precision", "fp32")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about its own calls
 
 
@@ -145,7 +145,7 @@ def test_a_board_is_estimated_and_its_page_says_so(
     most = estimate_bundle(found / "bundle", board["board"], precision="fp16").statistics.latency_ms.value
     within = se.search_model(TINY, photographs, folder, at_most_ms=most, weights=tiny_weights, **board)
     answer = within.statistics.answer
-    assert (answer.backend, answer.precision) == ("jetson-orin-nano-8gb", "fp16")
+    assert (answer.backend, answer.stored, answer.computes) == ("jetson-orin-nano-8gb", "fp16", "auto")
     assert "not measured" in answer.ms.interval
     # What `estimate` says of the bundle, which counts every layer by itself.
     assert answer.predicted_ms == pytest.approx(answer.ms.value, rel=0.1)
@@ -232,7 +232,8 @@ def test_what_is_refused(tmp_path: Path, photographs: Path, tiny_weights: Path, 
         ("goes with", {"at_least": 0.9, "task": "maps"}),
         ("precision is", {"at_least": 0.9, "precisions": ["fp16"]}),
         ("no backend", {"at_least": 0.9, "board": "t4"}),
-        ("no board", {"at_least": 0.9, "board": "orin", "backends": []}),
+        ("no board", {"at_least": 0.9, "board": "orin", "backends": [], "computes": []}),
+        ("onnxruntime computes in no fp16", {"at_least": 0.9, "computes": ["fp16"]}),
         ("does not run on the processor", {"at_least": 0.9, "backends": ["tensorrt-rtx"]}),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -90,10 +90,11 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
 
     def _open(self) -> Any:
         from sparsifiner_edge.camera.model import Model
+        from sparsifiner_edge.execution import Execution
 
         key = Path(self.public_key) if self.public_key else None
-        threads = self.threads or None
-        return Model(Path(self.bundle), "onnxruntime", threads, self.top_k, self.threshold, key, self.kernels)
+        execution = Execution(kernels=self.kernels, threads=self.threads or None)
+        return Model(Path(self.bundle), execution, self.top_k, self.threshold, key)
 
     def do_stop(self) -> bool:
         """Close it."""

@@ -19,10 +19,10 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.runtime.onnxruntime.session import attend_in_bfloat16, import_onnxruntime, session_options
+from sparsifiner_edge.runtime.onnxruntime.session import inference_session, session_options
 from sparsifiner_edge.runtime.open import open_checked
-from sparsifiner_edge.runtime.processor import native_library
 
 LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "decoder", "other")
 """Parts of a layer. selection: KeySelect, LandmarkKeySelect, and what prunes tokens or matches them.
@@ -66,13 +66,11 @@ def ms_by_kind(rows: Sequence[Row]) -> dict[str, float]:
     return {kind: sum((row.ms for row in rows if row.kind == kind), 0.0) for kind in LAYER_KINDS}
 
 
-def measure_layers(
-    bundle: str, backend: str, threads: int | None, kernels: str, make_inputs: MakeInputs, query_ms: float
-) -> LayerTimes:
+def measure_layers(bundle: str, execution: Execution, make_inputs: MakeInputs, query_ms: float) -> LayerTimes:
     """Profile a bundle in a session of its own.
 
     Args:
-        bundle, backend, threads, kernels: see `open_session`.
+        bundle: a folder. execution: how it is run.
         make_inputs: one query from a session's inputs.
         query_ms: about how long it takes; decides the number of queries.
 
@@ -82,7 +80,7 @@ def measure_layers(
     queries = max(MIN_QUERIES, min(MAX_QUERIES, round(_PROFILED_S * 1000 / max(query_ms, 1e-3))))
     checked = open_bundle(Path(bundle))
     model = checked.read(MODEL_FILE)
-    with open_checked(checked, backend, threads, kernels) as session:
+    with open_checked(checked, execution) as session:
         inputs = make_inputs(session.inputs)
         layer_times = getattr(session, "layer_times", None)
         if layer_times is not None:
@@ -90,15 +88,11 @@ def measure_layers(
                 session.infer(inputs)
             return _merged(_session_rows(layer_times(inputs, queries), model))
         ran = session.description
-        if session.backend not in ("onnxruntime", "onnxruntime-bf16"):
+        if session.backend != "onnxruntime" or not execution.on_processor:
             # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
             raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
-    assert isinstance(ran.threads, int)
     native = str(ran.kernels).startswith("native")
-    options = session_options()
-    options.intra_op_num_threads = ran.threads
-    if session.backend == "onnxruntime-bf16":
-        attend_in_bfloat16(options)
+    options = session_options(execution.cores, execution.precision == "bf16")
     return _ort_layers(model, options, "native" if native else "portable", inputs, queries)
 
 
@@ -124,19 +118,14 @@ def _run_profiled(
     model: bytes, options: Any, folder: Path, kernels: str, inputs: Mapping[str, Array], queries: int
 ) -> Trace:
     """Run `queries` times with ONNX Runtime's profiler on; its trace, and the optimised graph in `folder`."""
-    ort = import_onnxruntime()
-    options.inter_op_num_threads = 1
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "trace")
     options.optimized_model_filepath = str(folder / "optimised.onnx")
     # The weights go beside it: only the graph is read.
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "128")
-    library = native_library(kernels)
+    session = inference_session(model, options, kernels, "the bundle's model", _FIX)
     try:
-        if library is not None:
-            options.register_custom_ops_library(str(library))
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         for _ in range(queries):
             session.run(None, dict(inputs))
         trace: Trace = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from msgspec.structs import asdict
 
-from sparsifiner_edge.bundle.entries import ON_PROCESSOR
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import Figures, Phases
@@ -62,7 +61,7 @@ def observe(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, power: b
 
     The idle baseline comes before warm-up, so that nothing cools down between warm-up and the first query.
     """
-    on = "cpu" if sides[0].request.backend in ON_PROCESSOR else "gpu"
+    on = "cpu" if sides[0].request.execution.on_processor else "gpu"
     sensor = find_sensor(on=on) if power else no_sensor({"power": "not asked for"})
     idle_s = _idle_s(sensor, rules)
     look_s = min(max(_LOOK_SHARE * rules.seconds, _LOOK_S[0]), _LOOK_S[1])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import numpy as np
-from msgspec.structs import asdict
+from msgspec import to_builtins
 
 from sparsifiner_edge.profiles.measure.memory import MemoryPhases
 from sparsifiner_edge.profiles.measure.worker import Load, Loaded, QueryBlock
@@ -113,7 +113,7 @@ def open_side(role: str, request: Load) -> Iterator[MeasuredSide]:
     """A bundle loaded into a worker of its own and run once, its memory followed."""
     with start_worker() as worker:
         memory = MemoryPhases(worker.pid)
-        loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **asdict(request))
+        loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **to_builtins(request))
         memory.end("load")
         first = worker.ask("first", LOAD_TIMEOUT_S, float)
         memory.end("first_inference")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,13 +14,13 @@ import numpy as np
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles.measure.memory import Bytes, read_memory
 from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage, process_usage
 from sparsifiner_edge.profiles.measure.timing import call_ms
-from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import serve
-from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.runtime.session import Description
+from sparsifiner_edge.runtime.open import checked_bundle, find_backend, open_checked
+from sparsifiner_edge.runtime.session import Description, Session
 
 if TYPE_CHECKING:
     from sparsifiner_edge.profiles.measure.layers import LayerTimes
@@ -52,12 +53,10 @@ def fixed_inputs(specs: list[TensorSpec], batch: int = 1) -> dict[str, Array]:
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """What to load; see `open_session`. batch: size of a dynamic first axis."""
+    """A bundle to load, and how to run it. batch: size of a dynamic first axis."""
 
     bundle: str
-    backend: str
-    threads: int | None
-    kernels: str = "auto"
+    execution: Execution
     batch: int = 1
 
 
@@ -91,12 +90,12 @@ class _Worker:
         self.inputs: dict[str, Array] = {}
 
     def load(self, **given: Any) -> Loaded:
-        asked = Load(**given)
+        asked = msgspec.convert(given, Load)
         start = time.perf_counter_ns()
-        find_backend(asked.backend).load()
+        find_backend(asked.execution).load()
         import_ms = (time.perf_counter_ns() - start) / 1e6
         before = read_memory().rss_bytes
-        self.session = open_session(asked.bundle, asked.backend, asked.threads, asked.kernels)
+        self.session = open_checked(checked_bundle(Path(asked.bundle)), asked.execution)
         self.inputs = fixed_inputs(self.session.inputs, asked.batch)
         return Loaded(
             input_shapes={name: list(value.shape) for name, value in self.inputs.items()},
@@ -132,9 +131,8 @@ class _Worker:
     def layers(self, query_ms: float, **given: Any) -> LayerTimes:  # Of a worker that loaded nothing.
         from sparsifiner_edge.profiles.measure.layers import measure_layers
 
-        asked = Load(**given)
-        make_inputs = partial(fixed_inputs, batch=asked.batch)
-        return measure_layers(asked.bundle, asked.backend, asked.threads, asked.kernels, make_inputs, query_ms)
+        asked = msgspec.convert(given, Load)
+        return measure_layers(asked.bundle, asked.execution, partial(fixed_inputs, batch=asked.batch), query_ms)
 
     def _loaded(self) -> Session:
         if self.session is None:

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from sparsifiner_edge.runtime.openvino.session import OpenVinoSession, import_openvino
-from sparsifiner_edge.runtime.processor import ProcessorBackend, native_library, why_portable
+from sparsifiner_edge.runtime.processor import ProcessorBackend
 
 
 class OpenVino(ProcessorBackend):
-    """OpenVINO's CPU plugin. Attributes: precision: of the linear layers; the rest, and int8 layers, are as stored."""
+    """OpenVINO's CPU plugin, on all that is not int8 in float32, or in bf16 or fp16 where the processor has them."""
 
     name = "openvino"
-    precision: ClassVar[str] = "fp32"
+    computes = ("auto", "bf16", "fp16")
 
     def load(self) -> Any:
         """See `Backend.load`."""
-        return import_openvino(self.precision)
+        return import_openvino(self.execution.precision)
 
-    def session(
-        self, model: Path, content: bytes | str, threads: int, kernels: str, stored: str | None = None
-    ) -> OpenVinoSession:
+    def session(self, model: Path, content: bytes | str, stored: str | None = None) -> OpenVinoSession:
         """See `ProcessorBackend.session`."""
         content = content if isinstance(content, bytes) else Path(content).read_bytes()
-        why = why_portable(kernels) if kernels == "auto" else None
-        native = native_library(kernels) is not None
-        return OpenVinoSession(self.name, model, content, threads, native, why, self.precision, stored)
-
-
-class OpenVinoBf16(OpenVino):
-    """The same in bfloat16, on processors that have it: AVX-512 BF16, AMX, Arm's BF16."""
-
-    name, precision = "openvino-bf16", "bf16"
-
-
-class OpenVinoFp16(OpenVino):
-    """The same in float16, on processors that have it: AMX-FP16, Arm's FP16."""
-
-    name, precision = "openvino-fp16", "fp16"
+        return OpenVinoSession(model, content, self.execution, stored)

@@ -15,6 +15,7 @@ import numpy as np
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops.kernels import NATIVE, described
@@ -22,16 +23,24 @@ from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import import_package
 from sparsifiner_edge.runtime.openvino.operators import converters, without_bodies
-from sparsifiner_edge.runtime.processor import BF16_TOLERANCE, BF16_TOLERANCE_FREE, as_line
+from sparsifiner_edge.runtime.processor import (
+    BF16_TOLERANCE,
+    BF16_TOLERANCE_FREE,
+    as_line,
+    holds_float16,
+    native_library,
+    usable_kernels,
+    why_portable,
+)
 from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 """Of the linear layers, by OpenVINO's names; int8 layers of a file stay int8 in each."""
 _LINEAR = ("FullyConnected", "MatMul")
 _DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64", "boolean": "bool"}
 
 
-def import_openvino(precision: str = "fp32") -> Any:
+def import_openvino(precision: str = "auto") -> Any:
     """The module `openvino`.
 
     Raises:
@@ -41,11 +50,12 @@ def import_openvino(precision: str = "fp32") -> Any:
     # Its import reports itself over the network wherever this module is found and nobody has opted out.
     sys.modules.setdefault("openvino_telemetry", cast(Any, None))
     openvino = import_package("openvino", "openvino", "openvino", "Reinstall openvino.")
-    if precision != "fp32":
+    if precision not in ("auto", "fp32"):
         known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision.upper() not in known:
             raise BackendError(
-                f"This processor has no {precision} arithmetic (OpenVINO: {', '.join(known)}).", "Choose openvino."
+                f"This processor has no {precision} arithmetic (OpenVINO: {', '.join(known)}).",
+                "Leave --precision out.",
             )
     return openvino
 
@@ -57,12 +67,9 @@ class OpenVinoSession(Session):
         least_tolerance: see `bundle.golden.check_golden`.
 
     Args:
-        backend: as given to `open_session`.
         model: where the ONNX file is from, for messages. content: the file.
-        threads: of OpenVINO, and of the native library while OpenVINO's wait.
-        native: the native library runs the operators that it has; else their function bodies, inlined.
-        why_bodies: why it does not, where that was expected.
-        precision: of the linear layers, one of `PRECISIONS`.
+        execution: its threads are OpenVINO's, and the native library's while OpenVINO's wait. "auto" is float32, which
+            loses nothing: of a float16 file too.
         stored: the bundle's own word for what its file holds.
 
     Raises:
@@ -71,19 +78,10 @@ class OpenVinoSession(Session):
         MissingExtraError: OpenVINO is not installed.
     """
 
-    def __init__(
-        self,
-        backend: str,
-        model: Path,
-        content: bytes,
-        threads: int,
-        native: bool,
-        why_bodies: str | None,
-        precision: str,
-        stored: str | None,
-    ) -> None:
-        openvino = import_openvino(precision)
-        self.backend, self._model, self._lock = backend, model, threading.Lock()
+    def __init__(self, model: Path, content: bytes, execution: Execution, stored: str | None) -> None:
+        openvino, threads = import_openvino(execution.precision), execution.cores
+        precision = "fp32" if execution.precision == "auto" else execution.precision
+        self.backend, self._model, self._lock = execution.backend, model, threading.Lock()
         # OpenVINO takes products of int8 where they saturate, too; told to use none, it multiplies what they stand for.
         self._spread = stored == "int8" and not has_int8_products()
         self._compiled: Any = None
@@ -91,7 +89,8 @@ class OpenVinoSession(Session):
         graph = read_model(content, model)
         operators = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
         self.least_tolerance = 0.0 if precision == "fp32" else BF16_TOLERANCE_FREE if operators else BF16_TOLERANCE
-        ours = sorted(operators & set(NATIVE.operators)) if native else []
+        kernels = usable_kernels(holds_float16(graph), execution.kernels)
+        ours = sorted(operators & set(NATIVE.operators)) if native_library(kernels) is not None else []
         self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
         try:
@@ -109,6 +108,7 @@ class OpenVinoSession(Session):
         self.inputs = [_spec(port, names) for port in self._compiled.inputs]
         self.outputs = [_spec(port, names) for port in self._compiled.outputs]
         said = self._operators.precision if self._operators is not None and precision == "bf16" else None
+        why_bodies = why_portable(kernels) if kernels == "auto" else None
         self._description = Description(
             backend=self.backend,
             version=str(openvino.__version__).partition("-")[0],
@@ -125,7 +125,7 @@ class OpenVinoSession(Session):
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
         }
         if self._spread:
             settings["LP_TRANSFORMS_MODE"] = "NO"
@@ -152,15 +152,14 @@ class OpenVinoSession(Session):
             others.add(about["runtimePrecision"])
             if about["layerType"] in _LINEAR:
                 linear[about["runtimePrecision"]] += 1
-        names = {PRECISIONS[name]: name for name in PRECISIONS} | {"u8": "int8", "i8": "int8"}
+        names = {_HINTS[name]: name for name in _HINTS} | {"u8": "int8", "i8": "int8"}
         found = [names.get(kind, kind) for kind, _ in linear.most_common()]
         # A file may hold every linear layer in int8.
-        if found and asked not in found and not (stored == "int8" and PRECISIONS[asked] in others):
-            raise BackendError(f"OpenVINO runs {self._model} in {', '.join(found)}, not {asked}.", "Choose openvino.")
-        ran = ", ".join(kind for kind in found if kind != "int8") or asked
-        if stored == "int8":
-            return f"int8, rest {ran}"
-        return ran if not stored or stored == "fp32" else f"{stored}, run in {ran}"
+        if found and asked not in found and not (stored == "int8" and _HINTS[asked] in others):
+            raise BackendError(
+                f"OpenVINO runs {self._model} in {', '.join(found)}, not {asked}.", "Leave --precision out."
+            )
+        return precision_text(stored, ", ".join(kind for kind in found if kind != "int8") or asked)
 
     @property
     def description(self) -> Description:

@@ -13,7 +13,7 @@ from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, SparsifinerError
 from sparsifiner_edge.files import io_errors, read_bytes
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.runtime.backend import EngineBackend, Job
+from sparsifiner_edge.runtime.backend import EngineBackend, Job, refuse_native, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.cuda.driver import major
 from sparsifiner_edge.runtime.tensorrt.candidates import time_engine
@@ -50,6 +50,15 @@ class TensorRtBackend(EngineBackend):
                     "sparsifiner-edge doctor says which extra fits.",
                 )
 
+    def check(self, bundle: Bundle) -> None:
+        """Refuse kernels and a precision that no engine of a bundle has: it computes in the types of the file.
+
+        Raises:
+            BackendError: says what it has.
+        """
+        refuse_native(self.execution.kernels)
+        require_stored(self.execution.precision, bundle.manifest.float_precision, self.name)
+
     def why_not_here(self, engine: Engine) -> str | None:
         """See `EngineBackend.why_not_here`."""
         try:
@@ -75,16 +84,15 @@ class TensorRtBackend(EngineBackend):
         """See `EngineBackend.open_engine`."""
         return EngineSession(self.load(), path, read_bytes(path, MAX_FILE), engine, bundle.manifest)
 
-    def open(self, bundle: Bundle, threads: int, kernels: str) -> EngineSession:  # noqa: ARG002
-        """The engine of a bundle that runs on this machine; see `Backend.open`.
-
-        Args:
-            kernels: "portable" takes only engines whose operators are carried out by their bodies.
+    def open(self, bundle: Bundle) -> EngineSession:
+        """The engine of a bundle that runs on this machine; see `Backend.open`. Kernels "portable" are those of engines
+        whose operators are carried out by their bodies.
 
         Raises:
             BackendError: no CUDA device, or no engine of the bundle fits it.
         """
-        trt, folder = self.load(), bundle.folder
+        self.check(bundle)
+        trt, folder, kernels = self.load(), bundle.folder, self.execution.kernels
         engines = [engine for engine in bundle.manifest.engines if engine.backend == self.name]
         portable = [engine for engine in engines if engine.details.kernels in (None, BODIES)]
         if kernels == "portable" and engines and not portable:

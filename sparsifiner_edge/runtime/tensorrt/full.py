@@ -71,6 +71,7 @@ class TensorRt(TensorRtBackend):
         self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
     ) -> list[Engine]:
         """See `EngineBackend.plan`."""
+        self.check(bundle)
         trt, wanted, device = self.load(), _read_options(options), self.device()
         others = [c for c in capabilities if c != device.compute_capability]
         if others:

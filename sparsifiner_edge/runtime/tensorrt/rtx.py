@@ -63,6 +63,7 @@ class TensorRtRtx(TensorRtBackend):
         """See `EngineBackend.plan`."""
         import onnx
 
+        self.check(bundle)
         version = str(self.load().__version__)
         capabilities = capabilities or (probe().compute_capability,)
         for capability in capabilities:

@@ -16,6 +16,7 @@ from sparsifiner_edge.bundle import engines
 from sparsifiner_edge.bundle.engines import DENSE, PLUGIN, Engine
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.execution import precision_text
 from sparsifiner_edge.runtime.cuda import StreamBuffers, Times, open_driver
 from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error
@@ -47,6 +48,7 @@ class EngineSession(Session):
         start = time.perf_counter_ns()
         self.backend = engine.backend
         self._trt, self._engine_info, self._path = trt, engine, path
+        self._precision = precision_text(engine.precision, manifest.float_precision)
         self._messages = Messages()
         self._graphs = True
         self._bound: dict[str, Shape] = {}
@@ -129,7 +131,7 @@ class EngineSession(Session):
             version=str(self._trt.__version__),
             provider="TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
             device=f"{device.name} (compute capability {device.compute_capability})",
-            precision=self._engine_info.precision,
+            precision=self._precision,
             kernels=_KERNELS.get(str(self._engine_info.details.kernels), "function bodies"),
             threads=1,
             cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",

@@ -1,0 +1,49 @@
+"""How a bundle shall run, as every command and function that runs one is told: backend, precision, kernels, threads."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sparsifiner_edge.machine import available_cores
+
+ON_PROCESSOR = ("onnxruntime", "openvino")
+"""Backends (`runtime.open.BACKENDS`) that run the file itself on the processor."""
+KERNEL_CHOICES = ("auto", "native", "portable")
+"""What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+"""What is computed in of all that a file does not hold in int8, which stays int8; auto: what it is stored in."""
+PROVIDERS = ("cpu", "cuda", "tensorrt")
+"""Of ONNX Runtime: what it runs on, and by whose kernels."""
+
+
+class Execution(msgspec.Struct, frozen=True, kw_only=True):
+    """How to run a bundle.
+
+    Attributes:
+        backend: one of `runtime.open.BACKENDS`. precision: one of `PRECISIONS`. provider: one of `PROVIDERS`.
+        kernels: one of `KERNEL_CHOICES`; a session's `description` says what runs.
+        threads: inside one operator; None takes the cores that this process may run on.
+    """
+
+    backend: str = "onnxruntime"
+    precision: str = "auto"
+    provider: str = "cpu"
+    kernels: str = "auto"
+    threads: int | None = None
+
+    @property
+    def cores(self) -> int:
+        """How many threads that is here."""
+        return self.threads or available_cores()
+
+    @property
+    def on_processor(self) -> bool:
+        """Whether the processor computes, and not a GPU."""
+        return self.backend in ON_PROCESSOR and self.provider == "cpu"
+
+
+def precision_text(stored: str | None, computed: str) -> str:
+    """What a file stores and what it is computed in, for people: "fp32", "int8, rest bf16", "fp32, run in bf16"."""
+    if stored == "int8":
+        return f"int8, rest {computed}"
+    return computed if stored in (None, computed) else f"{stored}, run in {computed}"
