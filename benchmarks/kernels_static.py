@@ -22,7 +22,6 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch
 from sparsifiner_edge.ops.triton.plan import Plan
-from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.results import Result, Subject
 
@@ -35,7 +34,6 @@ ELSEWHERE = {
     90: (("bfloat16", 128, 64), ("float16", 96, 64), ("float32", 64, 64)),
 }
 """More of SparseAttention's main kernel."""
-BACKWARD = (87, 90)
 
 
 def plans(dtype: str, width: int, tile: int) -> dict[str, Plan]:
@@ -45,11 +43,7 @@ def plans(dtype: str, width: int, tile: int) -> dict[str, Plan]:
         "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": CELL, "scale": width**-0.5,
     }  # fmt: skip
     select = {**shared, "probe": 8, "keys": KEYS, "value_power": 2.0}
-    attend, lists = {**shared, "prefix_keys": 1}, (1, HEADS, PATCHES // tile, KEYS)
-    return {
-        "layer": plan_layer([qkv, *[(HEADS, width, CHANNELS)] * 2], select, dtype),
-        "gradient": plan_backward([qkv, lists], attend, dtype),
-    }
+    return {"layer": plan_layer([qkv, *[(HEADS, width, CHANNELS)] * 2], select, dtype)}
 
 
 def wanted(capability: int) -> list[tuple[str, int, int, str, Plan, Any]]:
@@ -57,8 +51,6 @@ def wanted(capability: int) -> list[tuple[str, int, int, str, Plan, Any]]:
     found = []
     for dtype, width, tile in EVERYWHERE:
         made = plans(dtype, width, tile)
-        if capability not in BACKWARD:
-            del made["gradient"]
         found += [(dtype, width, tile, op, plan, step) for op, plan in made.items() for step in plan.launches]
     for dtype, width, tile in ELSEWHERE.get(capability, ()):
         plan = plans(dtype, width, tile)["layer"]

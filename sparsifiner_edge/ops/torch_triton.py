@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,23 +16,24 @@ from sparsifiner_edge.ops.triton import kernels_for
 def triton_result(name: str, attributes: Attributes, x: Tensor, sizes: Tensor | None, *others: Tensor) -> Tensor | None:
     """An operator's output, of its schema's inputs (sizes None: no token was merged), or None: PyTorch runs it.
 
-    The gradient over merged tokens, and of merging them, is PyTorch's.
+    Where a gradient may follow PyTorch does: the kernels have none.
     """
     if not _runs(name, attributes, x, *(other.shape for other in others)):
         return None
     from sparsifiner_edge.ops.triton import run
 
-    if name == "MergeTokens":
-        return None if run.needs_gradient(x) else run.merged_tokens(x, sizes, *others)
     if name in ("MatchTokens", "KeySelect"):
         choose = run.matched_tokens if name == "MatchTokens" else run.key_select
         with torch.no_grad():
             chosen: Tensor = choose(x, sizes, *others, **attributes)
         return chosen
-    if sizes is not None and run.needs_gradient(x):
+    if run.needs_gradient(x):
         return None
-    settings: dict[str, Any] = {**attributes}
-    return run.sparse_attention(x, sizes, *others, **settings)
+    if name == "MergeTokens":
+        merged: Tensor = run.merged_tokens(x, sizes, *others)
+        return merged
+    attended: Tensor = run.sparse_attention(x, sizes, *others, **attributes)
+    return attended
 
 
 def triton_layer(
@@ -53,10 +53,10 @@ def triton_layer(
         return None
     from sparsifiner_edge.ops.triton import run
 
-    if sizes is not None and run.needs_gradient(qkv):
+    if run.needs_gradient(qkv):
         return None
-    settings: dict[str, Any] = {**attributes}
-    return run.layer(qkv, sizes, proj_q, proj_k, **settings)
+    attended: Tensor = run.layer(qkv, sizes, proj_q.detach(), proj_k.detach(), **attributes)
+    return attended
 
 
 def _runs(name: str, attributes: Attributes, x: Tensor, *others: Sequence[int]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from sparsifiner_edge.ops.torch_triton import triton_layer
 from sparsifiner_edge.ops.triton import VARIABLE
 from tests.ops.matrix import Case, cases
-from tests.triton.inputs import ATTENTION, DTYPES, NAMES, PAPER, case_of, close, gradients, hold, run, tensors
+from tests.triton.inputs import ATTENTION, DTYPES, NAMES, PAPER, case_of, hold, run, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 BOTH = [case for name in NAMES for case in cases(name)]
@@ -78,8 +78,7 @@ def test_a_layer_is_its_two_operators(patches: int, dtype: str, merged: bool) ->
     sizes, (proj_q, proj_k) = given[1] if merged else None, given[-2:]
     got = triton_layer(case.attributes, qkv, sizes, proj_q, proj_k)
     assert got is not None
-    out, lists, _ = kernels._layer(qkv, sizes, proj_q, proj_k, **case.attributes, gradient=False)
-    assert torch.equal(out, got)
+    lists = kernels.key_select(qkv, sizes, proj_q, proj_k, **case.attributes)
     hold(case, list(given), lists, dtype)
     shared = {name: case.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
     hold(case_of("SparseAttention", patches, sized=merged, **shared), [*given[:-2], lists], got, dtype)
@@ -91,17 +90,6 @@ def test_twice_the_same_bits(dtype: str) -> None:
     for case in (case_of("KeySelect", 1000, num_heads=3), *merging, case_of("SparseAttention", 1000, num_heads=3)):
         given = tensors(case, width=64, dtype=dtype, device="cuda")
         assert torch.equal(run(case, given), run(case, given))
-    weights = torch.ones(1, 1001, 192, dtype=DTYPES[dtype], device="cuda")
-    assert torch.equal(gradients(case, *given, weights), gradients(case, *given, weights))
-
-
-@pytest.mark.parametrize("case", [case_of("SparseAttention", 300, tile=64, num_prefix=5), PAPER], ids=str)
-def test_gradient_is_that_of_torch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv, lists = tensors(case, width=64, device="cuda")
-    weights = torch.randn(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3, device="cuda")
-    got = gradients(case, qkv, lists, weights)
-    monkeypatch.setenv(VARIABLE, "torch")
-    close(got, gradients(case, qkv.double(), lists, weights.double()), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -114,9 +102,7 @@ def test_small_and_odd_sizes_sanitised(dtype: str) -> None:
         run(case, tensors(case, width=64, dtype=dtype, device="cuda"))
     case = case_of("KeySelect", 77, tile=16, probe=8, keys=9)
     qkv, proj_q, proj_k = tensors(case, width=64, dtype=dtype, device="cuda")
-    out, lists, _ = kernels._layer(qkv, None, proj_q.float(), proj_k.float(), **case.attributes, gradient=False)
-    attention = case_of("SparseAttention", 77, tile=16, cell=case.attributes["cell"])
-    gradients(attention, qkv, torch.randint_like(lists, -(2**31), 2**31 - 1), torch.ones_like(out))
+    kernels.layer(qkv, None, proj_q.float(), proj_k.float(), **case.attributes)
     torch.cuda.synchronize()
 
 
@@ -124,7 +110,7 @@ def test_wild_indices_are_harmless() -> None:
     case = case_of("SparseAttention", 300, num_heads=3)
     qkv, lists = tensors(case, width=64, device="cuda")
     wild = torch.randint(-(2**31), 2**31 - 1, lists.shape, dtype=torch.int32, device="cuda")
-    gradients(case, qkv, wild, torch.ones(1, 301, 192, device="cuda"))
+    assert torch.isfinite(run(case, [qkv, wild])).all()
     torch.cuda.synchronize()
 
 

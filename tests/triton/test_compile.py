@@ -15,7 +15,6 @@ from sparsifiner_edge.bundle.kernels import MOST_SHARED_BYTES
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch, compile_plan, hidden_parameters
 from sparsifiner_edge.ops.triton.plan import Plan, refusals
-from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from tests.everything import first
@@ -23,10 +22,8 @@ from tests.everything import first
 PATCHES, HEADS, KEYS = 1024, 6, 103
 SOME: list[tuple[int, str, int, int, str, str]] = [
     (87, "float16", 64, 64, "layer", "summarise select attend"),
-    (87, "float16", 64, 64, "backward", "membership rest queries cells keys"),
     (90, "float16", 64, 64, "layer", "summarise select"),
     (86, "float32", 64, 64, "layer", "summarise select membership rest attend"),
-    (86, "float32", 64, 64, "backward", "queries"),
     (90, "bfloat16", 128, 64, "layer", "summarise select attend"),
     (80, "float16", 96, 16, "layer", "rest attend"),
     (120, "bfloat16", 32, 16, "layer", "summarise select"),
@@ -53,7 +50,7 @@ def plan_of(kind: str, capability: int, dtype: str, width: int, tile: int) -> Pl
     a |= {"prefix_keys": 1}
     shapes = [qkv, (1, HEADS, PATCHES // tile, KEYS)]
     assert refusals("SparseAttention", a, shapes, dtype, capability) == []
-    return (plan_attend if kind == "attend" else plan_backward)(shapes, a, dtype)
+    return plan_attend(shapes, a, dtype)
 
 
 def fits(made: Compiled) -> None:

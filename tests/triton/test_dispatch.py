@@ -14,7 +14,6 @@ import torch
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.ops.triton import VARIABLE, Choice, kernels_for
 from sparsifiner_edge.ops.triton.plan import refusals
-from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from tests.triton.inputs import NAMES, case_of, hold, run, tensors
@@ -120,7 +119,6 @@ def test_plans_name_only_buffers_they_have() -> None:
         for plan in (
             plan_attend(shapes, case.attributes, "float16"),
             plan_attend(shapes, case.attributes, "float32"),
-            plan_backward(shapes, case.attributes, "float16"),
         ):
             used = {buffer for launch in plan.launches for buffer in launch.arguments.values()}
             assert used - {None} <= set(plan.buffers)

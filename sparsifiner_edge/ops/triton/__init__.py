@@ -1,4 +1,4 @@
-"""CUDA kernels in Triton: KeySelect, SparseAttention with its gradient, MatchTokens and MergeTokens. Importing this
+"""CUDA kernels in Triton: KeySelect, SparseAttention, MatchTokens and MergeTokens, without gradients. Importing this
 package needs neither Triton nor a GPU; `kernels_for` says what runs an operator, and why.
 """
 

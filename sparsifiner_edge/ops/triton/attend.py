@@ -254,18 +254,14 @@ def _add_cells(
 
 
 @triton.jit
-def _store_tile(
-    output, lse, peak, total, out, rows, real_rows, heads: tl.constexpr, width: tl.constexpr, block_d: tl.constexpr
-):
-    """A tile's output, from its first token's and head's place on, and log2 of its rows' sums."""
+def _store_tile(output, total, out, rows, real_rows, heads: tl.constexpr, width: tl.constexpr, block_d: tl.constexpr):
+    """A tile's output, from its first token's and head's place on."""
     store_rows(output, rows, heads * width, real_rows, width, block_d, out * reciprocal(total)[:, None])
-    if lse is not None:
-        tl.store(lse + rows, peak + tl.log2(total), mask=real_rows)
 
 
 @triton.jit
 def _tile_again(
-    base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, output, lse, lane, number, rows,
+    base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, output, lane, number, rows,
     real_rows, heads: tl.constexpr, width: tl.constexpr, first: tl.constexpr, behind: tl.constexpr,
     columns: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, cells: tl.constexpr,
     factor: tl.constexpr, unit: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr, block_d: tl.constexpr,
@@ -283,11 +279,11 @@ def _tile_again(
             q, base, weights, lists, start, split, state, heads, width, first, behind, columns, keys, cell, factor,
             block_n, block_d, precision, True, True,
         )  # fmt: skip
-    peak, total, out = _add_cells(
+    _, total, out = _add_cells(
         q, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, state, lane, number, width, tiles, cell, cells,
         first, factor, unit, block_r, block_d, precision, True,
     )  # fmt: skip
-    _store_tile(output, lse, peak, tl.max(total, 1), out, rows, real_rows, heads, width, block_d)
+    _store_tile(output, tl.max(total, 1), out, rows, real_rows, heads, width, block_d)
 
 
 @triton.jit
@@ -295,7 +291,7 @@ def _prefix_row(
     base, partial_out, partial_stats, row, prefix: tl.constexpr, heads: tl.constexpr, width: tl.constexpr,
     blocks: tl.constexpr, factor: tl.constexpr, block_f: tl.constexpr, block_b: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
-    """A prefix query over the prefix, joined with its partial softmaxes over blocks of patches: [d], and its lse."""
+    """A prefix query over the prefix, joined with its partial softmaxes over blocks of patches: [d]."""
     stride: tl.constexpr = 3 * heads * width
     columns, number = tl.arange(0, block_d), tl.arange(0, block_f)
     q = tl.load(base + row * stride + columns, mask=columns < width, other=0.0).to(tl.float32)
@@ -314,37 +310,35 @@ def _prefix_row(
         total = total * decay + tl.sum(shares * tl.load(partial_stats + 2 * place + 1, mask=there, other=0.0), 0)
         out = out * decay + tl.sum(shares[:, None] * load_rows(partial_out, place, width, there, width, block_d), 0)
         peak = higher
-    return out / total, peak + tl.log2(total)
+    return out / total
 
 
 @triton.jit
 def attend_kernel(
     qkv, sizes, indices, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, partial_out, partial_stats,
-    output, lse,
+    output,
     tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, first: tl.constexpr,
     tile: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, cells: tl.constexpr,
     blocks: tl.constexpr, factor: tl.constexpr, unit: tl.constexpr, chunks: tl.constexpr, block_m: tl.constexpr,
     block_n: tl.constexpr, block_t: tl.constexpr, block_r: tl.constexpr, block_b: tl.constexpr, block_f: tl.constexpr,
     block_d: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Grid (prefix + T x chunks of a tile, H, B): output [B,N,C], and log2 of every row's softmax sum [B,H,N].
+    """Grid (prefix + T x chunks of a tile, H, B): output [B,N,C].
 
     None: sizes where all are 1, cell_* where there are no cells or rest_* are given (`cell` is 0 then), partial_*
-    without prefix, lse where no gradient follows.
+    without prefix.
     """
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = image * heads + head
     base = qkv + image * tokens * 3 * heads * width + head * width
     if prefix > 0 and tl.program_id(0) < prefix:  # the first part at compile time
         row = tl.program_id(0)
-        found, found_lse = _prefix_row(
+        found = _prefix_row(
             base, partial_out + lane * blocks * prefix * width, partial_stats + lane * blocks * prefix * 2, row,
             prefix, heads, width, blocks, factor, block_f, block_b, block_d,
         )  # fmt: skip
         place = output + ((image * tokens + row) * heads + head) * width + tl.arange(0, block_d)
         tl.store(place, found.to(output.dtype.element_ty), mask=tl.arange(0, block_d) < width)
-        if lse is not None:
-            tl.store(lse + lane * tokens + row, found_lse)
     else:
         chunk = tl.program_id(0) - prefix
         number = chunk // chunks
@@ -383,18 +377,17 @@ def attend_kernel(
                 q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
                 factor, block_n, block_d, precision, False, follow,
             )  # fmt: skip
-        peak, total, out = _add_cells(
+        _, total, out = _add_cells(
             q, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, state, lane, number, width, tiles, cell,
             cells, first, factor, unit, block_r, block_d, precision, follow,
         )  # fmt: skip
         target = output + image * tokens * heads * width + head * width
-        sums_of_rows = None if lse is None else lse + lane * tokens
         total = tl.max(total, 1)  # its columns are all alike
         if follow or tl.min((total < GREATEST_SUM).to(tl.int32)) > 0:  # NaN is not
-            _store_tile(target, sums_of_rows, peak, total, out, rows, real_rows, heads, width, block_d)
+            _store_tile(target, total, out, rows, real_rows, heads, width, block_d)
         else:
             _tile_again(
-                base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, target,
-                sums_of_rows, lane, number, rows, real_rows, heads, width, first, behind, tokens - first, tiles, keys,
-                cell, cells, factor, unit, block_n if block_n <= FOLLOWED else block_t, block_r, block_d, precision,
+                base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, target, lane,
+                number, rows, real_rows, heads, width, first, behind, tokens - first, tiles, keys, cell, cells, factor,
+                unit, block_n if block_n <= FOLLOWED else block_t, block_r, block_d, precision,
             )  # fmt: skip

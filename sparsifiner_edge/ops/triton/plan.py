@@ -1,6 +1,6 @@
 """Which kernels an operator launches, in which order, on which buffers: for torch and for compilation ahead of time.
 
-A plan (`plan_forward`, `plan_backward`, `plan_merge`) follows from the operator's attributes, shapes and element type
+A plan (`plan_forward`, `plan_merge`) follows from the operator's attributes, shapes and element type
 alone; neither torch nor Triton is imported, and launches are the same for every compute capability, but for `fitted`.
 Every size is a constant of the kernel: a kernel takes pointers and nothing else.
 """
@@ -85,7 +85,6 @@ class Plan:
 
 KERNEL_MODULES = {
     "summarise": "summarise", "select": "select", "attend": "attend", "membership": "rest", "rest": "rest",
-    "queries": "backward", "cells": "backward", "keys": "backward",
     "metric": "merge", "partners": "merge", "suitors": "merge", "pairs": "merge", "merge": "merge",
 }  # fmt: skip
 """Module of each kernel."""

@@ -47,15 +47,12 @@ def plan_select(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
     return Plan(_qkv(s) | _selection_buffers(s, shapes), launches)
 
 
-def plan_attend(shapes: Shapes, attributes: Attributes, dtype: str, gradient: bool = False) -> Plan:
-    """SparseAttention: qkv, sizes where merged, indices -> output.
-
-    gradient: lse [B,H,N] too, which `plan_backward` needs.
-    """
+def plan_attend(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
+    """SparseAttention: qkv, sizes where merged, indices -> output."""
     s = sizes_of_attention(shapes, attributes, dtype)
     indices = buffers_of(Buffer("indices", "int32", (s.batch, s.heads, s.tiles, s.keys), "input"))
     first = [_summarise(s, selecting=False, attending=True)] if s.prefix or s.marks else []
-    return Plan(_qkv(s) | indices | _attention_buffers(s, gradient), (*first, *_attending(s, gradient)))
+    return Plan(_qkv(s) | indices | _attention_buffers(s), (*first, *_attending(s)))
 
 
 def make_a_layer(selection: Attributes, attention: Attributes) -> bool:
@@ -64,24 +61,24 @@ def make_a_layer(selection: Attributes, attention: Attributes) -> bool:
     return attention["prefix_keys"] == 1 and all(selection[name] == attention[name] for name in same)
 
 
-def plan_layer(shapes: Shapes, attributes: Attributes, dtype: str, gradient: bool = False) -> Plan:
+def plan_layer(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
     """KeySelect and the SparseAttention that reads its lists, where they `make_a_layer`.
 
     Three launches where `attend` has room for the cells (`LaunchSizes.marks`), else five.
 
     Args:
-        shapes, attributes: of KeySelect; shapes of sizes where merged. gradient: see `plan_attend`.
+        shapes, attributes: of KeySelect; shapes of sizes where merged.
     """
     s = sizes_of_selection(shapes, attributes, dtype)
     return Plan(
-        _qkv(s) | _selection_buffers(s, shapes) | _attention_buffers(s, gradient),
-        (_summarise(s, selecting=True, attending=True), _select(s), *_attending(s, gradient)),
+        _qkv(s) | _selection_buffers(s, shapes) | _attention_buffers(s),
+        (_summarise(s, selecting=True, attending=True), _select(s), *_attending(s)),
     )
 
 
-def _attending(s: LaunchSizes, gradient: bool) -> list[Launch]:
+def _attending(s: LaunchSizes) -> list[Launch]:
     """What follows lists and summaries: one launch, or three with more cells than `attend` has room for."""
-    return [*([membership(s), rest(s)] if s.cells and not s.marks else []), _attend(s, gradient)]
+    return [*([membership(s), rest(s)] if s.cells and not s.marks else []), _attend(s)]
 
 
 def _qkv(s: LaunchSizes) -> dict[str, Buffer]:
@@ -104,11 +101,9 @@ def _selection_buffers(s: LaunchSizes, shapes: Shapes) -> dict[str, Buffer]:
     return buffers_of(*buffers)
 
 
-def _attention_buffers(s: LaunchSizes, gradient: bool) -> dict[str, Buffer]:
+def _attention_buffers(s: LaunchSizes) -> dict[str, Buffer]:
     lead = (s.batch, s.heads)
     buffers = [Buffer("output", s.dtype, (s.batch, s.tokens, s.heads * s.width), "output")]
-    if gradient:
-        buffers.append(Buffer("lse", "float32", (*lead, s.tokens), "output"))
     if s.prefix:
         parts = (*lead, s.blocks, s.prefix)
         buffers.append(Buffer("partial_out", "float32", (*parts, s.width), "scratch"))
@@ -254,7 +249,7 @@ def rest(s: LaunchSizes) -> Launch:
     )
 
 
-def _attend(s: LaunchSizes, gradient: bool) -> Launch:
+def _attend(s: LaunchSizes) -> Launch:
     marking = s.marks > 0
     # Four warps of 32 rows each, if lists are long: they read keys for twice the rows, but their products must fit.
     tall = s.rows > 64 and s.width <= 64 and s.keys >= 128
@@ -265,7 +260,7 @@ def _attend(s: LaunchSizes, gradient: bool) -> Launch:
         (s.prefix + s.tiles * s.chunks, s.heads, s.batch),
         given(True, "qkv") | given(s.merged, "sizes") | given(True, "indices")
         | given(marking, "cell_sums", "cell_sizes") | means
-        | given(s.prefix > 0, "partial_out", "partial_stats") | given(True, "output") | given(gradient, "lse"),
+        | given(s.prefix > 0, "partial_out", "partial_stats") | given(True, "output"),
         s.constants("tokens", "prefix", "first", "tile", "tiles", "keys", "cells", "chunks", "blocks")
         | {"cell": s.cell if marking else 0, "factor": s.scale * LOG2_E, "unit": s.unit}
         | {"block_m": s.rows, "block_n": block_n}

@@ -1,5 +1,5 @@
-"""What each tile left of each cell, from lists alone: membership -> rest. For the gradient, and where `attend` has no
-room for sums of cells: at float32, at head dimensions above 64, with more than 32 cells and prefix tokens.
+"""What each tile left of each cell, from lists alone: membership -> rest, where `attend` has no room for sums of cells:
+at float32, at head dimensions above 64, with more than 32 cells and prefix tokens.
 
     indices [T,K] ─► membership: bytes [T,P], 1 where a tile selected a key
                   ─► rest: of every tile and cell the mean key, mean value and log2 of the size of what the tile did

@@ -1,4 +1,4 @@
-"""The kernels under torch: launches of a plan, and the operators as functions of tensors, with gradient.
+"""The kernels under torch: launches of a plan, and the operators as functions of tensors, without gradient.
 
 They are registered as custom operators of torch, so `torch.compile` and CUDA graphs take them as they are. Importing
 this needs torch and Triton.
@@ -17,7 +17,6 @@ from sparsifiner_edge.ops.operator import Attributes, AttributeValue
 from sparsifiner_edge.ops.triton.compile import OPTIONS
 from sparsifiner_edge.ops.triton.kernels import kernel
 from sparsifiner_edge.ops.triton.plan import Plan, fitted
-from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer, plan_select
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 
@@ -63,15 +62,14 @@ def _made(
     shapes: tuple[torch.Size, ...],
     attributes: tuple[tuple[str, AttributeValue], ...],
     dtype: str,
-    gradient: tuple[bool, ...],
 ) -> Plan:
-    return make(shapes, dict(attributes), dtype, *gradient)
+    return make(shapes, dict(attributes), dtype)
 
 
-def _plan(make: Callable[..., Plan], inputs: Sequence[Tensor], attributes: Attributes, *gradient: bool) -> Plan:
+def _plan(make: Callable[..., Plan], inputs: Sequence[Tensor], attributes: Attributes) -> Plan:
     """The plan for inputs; the first has the element type. The same sizes come again at every layer and step."""
     element = str(inputs[0].dtype).removeprefix("torch.")
-    return _made(make, tuple(x.shape for x in inputs), tuple(attributes.items()), element, gradient)
+    return _made(make, tuple(x.shape for x in inputs), tuple(attributes.items()), element)
 
 
 def _given(qkv: Tensor, sizes: Tensor | None, **others: Tensor) -> dict[str, Tensor]:
@@ -115,116 +113,42 @@ def _(
 
 
 @torch.library.custom_op("sparsifiner_triton::layer", mutates_args=())
-def _layer(
+def layer(
     qkv: Tensor, sizes: Tensor | None, proj_q: Tensor, proj_k: Tensor, num_heads: int, num_prefix: int, probe: int,
-    tile: int, cell: int, keys: int, scale: float, value_power: float, gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """KeySelect and SparseAttention: output, its lists, and the softmax lse [B,H,N] that the gradient needs, or [0]."""
+    tile: int, cell: int, keys: int, scale: float, value_power: float,
+) -> Tensor:  # fmt: skip
+    """KeySelect and SparseAttention over its lists: [B,N,C]."""
     given = _given(qkv, sizes, proj_q=proj_q.float(), proj_k=proj_k.float())
     a = _selection(num_heads, num_prefix, probe, tile, cell, keys, scale, value_power)
-    assert sizes is None or not gradient, "the gradient over merged tokens is PyTorch's"
-    done = launch(_plan(plan_layer, list(given.values()), a, gradient), given)
-    return done["output"], done["indices"], done["lse"] if gradient else qkv.new_empty(0, dtype=torch.float32)
+    return launch(_plan(plan_layer, list(given.values()), a), given)["output"]
 
 
-@_layer.register_fake
-def _(
-    qkv: Tensor, _sizes: Any, _proj_q: Any, _proj_k: Any, num_heads: int, num_prefix: int, _probe: int, tile: int,
-    _cell: int, keys: int, _scale: float, _value_power: float, gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _output(qkv), _lists(qkv, num_heads, num_prefix, tile, keys), _lse(qkv, num_heads, gradient)
+@layer.register_fake
+def _(qkv: Tensor, *_: Any) -> Tensor:
+    return _output(qkv)
 
 
 def _output(qkv: Tensor) -> Tensor:
     return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
 
 
-def _lse(qkv: Tensor, num_heads: int, gradient: bool) -> Tensor:
-    return qkv.new_empty((qkv.shape[0], num_heads, qkv.shape[1]) if gradient else (0,), dtype=torch.float32)
-
-
-def _attention(num_heads: int, num_prefix: int, tile: int, cell: int, scale: float, prefix_keys: int) -> Attributes:
-    return {
+@torch.library.custom_op("sparsifiner_triton::sparse_attention", mutates_args=())
+def sparse_attention(
+    qkv: Tensor, sizes: Tensor | None, indices: Tensor, num_heads: int, num_prefix: int, tile: int, cell: int,
+    scale: float, prefix_keys: int,
+) -> Tensor:  # fmt: skip
+    """SparseAttention: [B,N,C]."""
+    a = {
         "num_heads": num_heads, "num_prefix": num_prefix, "tile": tile, "cell": cell, "scale": scale,
         "prefix_keys": prefix_keys,
     }  # fmt: skip
-
-
-@torch.library.custom_op("sparsifiner_triton::sparse_attention", mutates_args=())
-def _sparse_attention(
-    qkv: Tensor, sizes: Tensor | None, indices: Tensor, num_heads: int, num_prefix: int, tile: int, cell: int,
-    scale: float, prefix_keys: int, gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """SparseAttention: output, and lse as of `_layer`."""
     given = _given(qkv, sizes, indices=indices)
-    a = _attention(num_heads, num_prefix, tile, cell, scale, prefix_keys)
-    assert sizes is None or not gradient, "the gradient over merged tokens is PyTorch's"
-    done = launch(_plan(plan_attend, list(given.values()), a, gradient), given)
-    return done["output"], done["lse"] if gradient else qkv.new_empty(0, dtype=torch.float32)
+    return launch(_plan(plan_attend, list(given.values()), a), given)["output"]
 
 
-@_sparse_attention.register_fake
-def _(
-    qkv: Tensor, _sizes: Any, _indices: Any, num_heads: int, _prefix: int, _tile: int, _cell: int, _scale: float,
-    _prefix_keys: int, gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _output(qkv), _lse(qkv, num_heads, gradient)
-
-
-@torch.library.custom_op("sparsifiner_triton::sparse_attention_backward", mutates_args=())
-def _sparse_attention_backward(
-    grad: Tensor, qkv: Tensor, indices: Tensor, output: Tensor, lse: Tensor, num_heads: int, num_prefix: int,
-    tile: int, cell: int, scale: float, prefix_keys: int,
-) -> Tensor:  # fmt: skip
-    """Gradient of SparseAttention in qkv: [B,N,3C]."""
-    plan = _plan(plan_backward, (qkv, indices), _attention(num_heads, num_prefix, tile, cell, scale, prefix_keys))
-    given = {"qkv": qkv, "indices": indices, "output": output, "lse": lse, "grad": grad}
-    return launch(plan, {name: x.contiguous() for name, x in given.items()})["grad_qkv"]
-
-
-@_sparse_attention_backward.register_fake
-def _(_: Tensor, qkv: Tensor, *__: Any) -> Tensor:
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
-def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, _, indices, *settings, _ = inputs
-    ctx.save_for_backward(qkv, indices, *output)
-    ctx.settings = settings
-    ctx.mark_non_differentiable(output[1])
-
-
-def _attention_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    return _sparse_attention_backward(grad, *ctx.saved_tensors, *ctx.settings), *(None for _ in range(9))
-
-
-def _keep_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    out, indices, lse = output
-    num_heads, num_prefix, _, tile, cell, _, scale = inputs[4:11]
-    ctx.save_for_backward(inputs[0], indices, out, lse)
-    ctx.settings = (num_heads, num_prefix, tile, cell, scale, 1)
-    ctx.mark_non_differentiable(indices, lse)
-
-
-def _layer_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    return _sparse_attention_backward(grad, *ctx.saved_tensors, *ctx.settings), *(None for _ in range(12))
-
-
-_sparse_attention.register_autograd(_attention_gradient, setup_context=_keep_attention)
-_layer.register_autograd(_layer_gradient, setup_context=_keep_layer)
-
-
-def sparse_attention(qkv: Tensor, sizes: Tensor | None, indices: Tensor, **attributes: Any) -> Tensor:
-    """SparseAttention, with every attribute of its schema: [B,N,C], differentiable in qkv where sizes is None."""
-    out: Tensor = _sparse_attention(qkv, sizes, indices, **attributes, gradient=needs_gradient(qkv))[0]
-    return out
-
-
-def layer(qkv: Tensor, sizes: Tensor | None, proj_q: Tensor, proj_k: Tensor, **attributes: Any) -> Tensor:
-    """KeySelect, with every attribute of its schema, and SparseAttention over its lists: see `sparse_attention`."""
-    chosen = proj_q.detach(), proj_k.detach()
-    out: Tensor = _layer(qkv, sizes, *chosen, **attributes, gradient=needs_gradient(qkv))[0]
-    return out
+@sparse_attention.register_fake
+def _(qkv: Tensor, *_: Any) -> Tensor:
+    return _output(qkv)
 
 
 @torch.library.custom_op("sparsifiner_triton::match_tokens", mutates_args=())
