@@ -124,6 +124,7 @@ def test_a_million_samples(changed, tmp_path):
     assert page.open == []
 
 
+@pytest.mark.everything
 def test_many_results_on_one_page(changed, tmp_path):
     paths = [
         changed("comparison", lambda r, n=n: r["machine"].update(cpu_model=f"CPU {n}"), f"{n}.json") for n in range(12)

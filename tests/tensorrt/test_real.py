@@ -23,6 +23,7 @@ from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.runtime.cuda import CudaDevice
 from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
+from tests.everything import first
 from tests.merging_models import LEFT_OF_MERGING, merging_model
 from tests.models import student, with_density
 from tests.tensorrt.engine_kernels import compiled_kernels
@@ -70,7 +71,7 @@ def test_an_engine_is_built_and_progress_reported(trt, model):
     assert all(done <= total for _, done, total in steps)
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.2])
+@pytest.mark.parametrize("keep", first([1.0, 0.2]))
 def test_a_model_that_merges_is_parsed_and_built(trt, keep):
     """With novelty, for a range of batches; dense attention over merged tokens is one fused kernel a layer."""
     sparsity = SparsityConfig(keep=keep, cells=4, channels=8, merge=(12, 2))
@@ -104,6 +105,7 @@ def without_merging(model):
     return given
 
 
+@pytest.mark.everything
 def test_kernels_beside_matching_and_merging_are_those_that_the_estimate_counts(trt):
     """Sizes and places: what an engine launches for a layer that merges beside launches of ours."""
     engine = msgspec.structs.replace(ENGINE, batch=BatchRange(1, 1, 1))
