@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.config import keep_text, merge_text
-from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.files import io_errors, scratch_folder
 from sparsifiner_edge.images import Normalise
 from sparsifiner_edge.profiles.boards.board import Board
@@ -262,17 +262,20 @@ def _named(found: dict[Deployment, Value]) -> dict[str, Value]:
 def _dense_ms(
     exports: Exports, engines: Sequence[Deployment], stopwatch: Stopwatch
 ) -> tuple[dict[Deployment, Estimate], dict[Deployment, str]]:
-    """The dense model as a whole, by what runs it; and engines whose precision loses too much already of that.
+    """The dense model as a whole, by what runs it; and engines that refuse it, or whose precision loses too much of it.
 
     Raises:
-        GateError: all do.
+        GateError, BackendError: all do.
     """
-    contenders, refused = list[Contender](), dict[Deployment, GateError]()
+    contenders, refused = list[Contender](), dict[Deployment, SparsifinerError]()
     hosts = list(dict.fromkeys(engine.dense_host for engine in engines))
     for host in hosts:
         try:
-            contenders.append(Contender(exports.dense_for(host), host))
-        except GateError as error:
+            bundle = exports.dense_for(host)
+            if host.is_here:  # A processor may have a precision that an engine does not take for this model.
+                open_checked(checked_bundle(bundle), host.execution).close()
+            contenders.append(Contender(bundle, host))
+        except (GateError, BackendError) as error:
             refused[host] = error
     if not contenders:
         raise refused[hosts[0]]

@@ -17,16 +17,21 @@ from PIL import Image
 
 import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import kind_of
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.config import keep_text, merge_text, parse_merge
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.images import list_images
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import read_result
-from sparsifiner_edge.search import finalists
+from sparsifiner_edge.runtime import Session
+from sparsifiner_edge.search import finalists, search
+from sparsifiner_edge.search.finalists import Contender
 from sparsifiner_edge.search.front import Finalist, SearchResult
+from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.start import start_of
 from sparsifiner_edge.search.trial import Trial
@@ -34,6 +39,7 @@ from sparsifiner_edge.sparse.student import load_student
 from tests.commands import call, handlers_kept
 from tests.models import TINY
 from tests.once import Once
+from tests.tiny import make_bundle
 
 ENGINE: dict[str, Any] = {"backends": ["onnxruntime"], "computes": ["auto"], "precisions": ["fp32"]}
 PLAIN = ("--backend", "onnxruntime", "--computes", "auto", "--precision", "fp32")
@@ -57,7 +63,7 @@ def found(once: Once, tiny_weights: Path, photographs: Path) -> Path:
     """The folder of a search by fidelity, which the command made; what it said lies beside it."""
     asked = ("search", TINY, "--weights", tiny_weights, "--data", photographs, *PLAIN, "--at-least", "0.97")
 
-    def search(folder: Path) -> None:
+    def run(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
             patch.setattr(finalists, "SECONDS", 0.2)
             with handlers_kept(), pytest.raises(SystemExit) as caught:
@@ -65,7 +71,7 @@ def found(once: Once, tiny_weights: Path, photographs: Path) -> Path:
         assert caught.value.code == 0
         (folder / "said").write_text(said.getvalue())
 
-    return once("search", search) / "found"
+    return once("search", run) / "found"
 
 
 @pytest.fixture
@@ -250,3 +256,31 @@ def test_what_is_refused(tmp_path: Path, photographs: Path, tiny_weights: Path, 
     with pytest.raises(ConfigError, match="is not empty"):
         se.search_model(TINY, photographs, out, at_least=0.9, **given)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_an_engine_that_refuses_the_dense_model_is_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenVINO does on processors that have fp16, where operators of ours are in the way."""
+    bundle, opened = make_bundle(tmp_path / "dense"), search.open_checked
+
+    def refusing(found: Bundle, execution: Execution) -> Session:
+        if execution.precision == "fp16":
+            raise BackendError("OpenVINO runs it in fp32, not fp16.", "Choose another.")
+        return opened(found, execution)
+
+    class Exported:
+        def dense_for(self, _: Deployment) -> Path:
+            return bundle
+
+    class Watch:
+        def times(self, subjects: list[Contender]) -> list[float]:
+            return [1.0 for _ in subjects]
+
+    monkeypatch.setattr(search, "open_checked", refusing)
+    runs, refused = Deployment("onnxruntime", "fp32"), Deployment("openvino", "fp32", "fp16")
+    begun, left_out = search._dense_ms(Exported(), [refused, runs], Watch())  # type: ignore[arg-type]
+    assert begun == {runs: 1.0}
+    assert left_out == {refused: "OpenVINO runs it in fp32, not fp16."}
+    with pytest.raises(BackendError, match="not fp16"):
+        search._dense_ms(Exported(), [refused], Watch())  # type: ignore[arg-type]
