@@ -23,6 +23,7 @@ from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig, share_of
 from sparsifiner_edge.costs import ModelShape, layer_costs
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.results import Result, Subject
 
 DEIT_S = ModelShape(depth=12, heads=6, width=384, hidden=1536, prefix=1, patches=196, patch=16)
@@ -78,8 +79,9 @@ def sparsity_of(row: Row) -> SparsityConfig:
     pruned = tuple((layer, row.tokens) for layer in (3, 6, 9)) if row.tokens < 1 else ()
     if row.keep == 1:
         return SparsityConfig(keep=1, token_keep=pruned)
-    counts = SparsityConfig(keep=1, token_keep=pruned).layer_tokens(row.shape.depth, row.shape.patches, 1)[:-1]
-    shares = tuple(min(share_of(row.keep, TOKENS), patches) / (patches + 1) for patches, _ in counts)
+    plan = plan_of(SparsityConfig(keep=1, token_keep=pruned), row.shape.depth, row.shape.patches)
+    counts = plan.tokens(row.shape.patches)[:-1]
+    shares = tuple(min(share_of(row.keep, TOKENS), patches) / (patches + 1) for patches in counts)
     return SparsityConfig.for_preset("paper", keep=shares, channels=CHANNELS, token_keep=pruned)
 
 
@@ -101,7 +103,7 @@ def counted(row: Row) -> dict[str, Any]:
     """MACs in millions, predictor fitted and as we count it."""
     sparsity = sparsity_of(row)
     costs = layer_costs(row.shape, sparsity)
-    patches = [count for count, _ in sparsity.layer_tokens(row.shape.depth, row.shape.patches, row.shape.prefix)][:-1]
+    patches = plan_of(sparsity, row.shape.depth, row.shape.patches).tokens(row.shape.patches)[:-1]
     core = sum(c.attention + c.cells for c in costs) / 1e6
     shares = [(count + 1) / TOKENS for count in patches] if row.keep < 1 else []
     fitted = sum(REDUCTION * share + (FITTED - REDUCTION) * share**2 for share in shares) / 1e6

@@ -43,9 +43,11 @@ from summary import write_summary
 
 import sparsifiner_edge as se
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import demo, material, split
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.plan import LayerPlan, plan_of
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject, read_result
@@ -53,7 +55,6 @@ from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch, linked
 from sparsifiner_edge.search.front import Finalist, SearchResult
 from sparsifiner_edge.search.latency import Deployment, PlanLatency, measured
-from sparsifiner_edge.search.plan import LayerPlan, uniform
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 
@@ -146,7 +147,9 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
     with open_session(folder / "bundle", engine.backend, precision=engine.computes) as session:
         by_few = fmean(few.distances_of(session.infer))
     plans = [
-        uniform(round(trial.patches * gone / depth), share, depth, trial.patches) for gone in GONE for share in SHARES
+        plan_of(SparsityConfig(keep=share, merge=(round(trial.patches * gone / depth),)), depth, trial.patches)
+        for gone in GONE
+        for share in SHARES
     ]
     latency, judged = PlanLatency(measured(student, engine), trial.patches), {}
     for number, plan in enumerate(plans, 1):

@@ -23,8 +23,6 @@ _COUNTS = {
 """Whole numbers, and the least value of each."""
 Keep = float | tuple[float, ...]
 """One share of keys for all layers, or one of each; the last goes on to the layers that are left."""
-LARGEST_MERGE, LEAST_PATCHES = 4, 16
-"""One of so many patches may merge in a layer, and so many must be left after the last."""
 _WEIGHTS = {"value_power": 64.0, "basis_threshold": 1e6}
 """Numbers and their upper limits: far beyond useful values, within the range of float32."""
 
@@ -32,7 +30,8 @@ _PRUNING = re.compile(r"([0-9]{1,9})\s*:\s*([0-9]{0,9}\.?[0-9]{1,18}(?:e[+-]?[0-
 """Layer and share, with few enough digits for Python to read."""
 
 
-def _require(condition: bool, what: str, fix: str) -> None:
+def require(condition: bool, what: str, fix: str) -> None:
+    """Raise a `ConfigError` unless the condition holds."""
     if not condition:
         raise ConfigError(what, fix)
 
@@ -106,31 +105,31 @@ class SparsityConfig:
     basis_threshold: float = 0.02
 
     def __post_init__(self) -> None:
-        _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
+        require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
         self._check_keep()
         for name, least in _COUNTS.items():
             value = getattr(self, name)
             fits = isinstance(value, int) and least <= value <= MOST_COUNT
-            _require(fits, f"{name} is {value!r}.", f"Give a whole number of at least {least}.")
+            require(fits, f"{name} is {value!r}.", f"Give a whole number of at least {least}.")
         for name, most in _WEIGHTS.items():
             value = getattr(self, name)
-            _require(
+            require(
                 is_number(value) and 0 <= value <= most, f"{name} is {value!r}.", f"Give a number from 0 to {most:g}."
             )
             object.__setattr__(self, name, float(value))  # An operator's attribute is of one type, as JSON's 7 is not.
         for name, value in PRESETS[self.preset].items():
-            _require(
+            require(
                 getattr(self, name) == value,
                 f"{name} is {getattr(self, name)}, but the preset {self.preset!r} has {value}.",
                 "Leave it out, or choose another preset.",
             )
-        _require(
+        require(
             self.tile % self.probe == 0,
             f"tile {self.tile} is not a multiple of probe {self.probe}.",
             "Choose a probe that divides the tile, such as 4 and 16.",
         )
         fix = "Give distinct layer indices from 0, such as 0,1."
-        _require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
+        require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
         if self.merge and not any(self.merge):
             object.__setattr__(self, "merge", ())
         self._check_pruning()
@@ -138,7 +137,7 @@ class SparsityConfig:
 
     def _check_keep(self) -> None:
         given = self.keep if isinstance(self.keep, (tuple, list)) else (self.keep,)
-        _require(
+        require(
             bool(given) and all(is_number(share) and 0 < share <= 1 for share in given),
             f"keep is {self.keep!r}, outside (0, 1].",
             "Give the share of keys to read, such as 0.25, or several from the first layer; 1 means dense.",
@@ -147,14 +146,14 @@ class SparsityConfig:
         object.__setattr__(self, "keep", given[0] if one else tuple(map(float, given)))
 
     def _check_merging(self) -> None:
-        _require(
+        require(
             all(type(rate) is int and 0 <= rate <= MOST_COUNT for rate in self.merge),
             f"merge is {self.merge!r}.",
             "Give whole numbers from 0, such as 80, or 160..0 for a rate that falls from the first layer to the last.",
         )
         fits = self.merge_window >= 2 and self.merge_window % 2 == 0
-        _require(fits, f"merge_window is {self.merge_window}.", "Give an even number of at least 2, such as 16.")
-        _require(
+        require(fits, f"merge_window is {self.merge_window}.", "Give an even number of at least 2, such as 16.")
+        require(
             not self.merge or (not self.token_keep and self.preset == "edge"),
             "merge cannot be combined with token_keep or the preset paper.",
             "Leave one of them out.",
@@ -162,13 +161,13 @@ class SparsityConfig:
 
     def _check_pruning(self) -> None:
         layers = [layer for layer, _ in self.token_keep]
-        _require(
+        require(
             _are_layers(layers) and layers == sorted(layers),
             f"tokens are pruned at layers {layers}.",
             "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7.",
         )
         for layer, share in self.token_keep:
-            _require(
+            require(
                 is_number(share) and 0 < share < 1,
                 f"token_keep at layer {layer} is {share!r}, outside (0, 1).",
                 "Give the share of patch tokens to keep, such as 0.7.",
@@ -179,94 +178,9 @@ class SparsityConfig:
         """True when nothing is left out: plain attention in every layer, and all tokens to the end."""
         return self.keep == 1 and not self.token_keep and not self.merge
 
-    def layer_keep(self, depth: int) -> list[float]:
-        """Share of keys that each layer of a model reads; 1 where it is dense.
-
-        Raises:
-            ConfigError: there are more shares than layers, or a dense layer's index does not exist.
-        """
-        given = self.keep if isinstance(self.keep, tuple) else (self.keep,)
-        _require(
-            len(given) <= depth,
-            f"keep has {len(given)} shares: the model has {depth} layers.",
-            f"Give {depth} at most; the last goes on to the layers that are left.",
-        )
-        _require(
-            all(i < depth for i in self.dense_layers),
-            f"dense layer {max(self.dense_layers, default=0)} does not exist: the model has {depth} layers.",
-            f"Give indices from 0 to {depth - 1}.",
-        )
-        shares = [given[min(layer, len(given) - 1)] for layer in range(depth)]
-        return [1.0 if layer in self.dense_layers else share for layer, share in enumerate(shares)]
-
-    def of_layer(self, layer: int, depth: int) -> SparsityConfig:
-        """The config with the share of keys of one layer."""
-        return dataclasses.replace(self, keep=self.layer_keep(depth)[layer], dense_layers=())
-
-    def sparse_layers(self, depth: int) -> tuple[int, ...]:
-        """Indices of the sparse layers in a model of `depth` layers.
-
-        Raises:
-            ConfigError: see `layer_keep`.
-        """
-        return tuple(layer for layer, share in enumerate(self.layer_keep(depth)) if share < 1)
-
-    def merge_rates(self, depth: int) -> list[int]:
-        """Pairs that each layer of a model shall merge, as asked for.
-
-        Raises:
-            ConfigError: neither one rate, nor the first and the last, nor one of each layer.
-        """
-        if len(self.merge) == 2:
-            first, last = self.merge
-            return [round(first + (last - first) * layer / max(depth - 1, 1)) for layer in range(depth)]
-        _require(
-            len(self.merge) in (0, 1, depth),
-            f"merge has {len(self.merge)} rates: the model has {depth} layers.",
-            f"Give one rate, the first and the last as 160..0, or {depth}.",
-        )
-        if len(self.merge) == depth:
-            return list(self.merge)
-        return [self.merge[0] if self.merge else 0] * depth
-
-    def layer_merges(self, depth: int, patches: int) -> list[int]:
-        """Pairs that each layer merges: as asked for, but at most a quarter of the patches that it sees.
-
-        Raises:
-            ConfigError: a layer would leave fewer than `LEAST_PATCHES`, or see `merge_rates`.
-        """
-        merged = []
-        for layer, rate in enumerate(self.merge_rates(depth)):
-            merged.append(min(rate, patches // LARGEST_MERGE))
-            patches -= merged[-1]
-            _require(
-                patches >= LEAST_PATCHES or not self.merge,
-                f"merging {rate} tokens in layer {layer} leaves {patches} patches.",
-                f"Merge less, so that {LEAST_PATCHES} are left, or choose a larger image.",
-            )
-        return merged
-
-    def layer_tokens(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
-        """(patches, prefix) that each layer's attention sees, and as entry `depth` what leaves the last layer.
-
-        Raises:
-            ConfigError: tokens are pruned at a layer that does not exist, or see `layer_merges`.
-        """
-        last = max((layer for layer, _ in self.token_keep), default=0)
-        _require(
-            last < depth,
-            f"tokens are pruned at layer {last}: the model has {depth} layers.",
-            f"Give indices from 0 to {depth - 1}.",
-        )
-        shares = dict(self.token_keep)
-        merged = self.layer_merges(depth, patches)
-        counts = [(patches, prefix)]
-        for layer in range(depth):
-            patches, prefix = counts[-1]
-            if layer in shares:
-                patches = share_of(shares[layer], patches)
-            counts.append((patches - merged[layer], prefix))
-        return counts
+    def of_share(self, share: float) -> SparsityConfig:
+        """The config of a layer that reads this share of its keys."""
+        return dataclasses.replace(self, keep=share, dense_layers=())
 
     def layout(self, patches: int, prefix: int = 1) -> Layout:
         """Sizes for `patches` patch tokens after `prefix` others, where one share of keys is for all layers.
@@ -274,14 +188,14 @@ class SparsityConfig:
         Raises:
             ConfigError: tile or cells exceed the number of patches.
         """
-        _require(
+        require(
             self.tile <= patches,
             f"tile {self.tile} exceeds the {patches} patches of this image size.",
             "Choose a smaller tile or a larger image.",
         )
         # Where tokens merge, later layers see too few for as many cells: then each holds four tokens.
         wanted = min(self.cells, patches // 4) if self.merge else self.cells
-        _require(
+        require(
             wanted <= patches,
             f"{self.cells} cells exceed the {patches} patches of this image size.",
             "Choose fewer cells or a larger image.",
@@ -289,7 +203,7 @@ class SparsityConfig:
         cell = math.ceil(patches / wanted) if wanted else 0
         choices = patches + prefix if self.preset == "paper" else patches
         if isinstance(self.keep, tuple):
-            raise TypeError("the layout of which layer? See of_layer.")
+            raise TypeError("the layout of which layer? See of_share.")
         return Layout(
             patches=patches,
             keys=share_of(self.keep, choices),
@@ -322,7 +236,7 @@ class SparsityConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         fix = f"Known fields: {', '.join(known)}."
         unknown = sorted(set(fields) - set(known)) if isinstance(fields, dict) else []
-        _require(not unknown, f"unknown sparsity field {unknown}.", fix)
+        require(not unknown, f"unknown sparsity field {unknown}.", fix)
         return read_record(fields, cls, "sparsity", fix, ConfigError)
 
 
@@ -374,7 +288,7 @@ def parse_merge(text: str) -> tuple[int, ...]:
     """
     numbers = text.split("..") if ".." in text else text.split(",")
     fits = all(re.fullmatch(r"\s*\d{1,6}\s*", part) for part in numbers) and (".." not in text or len(numbers) == 2)
-    _require(fits, f"merge is {text!r}.", "Give a rate such as 80, the first and the last such as 160..0, or a list.")
+    require(fits, f"merge is {text!r}.", "Give a rate such as 80, the first and the last such as 160..0, or a list.")
     return tuple(int(part) for part in numbers)
 
 

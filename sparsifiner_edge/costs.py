@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Annotated
 
 from msgspec import Meta
 
 from sparsifiner_edge.config import Layout, SparsityConfig
+from sparsifiner_edge.plan import plan_of
 
 FLOAT = 4
 """Bytes of an element; half or quarter them for fp16 or int8."""
@@ -65,20 +67,25 @@ class LayerCosts:
 MAC_KINDS = ("projections", "predictor", "attention", "cells", "mlp", "pruning")
 
 
+def layers(shape: ModelShape, sparsity: SparsityConfig) -> Iterator[tuple[ModelShape, float, int]]:
+    """Each layer: the shape with the patches that it sees, its share of keys, and the patches that it leaves."""
+    plan = plan_of(sparsity, shape.depth, shape.patches)
+    counts = plan.tokens(shape.patches)
+    for share, patches, left in zip(plan.keep, counts, counts[1:], strict=False):
+        yield dataclasses.replace(shape, patches=patches), share, left
+
+
 def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]:
     """Costs of every layer, first to last; after each place where tokens are pruned or merged, of those that are
     left.
     """
-    counts = sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
-    sparse = set(sparsity.sparse_layers(shape.depth))
     costs = []
-    for number in range(shape.depth):
-        here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
-        ranking = sum(counts[number]) * shape.width if counts[number] != counts[number + 1] else 0
+    for here, share, left in layers(shape, sparsity):
+        ranking = (here.patches + shape.prefix) * shape.width if here.patches != left else 0
         if ranking and sparsity.merge:
-            ranking += counts[number][0] // 2 * sparsity.merge_window * shape.width // shape.heads
-        reads = sparsity.of_layer(number, shape.depth) if number in sparse else None
-        costs.append(_layer(here, reads, sum(counts[number + 1]), ranking))
+            ranking += here.patches // 2 * sparsity.merge_window * shape.width // shape.heads
+        reads = sparsity.of_share(share) if share < 1 else None
+        costs.append(_layer(here, reads, left + shape.prefix, ranking))
     return costs
 
 

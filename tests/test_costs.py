@@ -12,6 +12,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import LayerCosts, ModelShape, layer_costs, summary
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import model_shape
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from tests.models import images, vit
 
@@ -51,7 +52,7 @@ def test_every_row_of_the_first_table(keep: float) -> None:
 def test_token_pruned_dense_rows(rate: float, published: float) -> None:
     pruned = SparsityConfig(keep=1, token_keep=tuple((layer, rate) for layer in STAGES))
     if rate == 0.7:
-        patches = [count for count, _ in pruned.layer_tokens(12, 196, 1)]
+        patches = plan_of(pruned, 12, 196).tokens(196)
         assert patches == [196] * 4 + [138] * 3 + [97] * 3 + [68] * 3
     core = attention_core(layer_costs(DEIT_S, pruned))
     assert core / 1e6 == pytest.approx(published, rel=0.005)

@@ -15,6 +15,7 @@ from sparsifiner_edge.bundle.kernels import table_file
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.profiles.estimate import estimate_model, peak_activations
@@ -143,7 +144,7 @@ def test_memory_is_of_the_tokens_that_a_layer_sees() -> None:
     sparsity = SparsityConfig(keep=late, merge=(300, 300, 200) + (0,) * 9)
     work = Workload(VIT_S, sparsity, portable=True, merging="bodies")
     layer, scores = peak_activations(work, 2)
-    seen = sparsity.layer_tokens(12, 1369, 1)[3][0]  # The first sparse layer.
+    seen = plan_of(sparsity, 12, 1369).tokens(1369)[3]  # The first sparse layer.
     assert seen == 1369 - 300 - 1069 // 4 - 200
     alone = ModelShape(1, 6, 384, 1536, 1, seen, 14)
     _, expected = peak_activations(Workload(alone, SparsityConfig(keep=0.1), portable=True), 2)

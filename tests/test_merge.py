@@ -18,13 +18,14 @@ import sparsifiner_edge as se
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, open_bundle
-from sparsifiner_edge.config import LEAST_PATCHES, SparsityConfig, merge_text, parse_merge
+from sparsifiner_edge.config import SparsityConfig, merge_text, parse_merge
 from sparsifiner_edge.costs import layer_costs, summary
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import check, student_changes
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.ops.graph import gets_merged
 from sparsifiner_edge.ops.schema import VERSION
+from sparsifiner_edge.plan import LEAST_PATCHES, plan_of
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.defaults import default_cells, default_keep
 from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
@@ -163,8 +164,7 @@ def test_a_predictor_learns_what_merged_tokens_count() -> None:
 
 def test_costs_count_the_tokens_that_are_left() -> None:
     shape = model_shape(vit())
-    counts = MERGED.layer_tokens(shape.depth, shape.patches, shape.prefix)
-    assert [patches for patches, _ in counts] == [100, 88, 78, 70, 64, 60, 58]
+    assert plan_of(MERGED, shape.depth, 100).tokens(100) == [100, 88, 78, 70, 64, 60, 58]
     dense, layers = layer_costs(shape, SparsityConfig(keep=1)), layer_costs(shape, ALONE)
     assert layers[0].projections == dense[0].projections
     assert layers[0].mlp == dense[0].mlp * 93 // 101
@@ -174,11 +174,11 @@ def test_costs_count_the_tokens_that_are_left() -> None:
 
 
 def test_rates() -> None:
-    assert SparsityConfig(merge=(8,)).merge_rates(3) == [8, 8, 8]
-    assert SparsityConfig(merge=(9, 0)).merge_rates(4) == [9, 6, 3, 0]
-    assert SparsityConfig(merge=(5, 0, 2)).merge_rates(3) == [5, 0, 2]
+    assert plan_of(SparsityConfig(merge=(8,)), 3, 100).merge == (8, 8, 8)
+    assert plan_of(SparsityConfig(merge=(9, 0)), 4, 100).merge == (9, 6, 3, 0)
+    assert plan_of(SparsityConfig(merge=(5, 0, 2)), 3, 100).merge == (5, 0, 2)
     assert SparsityConfig(merge=(0, 0)).merge == ()
-    assert SparsityConfig(merge=(40,)).layer_merges(4, 100) == [25, 18, 14, 10]  # a quarter of what is there at most
+    assert plan_of(SparsityConfig(merge=(40,)), 4, 100).merge == (25, 18, 14, 10)  # a quarter of what is there at most
     assert parse_merge("80") == (80,)
     assert parse_merge("160..0") == (160, 0)
     assert parse_merge("3, 2,1") == (3, 2, 1)
@@ -205,7 +205,7 @@ def test_what_is_no_rate(text: str) -> None:
 )
 def test_what_cannot_be_merged(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SparsityConfig(**settings).layer_tokens(6, 64 if settings["merge"] == (25,) else 100, 1)
+        plan_of(SparsityConfig(**settings), 6, 64 if settings["merge"] == (25,) else 100)
 
 
 def test_the_published_method_merges_nothing() -> None:
@@ -238,7 +238,7 @@ def test_exported_files_merge_as_torch_does(
     assert manifest.check.kernels_run == ("portable", "native")
     assert manifest.check.differing_indices == 0
     assert "sparsifiner::MatchTokens" in manifest.ops
-    assert manifest.merged == tuple(sparsity.layer_merges(manifest.shape.depth, manifest.shape.patches))
+    assert manifest.plan == plan_of(sparsity, manifest.shape.depth, manifest.shape.patches)
     assert dict(manifest.costs) == summary(manifest.shape, sparsity)
     opsets = {entry.domain: entry.version for entry in bundle.model().opset_import}
     assert opsets["sparsifiner"] == VERSION
@@ -340,7 +340,7 @@ def test_what_is_left_open_suits_size_and_depth() -> None:
     assert default_keep(1369, 3) == (0.1, 1.0)
     for depth in range(1, 49):
         for patches in (16, 1369, 5476):
-            SparsityConfig(keep=default_keep(patches, depth)).layer_keep(depth)
+            plan_of(SparsityConfig(keep=default_keep(patches, depth)), depth, patches)
 
 
 def test_shares_by_layer_only_where_tokens_merge_and_nothing_was_asked_for() -> None:
@@ -382,5 +382,5 @@ def test_the_command_line_merges(tmp_path: Path, tiny_weights: Path, capsys: pyt
     assert "25, 18" in outcome.out  # lowered where a layer has too few
     manifest = manifest_of(tmp_path / "b")
     assert manifest["sparsity"]["merge"] == [30, 0]
-    assert manifest["merged"][:2] == [25, 18]
+    assert manifest["plan"]["merge"][:2] == [25, 18]
     assert_refused(call(capsys, "export", TINY, "--merge", "8", "-o", tmp_path / "c"), "require a student")

@@ -22,6 +22,7 @@ from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.sparse.attention import DenseAttention, SparseAttention
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.patch import make_model_sparse
@@ -180,9 +181,9 @@ def test_dense_layers_stay_dense() -> None:
 
 def test_shares_of_keys_by_layer(tmp_path: Path) -> None:
     some = dataclasses.replace(FULL, keep=(0.1, 0.25, 1))
-    assert some.layer_keep(5) == [0.1, 0.25, 1, 1, 1]
-    assert dataclasses.replace(some, dense_layers=(0,)).layer_keep(3) == [1, 0.25, 1]
-    assert some.sparse_layers(5) == (0, 1)
+    plan = plan_of(some, 5, 100)
+    assert (plan.keep, plan.short_keep, plan.sparse_layers) == ((0.1, 0.25, 1, 1, 1), (0.1, 0.25, 1), (0, 1))
+    assert plan_of(dataclasses.replace(some, dense_layers=(0,)), 3, 100).keep == (1, 0.25, 1)
     assert SparsityConfig.from_dict(some.to_dict()) == some
     assert dataclasses.replace(FULL, keep=(0.5, 0.5)).keep == 0.5
     assert dataclasses.replace(FULL, keep=(1, 1)).is_dense

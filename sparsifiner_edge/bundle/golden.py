@@ -92,7 +92,7 @@ def _check_outputs(
         tolerance = max(tolerance, getattr(session, "least_tolerance", 0.0))
         if name not in outputs:
             raise GateError(f"Output {name!r} is missing; the model has {', '.join(outputs)}.", "Export it again.")
-        beyond = OTHER_TOKENS if bundle.manifest.merged else 0.0
+        beyond = OTHER_TOKENS if bundle.manifest.plan and any(bundle.manifest.plan.merge) else 0.0
         report[name] = _compare(name, outputs[name], wanted, tolerance, beyond, session)
     return report
 

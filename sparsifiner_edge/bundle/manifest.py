@@ -25,6 +25,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import Normalisation
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.records import read_record, write_record
 
 BUNDLE_SCHEMA = 3
@@ -94,7 +95,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         name: of the model, as timm has it. precision: "fp32", "fp16" or "int8"; None: it does not say.
         shape: the sizes that decide costs. ops: operators of the domain `sparsifiner`.
         inputs, outputs: of the model, in its order.
-        sparsity: None where attention is dense. merged: tokens that each layer merges; None where none does.
+        sparsity: None where attention is dense. plan: what each layer does.
         costs, dense_costs: see `costs.summary`.
         tolerances: output -> greatest difference from golden, relative to its range.
         engines: in the order in which they were built.
@@ -114,7 +115,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     preprocessing: Preprocessing | None = None
     tokens: Tokens | None = None
     sparsity: SparsityConfig | None = None
-    merged: tuple[int, ...] | None = None
+    plan: LayerPlan | None = None
     costs: dict[str, int] = {}
     dense_costs: dict[str, int] = {}
     tolerances: dict[str, float] = {}

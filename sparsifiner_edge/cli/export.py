@@ -13,6 +13,7 @@ from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.config import merge_text
 from sparsifiner_edge.execution import ON_PROCESSOR, PRECISIONS, Execution
 
 
@@ -87,13 +88,10 @@ def _print(bundle: Bundle) -> None:
 
 
 def _merged(manifest: Manifest) -> Iterator[str]:
-    """What each layer merges, and where that is less than was asked for."""
-    if manifest.merged is None or manifest.sparsity is None:
-        return
-    asked = manifest.sparsity.merge_rates(len(manifest.merged))
-    less = f" ({', '.join(map(str, asked))} asked for: a layer merges a quarter of its patches at most)"
-    lowered = asked != list(manifest.merged)
-    yield f"tokens merged per layer: {', '.join(map(str, manifest.merged))}{less if lowered else ''}"
+    """What each layer merges."""
+    if manifest.plan and manifest.sparsity and manifest.sparsity.merge:
+        merged, asked = ", ".join(map(str, manifest.plan.merge)), merge_text(manifest.sparsity.merge)
+        yield f"tokens merged per layer: {merged} (--merge {asked}; a quarter of a layer's patches at most)"
 
 
 def _check(manifest: Manifest) -> Iterator[str]:

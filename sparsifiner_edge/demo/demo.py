@@ -218,7 +218,7 @@ def _figures(answer: Finalist, task: ScoresResult, profile: Statistics, manifest
         fidelity=answer.fidelity,
         error=task.statistics["error"].mean.value,
         iou=task.statistics["iou"].mean.value,
-        tokens_left_share=1 - sum(manifest.merged or ()) / shape.patches,
+        tokens_left_share=1 - sum(manifest.plan.merge if manifest.plan else ()) / shape.patches,
         attention_macs_share=core / dense["attention_macs"],
         macs_share=costs["total_macs"] / dense["total_macs"],
         dense_p50_ms=profile.against.latency_ms.p50.value,

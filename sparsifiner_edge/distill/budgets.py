@@ -7,10 +7,11 @@ import dataclasses
 from sparsifiner_edge.config import SparsityConfig, parse_merge, parse_token_keep
 from sparsifiner_edge.distill.recipe import Budgets, parse_point
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.plan import LayerPlan
 
 
-def judged_budgets(given: Budgets, own: SparsityConfig, depth: int) -> list[SparsityConfig]:
-    """Every keep with every merge, and where pruning is learnt, with and without; of a student of `depth` layers.
+def judged_budgets(given: Budgets, own: SparsityConfig, plan: LayerPlan) -> list[SparsityConfig]:
+    """Every keep with every merge, and where pruning is learnt, with and without; `plan` is of `own`.
 
     Layers that are dense in the student have no predictor, and stay dense.
 
@@ -18,7 +19,7 @@ def judged_budgets(given: Budgets, own: SparsityConfig, depth: int) -> list[Spar
         ConfigError: other pruning than the student's own is to be learnt.
     """
     if given.keep and own.keep != 1:
-        dense = tuple(layer for layer, share in enumerate(own.layer_keep(depth)) if share == 1)
+        dense = tuple(layer for layer, share in enumerate(plan.keep) if share == 1)
         kept = [dataclasses.replace(own, keep=keep, dense_layers=dense) for keep in given.keep]
     else:
         kept = [own]

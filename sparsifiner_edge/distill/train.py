@@ -34,6 +34,7 @@ from sparsifiner_edge.distill.recipe import Phase, Recipe
 from sparsifiner_edge.distill.tensorboard import RecordLosses
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.outputs import seen_by
@@ -100,9 +101,10 @@ class Training:
         self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
-        self.depth = len(student.backbone.layers)
-        for budget in self.budgets():  # refuses those that contradict the student
-            budget.layer_tokens(self.depth, student.backbone.patches, 1)
+        size = len(student.backbone.layers), student.backbone.patches
+        self.plan = plan_of(student.sparsity, *size)
+        for budget in self.budgets():
+            plan_of(budget, *size)  # refuses those that contradict the student
         self.by_top1 = recipe.best == "top1" and bool(source.labels)
         if self.by_top1 and not source.held_out_labels:
             raise ConfigError(
@@ -138,7 +140,7 @@ class Training:
 
     def budgets(self) -> list[SparsityConfig]:
         """What the student is judged at; see `judged_budgets`."""
-        return judged_budgets(self.recipe.budgets, self.sparsity, self.depth)
+        return judged_budgets(self.recipe.budgets, self.sparsity, self.plan)
 
     def budget(self, step: int) -> SparsityConfig:
         """The budget of one step, drawn from the seed and the step alone."""

@@ -42,6 +42,7 @@ from sparsifiner_edge.export.student_changes import changed
 from sparsifiner_edge.images import Normalisation, Normalise, centre_text, evenly, list_images, load_image
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
@@ -362,9 +363,9 @@ def _manifest(
     size = student.img_size
     # Keys, tokens that stay, or pairs that merge.
     backbone, fit = student.backbone, student.novelty
-    sparse = student.sparsity.sparse_layers(len(backbone.layers))
-    selects = bool(sparse or deployed.prunes or student.sparsity.merge)
     shape = model_shape(student.model)
+    plan = plan_of(student.sparsity, shape.depth, shape.patches)
+    selects = not plan.is_dense
     return Manifest(
         schema_version=BUNDLE_SCHEMA,
         files={},
@@ -377,7 +378,7 @@ def _manifest(
         preprocessing=Preprocessing(size, f"{centre_text(size)}, bicubic", student.normalisation),
         tokens=Tokens(shape.prefix, backbone.grid),
         sparsity=student.sparsity if selects else None,
-        merged=tuple(student.sparsity.layer_merges(shape.depth, shape.patches)) if student.sparsity.merge else None,
+        plan=plan,
         costs=summary(shape, student.sparsity),
         dense_costs=summary(shape, SparsityConfig(keep=1)),
         tolerances={

@@ -48,7 +48,7 @@ def changed(
         student, changes["retiled"] = with_tile(student, tile, probe, images)
     elif gpu and not student.sparsity.is_dense and student.sparsity.preset == "edge":
         student, changes["retiled"] = with_gpu_tile(student, images)
-    if measured_in is not None and student.sparsity.sparse_layers(len(student.backbone.layers)):
+    if measured_in is not None and sparse_layers(student.model):
         measured = changes["measured"] = keep_dense_where_slower(student.model, measured_in)
         kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
         dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))

@@ -14,9 +14,10 @@ from sparsifiner_edge.bundle.kernels import read_table, table_file
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import ModelShape, summary
+from sparsifiner_edge.costs import ModelShape, layers, summary
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.roofline import (
@@ -199,7 +200,7 @@ def _plan(bundle: Bundle, board: Board, precision: str | None, kernels: str) -> 
     chosen = own if precision is None else precision
     board.peak(chosen)  # Rejects what the board cannot do before anything is computed.
     assumed = _kernels(kernels, manifest, board)
-    if assumed.assumed == "none" and sparsity.sparse_layers(shape.depth):
+    if assumed.assumed == "none" and plan_of(sparsity, shape.depth, shape.patches).sparse_layers:
         raise ArtifactError(f"{bundle.folder}: the manifest names no operators for its sparse layers.", _AGAIN)
     if not manifest.inputs:
         raise ArtifactError(f"{bundle.folder}: inputs is missing.", _AGAIN)
@@ -263,7 +264,8 @@ def _latency(plan: _Plan, found: Sequence[Cost]) -> Bounded:
     fast = msgspec.structs.replace(board, fp16_tflops=max(board.fp16_tflops, board.fp16_fast_tflops))
     ideal = roofline.seconds(roofline.costs(work, fast, plan.precision, IDEAL))
     # On a CPU sparse operators were measured and fitted; on a GPU they were not.
-    judged = work.sparsity.sparse_layers(work.shape.depth) if board.kind == "gpu" else ()
+    sparse_layers = plan_of(work.sparsity, work.shape.depth, work.shape.patches).sparse_layers
+    judged = sparse_layers if board.kind == "gpu" else ()
     least = most = 0.0
     for cost in found:
         sparse = cost.operator.layer in judged and cost.operator.kind in SPARSE_KINDS
@@ -305,15 +307,12 @@ def peak_activations(work: Workload, size: int) -> tuple[float, float]:
     shape, sparsity = work.shape, work.sparsity
     tokens = shape.patches + shape.prefix
     layer = size * tokens * (2 * shape.width + max(4 * shape.width, shape.hidden))
-    sparse = set(sparsity.sparse_layers(shape.depth))
-    counts = sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
     scores = 0.0
-    for number in range(shape.depth):
-        here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
-        if number not in sparse and work.materialised:
-            scores = max(scores, 4.0 * shape.heads * sum(counts[number]) ** 2)
-        elif number in sparse and work.portable:
-            scores = max(scores, _body_bytes(here, sparsity.of_layer(number, shape.depth), size))
+    for here, share, _ in layers(shape, sparsity):
+        if share == 1 and work.materialised:
+            scores = max(scores, 4.0 * shape.heads * (here.patches + here.prefix) ** 2)
+        elif share < 1 and work.portable:
+            scores = max(scores, _body_bytes(here, sparsity.of_share(share), size))
         if sparsity.merge and work.merging == "bodies":
             scores = max(scores, 4.0 * roofline.partner_elements(here, sparsity))
     return work.batch * float(layer), work.batch * scores

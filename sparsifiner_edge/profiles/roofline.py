@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs
+from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs, layers
 from sparsifiner_edge.profiles.boards.board import Board
 
 _HEADS = 6
@@ -133,12 +133,10 @@ class Workload:
 def operators(work: Workload) -> list[OperatorWork]:
     """Every operator of an inference, in order."""
     shape, found = work.shape, [_embedding(work)]
-    counts = work.sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
-    sparse = set(work.sparsity.sparse_layers(shape.depth))
-    for number, costs in enumerate(layer_costs(shape, work.sparsity)):
-        here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
-        found += _layer(number, costs, here, work, number in sparse)
-        found += _merging(number, here, counts[number][0] - counts[number + 1][0], work)
+    costs = layer_costs(shape, work.sparsity)
+    for number, (here, share, left) in enumerate(layers(shape, work.sparsity)):
+        found += _layer(number, costs[number], here, work, share)
+        found += _merging(number, here, here.patches - left, work)
     return found
 
 
@@ -167,7 +165,7 @@ def _embedding(work: Workload) -> OperatorWork:
     return OperatorWork(-1, "embedding", "linear", macs, pixels * shape.width, moved, 4)
 
 
-def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sparse: bool) -> list[OperatorWork]:
+def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, share: float) -> list[OperatorWork]:
     """Projections and MLP, each with its normalisation and residual; pruning; attention."""
 
     def operator(kind: str, engine: str, launches: int, weights: int = 0) -> OperatorWork:
@@ -182,10 +180,10 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sp
     ]
     if costs.pruning:
         found.append(dataclasses.replace(operator("pruning", "attention", 0), scores=6))
-    if sparse:
+    if share < 1:
         found += [operator("predictor", "predictor", 2), operator("attention", "attention", 1)]
         found.append(operator("cells", "attention", 1 if costs.cells else 0))
-        return [*found, *_bodies(number, shape, work)] if work.portable else found
+        return [*found, *_bodies(number, shape, work, share)] if work.portable else found
     found.append(operator("attention", "attention", 1))
     if work.materialised:
         scores = work.batch * shape.heads * (shape.prefix + shape.patches) ** 2 * SCORE_PASSES
@@ -193,9 +191,9 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sp
     return found
 
 
-def _bodies(number: int, shape: ModelShape, work: Workload) -> list[OperatorWork]:
+def _bodies(number: int, shape: ModelShape, work: Workload, share: float) -> list[OperatorWork]:
     """What function bodies move beyond a kernel's own traffic: scores, and gathered keys written and read back."""
-    sparsity, patches = work.sparsity.of_layer(number, shape.depth), shape.patches
+    sparsity, patches = work.sparsity.of_share(share), shape.patches
     layout = sparsity.layout(patches, shape.prefix)
     read = layout.keys if sparsity.preset == "paper" else layout.keys + shape.prefix
     ranked = work.batch * shape.heads * (-(-patches // sparsity.probe) + layout.tiles) * patches
@@ -250,10 +248,10 @@ def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> lis
 def _by_kernels(work: Workload, board: Board, precision: str, fit: RooflineFit, found: Sequence[Cost]) -> list[Cost]:
     """Sparse operators as long as kernels take, shared out by arithmetic; the rest as it is."""
     shape, taken = work.shape, dict[int, float]()
-    counts = work.sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
-    for number in work.sparsity.sparse_layers(shape.depth):
-        here = dataclasses.replace(shape, depth=1, patches=counts[number][0], prefix=counts[number][1])
-        keep = work.sparsity.layer_keep(shape.depth)[number]
+    for number, (seen, keep, _) in enumerate(layers(shape, work.sparsity)):
+        if keep == 1:
+            continue
+        here = dataclasses.replace(seen, depth=1)
         faster = times_faster(board, here.prefix + here.patches, keep, work.batch * shape.heads, launches=False)
         if faster is not None:
             dense = operators(dataclasses.replace(work, shape=here, sparsity=SparsityConfig(keep=1)))

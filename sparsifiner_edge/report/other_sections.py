@@ -103,7 +103,7 @@ def _settings_table(manifests: Sequence[LabelledManifest], texts: Texts) -> Tabl
 def _setting(manifest: Manifest, name: str, texts: Texts) -> str:
     value: Any = manifest.sparsity.to_dict().get(name) if manifest.sparsity else None
     if name == "merged":
-        value = None if manifest.merged is None else list(manifest.merged)
+        value = list(manifest.plan.merge) if manifest.plan and any(manifest.plan.merge) else None
     if name == "keep" and value is not None:
         return texts.listed([f"{100 * share:.3g} %" for share in (value if isinstance(value, list) else [value])])
     if name == "token_keep" and value is not None:

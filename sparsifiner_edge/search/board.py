@@ -6,13 +6,14 @@ import dataclasses
 
 import numpy as np
 
-from sparsifiner_edge.config import LEAST_PATCHES, SparsityConfig
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.export.export import model_shape
+from sparsifiner_edge.plan import LEAST_PATCHES, LayerPlan
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, Cost, Workload
 from sparsifiner_edge.search.latency import Anchor, PartTable, PlanLatency, name_of
-from sparsifiner_edge.search.plan import SHARES, dense
+from sparsifiner_edge.search.plan import SHARES
 from sparsifiner_edge.sparse.student import Student
 
 ESTIMATED_SIZES = 24
@@ -54,7 +55,7 @@ def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
         merging=[_ms(found, "pruning") for found in merged], attention=attention,
     )  # fmt: skip
     whole = PlanLatency(table, shape.patches)
-    nothing = dense(shape.depth)
+    nothing = LayerPlan.dense(shape.depth)
     return whole.calibrated(Anchor(nothing, whole.of(nothing) + _ms(plain[0], "embedding")))
 
 

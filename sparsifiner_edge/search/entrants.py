@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.files import replaced
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.stats import estimate, skewed_mean
 from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
@@ -19,7 +20,6 @@ from sparsifiner_edge.search.fidelity_model import FidelityModel
 from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch
 from sparsifiner_edge.search.front import Checked, Finalist
 from sparsifiner_edge.search.latency import Deployment
-from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student, save_student
 

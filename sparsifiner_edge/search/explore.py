@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsifiner_edge.errors import GateError
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
 from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency
-from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.search.solve import Solver
 from sparsifiner_edge.search.trial import Trial
 
@@ -95,7 +95,7 @@ class Search:
     def model(self, but: LayerPlan | None = None) -> FidelityModel:
         """Fitted to all that is known but one plan, from each layer alone on."""
         selects, patches = self.trial.selects, self.trial.patches
-        depth, alone = len(selects), dense(len(selects))
+        depth, alone = len(selects), LayerPlan.dense(len(selects))
         merged = [_with(alone, layer, merge=patches // 4) for layer in range(depth)]
         merge = self.measure(merged, "each layer alone, merging")
         reading = [_with(alone, layer, keep=PROBED) for layer in range(depth) if selects[layer]]

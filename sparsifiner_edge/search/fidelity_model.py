@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.search.judge import ROUNDING
-from sparsifiner_edge.search.plan import LayerPlan
 
 PROBED = 0.2
 """Share of keys that each layer is measured with alone."""
@@ -116,7 +116,7 @@ class FidelityModel:
         return (FALL + self.parameters["fall"]).clamp(0.2, 4.0)
 
     def _logs(self, plans: Sequence[LayerPlan]) -> Tensor:
-        counts = torch.tensor([plan.counts(self.patches) for plan in plans]).double()
+        counts = torch.tensor([plan.tokens(self.patches) for plan in plans]).double()
         left, shares = counts / self.patches, torch.tensor([plan.keep for plan in plans]).double()
         merging = (self._merge_weights() * self._merging(counts[:, :-1], counts[:, :-1] - counts[:, 1:])).sum(1)
         reading = self._keep_weights() * (shares / PROBED) ** -self._falls() * left[:, :-1] ** self.parameters["left"]

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.profiles.measure.side import (
@@ -26,7 +27,6 @@ from sparsifiner_edge.profiles.stats import medians_in_turn
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.search.latency import Deployment
-from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.sparse.student import Student, save_student
 
 CALIBRATED = 16

@@ -10,10 +10,10 @@ import msgspec
 
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.files import import_matplotlib
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.records import Known
 from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.search.latency import Deployment
-from sparsifiner_edge.search.plan import LayerPlan
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):

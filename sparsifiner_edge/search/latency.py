@@ -17,9 +17,10 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution, precision_text
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.piece_times import Piece, piece_times
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
-from sparsifiner_edge.search.plan import SHARES, LayerPlan
+from sparsifiner_edge.search.plan import SHARES
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student
 
@@ -109,7 +110,7 @@ class PlanLatency:
 
     def of(self, plan: LayerPlan) -> float:
         """Of a whole model."""
-        counts = plan.counts(self.patches)
+        counts = plan.tokens(self.patches)
         total = float(sum(self.of_part("projections", counts[:-1]) + self.of_part("mlp", counts[1:])))
         for before, rate, share in zip(counts[:-1], plan.merge, plan.keep, strict=True):
             total += float(self.of_part(name_of(share), before))

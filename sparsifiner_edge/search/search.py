@@ -14,6 +14,7 @@ from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.files import io_errors, scratch_folder
 from sparsifiner_edge.images import Normalise
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
@@ -48,7 +49,6 @@ from sparsifiner_edge.search.front import (
 )
 from sparsifiner_edge.search.judge import FIDELITIES
 from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency, measured
-from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.search.start import require_searchable, start_of
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import Student, load_student
@@ -294,7 +294,7 @@ def _latencies(
     progress: Progress | None,
 ) -> dict[Deployment, PlanLatency]:  # fmt: skip
     """Of each engine that runs the dense model, which tells what the sum of a model's layers leaves out."""
-    nothing, patches = dense(len(student.backbone.layers)), student.backbone.patches
+    nothing, patches = LayerPlan.dense(len(student.backbone.layers)), student.backbone.patches
     return {
         engine: estimated(student, board, engine.stored)
         if board is not None

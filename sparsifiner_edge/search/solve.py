@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.config import LARGEST_MERGE
+from sparsifiner_edge.plan import LARGEST_MERGE, LayerPlan
 from sparsifiner_edge.search.fidelity_model import FidelityModel
 from sparsifiner_edge.search.latency import PlanLatency, name_of
-from sparsifiner_edge.search.plan import SHARES, LayerPlan, dense, possible_counts
+from sparsifiner_edge.search.plan import SHARES, possible_counts
 
 BISECTIONS = 40
 PRICES = (1e-3, 1e9)
@@ -81,7 +81,7 @@ class Solver:
     def at_distance(self, distance: float) -> LayerPlan:
         """The fastest whose distance is predicted to be at most so much; the dense model where none's is."""
         low, high = (math.log(price) for price in PRICES)
-        best = dense(len(self.selects))
+        best = LayerPlan.dense(len(self.selects))
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             plan = self.at_price(math.exp(middle))

@@ -15,8 +15,8 @@ from sparsifiner_edge.images import load_image
 from sparsifiner_edge.judge import Prediction
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.torch_native import native_kernels
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.search.judge import fidelity_of
-from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.outputs import outputs_of, prediction_of
 from sparsifiner_edge.sparse.patch import set_budget
@@ -56,7 +56,8 @@ class Trial:
         """1 - the metric, of every image."""
         if plan.is_dense:
             return [0.0] * len(self._pixels)
-        made = self._by_dense_layers(plan.first_change)
+        changes = (bool(rate) or share < 1 for rate, share in zip(plan.merge, plan.keep, strict=True))
+        made = self._by_dense_layers(next(layer for layer, changed in enumerate(changes) if changed))
         set_budget(self._student.model, plan.config(self._student.sparsity), keep_predictors=True)
         layers, found = self._student.backbone.layers, []
         with native_kernels(available_cores()):
@@ -75,7 +76,7 @@ class Trial:
         if count == 0 or size * depth * len(self._pixels) > MOST_REMEMBERED:
             return [[] for _ in self._pixels]
         if not self._made:
-            set_budget(student.model, dense(depth).config(student.sparsity), keep_predictors=True)
+            set_budget(student.model, LayerPlan.dense(depth).config(student.sparsity), keep_predictors=True)
             self._made = [self._outputs_of_layers(pixels) for pixels in self._pixels]
         return [outputs[:count] for outputs in self._made]
 

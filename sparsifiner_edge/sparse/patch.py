@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.order import hilbert_order, inverse
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse, restore_attention
 from sparsifiner_edge.sparse.hosts import SUPPORTED, Backbone, backbone_of, backbones
 from sparsifiner_edge.sparse.layer import TokenOrder, make_layer, restore_layer, riding
@@ -76,17 +77,16 @@ def make_model_sparse(model: AnyModule, sparsity: SparsityConfig) -> AnyModule:
 
 
 def _make_sparse(backbone: Backbone, sparsity: SparsityConfig) -> None:
-    depth, host = len(backbone.layers), backbone.host
-    counts = sparsity.layer_tokens(depth, backbone.patches, backbone.prefix)
-    sparse_layers = sparsity.sparse_layers(depth)
+    host, plan = backbone.host, plan_of(sparsity, len(backbone.layers), backbone.patches)
     # The published method knows raster order alone.
     order = np.arange(backbone.patches) if sparsity.preset == "paper" else hilbert_order(*backbone.grid)
     curve = TokenOrder(torch.from_numpy(order), torch.from_numpy(inverse(order)), backbone.prefix)
     curve.to(backbone.embedding.weight.device)
     backbone.module.sparsity = sparsity
-    for number, layer in enumerate(backbone.layers):
-        if number in sparse_layers:
-            make_sparse(host.attention(layer), host.attention_kind, sparsity.of_layer(number, depth), *counts[number])
+    for layer, share, patches in zip(backbone.layers, plan.keep, plan.tokens(backbone.patches), strict=False):
+        if share < 1:
+            here = sparsity.of_share(share)
+            make_sparse(host.attention(layer), host.attention_kind, here, patches, backbone.prefix)
         else:
             make_dense(host.attention(layer), host.attention_kind)
         make_layer(layer, host.layer_kind, curve)
@@ -128,38 +128,39 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
         ConfigError: the model cannot do that, or tile or cells exceed the patches that are left.
     """
     backbone = backbone_of(model)
-    depth, host = len(backbone.layers), backbone.host
+    host, prefix = backbone.host, backbone.prefix
     if sparsity.token_keep and (backbone.rotary or not backbone.class_token):
         raise ConfigError(
             "Token pruning requires a class token, and no rotary position embedding.",
             "Leave --token-keep out, or choose a plain ViT with a class token.",
         )
-    counts = sparsity.layer_tokens(depth, backbone.patches, backbone.prefix)
-    own = cast(SparsityConfig, backbone.sparsity)
-    if sparsity.preset == "paper" and counts != own.layer_tokens(depth, *counts[0]):
+    plan, own = (
+        plan_of(config, len(backbone.layers), backbone.patches)
+        for config in (sparsity, cast(SparsityConfig, backbone.sparsity))
+    )
+    counts = plan.tokens(backbone.patches)
+    if sparsity.preset == "paper" and counts != own.tokens(backbone.patches):
         raise ConfigError("The published predictor is tied to its tokens.", "Give --token-keep to sparsify.")
-    merged = sparsity.layer_merges(depth, backbone.patches)
-    sparse = {number: sparsity.of_layer(number, depth) for number in sparsity.sparse_layers(depth)}
-    layouts = {number: of_layer.layout(*counts[number]) for number, of_layer in sparse.items()}
+    here = [sparsity.of_share(share) for share in plan.keep]
+    layouts = {number: here[number].layout(counts[number], prefix) for number in plan.sparse_layers}
     attentions = backbone.attentions
     for number, attention in enumerate(attentions):
-        if number in sparse and not isinstance(attention, SparseAttention):
+        if number in layouts and not isinstance(attention, SparseAttention):
             raise ConfigError(
                 f"layer {number} is dense: it has no predictor.", "Give it a share of 1, or sparsify again."
             )
     for number, (layer, attention) in enumerate(zip(backbone.layers, attentions, strict=True)):
-        (patches, prefix), (kept, _) = counts[number], counts[number + 1]
-        if number in sparse:
-            attention.sparsity, attention.layout, attention.num_prefix = sparse[number], layouts[number], prefix
+        if number in layouts:
+            attention.sparsity, attention.layout, attention.num_prefix = here[number], layouts[number], prefix
         elif isinstance(attention, SparseAttention) and keep_predictors:
-            attention.sparsity = sparsity.of_layer(number, depth)
+            attention.sparsity = here[number]
         elif isinstance(attention, SparseAttention):
             restore_attention(attention)
             make_dense(attention, host.attention_kind)
-        layer.entering, layer.merging, layer.pruning = patches, None, None
-        if merged[number]:
-            layer.merging = Merging(merged[number], prefix, sparsity.merge_window)
+        layer.entering, layer.merging, layer.pruning = counts[number], None, None
+        if plan.merge[number]:
+            layer.merging = Merging(plan.merge[number], prefix, sparsity.merge_window)
         elif counts[number + 1] != counts[number]:
-            layer.pruning = Pruning(kept, prefix)
+            layer.pruning = Pruning(counts[number + 1], prefix)
     backbone.module.sparsity = sparsity
     _offer_maps(backbone.module, not sparsity.token_keep)

@@ -59,7 +59,8 @@ def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, A
     assert manifest.shape is not None
     assert (manifest.shape.depth, manifest.shape.width, manifest.shape.heads) == (4, 64, 2)
     assert manifest.costs["total_macs"] < manifest.dense_costs["total_macs"] or not settings
-    assert manifest.merged == ((4, 4, 4, 4) if settings else None)
+    assert manifest.plan is not None
+    assert manifest.plan.merge == ((4,) * 4 if settings else (0,) * 4)
     places = find_places(bundle.model()).nodes.values()
     assert {place.layer for place in places} == {None, 0, 1, 2, 3}
     assert {"projections", "mlp", "norms"} <= {place.kind for place in places if place.layer == 3}

@@ -23,6 +23,7 @@ from sparsifiner_edge.config import keep_text, merge_text, parse_merge
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.images import list_images
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import write_report
@@ -32,7 +33,6 @@ from sparsifiner_edge.search import finalists, search
 from sparsifiner_edge.search.finalists import Contender
 from sparsifiner_edge.search.front import Finalist, SearchResult
 from sparsifiner_edge.search.latency import Deployment
-from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.start import start_of
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsifiner_edge.config import LARGEST_MERGE, SparsityConfig
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.plan import LARGEST_MERGE, LayerPlan, plan_of
 from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
 from sparsifiner_edge.search.latency import Anchor, PartTable, PlanLatency, name_of
-from sparsifiner_edge.search.plan import SHARES, LayerPlan, dense, possible_counts, uniform
+from sparsifiner_edge.search.plan import SHARES, possible_counts
 from sparsifiner_edge.search.solve import Solver
 
 PATCHES, TILE = 24, 16
@@ -54,7 +55,7 @@ def test_no_plan_is_better_at_a_price(price: float) -> None:
     latency, fidelity = PlanLatency(table(), PATCHES, 1.1, 2.0), model(2)
 
     def cost(plan: LayerPlan) -> float:
-        counts = np.array(plan.counts(PATCHES))
+        counts = np.array(plan.tokens(PATCHES))
         lost = sum(
             float(fidelity.merging(layer, counts[layer : layer + 1], counts[layer + 1 : layer + 2])[0])
             + float(fidelity.reading(layer, share, counts[layer : layer + 1])[0])
@@ -67,7 +68,7 @@ def test_no_plan_is_better_at_a_price(price: float) -> None:
 
 
 def test_what_is_lost_without_a_change_is_nothing() -> None:
-    fidelity, nothing = model(), dense(3)
+    fidelity, nothing = model(), LayerPlan.dense(3)
     assert fidelity.of(nothing) < 1e-6
     assert float(fidelity.reading(0, 1.0, np.array([PATCHES]))[0]) == 0
     assert fidelity.of(LayerPlan((4, 0, 0), (1.0,) * 3)) < fidelity.of(LayerPlan((6, 0, 0), (1.0,) * 3))
@@ -113,11 +114,10 @@ def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distan
     plan = solver.at_distance(distance)
     assert plan.is_dense or solver.model.of(plan) <= distance
     assert plan.keep[1] == 1
-    assert solver.latency.of(plan) <= solver.latency.of(dense(3)) + 1e-9
+    assert solver.latency.of(plan) <= solver.latency.of(LayerPlan.dense(3)) + 1e-9
     if not plan.is_dense:
         config = plan.config(SparsityConfig(keep=0.25, cells=4))
-        assert config.layer_merges(3, PATCHES) == list(plan.merge)
-        assert config.layer_keep(3) == list(plan.keep)
+        assert plan_of(config, 3, PATCHES) == plan
     ms = solver.latency.of(plan)
     assert solver.latency.of(solver.at_latency(ms * 1.001)) <= ms * 1.001
 
@@ -139,16 +139,9 @@ def test_parts_are_fitted_whatever_the_entries() -> None:
 
 def test_whole_models_correct_the_sum() -> None:
     plain = PlanLatency(table(), PATCHES)
-    nothing, sparse, other = dense(3), LayerPlan((4, 2, 0), (0.2, 0.5, 1.0)), LayerPlan((2, 2, 0), (1.0,) * 3)
+    nothing, sparse, other = LayerPlan.dense(3), LayerPlan((4, 2, 0), (0.2, 0.5, 1.0)), LayerPlan((2, 2, 0), (1.0,) * 3)
     scaled = plain.calibrated(Anchor(nothing, 1.5 * plain.of(nothing)))
     assert scaled.of(sparse) == pytest.approx(1.5 * plain.of(sparse))
     both = scaled.calibrated(Anchor(sparse, scaled.of(sparse) + 3))
     assert both.of(nothing) == pytest.approx(1.5 * plain.of(nothing))
     assert both.of(other) == pytest.approx(1.5 * plain.of(other) + 3)
-
-
-def test_uniform_plans_stop_where_no_quarter_is_left() -> None:
-    plan = uniform(8, 0.1, 6, PATCHES)
-    assert plan.merge[0] == 6
-    assert plan.counts(PATCHES)[-1] > 0
-    assert plan.short_keep == (0.1,)

@@ -15,11 +15,11 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.graph import gets_merged
+from sparsifiner_edge.plan import LayerPlan, plan_of
 from sparsifiner_edge.profiles.stats import skewed_mean
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.explore import Search, Tried
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
-from sparsifiner_edge.search.plan import LayerPlan, dense, uniform
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, sparsify
@@ -27,6 +27,11 @@ from sparsifiner_edge.sparse.weights import normalise
 from tests.everything import first
 
 FACTORIES = "tests.hosts.factories"
+
+
+def merging(trial: Trial, rate: int) -> LayerPlan:
+    """Of one rate in every layer."""
+    return plan_of(SparsityConfig(keep=1, merge=(rate,)), len(trial.selects), trial.patches)
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictu
     trial = Trial(student, dense_twin(student).model, paths, "patches")
     plan = LayerPlan((20, 0, 10, 0, 0, 0), (0.2, 1.0, 0.5, 1.0, 1.0, 1.0))
     found = trial.distances(plan)
-    assert trial.distances(dense(6)) == [0.0] * 3
+    assert trial.distances(LayerPlan.dense(6)) == [0.0] * 3
     again = load_student(tiny_student, merge=plan.merge, keep=plan.short_keep)
     teacher = dense_twin(load_student(tiny_student)).model
     for path, distance in zip(paths, found, strict=True):
@@ -87,8 +92,8 @@ def test_a_decoders_map_is_judged_by_its_overlap(tmp_path: Path, pictures: Path)
 
     judged = trial("depth")
     depth = len(judged.selects)
-    assert judged.distances(dense(depth)) == [0.0] * 3
-    mild, harsh = (np.mean(judged.distances(uniform(rate, 1.0, depth, judged.patches))) for rate in (1, 8))
+    assert judged.distances(LayerPlan.dense(depth)) == [0.0] * 3
+    mild, harsh = (np.mean(judged.distances(merging(judged, rate))) for rate in (1, 8))
     assert 0 < mild < harsh <= 1
     with pytest.raises(ConfigError, match="outputs are: mask, heat"):
         trial("masked")
@@ -99,7 +104,7 @@ def test_the_tokens_of_a_model_with_a_decoder_are_judged_too(tmp_path: Path, pic
     start = sparsify(f"{FACTORIES}:depth", tmp_path / "start", keep=0.5)
     made = load_student(start, trust=[FACTORIES])
     judged = Trial(made, dense_twin(made).model, list_images(pictures), "patches")
-    plan = uniform(8, 1.0, len(judged.selects), judged.patches)
+    plan = merging(judged, 8)
     bundle = export_bundle(
         start, tmp_path / "bundle", merge=plan.merge, keep=plan.short_keep, tokens=True, trust=[FACTORIES]
     )
@@ -123,8 +128,8 @@ def test_a_metric_of_the_users_own(
     made = load_student(start, trust=trust)
     teacher, paths = dense_twin(made).model, list_images(pictures)
     judged = Trial(made, teacher, paths, "task", f"tests.hosts.metrics:{metric}")
-    mild, harsh = (uniform(rate, 1.0, len(judged.selects), judged.patches) for rate in (4, 20))
-    assert judged.distances(dense(len(judged.selects))) == [0.0] * len(paths)
+    mild, harsh = (merging(judged, rate) for rate in (4, 20))
+    assert judged.distances(LayerPlan.dense(len(judged.selects))) == [0.0] * len(paths)
     found = [judged.distances(plan) for plan in (mild, harsh)]
     assert all(0 <= lost <= 1 for row in found for lost in row)
     assert sum(found[1]) > 0
@@ -149,7 +154,7 @@ def test_how_images_differ_is_told_of_any_distances(
     student: Student, pictures: Path, distances: list[float], shape: float
 ) -> None:
     trial = Trial(student, dense_twin(student).model, list_images(pictures), "patches")
-    plan = uniform(4, 1.0, len(trial.selects), trial.patches)
+    plan = merging(trial, 4)
     search = Search(trial, None)
     search.known[plan] = Tried(plan, distances)
     assert search.shape(plan) == pytest.approx(shape, rel=1e-6)

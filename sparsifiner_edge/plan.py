@@ -1,0 +1,120 @@
+"""What each layer of a model does with its tokens: the one form in which every room reads a `SparsityConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Annotated
+
+from msgspec import Meta
+
+from sparsifiner_edge.bounds import MOST_COUNT
+from sparsifiner_edge.config import SparsityConfig, require, share_of
+
+LARGEST_MERGE, LEAST_PATCHES = 4, 16
+"""One of so many patches may merge in a layer, and so many must be left after the last."""
+_Pairs = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
+_Share = Annotated[float, Meta(gt=0, le=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """Settings by layer.
+
+    Attributes:
+        merge: pairs of patch tokens that become one. keep: shares of the keys that are read; 1 is dense.
+        token_keep: shares of the patch tokens that are not pruned; empty: nothing is.
+    """
+
+    merge: tuple[_Pairs, ...]
+    keep: tuple[_Share, ...]
+    token_keep: tuple[_Share, ...] = ()
+
+    @classmethod
+    def dense(cls, depth: int) -> LayerPlan:
+        """The model as it is."""
+        return cls((0,) * depth, (1.0,) * depth)
+
+    @property
+    def is_dense(self) -> bool:
+        """Nothing merges or is pruned, and all keys are read."""
+        return not any(self.merge) and not self.token_keep and all(share == 1 for share in self.keep)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that read less than all keys."""
+        return tuple(layer for layer, share in enumerate(self.keep) if share < 1)
+
+    @property
+    def short_keep(self) -> tuple[float, ...]:
+        """Shares without the last ones that are the same."""
+        keep = list(self.keep)
+        while len(keep) > 1 and keep[-1] == keep[-2]:
+            keep.pop()
+        return tuple(keep)
+
+    def tokens(self, patches: int) -> list[int]:
+        """Of an image's patches, how many tokens each layer's attention sees, and as the last entry how many leave the
+        last layer.
+        """
+        left = [patches]
+        for rate, share in zip(self.merge, self.token_keep or (1.0,) * len(self.merge), strict=True):
+            left.append(share_of(share, left[-1]) - rate)
+        return left
+
+    def config(self, base: SparsityConfig) -> SparsityConfig:
+        """A student's config that merges and reads by this plan."""
+        return dataclasses.replace(base, merge=self.merge, keep=self.short_keep, dense_layers=())
+
+
+def plan_of(sparsity: SparsityConfig, depth: int, patches: int) -> LayerPlan:
+    """What a config says of a model of so many layers and patches: a layer merges what is asked for, but at most a
+    quarter of the patches that it sees.
+
+    Raises:
+        ConfigError: it gives more shares than there are layers, or other rates, or names a layer that does not exist;
+            or a layer would leave fewer than `LEAST_PATCHES`.
+    """
+    kept = dict(sparsity.token_keep)
+    _require_layers("tokens are pruned at layer {}:", kept, depth)
+    merge, left = [], patches
+    for layer, rate in enumerate(_rates(sparsity.merge, depth)):
+        merge.append(min(rate, left // LARGEST_MERGE))
+        left -= merge[-1]
+        require(
+            left >= LEAST_PATCHES or not sparsity.merge,
+            f"merging {rate} tokens in layer {layer} leaves {left} patches.",
+            f"Merge less, so that {LEAST_PATCHES} are left, or choose a larger image.",
+        )
+    pruned = tuple(kept.get(layer, 1.0) for layer in range(depth)) if kept else ()
+    return LayerPlan(tuple(merge), _shares(sparsity, depth), pruned)
+
+
+def _shares(sparsity: SparsityConfig, depth: int) -> tuple[float, ...]:
+    given = sparsity.keep if isinstance(sparsity.keep, tuple) else (sparsity.keep,)
+    require(
+        len(given) <= depth,
+        f"keep has {len(given)} shares: the model has {depth} layers.",
+        f"Give {depth} at most; the last goes on to the layers that are left.",
+    )
+    _require_layers("dense layer {} does not exist:", sparsity.dense_layers, depth)
+    shares = [given[min(layer, len(given) - 1)] for layer in range(depth)]
+    return tuple(1.0 if layer in sparsity.dense_layers else share for layer, share in enumerate(shares))
+
+
+def _rates(merge: tuple[int, ...], depth: int) -> list[int]:
+    """Pairs that each layer shall merge, of one rate, of the first and the last, or of each layer's."""
+    if len(merge) == 2:
+        first, last = merge
+        return [round(first + (last - first) * layer / max(depth - 1, 1)) for layer in range(depth)]
+    require(
+        len(merge) in (0, 1, depth),
+        f"merge has {len(merge)} rates: the model has {depth} layers.",
+        f"Give one rate, the first and the last as 160..0, or {depth}.",
+    )
+    return list(merge) if len(merge) == depth else [merge[0] if merge else 0] * depth
+
+
+def _require_layers(what: str, layers: Iterable[int], depth: int) -> None:
+    last = max(layers, default=0)
+    require(last < depth, f"{what.format(last)} the model has {depth} layers.", f"Give indices from 0 to {depth - 1}.")
