@@ -45,11 +45,11 @@ def plan_of(kind: str, capability: int, dtype: str, width: int, tile: int) -> Pl
     if kind == "layer":
         a |= {"probe": 8, "keys": KEYS, "value_power": 2.0}
         shapes = [qkv, (HEADS, width, 24), (HEADS, width, 24)]
-        assert refusals("KeySelect", a, shapes, dtype, capability) == []
+        assert refusals("KeySelect", a, [qkv, qkv[:2], *shapes[1:]], dtype, capability) == []
         return plan_layer(shapes, a, dtype)
     a |= {"prefix_keys": 1}
     shapes = [qkv, (1, HEADS, PATCHES // tile, KEYS)]
-    assert refusals("SparseAttention", a, shapes, dtype, capability) == []
+    assert refusals("SparseAttention", a, [qkv, qkv[:2], *shapes[1:]], dtype, capability) == []
     return plan_attend(shapes, a, dtype)
 
 
