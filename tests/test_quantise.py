@@ -71,7 +71,7 @@ def test_every_linear_layer_and_nothing_else_is_int8(place: Path, target: str, s
     scales = [t for t in model.graph.initializer if t.name.endswith("_scale") and len(t.dims) == 1]
     assert len(scales) >= found["quantised"]  # one per channel of each weight
     with open_session(made) as session:
-        assert session.description.precision == "int8, rest fp32"
+        assert session.description.precision == f"int8, rest {'fp32' if target == 'cpu' else 'fp16'}"
         check_golden(session, open_bundle(made))
 
 
