@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -204,15 +204,22 @@ def open_image(path: Path) -> Any:
 
 
 def _use(path: Path, use: Callable[[Any], Any]) -> Any:
+    try:
+        with open_regular(path) as file:
+            return _decoded(file, path, use)
+    except ArtifactError as error:  # Missing, a pipe, a device.
+        raise ImageError(f"{path} cannot be read as an image: {error.what}", _FIX) from error
+
+
+def _decoded(file: BinaryIO, path: Path, use: Callable[[Any], Any]) -> Any:
+    """Caught here: what Pillow raises of a file that it does not know is an OSError too, for whoever opened it."""
     image_module = _pillow()
     try:
-        with open_regular(path) as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about palettes with transparency, which is dropped
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
             with image_module.open(file, formats=_FORMATS) as image:
                 return use(image)
-    except ArtifactError as error:  # Missing, a pipe, a device.
-        raise ImageError(f"{path} cannot be read as an image: {error.what}", _FIX) from error
     # Pillow's decoders raise many kinds of error on damaged files; none of them is worth a traceback.
     except Exception as error:
         unknown = isinstance(error, image_module.UnidentifiedImageError)  # It would say in which object of Python's.

@@ -8,14 +8,14 @@ from __future__ import annotations
 from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tracked
 
 BUDGET = {
-    "base": 3017, "ops": 2463, "native": 4265, "triton": 2712, "sparse": 3714, "distill": 2060, "export": 2421,
+    "base": 3024, "ops": 2463, "native": 4265, "triton": 2712, "sparse": 3714, "distill": 2060, "export": 2421,
     "bundle": 1675, "runtime": 3874, "profiles": 4124, "evaluate": 2779, "search": 2109, "report": 2206,
-    "camera": 3554, "package": 931, "cli": 1944, "demo, doctor": 816,
+    "camera": 3554, "package": 931, "cli": 1947, "demo, doctor": 816,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.169
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 35183, "benchmarks": 8935}
+BESIDE = {"tests": 35195, "benchmarks": 8935}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""
@@ -51,5 +51,5 @@ def test_a_committed_result_is_a_summary() -> None:
 
 def test_a_file_of_no_room_is_seen() -> None:
     assert room_of("sparsifiner_edge/attic/old.py") is None
-    assert room_of("runtime/native/select.cc") == room_of("sparsifiner_edge/ops/native/select.cc") == "native"
+    assert room_of("runtime/native/select.cc") == "native"
     assert room_of("sparsifiner_edge/ops/native/interface.py") == "ops"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.bundle.entries import Check
-from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
-from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import merge_text
 from sparsifiner_edge.execution import ON_PROCESSOR, PRECISIONS, Execution
+
+if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
+    from sparsifiner_edge.bundle.manifest import Manifest
+    from sparsifiner_edge.bundle.store import Bundle
 
 
 @click.command(cls=common.SizedCommand)
@@ -51,11 +53,12 @@ from sparsifiner_edge.execution import ON_PROCESSOR, PRECISIONS, Execution
 @common.output_option("Bundle folder to write.")
 def command(
     *, source: str, output: Path, as_json: bool, measure: bool, measure_in: str | None,
-    measure_precision: str | None,
-    **options: Any,
+    measure_precision: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Export a student folder, or MODEL (see sparsify) as the dense baseline, to ONNX, checked against PyTorch."""
     import sparsifiner_edge
+    from sparsifiner_edge.bundle.manifest import manifest_content
+    from sparsifiner_edge.bundle.store import open_bundle
 
     measured_in = Execution(backend=measure_in or "onnxruntime", precision=measure_precision or "auto")
     options["measure"] = measured_in if measure or measure_in or measure_precision else False

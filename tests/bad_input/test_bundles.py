@@ -128,7 +128,7 @@ def instead(path: Path, make: Callable[[Path], object]) -> None:
 @pytest.mark.parametrize("entry", ["check", "retiled", "measured", "quantisation", "float16"])
 def test_what_is_for_people_may_lack_anything_and_hold_more(entry: str, tmp_path: Path) -> None:
     more = {entry: {"of a fork": [None]}, "boards": [{}], "provenance": {"teacher": {"x": 1}}}
-    manifest = open_bundle(make_bundle(tmp_path / "b", preprocessing={"size": 4, "folded": {}}, **more)).manifest
+    manifest = open_bundle(make_bundle(tmp_path / "b", preprocessing={"size": 4}, **more)).manifest
     assert getattr(manifest, entry) is not None
     assert (manifest.boards[0].launches, manifest.provenance) == (0, {"teacher": {"x": 1}})
     with pytest.raises(ArtifactError, match=f"{entry} is 5, not dict"):
