@@ -29,7 +29,7 @@ ENCODE = (
 
 def load_code() -> Any:
     """The module that draws numbers, without the package: this Python need not have its dependencies."""
-    path = Path(__file__).resolve().parent.parent / "sparsifiner_edge" / "camera" / "pattern.py"
+    path = Path(__file__).resolve().parents[2] / "sparsifiner_edge" / "camera" / "pattern.py"
     spec = importlib.util.spec_from_file_location("code_in_pictures", path)
     assert spec is not None
     assert spec.loader is not None
