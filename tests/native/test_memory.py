@@ -167,6 +167,6 @@ def test_keys_beyond_two_to_the_24_are_found_exactly(beyond: int) -> None:
     settings = {"num_prefix": 0, "tile": 2**31 - 1, "probe": 2**31 - 1, "cell": 0, "keys": 3, "value_power": 0.0}
     subject = Subject("KeySelect", patches, 1, 1, settings)
     bench = allocation.Bench(str(LIBRARY), {}, shim=False)
-    session = bench.open(subject.model({"qkv": qkv, "proj_q": one, "proj_k": one}), 2)
-    got = session.run(None, {"qkv": qkv, "proj_q": one, "proj_k": one})[0]
+    given = {"qkv": qkv, "sizes": np.ones((1, patches), np.float32), "proj_q": one, "proj_k": one}
+    got = bench.open(subject.model(given), 2).run(None, given)[0]
     np.testing.assert_array_equal(got, [[[[third, patches - 2, patches - 1]]]])

@@ -240,8 +240,7 @@ def test_the_dense_file_of_merged_tokens_is_what_dense_layers_compute() -> None:
 @pytest.mark.everything
 def test_a_model_with_a_decoder_builds(tmp_path: Path) -> None:
     made = se.sparsify_model(Segmenter(), keep=0.4, cells=4, channels=8, merge=4)
-    given = (0.5,) * 3, (0.25,) * 3
-    bundle = se.export_model(made, torch.zeros(1, 3, 160, 160), tmp_path / "b", precision="fp16", normalise=given)
+    bundle = se.export_model(made, torch.zeros(1, 3, 160, 160), tmp_path / "b", precision="fp16")
     (engine,) = rtx(bundle, "8.6")
     assert engine["precision"] == "fp16"
     assert (bundle / engine["file"]).stat().st_size > 100_000
