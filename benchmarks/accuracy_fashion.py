@@ -18,13 +18,13 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime import open_session
 
-LARGEST_DROP = {"keep .10": (0.5, 0.2), "keep .10, tokens .7": (1.0, 0.5), "keep .25, merge 8": (0.5, 0.2)}
-"""Points of accuracy: allowed, aimed at; of the students `edge`, `tokens` and `merge`."""
+LARGEST_DROP = {"keep .10": 0.5, "keep .25, merge 8": 0.5}
+"""Points of accuracy that are allowed; of the students `edge` and `merge`."""
 
 
 def student_of(label: str) -> str:
     """The training that a row of `LARGEST_DROP` measures."""
-    return "tokens" if "tokens" in label else "merge" if "merge" in label else "edge"
+    return "merge" if "merge" in label else "edge"
 
 
 def fashion_bundle(work: Path, label: str) -> Path:

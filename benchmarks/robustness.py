@@ -7,10 +7,9 @@ pruning (EViT), at about half of the dense multiply-accumulates, all trained by 
 `classes`: DINOv2 ViT-S/14 at 224 px, a linear probe of Fashion-MNIST on frozen features, learnt from clean images.
 `saliency`: `sparsifiner_edge.demo.saliency` at 518 px, IoU with true masks (stamps on publication photographs). A dense
 map needs every token, so nothing is pruned there. `features`: cosines of the classifier's students, at several budgets,
-on the publication photographs. Trainings see photographs and Fashion-MNIST's training images, none that is measured on;
-"corrupted" trainings see the fifteen of ImageNet-C, and none of a camera's own. `measure` leaves rows in the folder's
-`raw` that it did not measure, if they are of as many images. Needs the
-packages that `accuracy.py` and `stamps.py` name.
+on the publication photographs. Trainings see photographs and Fashion-MNIST's training images, none that is measured on.
+`measure` leaves rows in the folder's `raw` that it did not measure, if they are of as many images. Needs the packages
+that `accuracy.py` and `stamps.py` name.
 """
 
 from __future__ import annotations
@@ -48,7 +47,6 @@ from sparsifiner_edge.evaluate import robustness
 from sparsifiner_edge.evaluate.extract import Extractor, open_both
 from sparsifiner_edge.evaluate.robustness import RobustnessResult
 from sparsifiner_edge.images import evenly
-from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import read_result, write_result
 from sparsifiner_edge.sparse import patch
 from sparsifiner_edge.sparse.layer import CarriedTokens
@@ -68,12 +66,11 @@ class Contender(NamedTuple):
     """One student.
 
     Attributes:
-        sparsify: how it is made. overrides: of the recipe. by_tome: whether tokens merge by ToMe's rule.
+        sparsify: how it is made. by_tome: whether tokens merge by ToMe's rule.
         of: the student of the classifier's that it is, `sparsify` its budget.
     """
 
     sparsify: dict[str, Any]
-    overrides: tuple[str, ...] = ()
     by_tome: bool = False
     of: str | None = None
 
@@ -83,25 +80,21 @@ def falling(first: int) -> tuple[int, ...]:
     return tome.schedule((first, 1), 12)[0]
 
 
-CORRUPTED = ("images.corrupted=0.5",)
 READ = (0.2, 0.2, 0.5, 1.0)
 TASKS: dict[str, dict[str, Contender]] = {
     "classes": {
         "ours": Contender({"keep": 0.25, "merge": falling(29)}),
-        "ours, corrupted": Contender({"keep": 0.25, "merge": falling(29)}, CORRUPTED),
         "ToMe": Contender({"keep": 1.0, "merge": falling(30)}, by_tome=True),
         "EViT": Contender({"keep": 1.0, "token_keep": parse_token_keep("3:.52,6:.52,9:.52")}),
     },
     "saliency": {
         "ours": Contender({"keep": READ, "cells": 49, "merge": falling(122)}),
-        "ours, corrupted": Contender({"keep": READ, "cells": 49, "merge": falling(122)}, CORRUPTED),
         "ToMe": Contender({"keep": 1.0, "merge": falling(140)}, by_tome=True),
     },
     "features": {
         "ours": Contender({}, of="ours"),
         "ours, more": Contender({"keep": 0.5, "merge": falling(18)}, of="ours"),
         "ours, less": Contender({"keep": 0.1, "merge": falling(38)}, of="ours"),
-        "ours, corrupted": Contender({}, of="ours, corrupted"),
         "ToMe": Contender({}, by_tome=True, of="ToMe"),
         "EViT": Contender({}, of="EViT"),
     },
@@ -109,12 +102,12 @@ TASKS: dict[str, dict[str, Contender]] = {
 TRAINED = ("classes", "saliency")
 RECIPES = {
     "classes": (
-        "distil.steps=200", "images.smallest_crop=0.8", "images.cut_mix=0", "losses.classes=0.06",
-        "losses.patches=0.02", "budgets.keep=[]", "distil.learning_rate=4e-6",
+        "distil.steps=200", "images.smallest_crop=0.8", "images.mixed=0", "losses.classes=0.06",
+        "losses.patches=0.02", "budgets=[]", "distil.learning_rate=4e-6",
     ),
     "saliency": (
-        "batch=2", "distil.steps=50", "distil.learning_rate=3e-6", "clip=0.25", "budgets.keep=[]", "losses.classes=0",
-        "images.cut_mix=0", "check_every=25",
+        "batch=2", "distil.steps=50", "distil.learning_rate=3e-6", "clip=0.25", "budgets=[]", "losses.classes=0",
+        "images.mixed=0", "check_every=25",
     ),
 }  # fmt: skip
 
@@ -235,11 +228,11 @@ def train(tasks: tuple[str, ...], only: tuple[str, ...], work: Path) -> None:
             with progress_bar(output.name) as progress, merging_by(contender.by_tome):
                 summary = se.distill_student(
                     untrained(work, task, name), pictures / "train", output, trust=[MODULE], progress=progress,
-                    overrides=(*RECIPES[task], *contender.overrides),
+                    overrides=RECIPES[task],
                     held_out=pictures / ("held-out" if task == "classes" else "few"),
-                    resume=(work / f"{output.name}.training" / "checkpoint.pt").exists(),
+                    resume=(work / f"{output.name}.training" / "checkpoint.safetensors").exists(),
                 )  # fmt: skip
-            told = f"{(time.monotonic() - start) / 60:.1f} minutes, {write_record(summary.fidelity)}, {summary.kept}"
+            told = f"{(time.monotonic() - start) / 60:.1f} minutes, {summary.start} to {summary.best}, {summary.kept}"
             click.echo(f"{output.name}: {told}")
 
 
@@ -296,7 +289,7 @@ def class_folders(work: Path, part: str, count: int) -> Path:
 
 def _stages(contender: Contender) -> tuple[str, ...]:
     """Those in which it differs from others."""
-    return ("trained",) if contender.overrides or contender.of else STAGES
+    return ("trained",) if contender.of else STAGES
 
 
 @main.command()

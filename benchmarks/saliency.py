@@ -49,8 +49,8 @@ REQUIRED = ((37e9, "untrained", 0.003, 0.985), (24e9, "trained", 0.010, 0.93), (
 """Multiply-accumulates of the layers at most, error at most, IoU at least."""
 ROUNDS = 11
 TRAINING = (
-    "batch=2", "distil.steps=420", "distil.learning_rate=3e-6", "clip=0.25", "budgets.keep=[]",
-    'budgets.merge=["122..0","167..0"]', "losses.classes=0", "images.cut_mix=0", "check_every=40",
+    "batch=2", "distil.steps=420", "distil.learning_rate=3e-6", "clip=0.25",
+    'budgets=[{merge="122..0"},{merge="167..0"}]', "losses.classes=0", "images.mixed=0", "check_every=40",
 )  # fmt: skip
 """What differs from the recipe: images are larger, batches small (clip), shares of keys the student's own."""
 
@@ -70,7 +70,7 @@ def train(work: Path) -> None:
     """Distil towards the dense model's tokens and maps, judged by the development photographs; goes on where it was
     stopped.
     """
-    pictures, begun = work / "pictures", work / "student.training" / "checkpoint.pt"
+    pictures, begun = work / "pictures", work / "student.training" / "checkpoint.safetensors"
     if not pictures.exists():
         made = pictures.with_suffix(".part")
         shutil.rmtree(made, ignore_errors=True)
@@ -82,7 +82,7 @@ def train(work: Path) -> None:
             untrained(work), pictures / "train", work / "student", overrides=TRAINING, resume=begun.exists(),
             held_out=linked(work / "development", split.development()), trust=[MODULE], progress=progress,
         )  # fmt: skip
-    click.echo(f"{(time.monotonic() - start) / 60:.1f} minutes, {write_record(summary.fidelity)}, kept {summary.kept}")
+    click.echo(f"{(time.monotonic() - start) / 60:.1f} minutes, {summary.start} to {summary.best}, kept {summary.kept}")
 
 
 class Exported(NamedTuple):

@@ -3,7 +3,6 @@
     python benchmarks/search.py [--size 224] [--size 518] [--size 1036] -o FOLDER
     python benchmarks/search.py --seeds 10 -o FOLDER
     python benchmarks/search.py --saliency -o FOLDER
-    python benchmarks/search.py --layouts --size 518 -o FOLDER
 
 DINOv2 ViT-S/14, real weights, untrained. Searches see the development photographs and the calibration images; all that
 is compared is measured over the publication photographs (`demo/split.py`). Uniform: one rate and one share of keys in
@@ -17,15 +16,10 @@ them. No search sees what it is held against.
 
 With --saliency the demonstration's model, decoder and all, is searched at 518 px for the fastest whose map overlaps
 the dense model's (IoU at .5), in every backend and precision that runs here, beside the dense model in the fastest.
-
-With --layouts what was found at a size before is exported anew with other tiles, probes and cells, which a search
-leaves as they are: each one's time beside the answer's, and over what the search's own plans take at its fidelity.
-Judged by the images that the search was judged by: what decides on a default is not published.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 import shutil
@@ -38,7 +32,6 @@ from typing import Any
 import click
 import numpy as np
 from fidelity_subject import weights_file
-from frontier import time_at
 from summary import write_summary
 
 import sparsifiner_edge as se
@@ -50,13 +43,13 @@ from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan, plan_of
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
-from sparsifiner_edge.results import Result, Subject, read_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch, linked
-from sparsifiner_edge.search.front import Finalist, SearchResult
-from sparsifiner_edge.search.latency import Deployment, PlanLatency, measured
+from sparsifiner_edge.search.front import Candidate, SearchResult
+from sparsifiner_edge.search.latency import measured
 from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
+from sparsifiner_edge.search.whole import WholeModels, linked, whole_ms
+from sparsifiner_edge.sparse.student import dense_twin, load_student
 
 SEARCHES = {
     224: (("fp32", 0.95), ("fp32", 0.98), ("int8", 0.98)),
@@ -75,18 +68,12 @@ FEW = {224: 8, 518: 8, 1036: 4}
 """Of these, what decides which uniform settings are timed."""
 EACH_SIDE = 2
 """Uniform settings around the answer's fidelity that are timed."""
-LAYOUTS: tuple[dict[str, int], ...] = (
-    {}, {"cells": 8}, {"cells": 32}, {"cells": 64}, {"tile": 8}, {"probe": 4}, {"probe": 16}, {"tile": 32},
-    {"tile": 32, "probe": 16},
-)  # fmt: skip
-"""What is changed of the student's tile 16, probe 8 and 16 cells."""
 OVERLAP, FASTER = 0.95, (1.7, 2.2)
 """Of the demonstration's maps, at least; times the best dense engine: required, aimed at."""
 
 
 def searched(
-    size: int, searches: Sequence[tuple[str, float]], data: Path, work: Path, backends: Sequence[str] = BACKENDS,
-    seed: int = 0,
+    size: int, searches: Sequence[tuple[str, float]], data: Path, work: Path, backends: Sequence[str] = BACKENDS
 ) -> list[SearchResult]:  # fmt: skip
     """Searches by fidelity; the last one's answer stays in `work`/found."""
     found = []
@@ -96,7 +83,7 @@ def searched(
             found.append(
                 se.search_model(
                     material.DINOV2, data, work / "found", at_least=bound, weights=weights_file(), img_size=size,
-                    backends=backends, computes=["auto"], precisions=[precision], seed=seed, progress=progress,
+                    backends=backends, computes=["auto"], precisions=[precision], progress=progress,
                 )
             )  # fmt: skip
     return found
@@ -108,10 +95,11 @@ def predictions(results: list[SearchResult]) -> list[dict[str, Any]]:
     """
     rows = []
     for result in results:
+        drifts = {dense.engine: dense.ms.value / dense.predicted_ms for dense in result.statistics.dense}
         for one in result.statistics.finalists:
-            drift = result.statistics.drift[str(Deployment(one.backend, one.stored, one.computes).dense_host)]
+            drift = drifts[one.engine.dense_host]
             rows.append({
-                "at_least": result.method.at_least, "drift": drift, "engine": one.engine,
+                "at_least": result.method.at_least, "drift": drift, "engine": str(one.engine),
                 "merge": one.merge, "keep": one.keep, "ms": one.ms.value,
                 "ms_off": one.predicted_ms * drift / one.ms.value - 1,
                 "distance_off": (1 - one.predicted_fidelity) / (1 - one.fidelity) - 1,
@@ -119,7 +107,7 @@ def predictions(results: list[SearchResult]) -> list[dict[str, Any]]:
     return rows
 
 
-def answer_of(result: SearchResult) -> Finalist:
+def answer_of(result: SearchResult) -> Candidate:
     """What was found, or an error that says why nothing was."""
     answer = result.statistics.answer
     if isinstance(answer, Unavailable):
@@ -130,7 +118,7 @@ def answer_of(result: SearchResult) -> Finalist:
 def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path, tell: Any) -> dict[str, Any]:
     """The last search's answer beside uniform settings at its fidelity, over publication photographs."""
     answer = answer_of(result)
-    engine = Deployment(answer.backend, answer.stored, answer.computes)
+    engine = answer.engine
     student = load_student(folder / "start")
     photographs = evenly(split.publication(), JUDGES[size])
     few, trial = (
@@ -151,17 +139,17 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
         for gone in GONE
         for share in SHARES
     ]
-    latency, judged = PlanLatency(measured(student, engine), trial.patches), {}
+    latency, judged = measured(student, engine), {}
     for number, plan in enumerate(plans, 1):
         tell(f"uniform setting {number} of {len(plans)} over publication photographs")
         judged[plan] = fmean(few.distances(plan))
     chosen = around(judged, by_few, latency.of)
     images = linked_images(folder, result)
-    exports = Exports(scratch, folder / "start", dense_twin(load_student(folder / "start")), images, (), None)
-    bundles = {plan: exports.of(plan, engine.stored) for plan in chosen}
+    dense_model = dense_twin(load_student(folder / "start"))
+    models = WholeModels(scratch, folder / "start", dense_model, images, None, (), None)
+    bundles = {plan: models.bundle(plan, engine) for plan in chosen}
     tell("timing")
-    contenders = [Contender(path, engine) for path in (folder / "bundle", *bundles.values())]
-    ours, *others = Stopwatch(None, None).times(contenders)
+    ours, *others = whole_ms([(path, engine) for path in (folder / "bundle", *bundles.values())])
     points = [(1 - lost(path), ms.value) for path, ms in zip(bundles.values(), others, strict=True)]
     at_equal = fastest_at(points, 1 - own)
     low, high = (bound if isinstance(bound, float) else ours.value for bound in (ours.low, ours.high))
@@ -222,7 +210,7 @@ def checks(count: int, work: Path, tell: Any) -> list[dict[str, Any]]:
         users, others = shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]
         images = images_in(work / "seeds" / str(seed), users)
         folder = work / "seeds" / f"found-{seed}"
-        (result,) = searched(224, [("fp32", 0.98)], images, folder, BACKENDS[:1], seed)
+        (result,) = searched(224, [("fp32", 0.98)], images, folder, BACKENDS[:1])
         student = load_student(folder / "found" / "start")
         trial = Trial(student, dense_twin(student).model, others, "patches")
         with open_session(folder / "found" / "bundle", "onnxruntime") as session:
@@ -242,84 +230,35 @@ def saliency(work: Path) -> dict[str, Any]:
     shutil.rmtree(work / "found", ignore_errors=True)
     with progress_bar("saliency") as progress:
         result = se.search_model(
-            f"{demo.MODULE}:saliency", images, work / "found", at_least=OVERLAP, metric="task", img_size=demo.SIZE,
+            f"{demo.MODULE}:saliency", images, work / "found", at_least=OVERLAP, metric="maps", img_size=demo.SIZE,
             trust=[demo.MODULE], progress=progress,
         )  # fmt: skip
     answer = answer_of(result)
     student = load_student(work / "found" / "start", trust=[demo.MODULE])
-    trial = Trial(student, dense_twin(student).model, split.publication(), "task")
+    trial = Trial(student, dense_twin(student).model, split.publication(), "maps")
     with open_session(work / "found" / "bundle", answer.backend, precision=answer.computes) as session:
         overlaps = [1 - distance for distance in trial.distances_of(session.infer)]
-    engine, dense = min(result.statistics.dense_ms.items(), key=lambda row: row[1].value)
+    dense = min(result.statistics.dense, key=lambda one: one.ms.value)
     low, high = (bound if isinstance(bound, float) else answer.ms.value for bound in (answer.ms.low, answer.ms.high))
-    ratio = stats.estimate(dense.value / answer.ms.value, dense.value / high, dense.value / low, answer.ms.interval)
+    ms = dense.ms.value
+    ratio = stats.estimate(ms / answer.ms.value, ms / high, ms / low, answer.ms.interval)
     return {
-        "answer": write_record(answer), "dense": {engine: dense.value}, "ratio": write_record(ratio),
+        "answer": write_record(answer), "dense": {str(dense.engine): ms}, "ratio": write_record(ratio),
         "publication_overlap": write_record(stats.small_sample_mean(overlaps)),
     }  # fmt: skip
-
-
-def layouts(work: Path, tell: Any) -> list[dict[str, Any]]:
-    """What other tiles, probes and cells give at the plan that was found."""
-    folder = work / "found"
-    result = read_result(folder / "front.json", SearchResult)
-    answer = answer_of(result)
-    engine = Deployment(answer.backend, answer.stored, answer.computes)
-    own = load_student(folder / "student")
-    calibration = linked_images(folder, result)
-    tried = [work / "images" / name for name in result.method.images["tried"]]
-    trial = Trial(load_student(folder / "start"), dense_twin(own).model, tried, "patches")
-    found: list[tuple[dict[str, int], Contender, float]] = []
-    with scratch_folder() as scratch:
-        images = linked(scratch / "images", calibration)
-        for number, change in enumerate(LAYOUTS):
-            tell(f"{number + 1} of {len(LAYOUTS)}: {change}")
-            made = dataclasses.replace(own, sparsity=dataclasses.replace(own.sparsity, **change))
-            student, bundle = scratch / f"student-{number}", scratch / f"bundle-{number}"
-            save_student(made, student)
-            se.export_bundle(
-                student, bundle, precision=engine.stored, calibrate=images if engine.stored == "int8" else None
-            )
-            with open_session(bundle, engine.backend, precision=engine.computes) as session:
-                found.append((change, Contender(bundle, engine), fmean(trial.distances_of(session.infer))))
-        tell("timing")
-        times = Stopwatch(None, None).times([contender for _, contender, _ in found])
-    points = result.statistics.points
-    front = [(x.fidelity, x.predicted_ms[str(engine)]) for x in points if x.on_front and x.fidelity < 1]
-    # What the engine's precision loses is not in the front's fidelities.
-    lost = found[0][2] - next(1 - x.fidelity for x in points if (x.merge, x.keep) == (answer.merge, answer.keep))
-    at_own = time_at(front, 1 - found[0][2] + lost)
-    return [
-        {
-            **{name: change.get(name, getattr(own.sparsity, name)) for name in ("tile", "probe", "cells")},
-            "fidelity": 1 - distance, "ms": ms.value, "times_the_answer": ms.value / times[0].value,
-            "times_the_front": ms.value / times[0].value / (time_at(front, 1 - distance + lost) / at_own),
-        }
-        for (change, _, distance), ms in zip(found, times, strict=True)
-    ]  # fmt: skip
 
 
 @click.command()
 @click.option("--size", "sizes", type=click.Choice([str(size) for size in SEARCHES]), multiple=True)
 @click.option("--seeds", default=0, help="Searches whose check is held against the truth.")
 @click.option("--saliency", "on_saliency", is_flag=True, help="The demonstration's model, by its map.")
-@click.option(
-    "--layouts", "other_layouts", is_flag=True, help="Other tiles, probes and cells, of what was found before."
-)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder for results, and for work/.")  # fmt: skip
-def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, other_layouts: bool, output: Path) -> None:
+def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, output: Path) -> None:
     """See the module's documentation."""
     subject = Subject(path=Unavailable("computed here"), name=material.DINOV2, sha256=Unavailable("computed here"))
     for size in map(int, sizes):
         work = output / "work" / str(size)
-        if other_layouts:
-            rows = layouts(work, err_console.print)
-            columns = list(rows[0])
-            print_table(f"{size} px", columns, [[f"{row[name]:.4g}" for name in columns] for row in rows])
-            method = {"script": "benchmarks/search.py --layouts", "size": size}
-            write_summary(output / f"layouts_{size}.json", Result("search", [subject], method, {}, {"rows": rows}))
-            continue
         start = time.monotonic()
         results = searched(size, SEARCHES[size], images_in(work, [*split.development(), *split.calibration()]), work)
         minutes = (time.monotonic() - start) / 60

@@ -8,7 +8,7 @@ import pytest
 
 from sparsifiner_edge.demo import demo
 from sparsifiner_edge.profiles.profile import profile_bundle
-from sparsifiner_edge.search import finalists
+from sparsifiner_edge.search import whole
 from tests.commands import call
 from tests.plain import read_result
 
@@ -22,7 +22,7 @@ def test_a_small_demonstration(
     for name, value in {"MODULE": "tests.small_saliency", "SIZE": 160, "AT_LEAST": 0.8}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "profile_bundle", lambda *a, **k: profile_bundle(*a, **k | {"seconds": 0.3}))
-    monkeypatch.setattr(finalists, "SECONDS", 0.2)
+    monkeypatch.setattr(whole, "SECONDS", 0.2)
     done = call(capsys, "demo", "-o", tmp_path / "demo", "--minutes", 1)
     assert done.code == 0, done.err
     assert "the fastest at 0.8" in done.out

@@ -1,12 +1,13 @@
-"""The parts of distillation: what is drawn, data sets, losses, recipes."""
+"""The parts of distillation: what is drawn, data sets, augmentations, losses, recipes, what lists hold."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import random
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,26 +16,35 @@ import torch
 from PIL import Image
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.distill.augment import augmentation, seeded
 from sparsifiner_edge.distill.data import (
-    Batch,
+    BatchAugmentation,
     ShuffledBatches,
+    augmentation,
     batches,
+    drawn_from,
     folder_source,
+    seeded,
 )
-from sparsifiner_edge.distill.fidelity import joint_fidelity
-from sparsifiner_edge.distill.losses import Distiller, at_positions
-from sparsifiner_edge.distill.optimiser import make_optimiser
-from sparsifiner_edge.distill.recipe import Images, Losses, Phase, Recipe, names, read_recipe
-from sparsifiner_edge.distill.train import Training, digest, make_accelerator
+from sparsifiner_edge.distill.fidelity import attention_captured, joint_fidelity, predictors_of, put_back_worse
+from sparsifiner_edge.distill.losses import Distiller
+from sparsifiner_edge.distill.recipe import Budget, Images, Losses, Recipe, names, read_recipe
+from sparsifiner_edge.distill.train import digest
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.images import load_image, open_image
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
-from sparsifiner_edge.sparse.patch import final_tokens
+from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import dense_twin
-from sparsifiner_edge.sparse.weights import normalise
 from tests.models import images, student
+
+PUBLISHED = "rand-m9-mstd0.5-inc1"
+PAPER = SparsityConfig.for_preset("paper", keep=0.25, channels=16)
+KINDS = {
+    "paper": PAPER,
+    "merging": SparsityConfig(keep=0.2, cells=4, channels=8, merge=(6,)),
+    "some dense": SparsityConfig(keep=(0.2, 1.0, 0.2, 0.2, 1.0, 0.3), cells=0, channels=8),
+}
 
 
 def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
@@ -69,16 +79,12 @@ def test_classes_are_numbered_as_the_classifier_numbers_them(folder: Path, tmp_p
         assert folder_source(data, 2, labelled=True, held_out=folder, classifier=labels).classes[0] == first
     with pytest.raises(ConfigError, match="'class10' is not a class of the classifier"):
         folder_source(data, 2, labelled=True, held_out=folder, classifier=("class2", "class3"))
-
-
-def test_a_class_held_out_is_still_a_class(folder: Path, tmp_path: Path) -> None:
-    data = shutil.copytree(folder / "dogs", tmp_path / "data" / "dogs").parent
+    data = shutil.copytree(folder / "dogs", tmp_path / "other" / "dogs").parent
     (data / "cats").mkdir()
     shutil.copy(folder / "cats" / "01.png", data / "cats")
     source = folder_source(data, 1, labelled=True, held_out=None)
     assert [path.parent.name for path in source.held_out] == ["cats"]
-    assert source.classes == ("cats", "dogs")
-    assert set(source.labels) == {1}
+    assert (source.classes, set(source.labels)) == (("cats", "dogs"), {1}), "a class held out is still a class"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -94,16 +100,6 @@ def test_what_a_worker_meets_is_told_as_it_is(workers: int, folder: Path, tmp_pa
         next(drawn)
 
 
-@pytest.mark.parametrize("size", [32, (24, 40), (40, 24)])
-def test_images_of_any_shape(size: Any, folder: Path) -> None:
-    path = folder / "dogs" / "00.png"
-    image = open_image(path)
-    whole = augmentation(size, Images(smallest_crop=1, flip=False))(image)
-    assert torch.equal(whole, torch.from_numpy(load_image(path, size)).permute(2, 0, 1))
-    drawn = seeded(augmentation(size, Images(smallest_crop=0.99, flip=False)), image, 0)
-    assert drawn.shape == whole.shape
-
-
 @pytest.mark.parametrize("size", [(20, 80), (80, 20), (40, 40)])
 def test_random_crops_have_the_shape_of_the_model(size: tuple[int, int]) -> None:
     """A gradient from left to right and one from top to bottom: how much of each a crop holds tells its sides."""
@@ -116,28 +112,13 @@ def test_random_crops_have_the_shape_of_the_model(size: tuple[int, int]) -> None
     assert float(np.median(shapes)) == pytest.approx(size[1] / size[0], rel=0.25)
 
 
-def test_epochs_are_counted_over_all_processes(folder: Path, tmp_path: Path) -> None:
-    plan, found = read_recipe("cpu", ("batch=2", "images.held_out=2")), student(num_classes=2)
-    source = folder_source(folder, 2, False, None)
-    training = Training(make_accelerator(plan), found, dense_twin(found), source, plan, tmp_path)
-    training.accelerator = SimpleNamespace(num_processes=4)
-    assert training._steps(Phase(steps=0, epochs=8.0)) == 8 * 10 / (2 * 4)
-
-
-def test_models_are_told_apart_by_their_weights_on_any_number_of_threads() -> None:
-    torch.manual_seed(0)
+def test_models_are_told_apart_by_their_weights() -> None:
     model = torch.nn.Linear(512, 512).to(torch.bfloat16)
-    threads, found = torch.get_num_threads(), set()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.add(digest(model))
-    finally:
-        torch.set_num_threads(threads)
+    before = digest(model)
+    assert digest(model) == before
     with torch.no_grad():
         model.bias[3] += 1
-    assert len(found) == 1
-    assert digest(model) not in found
+    assert digest(model) != before
 
 
 def test_a_folder_is_the_same_by_any_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +126,8 @@ def test_a_folder_is_the_same_by_any_name(folder: Path, monkeypatch: pytest.Monk
     named = [folder_source(path, 2, False, None).fingerprint for path in (folder, Path(), Path("cats/.."))]
     assert len(set(named[:2])) == 1
     assert folder_source(folder / "cats", 2, False, None).fingerprint not in named
+    source = folder_source(folder, 2, False, folder / ".." / folder.name / "cats")
+    assert {path.parent.name for path in source.train} == {"dogs"}, "what decides is never trained on"
 
 
 @pytest.mark.parametrize("preset", ["edge", "paper"])
@@ -191,23 +174,16 @@ def test_losses_are_zero_for_the_teacher_itself() -> None:
     assert gradients == {name for name in gradients if ".select." in name} != set()
 
 
-def test_pruned_tokens_are_held_against_their_own_places() -> None:
-    found = student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((1, 0.6), (3, 0.5))))
-    tokens, positions = final_tokens(found.model, images(found.model))
-    assert positions is not None
-    assert tokens.shape == (2, 31, 64)
-    wanted = torch.arange(101).float()[None, :, None].expand(2, -1, 64)
-    picked = at_positions(wanted, positions, 1)
-    assert torch.equal(picked[:, 1:, 0].long() - 1, positions)
-
-
 def test_recipes() -> None:
     assert names() == ["cpu", "imagenet-deit-s"]
     for name in names():
         assert isinstance(read_recipe(name), Recipe)
-    recipe = read_recipe("cpu", ["distil.steps=7", "budgets.keep=[0.3]", "precision=bf16", "distil.learning_rate=2e-6"])
-    assert (recipe.distil.steps, recipe.budgets.keep, recipe.precision) == (7, (0.3,), "bf16")
-    assert recipe.distil.learning_rate == 2e-6
+    recipe = read_recipe("cpu", ["distil.steps=7", 'budgets=[{keep="0.3"}]', "precision=bf16"])
+    assert (recipe.distil.steps, recipe.budgets, recipe.precision) == (7, (Budget(keep="0.3"),), "bf16")
+    images, published = read_recipe("imagenet-deit-s").images, read_recipe("imagenet-deit-s")
+    assert (images.auto_augment, images.erasing, images.mixup, images.mixup_cut) == (PUBLISHED, 0.25, 0.8, 1.0)
+    assert (images.smoothing, published.weight_decay, published.predictor_weight_decay) == (0.1, 0.05, 0.05)
+    assert (published.clip, published.precision, published.best) == (0, "no", "top1")
     assert json.loads(json.dumps(write_record(recipe)))["distil"]["steps"] == 7
 
 
@@ -216,43 +192,17 @@ def test_recipes() -> None:
     [
         ("distil.step=7", "unknown key distil.step"), ("batch=0", "batch is 0"),
         ("batch=two", 'batch is "two", not int'),
-        ("distil=3", "distil is 3"), ("budgets.keep=[1.5]", "budgets.keep[0] is 1.5, not float < 1"),
+        ("distil=3", "distil is 3"), ("budgets=[0.1]", "budgets[0] is 0.1"),
         ("precision=fp8", 'precision is "fp8", not str of the form'),
         ("distil.steps", "has no value"), ("batch.x=1", "batch is not a section"),
         ("distil.epochs=2", "both steps and epochs"),
-        ("distil.steps=0", "has no training steps"), ("budgets.token_keep=4", "budgets.token_keep is 4, not str"),
-        ("budgets.token_keep='4'", "token_keep holds '4'"),
-        ('budgets.merge=["x"]', "merge is 'x'"), ("losses.patches=nan", "losses.patches is NaN, not float"),
+        ("distil.steps=0", "has no training steps"), ("budgets=[{merge=4}]", "budgets[0].merge is 4, not str"),
+        ("losses.patches=nan", "losses.patches is NaN, not float"),
     ],
 )  # fmt: skip
 def test_bad_recipes_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         read_recipe("cpu", [override])
-
-
-def test_what_decides_is_never_trained_on(folder: Path) -> None:
-    source = folder_source(folder, 2, False, folder / ".." / folder.name / "cats")
-    assert {path.parent.name for path in source.train} == {"dogs"}
-    assert len(source.held_out) == 2
-
-
-def test_a_large_epsilon_spares_weights_whose_gradients_are_small() -> None:
-    model = student().model
-    moved = {}
-    for epsilon in (1e-8, 1.0):
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimiser = make_optimiser(model, Recipe(epsilon=epsilon))
-        assert {group["lr"] for group in optimiser.param_groups} == {1e-3}
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        optimiser.step()
-        moved[epsilon] = {name: float((p - before[name]).abs().max().detach()) for name, p in model.named_parameters()}
-    for name, distance in moved[1.0].items():
-        if ".select." in name:  # the predictor has Adam's own
-            assert distance == pytest.approx(moved[1e-8][name], rel=1e-2)
-        else:
-            assert distance == pytest.approx(1e-6, rel=0.1)
-            assert moved[1e-8][name] == pytest.approx(1e-3, rel=0.1)
 
 
 def test_relative_losses_keep_their_value_and_weigh_by_their_share() -> None:
@@ -279,38 +229,121 @@ def test_a_budget_or_image_counts_by_the_share_of_its_error_that_goes() -> None:
     assert math.isnan(joint_fidelity([[0.9, math.nan]]))
 
 
-def test_mixed_images_hold_a_rectangle_of_their_neighbour(folder: Path, tmp_path: Path) -> None:
-    plan, found = read_recipe("cpu", ("batch=2", "images.held_out=2", "images.cut_mix=0.5")), student()
-    training = Training(
-        make_accelerator(plan), found, dense_twin(found), folder_source(folder, 2, False, None), plan, tmp_path
-    )
-    size, count = found.img_size, 3
-    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, size, size) * 100
-    batch = Batch(images, torch.zeros(count), ("",) * count, ())
-    mixed, shares = 0, []
-    for seed in range(60):
-        torch.manual_seed(seed)
-        made = training._inputs(batch)[0]
-        plain = normalise(images.permute(0, 2, 3, 1), training.pre)
-        other = (made != plain).all(1)  # [B,H,W], alike for the whole batch
-        assert torch.equal(other[0], other[1])
-        torch.testing.assert_close(torch.where(other[:, None], plain.roll(1, 0), plain), made)
-        rows, columns = other[0].any(1), other[0].any(0)
-        assert int(other[0].sum()) == int(rows.sum()) * int(columns.sum())  # a rectangle
-        mixed += bool(other.any())
-        shares.append(float(other[0].float().mean()))
-    assert 15 < mixed < 45
-    assert max(shares) > 0.5
+def test_budgets_are_those_of_the_student_but_for_what_they_say() -> None:
+    sparsity = SparsityConfig(keep=(0.3, 0.2, 1), cells=0, channels=8, merge=(4,))
+    plan = plan_of(sparsity, 6, 100)
+    assert Budget().config(sparsity, plan) == sparsity
+    few = Budget(keep="0.1", merge="0").config(sparsity, plan)
+    assert (few.keep, few.merge) == (0.1, ())
+    assert few.dense_layers == (2, 3, 4, 5), "layers that are dense have no predictor"
+    assert Budget(keep=".1,.2", merge="20..0").config(sparsity, plan).keep == (0.1, 0.2)
+    pruning = SparsityConfig(keep=1, token_keep=((2, 0.7),))
+    plan = plan_of(pruning, 6, 100)
+    assert Budget(keep="0.1", token_keep="2:.7").config(pruning, plan) == pruning, "there is no predictor"
+    for budget, words in (
+        (Budget(token_keep="2:.5"), "token_keep is 2:.5, but this student prunes"), (Budget(keep="x"), "keep is 'x'"),
+        (Budget(token_keep="4"), "token_keep holds '4'"), (Budget(merge="x"), "merge is 'x'"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            budget.config(pruning, plan)
 
 
-def test_images_get_worse_as_often_as_asked(pictures: Path) -> None:
-    """Each by one of ImageNet-C's corruptions; what is drawn follows from the seed."""
-    image = open_image(sorted(pictures.iterdir())[0])
-    plain = augmentation(64, Images(smallest_crop=1, flip=False))
-    clean = plain(image)
-    for share, least, most in ((0.0, 0, 0), (0.5, 10, 30), (1.0, 40, 40)):
-        transform = augmentation(64, Images(smallest_crop=1, flip=False, corrupted=share))
-        found = [seeded(transform, image, seed) for seed in range(40)]
-        assert all(torch.equal(x, seeded(transform, image, seed)) for seed, x in enumerate(found[:3]))
-        assert all(x.shape == clean.shape and x.dtype == torch.uint8 for x in found)
-        assert least <= sum(not torch.equal(x, clean) for x in found) <= most
+@pytest.mark.parametrize(
+    ("policy", "size"),
+    [(PUBLISHED, (32, 48)), ("rand-m10-n9-inc1", (32, 32)), ("augmix-m10-w3", (32, 32)), ("v0", (32, 32))],
+)
+def test_policies_at_every_magnitude(policy: str, size: tuple[int, int]) -> None:
+    """At its end timm asks Pillow for an image of no bits; and what is drawn leaves others alone."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    plain, auto = (augmentation(size, Images(auto_augment=name)) for name in ("", policy))
+    before = random.getstate(), str(np.random.get_state(legacy=False)), torch.random.get_rng_state()
+    pairs = [(seeded(auto, image, seed), seeded(plain, image, seed)) for seed in range(16)]
+    after = random.getstate(), str(np.random.get_state(legacy=False)), torch.random.get_rng_state()
+    assert all(drawn.dtype == torch.uint8 and drawn.shape == (3, *size) for drawn, _ in pairs)
+    assert sum(not torch.equal(*pair) for pair in pairs) >= 6  # some leave an image as it is
+    assert torch.equal(seeded(auto, image, 3), pairs[3][0])
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+
+
+def test_erasing() -> None:
+    images = torch.zeros(200, 3, 32, 32)
+    with drawn_from(0):
+        erased, labels = BatchAugmentation(Images(erasing=0.25), 0, 200, "cpu")(images.clone(), torch.full((200,), -1))
+    touched = (erased != 0).flatten(1).any(1)
+    assert 0.15 < float(touched.float().mean()) < 0.35
+    assert erased[touched].std() > 0.1
+    assert labels is None
+
+
+@pytest.mark.parametrize(("mixup", "cut"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0), (0.0, 0.0)])
+def test_labels_are_mixed_as_images_are(mixup: float, cut: float) -> None:
+    """Each image is its class's number everywhere: what stands in a mixture is what its label says."""
+    classes, labels = 5, torch.tensor([0, 1, 2, 3])
+    images = labels.float()[:, None, None, None].expand(-1, 3, 20, 20)
+    augment = BatchAugmentation(Images(mixup=mixup, mixup_cut=cut, smoothing=0.1), classes, 4, "cpu")
+    for seed in range(10):
+        with drawn_from(seed):
+            mixed, shares = augment(images, labels)
+        assert shares is not None
+        assert shares.shape == (4, classes)
+        assert shares.sum(1) == pytest.approx(torch.ones(4))
+        true = (shares - 0.1 / classes) / 0.9
+        assert mixed.mean((1, 2, 3)).numpy() == pytest.approx((true @ torch.arange(5.0)).numpy(), abs=1e-4)
+    assert torch.equal(images[:, 0, 0, 0], labels.float()), "what was given is as it was"
+
+
+def test_augmentations_that_are_refused() -> None:
+    for odd in (Images(mixup_cut=0.8), Images(smoothing=0.1)):
+        with pytest.raises(ConfigError, match="batch is 3"):
+            BatchAugmentation(odd, 2, 3, "cpu")
+    for policy in ("nonsense", "rand-z3"):
+        with pytest.raises(ConfigError, match="timm does not know"):
+            augmentation(32, Images(auto_augment=policy))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@torch.no_grad()
+def test_attention_that_lists_hold(kind: str) -> None:
+    """Query by query, key by key."""
+    made = student(sparsity=KINDS[kind])
+    image, wanted = images(made.model, batch=1), []
+
+    def count(layer: Any, qkv: torch.Tensor, *_: Any) -> None:
+        q, k, _ = ops.split_heads(qkv, layer.geometry.heads)
+        lists, prefix, shares = layer.indices(qkv), layer.num_prefix, []
+        for head in range(q.shape[1]):
+            for query in range(prefix, q.shape[2]):
+                row = (layer.geometry.scale * k[0, head] @ q[0, head, query]).softmax(0)
+                if layer.prefix_keys:
+                    listed = lists[0, head, (query - prefix) // layer.sparsity.tile] + prefix
+                    shares.append(row[:prefix].sum() + row[listed].sum())
+                else:
+                    shares.append(row[lists[0, head, query - prefix]].sum())
+        wanted.append(float(torch.stack(shares).mean()))
+
+    (found,) = attention_captured(made.model, [image], [made.sparsity]).values()
+    assert made.backbone.sparsity == made.sparsity, "the budget is as it was"
+    set_budget(made.model, dataclasses.replace(made.sparsity, merge=()))
+    with observed(made.model, count, densely=True):
+        made.model(image)
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert len(found) == (4 if kind == "some dense" else 6)
+
+
+def test_a_layer_goes_on_with_the_predictor_that_holds_more() -> None:
+    made, image = student(sparsity=PAPER), None
+    image = images(made.model, batch=1)
+    start, few = predictors_of(made.model), dataclasses.replace(PAPER, keep=(0.25, 1.0, *[0.25] * 4))
+    assert put_back_worse(made.model, start, [image], [PAPER]) == [*range(6)], "nothing was learnt"
+    held = attention_captured(made.model, [image], [PAPER])["0.25"]
+    for layer in sparse_layers(made.model)[:4]:
+        torch.nn.init.zeros_(layer.select.up)
+    learnt = predictors_of(made.model)
+    worse = put_back_worse(made.model, start, [image], [PAPER])
+    assert {0, 1, 2, 3} <= set(worse)
+    after = attention_captured(made.model, [image], [PAPER])["0.25"]
+    assert all(a >= b for a, b in zip(after, held, strict=True))
+    for layer, parameters in zip(sparse_layers(made.model), learnt, strict=True):
+        layer.select.load_state_dict(parameters)
+    assert 1 not in put_back_worse(made.model, start, [image], [few]), "a budget without lists does not judge them"

@@ -54,22 +54,25 @@ def command(*, student: Path, data: Path, output: Path, as_json: bool, **options
 
 def _print(summary: TrainingSummary, output: Path) -> None:
     """What was kept, and what could not be read."""
-    found = summary.fidelity
-    if found.best is not None:
-        what = "top-1" if found.metric.startswith("top-1") else "cosine to the teacher"
+    if summary.best is not None:
+        what = "top-1" if summary.metric.startswith("top-1") else "cosine to the teacher"
         click.echo(
             f"{output}: {summary.kept} of {summary.steps} steps kept; {what} on held-out images "
-            f"{found.best:.4f}, untrained {found.start:.4f}, all budgets together."
+            f"{summary.best:.4f}, untrained {summary.start:.4f}, all budgets together."
         )
-        rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in found.budgets or []]
+        rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in summary.budgets]
         common.print_table(f"{what[0].upper()}{what[1:]}, held-out images", ["budget", "untrained", "kept"], rows)
     common.print_novelty(output)
-    for warning in summary.warnings:
-        click.echo(f"warning: {warning}. Its predictor got worse: train it slower, or less.", err=True)
-    unreadable = summary.images.unreadable
-    if unreadable:
-        listed = "\n  ".join(map(shown, unreadable[:10]))
-        click.echo(f"{len(unreadable)} images could not be read and were skipped:\n  {listed}", err=True)
+    if summary.put_back:
+        layers = ", ".join(map(str, summary.put_back))
+        click.echo(
+            f"warning: predictors of sparse layers {layers} held less of their attention after the first phase, and "
+            "went on as they had begun. Train them slower, or less.",
+            err=True,
+        )
+    if summary.unreadable:
+        listed = "\n  ".join(map(shown, summary.unreadable[:10]))
+        click.echo(f"{len(summary.unreadable)} images could not be read and were skipped:\n  {listed}", err=True)
     click.echo(f"Next: sparsifiner-edge export {output} -o BUNDLE/")
 
 
@@ -77,5 +80,4 @@ def _budget(row: BudgetFidelity) -> str:
     """Such as "keep 0.1, tokens 3:0.7,6:0.7" or "keep 0.1, merge 20..0"."""
     places = ",".join(f"{layer}:{share:g}" for layer, share in row.token_keep)
     merge = f"merge {merge_text(row.merge)}" if row.merge else ""
-    parts = [f"keep {keep_text(row.keep)}", f"tokens {places}" if places else "", merge]
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, [f"keep {keep_text(row.keep)}", f"tokens {places}" if places else "", merge]))

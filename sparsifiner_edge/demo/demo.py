@@ -29,7 +29,7 @@ from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import write_report
 from sparsifiner_edge.report.explain_page import write_overview
 from sparsifiner_edge.results import Declared, Estimate, read_result, write_result
-from sparsifiner_edge.search.front import Finalist
+from sparsifiner_edge.search.front import Candidate
 from sparsifiner_edge.search.search import BUNDLE, FRONT, STUDENT, search_model
 from sparsifiner_edge.sparse.student import load_student
 
@@ -206,7 +206,7 @@ def _result(row: _Row) -> DemoResult:
     return DemoResult("demo", subjects, method, samples, {name: row.figures})
 
 
-def _figures(answer: Finalist, task: ScoresResult, profile: Statistics, manifest: Manifest) -> RowFigures:
+def _figures(answer: Candidate, task: ScoresResult, profile: Statistics, manifest: Manifest) -> RowFigures:
     costs, dense, shape = manifest.costs, manifest.dense_costs, manifest.shape
     assert profile.against is not None
     assert profile.comparison is not None

@@ -1,22 +1,124 @@
-"""Images for training, from any folder; what is drawn follows from the seed alone."""
+"""Images for training, from any folder, and what timm does to them; all that is drawn follows from the seed, so that a
+training that was killed ends where an unbroken one ends.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from PIL import ImageOps
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparsifiner_edge.distill.augment import seeded
+from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.distill.recipe import Images
 from sparsifiner_edge.errors import ConfigError, ImageError, SparsifinerError
-from sparsifiner_edge.images import class_order, evenly, list_images, open_image
+from sparsifiner_edge.images import centred, class_order, evenly, list_images, open_image
+
+
+@contextlib.contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Meanwhile all that torch, NumPy and Python draw follows from `seed`; afterwards they draw on as before."""
+    numpy, python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy)
+            random.setstate(python)
+
+
+def seeded(transform: Any, image: Any, seed: int) -> Tensor:
+    """A transform whose draws follow from `seed` alone."""
+    with drawn_from(seed):
+        return cast(Tensor, transform(image))
+
+
+def augmentation(size: ImageSize, images: Images, mean: tuple[float, float, float] = (0.5, 0.5, 0.5)) -> Any:
+    """PIL image -> uint8 [3,H,W]; shapes of random crops vary by a third about that of `size`.
+
+    Args:
+        mean: of the model's images, 0 to 1: what RandAugment fills with.
+
+    Raises:
+        ConfigError: a policy that timm does not know.
+    """
+    height, width = height_width(size)
+    try:
+        transform: Any = transforms_imagenet_train(
+            (height, width), (images.smallest_crop, 1.0), (3 / 4 * (width / height), 4 / 3 * (width / height)),
+            hflip=0.5 * images.flip, color_jitter=None, auto_augment=images.auto_augment or None,
+            interpolation="bicubic", mean=mean, normalize=False,
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(
+            f"images.auto_augment is {images.auto_augment!r:.60}, which timm does not know.",
+            'Such as "rand-m9-mstd0.5-inc1", or "".',
+        ) from error
+    if images.smallest_crop == 1:
+        transform.transforms[0] = functools.partial(centred, size=size)
+    for step in transform.transforms:
+        for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    """timm's, which asks Pillow for no bits at all at the greatest magnitude, which newer ones refuse."""
+    return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
+
+
+class BatchAugmentation:
+    """What is done to whole batches, normalised and on their device.
+
+    Args:
+        classes: of the labels; 0: there are none.
+
+    Raises:
+        ConfigError: batches are odd, for timm mixes and smooths by pairs.
+    """
+
+    def __init__(self, images: Images, classes: int, batch: int, device: Any) -> None:
+        mixes = images.mixup > 0 or images.mixup_cut > 0
+        if (mixes or images.smoothing) and batch % 2:
+            raise ConfigError(
+                f"images.mixup, mixup_cut and smoothing go by pairs, and batch is {batch}.", "Make it even."
+            )
+        self._classes = classes
+        self._erase = RandomErasing(images.erasing, mode="pixel", device=device) if images.erasing else None
+        self._mix = Mixup(
+            images.mixup, images.mixup_cut, prob=images.mixed * mixes, label_smoothing=images.smoothing,
+            num_classes=max(1, classes),
+        ) if mixes or (images.smoothing and classes) else None  # fmt: skip
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images [B,3,H,W] and labels [B]; these come back as shares of classes [B,C] where images are mixed or labels
+        smoothed, and as None where there are none.
+        """
+        if self._erase is not None:
+            images = self._erase(images)
+        shares: Tensor | None = labels
+        if self._mix is not None:
+            images, shares = self._mix(images.clone(), labels.clamp_min(0))
+        return images, shares if self._classes else None
 
 
 class Batch(NamedTuple):
@@ -34,38 +136,29 @@ class ImageSource:
 
     Attributes:
         train: files. held_out: files that are not trained on.
-        root, held_out_root: the folders that they lie in.
+        fingerprint: tells whether a training resumes on the images that it began with, wherever they lie by now: of
+            their names below their folder, their sizes and labels.
         labels: the class of each file, where labels count; else empty. classes: their names.
         held_out_labels: of each file held out, where all of them lie in folders of classes; else empty.
     """
 
     train: list[Path]
     held_out: tuple[Path, ...]
-    root: Path
-    held_out_root: Path
+    fingerprint: str
     labels: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()
     held_out_labels: tuple[int, ...] = ()
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells whether a training resumes on the images that it began with, wherever they lie by now.
 
-        Of their names below their folder, and their sizes.
-        """
-        lines = [f" {len(self.train)} {bool(self.labels)} []", *map(str, self.labels)]
-        lines += [_name_and_size(path, self.root) for path in self.train]
-        lines += [_name_and_size(path, self.held_out_root) for path in self.held_out]
-        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _name_and_size(path: Path, root: Path) -> str:
-    """A file's name below a folder, and its size; a folder may be named in many ways, and moved."""
-    try:
-        size = path.stat().st_size
-    except OSError:  # Gone since it was listed: whoever reads it says so.
-        size = -1
-    return f"{os.path.relpath(path, root)} {size}"
+def _fingerprint(root: Path, paths: Sequence[Path], labels: Sequence[int]) -> str:
+    lines = [str(labels)]
+    for path in paths:
+        try:
+            size = path.stat().st_size
+        except OSError:  # Gone since it was listed: whoever reads it says so.
+            size = -1
+        lines.append(f"{os.path.relpath(path, root)} {size}")
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def folder_source(
@@ -88,17 +181,24 @@ def folder_source(
     kept = evenly(kept, count)
     if not train:
         raise ImageError(f"{folder} holds {len(files)} images, all of which are held out.", "Give more images.")
-    roots = (folder, folder if held_out is None else held_out)
-    if not labelled:
-        return ImageSource(train, tuple(kept), *roots)
-    parts = {path: path.relative_to(folder).parts for path in files}
-    if folder.is_file() or any(len(part) < 2 for part in parts.values()):
-        raise ConfigError(f"{folder} has images outside the folders of classes.", "Sort them, or leave --labels out.")
-    classes = class_order((part[0] for part in parts.values()), classifier)  # those held out are of classes too
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = tuple(numbers[parts[path][0]] for path in train)
-    found = [numbers.get(path.relative_to(roots[1]).parts[0], -1) for path in kept]
-    return ImageSource(train, tuple(kept), *roots, labels, classes, () if -1 in found else tuple(found))
+    root = folder if held_out is None else held_out
+    labels: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
+    known: list[int] = []
+    if labelled:
+        parts = {path: path.relative_to(folder).parts for path in files}
+        if folder.is_file() or any(len(part) < 2 for part in parts.values()):
+            raise ConfigError(
+                f"{folder} has images outside the folders of classes.", "Sort them, or leave --labels out."
+            )
+        classes = class_order((part[0] for part in parts.values()), classifier)  # those held out are of classes too
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = tuple(numbers[parts[path][0]] for path in train)
+        known = [numbers[name] for path in kept if (name := path.relative_to(root).parts[0]) in numbers]
+    fingerprint = _fingerprint(folder, train, labels) + _fingerprint(root, kept, ())
+    return ImageSource(
+        train, tuple(kept), fingerprint, labels, classes, tuple(known) if len(known) == len(kept) else ()
+    )
 
 
 Sample = tuple[Tensor, int, str, tuple[str, ...]]
@@ -116,7 +216,12 @@ class ShuffledBatches(Dataset[Batch | SparsifinerError]):
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __getitem__(self, numbers: list[int]) -> Batch | SparsifinerError:
-        return _batch(map(self.sample, numbers))
+        """What ends a training is returned: a worker process that raised it would show its traceback instead."""
+        try:
+            images, labels, files, unreadable = zip(*map(self.sample, numbers), strict=True)
+        except SparsifinerError as error:
+            return error
+        return Batch(torch.stack(images), torch.tensor(labels), files, tuple(itertools.chain(*unreadable)))
 
     def sample(self, number: int) -> Sample:
         """The n-th image.
@@ -145,30 +250,10 @@ class ShuffledBatches(Dataset[Batch | SparsifinerError]):
         return self._order[1][place]
 
 
-def _batch(samples: Iterable[Sample]) -> Batch | SparsifinerError:
-    """A batch; what ends a training is returned: a worker process that raised it would show its traceback instead."""
-    try:
-        images, labels, files, unreadable = zip(*samples, strict=True)
-    except SparsifinerError as error:
-        return error
-    return Batch(torch.stack(images), torch.tensor(labels), files, tuple(itertools.chain(*unreadable)))
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
 def batches(
-    source: ImageSource,
-    transform: Any,
-    *,
-    seed: int,
-    batch: int,
-    first: int,
-    process: int,
-    processes: int,
+    source: ImageSource, transform: Any, *, seed: int, batch: int, first: int, process: int, processes: int,
     workers: int,
-) -> Iterator[Batch]:
+) -> Iterator[Batch]:  # fmt: skip
     """Endless batches of one process, from the `first` pass of all processes on.
 
     Together the processes draw what one process would with batches as large as all of theirs.
@@ -183,10 +268,9 @@ def batches(
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
-        collate_fn=_unchanged,
         persistent_workers=workers > 0,
     )
-    for found in loader:
-        if isinstance(found, SparsifinerError):
-            raise found
-        yield found
+    for drawn in loader:
+        if isinstance(drawn, SparsifinerError):
+            raise drawn
+        yield drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
 import math
@@ -14,9 +15,10 @@ from msgspec import Meta
 
 from sparsifiner_edge.artifacts import parse_toml, read_toml
 from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.config import Keep, parse_keep, parse_merge, parse_token_keep
+from sparsifiner_edge.config import SparsityConfig, parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.results import read_result
 
@@ -84,22 +86,37 @@ MOST_POINTS, NEAR = 6, 3.0
 """Budgets of one training at most; how many times what the answer loses they may lose, or how little of it."""
 
 
-class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Shares of keys and tokens that the student learns to work with.
+class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the student learns to work with, each as `export` takes it; "": the student's own.
 
     Attributes:
-        keep: shares of keys; each step takes one. Empty: the student's own alone.
-        token_keep: places and shares of token pruning, as "3:.7,6:.7,9:.7"; "": the student's own alone.
-        pruned: share of the steps that prune tokens, where there is a token_keep; 1 where the student itself prunes.
-        merge: what merges, each as "8", "20..0" or "0"; each step takes one. Empty: the student's own alone.
-        points: merge and keep together, each as "20..0 | .1,.2,1", in place of both; see `front_points`.
+        keep: a share of keys, for the layers that are sparse in the student, or shares by layer.
+        merge: what merges. token_keep: places and shares of token pruning.
     """
 
-    keep: tuple[Annotated[float, Meta(gt=0, lt=1)], ...] = ()
+    keep: str = ""
+    merge: str = ""
     token_keep: str = ""
-    pruned: Share = 0.5
-    merge: tuple[str, ...] = ()
-    points: tuple[str, ...] = ()
+
+    def config(self, student: SparsityConfig, plan: LayerPlan) -> SparsityConfig:
+        """Of a student with this budget; plan: the student's own.
+
+        Raises:
+            ConfigError: no such keep, merge or token_keep; or other pruning than the student's own is to be learnt.
+        """
+        keep, dense = parse_keep(self.keep) if self.keep else student.keep, student.dense_layers
+        if student.keep == 1:  # Layers that are dense have no predictor, and stay dense.
+            keep = 1
+        elif self.keep:
+            dense = () if isinstance(keep, tuple) else tuple(n for n, share in enumerate(plan.keep) if share == 1)
+        merge = parse_merge(self.merge) if self.merge else student.merge
+        pruned = parse_token_keep(self.token_keep) or student.token_keep
+        if student.token_keep not in ((), pruned):
+            raise ConfigError(
+                f"A budget's token_keep is {self.token_keep}, but this student prunes tokens by itself.",
+                "Leave it out, or begin with a student that keeps all tokens.",
+            )
+        return dataclasses.replace(student, keep=keep, dense_layers=dense, merge=merge, token_keep=pruned)
 
 
 class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,28 +125,24 @@ class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         smallest_crop: share of an image's area that a random crop has at least; 1: its centre, whole.
         flip: whether half of them are mirrored.
-        cut_mix: share of the batches whose images get a rectangle of their neighbour's (CutMix, Yun et al. 2019), so
-            that a few images make many scenes; such a batch teaches no label.
         auto_augment: timm's policy, such as "rand-m9-mstd0.5-inc1" (RandAugment, Cubuk et al. 2020); "": none.
         erasing: share of the images a rectangle of which becomes noise (Zhong et al. 2020).
         mixup, mixup_cut: parameters of the Beta distributions that batches are mixed by, with their labels: of mixup
-            (Zhang et al. 2018) and of CutMix, by turns where both are; 0: never.
+            (Zhang et al. 2018) and of CutMix (Yun et al. 2019), by turns where both are; 0: never. mixed: share of the
+            batches. A few images make many scenes so; the teacher answers for the mixture.
         smoothing: share of a label that all classes have in common.
-        corrupted: share of the images that get one of `corruptions.COMMON`, at a severity of 1 to 5. The teacher sees
-            the same.
         held_out: images taken out of the folder, that are never trained on and decide which checkpoint is best.
         workers: processes that read images; 0: the training's own.
     """
 
     smallest_crop: Annotated[float, Meta(ge=0.01, le=1)] = 0.35
     flip: bool = True
-    cut_mix: Share = 0.0
     auto_augment: Annotated[str, Meta(max_length=100)] = ""
     erasing: Share = 0.0
     mixup: Weight = 0.0
     mixup_cut: Weight = 0.0
+    mixed: Share = 1.0
     smoothing: Share = 0.0
-    corrupted: Share = 0.0
     held_out: Annotated[int, Meta(ge=1, le=4096)] = 32
     workers: Annotated[int, Meta(ge=0, le=256)] = 0
 
@@ -150,8 +163,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         best: what decides which weights are kept: "cosine" to the teacher's tokens, or "top1" of the held-out images,
             averaged weights and those themselves beside each other; without labels that is the cosine, too.
         check_every: steps between judgements on the held-out images. save_every: steps between checkpoints.
-        explosion: times the recent losses' median at which the training stops.
         reconstruct: first, the predictor alone, while all attention is dense. distil: then everything.
+        budgets: each step takes one of them; none: the student's own.
     """
 
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
@@ -167,11 +180,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     best: Annotated[str, Meta(pattern="^(cosine|top1)$")] = "cosine"
     check_every: Every = 100
     save_every: Every = 50
-    explosion: Annotated[float, Meta(ge=1, le=1e300)] = 20.0
     reconstruct: Phase = Phase(learning_rate=0.0)
     distil: Phase = Phase(steps=1000)
     losses: Losses = Losses()
-    budgets: Budgets = Budgets()
+    budgets: tuple[Budget, ...] = ()
     images: Images = Images()
 
 
@@ -182,7 +194,7 @@ def names() -> list[str]:
 
 
 def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by name or from a TOML file, with `overrides` such as "distil.steps=500" or "budgets.keep=[0.1]".
+    """A recipe by name or from a TOML file, with `overrides` such as "distil.steps=500" or "clip=0.5".
 
     Raises:
         ConfigError: no such recipe, no TOML, a name is unknown, or a value is of the wrong type or out of range.
@@ -196,28 +208,11 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError(f"{name} has both steps and epochs.", "Set one of them to 0.")
     if not any(phase.steps or phase.epochs for phase in (recipe.reconstruct, recipe.distil)):
         raise ConfigError("The recipe has no training steps.", "Give distil.steps or distil.epochs.")
-    parse_token_keep(recipe.budgets.token_keep)
-    for text in recipe.budgets.merge:
-        parse_merge(text)
-    for text in recipe.budgets.points:
-        parse_point(text)
-    if recipe.budgets.points and (recipe.budgets.keep or recipe.budgets.merge):
-        raise ConfigError("The recipe has budgets.points beside keep or merge.", "Set budgets.keep and merge to [].")
     return recipe
 
 
-def parse_point(text: str) -> tuple[tuple[int, ...], Keep]:
-    """ "20..0 | .1,.2,1" -> what merges, and shares of keys.
-
-    Raises:
-        ConfigError: neither of these.
-    """
-    merge, _, keep = text.partition("|")
-    return parse_merge(merge.strip()), parse_keep(keep.strip())
-
-
-def front_points(path: Path) -> list[str]:
-    """Overrides that train a student for the points of a search's front: those near its answer, some of them.
+def front_budgets(path: Path) -> str:
+    """An override that trains a student for the points of a search's front: those near its answer, some of them.
 
     Raises:
         ArtifactError: not the result of a search.
@@ -230,8 +225,9 @@ def front_points(path: Path) -> list[str]:
         points = [point for point in points if lost / NEAR <= 1 - point.fidelity <= lost * NEAR]
     if not points:
         raise ConfigError(f"{path} has no point to train for.", "Search again, with another bound.")
-    chosen = json.dumps([f"{point.merge} | {point.keep}" for point in evenly(points, MOST_POINTS)])
-    return ["budgets.keep=[]", "budgets.merge=[]", f"budgets.points={chosen}"]
+    chosen = evenly(points, MOST_POINTS)
+    rows = (f"{{merge = {json.dumps(point.merge)}, keep = {json.dumps(point.keep)}}}" for point in chosen)
+    return f"budgets=[{', '.join(rows)}]"
 
 
 class _Point(msgspec.Struct, frozen=True):

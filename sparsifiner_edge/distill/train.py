@@ -17,37 +17,39 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, gather_object
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
-from sparsifiner_edge.distill.augment import BatchAugmentation, augmentation, drawn_from
-from sparsifiner_edge.distill.budgets import judged_budgets
-from sparsifiner_edge.distill.captured import BestPredictors, attention_captured, weights_of_predictors
-from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
-from sparsifiner_edge.distill.data import Batch, ImageSource, batches
-from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights
+from sparsifiner_edge.distill.checkpoint import Fingerprint, Tensors, TrainingState
+from sparsifiner_edge.distill.data import Batch, BatchAugmentation, ImageSource, augmentation, batches, drawn_from
+from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights, predictors_of, put_back_worse
 from sparsifiner_edge.distill.losses import Distiller
-from sparsifiner_edge.distill.optimiser import make_optimiser
-from sparsifiner_edge.distill.recipe import Phase, Recipe
-from sparsifiner_edge.distill.tensorboard import RecordLosses
+from sparsifiner_edge.distill.recipe import Budget, Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import sparse_layers
+from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.outputs import seen_by
 from sparsifiner_edge.sparse.patch import set_budget
-from sparsifiner_edge.sparse.student import Student
+from sparsifiner_edge.sparse.student import Student, is_predictor
 from sparsifiner_edge.sparse.weights import normalise
 
-RECENT = 50
-"""Losses that an explosion is measured against."""
+RECENT, EXPLOSION = 50, 20.0
+"""Losses that an explosion is measured against, and how many times their median stops a training."""
+BOUND = (
+    "seed", "epsilon", "weight_decay", "predictor_weight_decay", "ema", "freeze_decoder", "precision", "best",
+)  # fmt: skip
+"""Of a recipe, that may not change where a training is resumed."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW keeps of a parameter."""
 
 
-def make_accelerator(recipe: Recipe) -> Any:
-    """Hugging Face accelerate's view of the processes that were launched.
+def make_accelerator(recipe: Recipe, log_folder: Path | None = None) -> Any:
+    """Hugging Face accelerate's view of the processes that were launched; with a folder it logs for TensorBoard.
 
     Raises:
         ConfigError: the device does not know the recipe's precision.
@@ -59,10 +61,37 @@ def make_accelerator(recipe: Recipe) -> Any:
         return Accelerator(
             mixed_precision=recipe.precision,
             gradient_accumulation_steps=recipe.accumulate,
+            log_with=None if log_folder is None else "tensorboard",
+            project_dir=log_folder,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except ValueError as error:
         raise ConfigError(f"precision {recipe.precision}: {error}.", "Choose another: --set precision=no.") from error
+
+
+def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Of backbone and predictor in turn: matrices, which decay, then the rest; tokens never decay.
+
+    A decoder that is frozen is left out, and gets no gradient.
+    """
+    matrices, predictor, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+    inside = set(map(id, backbone_of(model).module.parameters()))
+    for name, parameter in model.named_parameters():
+        if recipe.freeze_decoder and id(parameter) not in inside:
+            parameter.requires_grad_(False)
+        elif is_predictor(name):
+            predictor.append(parameter)
+        else:
+            decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
+            (matrices if decays else rest).append(parameter)
+    backbone = {"eps": recipe.epsilon, "predictor": False}
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": recipe.weight_decay, **backbone},
+            {"params": predictor, "weight_decay": recipe.predictor_weight_decay, "predictor": True},
+            {"params": rest, "weight_decay": 0.0, **backbone},
+        ]
+    )
 
 
 def digest(model: nn.Module) -> str:
@@ -75,42 +104,41 @@ def digest(model: nn.Module) -> str:
 
 
 class Training:
-    """A student, its teacher and their images, on the processes that accelerate was launched with."""
+    """A student, its teacher and their images, on the processes that accelerate was launched with.
+
+    Attributes:
+        state: where it stands. best: weights of the student that are kept. budgets: what it is trained and judged at.
+    """
 
     def __init__(
-        self,
-        accelerator: Any,
-        student: Student,
-        teacher: Student,
-        source: ImageSource,
-        recipe: Recipe,
-        folder: Path,
+        self, accelerator: Any, student: Student, teacher: Student, source: ImageSource, recipe: Recipe, folder: Path
     ) -> None:
-        self.accelerator, self.sparsity = accelerator, student.sparsity
-        self.recipe, self.source, self.folder = recipe, source, folder
+        self.accelerator, self.recipe, self.source, self.folder = accelerator, recipe, source, folder
         self.size, self.pre = student.img_size, student.normalisation
-        teacher.model.to(self.accelerator.device)
-        distiller = Distiller(student.model, teacher.model, recipe.losses, student.outputs)
-        self.augmented = BatchAugmentation(recipe.images, len(source.classes), recipe.batch, self.accelerator.device)
-        self.optimiser = make_optimiser(student.model, recipe)
-        self.wrapped, self.optimiser = self.accelerator.prepare(distiller, self.optimiser)
-        self.distiller = cast(Distiller, self.accelerator.unwrap_model(self.wrapped))
-        decay = get_ema_multi_avg_fn(recipe.ema)
-        self.average = AveragedModel(self.distiller.student, multi_avg_fn=decay) if recipe.ema else None
-        self.state, self.recent, self._saved = TrainingState(0, {}, {}, 0, {}, set()), list[float](), 0
-        self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
-        self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
-        self.total = sum(steps for _, steps in self.phases)
         size = len(student.backbone.layers), student.backbone.patches
-        self.plan = plan_of(student.sparsity, *size)
-        for budget in self.budgets():
+        plan = plan_of(student.sparsity, *size)
+        configs = [budget.config(student.sparsity, plan) for budget in recipe.budgets or (Budget(),)]
+        self.budgets: list[SparsityConfig] = list(dict.fromkeys(configs))
+        for budget in self.budgets:
             plan_of(budget, *size)  # refuses those that contradict the student
         self.by_top1 = recipe.best == "top1" and bool(source.labels)
         if self.by_top1 and not source.held_out_labels:
             raise ConfigError(
-                f"Images of {source.held_out_root} that are held out lie outside of the folders of classes.",
+                "Held-out images lie outside of the folders of classes.",
                 "Sort them, or let the cosine decide: --set best=cosine.",
             )
+        self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
+        self.total = sum(steps for _, steps in self.phases)
+        self.state = TrainingState(fingerprint=self._fingerprint(student, teacher))
+        self.best: Tensors = {}
+        self._saved, self._unreadable, self._first_predictors = 0, set[str](), predictors_of(student.model)
+        teacher.model.to(accelerator.device)
+        distiller = Distiller(student.model, teacher.model, recipe.losses, student.outputs)
+        self.augmented = BatchAugmentation(recipe.images, len(source.classes), recipe.batch, accelerator.device)
+        self.optimiser = make_optimiser(student.model, recipe)
+        self.wrapped, self.optimiser = accelerator.prepare(distiller, self.optimiser)
+        self.distiller = cast(Distiller, accelerator.unwrap_model(self.wrapped))
+        self.average = ModelEmaV3(self.distiller.student, decay=recipe.ema) if recipe.ema else None
         self.held_out = self._held_out(teacher.model)
 
     def _steps(self, phase: Phase) -> int:
@@ -124,33 +152,21 @@ class Training:
         """Validation images, and what the teacher makes of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []
-        found = []
+        readable = []
         labels = self.source.held_out_labels if self.by_top1 else ()
         for path, label in itertools.zip_longest(self.source.held_out, labels):
             try:
                 pixels = load_image(path, self.size)
             except ImageError:
-                self.state.unreadable.add(str(path))
+                self._unreadable.add(str(path))
                 continue
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
-            found.append(HeldOut(image, seen_by(teacher, image, self.distiller.names), label))
-        if not found:
+            readable.append(HeldOut(image, seen_by(teacher, image, self.distiller.names), label))
+        if not readable:
             raise ImageError("None of the held-out images can be read.", f"Look at {self.source.held_out[0]}.")
-        return found
+        return readable
 
-    def budgets(self) -> list[SparsityConfig]:
-        """What the student is judged at; see `judged_budgets`."""
-        return judged_budgets(self.recipe.budgets, self.sparsity, self.plan)
-
-    def budget(self, step: int) -> SparsityConfig:
-        """The budget of one step, drawn from the seed and the step alone."""
-        draw = random.Random(1_000_003 * self.recipe.seed + step)  # noqa: S311
-        choices = self.budgets()
-        whole = [c for c in choices if c.token_keep == self.sparsity.token_keep]
-        pruned = [c for c in choices if c.token_keep != self.sparsity.token_keep]
-        return draw.choice(pruned if pruned and draw.random() < self.recipe.budgets.pruned else whole)
-
-    def run(self, progress: Progress | None = None, record: RecordLosses | None = None) -> TrainingState:
+    def run(self, progress: Progress | None = None) -> None:
         """Train from where the state stands to the end.
 
         Raises:
@@ -165,19 +181,14 @@ class Training:
             self.state.step = step + 1
             if self.accelerator.is_main_process:
                 checkpoint.append_history(self.folder, step + 1, **losses)
-            if record:
-                record(step + 1, losses)
+            self.accelerator.log({f"loss/{name}": loss for name, loss in losses.items()}, step + 1)
             if step + 1 == self.phases[0][1]:
-                self._settle_predictors()
-            # The end of the first phase too: there it is seen whether predictors learn or lose.
+                self._put_back_worse()
             if (step + 1) % self.recipe.check_every == 0 or step + 1 in (self.phases[0][1], self.total):
                 self._judge(step + 1)
-                if record:
-                    record(step + 1, self._captured(step + 1))
             if progress:
                 progress(f"loss {losses['loss']:.4f}", step + 1, self.total)
         self._save()
-        return self.state
 
     def _stream(self) -> Iterator[Batch]:
         return batches(
@@ -191,59 +202,61 @@ class Training:
             workers=self.recipe.images.workers,
         )
 
+    def budget(self, step: int) -> SparsityConfig:
+        """The budget of one step, drawn from the seed and the step alone."""
+        return random.Random(1_000_003 * self.recipe.seed + step).choice(self.budgets)  # noqa: S311
+
     def _step(self, step: int, stream: Iterator[Batch]) -> dict[str, float]:
         """One step of the optimiser; mean losses over passes and processes."""
-        done, phase = 0, self.phases[0]
-        for phase in self.phases:
-            if step < done + phase[1]:
-                break
-            done += phase[1]
-        if step == done:  # another phase has losses of its own
-            self.recent = []
-        self._set_rates(phase[0], (step - done + 1) / phase[1])
+        second = step >= self.phases[0][1]
+        (phase, steps), begun = self.phases[second], self.phases[0][1] * second
+        if step == begun:  # another phase has losses of its own
+            self.state.recent = []
+        self._set_rates(phase, (step - begun + 1) / steps)
         set_budget(self.distiller.student, self.budget(step), keep_predictors=True)
         torch.manual_seed(self.recipe.seed + step)
-        sums: dict[str, float] = {}
+        means: dict[str, float] = {}
         files: list[str] = []
         for number in range(self.recipe.accumulate):
             batch = next(stream)
-            self.state.unreadable.update(batch.unreadable)
+            self._unreadable.update(batch.unreadable)
             files += batch.files
-            generator = torch.Generator().manual_seed(self.recipe.seed + self.recipe.accumulate * step + number)
-            with self.accelerator.accumulate(self.wrapped):
-                with drawn_from(self._drawn(step, number)):
-                    images, labels = self._inputs(batch)
-                kind = phase[0] is self.recipe.reconstruct, phase[0].predictor_learning_rate > 0
-                losses = self.wrapped(images, labels, generator, *kind)
-                total = self.distiller.total(losses)
-                self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), files)
-                if number == 0 and step and step % self.recipe.save_every == 0:
-                    self._save()  # only once these weights have shown a sound loss
-                self.accelerator.backward(total)
-                if self.accelerator.sync_gradients:
-                    self._clip(step, files)
-                self.optimiser.step()
-                self.optimiser.zero_grad()
-            for name, loss in {"loss": total, **losses}.items():
-                mean = self.accelerator.reduce(loss.detach().mean(), "mean")
-                sums[name] = sums.get(name, 0.0) + float(mean) / self.recipe.accumulate
+            for name, loss in self._pass(step, number, phase, batch, files).items():
+                mean = float(self.accelerator.reduce(loss.detach().mean(), "mean"))
+                means[name] = means.get(name, 0.0) + mean / self.recipe.accumulate
         if self.average is not None:
-            self.average.update_parameters(self.distiller.student)
-        self.recent = [*self.recent[1 - RECENT :], sums["loss"]]
-        return sums
+            self.average.update(self.distiller.student)
+        self.state.recent = [*self.state.recent[1 - RECENT :], means["loss"]]
+        return means
 
-    def _drawn(self, step: int, number: int) -> int:
-        """The seed of what a process does to a batch."""
+    def _pass(self, step: int, number: int, phase: Phase, batch: Batch, files: list[str]) -> dict[str, Tensor]:
+        """One batch forwards and backwards; the last of a step moves the weights."""
         passes = self.recipe.accumulate * step + number
-        processes: int = self.accelerator.num_processes
-        return self.recipe.seed + processes * passes + int(self.accelerator.process_index)
+        generator = torch.Generator().manual_seed(self.recipe.seed + passes)
+        with self.accelerator.accumulate(self.wrapped):
+            processes: int = self.accelerator.num_processes
+            with drawn_from(self.recipe.seed + processes * passes + int(self.accelerator.process_index)):
+                images, labels = self._inputs(batch)
+            kind = phase is self.recipe.reconstruct, phase.predictor_learning_rate > 0
+            losses: dict[str, Tensor] = self.wrapped(images, labels, generator, *kind)
+            total = self.distiller.total(losses)
+            self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), files)
+            if number == 0 and step and step % self.recipe.save_every == 0:
+                self._save()  # only once these weights have shown a sound loss
+            self.accelerator.backward(total)
+            if self.accelerator.sync_gradients:
+                self._clip(step, files)
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+        return {"loss": total, **losses}
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         images = normalise(batch.images.permute(0, 2, 3, 1), self.pre).to(self.accelerator.device)
         return self.augmented(images, batch.labels.to(self.accelerator.device))
 
     def _check(self, step: int, loss: float, files: list[str]) -> None:
-        exploded = len(self.recent) == RECENT and loss > self.recipe.explosion * statistics.median(self.recent)
+        recent = self.state.recent
+        exploded = len(recent) == RECENT and loss > EXPLOSION * statistics.median(recent)
         if not math.isfinite(loss) or exploded:
             self._stop(step, f"the loss is {loss:g}", files)
 
@@ -273,121 +286,98 @@ class Training:
             group["lr"] = factor * (phase.predictor_learning_rate if group["predictor"] else phase.learning_rate)
 
     def _judge(self, step: int) -> None:
-        """Look at held-out images, and keep the weights of the best."""
+        """Look at held-out images, and keep the weights of the best: averaged ones, where there are any."""
         if self.accelerator.is_main_process:
-            raw, models = self.distiller.student, dict[str, nn.Module]()
-            models[""] = raw if self.average is None else self.average.module
-            if self.by_top1 and self.average is not None and step:
-                models["raw "] = raw
-            for prefix, model in models.items():
-                self._judge_one(step, model, prefix)
+            model = self.distiller.student if self.average is None else self.average.module
+            state, judgement = self.state, judge_weights(model, self.held_out, self.budgets, self.distiller.names)
+            if step == 0 and judgement.fidelity == -1:
+                raise GateError("The student's tokens of held-out images are NaN or infinite.", "Look at its weights.")
+            figures = {"fidelity": judgement.fidelity, "cosines": judgement.cosines}
+            checkpoint.append_history(self.folder, step, **figures | ({"top1": judgement.top1} if self.by_top1 else {}))
+            state.fidelity[step] = judgement.score
+            state.each[step] = judgement.top1 if self.by_top1 else judgement.cosines
+            if judgement.score >= max(state.fidelity.values()):
+                state.best_step = step
+                self.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         self.accelerator.wait_for_everyone()
 
-    def _judge_one(self, step: int, model: nn.Module, prefix: str) -> None:
-        state, found = self.state, judge_weights(model, self.held_out, self.budgets(), self.distiller.names)
-        if step == 0 and not found.sound:
-            raise GateError("The student's tokens of held-out images are NaN or infinite.", "Look at its weights.")
-        figures: dict[str, Any] = {"fidelity": found.fidelity, "cosines": found.cosines, "captured": found.captured}
-        figures |= {"top1": found.top1} if self.by_top1 else {}
-        if step == 0 and self.phases[0][1]:
-            state.predictors = BestPredictors.of(model)
-        elif state.predictors is not None and step < self.phases[0][1]:
-            state.predictors.take(model, state.captured[0], found.captured)
-        checkpoint.append_history(self.folder, step, **{f"{prefix}{name}": x for name, x in figures.items()})
-        if found.score <= state.fidelity.get(step, -math.inf):
-            return  # The averaged weights of this step do as well.
-        state.fidelity[step], state.cosines[step], state.captured[step] = found.score, found.cosines, found.captured
-        if self.by_top1:
-            state.top1[step] = found.top1
-        if found.score >= max(state.fidelity.values()):
-            state.best_step = step
-            state.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-
-    def _settle_predictors(self) -> None:
-        """End the first phase with the best predictor of each layer, in all processes and in the average."""
-        best, models = self.state.predictors, [self.distiller.student, *([self.average.module] if self.average else [])]
-        if best is not None and self.accelerator.is_main_process:  # That alone judges.
-            images, budgets = [one.image for one in self.held_out], self.budgets()
-            for model in models:
-                best.take(model, self.state.captured[0], attention_captured(model, images, budgets))
-            for model in models:
-                best.give(model)
-        for model in models:
+    def _put_back_worse(self) -> None:
+        """End the first phase with the better predictor of each layer, in all processes and in the average."""
+        images = [one.image for one in self.held_out]
+        for model in [self.distiller.student, *([self.average.module] if self.average else [])]:
+            if self.accelerator.is_main_process:  # That alone judges; what counts is what is kept, the last.
+                self.state.put_back = put_back_worse(model, self._first_predictors, images, self.budgets)
             for layer in sparse_layers(model):
                 broadcast([parameter.data for parameter in layer.select.parameters()])
 
-    def _captured(self, step: int) -> dict[str, float]:
-        """For TensorBoard."""
-        found = self.state.captured.get(step, {})
-        return {f"captured {keep}/{n}": share for keep, each in found.items() for n, share in enumerate(each)}
-
     def _save(self) -> None:
         self._saved = self.state.step
-        self.state.unreadable = set(gather_object(sorted(self.state.unreadable)))
+        self._unreadable = set(gather_object(sorted(self._unreadable)))
+        self.state.unreadable = sorted(self._unreadable)
         if self.accelerator.is_main_process:
-            content = Checkpoint(
-                fingerprint=self.fingerprint(),
-                student=self.distiller.student.state_dict(),
-                optimiser=Optimiser(**self.optimiser.state_dict()),
-                average=None if self.average is None else self.average.state_dict(),
-                recent=self.recent,
-                state=self.state,
-            )
-            checkpoint.save(self.folder, content)
+            checkpoint.save(self.folder, self.state, self._tensors() | _named("best", self.best))
         self.accelerator.wait_for_everyone()
 
-    def restore(self, content: Checkpoint) -> None:
+    def _tensors(self) -> Tensors:
+        """All that steps change."""
+        average = {} if self.average is None else self.average.module.state_dict()
+        tensors = _named("student", self.distiller.student.state_dict()) | _named("average", average)
+        for number, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= _named(f"optimiser/{number}", moments)
+        return tensors
+
+    def restore(self, state: TrainingState, tensors: Tensors) -> None:
         """Take up a checkpoint, as `checkpoint.load` gives it.
 
         Raises:
+            ConfigError: it was begun with something else.
             ArtifactError: it holds anything that this training would not have saved.
         """
-        self._check_restored(content)
-        self.distiller.student.load_state_dict(content.student)
-        # Rates are set at every step, and all else that the groups say the fingerprint has compared.
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": content.optimiser.state, "param_groups": groups})
-        if self.average is not None and content.average is not None:
-            self.average.load_state_dict(content.average)
-        self.recent = content.recent
-        unreadable = self.state.unreadable | content.state.unreadable
-        self.state = msgspec.structs.replace(content.state, unreadable=unreadable)
-        self._saved = self.state.step
-        if self.accelerator.is_main_process:
-            checkpoint.cut_history(self.folder, self.state.step)
-
-    def _check_restored(self, content: Checkpoint) -> None:
-        weights, found = self.distiller.student.state_dict(), content.optimiser.state
-        like = {
-            "student": weights,
-            "best": weights,
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimiser": checkpoint.moments_like(self.optimiser, found),
+        for name, value in self.state.fingerprint.items():
+            before = state.fingerprint.get(name)
+            if before != value:
+                raise ConfigError(
+                    f"The training in {self.folder} began with other {name}: {before}, now {value}.",
+                    f"Give what it began with, or remove {self.folder} to start again.",
+                )
+        state.require_course(self.total, len(self.budgets))
+        student, average = self.distiller.student, None if self.average is None else self.average.module
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        moments = {
+            number: {name: torch.zeros(()) if name == "step" else parameter for name in MOMENTS}
+            for number, parameter in enumerate(parameters)
+            if f"optimiser/{number}/step" in tensors  # Of those that ever had a gradient.
         }
-        parts = {"student": content.student, "best": content.state.best, "average": content.average, "optimiser": found}
-        checkpoint.require_like(parts, like, "content")
-        checkpoint.require_course(content.state, self.total, len(self.budgets()))
-        checkpoint.require_predictors(content.state, weights_of_predictors(self.distiller.student))
+        like = self._tensors() | _named("best", student.state_dict())
+        for number, each in moments.items():
+            like |= _named(f"optimiser/{number}", each)
+        checkpoint.require_like(tensors, like)
+        student.load_state_dict(_part("student", tensors))
+        if average is not None:
+            average.load_state_dict(_part("average", tensors))
+        # Rates are set at every step, and all else that the groups say the fingerprint has compared.
+        found = {number: _part(f"optimiser/{number}", tensors) for number in moments}
+        self.optimiser.load_state_dict({"state": found, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.best, self.state, self._saved = _part("best", tensors), state, state.step
+        self._unreadable.update(state.unreadable)
+        if self.accelerator.is_main_process:
+            checkpoint.cut_history(self.folder, state.step)
 
-    def fingerprint(self) -> Fingerprint:
+    def _fingerprint(self, student: Student, teacher: Student) -> Fingerprint:
         """What must be the same for a training to be resumed; learning rates, losses and limits may change."""
         recipe = self.recipe
-        images = recipe.images
-        crops = images.smallest_crop, images.flip, images.cut_mix, images.corrupted
-        mixed = images.auto_augment, images.erasing, images.mixup, images.mixup_cut, images.smoothing
-        return {
-            "images": self.source.fingerprint,
-            "crops": str(crops + mixed),
-            **self.origin,
-            "budgets": str(recipe.budgets),
-            "sparsity": str(self.sparsity),
-            "seed": recipe.seed,
+        images = msgspec.structs.replace(recipe.images, held_out=1, workers=0)
+        return {name: getattr(recipe, name) for name in BOUND} | {
+            "images": self.source.fingerprint, "crops": str(images), "budgets": str(self.budgets),
+            "student": digest(student.model), "teacher": digest(teacher.model), "steps": self.total,
             "images per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
-            "steps": self.total,
-            "ema": bool(recipe.ema),
-            "precision": recipe.precision,
-            # Of the optimiser's state, which comes from the checkpoint:
-            "epsilon": recipe.epsilon,
-            "weight_decay": recipe.weight_decay,
-            "predictor_weight_decay": recipe.predictor_weight_decay,
-        }
+        }  # fmt: skip
+
+
+def _named(part: str, tensors: dict[str, Tensor]) -> Tensors:
+    return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _part(part: str, tensors: Tensors) -> Tensors:
+    """The reverse of `_named`."""
+    return {name.removeprefix(f"{part}/"): x for name, x in tensors.items() if name.startswith(f"{part}/")}

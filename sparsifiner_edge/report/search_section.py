@@ -55,10 +55,8 @@ def _models(statistics: Any, texts: Texts) -> Iterator[_Found]:
         label = texts("search.merged", merge=clean(row.get("merge"), 60), keep=clean(row.get("keep"), 60))
         predicted = interval(row, "predicted_fidelity"), interval(row, "predicted_ms")
         yield from _whole(row, label, _engine(row), 0 if place == 0 else 1, predicted)
-    for engine, ms in mapping(statistics, "dense_ms").items():
-        fidelity = number(get(statistics, "dense_fidelity", engine))
-        row = {"fidelity": 1.0 if fidelity is None else fidelity, "ms": ms}
-        yield from _whole(row, texts("search.dense"), clean(engine, 60), 3)
+    for row in rows(statistics, "dense"):
+        yield from _whole(row, texts("search.dense"), _engine(row), 3)
 
 
 def _whole(
@@ -93,9 +91,9 @@ def _row(one: _Found, texts: Texts) -> list[str]:
 
 def search_sentence(file: ResultFile, texts: Texts) -> str | None:
     """The answer in a sentence, None where there is none."""
-    answer, dense = mapping(file.result.statistics, "answer"), mapping(file.result.statistics, "dense_ms")
+    answer, dense = mapping(file.result.statistics, "answer"), rows(file.result.statistics, "dense")
     ms, fidelity = interval(answer, "ms"), interval(answer, "fidelity")
-    denses = [found for name in dense if (found := interval(dense, name)) is not None]
+    denses = [found for row in dense if (found := interval(row, "ms")) is not None]
     if ms is None or fidelity is None or not denses:
         return None
     least = min(denses, key=lambda found: found.value)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,10 +14,13 @@ from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
-from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency
+from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel
+from sparsifiner_edge.search.front import Candidate
+from sparsifiner_edge.search.latency import Deployment, PlanLatency
+from sparsifiner_edge.search.request import Bound
 from sparsifiner_edge.search.solve import Solver
 from sparsifiner_edge.search.trial import Trial
+from sparsifiner_edge.search.whole import WholeModels
 
 SPREAD = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.6, 2.5)
 NEAR = (0.9, 0.97, 1.03)
@@ -28,65 +30,46 @@ SETTLED = 0.03
 """A round that changes what is expected of the answer by less is the last."""
 CLOSE, MOST_ENGINES = 1.15, 3
 """Engines are followed that are within so much of the best, so many at most."""
+ROOM = 0.98
+"""Of a bound of time: two measurements of the same differ."""
 LEAST_AIM = 1e-3
 """A distance below which nothing is to be gained: what the latency allows is the dense model, or nearly."""
-
-
-class Bound(NamedTuple):
-    """What is asked for: one of the two."""
-
-    at_least: float | None
-    at_most_ms: float | None
-
-    @property
-    def text(self) -> str:
-        """For people."""
-        return f"fidelity {self.at_least}" if self.at_least is not None else f"{self.at_most_ms:.4g} ms"
-
-
-class Tried(NamedTuple):
-    """A plan and its distances, image by image; predicted: their mean, before."""
-
-    plan: LayerPlan
-    distances: list[float]
-    predicted: float | None = None
 
 
 class _StoppedError(Exception):
     """No plan is measured any more."""
 
 
-class Search:
-    """Plans of one student, measured on images as they come up.
+class MeasuredPlans:
+    """Plans of one student, measured in float32 on images as they come up.
 
     Attributes:
-        known: what was measured, in that order. stop: once set, no other plan is measured.
+        distances: of each plan, image by image, in the order of measuring. stop: once set, no other plan is measured.
     """
 
     def __init__(self, trial: Trial, progress: Progress | None) -> None:
-        self.trial, self.progress = trial, progress
-        self.known, self.stop = dict[LayerPlan, Tried](), threading.Event()
+        self.trial, self._progress, self.stop = trial, progress, threading.Event()
+        self.distances = dict[LayerPlan, list[float]]()
 
-    def measure(self, plans: Sequence[LayerPlan], stage: str, model: FidelityModel | None = None) -> list[float]:
+    def measure(self, plans: Sequence[LayerPlan], stage: str) -> list[float]:
         """Mean distances; those that are known already are not measured again."""
         for number, plan in enumerate(plans):
-            if plan not in self.known:
+            if plan not in self.distances:
                 if self.stop.is_set():
                     raise _StoppedError
-                predicted = None if model is None else model.of(plan)
-                self.known[plan] = Tried(plan, self.trial.distances(plan), predicted)
-            if self.progress:
-                self.progress(stage, number + 1, len(plans))
-        return [self.distance(plan) for plan in plans]
+                self.distances[plan] = self.trial.distances(plan)
+            if self._progress:
+                self._progress(stage, number + 1, len(plans))
+        return [self.mean(plan) for plan in plans]
 
-    def distance(self, plan: LayerPlan) -> float:
-        """Mean of a plan that was measured."""
-        return fmean(self.known[plan].distances)
+    def mean(self, plan: LayerPlan) -> float:
+        """Distance of a plan that was measured."""
+        return fmean(self.distances[plan])
 
     def shape(self, plan: LayerPlan) -> float:
         """Of the gamma distribution that the distances of single images have; an exponential one's at most."""
-        distances, least = self.known[plan].distances, self.trial.judge.least
-        return min(1.0, (max(fmean(distances), least) / max(float(np.std(distances, ddof=1)), least)) ** 2)
+        least, spread = self.trial.least, float(np.std(self.distances[plan], ddof=1))
+        return min(1.0, (max(self.mean(plan), least) / max(spread, least)) ** 2)
 
     def predicted(self, plan: LayerPlan) -> float:
         """Its distance by a model that is fitted to all others that are known."""
@@ -95,63 +78,94 @@ class Search:
     def model(self, but: LayerPlan | None = None) -> FidelityModel:
         """Fitted to all that is known but one plan, from each layer alone on."""
         selects, patches = self.trial.selects, self.trial.patches
-        depth, alone = len(selects), LayerPlan.dense(len(selects))
-        merged = [_with(alone, layer, merge=patches // 4) for layer in range(depth)]
-        merge = self.measure(merged, "each layer alone, merging")
-        reading = [_with(alone, layer, keep=PROBED) for layer in range(depth) if selects[layer]]
-        found = iter(self.measure(reading, "each layer alone, reading"))
-        keep = [next(found) if own else 1.0 for own in selects]
-        model = FidelityModel(Sensitivities(np.array(merge), np.array(keep)), patches, self.trial.judge.least)
-        known = [seen for seen in self.known.values() if not seen.plan.is_dense and seen.plan != but]
-        return model.fitted([seen.plan for seen in known], [fmean(seen.distances) for seen in known])
+        layers = range(len(selects))
+        merging = [_alone(len(selects), layer, merge=patches // 4) for layer in layers]
+        merge = self.measure(merging, "each layer alone, merging")
+        reading = {layer: _alone(len(selects), layer, keep=PROBED) for layer in layers if selects[layer]}
+        keep = dict(zip(reading, self.measure(list(reading.values()), "each layer alone, reading"), strict=True))
+        model = FidelityModel(merge, [keep.get(layer, 1.0) for layer in layers], patches, self.trial.least)
+        known = [plan for plan in self.distances if not plan.is_dense and plan != but]
+        return model.fitted(known, [self.mean(plan) for plan in known])
 
 
-def _with(plan: LayerPlan, layer: int, merge: int | None = None, keep: float | None = None) -> LayerPlan:
-    """A plan with one layer changed."""
-    merges, shares = list(plan.merge), list(plan.keep)
-    merges[layer] = merges[layer] if merge is None else merge
-    shares[layer] = shares[layer] if keep is None else keep
-    return LayerPlan(tuple(merges), tuple(shares))
+def _alone(depth: int, changed: int, merge: int = 0, keep: float = 1.0) -> LayerPlan:
+    """The dense plan with one layer changed."""
+    layers = range(depth)
+    return LayerPlan(
+        tuple(merge if layer == changed else 0 for layer in layers),
+        tuple(keep if layer == changed else 1.0 for layer in layers),
+    )
 
 
-MeasureWhole = Callable[[Deployment, LayerPlan], tuple[float, float]]
-"""Of a plan's whole model: its distance, and milliseconds on the machine as it was when the search began."""
-
-
-class Engines:
-    """Latencies of the engines that are searched, each calibrated with a model measured whole as soon as it matters.
+class Search:
+    """What is known of plans and engines; each engine is calibrated with a plan near the answer as soon as it matters.
 
     Args:
-        latencies: by engine. whole: measures a plan's whole model; see `MeasureWhole`.
-        losses: by engine, the distance of the dense model in it: what its precision loses adds to what plans do.
+        bound: what is asked for. plans: what was measured in float32. whole: measures whole models.
+        dense: the dense model at the start, by what runs it. latencies: by engine.
 
     Attributes:
-        losses: as given, until a plan near the answer is measured in the engine: then what that loses.
-        anchors: what was measured. left_out: engines that are not searched any more, and why.
+        losses: by engine, what its precision loses beside what plans do: of the dense model, until a plan near the
+            answer is measured in it.
+        left_out: engines that are not searched, and why.
+        limit: of what is bounded: distance, or milliseconds with room for another measurement.
     """
 
     def __init__(
-        self, latencies: dict[Deployment, PlanLatency], losses: dict[Deployment, float], whole: MeasureWhole
-    ) -> None:
-        self.latencies, self.losses, self.left_out, self._whole = latencies, losses, dict[Deployment, str](), whole
-        self.anchors = dict[Deployment, Anchor]()
+        self, bound: Bound, plans: MeasuredPlans, whole: WholeModels, dense: dict[Deployment, Candidate],
+        latencies: dict[Deployment, PlanLatency], left_out: dict[Deployment, str],
+    ) -> None:  # fmt: skip
+        self.bound, self.plans, self.whole, self.dense = bound, plans, whole, dense
+        self.latencies, self.left_out, self._calibrated = latencies, left_out, set[Deployment]()
+        self.losses = {engine: max(0.0, 1 - dense[engine.dense_host].fidelity) for engine in latencies}
+        self.limit = 1 - bound.at_least if bound.at_least is not None else ROOM * (bound.at_most_ms or 0.0)
 
-    def calibrate(self, engine: Deployment, plan: LayerPlan, distance: float) -> None:
-        """Once, by a plan where the answer is expected. distance: of it in float32.
+    def constraint(self, engine: Deployment, plan: LayerPlan) -> float:
+        """What is bounded: a plan's distance, or its milliseconds as predicted."""
+        return self._terms(engine, plan)[self.bound.at_least is None]
+
+    def objective(self, engine: Deployment, plan: LayerPlan) -> float:
+        """The other of the two, which shall be small."""
+        return self._terms(engine, plan)[self.bound.at_least is not None]
+
+    def _terms(self, engine: Deployment, plan: LayerPlan) -> tuple[float, float]:
+        """Its distance as measured in float32 with what the precision loses, and its milliseconds as predicted."""
+        return self.plans.mean(plan) + self.losses[engine], self.latencies[engine].of(plan)
+
+    def best(self, engine: Deployment, limit: float) -> LayerPlan:
+        """Of the plans that were measured and stay within a limit the best; where none does the nearest to it."""
+        plans = [plan for plan in self.plans.distances if not plan.is_dense]
+        within = [plan for plan in plans if self.constraint(engine, plan) <= limit]
+        if within:
+            return min(within, key=lambda plan: self.objective(engine, plan))
+        return min(plans, key=lambda plan: self.constraint(engine, plan))
+
+    def distance(self, engine: Deployment, plan: LayerPlan) -> float:
+        """Of a plan's whole model in an engine."""
+        return fmean(self.whole.distances(plan, engine, self.plans.trial))
+
+    def calibrate(self, engine: Deployment, plan: LayerPlan) -> None:
+        """Once, by a plan where the answer is expected, beside the dense model, which tells what became of the
+        machine's speed; a board that is not here stays as it is estimated.
 
         Raises:
             GateError: no engine is left, since each one's precision loses too much.
         """
-        if engine in self.anchors or plan.is_dense or not engine.is_here:
+        if engine in self._calibrated or plan.is_dense:
             return
+        (in_float32,) = self.plans.measure([plan], "near the answer")
+        if not engine.is_here:
+            return
+        host, nothing = engine.dense_host, LayerPlan.dense(len(plan.keep))
         try:
-            found, measured_ms = self._whole(engine, plan)
+            ours, again = self.whole.times([(plan, engine), (nothing, host)])
         except GateError as error:
             self.leave_out(engine, error)
             return
-        self.anchors[engine] = Anchor(plan, measured_ms)
-        self.latencies[engine] = self.latencies[engine].calibrated(self.anchors[engine])
-        self.losses[engine] = max(0.0, found - distance)
+        self._calibrated.add(engine)
+        ms = ours.value * self.dense[host].predicted_ms / again.value
+        self.latencies[engine] = self.latencies[engine].calibrated(plan, ms)
+        self.losses[engine] = max(0.0, self.distance(engine, plan) - in_float32)
 
     def leave_out(self, engine: Deployment, error: GateError) -> None:
         """An engine whose precision loses too much.
@@ -165,44 +179,40 @@ class Engines:
         del self.latencies[engine]
 
 
-def explore(search: Search, engines: Engines, bound: Bound, tile: int, until: float) -> FidelityModel:
-    """Measure plans where the front is expected, until the answer stays as it is; returns the model that it ends with.
+def explore(search: Search, tile: int, until: float) -> None:
+    """Measure plans where the front is expected, until the answer stays as it is.
 
     Ctrl-C (or SIGTERM) ends it too, once each layer alone is known: of what was found so far answers are chosen.
     until: `time.monotonic()` at which no round is begun any more.
     """
-    model, before = search.model(), 0.0
-    with stopping() as search.stop, contextlib.suppress(_StoppedError):
+    search.plans.model()
+    before = 0.0
+    with stopping() as search.plans.stop, contextlib.suppress(_StoppedError):
         for number in range(ROUNDS):
-            best = _round(number, search, engines, bound, tile, model)
-            model = search.model()
+            best = _round(number, search, tile)
             if abs(best - before) < SETTLED * best or time.monotonic() > until:
                 break
             before = best
-    return search.model()
 
 
-def _round(
-    number: int, search: Search, engines: Engines, bound: Bound, tile: int, model: FidelityModel
-) -> float:  # fmt: skip
+def _round(number: int, search: Search, tile: int) -> float:
     """Plans around the bound measured in the engines that are near the best; what the best was expected to cost."""
-    selects = search.trial.selects
-    solvers = {e: Solver(latency, model, selects, tile) for e, latency in engines.latencies.items()}
-    aims = {engine: _aim(solver, bound, engines.losses[engine]) for engine, solver in solvers.items()}
-    costs = {e: _cost(solver, aims[e], bound, engines.losses[e]) for e, solver in solvers.items()}
+    plans, bound, losses = search.plans, search.bound, search.losses
+    model, selects = plans.model(), plans.trial.selects
+    solvers = {e: Solver(latency, model, selects, tile) for e, latency in search.latencies.items()}
+    aims = {engine: _aim(solver, bound, losses[engine]) for engine, solver in solvers.items()}
+    costs = {engine: _cost(solver, aims[engine], bound, losses[engine]) for engine, solver in solvers.items()}
     best = min(costs.values())
     followed = [e for e in sorted(costs, key=costs.__getitem__)[:MOST_ENGINES] if costs[e] <= CLOSE * best]
-    plans = dict.fromkeys(
+    chosen = dict.fromkeys(
         solvers[engine].at_distance(aims[engine] * factor)
         for engine in followed
         for factor in (NEAR if number else SPREAD)
     )
-    search.measure([plan for plan in plans if not plan.is_dense], f"round {number + 1}", model)
-    model = search.model()
+    plans.measure([plan for plan in chosen if not plan.is_dense], f"round {number + 1}")
+    model = plans.model()
     for engine in followed:
-        plan = Solver(engines.latencies[engine], model, selects, tile).at_distance(aims[engine])
-        if engine not in engines.anchors and not plan.is_dense:
-            engines.calibrate(engine, plan, *search.measure([plan], "near the answer", model))
+        search.calibrate(engine, Solver(search.latencies[engine], model, selects, tile).at_distance(aims[engine]))
     return best
 
 

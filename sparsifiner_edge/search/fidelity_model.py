@@ -10,9 +10,7 @@ measured, in the logarithm.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.plan import LayerPlan
-from sparsifiner_edge.search.judge import ROUNDING
+from sparsifiner_edge.search.trial import ROUNDING
 
 PROBED = 0.2
 """Share of keys that each layer is measured with alone."""
@@ -37,26 +35,18 @@ NOISE = 0.1
 FIT_STEPS, FIT_RATE = 400, 0.05
 
 
-class Sensitivities(NamedTuple):
-    """Distances of the model with one layer changed: where an even quarter of the patches merges [L], and where it
-    reads `PROBED` of its keys [L].
-    """
-
-    merge: Array
-    keep: Array
-
-
 class FidelityModel:
     """Distances of plans.
 
     Args:
-        alone: each layer's. patches: of the image. least: a distance counts as no smaller.
+        merge, keep: of the model with one layer changed: where an even quarter of its patches merges [L], and where it
+            reads `PROBED` of its keys [L].
+        patches: of the image. least: a distance counts as no smaller.
     """
 
-    def __init__(self, alone: Sensitivities, patches: int, least: float = ROUNDING) -> None:
+    def __init__(self, merge: Sequence[float], keep: Sequence[float], patches: int, least: float = ROUNDING) -> None:
         self.patches, self._least = patches, least
-        merge, keep = (torch.from_numpy(np.maximum(x, least)).double() for x in alone)
-        self._quarter, self._at_probed = merge, keep
+        self._quarter, self._at_probed = (torch.tensor(x, dtype=torch.float64).clamp_min(least) for x in (merge, keep))
         self.parameters = {name: torch.zeros(1).double() for name in SPREADS}
         self.parameters |= {name: torch.zeros(len(merge)).double() for name in ("merge", "keep", "fall")}
 
@@ -72,11 +62,6 @@ class FidelityModel:
         left = np.asarray(counts, float) / self.patches
         weight = float(self._keep_weights()[layer]) * (share / PROBED) ** -float(self._falls()[layer])
         return np.asarray(weight * left ** float(self.parameters["left"]))
-
-    def joined(self, total: float) -> float:
-        """The distance of a plan whose layers lose so much together."""
-        factor, exponent = (float(self.parameters[name]) for name in ("factor", "exponent"))
-        return math.exp(factor + (1 + exponent) * math.log(max(total, self._least)))
 
     def of(self, plan: LayerPlan) -> float:
         """The distance of a plan."""

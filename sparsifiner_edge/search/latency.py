@@ -6,24 +6,29 @@ of ours among a runtime's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution, precision_text
 from sparsifiner_edge.export.deployed_model import deploy
+from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.export.piece_times import Piece, piece_times
-from sparsifiner_edge.plan import LayerPlan
+from sparsifiner_edge.plan import LEAST_PATCHES, LayerPlan
+from sparsifiner_edge.profiles import roofline
+from sparsifiner_edge.profiles.boards.board import Board
+from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, Cost, Workload
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
-from sparsifiner_edge.search.plan import SHARES
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student
 
+SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
+"""Of the keys, that a layer of a plan reads; 1 is dense."""
 MEASURED_SIZES = 7
 """Numbers of tokens that are measured, from the image's down to a tenth."""
 LEAST_MS = 1e-4
@@ -59,69 +64,54 @@ class Deployment(NamedTuple):
         return self._replace(computes="auto") if self.backend == "onnxruntime" else self
 
     def __str__(self) -> str:
-        said = self.stored if self.computes == "auto" else precision_text(self.stored, self.computes)
-        return f"{self.backend}, {said}"
-
-
-class PartTable(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of a layer's parts; one per entry of patches.
-
-    Attributes:
-        about: what it was measured on and with.
-        patches: that the parts were measured with, most first.
-        projections, mlp, merging: see `pieces`. attention: by share of keys as text, "1" is dense; selection and cells
-            included; over tokens with sizes but for the first entry, where none has merged yet.
-    """
-
-    about: Any
-    patches: list[int]
-    projections: list[float]
-    mlp: list[float]
-    merging: list[float]
-    attention: dict[str, list[float]]
-
-
-class Anchor(NamedTuple):
-    """A plan that was measured as a whole model."""
-
-    plan: LayerPlan
-    ms: float
+        precision = self.stored if self.computes == "auto" else precision_text(self.stored, self.computes)
+        return f"{self.backend}, {precision}"
 
 
 class PlanLatency:
-    """Milliseconds of plans, from a table and what was measured of whole models.
+    """Milliseconds of plans, from those of a layer's parts and what was measured of whole models.
 
-    A part's time is a constant, so much a token and so much a pair of tokens, none of them negative, fitted to the
-    table: what a single entry has by chance would otherwise be what plans are chosen for.
+    A part's time is a constant, so much a token and so much a pair of tokens, none of them negative, fitted to what was
+    measured: what a single entry has by chance would otherwise be what plans are chosen for.
 
     Args:
-        patches: of the image. scale: of the sum of parts: a machine's speed changes, and in a model parts follow one
-            another. ours: what a model takes that has operators of ours, beyond these. See `calibrated`.
+        patches: that the parts were measured with, most first: the image's own.
+        parts: milliseconds at each of these of "projections", "mlp" and "merging" (see `pieces`), and of attention by
+            its share of keys (see `name_of`), selection and cells included, over tokens with sizes but for the image's
+            own, of which none has merged yet.
+        about: what they were measured on and with.
+        scale: of the sum of parts: a machine's speed changes, and in a model parts follow one another.
+        ours: what a model takes that has operators of ours, beyond these. See `calibrated`.
     """
 
-    def __init__(self, table: PartTable, patches: int, scale: float = 1.0, ours: float = 0.0) -> None:
-        self.table, self.patches, self.scale, self.ours = table, patches, scale, ours
-        parts = {"projections": table.projections, "mlp": table.mlp, "merging": table.merging, **table.attention}
-        self._fits = {name: _fitted(table.patches, values) for name, values in parts.items()}
+    def __init__(
+        self, patches: Sequence[int], parts: Mapping[str, Sequence[float]], about: Any, scale: float = 1.0,
+        ours: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.measured, self.parts, self.about, self.scale, self.ours = patches, parts, about, scale, ours
+        self._fits = {name: _fitted(patches, values) for name, values in parts.items()}
 
     def of_part(self, name: str, counts: Any) -> Any:
-        """Of "projections", "mlp", "merging", or of attention at a share of keys, at numbers of patches [n]."""
+        """Of one of the parts, at numbers of patches [n]."""
         return self.scale * (_powers(counts) @ self._fits[name])
 
     def of(self, plan: LayerPlan) -> float:
         """Of a whole model."""
-        counts = plan.tokens(self.patches)
+        counts = plan.tokens(self.measured[0])
         total = float(sum(self.of_part("projections", counts[:-1]) + self.of_part("mlp", counts[1:])))
         for before, rate, share in zip(counts[:-1], plan.merge, plan.keep, strict=True):
             total += float(self.of_part(name_of(share), before))
             total += float(self.of_part("merging", before)) if rate else 0.0
         return total + (0.0 if plan.is_dense else self.ours)
 
-    def calibrated(self, anchor: Anchor) -> PlanLatency:
-        """The same, so that this plan takes as long as was measured: the dense one scales, others tell `ours`."""
-        if anchor.plan.is_dense:
-            return PlanLatency(self.table, self.patches, self.scale * anchor.ms / self.of(anchor.plan), self.ours)
-        return PlanLatency(self.table, self.patches, self.scale, self.ours + anchor.ms - self.of(anchor.plan))
+    def calibrated(self, plan: LayerPlan, ms: float) -> PlanLatency:
+        """The same, so that a plan takes as long as was measured: the dense one scales, others tell `ours`."""
+        scale, ours = self.scale, self.ours
+        if plan.is_dense:
+            scale *= ms / self.of(plan)
+        else:
+            ours += ms - self.of(plan)
+        return PlanLatency(self.measured, self.parts, self.about, scale, ours)
 
 
 def _powers(counts: Any) -> Array:
@@ -133,62 +123,93 @@ def _fitted(patches: Sequence[int], values: Sequence[float]) -> Array:
     """Coefficients of 1, n and n^2, none negative, that miss the values least, each by its own share."""
     weight = 1 / np.maximum(np.asarray(values, float), LEAST_MS)
     columns, wanted = _powers(patches) * weight[:, None], np.asarray(values, float) * weight
-    found: list[tuple[float, Array]] = []
+    fits: list[tuple[float, Array]] = []
     for chosen in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
         some = np.linalg.lstsq(columns[:, chosen], wanted, rcond=None)[0]
         if (some >= 0).all():
             fit = np.zeros(3)
             fit[list(chosen)] = some
-            found.append((float(np.square(columns @ fit - wanted).sum()), fit))
-    return min(found, key=lambda row: row[0])[1]
+            fits.append((float(np.square(columns @ fit - wanted).sum()), fit))
+    return min(fits, key=lambda row: row[0])[1]
 
 
 def name_of(share: float) -> str:
-    """A share of keys as a table names it."""
+    """Attention at a share of keys, as a part is named."""
     return f"{share:g}"
 
 
-def measured(student: Student, engine: Deployment, progress: Progress | None = None) -> PartTable:
-    """The table of this machine; what was measured before comes from a cache (see `piece_times`).
+def measured(student: Student, engine: Deployment, progress: Progress | None = None) -> PlanLatency:
+    """On this machine; what was measured before comes from a cache (see `piece_times`).
 
     Raises:
         MissingExtraError, BackendError: the engine cannot run here.
     """
-    backbone = backbone_of(deploy(student).model)
-    sparsity, geometry, whole = student.sparsity, backbone.geometry, backbone.patches
-    linear = LinearPieces(backbone.layers[0], backbone.width, engine.stored == "int8")
+    backbone, sparsity = backbone_of(deploy(student).model), student.sparsity
+    geometry, prefix, whole = backbone.geometry, backbone.prefix, backbone.patches
     least = max(sparsity.tile, whole // 10)
-    patches = sorted(
-        {round(whole * (least / whole) ** (n / (MEASURED_SIZES - 1))) for n in range(MEASURED_SIZES)}, reverse=True
-    )
-    pieces: dict[tuple[str, int], Piece] = {}
-    for count in patches:
-        tokens = backbone.prefix + count
-        for name in linear.models:
-            pieces[name, count] = linear.piece(name, tokens)
-        if count in patches[::EACH]:
-            pieces["merging", count] = merging_piece(
-                geometry, backbone.prefix, sparsity.merge_window, count, backbone.width, whole
-            )
-        for share in SHARES:
-            config = SparsityConfig(**{**_plain(sparsity), "keep": share, "merge": (1,)})
-            pieces[name_of(share), count] = attention_piece(geometry, backbone.prefix, count, config, count != whole)
-    ours = {key: piece for key, piece in pieces.items() if key[0] in map(name_of, SHARES)}
-    found = piece_times(ours, engine.execution, progress)
-    found.ms.update(
-        piece_times({k: v for k, v in pieces.items() if k not in ours}, engine.dense_host.execution, progress).ms
-    )
-    names = [name for name in dict.fromkeys(key[0] for key in pieces) if name != "merging"]
-    rows = {name: [found.ms[name, count] for count in patches] for name in names}
+    steps = [round(whole * (least / whole) ** (n / (MEASURED_SIZES - 1))) for n in range(MEASURED_SIZES)]
+    patches = sorted(set(steps), reverse=True)
     few = patches[::EACH][::-1]
-    merging = np.interp(patches, few, [found.ms["merging", count] for count in few]).tolist()
-    projections, mlp = rows.pop("projections"), rows.pop("mlp")
-    about = {**found.about, "ran_on": found.kernels, "precision": engine.stored}
-    return PartTable(
-        about=about, patches=patches, projections=projections, mlp=mlp, merging=merging, attention=rows
+    linear = LinearPieces(backbone.layers[0], backbone.width, engine.stored == "int8")
+    dense: dict[tuple[str, int], Piece] = {
+        (name, n): linear.piece(name, prefix + n) for name in linear.models for n in patches
+    } | {
+        ("merging", n): merging_piece(geometry, prefix, sparsity.merge_window, n, backbone.width, whole) for n in few
+    }  # fmt: skip
+    layers = {share: dataclasses.replace(sparsity, keep=share, dense_layers=(), merge=(1,)) for share in SHARES}
+    ours = {
+        (name_of(share), n): attention_piece(geometry, prefix, n, layer, n != whole)
+        for n in patches
+        for share, layer in layers.items()
+    }
+    times = piece_times(ours, engine.execution, progress)
+    ms = times.ms | piece_times(dense, engine.dense_host.execution, progress).ms
+    parts = {name: [ms[name, n] for n in patches] for name in (*map(name_of, SHARES), *linear.models)}
+    parts["merging"] = np.interp(patches, few, [ms["merging", n] for n in few]).tolist()
+    return PlanLatency(
+        patches, parts, {**times.about, "ran_on": times.kernels, "precision": engine.stored}
     )  # fmt: skip
 
 
-def _plain(sparsity: SparsityConfig) -> dict[str, Any]:
-    """What a layer's layout depends on."""
-    return {name: getattr(sparsity, name) for name in ("tile", "probe", "channels", "cells", "value_power")}
+ESTIMATED_SIZES = 24
+"""Numbers of tokens that parts are estimated at."""
+MERGED = 8
+"""Of so many patches one merges where merging is counted."""
+
+
+def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
+    """Milliseconds on a board at a precision. On a GPU sparse operators are taken to run as function bodies, as
+    `estimate` takes them to where a bundle carries no kernels for the board.
+
+    Raises:
+        ConfigError: the board has no arithmetic for the precision.
+    """
+    shape, gpu = model_shape(student.model), board.kind == "gpu"
+    base = dataclasses.replace(student.sparsity, keep=1.0, dense_layers=(), merge=())
+
+    def costs(patches: int, sparsity: SparsityConfig) -> list[Cost]:
+        one = dataclasses.replace(shape, depth=1, patches=patches)
+        work = Workload(one, sparsity, portable=gpu, merging="bodies" if gpu else "native")
+        return roofline.costs(work, board, precision, GPU_FIT if gpu else CPU_FIT)
+
+    def merging(patches: int) -> list[Cost]:
+        rate = max(0, min(patches // MERGED, patches - LEAST_PATCHES))
+        return costs(patches, dataclasses.replace(base, merge=(rate,)))
+
+    least = max(base.tile, shape.patches // 10, LEAST_PATCHES + 1)  # of which one can merge
+    patches = sorted({round(n) for n in np.geomspace(least, shape.patches, ESTIMATED_SIZES)}, reverse=True)
+    plain = [costs(count, base) for count in patches]
+    parts = {name: [_ms(layer, name) for layer in plain] for name in ("projections", "mlp")}
+    parts["merging"] = [_ms(merging(count), "pruning") for count in patches]
+    for share in SHARES:
+        layers = (costs(count, dataclasses.replace(base, keep=share)) for count in patches)
+        parts[name_of(share)] = [_ms(layer, "predictor", "cells", "attention") for layer in layers]
+    latency, nothing = (
+        PlanLatency(patches, parts, {"board": board.name, "precision": precision}),
+        LayerPlan.dense(shape.depth),
+    )
+    return latency.calibrated(nothing, latency.of(nothing) + _ms(plain[0], "embedding"))
+
+
+def _ms(costs: list[Cost], *kinds: str) -> float:
+    return 1e3 * sum(cost.seconds for cost in costs if cost.operator.kind in kinds)

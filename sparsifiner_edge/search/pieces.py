@@ -7,7 +7,7 @@ fixed; attention is put together from the operators, since nothing else of it de
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -30,28 +30,19 @@ INPUT, TOKENS = "image", "tokens"
 """Of the linear parts: their input bears the name that the quantiser feeds."""
 
 
-class _Projections(nn.Module):
-    """A layer up to its MLP, with attention left out: norm, qkv, output projection."""
+class _Linear(nn.Module):
+    """A layer's linear part: the MLP, or what is before it with attention left out: norm, qkv, output projection."""
 
-    def __init__(self, layer: SparseLayer) -> None:
+    def __init__(self, layer: SparseLayer, mlp: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.mlp = layer, mlp
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mlp:
+            return x + self.layer.after_mlp(x)
         attention = self.layer.own_attention
         qkv = attention.packed(self.layer.entry_norm(x))
         return x + self.layer.after_attention(attention.joined(x, qkv[..., : qkv.shape[-1] // 3]))
-
-
-class _Mlp(nn.Module):
-    """The rest of a layer."""
-
-    def __init__(self, layer: SparseLayer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layer.after_mlp(x)
 
 
 class _Merge(nn.Module):
@@ -63,10 +54,8 @@ class _Merge(nn.Module):
 
     def forward(self, values: Tensor, qkv: Tensor, sizes: Tensor, places: Tensor) -> tuple[Tensor, ...]:
         positions = torch.arange(values.shape[1] - self.merging.prefix)[None]
-        found = self.merging(CarriedTokens(values, sizes, places, positions), qkv, self.heads)
-        assert found.sizes is not None
-        assert found.places is not None
-        return found.values, found.sizes, found.places
+        tokens = self.merging(CarriedTokens(values, sizes, places, positions), qkv, self.heads)
+        return cast(tuple[Tensor, ...], tokens[:3])
 
 
 class LinearPieces:
@@ -76,8 +65,8 @@ class LinearPieces:
         self.width, self.stored = width, "int8" if int8 else None
         example, free = torch.randn(1, 64, width, generator=torch.Generator().manual_seed(0)), torch.export.Dim(TOKENS)
         self.models: dict[str, onnx.ModelProto] = {}
-        for name, module in (("projections", _Projections(layer)), ("mlp", _Mlp(layer))):
-            model = to_onnx(module.eval(), {INPUT: example}, ["output"], {"x": {1: free}})
+        for name in ("projections", "mlp"):
+            model = to_onnx(_Linear(layer, name == "mlp").eval(), {INPUT: example}, ["output"], {"x": {1: free}})
             del model.graph.value_info[:]  # of another number of tokens, and of biases that the quantiser reshapes
             self.models[name] = quantised_alike(model, [example.numpy()]) if int8 else model
 
@@ -102,9 +91,9 @@ def merging_piece(geometry: HeadGeometry, prefix: int, window: int, patches: int
         "sizes": np.ones((1, tokens), np.float32),
         "places": np.arange(whole)[None] * patches // whole,
     }
-    given = {name: torch.from_numpy(value) for name, value in feed.items()}
+    example = {name: torch.from_numpy(value) for name, value in feed.items()}
     module = _Merge(Merging(max(1, patches // 8), prefix, window), geometry.heads)
-    return Piece(to_onnx(module.eval(), given, ["values_out", "sizes_out", "places_out"]), feed)
+    return Piece(to_onnx(module.eval(), example, ["values_out", "sizes_out", "places_out"]), feed)
 
 
 def attention_piece(geometry: HeadGeometry, prefix: int, patches: int, config: SparsityConfig, merged: bool) -> Piece:
@@ -112,13 +101,8 @@ def attention_piece(geometry: HeadGeometry, prefix: int, patches: int, config: S
     whether sizes are given; else all are 1.
     """
     tokens, channels = prefix + patches, geometry.heads * geometry.dim
-    feed: dict[str, Array] = {"qkv": _random(1, tokens, 3 * channels)}
-    weights: list[TensorProto] = []
-    sizes = np.ones((1, tokens), np.float32)
-    if merged:
-        feed["sizes"] = sizes
-    else:
-        weights.append(numpy_helper.from_array(sizes, "sizes"))
+    feed: dict[str, Array] = {"qkv": _random(1, tokens, 3 * channels), "sizes": np.ones((1, tokens), np.float32)}
+    weights = [] if merged else [numpy_helper.from_array(feed.pop("sizes"), "sizes")]
     heads = {"num_heads": geometry.heads, "scale": float(geometry.scale)}
     if config.keep == 1:
         nodes = [_node("DenseAttention", ["qkv", "sizes"], "output", heads)]

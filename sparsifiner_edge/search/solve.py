@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.plan import LARGEST_MERGE, LayerPlan
+from sparsifiner_edge.plan import LARGEST_MERGE, LEAST_PATCHES, LayerPlan
 from sparsifiner_edge.search.fidelity_model import FidelityModel
-from sparsifiner_edge.search.latency import PlanLatency, name_of
-from sparsifiner_edge.search.plan import SHARES, possible_counts
+from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
 
+TOKEN_STEPS = 96
+"""Numbers of tokens that a plan can have, spaced evenly up to those of the image."""
 BISECTIONS = 40
 PRICES = (1e-3, 1e9)
 """Milliseconds that one of distance is worth: the least and the most."""
@@ -32,12 +33,9 @@ class Solver:
 
     def __init__(self, latency: PlanLatency, model: FidelityModel, selects: Sequence[bool], tile: int) -> None:
         self.latency, self.model, self.selects = latency, model, selects
-        self.counts = np.array(possible_counts(model.patches, tile))
-        before, after = np.broadcast_arrays(
-            self.counts[:, None], np.minimum(self.counts[:, None], self.counts[None, :])
-        )
-        self._before, self._after = before, after
+        self.counts = possible_counts(model.patches, tile)
         before, after = self.counts[:, None], self.counts[None, :]
+        self._before, self._after = np.broadcast_arrays(before, np.minimum(before, after))
         self._allowed = (before >= after) & (before - after <= before // LARGEST_MERGE)
         part = latency.of_part
         merging = np.where(before != after, part("merging", self.counts)[:, None], 0.0)
@@ -90,3 +88,8 @@ class Solver:
             else:
                 low = middle
         return best
+
+
+def possible_counts(patches: int, tile: int) -> Array:
+    """Numbers of patch tokens that a plan may come by, most first: the image's, and every so many fewer."""
+    return np.arange(patches, max(LEAST_PATCHES, tile) - 1, -max(1, round(patches / TOKEN_STEPS)))

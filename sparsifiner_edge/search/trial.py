@@ -5,23 +5,93 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
-from sparsifiner_edge.judge import Prediction
+from sparsifiner_edge.judge import MAPS, THRESHOLD, Outputs, OwnMetric, Prediction, alike, map_scores
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.torch_native import native_kernels
 from sparsifiner_edge.plan import LayerPlan
-from sparsifiner_edge.search.judge import fidelity_of
 from sparsifiner_edge.sparse.attention import SparseAttention
-from sparsifiner_edge.sparse.outputs import outputs_of, prediction_of
+from sparsifiner_edge.sparse.outputs import TOKENS, outputs_of, prediction_of
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
+
+COSINES = ("patches", "class")
+FIDELITIES = (*COSINES, MAPS)
+"""Mean cosine of the final patch tokens; cosine of the class token; IoU of a decoder's map at .5. Each to the dense
+model's, 1 at best. Beside them what a user's own score does not lose."""
+ROUNDING, COARSE = 1e-7, 1e-3
+"""Distances that count as no smaller: of cosines, and of others, which may be nothing for many images."""
+Distance: TypeAlias = Callable[[int, Prediction], float]
+"""1 - fidelity of what a model makes of an image, by its number."""
+
+
+def least_distance(metric: str) -> float:
+    """A distance counts as no smaller."""
+    return ROUNDING if metric in COSINES else COARSE
+
+
+def distance_by(metric: str, student: Student, wanted: Sequence[Prediction], paths: Sequence[Path]) -> Distance:
+    """What judges by one of `FIDELITIES`, or by a user's metric, package.module:class.
+
+    Args:
+        wanted: what the dense model makes of the images.
+
+    Raises:
+        ConfigError: this model has not what is judged; the user's metric fails, or says nothing of an image.
+    """
+    if metric == MAPS:
+        return _overlap(student, wanted)
+    if metric not in COSINES:
+        return _own(metric, wanted, paths)
+    if metric == "class" and not student.backbone.class_token:
+        raise ConfigError("This model has no class token.", "Judge by --metric patches.")
+    return lambda number, got: 1 - alike(metric, got, wanted[number])
+
+
+def _overlap(student: Student, wanted: Sequence[Prediction]) -> Distance:
+    others = "Judge by --metric patches, or by a metric of your own: --metric package.module:class."
+    if student.backbone.module is student.model:
+        raise ConfigError("This model has no decoder whose map could be judged.", others)
+    names = [name for name in wanted[0].outputs if name != TOKENS]
+    if len(names) != 1:
+        raise ConfigError(f"One map is judged, and this model's outputs are: {', '.join(names) or 'none'}.", others)
+    masks = [answer.outputs[names[0]] > THRESHOLD for answer in wanted]
+
+    def distance(number: int, got: Prediction) -> float:
+        return 1 - (map_scores(got.outputs[names[0]], masks[number], THRESHOLD, ("iou",))["iou"] or 0.0)
+
+    return distance
+
+
+def _own(name: str, wanted: Sequence[Prediction], paths: Sequence[Path]) -> Distance:
+    """A user's `TaskMetric`, whose scores lie from 0 to 1; an image on which a model does better loses nothing."""
+    metric = OwnMetric(name)
+
+    def score(number: int, outputs: Outputs) -> float:
+        value = metric.score(outputs, paths[number])
+        if value is None or not 0 <= value <= 1:
+            raise ConfigError(
+                f"{name} says {value} of {paths[number].name}.",
+                "A search needs a score from 0 to 1 of each image: return one, or judge by another --metric.",
+            )
+        return value
+
+    dense = [score(number, answer.outputs) for number, answer in enumerate(wanted)]
+
+    def distance(number: int, got: Prediction) -> float:
+        lost = dense[number] - score(number, got.outputs)
+        return max(0.0, lost if metric.higher_is_better else -lost)
+
+    return distance
+
 
 MOST_REMEMBERED = 1 << 30
 """Bytes of what layers make of the images when nothing is sparse."""
@@ -31,25 +101,23 @@ class Trial:
     """A student whose layers all have predictors, and what its dense model makes of some images.
 
     Args:
-        metric: one of `judge.FIDELITIES`. task: of "task" a user's metric; None: a decoder's map.
+        metric: see `judge.distance_by`.
 
     Attributes:
-        patches: of the backbone. judge: of what a model makes of the images.
+        paths: of the images. patches: of the backbone. least: a distance counts as no smaller.
         selects: by layer whether it has a predictor; one without stays dense.
     """
 
-    def __init__(
-        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, task: str | None = None
-    ) -> None:
-        self._student = student
+    def __init__(self, student: Student, teacher: Any, paths: Sequence[Path], metric: str) -> None:
+        self._student, self.paths = student, paths
         self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
         self.patches = student.backbone.patches
         self._raw = [load_image(path, student.img_size)[None] for path in paths]
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():
             wanted = [prediction_of(teacher, image, student.outputs) for image in self._pixels]
-        self.judge = fidelity_of(metric, task, student, wanted, paths)
-        self._made: list[list[Tensor]] = []
+        self._distance, self.least = distance_by(metric, student, wanted, paths), least_distance(metric)
+        self._dense_outputs: list[list[Tensor]] = []
 
     @torch.inference_mode()
     def distances(self, plan: LayerPlan) -> list[float]:
@@ -57,15 +125,15 @@ class Trial:
         if plan.is_dense:
             return [0.0] * len(self._pixels)
         changes = (bool(rate) or share < 1 for rate, share in zip(plan.merge, plan.keep, strict=True))
-        made = self._by_dense_layers(next(layer for layer, changed in enumerate(changes) if changed))
+        dense = self._by_dense_layers(next(layer for layer, changed in enumerate(changes) if changed))
         set_budget(self._student.model, plan.config(self._student.sparsity), keep_predictors=True)
-        layers, found = self._student.backbone.layers, []
+        layers, distances = self._student.backbone.layers, []
         with native_kernels(available_cores()):
-            for number, (pixels, outputs) in enumerate(zip(self._pixels, made, strict=True)):
+            for number, (pixels, outputs) in enumerate(zip(self._pixels, dense, strict=True)):
                 with _giving(layers, outputs):
                     answer = prediction_of(self._student.model, pixels, self._student.outputs)
-                found.append(self.judge.distance(number, answer))
-        return found
+                distances.append(self._distance(number, answer))
+        return distances
 
     def _by_dense_layers(self, count: int) -> list[list[Tensor]]:
         """By image, what the first layers make of it while they are dense: a plan need not run them again. None where
@@ -75,10 +143,10 @@ class Trial:
         size = student.backbone.width * (student.backbone.prefix + self.patches) * self._pixels[0].element_size()
         if count == 0 or size * depth * len(self._pixels) > MOST_REMEMBERED:
             return [[] for _ in self._pixels]
-        if not self._made:
+        if not self._dense_outputs:
             set_budget(student.model, LayerPlan.dense(depth).config(student.sparsity), keep_predictors=True)
-            self._made = [self._outputs_of_layers(pixels) for pixels in self._pixels]
-        return [outputs[:count] for outputs in self._made]
+            self._dense_outputs = [self._outputs_of_layers(pixels) for pixels in self._pixels]
+        return [outputs[:count] for outputs in self._dense_outputs]
 
     def _outputs_of_layers(self, pixels: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []
@@ -97,8 +165,8 @@ class Trial:
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]]) -> list[float]:
         """1 - the metric, image by image, of what a session makes of them."""
         prefix = self._student.backbone.prefix
-        got = (Prediction(infer({"image": image}), prefix) for image in self._raw)
-        return [self.judge.distance(number, answer) for number, answer in enumerate(got)]
+        answers = (Prediction(infer({"image": image}), prefix) for image in self._raw)
+        return [self._distance(number, answer) for number, answer in enumerate(answers)]
 
 
 @contextlib.contextmanager

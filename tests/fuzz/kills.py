@@ -86,7 +86,7 @@ def _keys(work: Path) -> None:
 def _distill(good: Path, work: Path) -> list[Any]:
     """Goes on where the one before was ended, if that had got so far."""
     overrides = [part for override in SHORT for part in ("--set", override)]
-    resume = ["--resume"] if (work / "better.training" / "checkpoint.pt").exists() else []
+    resume = ["--resume"] if (work / "better.training" / "checkpoint.safetensors").exists() else []
     return ["distill", good / "start", "--data", good / "data", "-o", work / "better", *resume, *overrides]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 SHORT = (
-    "distil.steps=6", "batch=2", "check_every=3", "save_every=2", "images.held_out=2", "budgets.keep=[0.1,0.2]",
-    "ema=0.9",
+    "distil.steps=6", "batch=2", "check_every=3", "save_every=2", "images.held_out=2", "ema=0.9",
+    'budgets=[{keep="0.1"},{keep="0.2"}]',
 )  # fmt: skip
 """Overrides of a training of a second."""
 

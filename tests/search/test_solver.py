@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,30 +12,29 @@ from hypothesis import strategies as st
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.plan import LARGEST_MERGE, LayerPlan, plan_of
-from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
-from sparsifiner_edge.search.latency import Anchor, PartTable, PlanLatency, name_of
-from sparsifiner_edge.search.plan import SHARES, possible_counts
-from sparsifiner_edge.search.solve import Solver
+from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel
+from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
+from sparsifiner_edge.search.solve import Solver, possible_counts
 
 PATCHES, TILE = 24, 16
+COUNTS = range(PATCHES, 7, -1)
 
 
-def table(patches: int = PATCHES, sparse: float = 0.5) -> PartTable:
+def times(counts: Sequence[int] = COUNTS) -> dict[str, list[float]]:
     """Linear parts grow with the tokens, dense attention with their square, sparse attention in between."""
-    counts = list(range(patches, 7, -1))
-    attention = {
-        name_of(share): [0.02 * n * n * (share if share < 1 else 1) ** sparse for n in counts] for share in SHARES
-    }
-    return PartTable(
-        about={}, patches=counts, projections=[0.3 * n for n in counts], mlp=[0.6 * n for n in counts],
-        merging=[0.05 * n for n in counts], attention=attention,
-    )  # fmt: skip
+    parts = {"projections": [0.3 * n for n in counts], "mlp": [0.6 * n for n in counts]}
+    parts["merging"] = [0.05 * n for n in counts]
+    return parts | {name_of(share): [0.02 * n * n * share**0.5 for n in counts] for share in SHARES}
+
+
+def latency(**calibration: float) -> PlanLatency:
+    return PlanLatency(COUNTS, times(), {}, **calibration)
 
 
 def model(depth: int = 3, patches: int = PATCHES, seed: int = 0) -> FidelityModel:
     random = np.random.default_rng(seed)
     merge = random.uniform(0.001, 0.05, depth)
-    return FidelityModel(Sensitivities(merge, random.uniform(0.0005, 0.02, depth)), patches)
+    return FidelityModel(merge, random.uniform(0.0005, 0.02, depth), patches)
 
 
 def everything(depth: int) -> list[LayerPlan]:
@@ -52,7 +51,7 @@ def everything(depth: int) -> list[LayerPlan]:
 
 @pytest.mark.parametrize("price", [0.01, 100.0, 3000.0, 1e6])
 def test_no_plan_is_better_at_a_price(price: float) -> None:
-    latency, fidelity = PlanLatency(table(), PATCHES, 1.1, 2.0), model(2)
+    ms, fidelity = latency(scale=1.1, ours=2.0), model(2)
 
     def cost(plan: LayerPlan) -> float:
         counts = np.array(plan.tokens(PATCHES))
@@ -61,29 +60,21 @@ def test_no_plan_is_better_at_a_price(price: float) -> None:
             + float(fidelity.reading(layer, share, counts[layer : layer + 1])[0])
             for layer, share in enumerate(plan.keep)
         )
-        return latency.of(plan) + price * lost
+        return ms.of(plan) + price * lost
 
-    found = Solver(latency, fidelity, [True, True], TILE).at_price(price)
+    found = Solver(ms, fidelity, [True, True], TILE).at_price(price)
     assert cost(found) == pytest.approx(min(map(cost, everything(2))))
 
 
-def test_what_is_lost_without_a_change_is_nothing() -> None:
-    fidelity, nothing = model(), LayerPlan.dense(3)
-    assert fidelity.of(nothing) < 1e-6
-    assert float(fidelity.reading(0, 1.0, np.array([PATCHES]))[0]) == 0
-    assert fidelity.of(LayerPlan((4, 0, 0), (1.0,) * 3)) < fidelity.of(LayerPlan((6, 0, 0), (1.0,) * 3))
-    assert fidelity.of(LayerPlan((0, 0, 0), (0.2, 1, 1))) < fidelity.of(LayerPlan((0, 0, 0), (0.1, 1, 1)))
-
-
 def test_one_layer_alone_loses_what_was_measured() -> None:
-    alone = Sensitivities(np.array([0.01, 0.03]), np.array([0.02, 0.05]))
-    fidelity = FidelityModel(alone, PATCHES)
+    merge, reading = [0.01, 0.03], [0.02, 0.05]
+    fidelity = FidelityModel(merge, reading, PATCHES)
     for layer in range(2):
         rates, keep = [0, 0], [1.0, 1.0]
         rates[layer] = PATCHES // 4
-        assert fidelity.of(LayerPlan(tuple(rates), (1.0, 1.0))) == pytest.approx(alone.merge[layer], rel=1e-6)
+        assert fidelity.of(LayerPlan(tuple(rates), (1.0, 1.0))) == pytest.approx(merge[layer], rel=1e-6)
         keep[layer] = PROBED
-        assert fidelity.of(LayerPlan((0, 0), tuple(keep))) == pytest.approx(alone.keep[layer], rel=1e-6)
+        assert fidelity.of(LayerPlan((0, 0), tuple(keep))) == pytest.approx(reading[layer], rel=1e-6)
 
 
 def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
@@ -110,7 +101,7 @@ def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.floats(1e-4, 0.2))
 def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distance: float) -> None:
-    solver = Solver(PlanLatency(table(), PATCHES), model(3, seed=seed), [True, False, True], TILE)
+    solver = Solver(latency(), model(3, seed=seed), [True, False, True], TILE)
     plan = solver.at_distance(distance)
     assert plan.is_dense or solver.model.of(plan) <= distance
     assert plan.keep[1] == 1
@@ -123,25 +114,20 @@ def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distan
 
 
 def test_parts_are_fitted_whatever_the_entries() -> None:
-    few = table()
-    coarse = PartTable(
-        about={}, patches=few.patches[::4], projections=few.projections[::4], mlp=few.mlp[::4],
-        merging=few.merging[::4], attention={name: values[::4] for name, values in few.attention.items()},
-    )  # fmt: skip
-    latency = PlanLatency(coarse, PATCHES)
-    for number, count in enumerate(few.patches):
-        for name, values in (("mlp", few.mlp), ("merging", few.merging), ("1", few.attention["1"])):
-            assert float(latency.of_part(name, count)) == pytest.approx(values[number])
-    odd = msgspec.structs.replace(few, mlp=[value * (3 if number == 5 else 1) for number, value in enumerate(few.mlp)])
-    steps = np.diff(PlanLatency(odd, PATCHES).of_part("mlp", np.arange(8, PATCHES + 1)))
+    parts = times()
+    coarse = PlanLatency(COUNTS[::4], times(COUNTS[::4]), {})
+    for name in ("mlp", "merging", "1"):
+        assert coarse.of_part(name, list(COUNTS)) == pytest.approx(parts[name])
+    odd = parts | {"mlp": [value * (3 if number == 5 else 1) for number, value in enumerate(parts["mlp"])]}
+    steps = np.diff(PlanLatency(COUNTS, odd, {}).of_part("mlp", np.arange(8, PATCHES + 1)))
     assert (steps > 0).all(), "more tokens never take less"
 
 
 def test_whole_models_correct_the_sum() -> None:
-    plain = PlanLatency(table(), PATCHES)
-    nothing, sparse, other = LayerPlan.dense(3), LayerPlan((4, 2, 0), (0.2, 0.5, 1.0)), LayerPlan((2, 2, 0), (1.0,) * 3)
-    scaled = plain.calibrated(Anchor(nothing, 1.5 * plain.of(nothing)))
+    plain, nothing, sparse = latency(), LayerPlan.dense(3), LayerPlan((4, 2, 0), (0.2, 0.5, 1.0))
+    other = LayerPlan((2, 2, 0), (1.0,) * 3)
+    scaled = plain.calibrated(nothing, 1.5 * plain.of(nothing))
     assert scaled.of(sparse) == pytest.approx(1.5 * plain.of(sparse))
-    both = scaled.calibrated(Anchor(sparse, scaled.of(sparse) + 3))
+    both = scaled.calibrated(sparse, scaled.of(sparse) + 3)
     assert both.of(nothing) == pytest.approx(1.5 * plain.of(nothing))
     assert both.of(other) == pytest.approx(1.5 * plain.of(other) + 3)

@@ -1,0 +1,125 @@
+"""What a search is asked for: the bound, the engines that may meet it, and which of the user's images are for what."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sparsifiner_edge.config import require
+from sparsifiner_edge.errors import ConfigError, SparsifinerError
+from sparsifiner_edge.execution import ON_PROCESSOR, Execution
+from sparsifiner_edge.images import list_images
+from sparsifiner_edge.profiles.boards.board import Board, load_board
+from sparsifiner_edge.runtime.open import find_backend
+from sparsifiner_edge.runtime.processor import ProcessorBackend
+from sparsifiner_edge.search.latency import Deployment
+from sparsifiner_edge.search.trial import FIDELITIES
+
+MOST_MS = 1e6
+"""That may be asked for."""
+PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
+"""That are searched: here and for a CPU, and for a board's GPU."""
+LEAST_IMAGES, CHECKED = 5, 5
+"""Images that a search takes at least; one of so many is kept for the check."""
+
+
+class Bound(NamedTuple):
+    """What is asked for: one of the two."""
+
+    at_least: float | None = None
+    at_most_ms: float | None = None
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"fidelity {self.at_least}" if self.at_least is not None else f"{self.at_most_ms:.4g} ms"
+
+    def is_met(self, fidelity: float, ms: float) -> bool:
+        """By what was measured."""
+        return fidelity >= self.at_least if self.at_least is not None else ms <= (self.at_most_ms or 0.0)
+
+
+class Request(NamedTuple):
+    """What is searched for, in which engines, with which images.
+
+    Attributes:
+        metric: one of `trial.FIDELITIES`, or a user's own. board: None: this machine.
+        left_out: backends that do not run here, and why.
+        images: that predictors and int8 are calibrated with, and of which some judge plans. kept: of no use before the
+            last check.
+    """
+
+    bound: Bound
+    metric: str
+    board: Board | None
+    engines: list[Deployment]
+    left_out: dict[str, str]
+    images: list[Path]
+    kept: list[Path]
+
+
+def read_request(
+    bound: Bound, metric: str, backends: Sequence[str], computes: Sequence[str], precisions: Sequence[str],
+    board: str | Path | None, data: str | Path,
+) -> Request:  # fmt: skip
+    """See `search_model`.
+
+    Raises:
+        ConfigError: not one bound, or a value is out of range; too few images.
+        SparsifinerError: a backend that was named does not run here; no such board.
+    """
+    least, most = bound.at_least, bound.at_most_ms
+    one = (least is None) != (most is None)
+    require(one, "A search needs one bound.", "Give --at-least FIDELITY or --at-most-ms MS.")
+    require(least is None or 0 < least < 1, f"at least is {least}.", "Give a fidelity between 0 and 1, such as 0.98.")
+    require(most is None or 0 < most < MOST_MS, f"at most is {most} ms.", "Give more than 0, less than a million.")
+    fix = f"Give {', '.join(FIDELITIES)}, or your own as package.module:class."
+    require(metric in FIDELITIES or ":" in metric, f"metric is {metric!r}.", fix)
+    device = None if board is None else load_board(board)
+    known = BOARD_PRECISIONS if device is not None and device.kind == "gpu" else PRECISIONS
+    for precision in precisions:
+        require(precision in {*known, "fp32"}, f"precision is {precision!r}.", f"Choose of: {', '.join(known)}, fp32.")
+    if device is None:
+        return Request(bound, metric, None, *_engines_here(backends, computes, precisions or known), *_split(data))
+    plain = not backends and not computes
+    require(plain, "A board's latency is estimated for no backend.", "Leave one of the two out.")
+    stored = precisions or [precision for precision in known if device.has_peak(precision)]
+    engines = [Deployment(device.name, precision) for precision in stored]
+    return Request(bound, metric, device, engines, {}, *_split(data))
+
+
+def _engines_here(
+    backends: Sequence[str], computes: Sequence[str], precisions: Sequence[str]
+) -> tuple[list[Deployment], dict[str, str]]:
+    """Those that are named, or all that run here; and what does not run here, and why."""
+    usable, left_out = list[tuple[str, str]](), dict[str, str]()
+    for name in backends or ON_PROCESSOR:
+        backend = find_backend(Execution(backend=name))
+        if not isinstance(backend, ProcessorBackend):
+            raise ConfigError(f"{name} does not run on the processor.", f"Choose of: {', '.join(ON_PROCESSOR)}.")
+        for computed in computes or backend.computes:
+            try:
+                fix = f"Choose of: {', '.join(backend.computes)}."
+                require(computed in backend.computes, f"{name} computes in no {computed} but what is stored.", fix)
+                find_backend(Execution(backend=name, precision=computed)).load()
+                usable.append((name, computed))
+            except SparsifinerError as error:
+                if backends and (computes or computed == "auto"):
+                    raise
+                left_out[name if computed == "auto" else f"{name} in {computed}"] = error.what
+                if computed == "auto":  # It does not run here at all.
+                    break
+    require(bool(usable), f"Nothing runs here: {' '.join(left_out.values())}", "Leave --computes out.")
+    return [Deployment(name, stored, computed) for name, computed in usable for stored in precisions], left_out
+
+
+def _split(data: str | Path) -> tuple[list[Path], list[Path]]:
+    """Images to search with, and those that are kept for the check: of a folder always the same."""
+    paths = list_images(Path(data))
+    enough = len(paths) >= LEAST_IMAGES
+    require(enough, f"{data} has {len(paths)} images.", f"Give {LEAST_IMAGES} or more: one is kept for the last check.")
+    shuffled = random.Random(0).sample(paths, len(paths))  # noqa: S311
+    count = max(1, len(paths) // CHECKED)
+    return sorted(shuffled[count:]), sorted(shuffled[:count])

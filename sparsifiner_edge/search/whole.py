@@ -1,0 +1,118 @@
+"""Whole models as users get them: exported, timed side by side, and compared with the dense model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from msgspec.structs import replace
+
+from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.images import evenly
+from sparsifiner_edge.plan import LayerPlan
+from sparsifiner_edge.profiles.boards.board import Board
+from sparsifiner_edge.profiles.estimate import estimate_bundle
+from sparsifiner_edge.profiles.measure.side import MeasuredSide, measure_blocks, open_side, stage_progress, warm_up
+from sparsifiner_edge.profiles.measure.worker import Load
+from sparsifiner_edge.profiles.rules import make_rules
+from sparsifiner_edge.profiles.stats import medians_in_turn
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.results import Estimate
+from sparsifiner_edge.runtime.open import checked_bundle, open_checked
+from sparsifiner_edge.search.latency import Deployment
+from sparsifiner_edge.search.trial import Trial
+from sparsifiner_edge.sparse.student import Student, save_student
+
+CALIBRATED = 16
+"""Images at most that int8 is calibrated with."""
+SECONDS = 4.0
+"""Least time measured of each."""
+LEAST_ROUNDS = 10
+"""Of slow models; of ten, the second least and second greatest bound a median at 95 %."""
+ESTIMATED = 0.9
+"""Confidence of an estimate's bounds: what its fit was widened to."""
+PlanInEngine: TypeAlias = tuple[LayerPlan, Deployment]
+
+
+class WholeModels:
+    """Bundles of a student by plan, each made when it is first asked for; the dense plan is the dense model.
+
+    Args:
+        folder: for them. start: the student's folder. dense_model: what it is compared with.
+        images: to calibrate int8 with. board: that times are estimated for; None: they are measured, here.
+        trust: see `load_student`.
+    """
+
+    def __init__(
+        self, folder: Path, start: Path, dense_model: Student, images: Sequence[Path], board: Board | None,
+        trust: Sequence[str], progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self._start, self._trust, self._folder, self._board, self._progress = start, trust, folder, board, progress
+        self._dense = save_student(dense_model, folder / "dense-student")
+        self._calibration = linked(folder / "calibration", evenly(images, CALIBRATED))
+        self._bundles: dict[tuple[LayerPlan, str], Path] = {}
+
+    def bundle(self, plan: LayerPlan, engine: Deployment) -> Path:
+        """A plan as an engine takes it.
+
+        Raises:
+            GateError: its precision loses too much.
+        """
+        stored = engine.stored
+        if (plan, stored) not in self._bundles:
+            count = len(self._bundles)
+            if self._progress:
+                self._progress(f"exporting {'the dense model in ' * plan.is_dense}{stored}", count, count + 1)
+            self._bundles[plan, stored] = export_bundle(
+                self._dense if plan.is_dense else self._start, self._folder / f"bundle-{count}",
+                merge=None if plan.is_dense else plan.merge, keep=None if plan.is_dense else plan.short_keep,
+                precision=stored, calibrate=self._calibration if stored == "int8" else None, tokens=True,
+                trust=self._trust,
+            )  # fmt: skip
+        return self._bundles[plan, stored]
+
+    def distances(self, plan: LayerPlan, engine: Deployment, trial: Trial) -> list[float]:
+        """Of a plan's bundle in an engine, from the dense model in float32, image by image."""
+        with open_checked(checked_bundle(self.bundle(plan, engine)), engine.execution) as session:
+            return trial.distances_of(session.infer)
+
+    def times(self, subjects: Sequence[PlanInEngine]) -> list[Estimate]:
+        """Median milliseconds, measured in turn, each in a process of its own; or an estimate with its bounds.
+
+        Raises:
+            BackendError: a backend rejects a bundle, or a process died or hung.
+        """
+        bundles = [(self.bundle(plan, engine), engine) for plan, engine in subjects]
+        if self._board is None:
+            return whole_ms(bundles, self._progress)
+        return [_estimated(bundle, self._board, engine.stored) for bundle, engine in bundles]
+
+
+def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | None = None) -> list[Estimate]:
+    """Median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
+    rules = replace(make_rules(SECONDS, LEAST_ROUNDS), blocks=LEAST_ROUNDS)
+    on_stage = stage_progress(progress, len(bundles) * (SECONDS + 2.0))
+    with contextlib.ExitStack() as stack:
+        sides: list[MeasuredSide] = []
+        for number, (bundle, engine) in enumerate(bundles):
+            on_stage(f"loading {bundle.name}")
+            request = Load(bundle=str(bundle.resolve()), execution=engine.execution)
+            sides.append(stack.enter_context(open_side(str(number), request)))
+            warm_up(sides[-1], on_stage)
+        measure_blocks(sides, rules, on_stage, "measuring whole models")
+        return medians_in_turn([side.blocks for side in sides])
+
+
+def _estimated(bundle: Path, board: Board, precision: str) -> Estimate:
+    ms = estimate_bundle(bundle, board, precision=precision).statistics.latency_ms
+    return Estimate(ms.value, ms.low, ms.high, ESTIMATED, f"estimated, not measured: {ms.method}")
+
+
+def linked(folder: Path, images: Sequence[Path]) -> Path:
+    """A folder of links to images, whose names say their order."""
+    folder.mkdir()
+    for number, path in enumerate(images):
+        (folder / f"{number:05}{path.suffix.lower()}").symlink_to(path.resolve())
+    return folder
