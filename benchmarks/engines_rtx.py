@@ -53,7 +53,7 @@ CAPABILITIES = ("8.6", "8.9", "12.0")
 LIMIT_S = 60.0
 IMAGES = 3
 """To calibrate int8 with: enough for a file whose building is timed, not for one that is used."""
-KEPT = ("build_seconds", "compile_seconds", "cpu_seconds", "bytes", "layers")
+KEPT = ("build_seconds", "cpu_seconds", "bytes", "layers")
 
 
 def compiled_kernels(engine: bytes) -> dict[str, int]:
@@ -156,9 +156,9 @@ def main(*, bundles: Path | None, kinds: tuple[str, ...], output: Path) -> None:
                     subjects.append(subject(folder))
                     rows += measure(folder)
                     save(output, subjects, rows, earlier)
-    cells = [[row["bundle"], row["compute_capability"], *(f"{row[name]:.1f}" for name in KEPT[:3]),
+    cells = [[row["bundle"], row["compute_capability"], *(f"{row[name]:.1f}" for name in KEPT[:2]),
               f"{row['bytes'] / 1e6:.1f}", str(row.get("kernels", ""))] for row in rows if row["built"]]  # fmt: skip
-    print_table("Built ahead of time", ["bundle", "compute capability", *KEPT[:3], "MB", "kernels"], cells)
+    print_table("Built ahead of time", ["bundle", "compute capability", *KEPT[:2], "MB", "kernels"], cells)
 
 
 def save(output: Path, subjects: list[Subject], rows: list[dict[str, Any]], earlier: dict[str, str]) -> None:

@@ -20,9 +20,9 @@ from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.cuda.driver import too_new
 from sparsifiner_edge.runtime.cuda.support import CudaSupport, cuda_support
-from sparsifiner_edge.runtime.onnxruntime.backend import GPU_PROVIDERS, OnnxRuntime
+from sparsifiner_edge.runtime.onnxruntime.backend import CUDA, OnnxRuntime
 from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK
-from sparsifiner_edge.runtime.openvino.backend import OpenVino
+from sparsifiner_edge.runtime.openvino.session import OpenVino
 from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
@@ -139,14 +139,11 @@ def _loads(kind: type[ProcessorBackend], reason: str, execution: Execution) -> B
 
 def _providers(device: Known[CudaDevice]) -> dict[str, BackendState]:
     """That a build offers a provider says nothing about the machine: it does so without any GPU."""
-    found = {}
-    for name, provider in GPU_PROVIDERS.items():
-        does = f"a fallback: {FALLBACK}; whether it starts is seen when a bundle is opened"
-        state = _loads(OnnxRuntime, f"{provider} is built in; {does}", Execution(provider=name))
-        if state.available and isinstance(device, Unavailable):
-            state = BackendState(False, f"{provider} is built in, and {device.why}", state.version)
-        found[f"--provider {name}"] = state
-    return found
+    does = f"a fallback: {FALLBACK}; whether it starts is seen when a bundle is opened"
+    state = _loads(OnnxRuntime, f"{CUDA} is built in; {does}", Execution(provider="cuda"))
+    if state.available and isinstance(device, Unavailable):
+        state = BackendState(False, f"{CUDA} is built in, and {device.why}", state.version)
+    return {"--provider cuda": state}
 
 
 def _engines(backend: TensorRtBackend, device: Known[CudaDevice], skill: str) -> BackendState:

@@ -12,7 +12,7 @@ KERNEL_CHOICES = ("auto", "native", "portable")
 """What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 """What is computed in of all that a file does not hold in int8, which stays int8; auto: what it is stored in."""
-PROVIDERS = ("cpu", "cuda", "tensorrt")
+PROVIDERS = ("cpu", "cuda")
 """Of ONNX Runtime: what it runs on, and by whose kernels."""
 
 

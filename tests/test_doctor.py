@@ -45,7 +45,7 @@ def test_json_holds_every_backend():
     assert "loads, and uses" in found["native_library_reason"]
     assert set(found["backends"]) == set(BACKENDS)
     ready, openvino = found["backends"]["onnxruntime"], found["backends"]["openvino"]
-    assert set(ready["options"]) == {"--precision bf16", "--provider cuda", "--provider tensorrt"}
+    assert set(ready["options"]) == {"--precision bf16", "--provider cuda"}
     assert set(openvino["options"]) == {"--precision bf16", "--precision fp16"}
     options = [*ready["options"].values(), *openvino["options"].values()]
     for entry in (*found["backends"].values(), *options, found["triton"]):
@@ -59,22 +59,20 @@ def test_json_holds_every_backend():
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is installed"
 )
 def test_the_build_for_the_cpu_has_no_gpu():
-    for name in ("cuda", "tensorrt"):
-        entry = examine()["backends"]["onnxruntime"]["options"][f"--provider {name}"]
-        assert not entry["available"]
-        assert 'pip install "sparsifiner-edge[gpu]"' in entry["reason"]
+    entry = examine()["backends"]["onnxruntime"]["options"]["--provider cuda"]
+    assert not entry["available"]
+    assert 'pip install "sparsifiner-edge[gpu]"' in entry["reason"]
 
 
 def test_a_build_for_the_gpu_without_a_gpu_is_not_available(monkeypatch):
-    offered = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
     install_cuda(monkeypatch, Gpu(driver=0))
     found = examine()
     assert "No NVIDIA driver" in found["cuda"]["unavailable"]
-    for name in ("cuda", "tensorrt"):
-        entry = found["backends"]["onnxruntime"]["options"][f"--provider {name}"]
-        assert not entry["available"]
-        assert "is built in, and No NVIDIA driver" in entry["reason"]
+    entry = found["backends"]["onnxruntime"]["options"]["--provider cuda"]
+    assert not entry["available"]
+    assert "is built in, and No NVIDIA driver" in entry["reason"]
     install_cuda(monkeypatch, Gpu())
     ready = examine()["backends"]["onnxruntime"]["options"]["--provider cuda"]
     assert ready["available"]

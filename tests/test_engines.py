@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
 from sparsifiner_edge.bundle.engines import (
-    AMPERE_PLUS,
-    VERSION_COMPATIBLE,
     BatchRange,
     Details,
     Engine,
@@ -26,7 +23,6 @@ from sparsifiner_edge.bundle.engines import (
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.records import Unavailable, write_record
-from sparsifiner_edge.runtime import open_session
 from tests.tiny import make_bundle
 
 ENGINE = Engine("tensorrt-rtx", "1.7.1", "8.6", "linux", "x86_64", "fp16", BatchRange(1, 1, 8))
@@ -52,35 +48,14 @@ def forge(folder: Path, *engines: Engine, content: bytes = b"no engine at all") 
     return folder
 
 
-@pytest.mark.parametrize(
-    "plugin", [{"variant": "plugin"}, {"variant": "measured", "details": Details(kernels="plugin")}]
-)
-def test_an_engine_with_plugins_runs_on_its_own_gpu_and_version_alone(plugin: dict[str, Any]) -> None:
-    portable = {"compatible": (VERSION_COMPATIBLE, AMPERE_PLUS), "variant": "measured"}
-    later = dataclasses.replace(DEVICE, version="1.8.0")
-    other = dataclasses.replace(DEVICE, compute_capability="8.9")
-    for kernels in ("bodies", "dense"):
-        engine = changed(**portable, details=Details(kernels=kernels))
-        assert mismatches(engine, later) == mismatches(engine, other) == []
-    engine = changed(**portable | plugin)
-    assert mismatches(engine, DEVICE) == []
-    assert mismatches(engine, later) == ["built by tensorrt-rtx 1.7.1, installed is 1.8.0"]
-    assert mismatches(engine, other) == ["built for compute capability 8.6, NVIDIA RTX A2000 has 8.9"]
-
-
 def test_names_carry_everything() -> None:
     assert ENGINE.name == "tensorrt-rtx-1.7.1-sm86-linux-x86_64-fp16-b1-1-8"
-    fixed = changed(backend="tensorrt", compute_capability="12.0", batch=BatchRange(4, 4, 4), variant="plugin",
-                    compatible=(VERSION_COMPATIBLE, AMPERE_PLUS))  # fmt: skip
-    assert fixed.name == "tensorrt-1.7.1-sm120-linux-x86_64-fp16-b4-plugin-version-ampereplus"
+    fixed = changed(backend="tensorrt", compute_capability="12.0", batch=BatchRange(4, 4, 4))
+    assert fixed.name == "tensorrt-1.7.1-sm120-linux-x86_64-fp16-b4"
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    other = changed(
-        compatible=(AMPERE_PLUS,),
-        variant="plugin",
-        details=Details(layers=7, golden=Unavailable("no GPU")),
-    )
+    other = changed(version="2", details=Details(layers=7, golden=Unavailable("no GPU")))
     folder = forge(tmp_path / "b", ENGINE, other)
     engines = open_bundle(folder).manifest.engines
     assert [msgspec.structs.replace(e, file="") for e in engines] == [ENGINE, other]
@@ -102,8 +77,6 @@ def test_what_this_version_does_not_know_of_an_engine_is_passed_over(tmp_path: P
         ({"version": "1.8.0"}, "built by tensorrt-rtx 1.8.0, installed is 1.7.1"),
         ({"os": "windows"}, "built for windows on x86_64, this is linux on x86_64"),
         ({"cpu": "aarch64"}, "built for linux on aarch64, this is linux on x86_64"),
-        ({"version": "1.7.2", "compatible": (VERSION_COMPATIBLE,)}, "installed is 1.7.1"),
-        ({"version": "2.0", "compatible": (VERSION_COMPATIBLE,)}, "installed is 1.7.1"),
     ],
 )
 def test_each_mismatch_is_named(change: dict[str, Any], reason: str) -> None:
@@ -112,17 +85,8 @@ def test_each_mismatch_is_named(change: dict[str, Any], reason: str) -> None:
     assert reason in found
 
 
-def test_what_compatible_engines_forgive() -> None:
-    older = changed(version="1.6.9", compatible=(VERSION_COMPATIBLE,))
-    assert mismatches(older, DEVICE) == []
-    assert mismatches(changed(version="1.6.9"), DEVICE)
-    ampere = changed(compute_capability="8.0", compatible=(AMPERE_PLUS,))
-    assert mismatches(ampere, dataclasses.replace(DEVICE, compute_capability="12.0")) == []
-    assert mismatches(ampere, dataclasses.replace(DEVICE, compute_capability="7.5"))
-
-
 def test_the_last_that_fits_is_taken(tmp_path: Path) -> None:
-    last = changed(file="engines/b.engine", variant="plugin")
+    last = changed(file="engines/b.engine")
     engines = [changed(file="engines/a.engine"), last, changed(compute_capability="8.9", file="engines/c.engine")]
     assert fitting_engine(engines, DEVICE, tmp_path) is last
 
@@ -170,11 +134,3 @@ def test_a_manifest_that_is_not_ours(tmp_path: Path, spoil: Callable[[dict[str, 
     (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match=message):
         open_bundle(folder)
-
-
-def test_an_altered_engine_is_never_opened(tmp_path: Path) -> None:
-    folder = forge(tmp_path / "b", ENGINE)
-    (path,) = (folder / "engines").iterdir()
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ArtifactError, match="does not match its SHA-256"):
-        open_session(folder, "tensorrt-rtx")

@@ -253,7 +253,7 @@ def test_keys_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "new" / "key.pem").rename(tmp_path / "new" / "old.pem")
     with pytest.raises(ArtifactError, match=r"key\.pub exists"):
         generate_key(tmp_path / "new" / "key.pem")
-    with pytest.raises(ArtifactError, match="name of the public key"):
+    with pytest.raises(ArtifactError, match="names no file of a private key"):
         generate_key(tmp_path / "new" / "fresh.pub")
     (tmp_path / "new" / "old.pem").rename(tmp_path / "new" / "key.pem")
     assert snapshot(tmp_path) == before

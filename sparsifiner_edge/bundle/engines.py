@@ -19,14 +19,8 @@ import msgspec
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.records import Known
 
-VERSION_COMPATIBLE = "version"
-"""In `Engine.compatible`: runs on later versions of the same major version (TensorRT's VERSION_COMPATIBLE flag)."""
-AMPERE_PLUS = "ampere+"
-"""In `Engine.compatible`: runs on every GPU of compute capability 8.0 and later (HardwareCompatibilityLevel)."""
 BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
 """What carries out sparse attention and merging: bodies, the project's CUDA kernels, or dense attention."""
-MEASURED = "measured"
-"""In `Engine.variant`."""
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)", re.ASCII)
 _Word: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.+_-]{0,64}\Z")]
 """Fit for names of files, configurations and terminals."""
@@ -46,12 +40,12 @@ class BatchRange(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One way of carrying out sparse attention (`BODIES`, ..); see `runtime.candidates`.
+    """One way of carrying out sparse attention (`BODIES`, ..); see `runtime.build`.
 
     Attributes:
         golden: what the golden check returned, or its message where it failed.
         compute_ms: median of `runs` runs.
-        failed: why there is no such engine, or why it does not run.
+        failed: why there is no such engine, or why it was not run.
         warning: what its time does not say.
     """
 
@@ -66,45 +60,31 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
     """What the builder of an engine reports, for people; a backend leaves out what it does not know.
 
     Attributes:
-        layers: of the network as parsed. warnings: the first ten.
-        cpu_seconds: of the building process; build_seconds: by the clock, its start included.
-        timing_cache: "new", "reused" or "not used". device, driver: what it was built on.
-        kernels: the candidate that was kept; candidates: all of them, where there was a choice or none to be made.
-        bytes: size of the file. golden: what the golden check returned before the engine was put into the bundle.
+        layers: of the network as parsed. warnings: the first ten. device: what it was built on.
+        build_seconds: by the clock; cpu_seconds: of the building process, its start included. bytes: size of the file.
+        kernels: the candidate that was kept; candidates: all of them, also those that were not built.
+        golden: what the golden check returned before the engine was put into the bundle.
     """
 
     layers: int | None = None
-    parse_seconds: float | None = None
-    compile_seconds: float | None = None
-    cpu_seconds: float | None = None
-    workspace_bytes: int | None = None
-    optimisation_level: int | None = None
-    timing_cache: str | None = None
+    warnings: tuple[str, ...] = ()
     device: str | None = None
-    driver: str | None = None
-    warnings: tuple[str, ...] | None = None
-    kernels: str | None = None
-    candidates: dict[str, Candidate] | None = None
     build_seconds: float | None = None
+    cpu_seconds: float | None = None
     bytes: int | None = None
+    kernels: str | None = None
+    candidates: dict[str, Candidate] = {}
     golden: Known[Golden] | None = None
 
 
 class Engine(msgspec.Struct, frozen=True):
-    """What an engine was built for.
+    """What an engine was built for, and runs on alone.
 
     Attributes:
-        backend: as given to `open_session`.
-        version: of the backend's package, such as "1.7.1.116".
-        compute_capability: of the GPU, such as "8.6".
-        os, cpu: as `system` gives them.
-        precision: the bundle's.
-        batch: sizes that it takes.
-        variant: what carries out the operators of the domain `sparsifiner`: "" for the bodies in the file, `PLUGIN`,
-            or `MEASURED` where the details say which was the fastest.
-        compatible: `VERSION_COMPATIBLE`, `AMPERE_PLUS`, both or neither.
-        details: what the builder says about it.
-        file: its path in the bundle; "" before it is built.
+        backend: as given to `open_session`. version: of its package, such as "1.7.1.116".
+        compute_capability: of the GPU, such as "8.6". os, cpu: as `system` gives them.
+        precision: the bundle's. batch: sizes that it takes.
+        details: what the builder says about it. file: its path in the bundle; "" before it is built.
     """
 
     backend: _Word
@@ -114,29 +94,17 @@ class Engine(msgspec.Struct, frozen=True):
     cpu: _Word
     precision: _Word
     batch: BatchRange
-    variant: _Word = ""
-    compatible: tuple[str, ...] = ()
     details: Details = Details()
     file: str = ""
 
     @property
     def name(self) -> str:
         """Such as "tensorrt-rtx-1.7.1.116-sm86-linux-x86_64-fp16-b1"; two engines of one name take the same place."""
-        parts = (
-            self.backend,
-            self.version,
-            f"sm{self.compute_capability.replace('.', '')}",
-            self.os,
-            self.cpu,
-            self.precision,
-        )
-        compatible = [part.replace("+", "plus") for part in self.compatible]
-        return "-".join([*parts, f"b{self.batch}", *filter(None, [self.variant]), *compatible])
+        sm = self.compute_capability.replace(".", "")
+        return f"{self.backend}-{self.version}-sm{sm}-{self.os}-{self.cpu}-{self.precision}-b{self.batch}"
 
-    @property
-    def runs_elsewhere(self) -> tuple[str, ...]:
-        """`compatible`, but none of it where code of one GPU and one version is inside."""
-        return () if PLUGIN in (self.variant, self.details.kernels) else self.compatible
+    def __str__(self) -> str:
+        return f"{self.backend} {self.version} for {self.compute_capability}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,46 +149,32 @@ def mismatches(engine: Engine, device: EngineDevice) -> list[str]:
     reasons = []
     if (engine.os, engine.cpu) != (device.os, device.cpu):
         reasons.append(f"built for {engine.os} on {engine.cpu}, this is {device.os} on {device.cpu}")
-    if not _same_version(engine, device):
+    if engine.version != device.version:
         reasons.append(f"built by {engine.backend} {engine.version}, installed is {device.version}")
-    if not _same_architecture(engine, device):
+    if device.compute_capability not in ("", engine.compute_capability):
         reasons.append(
             f"built for compute capability {engine.compute_capability}, {device.name} has {device.compute_capability}"
         )
     return reasons
 
 
-def _same_version(engine: Engine, device: EngineDevice) -> bool:
-    if VERSION_COMPATIBLE not in engine.runs_elsewhere:
-        return engine.version == device.version
-    built, here = (tuple(int(x) for x in re.findall(r"\d+", v)) for v in (engine.version, device.version))
-    return built[:1] == here[:1] and here >= built
-
-
-def _same_architecture(engine: Engine, device: EngineDevice) -> bool:
-    if AMPERE_PLUS in engine.runs_elsewhere and device.compute_capability:
-        return int(device.compute_capability.partition(".")[0]) >= 8
-    return device.compute_capability in ("", engine.compute_capability)
-
-
 def fitting_engine(engines: Sequence[Engine], device: EngineDevice, folder: Path) -> Engine:
     """The engine built last that runs on a device.
 
     Args:
-        engines: of a manifest.
-        folder: the bundle, for messages.
+        engines: of a manifest. folder: the bundle, for messages.
 
     Raises:
         BackendError: no engine runs there; the message says why not, and which command builds one.
     """
-    own = [e for e in engines if e.backend == device.backend]
-    for engine in reversed(own):
+    candidates = [engine for engine in engines if engine.backend == device.backend]
+    for engine in reversed(candidates):
         if not mismatches(engine, device):
             return engine
     fix = f"On a machine like this one: sparsifiner-edge build {folder} --backend {device.backend}"
     if device.compute_capability:
         fix += f" --compute-capability {device.compute_capability}"
-    if not own:
+    if not candidates:
         raise BackendError(f"{folder} holds no engine for {device.backend}.", fix)
-    found = "; ".join(f"{engine.file}: {', '.join(mismatches(engine, device))}" for engine in own)
-    raise BackendError(f"No engine of {folder} runs here. {found}.", fix)
+    reasons = "; ".join(f"{engine.file}: {', '.join(mismatches(engine, device))}" for engine in candidates)
+    raise BackendError(f"No engine of {folder} runs here. {reasons}.", fix)

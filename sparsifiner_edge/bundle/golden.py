@@ -28,11 +28,22 @@ Pair = tuple[dict[str, Array], dict[str, Array]]
 
 
 class Runnable(Protocol):
-    """What a golden pair is run through: an open session."""
+    """What a golden pair is run through: an open session.
 
-    @property
-    def backend(self) -> str:
-        """Its name, for messages."""
+    Attributes:
+        backend: its name, for messages.
+        golden_runs: how many must agree, where later runs are done otherwise than the first.
+        least_batch: it takes no smaller ones; the input is repeated, and each answer must agree.
+        least_tolerance: counts if it is the larger one, where less is computed in than the file holds.
+        in_place_of_sparse: dense attention is computed in the place of sparse. That is another computation: the mean
+            cosine of rows counts, as for another tile at export.
+    """
+
+    backend: str
+    golden_runs: int
+    least_batch: int
+    least_tolerance: float
+    in_place_of_sparse: bool
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model once."""
@@ -40,12 +51,6 @@ class Runnable(Protocol):
 
 def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float]]:
     """Run the bundle's golden input and compare every golden output.
-
-    Where a session's later runs are done otherwise than its first, its `golden_runs` says how many must agree. Where it
-    takes only larger batches (its `least_batch`), the input is repeated, and each answer must agree. Where it computes
-    in less than what the file holds, its `least_tolerance` counts if it is the larger one. Where it computes dense
-    attention in the place of sparse (`in_place_of_sparse`), that is another computation: the mean cosine of rows
-    counts, as for another tile at export.
 
     Args:
         session: open on the bundle, or on an engine made of it.
@@ -60,9 +65,9 @@ def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float
         ArtifactError: `golden.npz` or a tolerance is missing or corrupt.
         GateError: an output is missing, has another shape, or differs beyond its tolerance; the worst element is named.
     """
-    inputs, expected = _repeated(read_golden(bundle), getattr(session, "least_batch", 1))
+    inputs, expected = _repeated(read_golden(bundle), session.least_batch)
     report: dict[str, dict[str, float]] = {}
-    for _ in range(getattr(session, "golden_runs", 1)):
+    for _ in range(session.golden_runs):
         report = _check_outputs(session.infer(inputs), dict(expected), session, bundle)
     return report
 
@@ -71,16 +76,16 @@ def _check_outputs(
     outputs: dict[str, Array], expected: dict[str, Array], session: Runnable, bundle: Bundle
 ) -> dict[str, dict[str, float]]:
     """See `check_golden`, of one run."""
+    for name, wanted in expected.items():
+        if name not in outputs or outputs[name].shape != wanted.shape:
+            shape = f"has shape {outputs[name].shape}" if name in outputs else f"is missing from {', '.join(outputs)}"
+            raise GateError(f"Output {name!r} {shape}; golden is {wanted.shape}.", AGAIN)
     if POSITIONS in expected:
-        if POSITIONS not in outputs or outputs[POSITIONS].shape != expected[POSITIONS].shape:
-            raise GateError(f"Output {POSITIONS!r} is missing or has another shape.", "Export it again.")
         outputs, missing = aligned(outputs, expected)
         total = expected.pop(POSITIONS).size
         if missing > OTHER_TOKENS * total:
-            raise GateError(
-                f"{missing} of {total} tokens that golden keeps are pruned.",
-                f"Do not trust {session.backend} with this bundle on this machine; export it again or report it.",
-            )
+            raise GateError(f"{missing} of {total} tokens that golden keeps are pruned.", _distrust(session))
+    merges = bundle.manifest.plan is not None and any(bundle.manifest.plan.merge)
     report = {}
     for name, wanted in expected.items():
         tolerance = bundle.manifest.tolerances.get(name)
@@ -89,11 +94,8 @@ def _check_outputs(
                 f"{bundle.folder} has no tolerance for output {name!r} from 0 to {_MOST_TOLERANCE:g}.",
                 AGAIN,
             )
-        tolerance = max(tolerance, getattr(session, "least_tolerance", 0.0))
-        if name not in outputs:
-            raise GateError(f"Output {name!r} is missing; the model has {', '.join(outputs)}.", "Export it again.")
-        beyond = OTHER_TOKENS if bundle.manifest.plan and any(bundle.manifest.plan.merge) else 0.0
-        report[name] = _compare(name, outputs[name], wanted, tolerance, beyond, session)
+        tolerance = max(tolerance, session.least_tolerance)
+        report[name] = _compare(name, outputs[name], wanted, tolerance, OTHER_TOKENS if merges else 0.0, session)
     return report
 
 
@@ -105,14 +107,19 @@ def read_golden(bundle: Bundle) -> Pair:
     """
     path = bundle.folder / GOLDEN_FILE
     content = bundle.read(GOLDEN_FILE, _MOST_BYTES)
+    arrays: dict[str, Array] = {}
     try:
-        _require_small(content)
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays: dict[str, Array] = {key: np.asarray(file[key]) for key in file.files}
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size <= _MOST_BYTES:  # Some bytes may unpack to more than memory holds.
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                arrays = {key: np.asarray(file[key]) for key in file.files}
     # An archive is read by zipfile, zlib and NumPy's own parser, which evaluates a header: each has errors of its own.
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {said:.200}.", AGAIN) from error
+    if size > _MOST_BYTES:
+        raise ArtifactError(f"{path} unpacks to {size} bytes.", AGAIN)
     wrong = [key for key, value in arrays.items() if value.dtype.kind not in "fiub" or not value.size or not value.ndim]
     if wrong:
         value = arrays[wrong[0]]
@@ -125,18 +132,6 @@ def read_golden(bundle: Bundle) -> Pair:
     if not inputs or not outputs:
         raise ArtifactError(f"{path} holds no golden input or no output.", AGAIN)
     return inputs, outputs
-
-
-def _require_small(content: bytes) -> None:
-    """Some bytes may unpack to more than memory holds.
-
-    Raises:
-        ValueError: they would.
-    """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > _MOST_BYTES:
-        raise ValueError(f"it unpacks to {size} bytes")
 
 
 def _repeated(pair: Pair, least: int) -> Pair:
@@ -152,11 +147,9 @@ def _compare(
     name: str, got: Array, wanted: Array, tolerance: float, beyond: float, session: Runnable
 ) -> dict[str, float]:
     """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens as close, either may merge."""
-    if got.shape != wanted.shape:
-        raise GateError(f"Output {name!r} has shape {got.shape}; golden is {wanted.shape}.", AGAIN)
     found = agreement(name, got, wanted, tolerance)
     figures = {"max_abs_difference": found.difference, "range_relative_error": found.error, "tolerance": tolerance}
-    if getattr(session, "in_place_of_sparse", False):
+    if session.in_place_of_sparse:
         if not found.mean >= LEAST_DENSE_COSINE:  # Written so that NaN fails.
             raise GateError(
                 f"Output {name!r} of dense attention has mean cosine {found.mean:.4f} to golden, which is of sparse "
@@ -168,9 +161,13 @@ def _compare(
         raise GateError(
             f"Output {name!r} differs from golden by {found.error:.3g} of its range (tolerance {tolerance:.3g}); "
             f"worst at {list(found.worst)}: {found.got:.9g} instead of {found.expected:.9g}.",
-            f"Do not trust {session.backend} with this bundle on this machine; export it again or report it.",
+            _distrust(session),
         )
     return figures | ({"share_beyond": found.beyond} if found.error > tolerance else {})
+
+
+def _distrust(session: Runnable) -> str:
+    return f"Do not trust {session.backend} with this bundle on this machine; export it again or report it."
 
 
 def beyond_text(found: dict[str, float]) -> str:

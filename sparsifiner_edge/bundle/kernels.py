@@ -109,12 +109,11 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
     Raises:
         ArtifactError: of another version, or malformed.
     """
-    name = table_file(capability)
-    path = bundle.folder / name
-    if name not in bundle.manifest.files:
+    file = table_file(capability)
+    path = bundle.folder / file
+    if file not in bundle.manifest.files:
         return None
-    content = parse_json(bundle.read(name, MAX_JSON), path, KERNELS_SCHEMA, AGAIN)
-    table = read_record(content, KernelTable, path, AGAIN)
+    table = read_record(parse_json(bundle.read(file, MAX_JSON), path, KERNELS_SCHEMA, AGAIN), KernelTable, path, AGAIN)
     for name, launch in table.launches.items():
         if not _NAME.fullmatch(name):  # It becomes the name of a file and of a plugin.
             raise ArtifactError(f"{path} names a launch {name!r:.60}.", AGAIN)
@@ -126,9 +125,9 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
         if node.launch not in table.launches:
             raise ArtifactError(f"{path} has no launch {node.launch!r:.60}.", AGAIN)
         names += [node.name, *node.inputs, *node.outputs]
-    hidden = [name for name in names if not name.isprintable()]
-    if hidden:  # Half a character, for one, which JSON can hold and a model cannot.
-        raise ArtifactError(f"{path} has the name {hidden[0]!r:.60}.", AGAIN)
+    for name in names:
+        if not name.isprintable():  # Half a character, for one, which JSON can hold and a model cannot.
+            raise ArtifactError(f"{path} has the name {name!r:.60}.", AGAIN)
     return table
 
 

@@ -149,22 +149,24 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         ArtifactError: it is not a bundle's manifest, of another version, a field is mistyped, NaN or infinite, or a
             name could lead out of the bundle.
     """
-    content = parse_json(text, path, BUNDLE_SCHEMA, AGAIN)
+    content, folder = parse_json(text, path, BUNDLE_SCHEMA, AGAIN), path.parent
     files = content.get("files")
     if content.get("kind") != "bundle" or not isinstance(files, dict) or MODEL_FILE not in files:
         raise ArtifactError(f"{path} is not a bundle's manifest.", AGAIN)
-    _check_names(files, path.parent)
-    sparsity = _sparsity(content.pop("sparsity", None), path.parent)
-    manifest = read_record(content, Manifest, path.parent, AGAIN)
-    for name in (name for board in manifest.boards for name in (board.table, board.model)):
-        if name is not None and name not in files:
-            raise ArtifactError(f"{path.parent} lists {name!r:.80} of a board without a hash.", AGAIN)
+    _check_names(files, folder)
+    settings = content.pop("sparsity", None)
+    try:
+        sparsity = None if settings is None else SparsityConfig.from_dict(settings)
+    except ConfigError as error:
+        raise ArtifactError(f"{folder}: {error.what}", AGAIN) from error
+    manifest = read_record(content, Manifest, folder, AGAIN)
+    listed = [board.table for board in manifest.boards] + [board.model for board in manifest.boards]
+    for name in (*filter(None, listed), *(engine.file for engine in manifest.engines)):
+        if name not in files:
+            raise ArtifactError(f"{folder} lists {name!r:.80} without a hash.", AGAIN)
     for engine in manifest.engines:
-        if engine.file not in files or PurePosixPath(engine.file).parent != PurePosixPath(ENGINE_FOLDER):
-            raise ArtifactError(
-                f"{path.parent} lists the engine {engine.file!r} without a hash, or outside {ENGINE_FOLDER}/.",
-                "Export the bundle again and build it anew.",
-            )
+        if PurePosixPath(engine.file).parent != PurePosixPath(ENGINE_FOLDER):
+            raise ArtifactError(f"{folder} lists the engine {engine.file!r} outside {ENGINE_FOLDER}/.", AGAIN)
     return msgspec.structs.replace(manifest, sparsity=sparsity)
 
 
@@ -177,21 +179,10 @@ def _check_names(files: Mapping[str, object], folder: Path) -> None:
     """
     for name in files:
         parts = name.split("/")
-        if (
-            not {"", ".", ".."}.isdisjoint(parts)
-            or not name.isprintable()
-            or "\\" in name
-            or parts[0] in (BUNDLE_FILE, SIGNATURE_FILE)
-        ):
+        reserved = parts[0] in (BUNDLE_FILE, SIGNATURE_FILE)
+        if reserved or not {"", ".", ".."}.isdisjoint(parts) or not name.isprintable() or "\\" in name:
             fix = "Do not use this bundle: it could lead elsewhere. Export it again."
             raise ArtifactError(f"{folder} names the file {name!r:.200}.", fix)
-
-
-def _sparsity(settings: object, folder: Path) -> SparsityConfig | None:
-    try:
-        return None if settings is None else SparsityConfig.from_dict(settings)
-    except ConfigError as error:
-        raise ArtifactError(f"{folder}: {error.what}", AGAIN) from error
 
 
 def manifest_content(manifest: Manifest) -> Any:

@@ -7,6 +7,7 @@ what is about to run is what the holder of the key has signed.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -48,17 +49,14 @@ def generate_key(path: Path) -> tuple[Path, str]:
         ArtifactError: a file of either name exists, `path` names none, or the disk refuses; no file is left.
         MissingExtraError: `cryptography` is not installed.
     """
-    if not path.name:
-        raise ArtifactError(f"{path} names no file.", "Give the private key's name: KEY.pem.")
-    if path.suffix == ".pub":
-        raise ArtifactError(f"{path} is the name of the public key.", "Give the private key another ending: .pem.")
+    if not path.name or path.suffix == ".pub":
+        raise ArtifactError(f"{path} names no file of a private key.", "Give its name, with another ending: KEY.pem.")
     ed25519, s = _cryptography()
     key, public = ed25519.Ed25519PrivateKey.generate(), path.with_suffix(".pub")
-    private_text = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
-    public_text = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
-    _write_new(path, private_text, 0o600)
+    _write_new(path, key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()), 0o600)
     try:
-        _write_new(public, public_text, 0o644)
+        text = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+        _write_new(public, text, 0o644)
     except ArtifactError:
         path.unlink()
         raise
@@ -66,21 +64,20 @@ def generate_key(path: Path) -> tuple[Path, str]:
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
-    """A key is never written over another."""
-    with io_errors(path):
+    """A key is never written over another, and half a one would stand in the way of the next try."""
+    with io_errors(path), contextlib.ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            opened = open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
+            file = stack.enter_context(opened)
         except FileExistsError as error:
             raise ArtifactError(f"{path} exists.", "A key is never overwritten: choose another name.") from error
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:  # Half a key would stand in the way of the next try.
-            path.unlink()
-            raise
+        half = stack.enter_context(contextlib.ExitStack())
+        half.callback(path.unlink)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        half.pop_all()
 
 
 def fingerprint(key: Any) -> str:
@@ -164,23 +161,17 @@ def require_signature(folder: Path, public_key: Path) -> Bundle:
             f"{folder} is not signed.",
             f"Do not use it, or sign it: sparsifiner-edge bundle sign {folder} --key KEY.pem",
         )
+    from cryptography.exceptions import InvalidSignature
+
     bundle = _open_whole(folder)
-    if not _fits(public, signature.signature, bundle.text):
+    try:
+        public.verify(base64.b64decode(signature.signature, validate=True), _CONTEXT + bundle.text)
+    except (InvalidSignature, ValueError) as error:
         why = "was changed after it was signed; building an engine changes it too"
         if signature.key != fingerprint(public):
             why = f"is signed by another key ({signature.key[:16]}, wanted {fingerprint(public)[:16]})"
-        raise ArtifactError(f"{folder} {why}.", "Do not use this bundle, or sign it again.")
+        raise ArtifactError(f"{folder} {why}.", "Do not use this bundle, or sign it again.") from error
     return dataclasses.replace(bundle, signed=True)
-
-
-def _fits(public: Any, encoded: str, text: bytes) -> bool:
-    from cryptography.exceptions import InvalidSignature
-
-    try:
-        public.verify(base64.b64decode(encoded, validate=True), _CONTEXT + text)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
 
 
 def _open_whole(folder: Path) -> Bundle:
@@ -205,16 +196,16 @@ def unlisted_files(bundle: Bundle) -> list[str]:
 def _read_key(path: Path, private: bool) -> Any:
     ed25519, serialization = _cryptography()
     content = read_bytes(path, _MAX_KEY)
-    fix = "Make one: sparsifiner-edge bundle keygen -o KEY.pem" if private else "Give the .pub file of the signing key."
+    word, fix = "public key", "Give the .pub file of the signing key."
+    if private:
+        word, fix = "private key without password", "Make one: sparsifiner-edge bundle keygen -o KEY.pem"
     try:
         if private:
             key, kind = serialization.load_pem_private_key(content, None), ed25519.Ed25519PrivateKey
         else:
             key, kind = serialization.load_pem_public_key(content), ed25519.Ed25519PublicKey
     except Exception as error:  # Damaged, with a password, or of an algorithm that cryptography does not know.
-        raise ArtifactError(
-            f"{path} is not a {'private key without password' if private else 'public key'}.", fix
-        ) from error
+        raise ArtifactError(f"{path} is not a {word}.", fix) from error
     if not isinstance(key, kind):
         raise ArtifactError(f"{path} is not an Ed25519 key.", fix)
     return key

@@ -92,7 +92,7 @@ def _option(text: str) -> tuple[str, Option]:
 
 def _print(result: BuildResult) -> None:
     from sparsifiner_edge.bundle.golden import beyond_text
-    from sparsifiner_edge.runtime.candidates import verdict
+    from sparsifiner_edge.runtime.build import verdict
 
     if result.description is not None:
         described = result.description

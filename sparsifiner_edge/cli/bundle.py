@@ -11,7 +11,7 @@ import click
 from sparsifiner_edge.cli import common
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.bundle.verify import Verification
+    from sparsifiner_edge.runtime.verify import Verification
 
 
 @click.group()

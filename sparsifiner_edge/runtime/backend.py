@@ -5,18 +5,13 @@ from __future__ import annotations
 import abc
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
-import msgspec
-
-from sparsifiner_edge.bundle.engines import BODIES, BatchRange, Details, Engine
-from sparsifiner_edge.bundle.manifest import MODEL_FILE
-from sparsifiner_edge.bundle.store import Bundle, open_bundle
-from sparsifiner_edge.errors import ArtifactError, BackendError, MissingExtraError
+from sparsifiner_edge.bundle.store import Bundle
+from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.session import Session
 
 Option: TypeAlias = bool | int | str
@@ -100,97 +95,3 @@ def require_stored(precision: str, stored: str, name: str) -> None:
             "Leave --precision out"
             + (f", or export with --precision {precision}." if precision in ("fp32", "fp16") else "."),
         )
-
-
-class Candidates(NamedTuple):
-    """What may carry out sparse attention in an engine (`bundle.engines.BODIES`, ..).
-
-    Attributes:
-        names: what is built, the one that always works first; where there are several they are timed.
-        left_out: why others are not built.
-    """
-
-    names: tuple[str, ...]
-    left_out: Mapping[str, str]
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine to build, as it goes to the process that builds it.
-
-    Attributes:
-        bundle: its folder. model_sha256: of its model when the engine was planned.
-        output: path of the engine to write.
-        engine: as planned: no file, no details.
-        options: as `plan` had them.
-        candidate: what shall carry out sparse attention: one of `Candidates.names`.
-        timed: also run it, where there are others to compare it with.
-    """
-
-    bundle: str
-    model_sha256: str
-    output: str
-    engine: Engine
-    options: dict[str, Option] = {}
-    candidate: str = BODIES
-    timed: bool = False
-
-    def checked_bundle(self) -> Bundle:
-        """The bundle, opened in this process.
-
-        Raises:
-            ArtifactError: it is damaged, or its model is another by now.
-        """
-        bundle = open_bundle(Path(self.bundle))
-        if bundle.manifest.files[MODEL_FILE] != self.model_sha256:
-            raise ArtifactError(f"{self.bundle} was exported anew while the engines were built.", "Build them again.")
-        return bundle
-
-
-class EngineBackend(Backend):
-    """A backend that runs engines, and builds them."""
-
-    @abc.abstractmethod
-    def plan(
-        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
-    ) -> list[Engine]:
-        """What each engine will be, without file and details; what cannot be built is rejected before anything is.
-
-        Args:
-            capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
-            batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
-            options: what only some backends know, checked here; see the backend's module.
-
-        Raises:
-            SparsifinerError: says what, and what to do.
-        """
-
-    @abc.abstractmethod
-    def candidates(self, bundle: Bundle, engine: Engine, options: OptionValues) -> Candidates:
-        """What a planned engine is built with.
-
-        Raises:
-            SparsifinerError: what the options ask for is not possible; says why.
-        """
-
-    def default_timeout_s(self) -> float:
-        """Seconds that building one candidate may take."""
-        return 600.0
-
-    @abc.abstractmethod
-    def build(self, job: Job, tell: Progress) -> Details:
-        """Build one candidate of an engine; called in a worker process that may die.
-
-        Returns:
-            What is known of it; under `candidates` what its runs gave, where they are asked for.
-
-        Raises:
-            SparsifinerError: reaches the caller of `build_engine`.
-        """
-
-    @abc.abstractmethod
-    def why_not_here(self, engine: Engine) -> str | None:
-        """Why an engine cannot be run on this machine, such as "no CUDA device: ..."; None where it can."""
-
-    @abc.abstractmethod
-    def open_engine(self, path: Path, engine: Engine, bundle: Bundle) -> Session:
-        """A session on an engine of a bundle, whose file may not be in it yet."""

@@ -1,29 +1,49 @@
-"""`build_engine`: engines for a bundle, made by a backend, checked, and put into the bundle whole or not at all."""
+"""`build_engine`: engines for a bundle, each built in a process of its own, checked, and put into the bundle whole.
+
+What carries out sparse attention in an engine is measured where it runs. Each candidate is built and timed by a process
+of its own, with a time limit of its own: a parser or compiler of native code may abort or hang, and one that does
+leaves the others. The fastest that passes the golden check is kept; what the others took, or why they are none, is
+recorded.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from sparsifiner_edge.artifacts import ENGINE_FOLDER, sha256
-from sparsifiner_edge.bundle.engines import BatchRange, Engine, Golden, parse_capability
+from sparsifiner_edge.bundle.engines import (
+    DENSE,
+    BatchRange,
+    Candidate,
+    Details,
+    Engine,
+    Golden,
+    parse_capability,
+)
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle
-from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress, prefixed
-from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime.backend import EngineBackend, Job, OptionValues
-from sparsifiner_edge.runtime.candidates import build_fastest
+from sparsifiner_edge.records import Unavailable, read_record, write_record
+from sparsifiner_edge.runtime.backend import OptionValues
+from sparsifiner_edge.runtime.child import serve, start_child
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.session import Description
+from sparsifiner_edge.runtime.tensorrt.backend import Job, Planned, TensorRtBackend
 
 DEFAULT_BATCH = BatchRange(1, 1, 8)
 """For a bundle of dynamic batch: a camera gives one image at a time."""
+_FIX = (
+    "The bundle is as it was. If it took too long, give it longer with --timeout; if the system ran out of memory, "
+    "close other programs or build smaller; else report this with the model's name, or build with another version."
+)
 
 
 class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,8 +81,7 @@ def build_engine(
     """Build engines for a bundle and put them into it.
 
     Where this machine has the GPU that an engine is for, sparse attention is built in every way that is possible, dense
-    attention is built beside it, and the fastest is kept (see `candidates`); the golden pair is run through it first,
-    and an engine that fails is not kept.
+    attention is built beside it, and the fastest that gives the golden output is kept.
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
@@ -81,41 +100,25 @@ def build_engine(
         SparsifinerError: nothing was written, the bundle is as it was.
     """
     start = time.monotonic()
-    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels)
-    found = find_backend(execution)
+    found = find_backend(Execution(backend=backend, precision=precision, provider=provider, kernels=kernels))
     checked = open_bundle(Path(bundle))
-    capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
-    engines: tuple[Engine, ...] = ()
-    described, golden = None, None
-    if isinstance(found, EngineBackend):
-        if kernels != "auto":
-            raise ConfigError(f"kernels {kernels} are ONNX Runtime's.", f"For {backend}: --option kernels=portable.")
+    result = BuildResult(bundle=str(checked.folder), backend=backend, version=str(found.load().__version__), seconds=0)
+    if isinstance(found, TensorRtBackend):
+        capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
         planned = found.plan(checked, capabilities, batch_range(checked, batch), options or {})
         limit = found.default_timeout_s() if timeout_s is None else timeout_s
-        engines = _build_all(found, checked, planned, options or {}, limit, progress)
+        engines = _build_all(checked, planned, options or {}, limit, progress)
+        result = msgspec.structs.replace(result, engines=engines)
     else:
-        _require_plain(backend, bool(capabilities or batch or options))
+        if compute_capabilities or batch or options:
+            raise ConfigError(
+                f"{backend} builds no engine: compute capability, batch sizes and options are for TensorRT.",
+                "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
+            )
         with found.open(checked) as session:
             golden = check_golden(session, checked)
-            described = session.description
-    return BuildResult(
-        bundle=str(checked.folder),
-        backend=backend,
-        version=str(found.load().__version__),
-        engines=engines,
-        description=described,
-        golden=golden,
-        seconds=time.monotonic() - start,
-    )
-
-
-def _require_plain(backend: str, for_engines: bool) -> None:
-    """Refuse what only backends with engines take."""
-    if for_engines:
-        raise ConfigError(
-            f"{backend} builds no engine: compute capability, batch sizes and options are for TensorRT.",
-            "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
-        )
+            result = msgspec.structs.replace(result, golden=golden, description=session.description)
+    return msgspec.structs.replace(result, seconds=time.monotonic() - start)
 
 
 def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRange:
@@ -136,28 +139,23 @@ def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRang
                 "Leave the batch sizes out, or export it with --batch dynamic.",
             )
         return BatchRange(size, size, size)
-    made = BatchRange(*batch) if batch else DEFAULT_BATCH
-    if not 1 <= made.least <= made.best <= made.most:
+    sizes = BatchRange(*batch) if batch else DEFAULT_BATCH
+    if not 1 <= sizes.least <= sizes.best <= sizes.most:
         raise ConfigError(
-            f"batch sizes are {made.least}, {made.best}, {made.most}.",
+            f"batch sizes are {sizes.least}, {sizes.best}, {sizes.most}.",
             "Give least, best and greatest in this order, from 1: --min-batch 1 --opt-batch 1 --max-batch 8.",
         )
-    return made
+    return sizes
 
 
 def _build_all(
-    backend: EngineBackend,
-    bundle: Bundle,
-    planned: Sequence[Engine],
-    options: OptionValues,
-    timeout_s: float,
-    progress: Progress | None,
+    bundle: Bundle, planned: Sequence[Planned], options: OptionValues, timeout_s: float, progress: Progress | None
 ) -> tuple[Engine, ...]:
     engines: list[Engine] = []
     with bundle_scratch(bundle.folder) as scratch:
         files: dict[str, Path] = {}
-        for number, engine in enumerate(planned):
-            start, path = time.monotonic(), scratch / f"{engine.name}.engine"
+        for number, one in enumerate(planned):
+            engine, path = one.engine, scratch / f"{one.engine.name}.engine"
             job = Job(
                 bundle=str(bundle.folder.resolve()),
                 model_sha256=bundle.manifest.files[MODEL_FILE],
@@ -166,33 +164,16 @@ def _build_all(
                 options=dict(options),
             )
             prefix = f"{number + 1} of {len(planned)}, compute capability {engine.compute_capability}: "
-            candidates = backend.candidates(bundle, engine, options)
-            built = build_fastest(job, candidates, timeout_s, progress and prefixed(progress, prefix))
-            if not path.is_file():
-                raise ArtifactError(
-                    f"{path} vanished while it was built.", "Leave the bundle in place and build again."
-                )
-            seconds, size = time.monotonic() - start, path.stat().st_size
-            golden = _check_engine(backend, msgspec.structs.replace(engine, details=built), path, bundle)
-            details = msgspec.structs.replace(built, build_seconds=seconds, bytes=size, golden=golden)
+            details = build_fastest(job, one, timeout_s, progress and prefixed(progress, prefix))
             # The hash in the name keeps an earlier engine of this kind whole until the manifest is replaced.
             place = f"{ENGINE_FOLDER}/{engine.name}-{sha256(path)[:8]}.engine"
             engines.append(msgspec.structs.replace(engine, file=place, details=details))
             files[place] = path
-        extend_bundle(bundle.folder, files, lambda manifest: with_engines(manifest, engines, bundle))
+        extend_bundle(bundle.folder, files, lambda manifest: _with_engines(manifest, engines, bundle))
     return tuple(engines)
 
 
-def _check_engine(backend: EngineBackend, engine: Engine, path: Path, bundle: Bundle) -> Known[Golden]:
-    """The golden pair through a fresh engine, or why it was not run."""
-    reason = backend.why_not_here(engine)
-    if reason is not None:
-        return Unavailable(reason)
-    with backend.open_engine(path, engine, bundle) as session:
-        return check_golden(session, bundle)
-
-
-def with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundle) -> Manifest:
+def _with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundle) -> Manifest:
     """A bundle's manifest with engines added; those of the same names go.
 
     Raises:
@@ -201,7 +182,97 @@ def with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundle
     if manifest.files.get(MODEL_FILE) != built_of.manifest.files[MODEL_FILE]:
         raise ArtifactError(f"{built_of.folder} was exported anew while the engines were built.", "Build them again.")
     names = {engine.name for engine in engines}
-    gone = {engine.file for engine in manifest.engines if engine.name in names}
+    replaced = {engine.file for engine in manifest.engines if engine.name in names}
     kept = [engine for engine in manifest.engines if engine.name not in names]
-    files = {name: digest for name, digest in manifest.files.items() if name not in gone}
+    files = {name: digest for name, digest in manifest.files.items() if name not in replaced}
     return msgspec.structs.replace(manifest, files=files, engines=(*kept, *engines))
+
+
+def build_fastest(job: Job, planned: Planned, timeout_s: float, progress: Progress | None) -> Details:
+    """Build every candidate, and leave the fastest that gives the golden output at `job.output`.
+
+    Args:
+        timeout_s: seconds that each candidate may take.
+
+    Returns:
+        What is known of the one that is kept; under `candidates` all of them, those left out too.
+
+    Raises:
+        SparsifinerError: not one of them could be built, or not one gives the golden output.
+    """
+    tried: dict[str, Candidate] = {}
+    built: dict[str, Details] = {}
+    failures: list[SparsifinerError] = []
+    for name in planned.candidates:
+        one = msgspec.structs.replace(job, candidate=name, output=f"{job.output}.{name}")
+        try:
+            built[name] = run_job(one, timeout_s, progress and prefixed(progress, f"{name}: "))
+            tried |= built[name].candidates
+        except SparsifinerError as error:
+            failures.append(error)
+            tried[name] = Candidate(failed=error.what)
+    passed = {name: tried[name].compute_ms or 0.0 for name in built if not isinstance(tried[name].golden, str)}
+    if not passed:
+        raise failures[0] if failures else GateError(str(tried[planned.candidates[0]].golden), "Export it again.")
+    best = min(passed, key=passed.__getitem__)
+    _keep(Path(job.output), best, built)
+    tried |= {name: Candidate(failed=f"not built: {why}") for name, why in planned.left_out.items()}
+    golden = tried[best].golden
+    checked = golden if isinstance(golden, dict) else Unavailable(tried[best].failed or "")
+    return msgspec.structs.replace(built[best], candidates=tried, golden=checked)
+
+
+def _keep(output: Path, best: str, names: Iterable[str]) -> None:
+    """Of the files of candidates one becomes the engine's, the others go."""
+    files = {name: output.with_name(f"{output.name}.{name}") for name in names}
+    if not files[best].is_file():
+        raise ArtifactError(f"{output} vanished while it was built.", "Leave the bundle in place and build again.")
+    with io_errors(output):
+        files.pop(best).replace(output)
+        for path in files.values():
+            path.unlink(missing_ok=True)
+
+
+def verdict(details: Details) -> list[str]:
+    """Lines that say what each candidate took, which was kept, and why; none where there was no choice."""
+    if len(details.candidates) < 2:
+        return []
+    lines = []
+    for name, one in details.candidates.items():
+        took = f"{one.compute_ms:.3f} ms" if one.compute_ms is not None else str(one.failed)
+        refused = f"; not kept: {one.golden}" if isinstance(one.golden, str) else ""
+        lines.append(f"{name}: {took}{refused}{f' ({one.warning})' if one.warning else ''}")
+    times = {name: one.compute_ms for name, one in details.candidates.items() if one.compute_ms is not None}
+    least = times.get(details.kernels or "")
+    if least is None:
+        return [*lines, f"kept: {details.kernels}; nothing was measured"]
+    faster = [name for name, ms in times.items() if ms < least]
+    why = f"although {' and '.join(faster)} took less: see there" if faster else "the fastest"
+    advice = "; for dense attention export the student with --keep 1" if DENSE in faster else ""
+    return [*lines, f"kept: {details.kernels}, {why}{advice}"]
+
+
+def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> Details:
+    """Build one candidate in a fresh process, which is killed when this returns or raises.
+
+    Args:
+        timeout_s: seconds after which the builder counts as hung.
+
+    Raises:
+        SparsifinerError: what the backend's `build` raised.
+        BackendError: the process died, was killed, or took too long; the end of its log is in the message.
+    """
+    with start_child(__name__, f"The builder of {job.engine.backend}", _FIX) as child:
+        return child.ask("build", timeout_s, Details, progress, job=write_record(job))
+
+
+def _build(tell: Progress, job: object) -> Details:
+    """Carry out a job in this process."""
+    read = read_record(job, Job, "The job", "Report this.")
+    backend = find_backend(Execution(backend=read.engine.backend))
+    assert isinstance(backend, TensorRtBackend)
+    return backend.build(read, tell)
+
+
+if __name__ == "__main__":
+    serve({"build": _build})

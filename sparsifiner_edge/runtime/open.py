@@ -16,7 +16,7 @@ from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {
     "onnxruntime": "onnxruntime.backend:OnnxRuntime",
-    "openvino": "openvino.backend:OpenVino",
+    "openvino": "openvino.session:OpenVino",
     "tensorrt": "tensorrt.full:TensorRt",
     "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
 }
@@ -56,11 +56,13 @@ def find_backend(execution: Execution) -> Backend:
         BackendError: see `check_choices`; or another package's is no class of `Backend`, or cannot be imported.
     """
     check_choices(execution)
-    if execution.backend not in BACKENDS:
-        return _other(_others()[execution.backend], execution)
-    module, _, kind = BACKENDS[execution.backend].partition(":")
-    made: Backend = getattr(importlib.import_module(f"sparsifiner_edge.runtime.{module}"), kind)(execution)
-    return made
+    if execution.backend in BACKENDS:
+        module, _, name = BACKENDS[execution.backend].partition(":")
+        kind = getattr(importlib.import_module(f"sparsifiner_edge.runtime.{module}"), name)
+    else:
+        kind = _load(_others()[execution.backend])
+    backend: Backend = kind(execution)
+    return backend
 
 
 def _others() -> dict[str, EntryPoint]:
@@ -68,14 +70,14 @@ def _others() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
-def _other(point: EntryPoint, execution: Execution) -> Backend:
+def _load(point: EntryPoint) -> type[Backend]:
     try:
         kind = point.load()
     except Exception as error:  # It is anybody's code.
         raise BackendError(f"{point.value} cannot be imported: {error}.", f"Reinstall {point.name}.") from error
     if not (isinstance(kind, type) and issubclass(kind, Backend)):
         raise BackendError(f"{point.value} is no class of Backend.", f"Report it to the authors of {point.name}.")
-    return kind(execution)
+    return kind
 
 
 def open_session(

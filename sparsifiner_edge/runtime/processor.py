@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import abc
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.kernels import NATIVE
+from sparsifiner_edge.ops.kernels import NATIVE, described
+from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
 
@@ -45,6 +47,46 @@ class ProcessorBackend(Backend):
         """See `Backend.open`."""
         with bundle.sealed_copy(MODEL_FILE) as copy:
             return self.session(bundle.folder / MODEL_FILE, copy, bundle.manifest.precision)
+
+
+class Operators(NamedTuple):
+    """The operators of the domain `sparsifiner` in a file, and what runs them here.
+
+    Attributes:
+        names: those in the file. float16: its weights are, all that are not int8.
+        kernels: one of `KERNEL_CHOICES`, "portable" for function bodies. library: the native one; None for bodies.
+    """
+
+    names: set[str]
+    float16: bool
+    kernels: str
+    library: Path | None
+
+    def text(self, precision: str | None = None) -> str:
+        """For people; what was not chosen is said, since function bodies are several times slower.
+
+        Args:
+            precision: of attention in the native library, where that is worth a word.
+        """
+        reason = why_portable(self.kernels) if self.kernels == "auto" else None
+        return described(self.names, self.library is not None, reason, precision)
+
+
+def read_operators(content: bytes | str, model: Path, kernels: str) -> tuple[ModelProto, Operators]:
+    """A file, and what will run its operators.
+
+    Args:
+        content: of the file, or a path. model: where it is from, for messages. kernels: one of `KERNEL_CHOICES`.
+
+    Raises:
+        ArtifactError: it is no ONNX file, or needs another file.
+        BackendError: the kernels cannot be had of this file, or not here.
+    """
+    graph = read_model(content if isinstance(content, bytes) else Path(content).read_bytes(), model)
+    names = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
+    float16 = holds_float16(graph)
+    kernels = usable_kernels(float16, kernels)
+    return graph, Operators(names, float16, kernels, native_library(kernels))
 
 
 def holds_float16(model: ModelProto) -> bool:

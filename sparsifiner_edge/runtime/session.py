@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -24,11 +26,9 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         precision: of the model. threads: inside one operator.
         provider: ONNX Runtime's word; "TensorRT" or "TensorRT-RTX" of an engine. device: for people.
-        kernels: "native, <instruction set>", "function bodies", "none (standard operators)",
-            or an engine's.
+        kernels: "native, <instruction set>", "function bodies", "none (standard operators)", or an engine's.
         cuda, graph, zero_copy: of an engine: package and driver, whether runs are recorded, whether memory is shared.
         why_no_graph: why runs are not recorded; it may be known from the second one on.
-        memory: of an engine: "copied", or what of it is shared, "mapped" or "managed".
     """
 
     backend: str | Unavailable
@@ -42,7 +42,6 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     graph: bool | None = None
     why_no_graph: str | None = None
     zero_copy: bool | None = None
-    memory: str | None = None
 
 
 class Description(Runtime, frozen=True, kw_only=True):
@@ -54,23 +53,30 @@ class Description(Runtime, frozen=True, kw_only=True):
     kernels: str | Unavailable
 
 
-class Session(Protocol):
+class Session(abc.ABC):
     """A bundle, loaded and ready to run. A context manager: leaving the block closes it.
 
     Attributes:
-        backend: its name, as given to `open_session`.
+        backend: its name, as given to `open_session`. model: its file, for messages.
         inputs, outputs: every one, in the model's order.
         load_ms: milliseconds that the backend took to make the session; hashing and reading the manifest excluded.
+        least_tolerance, least_batch, golden_runs, in_place_of_sparse: see `bundle.golden.check_golden`.
     """
 
     backend: str
+    model: Path
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     load_ms: float
+    least_tolerance = 0.0
+    least_batch = golden_runs = 1
+    in_place_of_sparse = False
+    _description: Description
 
     @property
     def description(self) -> Description:
         """What really runs."""
+        return self._description
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """Check names, types and shapes.
@@ -92,7 +98,26 @@ class Session(Protocol):
         Raises:
             BackendError: `validate` rejects the inputs, the backend fails, or the session is closed.
         """
+        self.validate(inputs)
+        try:
+            outputs = self._run({name: np.ascontiguousarray(value) for name, value in inputs.items()})
+        except BackendError:
+            raise
+        except Exception as error:  # Runtimes share no base of their errors but Exception.
+            why = " ".join(str(error).split())[:500]
+            raise BackendError(f"{self.backend} failed in {self.model}: {why}", "Export it again.") from error
+        validate_outputs(self.model, outputs)
+        return outputs
 
+    @abc.abstractmethod
+    def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """The backend's part of `infer`; the inputs are checked, and contiguous."""
+
+    def closed(self) -> BackendError:
+        """The error for a run of a session that was closed."""
+        return BackendError(f"The session of {self.model} is closed.", "Open it again.")
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Release the model. Closing twice is harmless."""
 

@@ -1,14 +1,42 @@
-"""`verify_bundle`: all checks of a bundle, its golden pair on a backend among them."""
+"""Is a bundle whole, does its manifest match its model, and does the golden pair pass on a backend?"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import onnx
+from msgspec import Struct
 
 from sparsifiner_edge.bundle.golden import beyond_text, check_golden
-from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.bundle.verify import Verification, run_checks
+from sparsifiner_edge.bundle.manifest import TensorSpec
+from sparsifiner_edge.bundle.sign import fingerprint_of, read_signature, require_signature, unlisted_files
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
+from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.onnx_file import all_nodes
+from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.runtime.open import open_checked
+
+
+class CheckResult(Struct, frozen=True):
+    """One check of a bundle, and what it found."""
+
+    name: str
+    passed: bool
+    details: str
+
+
+class Verification(Struct, frozen=True):
+    """All checks of a bundle. hash: SHA-256 of its manifest. passed: all of them."""
+
+    bundle: str
+    hash: str
+    passed: bool
+    checks: tuple[CheckResult, ...]
 
 
 def verify_bundle(
@@ -36,16 +64,118 @@ def verify_bundle(
         BackendError: the backend cannot run it.
         MissingExtraError: the backend, or what checks signatures, is not installed.
     """
-
     execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels)
+    key, checked = None if public_key is None else Path(public_key), open_bundle(Path(bundle))
+    model = checked.model()
+    results: list[CheckResult] = []
+    for name, check in {
+        "files": lambda: _files(checked),
+        "signature": lambda: _signature(checked, key),
+        **model_checks(checked, model),
+        "engines": lambda: ", ".join(map(str, checked.manifest.engines)) or "none",
+        "golden pair": lambda: _golden(dataclasses.replace(checked, signed=key is not None), execution),
+    }.items():
+        results.append(run_check(name, check))
+        if name in ("signature", "model") and not results[-1].passed:
+            break  # An unsigned bundle is not run, and an invalid model is not examined further.
+    digest, passed = hashlib.sha256(checked.text).hexdigest(), all(result.passed for result in results)
+    return Verification(str(checked.folder), digest, passed, tuple(results))
 
-    def answer(checked: Bundle) -> str:
-        with open_checked(checked, execution) as session:
-            found = check_golden(session, checked)
-        parts = (
-            f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}{beyond_text(f)}"
-            for name, f in found.items()
-        )
-        return f"{', '.join(parts)} ({backend})"
 
-    return run_checks(Path(bundle), answer, None if public_key is None else Path(public_key))
+def model_checks(bundle: Bundle, model: Any) -> dict[str, Callable[[], str]]:
+    """What a bundle's manifest says of its model, check by check; each says what it found, or raises."""
+    return {
+        "model": lambda: _onnx(model),
+        "inputs, outputs": lambda: _interface(bundle, model.graph),
+        "operators": lambda: _operators(bundle.manifest.ops, model),
+    }
+
+
+def run_check(name: str, check: Callable[[], str]) -> CheckResult:
+    """Carry out a check; of a form that export does not write its error is the answer."""
+    try:
+        return CheckResult(name, True, check())
+    except GateError as error:
+        return CheckResult(name, False, error.what)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return CheckResult(name, False, f"cannot be checked: {reason}")
+
+
+def _files(bundle: Bundle) -> str:
+    extra = unlisted_files(bundle)
+    if extra:
+        raise GateError(f"not in the manifest: {', '.join(extra[:5])}")
+    return f"{len(bundle.manifest.files)} files match their SHA-256; no others"
+
+
+def _signature(bundle: Bundle, public_key: Path | None) -> str:
+    if public_key is None:
+        signature = read_signature(bundle.folder)
+        claims = signature and f"claims the key {signature.key[:16]}; not checked without --public-key"
+        return claims or "none"
+    fingerprint = fingerprint_of(public_key)
+    try:
+        if require_signature(bundle.folder, public_key) != bundle:
+            raise GateError("the manifest was changed meanwhile")
+    except ArtifactError as error:
+        raise GateError(error.what) from error
+    return f"by {fingerprint[:16]}"
+
+
+def _onnx(model: Any) -> str:
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise GateError(" ".join(str(error).split())[:200]) from error
+    domains = {entry.domain: entry.version for entry in model.opset_import}
+    foreign = sorted(set(domains) - {"", DOMAIN})
+    if foreign:
+        raise GateError(f"foreign domains: {', '.join(foreign)}")
+    return f"well-formed; operator set {domains.get('')}, IR {model.ir_version}"
+
+
+def _interface(bundle: Bundle, graph: Any) -> str:
+    """Names, types and shapes of inputs and outputs."""
+
+    def compare(key: str, specs: Iterable[TensorSpec], values: Any) -> str:
+        stated = [TensorSpec(spec.name, spec.dtype, spec.shape) for spec in specs]
+        present = [_tensor(value) for value in values]
+        if stated != present:
+            wrong = [entry for entry in (*stated, *present) if not (entry in stated and entry in present)]
+            difference = f"{wrong[0].name} {wrong[0]}" if wrong else "their order"
+            raise GateError(f"{key}: manifest and model differ in {difference}")
+        return f"{len(present)} {key[:-1] if len(present) == 1 else key}"
+
+    manifest = bundle.manifest
+    inputs = compare("inputs", manifest.inputs, graph.input)
+    return f"{inputs} and {compare('outputs', manifest.outputs, graph.output)} as the manifest says"
+
+
+def _tensor(value: Any) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape)
+
+
+def _operators(stated: tuple[str, ...], model: Any) -> str:
+    """The operators in the manifest are those in the file, each with its body."""
+    used = {f"{DOMAIN}::{node.op_type}" for node in all_nodes(model) if node.domain == DOMAIN}
+    bodies = {f"{function.domain}::{function.name}" for function in model.functions}
+    versions = {entry.version for entry in model.opset_import if entry.domain == DOMAIN}
+    if used - bodies:
+        raise GateError(f"without a body: {', '.join(sorted(used - bodies))}")
+    if set(stated) != bodies or (stated and versions != {VERSION}):
+        present = f"the model has {sorted(bodies)} of version {sorted(versions)}"
+        raise GateError(f"the manifest says {sorted(stated)} of version {VERSION}, {present}")
+    return ", ".join(sorted(used)) or "standard ones alone"
+
+
+def _golden(bundle: Bundle, execution: Execution) -> str:
+    with open_checked(bundle, execution) as session:
+        report = check_golden(session, bundle)
+    parts = (
+        f"{name} {figures['range_relative_error']:.1e} of {figures['tolerance']:.0e}{beyond_text(figures)}"
+        for name, figures in report.items()
+    )
+    return f"{', '.join(parts)} ({execution.backend})"

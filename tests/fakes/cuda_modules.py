@@ -45,7 +45,7 @@ def cuda_bindings(gpu: Gpu) -> types.ModuleType:
         return call
 
     module.cudaError_t = error
-    module.cudaHostAllocMapped, module.cudaStreamNonBlocking, module.cudaMemAttachGlobal = 2, 1, 1
+    module.cudaHostAllocMapped, module.cudaStreamNonBlocking = 2, 1
     module.cudaMemcpyKind = enum.IntEnum("cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})
     module.cudaStreamCaptureMode = enum.IntEnum("cudaStreamCaptureMode", {"cudaStreamCaptureModeThreadLocal": 1})
     module.cudaGetErrorString = lambda status: (error.cudaSuccess, f"text of {status.name}".encode())
@@ -57,7 +57,7 @@ def cuda_bindings(gpu: Gpu) -> types.ModuleType:
 _WITH_RESULT = {
     "cudaDriverGetVersion", "cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaMemGetInfo", "cudaMalloc",
     "cudaHostAlloc", "cudaHostGetDevicePointer", "cudaStreamCreateWithFlags", "cudaEventCreate", "cudaEventElapsedTime",
-    "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaMallocManaged",
+    "cudaStreamEndCapture", "cudaGraphInstantiate",
 }  # fmt: skip
 
 
@@ -83,12 +83,8 @@ def _functions(gpu: Gpu) -> list[Any]:
     def cudaMalloc(size: int) -> int:
         return gpu.allocate(size, "device")
 
-    def cudaMallocManaged(size: int, flags: int) -> int:
-        assert flags == 1
-        return gpu.allocate(size, "managed")
-
     def cudaFree(devPtr: int) -> None:
-        gpu.free(devPtr, "managed" if gpu.kind(devPtr) == "managed" else "device")
+        gpu.free(devPtr, "device")
 
     def cudaHostAlloc(size: int, flags: int) -> int:
         assert flags == 2
@@ -170,18 +166,14 @@ def pycuda_driver(gpu: Gpu) -> types.ModuleType:
         kind = ""
 
         def __init__(self, *_flags: int) -> None:
-            self._number = call(f"make {self.kind}", lambda: gpu.make(self.kind))
+            self.handle = call(f"make {self.kind}", lambda: gpu.make(self.kind))
 
         def __del__(self) -> None:
-            if hasattr(self, "_number"):
-                gpu.drop(self._number, self.kind)
+            if hasattr(self, "handle"):
+                gpu.drop(self.handle, self.kind)
 
     class Stream(Freed):
         kind = "stream"
-
-        @property
-        def handle(self) -> int:
-            return int(self._number)
 
         def synchronize(self) -> None:
             call("cuStreamSynchronize", lambda: None)
@@ -190,36 +182,23 @@ def pycuda_driver(gpu: Gpu) -> types.ModuleType:
         kind = "event"
 
         def record(self, stream: Stream) -> None:
-            call("cuEventRecord", lambda: gpu.stamp(self._number))
+            call("cuEventRecord", lambda: gpu.stamp(self.handle))
 
         def time_till(self, end: Any) -> float:
-            return float(call("cuEventElapsedTime", lambda: gpu.between(self._number, end._number)))
+            return float(call("cuEventElapsedTime", lambda: gpu.between(self.handle, end.handle)))
 
-    class DeviceAllocation:
-        def __init__(self, size: int) -> None:
-            self._pointer: int | None = call("cuMemAlloc", lambda: gpu.allocate(size, "device"))
+    class Allocation:
+        def __init__(self, size: int, kind: str = "device") -> None:
+            self.kind, self.pointer = kind, call("cuMemAlloc", lambda: gpu.allocate(size, kind))
 
         def __int__(self) -> int:
-            assert self._pointer is not None
-            return self._pointer
-
-        def free(self) -> None:
-            pointer, self._pointer = self._pointer, None
-            call("cuMemFree", lambda: gpu.free(pointer, "device"))
-
-        def __del__(self) -> None:
-            if getattr(self, "_pointer", None) is not None:
-                self.free()
-
-    class HostAllocation:
-        def __init__(self, size: int) -> None:
-            self.pointer = call("cuMemHostAlloc", lambda: gpu.allocate(size, "host"))
+            return int(self.pointer)
 
         def get_device_pointer(self) -> int:
             return int(self.pointer)
 
         def free(self) -> None:
-            call("cuMemFreeHost", lambda: gpu.free(self.pointer, "host"))
+            call("cuMemFree", lambda: gpu.free(self.pointer, self.kind))
 
     class Pinned(np.ndarray[Any, Any]):
         """An array whose `base` is the allocation."""
@@ -230,31 +209,27 @@ def pycuda_driver(gpu: Gpu) -> types.ModuleType:
 
     def pagelocked_empty(shape: int, dtype: Any, order: str = "C", mem_flags: int = 0) -> Any:
         assert mem_flags == module.host_alloc_flags.DEVICEMAP
-        owner = HostAllocation(shape)
+        owner = Allocation(shape, "host")
         array = np.frombuffer(gpu.block(owner.pointer), np.uint8).view(Pinned)
         array._owner = owner
         return array
 
     class Context:
-        depth = 0
-
         def push(self) -> None:
-            Context.depth += 1
+            gpu.calls["push"] += 1
 
         @staticmethod
         def pop() -> None:
-            Context.depth -= 1
+            gpu.calls["pop"] += 1
 
         def detach(self) -> None:
             gpu.calls["detach"] += 1
 
     class Device:
+        count = staticmethod(lambda: gpu.count)
+
         def __init__(self, number: int) -> None:
             assert 0 <= number < gpu.count
-
-        @staticmethod
-        def count() -> int:
-            return gpu.count
 
         def name(self) -> str:
             return gpu.name
@@ -272,8 +247,8 @@ def pycuda_driver(gpu: Gpu) -> types.ModuleType:
         def retain_primary_context(self) -> Context:
             return Context()
 
-    def copy(target: Any, source: Any, size: int, stream: Stream) -> None:
-        call("cuMemcpyAsync", lambda: gpu.copy(int(target), int(source), size, stream.handle))
+    def copy(target: int, source: int, size: int, stream: Stream) -> None:
+        call("cuMemcpyAsync", lambda: gpu.copy(target, source, size, stream.handle))
 
     module.Error, module.Stream, module.Event, module.Device, module.Context = Error, Stream, Event, Device, Context
     module.host_alloc_flags = types.SimpleNamespace(DEVICEMAP=2)
@@ -281,7 +256,7 @@ def pycuda_driver(gpu: Gpu) -> types.ModuleType:
     module.init = lambda: call("cuInit", lambda: None)
     module.get_driver_version = lambda: gpu.driver
     module.mem_get_info = lambda: (gpu.memory - gpu.used, gpu.memory)
-    module.mem_alloc, module.pagelocked_empty = DeviceAllocation, pagelocked_empty
+    module.mem_alloc, module.pagelocked_empty = Allocation, pagelocked_empty
     module.memcpy_htod_async = lambda dest, src, stream: copy(dest, src.ctypes.data, src.nbytes, stream)
     module.memcpy_dtoh_async = lambda dest, src, stream: copy(dest.ctypes.data, src, dest.nbytes, stream)
     return module

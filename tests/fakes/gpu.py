@@ -8,6 +8,7 @@ runtime API (`fail`), and a lost device fails everything, as a real one does.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -18,27 +19,19 @@ class CudaError(Exception):
     """An error of CUDA by its name in the runtime API, such as "cudaErrorMemoryAllocation"."""
 
 
+@dataclasses.dataclass
 class Gpu:
-    """One device; the defaults are those of an Orin.
+    """One device; the defaults are those of an Orin. `fail`: function of CUDA -> name of the error that it gives."""
 
-    Args:
-        memory: bytes; allocations beyond them fail.
-        fail: function of CUDA -> name of the error that it gives.
-    """
+    name: str = "Orin"
+    sm: tuple[int, int] = (8, 7)
+    memory: int = 8 << 30
+    integrated: bool = True
+    driver: int = 12060
+    count: int = 1
+    fail: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def __init__(
-        self,
-        name: str = "Orin",
-        sm: tuple[int, int] = (8, 7),
-        memory: int = 8 << 30,
-        integrated: bool = True,
-        driver: int = 12060,
-        count: int = 1,
-        fail: dict[str, str] | None = None,
-    ) -> None:
-        self.name, self.sm, self.memory, self.integrated = name, sm, memory, integrated
-        self.driver, self.count = driver, count
-        self.fail = fail or {}
+    def __post_init__(self) -> None:
         self.lost = False
         self.used = 0
         self.calls: Counter[str] = Counter()
@@ -60,14 +53,12 @@ class Gpu:
         if function in self.fail:
             if function == "cudaStreamEndCapture":
                 self._recording.clear()  # A capture that fails is over all the same.
-            if self.fail[function] == "cudaErrorIllegalAddress":
-                self.lost = True
+            self.lost = self.fail[function] == "cudaErrorIllegalAddress"
             raise CudaError(self.fail[function])
         if self.lost:
             raise CudaError("cudaErrorIllegalAddress")
 
     def allocate(self, size: int, kind: str) -> int:
-        """Memory: "device", "host" or "managed"."""
         if self.used + size > self.memory:
             raise CudaError("cudaErrorMemoryAllocation")
         block = (ctypes.c_uint8 * max(size, 1))()
@@ -81,12 +72,7 @@ class Gpu:
             raise CudaError("cudaErrorInvalidValue")
         self.used -= self._blocks.pop(pointer)[1]
 
-    def kind(self, pointer: int) -> str | None:
-        """Of memory that was given out."""
-        return self._blocks[pointer][2] if pointer in self._blocks else None
-
     def block(self, pointer: int) -> Any:
-        """The bytes at an address that was given out."""
         return self._blocks[pointer][0]
 
     def make(self, kind: str) -> int:
@@ -96,7 +82,6 @@ class Gpu:
         return number
 
     def drop(self, number: int, kind: str) -> None:
-        """Give one back."""
         if self._live.get(number) != kind:
             raise CudaError("cudaErrorInvalidResourceHandle")
         del self._live[number]
@@ -104,14 +89,15 @@ class Gpu:
 
     def put(self, stream: int, work: Callable[[], None], milliseconds: float = 1.0) -> None:
         """Put work into a stream."""
-        if stream in self._recording:
-            self._recording[stream].append(lambda: self._run(work, milliseconds))
-        else:
-            self._run(work, milliseconds)
 
-    def _run(self, work: Callable[[], None], milliseconds: float) -> None:
-        work()
-        self._clock += milliseconds
+        def run() -> None:
+            work()
+            self._clock += milliseconds
+
+        if stream in self._recording:
+            self._recording[stream].append(run)
+        else:
+            run()
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         """Copy between two blocks; sizes beyond either are an error."""
@@ -121,40 +107,30 @@ class Gpu:
         self.put(stream, lambda: ctypes.memmove(target, source, size) and None, 0.25)
 
     def stamp(self, event: int) -> None:
-        """Record an event."""
         self._stamps[event] = self._clock
 
     def between(self, start: int, end: int) -> float:
-        """Milliseconds between two events that were recorded."""
         if start not in self._stamps or end not in self._stamps:
             raise CudaError("cudaErrorInvalidResourceHandle")
         return self._stamps[end] - self._stamps[start]
 
     def captures(self, stream: int) -> bool:
-        """Whether what is put into a stream is recorded."""
         return stream in self._recording
 
     def begin(self, stream: int) -> None:
-        """Begin to record."""
-        if stream in self._recording:
-            raise CudaError("cudaErrorIllegalState")
         self._recording[stream] = []
 
     def end(self, stream: int) -> int:
         """End recording; returns a graph."""
-        if stream not in self._recording:
-            raise CudaError("cudaErrorIllegalState")
         graph = self.make("graph")
         self._graphs[graph] = self._recording.pop(stream)
         return graph
 
     def instantiate(self, graph: int) -> int:
-        """A graph ready to launch."""
         executable = self.make("executable graph")
         self._graphs[executable] = self._graphs[graph]
         return executable
 
     def launch(self, executable: int, stream: int) -> None:
-        """Put a graph into a stream."""
         for step in self._graphs[executable]:
             self.put(stream, step, 0.0)

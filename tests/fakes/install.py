@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.runtime.cuda import cuda_python, driver, pycuda, support
+from sparsifiner_edge.runtime.cuda import driver, support
 from sparsifiner_edge.runtime.tensorrt import plugin as tensorrt_plugin
 from tests.fakes.cuda_modules import cuda_bindings, pycuda_driver
 from tests.fakes.gpu import Gpu
@@ -20,7 +20,7 @@ def install_cuda(
     monkeypatch: pytest.MonkeyPatch, gpu: Gpu, package: str = "cuda-python", release: str = "12.6.2"
 ) -> Any:
     """The fake of a CUDA package, and nothing of the other; returns the module. `release`: of cuda-python."""
-    module = {"cuda-python": cuda_python, "pycuda": pycuda}[package].MODULE
+    module = {"cuda-python": "cuda.bindings", "pycuda": "pycuda"}[package]
     monkeypatch.setattr(driver, "installed", lambda name: name == module)
     if package == "cuda-python":
         made = cuda_bindings(gpu)

@@ -29,7 +29,6 @@ class Behaviour:
         context: error messages when no context can be made.
         enqueue: error messages of a run that fails. recordable: a run may be captured.
         original: evaluated in the place of a model that holds launches of kernels.
-        fuses: dense attention becomes one layer.
         milliseconds: of a run, by the operators in the model: the first that is in it counts.
         seen: what was set on the way, by name.
     """
@@ -41,7 +40,6 @@ class Behaviour:
     enqueue: tuple[str, ...] | None = None
     recordable: bool = True
     original: bytes = b""
-    fuses: bool = True
     milliseconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
 

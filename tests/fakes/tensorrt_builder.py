@@ -28,9 +28,6 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
         def log(self, severity: int, msg: str) -> None:
             raise NotImplementedError
 
-    class IProgressMonitor:
-        pass
-
     class IProfiler:
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             raise NotImplementedError
@@ -56,15 +53,9 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
 
     class IBuilderConfig:
         builder_optimization_level = 3
-        hardware_compatibility_level = None
-        progress_monitor = None
 
         def __init__(self) -> None:
-            self._seen = b.seen
             self._cache: ITimingCache | None = None
-
-        def set_flag(self, flag: Any) -> None:
-            b.seen.setdefault("flags", set()).add(flag.name)
 
         def clear_flag(self, flag: Any) -> None:
             b.seen.setdefault("cleared", set()).add(flag.name)
@@ -84,6 +75,7 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             assert not ignore_mismatch
             fits = b"other device" not in cache.content
             self._cache = cache if fits else None
+            b.seen["timing cache"] = cache.content
             return fits
 
         def get_timing_cache(self) -> Any:
@@ -163,18 +155,9 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             return IOptimizationProfile()
 
         def build_serialized_network(self, network: Any, config: Any) -> Any:
-            for name in ("builder_optimization_level", "hardware_compatibility_level"):
-                b.seen[name] = getattr(config, name)
+            b.seen["builder_optimization_level"] = config.builder_optimization_level
             for message in b.warnings:
                 self._logger.log(ILogger.WARNING, message)
-            monitor = config.progress_monitor
-            for phase, parent, steps in (("Build", None, 2), ("Tactics", "Build", 3), ("One", "Tactics", 1)):
-                monitor.phase_start(phase, parent, steps)
-                for step in range(steps):
-                    if not monitor.step_complete(phase, step):
-                        self._logger.log(ILogger.ERROR, "Build was cancelled")
-                        return None
-                monitor.phase_finish(phase)
             for message in b.build or ():
                 self._logger.log(ILogger.ERROR, message)
             if b.build is not None:
@@ -184,6 +167,6 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             return IHostMemory(struct.pack("<I", len(text)) + text + network.model.SerializeToString())
 
     return [
-        ILogger, IProgressMonitor, IProfiler, IHostMemory, ITimingCache, IOptimizationProfile, IBuilderConfig, ITensor,
+        ILogger, IProfiler, IHostMemory, ITimingCache, IOptimizationProfile, IBuilderConfig, ITensor,
         INetworkDefinition, ParserError, OnnxParser, Builder,
     ]  # fmt: skip

@@ -93,23 +93,10 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             assert name in self._inputs
             return self._header["profile"].get(name, [shape(self._values[name])] * 3)
 
-        def create_engine_inspector(self) -> Any:
-            return EngineInspector(self)
-
         def create_execution_context(self) -> Any:
             for message in b.context or ():
                 trt._logger.log(trt.ILogger.ERROR, message)
             return None if b.context is not None else IExecutionContext(self)
-
-    class EngineInspector:
-        def __init__(self, engine: ICudaEngine) -> None:
-            self._engine = engine
-
-        def get_engine_information(self, format: Any) -> str:
-            assert format == trt.LayerInformationFormat.ONELINE
-            nodes = enumerate(self._engine._model.graph.node)
-            named = (("_gemm_mha_v2" if b.fuses and "Dense" in x.op_type else x.name, n) for n, x in nodes)
-            return "\n".join(f"{name}_myl0_{n}" for name, n in named)
 
     class IExecutionContext:
         def __init__(self, engine: ICudaEngine) -> None:
@@ -178,8 +165,6 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             return np.frombuffer(memory, dtype).reshape(shape)
 
     class Runtime:
-        engine_host_code_allowed = False
-
         def __init__(self, logger: Any) -> None:
             # Like the real one, it comes up without a driver; unlike it, it does not end the process on use.
             assert gpu.calls, "an object of TensorRT before CUDA has answered"
@@ -187,7 +172,7 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
             content = bytes(serialized_engine)
-            b.seen["host code"] = self.engine_host_code_allowed
+            b.seen["deserialised"] = True
             try:
                 engine = ICudaEngine(content)
             except Exception:
@@ -195,11 +180,11 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
                     trt.ILogger.ERROR, "IRuntime::deserializeCudaEngine: magicTag mismatch, serialization assertion"
                 )
                 return None
-            if engine._header["version"] != trt.__version__ and not self.engine_host_code_allowed:
+            if engine._header["version"] != trt.__version__:
                 self._logger.log(
                     trt.ILogger.ERROR, "The engine plan file is not compatible with this version of TensorRT"
                 )
                 return None
             return engine
 
-    return [ICudaEngine, EngineInspector, IExecutionContext, Runtime]
+    return [ICudaEngine, IExecutionContext, Runtime]

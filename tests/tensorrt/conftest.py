@@ -8,8 +8,8 @@ import pytest
 
 from sparsifiner_edge.bundle.engines import Details
 from sparsifiner_edge.records import read_record, write_record
-from sparsifiner_edge.runtime import candidates
-from sparsifiner_edge.runtime.backend import Job
+from sparsifiner_edge.runtime import build
+from sparsifiner_edge.runtime.tensorrt.backend import Job
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda, install_tensorrt
@@ -38,7 +38,7 @@ def machine(monkeypatch):
             job = sent(job, Job)
             return sent(TensorRt().build(job, progress or (lambda *_: None)), Details)
 
-        monkeypatch.setattr(candidates, "run_job", run)
+        monkeypatch.setattr(build, "run_job", run)
         return gpu, trt
 
     return make

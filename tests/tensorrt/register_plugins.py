@@ -16,7 +16,7 @@ from sparsifiner_edge.runtime.cuda import CudaDevice
 from sparsifiner_edge.runtime.tensorrt import plugin as kernel_plugin
 from tests.tables import bundle_of, table_of
 
-ORIN = CudaDevice(0, "Orin", (8, 7), 8 << 30, True, "12.6")
+ORIN = CudaDevice("Orin", (8, 7), 8 << 30, True, "12.6")
 
 
 class Registry:

@@ -1,4 +1,4 @@
-"""The protocol that both adapters fulfil, and the choice between them.
+"""CUDA's runtime API on the first device: by cuda-python, or where that is not installed by pycuda (`pycuda.py`).
 
 No object of TensorRT may exist before `open_driver` or `probe` has succeeded: without a driver TensorRT's own objects
 come up all the same and end the process when they are used.
@@ -7,25 +7,20 @@ come up all the same and end the process when they are used.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
+import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.machine import jetson_release
-
-ADAPTERS = {
-    "cuda-python": "sparsifiner_edge.runtime.cuda.cuda_python",
-    "pycuda": "sparsifiner_edge.runtime.cuda.pycuda",
-}
-"""Package -> module that has `MODULE` and `open_device()`; the first one that is installed is used."""
-
 
 OLDEST_CUDA = "12.6"
 """The oldest release of cuda-python, and of CUDA on a Jetson, that is supported."""
@@ -35,16 +30,12 @@ class CudaDevice(msgspec.Struct, frozen=True):
     """CUDA's first device; `CUDA_VISIBLE_DEVICES` says which one that is.
 
     Attributes:
-        number: CUDA's index of it.
-        name: such as "NVIDIA L4" or "Orin".
-        sm: compute capability, such as (8, 7).
+        name: such as "NVIDIA L4" or "Orin". sm, compute_capability: such as (8, 7), and the same as text, "8.7".
         memory_bytes: its memory; on an integrated device that of the whole board.
         integrated: it shares the processor's memory, as on a Jetson.
         driver_version: the newest CUDA that the driver supports, such as "12.6".
-        compute_capability: `sm` as text, such as "8.7".
     """
 
-    number: int
     name: str
     sm: tuple[int, int]
     memory_bytes: int
@@ -63,84 +54,153 @@ class PinnedBuffer(NamedTuple):
     pointer: int
 
 
-class Driver(Protocol):
+class Driver:
     """What running an engine needs of CUDA, on one device.
 
-    Streams and events are handles that only their adapter understands. What a method takes is given back when `stack`
-    closes. Every method raises BackendError with CUDA's name of the error.
+    Streams and events are handles. What a method takes is given back when `stack` closes. Every method raises
+    BackendError with CUDA's name of the error.
+
+    Args:
+        runtime: CUDA's functions and constants: the module `cuda.bindings.runtime`, or what stands for it.
+        package: its name, such as "cuda-python". release: its version.
 
     Attributes:
-        package: package and version, such as "cuda-python 13.4.4".
-        device: the device that everything lives on.
+        package: package and version, such as "cuda-python 13.4.4". device: the device that everything lives on.
         graphs: this package can capture CUDA graphs.
     """
 
-    package: str
-    device: CudaDevice
-    graphs: bool = False
+    graphs = True
+
+    def __init__(self, runtime: Any, package: str, release: str) -> None:
+        self._r = runtime
+        self.package = f"{package} {release}".strip()
+        try:
+            version = int(self._do("to read the driver's version", "cudaDriverGetVersion"))
+        except RuntimeError as error:  # cuda-python up to 12.8 and from its path finder on: no libcuda.so.
+            no_driver(self.package, str(error))
+        if version == 0:  # How the runtime says that there is no driver.
+            no_driver(self.package, "CUDA gives 0 as its version")
+        if package == "cuda-python" and (unfit := too_new(release, version_text(version))):
+            raise BackendError(*unfit)
+        if int(self._do("to count devices", "cudaGetDeviceCount")) < 1:
+            raise BackendError("CUDA finds no device.", _FIXES["NODEVICE"])
+        self.use()
+        found = self._do("to describe the device", "cudaGetDeviceProperties", 0)
+        name = found.name.decode("utf-8", "replace") if isinstance(found.name, bytes) else found.name
+        sm, memory = (int(found.major), int(found.minor)), int(found.totalGlobalMem)
+        self.device = CudaDevice(str(name).strip("\0 "), sm, memory, bool(found.integrated), version_text(version))
+
+    def _do(self, action: str, function: str, *arguments: Any) -> Any:
+        """Call a function of CUDA; returns what it gives beside its status."""
+        status, *values = getattr(self._r, function)(*arguments)
+        if int(status) != 0:
+            meaning = self._r.cudaGetErrorString(status)[1]
+            name = str(getattr(status, "name", status))
+            fail(self.package, action, name, meaning.decode() if isinstance(meaning, bytes) else "")
+        return values[0] if len(values) == 1 else tuple(values)
 
     def use(self) -> None:
         """Make the device the calling thread's own; call it before anything else there."""
+        self._do("to take the device", "cudaSetDevice", 0)
 
     def free_bytes(self) -> int:
         """Device memory that is free now."""
+        return int(self._do("to read free memory", "cudaMemGetInfo")[0])
 
     def allocate(self, size: int, stack: ExitStack) -> int:
         """Device memory of `size` bytes; returns its address."""
+        pointer = int(self._do(f"to allocate {size} bytes", "cudaMalloc", size))
+        stack.callback(self._do, "to free memory", "cudaFree", pointer)
+        return pointer
 
     def allocate_host(self, size: int, stack: ExitStack) -> PinnedBuffer:
         """Page-locked memory of `size` bytes, mapped into the device's address space."""
+        pointer = int(self._do(f"to pin {size} bytes", "cudaHostAlloc", size, self._r.cudaHostAllocMapped))
+        stack.callback(self._do, "to free pinned memory", "cudaFreeHost", pointer)
+        mapped = int(self._do("to map pinned memory", "cudaHostGetDevicePointer", pointer, 0))
+        return PinnedBuffer(bytes_at(pointer, size), mapped)
 
-    def allocate_managed(self, size: int, stack: ExitStack) -> PinnedBuffer:  # noqa: ARG002
-        """`size` bytes for processor and device, which the driver keeps coherent; for one of both at a time."""
-        raise BackendError(f"{self.package} is not used for managed memory.", "Install cuda-python for it.")
+    def stream(self, stack: ExitStack) -> int:
+        """A new stream that does not wait for the default one; its address, which TensorRT takes."""
+        stream = self._do("to make a stream", "cudaStreamCreateWithFlags", self._r.cudaStreamNonBlocking)
+        stack.callback(self._do, "to free a stream", "cudaStreamDestroy", stream)
+        return int(stream)
 
-    def stream(self, stack: ExitStack) -> Any:
-        """A new stream that does not wait for the default one."""
-
-    def stream_number(self, stream: Any) -> int:
-        """The stream's address, which TensorRT takes."""
-
-    def synchronise(self, stream: Any) -> None:
+    def synchronise(self, stream: int) -> None:
         """Wait until everything in the stream is done."""
+        self._do("while running", "cudaStreamSynchronize", stream)
 
     def event(self, stack: ExitStack) -> Any:
         """A new event that keeps the time."""
+        event = self._do("to make an event", "cudaEventCreate")
+        stack.callback(self._do, "to free an event", "cudaEventDestroy", event)
+        return event
 
-    def record(self, event: Any, stream: Any) -> None:
+    def record(self, event: Any, stream: int) -> None:
         """Put an event into a stream."""
+        self._do("to record an event", "cudaEventRecord", event, stream)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two recorded events whose stream has been waited for."""
+        return float(self._do("to read events", "cudaEventElapsedTime", start, end))
 
-    def copy_in(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
+    def copy_in(self, buffer: PinnedBuffer, size: int, stream: int) -> None:
         """Copy the first `size` bytes of page-locked memory to the device."""
+        kind, source = self._r.cudaMemcpyKind.cudaMemcpyHostToDevice, buffer.host.ctypes.data
+        self._do("to copy to the device", "cudaMemcpyAsync", buffer.pointer, source, size, kind, stream)
 
-    def copy_out(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
+    def copy_out(self, buffer: PinnedBuffer, size: int, stream: int) -> None:
         """Copy `size` bytes of the device to page-locked memory."""
+        kind, target = self._r.cudaMemcpyKind.cudaMemcpyDeviceToHost, buffer.host.ctypes.data
+        self._do("to copy from the device", "cudaMemcpyAsync", target, buffer.pointer, size, kind, stream)
 
-    def capture(self, stream: Any, compute: Callable[[], None], stack: ExitStack) -> Callable[[], None]:  # noqa: ARG002
+    def capture(self, stream: int, compute: Callable[[], None], stack: ExitStack) -> Callable[[], None]:
         """Record what `compute` puts into the stream; returns what launches the recording, a CUDA graph, there."""
-        raise BackendError(f"{self.package} has no CUDA graphs.", "Install cuda-python for them.")
+        # Other threads may allocate meanwhile: only this thread's calls are watched.
+        mode = self._r.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._do("to begin a graph", "cudaStreamBeginCapture", stream, mode)
+        try:
+            compute()
+        except BaseException:
+            with contextlib.suppress(BackendError):
+                self._r.cudaGraphDestroy(self._do("to end a graph", "cudaStreamEndCapture", stream))
+            raise
+        graph = self._do("to end a graph", "cudaStreamEndCapture", stream)
+        try:
+            executable = self._do("to make a graph", "cudaGraphInstantiate", graph, 0)
+        finally:
+            self._r.cudaGraphDestroy(graph)
+        stack.callback(self._do, "to free a graph", "cudaGraphExecDestroy", executable)
+        return lambda: self._do("to launch a graph", "cudaGraphLaunch", executable, stream)
 
     def close(self) -> None:
         """Let go of the device; the runtime API's context stays with the process."""
-        return
+
+
+def bytes_at(pointer: int, size: int) -> Array:
+    """Memory of this process as an array of bytes."""
+    view: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+    return view
 
 
 def open_driver() -> Driver:
-    """The driver of the first adapter whose package is installed.
+    """The driver, by cuda-python, or where that is not installed by pycuda.
 
     Raises:
         MissingExtraError: neither package is installed.
         BackendError: no driver, one too old, no device, or CUDA fails; says which.
     """
-    for name in ADAPTERS.values():
-        adapter = importlib.import_module(name)
-        if installed(adapter.MODULE):
-            driver: Driver = adapter.open_device()
-            return driver
-    raise MissingExtraError(" or ".join(ADAPTERS), "gpu" if jetson_release() is None else "jetson")
+    if installed("cuda.bindings"):
+        try:
+            bindings, runtime = (importlib.import_module(f"cuda.bindings{name}") for name in ("", ".runtime"))
+        except Exception as error:  # Its loader has errors of its own.
+            raise BackendError(f"cuda-python cannot be imported: {error}.", "Reinstall cuda-python.") from error
+        return Driver(runtime, "cuda-python", str(getattr(bindings, "__version__", "")))
+    if installed("pycuda"):
+        from sparsifiner_edge.runtime.cuda.pycuda import PyCudaDriver
+
+        return PyCudaDriver()
+    raise MissingExtraError("cuda-python or pycuda", "gpu" if jetson_release() is None else "jetson")
 
 
 def installed(module: str) -> bool:
@@ -173,13 +233,8 @@ def major(version: str) -> int:
 
 
 def too_new(version: str, driver: str) -> tuple[str, str] | None:
-    """What is wrong with a release of cuda-python for a driver, and what to do; None where it fits.
-
-    A package works with drivers of its own major version of CUDA and newer ones; with an older one CUDA says no more
-    than cudaErrorInsufficientDriver.
-
-    Args:
-        version: of cuda-python. driver: the newest CUDA that the driver supports.
+    """What is wrong with a release of cuda-python for a driver that takes CUDA up to `driver`, and what to do; None
+    where it fits: one of its own major version, or newer. Else CUDA says no more than cudaErrorInsufficientDriver.
     """
     if major(version) <= major(driver):
         return None
@@ -190,15 +245,13 @@ def too_new(version: str, driver: str) -> tuple[str, str] | None:
 
 
 _FIXES = {
-    "INSUFFICIENTDRIVER":
-        "The driver is older than cuda-python: `sparsifiner-edge doctor` says what fits. "
-        f'Or install or update NVIDIA\'s driver; for CUDA 12: pip install "cuda-python>={OLDEST_CUDA},<13".',
-    r"SYSTEMDRIVERMISMATCH|STUBLIBRARY": "Install or update NVIDIA's driver (a Jetson's comes with JetPack).",
-    r"NODEVICE": "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
-    r"MEMORYALLOCATION|OUTOFMEMORY":
+    "INSUFFICIENTDRIVER|SYSTEMDRIVERMISMATCH|STUBLIBRARY":
+        "Install or update NVIDIA's driver (a Jetson's comes with JetPack); `sparsifiner-edge doctor` says what fits.",
+    "NODEVICE": "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
+    "MEMORYALLOCATION|OUTOFMEMORY":
         "The device is out of memory: end other programs on it, or take a smaller batch or image.",
-    r"ILLEGALADDRESS|LAUNCHFAIL|LAUNCHTIMEOUT|ECCUNCORRECTABLE|HARDWARESTACK|CONTEXTISDESTROYED|ASSERT|MISALIGNED|"
-    r"INVALIDPC|ILLEGALINSTRUCTION|INVALIDUNKNOWNERRORCODE|DEVICEUNAVAILABLE":
+    "ILLEGALADDRESS|LAUNCHFAIL|LAUNCHTIMEOUT|ECCUNCORRECTABLE|HARDWARESTACK|CONTEXTISDESTROYED|ASSERT|MISALIGNED|"
+    "INVALIDPC|ILLEGALINSTRUCTION|INVALIDUNKNOWNERRORCODE|DEVICEUNAVAILABLE":
         "The device is lost to this process: start it again; if it happens again, build the engine again.",
     "": "Start again; if it stays, report it with the output of `sparsifiner-edge doctor`.",
 }  # fmt: skip
@@ -218,9 +271,3 @@ def no_driver(package: str, reason: str) -> NoReturn:
         f"No NVIDIA driver ({package}: {' '.join(reason.split())[:200]}).",
         "Install NVIDIA's driver (a Jetson's comes with JetPack); `sparsifiner-edge doctor` shows what is found.",
     )
-
-
-def check_device(count: int) -> None:
-    """Refuse a machine whose driver counts no device."""
-    if count < 1:
-        raise BackendError("CUDA finds no device.", _FIXES["NODEVICE"])

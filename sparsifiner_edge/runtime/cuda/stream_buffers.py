@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.runtime.cuda.driver import CudaDevice, Driver, PinnedBuffer
+from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.runtime.cuda.driver import Driver, PinnedBuffer
 
 
 class Times(NamedTuple):
@@ -24,74 +23,44 @@ class Times(NamedTuple):
     d2h_ms: float
 
 
-MEMORY_VARIABLE = "SPARSIFINER_MEMORY"
-"""Of a device that shares the processor's memory: "mapped" (page-locked, seen by both; the default) or "managed". Which
-is faster there depends on whether the device caches mapped memory, and only a run tells.
-"""
-
-
-def shared_memory(device: CudaDevice) -> str:
-    """What inputs and outputs lie in: "copied" to a device with memory of its own, else as `MEMORY_VARIABLE` says.
-
-    Raises:
-        ConfigError: it says something else, or the device has memory of its own.
-    """
-    wanted = os.environ.get(MEMORY_VARIABLE, "")
-    if wanted not in ("", "mapped", "managed"):
-        raise ConfigError(f"{MEMORY_VARIABLE} is {wanted!r:.40}.", "Set it to mapped or managed, or unset it.")
-    if wanted and not device.integrated:
-        raise ConfigError(
-            f"{MEMORY_VARIABLE} is for boards that share memory; {device.name} has its own.", "Unset it here."
-        )
-    return (wanted or "mapped") if device.integrated else "copied"
-
-
 class StreamBuffers(AbstractContextManager["StreamBuffers"]):
     """Buffers for some inputs and outputs, and a stream that copies in, computes and copies out.
 
     A context manager; whatever happens, `close` releases all that was taken. On a device that shares the processor's
-    memory nothing is copied: the engine works in memory of both, mapped or managed (`shared_memory`).
+    memory nothing is copied: the engine works in page-locked memory of both.
 
     Args:
         driver: stays open until after `close`; it is not closed here.
         sizes: bytes of each input and output at its largest.
 
     Attributes:
-        memory: "mapped", "managed" or "copied".
+        stream: its address, for the engine. zero_copy: nothing is copied.
         why_no_graph: why every run puts its work into the stream anew; None where repeated ones are recorded. CUDA or
             the engine may refuse that when it is tried, from the second run on.
+        last_times: of the latest run.
 
     Raises:
         BackendError: CUDA fails; nothing stays taken.
-        ConfigError: see `shared_memory`.
     """
 
     def __init__(self, driver: Driver, sizes: Mapping[str, int]) -> None:
         self._driver = driver
-        self.memory = shared_memory(driver.device)
-        self.zero_copy = self.memory != "copied"
+        self.zero_copy = driver.device.integrated
         self.last_times: Times | None = None
         self.why_no_graph = None if driver.graphs else f"{driver.package} has no CUDA graphs"
         self._launch: Callable[[], None] | None = None
         self._recorded: Hashable | None = None
         self._last: Hashable | None = None
         with ExitStack() as stack:
-            self._stream = driver.stream(stack)
+            self.stream = driver.stream(stack)
             self._events = [driver.event(stack) for _ in range(4)]
             self._buffers = {name: self._buffer(max(size, 1), stack) for name, size in sizes.items()}
             self._graph = stack.enter_context(ExitStack())
             self._stack = stack.pop_all()
 
     def _buffer(self, size: int, stack: ExitStack) -> PinnedBuffer:
-        if self.memory == "managed":
-            return self._driver.allocate_managed(size, stack)
         mapped = self._driver.allocate_host(size, stack)
         return mapped if self.zero_copy else PinnedBuffer(mapped.host, self._driver.allocate(size, stack))
-
-    @property
-    def stream_number(self) -> int:
-        """The stream's address, for the engine."""
-        return self._driver.stream_number(self._stream)
 
     def pointer(self, name: str) -> int:
         """Device address of a tensor."""
@@ -119,25 +88,25 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
         Raises:
             BackendError: CUDA fails, or something is too large. `last_times` is set otherwise.
         """
-        driver, stream = self._driver, self._stream
+        driver, stream, events = self._driver, self.stream, self._events
         results = {name: self._view(name, *kind) for name, kind in outputs.items()}
         driver.use()
         recording = self._recording(key, compute)
-        for name, value in inputs.items():  # Before anything is in the stream: managed memory is the processor's then.
+        for name, value in inputs.items():
             np.copyto(self._view(name, value.dtype, value.shape), value)
-        driver.record(self._events[0], stream)
+        driver.record(events[0], stream)
         if not self.zero_copy:
             for name, value in inputs.items():
                 driver.copy_in(self._buffers[name], value.nbytes, stream)
-        driver.record(self._events[1], stream)
+        driver.record(events[1], stream)
         self._start(recording, compute)
-        driver.record(self._events[2], stream)
+        driver.record(events[2], stream)
         if not self.zero_copy:
             for name, result in results.items():
                 driver.copy_out(self._buffers[name], result.nbytes, stream)
-        driver.record(self._events[3], stream)
+        driver.record(events[3], stream)
         driver.synchronise(stream)
-        h2d, computing, d2h = map(driver.elapsed_ms, self._events[:-1], self._events[1:])
+        h2d, computing, d2h = map(driver.elapsed_ms, events[:-1], events[1:])
         self.last_times = Times(0.0, computing, 0.0) if self.zero_copy else Times(h2d, computing, d2h)
         return {name: result.copy() for name, result in results.items()}
 
@@ -164,7 +133,7 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
             self._graph.close()
         if self._launch is None and self._last == key:
             try:
-                self._launch, self._recorded = self._driver.capture(self._stream, compute, self._graph), key
+                self._launch, self._recorded = self._driver.capture(self.stream, compute, self._graph), key
             except BackendError as error:
                 self._refuse_graphs(error)
         self._last = key
@@ -193,10 +162,7 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
             BackendError: CUDA fails in one of the steps; the others are done all the same.
         """
         self._buffers = {}
-        try:
-            self._stack.close()
-        finally:
-            self._stream, self._events = None, []  # pycuda frees them with their last reference.
+        self._stack.close()
 
     def __exit__(self, *_error: object) -> None:
         self.close()

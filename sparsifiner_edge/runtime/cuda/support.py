@@ -31,7 +31,7 @@ class CudaSupport(msgspec.Struct, frozen=True):
 def cuda_support() -> CudaSupport:
     """What this machine's driver takes. A Jetson has no `nvidia-smi` that would say so."""
     driver, jetson = driver_version(), jetson_release()
-    return CudaSupport(driver, jetson, _on_jetson(jetson) if jetson else _elsewhere(driver))
+    return CudaSupport(driver, jetson, _install(driver, jetson))
 
 
 def driver_version() -> Known[str]:
@@ -46,13 +46,11 @@ def driver_version() -> Known[str]:
     return version_text(number.value)
 
 
-def _on_jetson(release: str) -> str:
-    if major(release) < _LEAST_JETSON:
-        return f"Jetson Linux {release} is older than JetPack 6: upgrade it"
-    return 'pip install "sparsifiner-edge[jetson]"; TensorRT comes with JetPack, never with pip (docs/jetson.md)'
-
-
-def _elsewhere(driver: Known[str]) -> str:
+def _install(driver: Known[str], jetson: str | None) -> str:
+    if jetson and major(jetson) < _LEAST_JETSON:
+        return f"Jetson Linux {jetson} is older than JetPack 6: upgrade it"
+    if jetson:
+        return 'pip install "sparsifiner-edge[jetson]"; TensorRT comes with JetPack, never with pip (docs/jetson.md)'
     if isinstance(driver, Unavailable):
         return "install NVIDIA's driver first"
     if major(driver) < major(OLDEST_CUDA):

@@ -13,20 +13,10 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution, precision_text
-from sparsifiner_edge.onnx_file import all_nodes, read_model
-from sparsifiner_edge.ops.kernels import described
-from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.backend import import_package, require_stored
-from sparsifiner_edge.runtime.processor import (
-    BF16_TOLERANCE_FREE,
-    as_line,
-    holds_float16,
-    native_library,
-    usable_kernels,
-    why_portable,
-)
-from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
+from sparsifiner_edge.runtime.processor import BF16_TOLERANCE_FREE, as_line, native_library, read_operators
+from sparsifiner_edge.runtime.session import Description, Session
 
 _ERRORS_ONLY = 3
 _TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
@@ -46,12 +36,7 @@ FALLBACK = "function bodies, not the CUDA kernels, with pageable copies"
 
 
 def import_onnxruntime() -> Any:
-    """The module `onnxruntime`.
-
-    Raises:
-        MissingExtraError: it is not installed.
-        BackendError: it is installed and cannot be imported.
-    """
+    """The module `onnxruntime`; see `import_package`."""
     onnxruntime = import_package("onnxruntime", "onnxruntime", "cpu", "Reinstall onnxruntime.")
     if hasattr(onnxruntime, "disable_telemetry_events"):  # Whoever imported it before us may have left them on.
         onnxruntime.disable_telemetry_events()
@@ -86,18 +71,23 @@ class OrtSession(Session):
         stored: str | None = None,
         provider: Provider = ON_CPU,
     ) -> None:
-        execution = execution or Execution()
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        graph = read_model(content, model)
-        operators = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
-        float16 = holds_float16(graph)
-        del content, graph  # Before ONNX Runtime reads it: memory is short on a board.
-        self.backend, self._model = execution.backend, model
-        bfloat16, kernels = _chosen(execution, operators, float16, model, provider)
+        execution, on_cpu = execution or Execution(), provider.name == ON_CPU.name
+        self.backend, self.model = execution.backend, model
+        bfloat16 = execution.precision == "bf16" and on_cpu
+        if bfloat16 and execution.kernels == "portable":
+            raise BackendError("Function bodies have no bfloat16.", "Leave --precision out.")
+        kernels = "native" if bfloat16 else execution.kernels if on_cpu else "portable"
+        # The parsed file goes before ONNX Runtime reads it: memory is short on a board.
+        operators = read_operators(source, model, kernels)[1]
+        computed = "fp16" if operators.float16 else "fp32"
+        if not bfloat16:
+            require_stored(execution.precision, computed, "ONNX Runtime")
+        elif not any(name.endswith("Attention") for name in operators.names):  # Nothing of it would be bfloat16.
+            raise BackendError(f"{model} has no attention that could run in bfloat16.", "Leave --precision out.")
         self.least_tolerance = BF16_TOLERANCE_FREE if bfloat16 else 0.0
-        options, native = session_options(execution.cores, bfloat16), native_library(kernels) is not None
+        options = session_options(execution.cores, bfloat16)
         start = time.perf_counter_ns()
-        session = inference_session(source, options, kernels, model, provider=provider)
+        session = inference_session(source, options, operators.kernels, model, provider=provider)
         _require_provider(session, provider)
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs = [_spec(node) for node in session.get_inputs()]
@@ -105,34 +95,25 @@ class OrtSession(Session):
         if not self.inputs or not self.outputs:
             raise BackendError(f"{model} has no {'output' if self.inputs else 'input'}.", "Export the bundle again.")
         self._session: Any = session
+        text = operators.text("bfloat16" if bfloat16 else None)
+        if not on_cpu:
+            text = FALLBACK if operators.names else f"{text}, with pageable copies"
+        precision = precision_text(stored, computed) + (", attention bf16" if bfloat16 else "")
         self._description = Description(
             backend=self.backend,
             version=str(import_onnxruntime().__version__),
             provider=provider.name,
             device=provider.device,
-            precision=_precision(stored, float16, bfloat16),
-            kernels=_kernels(operators, kernels, native, bfloat16, provider),
+            precision=Unavailable("the bundle does not say") if stored is None else precision,
+            kernels=text,
             threads=execution.cores,
         )
 
-    @property
-    def description(self) -> Description:
-        """See `Session.description`."""
-        return self._description
-
-    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Session.infer`."""
+    def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         if self._session is None:
-            raise BackendError(f"The session of {self._model} is closed.", "Open it again.")
-        self.validate(inputs)
+            raise self.closed()
         names = [spec.name for spec in self.outputs]
-        try:
-            outputs = self._session.run(names, {name: np.ascontiguousarray(value) for name, value in inputs.items()})
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in {self._model}: {as_line(error)}", "Export it again.") from error
-        answer = dict(zip(names, outputs, strict=True))
-        validate_outputs(self._model, answer)
-        return answer
+        return dict(zip(names, self._session.run(names, inputs), strict=True))
 
     def close(self) -> None:
         """See `Session.close`."""
@@ -189,48 +170,14 @@ def inference_session(
         raise BackendError(f"ONNX Runtime rejects {origin}: {as_line(error)}", fix) from error
 
 
-def _chosen(
-    execution: Execution, operators: set[str], float16: bool, model: Path, provider: Provider
-) -> tuple[bool, str]:
-    """Whether attention is computed in bfloat16, and the kernels.
-
-    Raises:
-        BackendError: a precision that cannot be had of this file, or not by these kernels.
-    """
-    on_cpu = provider.name == ON_CPU.name
-    if execution.precision != "bf16" or not on_cpu:
-        require_stored(execution.precision, "fp16" if float16 else "fp32", "ONNX Runtime")
-        return False, usable_kernels(float16, execution.kernels) if on_cpu else "portable"
-    if execution.kernels == "portable":
-        raise BackendError("Function bodies have no bfloat16.", "Leave --precision out.")
-    if not any(name.endswith("Attention") for name in operators):  # Nothing of it would be bfloat16.
-        raise BackendError(f"{model} has no attention that could run in bfloat16.", "Leave --precision out.")
-    return True, usable_kernels(float16, "native")
-
-
-def _precision(stored: str | None, float16: bool, bfloat16: bool) -> str | Unavailable:
-    """What a file holds and is computed in: linear layers run in what it holds."""
-    if stored is None:
-        return Unavailable("the bundle does not say")
-    return precision_text(stored, "fp16" if float16 else "fp32") + (", attention bf16" if bfloat16 else "")
-
-
-def _kernels(operators: set[str], kernels: str, native: bool, bfloat16: bool, provider: Provider) -> str:
-    """What runs the operators, and what was not chosen: function bodies are several times slower."""
-    if provider.name != ON_CPU.name:
-        return FALLBACK if operators else f"{described(operators, native)}, with pageable copies"
-    reason = why_portable(kernels) if kernels == "auto" else None
-    return described(operators, native, reason, "bfloat16" if bfloat16 else None)
-
-
 def _require_provider(session: Any, provider: Provider) -> None:
     """ONNX Runtime puts the CPU in the place of a provider that does not start, and says so on standard error alone."""
     running = [str(name) for name in session.get_providers()]
     if running[:1] != [provider.name]:
         raise BackendError(
             f"{provider.name} does not start; ONNX Runtime would run the model on {', '.join(running)} instead.",
-            "Its reason is in the lines above this one, often a CUDA, cuDNN or TensorRT that is missing or that it was "
-            'not built for: pip install "onnxruntime-gpu[cuda,cudnn]". Or leave --provider out.',
+            "Its reason is in the lines above this one, often a CUDA or cuDNN that is missing or that it was not built "
+            'for: pip install "onnxruntime-gpu[cuda,cudnn]". Or leave --provider out.',
         )
 
 

@@ -1,4 +1,4 @@
-"""A session of OpenVINO on the processor."""
+"""OpenVINO as a backend: on the processor, with the native library's operators as Python ops in its graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,22 +16,18 @@ from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import has_int8_products
-from sparsifiner_edge.onnx_file import all_nodes, read_model
-from sparsifiner_edge.ops.kernels import NATIVE, described
+from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
-from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import import_package
 from sparsifiner_edge.runtime.openvino.operators import converters, without_bodies
 from sparsifiner_edge.runtime.processor import (
     BF16_TOLERANCE,
     BF16_TOLERANCE_FREE,
+    ProcessorBackend,
     as_line,
-    holds_float16,
-    native_library,
-    usable_kernels,
-    why_portable,
+    read_operators,
 )
-from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
+from sparsifiner_edge.runtime.session import Description, Session
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 """Of the linear layers, by OpenVINO's names; int8 layers of a file stay int8 in each."""
@@ -41,12 +36,7 @@ _DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i
 
 
 def import_openvino(precision: str = "auto") -> Any:
-    """The module `openvino`.
-
-    Raises:
-        MissingExtraError: it is not installed.
-        BackendError: it is installed and cannot be imported, or has no arithmetic of this precision here.
-    """
+    """The module `openvino`, where it has arithmetic of this precision here; see `import_package`."""
     # Its import reports itself over the network wherever this module is found and nobody has opted out.
     sys.modules.setdefault("openvino_telemetry", cast(Any, None))
     openvino = import_package("openvino", "openvino", "openvino", "Reinstall openvino.")
@@ -60,6 +50,21 @@ def import_openvino(precision: str = "auto") -> Any:
     return openvino
 
 
+class OpenVino(ProcessorBackend):
+    """OpenVINO's CPU plugin, on all that is not int8 in float32, or in bf16 or fp16 where the processor has them."""
+
+    name = "openvino"
+    computes = ("auto", "bf16", "fp16")
+
+    def load(self) -> Any:
+        """See `Backend.load`."""
+        return import_openvino(self.execution.precision)
+
+    def session(self, model: Path, content: bytes | str, stored: str | None = None) -> Session:
+        """See `ProcessorBackend.session`."""
+        return OpenVinoSession(model, content, self.execution, stored)
+
+
 class OpenVinoSession(Session):
     """A `Session` on OpenVINO's CPU plugin. Runs of several threads take turns.
 
@@ -67,7 +72,7 @@ class OpenVinoSession(Session):
         least_tolerance: see `bundle.golden.check_golden`.
 
     Args:
-        model: where the ONNX file is from, for messages. content: the file.
+        model: where the ONNX file is from, for messages. content: the file, or the path of a copy.
         execution: its threads are OpenVINO's, and the native library's while OpenVINO's wait. "auto" is float32, which
             loses nothing: of a float16 file too.
         stored: the bundle's own word for what its file holds.
@@ -78,19 +83,19 @@ class OpenVinoSession(Session):
         MissingExtraError: OpenVINO is not installed.
     """
 
-    def __init__(self, model: Path, content: bytes, execution: Execution, stored: str | None) -> None:
+    def __init__(self, model: Path, content: bytes | str, execution: Execution, stored: str | None) -> None:
         openvino, threads = import_openvino(execution.precision), execution.cores
         precision = "fp32" if execution.precision == "auto" else execution.precision
-        self.backend, self._model, self._lock = execution.backend, model, threading.Lock()
+        self.backend, self.model, self._lock = execution.backend, model, threading.Lock()
         # OpenVINO takes products of int8 where they saturate, too; told to use none, it multiplies what they stand for.
         self._spread = stored == "int8" and not has_int8_products()
         self._compiled: Any = None
         self._request: Any = None
-        graph = read_model(content, model)
-        operators = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
-        self.least_tolerance = 0.0 if precision == "fp32" else BF16_TOLERANCE_FREE if operators else BF16_TOLERANCE
-        kernels = usable_kernels(holds_float16(graph), execution.kernels)
-        ours = sorted(operators & set(NATIVE.operators)) if native_library(kernels) is not None else []
+        graph, operators = read_operators(content, model, execution.kernels)
+        self.least_tolerance = 0.0
+        if precision != "fp32":
+            self.least_tolerance = BF16_TOLERANCE_FREE if operators.names else BF16_TOLERANCE
+        ours = sorted(operators.names & set(NATIVE.operators)) if operators.library else []
         self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
         try:
@@ -108,14 +113,13 @@ class OpenVinoSession(Session):
         self.inputs = [_spec(port, names) for port in self._compiled.inputs]
         self.outputs = [_spec(port, names) for port in self._compiled.outputs]
         said = self._operators.precision if self._operators is not None and precision == "bf16" else None
-        why_bodies = why_portable(kernels) if kernels == "auto" else None
         self._description = Description(
             backend=self.backend,
             version=str(openvino.__version__).partition("-")[0],
             provider="CPU",
             device="CPU",
             precision=ran,
-            kernels=described(operators, bool(ours), why_bodies, said),
+            kernels=operators.text(said),
             threads=threads,
         )
 
@@ -137,49 +141,33 @@ class OpenVinoSession(Session):
             core.read_model(without_bodies(graph, ours).SerializeToString(), b""), "CPU", settings
         )
 
-    def _precision(self, asked: str, stored: str | None) -> str:
+    def _precision(self, wanted: str, stored: str | None) -> str:
         """What the linear layers really run in.
 
         Raises:
             BackendError: none of them runs in what was asked for.
         """
         if self._spread:
-            return f"int8, run in {asked}: this processor's products of int8 saturate"
-        linear: Counter[str] = Counter()
-        others = set()
-        for node in self._compiled.get_runtime_model().get_ops():
-            about = {name: node.get_rt_info()[name].astype(str) for name in ("layerType", "runtimePrecision")}
-            others.add(about["runtimePrecision"])
-            if about["layerType"] in _LINEAR:
-                linear[about["runtimePrecision"]] += 1
-        names = {_HINTS[name]: name for name in _HINTS} | {"u8": "int8", "i8": "int8"}
-        found = [names.get(kind, kind) for kind, _ in linear.most_common()]
+            return f"int8, run in {wanted}: this processor's products of int8 saturate"
+        info = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ops()]
+        layers = [(one["layerType"].astype(str), one["runtimePrecision"].astype(str)) for one in info]
+        names = {hint: name for name, hint in _HINTS.items()} | {"u8": "int8", "i8": "int8"}
+        linear = Counter(names.get(precision, precision) for kind, precision in layers if kind in _LINEAR)
+        runs = [name for name, _ in linear.most_common()]
         # A file may hold every linear layer in int8.
-        if found and asked not in found and not (stored == "int8" and _HINTS[asked] in others):
+        elsewhere = stored == "int8" and _HINTS[wanted] in {precision for _, precision in layers}
+        if runs and wanted not in runs and not elsewhere:
             raise BackendError(
-                f"OpenVINO runs {self._model} in {', '.join(found)}, not {asked}.", "Leave --precision out."
+                f"OpenVINO runs {self.model} in {', '.join(runs)}, not {wanted}.", "Leave --precision out."
             )
-        return precision_text(stored, ", ".join(kind for kind in found if kind != "int8") or asked)
+        return precision_text(stored, ", ".join(name for name in runs if name != "int8") or wanted)
 
-    @property
-    def description(self) -> Description:
-        """See `Session.description`."""
-        return self._description
-
-    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Session.infer`."""
-        self.validate(inputs)
+    def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         with self._lock:
             if self._request is None:
-                raise BackendError(f"The session of {self._model} is closed.", "Open it again.")
-            try:
-                given = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
-                found = self._request.infer(given, share_inputs=True)
-                answer = {spec.name: np.array(found[spec.name]) for spec in self.outputs}
-            except Exception as error:
-                raise BackendError(f"OpenVINO failed in {self._model}: {as_line(error)}", "Export it again.") from error
-        validate_outputs(self._model, answer)
-        return answer
+                raise self.closed()
+            results = self._request.infer(inputs, share_inputs=True)
+            return {spec.name: np.array(results[spec.name]) for spec in self.outputs}
 
     def close(self) -> None:
         """See `Session.close`."""

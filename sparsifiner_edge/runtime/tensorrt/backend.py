@@ -1,27 +1,132 @@
-"""What TensorRT and TensorRT-RTX do alike as backends: open engines, and say why they cannot."""
+"""What TensorRT and TensorRT-RTX do alike as backends: open engines, say why they cannot, and finish a build."""
 
 from __future__ import annotations
 
+import abc
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
 
-from sparsifiner_edge.artifacts import MAX_FILE
-from sparsifiner_edge.bundle.engines import BODIES, Details, Engine, EngineDevice, fitting_engine, mismatches
-from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.errors import BackendError, SparsifinerError
-from sparsifiner_edge.files import io_errors, read_bytes
+from sparsifiner_edge.bundle.engines import (
+    BODIES,
+    BatchRange,
+    Candidate,
+    Details,
+    Engine,
+    EngineDevice,
+    fitting_engine,
+    mismatches,
+)
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
+from sparsifiner_edge.errors import ArtifactError, BackendError, SparsifinerError
+from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.runtime.backend import EngineBackend, Job, refuse_native, require_stored
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.runtime.backend import Backend, Option, OptionValues, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.cuda.driver import major
 from sparsifiner_edge.runtime.tensorrt.candidates import time_engine
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 
-class TensorRtBackend(EngineBackend):
-    """Either of them; `load` gives its module, and `plan` and `build` are its own."""
+class Planned(NamedTuple):
+    """One engine to build.
+
+    Attributes:
+        engine: what it will be, without file and details.
+        candidates: what may carry out sparse attention in it (`bundle.engines.BODIES`, ..), the one that always works
+            first. left_out: others -> why they are not built.
+    """
+
+    engine: Engine
+    candidates: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One candidate of an engine to build, as it goes to the process that builds it.
+
+    Attributes:
+        bundle: its folder. model_sha256: of its model when the engine was planned.
+        output: path of the engine to write.
+        engine: as planned: no file, no details. options: as `plan` had them.
+        candidate: what shall carry out sparse attention: one of `Planned.candidates`.
+    """
+
+    bundle: str
+    model_sha256: str
+    output: str
+    engine: Engine
+    options: dict[str, Option] = {}
+    candidate: str = BODIES
+
+    def checked_bundle(self) -> Bundle:
+        """The bundle, opened in this process.
+
+        Raises:
+            ArtifactError: it is damaged, or its model is another by now.
+        """
+        bundle = open_bundle(Path(self.bundle))
+        if bundle.manifest.files[MODEL_FILE] != self.model_sha256:
+            raise ArtifactError(f"{self.bundle} was exported anew while the engines were built.", "Build them again.")
+        return bundle
+
+
+class TensorRtBackend(Backend):
+    """Either of them; `load` gives its module."""
+
+    def default_timeout_s(self) -> float:
+        """Seconds that building one candidate may take."""
+        return 600.0
+
+    @abc.abstractmethod
+    def plan(
+        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
+    ) -> list[Planned]:
+        """What is to be built; what cannot be is rejected before anything is.
+
+        Args:
+            capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
+            batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
+            options: what only some backends know, checked here; see the backend's module.
+
+        Raises:
+            SparsifinerError: says what, and what to do.
+        """
+
+    @abc.abstractmethod
+    def compile(self, job: Job, bundle: Bundle) -> tuple[bytes, Details]:
+        """The content of one candidate of an engine, and what is known of its build."""
+
+    def build(self, job: Job, tell: Progress) -> Details:
+        """Build one candidate of an engine; called in a worker process that may die.
+
+        Returns:
+            What is known of it; under `candidates` what its runs gave, or why it was not run here.
+
+        Raises:
+            SparsifinerError: reaches the caller of `build_engine`.
+        """
+        start, bundle, path = time.monotonic(), job.checked_bundle(), Path(job.output)
+        tell("building", 0, 1)
+        content, details = self.compile(job, bundle)
+        with io_errors(path):
+            path.write_bytes(content)
+        tell("checking", 0, 1)
+        seconds, processor = time.monotonic() - start, time.process_time()
+        why = self.why_not_here(job.engine)
+        timed = Candidate(failed=why)
+        if why is None:
+            engine = msgspec.structs.replace(job.engine, details=Details(kernels=job.candidate))
+            timed = time_engine(EngineSession(self.load(), path, content, engine, bundle.manifest), bundle)
+        return msgspec.structs.replace(
+            details, kernels=job.candidate, candidates={job.candidate: timed}, bytes=len(content),
+            build_seconds=seconds, cpu_seconds=processor,
+        )  # fmt: skip
 
     def device(self) -> CudaDevice:
         """The device, after CUDA has answered, where its driver takes this TensorRT.
@@ -40,15 +145,13 @@ class TensorRtBackend(EngineBackend):
         Raises:
             BackendError: says which package it is, and what to do.
         """
-        takes = major(device.driver_version)
-        for cuda in (12, 13):
-            name = f"{self.name}-cu{cuda}"
-            if cuda > takes and isinstance(package_version(name), str):
-                raise BackendError(
-                    f"{name} needs a driver for CUDA {cuda}, and this one takes CUDA {device.driver_version} at most.",
-                    f"Update the driver, or install a {self.name} for CUDA {takes} in its place; "
-                    "sparsifiner-edge doctor says which extra fits.",
-                )
+        name, takes = f"{self.name}-cu13", major(device.driver_version)
+        if takes < 13 and isinstance(package_version(name), str):
+            raise BackendError(
+                f"{name} needs a driver for CUDA 13, and this one takes CUDA {device.driver_version} at most.",
+                f"Update the driver, or install a {self.name} for CUDA {takes} in its place; "
+                "sparsifiner-edge doctor says which extra fits.",
+            )
 
     def check(self, bundle: Bundle) -> None:
         """Refuse kernels and a precision that no engine of a bundle has: it computes in the types of the file.
@@ -56,52 +159,34 @@ class TensorRtBackend(EngineBackend):
         Raises:
             BackendError: says what it has.
         """
-        refuse_native(self.execution.kernels)
+        if self.execution.kernels != "auto":
+            raise BackendError(
+                f"An engine's kernels are chosen when it is built; {self.execution.kernels} is for the processor.",
+                f"Leave --kernels out, or build with --backend {self.name} --option kernels=portable.",
+            )
         require_stored(self.execution.precision, bundle.manifest.float_precision, self.name)
 
     def why_not_here(self, engine: Engine) -> str | None:
-        """See `EngineBackend.why_not_here`."""
+        """Why an engine cannot be run on this machine, such as "CUDA finds no device."; None where it can."""
         try:
-            reasons = mismatches(engine, self._this_machine(self.load()))
+            return "; ".join(mismatches(engine, self._this_machine())) or None
         except SparsifinerError as error:
             return error.what
-        return "; ".join(reasons) or None
 
-    def _this_machine(self, trt: Any) -> EngineDevice:
+    def _this_machine(self) -> EngineDevice:
         """What an engine must fit to run here, after CUDA has answered."""
         found = self.device()
-        return EngineDevice(self.name, str(trt.__version__), found.compute_capability, found.name)
-
-    def finished(self, trt: Any, job: Job, bundle: Bundle, content: bytes, details: Details) -> Details:
-        """Write an engine, and time it where that is asked for; what `build` returns."""
-        path = Path(job.output)
-        with io_errors(path):
-            path.write_bytes(content)
-        timed = {job.candidate: time_engine(trt, path, job.engine, job.candidate, bundle)} if job.timed else None
-        return msgspec.structs.replace(details, kernels=job.candidate, candidates=timed)
-
-    def open_engine(self, path: Path, engine: Engine, bundle: Bundle) -> EngineSession:
-        """See `EngineBackend.open_engine`."""
-        return EngineSession(self.load(), path, read_bytes(path, MAX_FILE), engine, bundle.manifest)
+        return EngineDevice(self.name, str(self.load().__version__), found.compute_capability, found.name)
 
     def open(self, bundle: Bundle) -> EngineSession:
-        """The engine of a bundle that runs on this machine; see `Backend.open`. Kernels "portable" are those of engines
-        whose operators are carried out by their bodies.
+        """The engine of a bundle that runs on this machine; see `Backend.open`.
 
         Raises:
             BackendError: no CUDA device, or no engine of the bundle fits it.
         """
         self.check(bundle)
-        trt, folder, kernels = self.load(), bundle.folder, self.execution.kernels
-        engines = [engine for engine in bundle.manifest.engines if engine.backend == self.name]
-        portable = [engine for engine in engines if engine.details.kernels in (None, BODIES)]
-        if kernels == "portable" and engines and not portable:
-            raise BackendError(
-                f"{folder} holds no engine for {self.name} that runs the operators' bodies.",
-                f"Build one here: sparsifiner-edge build {folder} --backend {self.name} --option kernels=portable",
-            )
-        engines = portable if kernels == "portable" else engines
+        trt, folder, engines = self.load(), bundle.folder, bundle.manifest.engines
         # What needs no GPU to be seen comes first: another system's engine would not run with one either.
         fitting_engine(engines, EngineDevice(self.name, str(trt.__version__), ""), folder)
-        engine = fitting_engine(engines, self._this_machine(trt), folder)
+        engine = fitting_engine(engines, self._this_machine(), folder)
         return EngineSession(trt, folder / engine.file, bundle.read(engine.file), engine, bundle.manifest)

@@ -1,7 +1,7 @@
 """Building an engine with full TensorRT, 10.3 to 11.x, for the GPU of this machine; what TensorRT-RTX shares of it.
 
-The network is strongly typed: every type comes from the ONNX file, int8 through its QDQ nodes. Names that not every
-version has are looked up by feature. Nothing here runs before CUDA has answered.
+The network is strongly typed: every type comes from the ONNX file, int8 through its QDQ nodes. Nothing here runs
+before CUDA has answered.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 
 from sparsifiner_edge.artifacts import MAX_FILE
-from sparsifiner_edge.bundle import engines
-from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine
-from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.bundle.engines import BatchRange, Details
+from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import read_bytes, write_bytes
-from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.backend import cache_folder
 from sparsifiner_edge.runtime.cuda import CudaDevice
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, build_error, make_logger, rejected_model
@@ -31,16 +29,11 @@ class BuilderOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         kernels: "portable" (the operators' bodies), "plugin" (the CUDA kernels), or what is fastest of all.
         optimisation_level: 0 (fast build) to 5 (slow build); TensorRT's own default is 3.
         workspace_mib: scratch memory of the builder; None decides by what is free.
-        version_compatible, hardware_compatible: for later versions, and for other GPUs.
-        timing_cache: keep measured times between builds.
     """
 
     kernels: Literal["auto", "portable", "plugin"] = "auto"
     optimisation_level: Annotated[int, msgspec.Meta(ge=0, le=5)] = 3
     workspace_mib: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    timing_cache: bool = True
 
 
 class Prepared(NamedTuple):
@@ -53,51 +46,33 @@ class Prepared(NamedTuple):
 
 
 def build_engine_file(
-    trt: Any, model: bytes, device: CudaDevice, free: int, engine: Engine, options: BuilderOptions, tell: Progress
+    trt: Any, model: bytes, device: CudaDevice, free: int, batch: BatchRange, options: BuilderOptions
 ) -> tuple[bytes, Details]:
     """Build an engine; returns its content and what is known about it.
 
     Args:
-        trt: the module `tensorrt`.
-        model: ONNX.
+        trt: the module `tensorrt`. model: ONNX.
         device: as CUDA tells. free: bytes of its memory that are free.
-        engine: what it shall be: batch sizes, and what it shall be compatible with.
-        tell: called with (stage, done, total).
+        batch: sizes that it takes.
 
     Raises:
         UnsupportedModelError: the parser rejects the model; its nodes are named.
         ConfigError: an axis other than the batch is dynamic.
-        BackendError: TensorRT builds no engine, or was stopped.
+        BackendError: TensorRT builds no engine.
     """
-    builder, network, config, messages = prepare_build(trt, model, engine.batch, f"TensorRT {trt.__version__}")
+    builder, network, config, messages = prepare_build(trt, model, batch, f"TensorRT {trt.__version__}")
     # Of the free memory an integrated GPU leaves half to the system.
     workspace = options.workspace_mib << 20 if options.workspace_mib else free // 4 * (2 if device.integrated else 3)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.builder_optimization_level = options.optimisation_level
-    if engines.VERSION_COMPATIBLE in engine.compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if engines.AMPERE_PLUS in engine.compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    monitor = make_monitor(trt, tell)
-    config.progress_monitor = monitor
-    times = timing_cache_path(device, str(trt.__version__)) if options.timing_cache else None
-    reused = times is not None and load_timing_cache(config, times)
+    times = timing_cache_path(device, str(trt.__version__))
+    load_timing_cache(config, times)
     serialised = builder.build_serialized_network(network, config)
     if serialised is None:
-        if monitor.stopped:
-            raise BackendError("The build was stopped.", "The bundle is as it was.")
         raise build_error(messages, workspace, free)
-    if times is not None:
-        save_timing_cache(config, times)
-    return bytes(serialised), Details(
-        layers=int(network.num_layers),
-        workspace_bytes=workspace,
-        optimisation_level=options.optimisation_level,
-        timing_cache="reused" if reused else "new" if times else "not used",
-        device=device.name,
-        driver=device.driver_version,
-        warnings=tuple(messages.warnings)[:10],
-    )
+    save_timing_cache(config, times)
+    warnings = tuple(messages.warnings)[:10]
+    return bytes(serialised), Details(layers=int(network.num_layers), device=device.name, warnings=warnings)
 
 
 def prepare_build(trt: Any, model: bytes, batch: BatchRange, name: str) -> Prepared:
@@ -142,55 +117,15 @@ def _add_profile(builder: Any, network: Any, config: Any, batch: BatchRange) -> 
         config.add_optimization_profile(profile)
 
 
-def make_monitor(trt: Any, tell: Progress) -> Any:
-    """TensorRT's progress, reported as (phase, done, total); where nobody listens any more it asks TensorRT to stop."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Called by TensorRT, from any of its threads."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.stopped = False
-            self._steps: dict[str, int] = {}
-            self._parents: dict[str, str | None] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            """A phase begins, inside another or at the top."""
-            self._steps[phase_name], self._parents[phase_name] = num_steps, parent_phase
-            self._tell(phase_name, 0)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            """One step is done; False stops the build."""
-            self._tell(phase_name, step + 1)
-            return not self.stopped
-
-        def phase_finish(self, phase_name: str) -> None:
-            """A phase ends."""
-            self._tell(phase_name, self._steps.pop(phase_name, 0))
-
-        def _tell(self, phase: str, done: int) -> None:
-            # Phases nest deeply and the inner ones last milliseconds: two levels are what a person can follow.
-            parent = self._parents.get(phase)
-            if self.stopped or (parent and self._parents.get(parent)):
-                return
-            try:
-                tell(phase, float(done), float(self._steps.get(phase, done)))
-            except OSError:  # The process that asked for the engine is gone.
-                self.stopped = True
-
-    return Monitor()
-
-
-def load_timing_cache(config: Any, path: Path) -> bool:
-    """Give TensorRT the times of kernels that earlier builds measured, or an empty cache; whether some were usable."""
+def load_timing_cache(config: Any, path: Path) -> None:
+    """Give TensorRT the times of kernels that earlier builds measured, or an empty cache."""
     content = b""
     with contextlib.suppress(ArtifactError):
         content = read_bytes(path, MAX_FILE)
     for attempt in dict.fromkeys((content, b"")):  # A damaged file is as good as none.
         cache = config.create_timing_cache(attempt)
         if cache is not None and config.set_timing_cache(cache, False):
-            return bool(attempt)
-    return False
+            return
 
 
 def save_timing_cache(config: Any, path: Path) -> None:

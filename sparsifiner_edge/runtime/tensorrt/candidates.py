@@ -9,13 +9,11 @@ computes something else: it is kept where it is faster and its outputs are close
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from sparsifiner_edge.bundle.engines import DENSE, Candidate, Details, Engine
+from sparsifiner_edge.bundle.engines import Candidate
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import GateError
@@ -26,8 +24,6 @@ from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 WARM_UP, RUNS = 10, 30
-FUSED = "_gemm_mha_v2"
-"""In the names of an engine's layers: full TensorRT's fused attention."""
 _SPARSE, _DENSE = "SparseAttention", "DenseAttention"
 
 
@@ -41,42 +37,27 @@ def has_kernel_operators(bundle: Bundle) -> bool:
     return any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in TRITON.operators)
 
 
-def why_no_dense(bundle: Bundle) -> dict[str, str]:
-    """Why there is no dense file to compare with, of a bundle without nodes of sparse attention; empty where it is
-    dense itself.
-    """
-    if bundle.manifest.sparsity is None or bundle.manifest.ops:
-        return {}
-    return {DENSE: "no dense file can be made of one that was exported with --inline; export it without"}
-
-
-def time_engine(trt: Any, path: Path, engine: Engine, kernels: str, bundle: Bundle) -> Candidate:
+def time_engine(session: EngineSession, bundle: Bundle) -> Candidate:
     """Median milliseconds that the device computes, at the batch size that the engine is tuned for, and the gate.
 
     Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`.
-        kernels: what carries out sparse attention in the engine at `path`.
+        session: on the engine; it is closed.
     """
-    engine = msgspec.structs.replace(engine, details=Details(kernels=kernels))
-    with EngineSession(trt, path, path.read_bytes(), engine, bundle.manifest) as session:
+    with session:
         try:
             golden: Any = check_golden(session, bundle)
         except GateError as error:
             golden = error.what
         spec = session.inputs[0]
-        shape = [engine.batch.best, *(size for size in spec.shape[1:] if isinstance(size, int))]
+        shape = [session.best_batch, *(size for size in spec.shape[1:] if isinstance(size, int))]
         image = np.random.default_rng(0).integers(0, 256, shape).astype(spec.dtype)
         times = []
         for number in range(WARM_UP + RUNS):
             session.infer({spec.name: image})
             if number >= WARM_UP and session.last_times is not None:
                 times.append(session.last_times.compute_ms)
-        fused = engine.backend != "tensorrt" or kernels != DENSE or FUSED in session.layer_names()
-        why_no_graph = session.description.why_no_graph
-    advice = ": export with --precision fp16" if bundle.precision == "fp32" else ""
-    warnings = [] if fused else [f"TensorRT did not fuse it, no layer is {FUSED}{advice}"]
-    warnings += [f"runs are not recorded: {why_no_graph}"] if why_no_graph else []
-    warning = "; ".join(warnings) or None
+        why = session.description.why_no_graph
+    warning = f"runs are not recorded: {why}" if why else None
     return Candidate(golden=golden, compute_ms=statistics.median(times), runs=len(times), warning=warning)
 
 

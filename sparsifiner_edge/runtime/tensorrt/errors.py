@@ -64,14 +64,9 @@ def rejected_model(parser: Any, name: str) -> UnsupportedModelError:
 
 
 def build_error(messages: Messages, workspace: int, free: int) -> BackendError:
-    """The error for a build that gave no engine.
+    """The error for a build that gave no engine, with the bytes that it was allowed for scratch and that were free.
 
     TensorRT reports memory that was too small as tactics skipped, and then that no implementation is left.
-
-    Args:
-        messages: what it said.
-        workspace: bytes that it was allowed for scratch.
-        free: bytes of the device that were free before.
     """
     given = f"It was given {workspace >> 20} MiB of workspace, {free >> 20} MiB were free."
     if any(map(_MEMORY.search, (*messages.errors, *messages.warnings))):
@@ -87,18 +82,10 @@ def build_error(messages: Messages, workspace: int, free: int) -> BackendError:
     )
 
 
-def run_error(
-    path: Path,
-    action: str,
-    messages: Messages,
-    free: int | None = None,
-    fix: str = "Build the engine again on this machine.",
-) -> BackendError:
+def run_error(path: Path, action: str, messages: Messages, fix: str) -> BackendError:
     """The error for an engine that fails `action`; `fix` where neither its memory nor the device is the reason."""
-    what = f"TensorRT fails {action} ({path}): {messages.text()}."
     if any(map(_LOST.search, messages.errors)):
-        return BackendError(what, "The device is lost to this process: start it again; then build the engine again.")
-    if any(map(_MEMORY.search, messages.errors)) or (free is not None and not messages.errors):
-        left = f" {free >> 20} MiB are free." if free is not None else ""
-        return BackendError(what + left, "Close other programs that use the GPU, or build for a smaller batch.")
-    return BackendError(what, fix)
+        fix = "The device is lost to this process: start it again; then build the engine again."
+    elif any(map(_MEMORY.search, messages.errors)):
+        fix = "Close other programs that use the GPU, or build for a smaller batch."
+    return BackendError(f"TensorRT fails {action} ({path}): {messages.text()}.", fix)

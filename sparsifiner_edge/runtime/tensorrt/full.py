@@ -7,36 +7,21 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
-from sparsifiner_edge.bundle.engines import (
-    AMPERE_PLUS,
-    BODIES,
-    DENSE,
-    MEASURED,
-    PLUGIN,
-    VERSION_COMPATIBLE,
-    BatchRange,
-    Details,
-    Engine,
-    system,
-)
+from sparsifiner_edge.bundle.engines import BODIES, DENSE, PLUGIN, BatchRange, Details, Engine, system
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.machine import jetson_release
-from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record
-from sparsifiner_edge.runtime.backend import Candidates, Job, OptionValues, import_package
+from sparsifiner_edge.runtime.backend import OptionValues, import_package
 from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver, probe
 from sparsifiner_edge.runtime.tensorrt import plugin
-from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
+from sparsifiner_edge.runtime.tensorrt.backend import Job, Planned, TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
 from sparsifiner_edge.runtime.tensorrt.candidates import (
     dense_model,
     has_kernel_operators,
     has_sparse_attention,
-    why_no_dense,
 )
 
 OLDEST = (10, 3)
@@ -69,10 +54,10 @@ class TensorRt(TensorRtBackend):
 
     def plan(
         self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
-    ) -> list[Engine]:
-        """See `EngineBackend.plan`."""
+    ) -> list[Planned]:
+        """See `TensorRtBackend.plan`."""
         self.check(bundle)
-        trt, wanted, device = self.load(), _read_options(options), self.device()
+        trt, kernels, device = self.load(), _read_options(options).kernels, self.device()
         others = [c for c in capabilities if c != device.compute_capability]
         if others:
             raise ConfigError(
@@ -80,46 +65,24 @@ class TensorRt(TensorRtBackend):
                 f"not for {', '.join(others)}.",
                 "Build on a machine that has that GPU, or use --backend tensorrt-rtx, which builds ahead of time.",
             )
-        engine = Engine(
-            self.name, str(trt.__version__), device.compute_capability, *system(), bundle.precision,
-            batch, compatible=_compatible(wanted, device),
-        )  # fmt: skip
-        names = self.candidates(bundle, engine, options).names
-        variant = MEASURED if len(names) > 1 else {BODIES: ""}.get(names[0], names[0])
-        return [msgspec.structs.replace(engine, variant=variant)]
-
-    def candidates(self, bundle: Bundle, engine: Engine, options: OptionValues) -> Candidates:
-        """See `EngineBackend.candidates`."""
-        kernels, ours = _read_options(options).kernels, has_kernel_operators(bundle)
-        reason: str | None = "the model has no sparse attention, and no tokens merge"
-        reason = plugin.why_not(self.load(), bundle, probe(), engine) if ours else reason
-        if kernels == PLUGIN:
-            if reason:
-                raise BackendError(
-                    f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable."
-                )
-            return Candidates((PLUGIN,), {})
-        if kernels == "portable" or not ours:
-            return Candidates((BODIES,), {} if ours else why_no_dense(bundle))
-        dense = (DENSE,) if has_sparse_attention(bundle) else ()
-        return Candidates((BODIES, *dense), {PLUGIN: reason}) if reason else Candidates((BODIES, PLUGIN, *dense), {})
+        version = str(trt.__version__)
+        engine = Engine(self.name, version, device.compute_capability, *system(), bundle.precision, batch)
+        return [Planned(engine, *_candidates(trt, bundle, device, batch, kernels))]
 
     def default_timeout_s(self) -> float:
-        """See `EngineBackend.default_timeout_s`; three times that on a Jetson, whose processor is a small one."""
+        """See `TensorRtBackend.default_timeout_s`; three times that on a Jetson, whose processor is a small one."""
         return super().default_timeout_s() * (3 if probe().integrated else 1)
 
-    def build(self, job: Job, tell: Progress) -> Details:
-        """See `EngineBackend.build`."""
+    def compile(self, job: Job, bundle: Bundle) -> tuple[bytes, Details]:
+        """See `TensorRtBackend.compile`."""
         trt, options = self.load(), _read_options(job.options)
-        bundle = job.checked_bundle()
         with contextlib.closing(open_driver()) as driver:  # Stays open while TensorRT has objects.
             model, free = bundle.read(MODEL_FILE), driver.free_bytes()
             if job.candidate == DENSE:
                 model = dense_model(model)
             if job.candidate == PLUGIN:
                 model = plugin.prepare(trt, model, bundle, driver.device)
-            content, details = build_engine_file(trt, model, driver.device, free, job.engine, options, tell)
-            return self.finished(trt, job, bundle, content, details)
+            return build_engine_file(trt, model, driver.device, free, job.engine.batch, options)
 
 
 def _read_options(options: OptionValues) -> BuilderOptions:
@@ -127,12 +90,21 @@ def _read_options(options: OptionValues) -> BuilderOptions:
     return read_record(options, BuilderOptions, "--option", fix, ConfigError)
 
 
-def _compatible(options: BuilderOptions, device: CudaDevice) -> tuple[str, ...]:
-    if options.hardware_compatible and (device.integrated or device.sm < (8, 0)):
-        raise ConfigError(
-            "Hardware-compatible engines need a GPU card, no Jetson, of compute capability 8.0 or later; "
-            f"this is {device.name}, {device.compute_capability}.",
-            "Leave the option hardware_compatible out.",
-        )
-    wanted = ((VERSION_COMPATIBLE, options.version_compatible), (AMPERE_PLUS, options.hardware_compatible))
-    return tuple(word for word, asked in wanted if asked)
+def _candidates(
+    trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange, kernels: str
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What is built of the choice `kernels`, and why other candidates are not."""
+    reason: str | None = "the model has no sparse attention, and no tokens merge"
+    operators = has_kernel_operators(bundle)
+    if operators:
+        reason = plugin.why_not(trt, bundle, device, batch)
+    if kernels == PLUGIN:
+        if reason:
+            raise BackendError(
+                f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable."
+            )
+        return (PLUGIN,), {}
+    if kernels == "portable" or not operators:
+        return (BODIES,), {}
+    dense = (DENSE,) if has_sparse_attention(bundle) else ()
+    return ((BODIES, *dense), {PLUGIN: reason}) if reason else ((BODIES, PLUGIN, *dense), {})

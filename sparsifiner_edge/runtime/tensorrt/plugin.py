@@ -12,7 +12,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import Engine
+from sparsifiner_edge.bundle.engines import BatchRange
 from sparsifiner_edge.bundle.kernels import (
     MOST_SHARED_BYTES,
     NAMESPACE,
@@ -31,7 +31,7 @@ _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
 
 
-def why_not(trt: Any, bundle: Bundle, device: CudaDevice, engine: Engine | None = None) -> str | None:
+def why_not(trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange | None = None) -> str | None:
     """Why the kernels of a bundle cannot go into an engine for a device; None where they can."""
     if not hasattr(trt, "QuickPluginCreationRequest"):
         return f"TensorRT {trt.__version__} has no ahead-of-time plugins (10.9 and later have)"
@@ -44,16 +44,10 @@ def why_not(trt: Any, bundle: Bundle, device: CudaDevice, engine: Engine | None 
             f"a kernel takes {most >> 10} KiB of shared memory, and more than {MOST_SHARED_BYTES >> 10} are not known "
             "to work in TensorRT's plugins; float16 with head dimensions up to 64 needs less"
         )
-    return _why_not_engine(engine) if engine else None
-
-
-def _why_not_engine(engine: Engine) -> str | None:
-    if engine.compatible:
-        return "its code is for one GPU and one version; leave version_compatible and hardware_compatible out"
-    if engine.batch.least != engine.batch.most:
+    if batch and batch.least != batch.most:
         return (
-            f"it takes one batch size, not {engine.batch.least} to {engine.batch.most}: TensorRT loads its kernels "
-            "anew at each change, and leaks them (issue 4849); give equal --min-batch, --opt-batch and --max-batch"
+            f"it takes one batch size, not {batch.least} to {batch.most}: TensorRT loads its kernels anew at each "
+            "change, and leaks them (issue 4849); give equal --min-batch, --opt-batch and --max-batch"
         )
     return None
 

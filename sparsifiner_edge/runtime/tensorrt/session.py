@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle import engines
 from sparsifiner_edge.bundle.engines import DENSE, PLUGIN, Engine
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import precision_text
 from sparsifiner_edge.runtime.cuda import StreamBuffers, Times, open_driver
-from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
+from sparsifiner_edge.runtime.session import Description, Session
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error
 
 Shape = tuple[int, ...]
+_AGAIN = "Build the engine again on this machine."
 _KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
 
 
@@ -47,7 +47,8 @@ class EngineSession(Session):
     def __init__(self, trt: Any, path: Path, content: bytes, engine: Engine, manifest: Manifest) -> None:
         start = time.perf_counter_ns()
         self.backend = engine.backend
-        self._trt, self._engine_info, self._path = trt, engine, path
+        self._trt, self._engine_info, self.model = trt, engine, path
+        self.least_batch, self.in_place_of_sparse = engine.batch.least, engine.details.kernels == DENSE
         self._precision = precision_text(engine.precision, manifest.float_precision)
         self._messages = Messages()
         self._graphs = True
@@ -59,9 +60,10 @@ class EngineSession(Session):
             stack.callback(self._drop)
             self._context = self._engine.create_execution_context()
             if self._context is None:
-                raise run_error(path, "to prepare a run", self._messages, self._driver.free_bytes())
+                raise run_error(path, "to prepare a run", self._messages, _AGAIN)
             self.inputs, self.outputs = self._specs(manifest)
-            self._ranges = {spec.name: self._range(spec.name) for spec in self.inputs}
+            shapes = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
+            self._ranges = {name: (tuple(least), tuple(most)) for name, (least, _, most) in shapes.items()}
             self._buffers = stack.enter_context(self._make_buffers())
             for spec in (*self.inputs, *self.outputs):
                 self._context.set_tensor_address(spec.name, self._buffers.pointer(spec.name))
@@ -71,13 +73,10 @@ class EngineSession(Session):
     def _deserialise(self, content: bytes) -> Any:
         self._logger = make_logger(self._trt, self._messages)
         runtime = self._trt.Runtime(self._logger)
-        if engines.VERSION_COMPATIBLE in self._engine_info.compatible:
-            # Such an engine carries code for the processor; TensorRT runs it only when the file is declared trusted.
-            runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
             fix = "It was built by another version or is damaged: build it again on this machine."
-            raise run_error(self._path, "to load an engine", self._messages, fix=fix)
+            raise run_error(self.model, "to load an engine", self._messages, fix)
         self._runtime = runtime
         return engine
 
@@ -101,11 +100,6 @@ class EngineSession(Session):
         except TypeError as error:
             raise BackendError(f"{name!r} has type {kind}, which NumPy lacks.", "Export with another type.") from error
 
-    def _range(self, name: str) -> tuple[Shape, Shape]:
-        """Least and greatest shape of an input."""
-        least, _best, most = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
-        return least, most
-
     def _make_buffers(self) -> StreamBuffers:
         """Buffers for the greatest shapes."""
         self._bind({name: most for name, (_, most) in self._ranges.items()})
@@ -119,7 +113,7 @@ class EngineSession(Session):
             return
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
-                raise run_error(self._path, f"to take {name!r} of shape {list(shape)}", self._messages)
+                raise run_error(self.model, f"to take {name!r} of shape {list(shape)}", self._messages, _AGAIN)
         self._bound = dict(shapes)
 
     @property
@@ -138,7 +132,6 @@ class EngineSession(Session):
             graph=self._buffers.why_no_graph is None,
             why_no_graph=self._buffers.why_no_graph,
             zero_copy=self._buffers.zero_copy,
-            memory=self._buffers.memory,
         )
 
     @property
@@ -161,7 +154,8 @@ class EngineSession(Session):
         Raises:
             BackendError: as `infer`.
         """
-        self._require_open()
+        if self._context is None:
+            raise self.closed()
         profiler = make_profiler(self._trt)
         self._graphs = False
         self._context.profiler = profiler  # with it attached, a run tells its layers before it returns
@@ -172,21 +166,10 @@ class EngineSession(Session):
             self._graphs = True
         return [{"name": name, "ms": total / queries} for name, total in profiler.totals.items()]
 
-    def layer_names(self) -> str:
-        """Names of the engine's layers, as TensorRT's inspector writes them, fused ones by what they became."""
-        self._require_open()
-        inspector = self._engine.create_engine_inspector()
-        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.ONELINE))
-
     @property
-    def in_place_of_sparse(self) -> bool:
-        """Dense attention is computed where the bundle's file has sparse."""
-        return self._engine_info.details.kernels == DENSE
-
-    @property
-    def least_batch(self) -> int:
-        """Of the sizes that the engine was built for."""
-        return self._engine_info.batch.least
+    def best_batch(self) -> int:
+        """The size that it is tuned for."""
+        return self._engine_info.batch.best
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """See `Session.validate`; sizes must also be in the range that the engine was built for."""
@@ -199,26 +182,19 @@ class EngineSession(Session):
                         "Give that many, or build an engine for other batch sizes.",
                     )
 
-    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Session.infer`."""
-        self._require_open()
-        self.validate(inputs)
+    def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        if self._engine is None:
+            raise self.closed()
         shapes: dict[str, Shape] = {name: value.shape for name, value in inputs.items()}
         self._driver.use()
         self._bind(shapes)
         outputs = {s.name: (np.dtype(s.dtype), tuple(self._context.get_tensor_shape(s.name))) for s in self.outputs}
         key = tuple(sorted(shapes.items())) if self._graphs else None
-        answer = self._buffers.run(inputs, outputs, self._enqueue, key)
-        validate_outputs(self._path, answer)
-        return answer
+        return self._buffers.run(inputs, outputs, self._enqueue, key)
 
     def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._buffers.stream_number):
-            raise run_error(self._path, "to run", self._messages)
-
-    def _require_open(self) -> None:
-        if self._engine is None:
-            raise BackendError(f"The session of {self._path} is closed.", "Open it again.")
+        if not self._context.execute_async_v3(self._buffers.stream):
+            raise run_error(self.model, "to run", self._messages, _AGAIN)
 
     def _drop(self) -> None:
         """Let go of TensorRT's objects, those that use others first; the last reference frees them."""
