@@ -93,7 +93,7 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     assert sparsity is not None
     return {
         "name": name,
-        "host": backbone.host.name,
+        "host": backbone.library,
         "size": size,
         "outputs": {output.name: list(output.shape) for output in manifest.outputs},
         "sparsity": sparsity.to_dict(),

@@ -43,7 +43,7 @@ def ort_session(model: bytes | str, threads: int, kernels: bool = True) -> Any:
     if kernels:
         path = native.library_path()
         if path is None:
-            raise SystemExit(f"the native library is {native.why_missing()}")
+            raise SystemExit(f"the native library is {native.NOT_BUILT}")
         options.register_custom_ops_library(str(path))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

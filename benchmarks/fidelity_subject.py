@@ -23,8 +23,7 @@ from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.sparse import calibrate
 from sparsifiner_edge.sparse.attention import KeySelector, SparseAttention
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
-from sparsifiner_edge.sparse.source import LoadedModel
-from sparsifiner_edge.sparse.student import dense_twin, make_student
+from sparsifiner_edge.sparse.student import Student, dense_twin, make_student
 from sparsifiner_edge.sparse.weights import normalise
 
 Chooser = Callable[[SparseAttention, Tensor], Tensor]
@@ -67,7 +66,7 @@ class Subject:
         self.size, self.preset = size, preset
         model = load_model(material.DINOV2, weights_file(), size)
         start = SparsityConfig.for_preset(preset, keep=0.5, channels=32 if preset == "paper" else None)
-        self.student = make_student(LoadedModel("timm", material.DINOV2, model, preprocessing(model)), start)
+        self.student = make_student(Student(model, material.DINOV2, preprocessing(model)), start)
         self.model: Any = self.student.model
         self.layers = calibrate.sparse_layers(self.model)
         self.patches = int(model.patch_embed.num_patches)

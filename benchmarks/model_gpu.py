@@ -22,8 +22,7 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts.timm import create, preprocessing
-from sparsifiner_edge.sparse.source import LoadedModel
-from sparsifiner_edge.sparse.student import make_student
+from sparsifiner_edge.sparse.student import Student, make_student
 
 SIZES = (448, 672, 896, 1344)
 STUDENTS = {
@@ -45,7 +44,7 @@ def sparse_run(name: str, image: torch.Tensor, settings: dict[str, Any], tile: i
     model = create(name, image.shape[-1], 0)
     merge = tuple(round(share * model.patch_embed.num_patches) for share in settings.get("merge", ()))
     sparsity = SparsityConfig(keep=settings["keep"], tile=tile, probe=min(16, tile), merge=merge)
-    sparse = make_student(LoadedModel("timm", name, model, preprocessing(model)), sparsity).model.half().cuda()
+    sparse = make_student(Student(model, name, preprocessing(model)), sparsity).model.half().cuda()
     return graph(torch.compile(lambda: sparse.forward_features(image)))
 
 

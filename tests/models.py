@@ -13,7 +13,6 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.novelty import fit_density
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, preprocessing
 from sparsifiner_edge.sparse.novelty import Novelty
-from sparsifiner_edge.sparse.source import LoadedModel
 from sparsifiner_edge.sparse.student import Student, make_student
 
 TINY = "test_vit"
@@ -39,7 +38,7 @@ def student(name: str = TINY, sparsity: SparsityConfig = TINY_CONFIG, **options:
 
 def sparse(name: str, model: TimmModel, sparsity: SparsityConfig = TINY_CONFIG) -> Student:
     """A model of timm's made sparse in place, with projections from its weights."""
-    return make_student(LoadedModel("timm", name, model, preprocessing(model)), sparsity)
+    return make_student(Student(model, name, preprocessing(model)), sparsity)
 
 
 def with_density(made: Student) -> Student:

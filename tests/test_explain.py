@@ -114,7 +114,7 @@ def test_what_reached_an_output_adds_up(kind: str, by_length: bool) -> None:
             product = (weights_of(seen).attention.mean(0) + torch.eye(101)) / 2 @ product
         assert torch.allclose(found, product[:5], atol=1e-5)
     # Looking leaves the model as it was.
-    assert not any(layer.unmerged for layer in made.backbone.layers)
+    assert not any(attention.densely for attention in made.backbone.attentions)
 
 
 def test_a_merged_token_is_its_patches() -> None:

@@ -18,7 +18,7 @@ from sparsifiner_edge.errors import ConfigError, SparsifinerError, UnsupportedMo
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
-from sparsifiner_edge.sparse.patch import final_tokens
+from sparsifiner_edge.sparse.outputs import seen_by
 from sparsifiner_edge.sparse.weights import normalise
 from tests.models import TINY, images, vit
 
@@ -149,21 +149,6 @@ def test_modes_gradients_and_types_stay() -> None:
     assert model.encoder.blocks[0].attn.qkv.weight.grad is not None
 
 
-def test_a_rate_that_only_larger_images_bear_is_calibrated_too() -> None:
-    model = vit(img_size=640)
-    se.sparsify_model(model, keep=0.2, merge=60, calibrate=images(model, 2))
-    assert all(tensor.abs().max() > 0 for tensor in predictors(model).values())
-
-
-def test_images_need_not_be_square() -> None:
-    wide = vit(img_size=(96, 512))
-    before = wide(torch.ones(1, 3, 96, 512))
-    seen: list[tuple[float, ...]] = []
-    se.sparsify_model(wide, calibrate=torch.rand(2, 3, 96, 512), progress=lambda _, *step: seen.append(step))
-    assert seen[-1][0] == seen[-1][1]
-    assert torch.nn.functional.cosine_similarity(wide(torch.ones(1, 3, 96, 512)), before) > 0.9
-
-
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +184,7 @@ def test_places_of_pruned_tokens_are_not_guessed_where_a_hook_returns_others() -
     model = se.sparsify_model(vit(), keep=0.3, token_keep=((1, 0.5),))
     model.blocks[-1].register_forward_hook(lambda _, __, tokens: tokens * 1.0)
     with pytest.raises(ConfigError, match="prunes tokens returned other tokens"):
-        final_tokens(model, images(model))
+        seen_by(model, images(model))
 
 
 @pytest.mark.parametrize(

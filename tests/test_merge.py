@@ -6,9 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx.inliner
-import openvino
 import pytest
 import torch
 from hypothesis import given
@@ -17,18 +14,18 @@ from hypothesis import strategies as st
 import sparsifiner_edge as se
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.bundle.golden import check_golden
-from sparsifiner_edge.bundle.store import GOLDEN_FILE, open_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, merge_text, parse_merge
 from sparsifiner_edge.costs import layer_costs, summary
-from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export import check, student_changes
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.export import student_changes
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.ops.graph import gets_merged
 from sparsifiner_edge.ops.schema import VERSION
 from sparsifiner_edge.plan import LEAST_PATCHES, plan_of
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.defaults import default_cells, default_keep
-from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
+from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_backbone
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
@@ -130,18 +127,6 @@ def test_outputs_are_whole_and_in_raster_order(name: str) -> None:
         torch.testing.assert_close(model.forward_features(x), plain)
 
 
-def test_images_that_are_not_square() -> None:
-    model = vit(img_size=(96, 160))
-    x = torch.randn(1, 3, 96, 160)
-    se.sparsify_model(model, keep=0.5, merge=4, cells=4, channels=8)
-    with torch.no_grad():
-        assert model.forward_features(x).shape == (1, 61, 64)
-        (last,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
-    assert last.shape == (1, 64, 6, 10)
-    se.restore_model(model)
-    assert not any(isinstance(block, SparseLayer) for block in model.blocks)
-
-
 def test_gradients_reach_every_weight_through_merges() -> None:
     made = student(sparsity=MERGED)
     made.model.train()
@@ -218,15 +203,12 @@ def test_the_published_method_merges_nothing() -> None:
     first(
         [
             (TINY, 160, MERGED, 1),
-            (TINY, 160, MERGED, "dynamic"),
             (TINY, (96, 160), MERGED, "dynamic"),
-            (TINY, 160, ALONE, 1),
             (TINY, 160, ALONE, "dynamic"),
-            ("eva02_tiny_patch14_224", 112, EVA_MERGED, 1),
             ("eva02_tiny_patch14_224", (84, 140), EVA_MERGED, "dynamic"),
         ]
     ),
-    ids=["both", "both, dynamic", "rectangle, dynamic", "alone", "alone, dynamic", "eva", "eva rectangle, dynamic"],
+    ids=["both", "rectangle, dynamic", "alone, dynamic", "eva rectangle, dynamic"],
 )
 def test_exported_files_merge_as_torch_does(
     name: str, size: ImageSize, sparsity: SparsityConfig, batch: Any, tmp_path: Path
@@ -249,44 +231,6 @@ def test_exported_files_merge_as_torch_does(
     for kernels in ("portable", "native"):
         with se.open_session(bundle.folder, kernels=kernels) as session:
             check_golden(session, bundle)
-
-
-@pytest.mark.everything
-def test_openvino_runs_the_bodies_once_they_are_inlined(tmp_path: Path) -> None:
-    sparsity = dataclasses.replace(MERGED, keep=(0.4, 0.4, 0.4, 1))
-    folder = save_student(student(sparsity=sparsity), tmp_path / "s")
-    bundle = open_bundle(export_bundle(folder, tmp_path / "b"))
-    assert set(bundle.manifest.ops) == {
-        f"sparsifiner::{name}"
-        for name in (
-            "KeySelect", "SparseAttention", "DenseAttention", "MatchTokens", "MergeTokens",
-        )
-    }  # fmt: skip
-    onnx.save(onnx.inliner.inline_local_functions(bundle.model()), tmp_path / "inlined.onnx")
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(tmp_path / "inlined.onnx", "CPU", settings)
-    golden = np.load(bundle.folder / GOLDEN_FILE)
-    found = compiled([golden["input.image"]])
-    outputs = [key for key in golden.files if key.startswith("output.")]
-    assert outputs
-    for key in outputs:
-        difference = np.abs(found[key.removeprefix("output.")] - golden[key]).max()
-        assert difference <= 1e-3 * np.ptp(golden[key]), key
-
-
-@pytest.mark.everything
-def test_a_file_that_merges_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = save_student(student(sparsity=MERGED), tmp_path / "s")
-    right = check._run_torch
-
-    def wrong(*given: Any) -> Any:
-        outputs, chosen = right(*given)
-        return ({name: value + (len(given) > 2) * 0.1 for name, value in outputs.items()}, chosen)
-
-    monkeypatch.setattr(check, "_run_torch", wrong)
-    with pytest.raises(GateError, match="differs from torch"):
-        export_bundle(folder, tmp_path / "b")
-    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.everything

@@ -41,8 +41,8 @@ class DeployedModel(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model).eval().float()
         backbone = backbone_of(self.model)
-        backbone.host.settle(backbone)
-        backbone.host.fold_layer_scale(backbone)
+        backbone.settle()
+        backbone.fold_layer_scale()
         self.names, self.tokens, self.pre, self._early = names, tokens, pre, 0
         self.mean, self.std = (nn.Buffer(torch.tensor(x)[:, None, None], persistent=False) for x in (pre.mean, pre.std))
         self.eval()

@@ -58,7 +58,7 @@ from sparsifiner_edge.sparse.student import (
     load_student,
     refuse_normalisation,
 )
-from sparsifiner_edge.sparse.student_file import Provenance, checked_labels
+from sparsifiner_edge.sparse.student_file import checked_labels
 from sparsifiner_edge.text import shown
 
 _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
@@ -195,8 +195,8 @@ def export_model(
             "Give an example of the size that the model is used at.",
         )
     student = Student(
-        module, name or type(module).__name__, backbone.sparsity or SparsityConfig(keep=1), Provenance(),
-        pixels, checked_labels(list(labels), "labels"), names,
+        module, name or type(module).__name__, pixels, backbone.sparsity or SparsityConfig(keep=1),
+        labels=checked_labels(list(labels), "labels"), outputs=names,
     )  # fmt: skip
     file = _file(student, deploy(student), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
@@ -327,7 +327,7 @@ def _load(
 def model_shape(model: nn.Module) -> ModelShape:
     """The sizes that decide a model's costs."""
     backbone = backbone_of(model)
-    linear = [x for x in backbone.host.mlp(backbone.layers[0]).modules() if isinstance(x, nn.Linear)]
+    linear = [x for x in backbone.layers[0].mlp.modules() if isinstance(x, nn.Linear)]
     return ModelShape(
         depth=len(backbone.layers),
         heads=backbone.geometry.heads,
@@ -389,7 +389,7 @@ def _manifest(
         check=check,
         provenance=write_record(student.provenance),
         novelty=None if fit is None else NoveltyFit(fit.images, fit.false_alarms),
-        tools={name: version(name) for name in (*_TOOLS, backbone.host.name)},
+        tools={name: version(name) for name in (*_TOOLS, backbone.library)},
     )
 
 

@@ -26,7 +26,7 @@ from sparsifiner_edge.images import load_image
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.patch import final_tokens, set_budget
+from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
@@ -115,7 +115,7 @@ def _cosine(own: Student, changed: Student, images: Sequence[Path]) -> float:
     pre, means = own.normalisation, []
     for path in images:
         image = normalise(torch.from_numpy(load_image(path, own.img_size))[None], pre)
-        before, after = (final_tokens(student.model, image)[0] for student in (own, changed))
+        before, after = (student.backbone.tokens(image) for student in (own, changed))
         means.append(float(torch.cosine_similarity(before, after, dim=-1).mean()))
     return statistics.fmean(means)
 
@@ -146,7 +146,7 @@ def keep_dense_where_slower(model: Any, execution: Execution | None = None) -> M
         slower = sparse > dense
         for _, attention in members if slower else ():
             restore_attention(attention)
-            make_dense(attention, backbone.host.attention_kind)
+            make_dense(attention)
         choices.append(LayerChoice(tuple(layer for layer, _ in members), sparse, dense, slower))
     left = len(sparse_layers(model))
     return Measured(found.kernels, tuple(choices), left, execution.backend, execution.precision)

@@ -9,7 +9,7 @@ from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT, VERSION
 
 _HEAD = f"""# Operators
 
-ONNX domain `{DOMAIN}`, version {VERSION}.
+For those who run, port or check an exported file. ONNX domain `{DOMAIN}`, version {VERSION}.
 
 A file that uses these operators carries a function body of standard operators (operator set 20) for each, so any
 ONNX runtime can run it; a runtime in which a native library is registered runs that instead. Each operator has one

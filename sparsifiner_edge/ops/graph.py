@@ -8,16 +8,21 @@ from typing import Any
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 
+def drop_unread(nodes: Any, outputs: Iterable[str]) -> set[str]:
+    """Remove, of a graph's or function's nodes, those whose outputs nobody reads; returns what is read."""
+    while True:
+        read = {name for node in nodes for name in _read_by(node)} | set(outputs)
+        unread = [node for node in nodes if not read.intersection(node.output)]
+        if not unread:
+            return read
+        for node in unread:
+            nodes.remove(node)
+
+
 def drop_unused(model: Any) -> None:
     """Remove nodes whose outputs nobody reads, then weights and functions of ours that nobody uses."""
     graph = model.graph
-    while True:
-        read = {name for node in graph.node for name in _read_by(node)} | {value.name for value in graph.output}
-        unused = [node for node in graph.node if not read.intersection(node.output)]
-        for node in unused:
-            graph.node.remove(node)
-        if not unused:
-            break
+    read = drop_unread(graph.node, [value.name for value in graph.output])
     _keep(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in read))
     used = {node.op_type for node in graph.node if node.domain == DOMAIN}
     _keep(model.functions, (f for f in model.functions if f.domain != DOMAIN or f.name in used))
@@ -45,6 +50,6 @@ def _read_by(node: Any) -> Iterator[str]:
 
 
 def _keep(field: Any, entries: Iterable[Any]) -> None:
-    kept = list(entries)
+    entries = list(entries)
     del field[:]
-    field.extend(kept)
+    field.extend(entries)

@@ -7,10 +7,8 @@ K keys, c predictor channels. `qkv` is after bias, qk-norm and RoPE; its last ax
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
 
-from sparsifiner_edge.ops.operator import FLOATS, QKV, Attribute, Attributes, Operator, Shapes, Sizes, Tensor
+from sparsifiner_edge.ops.operator import FLOATS, QKV, Attribute, Operator, Tensor
 
 DOMAIN = "sparsifiner"
 VERSION = 3
@@ -19,55 +17,6 @@ TOPK_LIMIT = 3840
 """TensorRT's TopK layer accepts no larger K (TensorRT operator documentation, TopK)."""
 DEVIATION_FLOOR = 1e-6
 """Least value deviation that enters the logarithm in KeySelect: keeps cells of equal values finite."""
-
-
-def _select_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-    reasons = _wrong_sizes(*shapes[:2])
-    if a["tile"] % a["probe"]:
-        reasons.append(f"tile {a['tile']} is not a multiple of probe {a['probe']}")
-    if a["keys"] > sizes.patches:
-        reasons.append(f"keys {a['keys']} exceed the {sizes.patches} patches")
-    for name, shape in zip(("proj_q", "proj_k"), shapes[2:], strict=True):
-        if tuple(shape[:2]) != (a["num_heads"], sizes.width) or shape[2] != shapes[2][2] or shape[2] < 1:
-            reasons.append(f"{name} must have shape [{a['num_heads']}, {sizes.width}, c], got {list(shape)}")
-    return reasons
-
-
-def _landmark_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-    tokens, channels, landmarks = sizes.tokens, shapes[1][0], shapes[5][1]
-    reduction, basis = (channels, sizes.width), (tokens, landmarks)
-    expected = (reduction, (channels,), reduction, (channels,), basis, basis)
-    reasons = [
-        f"{tensor.name} must have shape {list(wanted)}, got {list(shape)}"
-        for tensor, wanted, shape in zip(LANDMARK_KEY_SELECT.inputs[1:], expected, shapes[1:], strict=True)
-        if tuple(shape) != wanted
-    ]
-    if a["keys"] > tokens:
-        reasons.append(f"keys {a['keys']} exceed the {tokens} tokens")
-    if a["top_coefficients"] > landmarks:
-        reasons.append(f"top_coefficients {a['top_coefficients']} exceed the {landmarks} landmarks")
-    if tokens < 2:
-        reasons.append("a class token alone leaves no query")
-    return reasons
-
-
-def _attention_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-    patches, tiles, lists = sizes.patches, math.ceil(sizes.patches / a["tile"]), shapes[2]
-    reasons = _wrong_sizes(*shapes[:2])
-    if a["prefix_keys"] not in (0, 1):
-        reasons.append(f"prefix_keys must be 0 or 1, got {a['prefix_keys']}")
-    if a["prefix_keys"] == 0 and (a["tile"] != 1 or a["cell"] != 0):
-        reasons.append("prefix_keys 0 goes with tile 1 and cell 0")
-    if tuple(lists[:3]) != (shapes[0][0], a["num_heads"], tiles):
-        reasons.append(f"indices must have shape [{shapes[0][0]}, {a['num_heads']}, {tiles}, K], got {list(lists)}")
-    elif not 1 <= lists[3] <= (patches if a["prefix_keys"] else sizes.tokens):
-        reasons.append(f"indices list {lists[3]} keys of {patches} patches")
-    return reasons
-
-
-def _wrong_sizes(qkv: Sequence[int], sizes: Sequence[int]) -> list[str]:
-    wanted = list(qkv[:2])
-    return [] if list(sizes) == wanted else [f"sizes must have shape {wanted}, got {list(sizes)}"]
 
 
 _HEADS = Attribute("num_heads", int, 1, (1, 3), "H, number of heads")
@@ -87,7 +36,10 @@ _INDICES = Tensor(
 
 KEY_SELECT = Operator(
     name="KeySelect",
-    check=_select_refusals,
+    checks=lambda a, sizes: [
+        (a["tile"] % a["probe"] != 0, f"tile {a['tile']} is not a multiple of probe {a['probe']}"),
+        (a["keys"] > sizes["P"], f"keys {a['keys']} exceed the {sizes['P']} patches"),
+    ],
     inputs=(
         QKV,
         _SIZES,
@@ -118,7 +70,14 @@ KEY_SELECT = Operator(
 
 LANDMARK_KEY_SELECT = Operator(
     name="LandmarkKeySelect",
-    check=_landmark_refusals,
+    checks=lambda a, sizes: [
+        (a["keys"] > sizes["N"], f"keys {a['keys']} exceed the {sizes['N']} tokens"),
+        (
+            a["top_coefficients"] > sizes["L"],
+            f"top_coefficients {a['top_coefficients']} exceed the {sizes['L']} landmarks",
+        ),
+        (sizes["N"] < 2, "a class token alone leaves no query"),
+    ],
     inputs=(
         QKV,
         Tensor("proj_q", FLOATS, ("c", "d"), "channel reduction of queries, shared by the heads"),
@@ -149,7 +108,14 @@ LANDMARK_KEY_SELECT = Operator(
 
 SPARSE_ATTENTION = Operator(
     name="SparseAttention",
-    check=_attention_refusals,
+    checks=lambda a, sizes: [
+        (a["prefix_keys"] not in (0, 1), f"prefix_keys must be 0 or 1, got {a['prefix_keys']}"),
+        (a["prefix_keys"] == 0 and (a["tile"] != 1 or a["cell"] != 0), "prefix_keys 0 goes with tile 1 and cell 0"),
+        (
+            sizes["K"] > (sizes["P"] if a["prefix_keys"] else sizes["N"]),
+            f"indices list {sizes['K']} keys of {sizes['P']} patches",
+        ),
+    ],
     inputs=(QKV, _SIZES, _INDICES),
     attributes=(
         _HEADS,
@@ -179,30 +145,12 @@ SPARSE_ATTENTION = Operator(
 
 DENSE_ATTENTION = Operator(
     name="DenseAttention",
-    check=lambda _, shapes, __: _wrong_sizes(*shapes),
     inputs=(QKV, _SIZES),
     attributes=(_HEADS, _SCALE),
     output=SPARSE_ATTENTION.output,
     tolerances=SPARSE_ATTENTION.tolerances,
     doc="softmax(scale q k^T + log s) v per head, over all N tokens, s their sizes. Softmax in float32.",
 )
-
-
-def _match_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-    reasons = _wrong_sizes(*shapes)
-    if a["window"] % 2:
-        reasons.append(f"window {a['window']} is odd: as many partners lie before as behind")
-    if a["merged"] > sizes.patches // 2:
-        reasons.append(f"merged {a['merged']} exceeds half of the {sizes.patches} patches")
-    return reasons
-
-
-def _merge_refusals(_: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-    batch, tokens = shapes[0][0], sizes.tokens
-    reasons = [] if list(shapes[1]) == [batch, tokens] else [f"sizes must have shape [{batch}, {tokens}]"]
-    if shapes[2][0] != batch or shapes[2][2] != 2 or not 1 <= shapes[2][1] <= tokens:
-        reasons.append(f"pairs must have shape [{batch}, at most {tokens}, 2], got {list(shapes[2])}")
-    return reasons
 
 
 _PAIRS = Tensor(
@@ -214,7 +162,10 @@ _PAIRS = Tensor(
 
 MATCH_TOKENS = Operator(
     name="MatchTokens",
-    check=_match_refusals,
+    checks=lambda a, sizes: [
+        (a["window"] % 2 != 0, f"window {a['window']} is odd: as many partners lie before as behind"),
+        (a["merged"] > sizes["P"] // 2, f"merged {a['merged']} exceeds half of the {sizes['P']} patches"),
+    ],
     inputs=(QKV, _SIZES),
     attributes=(
         _HEADS,
@@ -240,7 +191,9 @@ MATCH_TOKENS = Operator(
 
 MERGE_TOKENS = Operator(
     name="MergeTokens",
-    check=_merge_refusals,
+    checks=lambda _, sizes: [
+        (sizes["M"] > sizes["N"], f"pairs must have shape [{sizes['B']}, at most {sizes['N']}, 2], got {sizes['M']}")
+    ],
     inputs=(Tensor("x", FLOATS, ("B", "N", "C"), "tokens"), _SIZES, _PAIRS),
     attributes=(),
     output=Tensor("output", FLOATS, ("B", "M", "C"), "new tokens"),

@@ -1,8 +1,8 @@
 """The operators in PyTorch: differentiable, batched, and exported as single nodes of the domain `sparsifiner`.
 
-Shapes and symbols are those of `schema.py`. Under `torch.onnx.export` each operator becomes one bare node; `ops.bodies`
-gives the exported file the function body that runs it. On a CUDA GPU `key_select` and `sparse_attention` run as Triton
-kernels where those can (`ops.triton.kernels_for` says which runs, and why), on the processor as native ones within
+Shapes, symbols and attributes are those of `schema.py`. Under `torch.onnx.export` each operator becomes one bare node;
+`ops.bodies` gives the exported file the function body that runs it. On a CUDA GPU they run as Triton kernels where
+those can (`ops.triton.kernels_for` says which runs, and why), on the processor as native ones within
 `ops.torch_native.native_kernels`.
 
 Where no token was merged, `sizes` are None here: nothing is computed of them. An exported node has them all the same.
@@ -11,29 +11,48 @@ Where no token was merged, `sizes` are None here: nothing is computed of them. A
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner_edge.ops.operator import Attributes
-from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, VERSION
-from sparsifiner_edge.ops.torch_native import native_result, single_sizes
+from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, OPERATORS, VERSION
+from sparsifiner_edge.ops.torch_native import native_result, runs_natively, single_sizes
 from sparsifiner_edge.ops.torch_triton import triton_result
 
 LARGEST_MASK = 1 << 28
 """Bytes of a mask over all keys, above which lists per query are gathered."""
 
 
-def bare_node(
-    name: str, inputs: tuple[Tensor, ...], attributes: Attributes, dtype: torch.dtype, shape: list[Any]
-) -> Tensor:
-    """One node of the domain in the file that is exported: outputs of this type and shape."""
-    node: Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=dtype, shape=shape, version=VERSION
-    )
-    return node
+def run(name: str, in_torch: Callable[..., Tensor], inputs: Sequence[Tensor | None], attributes: Attributes) -> Tensor:
+    """One operator: as a node where a file is exported, else by the kernels that there are for it, else in PyTorch.
+
+    Args:
+        in_torch: what that is called: the inputs and the attributes by name.
+        inputs: in the schema's order; None for the sizes of tokens that were never merged.
+    """
+    op, x = OPERATORS[name], cast(Tensor, inputs[0])
+
+    def output() -> tuple[list[Tensor], torch.dtype, list[Any]]:
+        """All inputs, and the type and shape of the output."""
+        tensors = [single_sizes(x) if tensor is None else tensor for tensor in inputs]
+        dtype = torch.int32 if op.output.dtypes == ("int32",) else x.dtype
+        return tensors, dtype, op.output_shape(attributes, [tensor.shape for tensor in tensors])
+
+    if torch.onnx.is_in_onnx_export():
+        tensors, dtype, shape = output()
+        ordered: dict[str, Any] = {attribute.name: attributes[attribute.name] for attribute in op.attributes}
+        node: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{name}", tuple(tensors), ordered, dtype=dtype, shape=shape, version=VERSION
+        )
+        return node
+    if runs_natively(name, inputs):
+        return native_result(name, attributes, *output())
+    by_triton = triton_result(name, attributes, *inputs)
+    return in_torch(*inputs, **attributes) if by_triton is None else by_triton
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,80 +147,29 @@ def top_keys(scores: Tensor, keys: int) -> Tensor:
     return winners.nonzero()[:, -1].view(*scores.shape[:-1], keys).to(torch.int32)
 
 
+def _key_select(qkv: Tensor, sizes: Tensor | None, *projections: Tensor, keys: int, **settings: Any) -> Tensor:
+    return top_keys(key_scores(qkv, *projections, sizes=sizes, **settings), keys)
+
+
 def key_select(
-    qkv: Tensor,
-    proj_q: Tensor,
-    proj_k: Tensor,
-    *,
-    num_heads: int,
-    num_prefix: int,
-    probe: int,
-    tile: int,
-    cell: int,
-    keys: int,
-    scale: float,
-    value_power: float,
-    sizes: Tensor | None = None,
+    qkv: Tensor, proj_q: Tensor, proj_k: Tensor, *, sizes: Tensor | None = None, **attributes: Any
 ) -> Tensor:
     """KeySelect: indices int32 [B,H,T,K]. Its choice has no gradient."""
-    settings: dict[str, Any] = {
-        "num_heads": num_heads,
-        "num_prefix": num_prefix,
-        "probe": probe,
-        "tile": tile,
-        "cell": cell,
-        "scale": scale,
-        "value_power": value_power,
-    }
-    attributes = {**settings, "keys": keys}
-    shape = [qkv.shape[0], num_heads, math.ceil((qkv.shape[1] - num_prefix) / tile), keys]
-    if torch.onnx.is_in_onnx_export():
-        inputs = (qkv, _given(sizes, qkv), proj_q, proj_k)
-        return bare_node("KeySelect", inputs, attributes, torch.int32, shape)
-    found = native_result("KeySelect", attributes, qkv, sizes, (proj_q, proj_k), shape, torch.int32)
-    if found is not None:
-        return found
-    found = triton_result("KeySelect", attributes, qkv, sizes, proj_q, proj_k)
-    if found is not None:
-        return found
-    return top_keys(key_scores(qkv, proj_q, proj_k, sizes=sizes, **settings), keys)
-
-
-def _given(sizes: Tensor | None, qkv: Tensor) -> Tensor:
-    return single_sizes(qkv) if sizes is None else sizes
+    return run("KeySelect", _key_select, (qkv, sizes, proj_q, proj_k), attributes)
 
 
 def sparse_attention(
-    qkv: Tensor,
-    indices: Tensor,
-    *,
-    num_heads: int,
-    num_prefix: int,
-    tile: int,
-    cell: int,
-    scale: float,
-    prefix_keys: int = 1,
-    sizes: Tensor | None = None,
+    qkv: Tensor, indices: Tensor, *, sizes: Tensor | None = None, prefix_keys: int = 1, **attributes: Any
 ) -> Tensor:
     """SparseAttention: [B,N,C], differentiable in qkv."""
+    return run("SparseAttention", _sparse_attention, (qkv, sizes, indices), {**attributes, "prefix_keys": prefix_keys})
+
+
+def _sparse_attention(
+    qkv: Tensor, sizes: Tensor | None, indices: Tensor, *, num_heads: int, num_prefix: int, tile: int, cell: int,
+    scale: float, prefix_keys: int,
+) -> Tensor:  # fmt: skip
     batch, tokens, packed = qkv.shape
-    attributes = {
-        "num_heads": num_heads,
-        "num_prefix": num_prefix,
-        "tile": tile,
-        "cell": cell,
-        "scale": scale,
-        "prefix_keys": prefix_keys,
-    }
-    shape = [batch, tokens, packed // 3]
-    if torch.onnx.is_in_onnx_export():
-        return bare_node("SparseAttention", (qkv, _given(sizes, qkv), indices), attributes, qkv.dtype, shape)
-    found = native_result("SparseAttention", attributes, qkv, sizes, (indices,), shape, qkv.dtype)
-    if found is not None:
-        return found
-    found = triton_result("SparseAttention", attributes, qkv, sizes, indices)
-    if found is not None:
-        return found
     q, k, v = split_heads(qkv, num_heads)
     prefix_rows = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, _bias(sizes, q), scale=scale)
     # What autocast gave stays; what is computed in float32 here, differences above all, must not become less again.
@@ -287,16 +255,15 @@ def _logits(tiles: Tensor, keys: Tensor, scale: float) -> Tensor:
     return logits.float()
 
 
-def dense_attention(qkv: Tensor, *, num_heads: int, scale: float, sizes: Tensor | None = None) -> Tensor:
+def dense_attention(qkv: Tensor, *, sizes: Tensor | None = None, **attributes: Any) -> Tensor:
     """DenseAttention: [B,N,C]."""
-    batch, tokens, packed = qkv.shape
-    if torch.onnx.is_in_onnx_export():
-        shape = [batch, tokens, packed // 3]
-        inputs = (qkv, _given(sizes, qkv))
-        return bare_node("DenseAttention", inputs, {"num_heads": num_heads, "scale": scale}, qkv.dtype, shape)
+    return run("DenseAttention", _dense_attention, (qkv, sizes), attributes)
+
+
+def _dense_attention(qkv: Tensor, sizes: Tensor | None, *, num_heads: int, scale: float) -> Tensor:
     q, k, v = split_heads(qkv, num_heads)
     out = F.scaled_dot_product_attention(q, k, v, _bias(sizes, q), scale=scale)
-    return out.transpose(1, 2).reshape(batch, tokens, packed // 3)
+    return out.transpose(1, 2).flatten(2)
 
 
 def rows_at(values: Tensor, index: Tensor) -> Tensor:

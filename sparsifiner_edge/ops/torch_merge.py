@@ -1,33 +1,26 @@
-"""MatchTokens and MergeTokens in PyTorch; see `torch.py`, which has the operators of attention.
-
-On a CUDA GPU both run as Triton kernels where those can; MergeTokens not where a gradient may follow.
-"""
+"""MatchTokens and MergeTokens in PyTorch; see `torch.py`, which has the operators of attention."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.ops.torch import bare_node, rows_at, split_heads
-from sparsifiner_edge.ops.torch_triton import triton_result
+from sparsifiner_edge.ops.torch import rows_at, run, split_heads
 
 _BROKEN, _NOBODY = -1e30, -3e30
 """How alike tokens are at least, and what is less than that."""
 
 
-def match_tokens(qkv: Tensor, sizes: Tensor, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
+def match_tokens(qkv: Tensor, sizes: Tensor, **attributes: Any) -> Tensor:
     """MatchTokens: pairs int32 [B,N-merged,2]. No gradient flows through the choice."""
-    batch, tokens, _ = qkv.shape
-    attributes = {"num_heads": num_heads, "num_prefix": num_prefix, "window": window, "merged": merged}
-    if torch.onnx.is_in_onnx_export():
-        # Not within `no_grad`: torch.export makes a module for every change of that, which takes long.
-        return bare_node("MatchTokens", (qkv, sizes), attributes, torch.int32, [batch, tokens - merged, 2])
-    found = triton_result("MatchTokens", attributes, qkv, sizes)
-    return _matched(qkv, sizes, num_heads, num_prefix, window, merged) if found is None else found
+    # Not within `no_grad`, of which torch.export would make a module.
+    return run("MatchTokens", _match_tokens, (qkv, sizes), attributes)
 
 
 @torch.no_grad()
-def _matched(qkv: Tensor, sizes: Tensor, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
+def _match_tokens(qkv: Tensor, sizes: Tensor, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
     batch, tokens, _ = qkv.shape
     metric = split_heads(qkv, num_heads)[1][:, :, num_prefix:].float().mean(1)
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
@@ -77,11 +70,10 @@ def _best_suitors(best: Tensor, partner: Tensor, sought: int, window: int) -> tu
 
 def merge_tokens(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
     """MergeTokens: [B,M,C], differentiable in x."""
-    if torch.onnx.is_in_onnx_export():
-        return bare_node("MergeTokens", (x, sizes, pairs), {}, x.dtype, [*pairs.shape[:2], x.shape[2]])
-    found = triton_result("MergeTokens", {}, x, sizes, pairs)
-    if found is not None:
-        return found
+    return run("MergeTokens", _merge_tokens, (x, sizes, pairs), {})
+
+
+def _merge_tokens(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         first, second = pairs.long().unbind(-1)
         a, b = sizes.gather(1, first), sizes.gather(1, second)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -46,26 +47,20 @@ def single_sizes(x: Tensor) -> Tensor:
     return x.new_ones(x.shape[:2], dtype=torch.float32)
 
 
+def runs_natively(name: str, inputs: Sequence[Tensor | None]) -> bool:
+    """Whether the native kernels are asked for an operator of these inputs."""
+    if not within_native_kernels() or name not in ("KeySelect", "SparseAttention"):
+        return False
+    tensors = [x for x in inputs if x is not None]
+    floats = tensors[0].dtype == torch.float32 and tensors[0].device.type == "cpu"
+    return floats and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
 def native_result(
-    name: str,
-    attributes: Attributes,
-    qkv: Tensor,
-    sizes: Tensor | None,
-    others: Sequence[Tensor],
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """What the native kernels make of an operator's inputs (sizes None: no token was merged); None where they are not
-    asked to.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    operators = _OPERATORS.get()
-    if operators is None or qkv.dtype != torch.float32 or qkv.device.type != "cpu":
-        return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, *others)):
-        return None
-    inputs = (qkv, single_sizes(qkv) if sizes is None else sizes, *others)
+    name: str, attributes: Attributes, inputs: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[int]
+) -> Tensor:
+    """What the native kernels make of an operator's inputs."""
     output = torch.empty(tuple(shape), dtype=dtype)
-    operators.run(name, attributes, [x.detach().contiguous().numpy() for x in inputs], output.numpy())
+    arrays = [x.detach().contiguous().numpy() for x in inputs]
+    cast(Operators, _OPERATORS.get()).run(name, attributes, arrays, output.numpy())
     return output

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.operator import Attributes
 from sparsifiner_edge.ops.torch_native import within_native_kernels
 from sparsifiner_edge.ops.triton import kernels_for
 
 
-def triton_result(name: str, attributes: Attributes, x: Tensor, sizes: Tensor | None, *others: Tensor) -> Tensor | None:
+def triton_result(name: str, attributes: Attributes, *inputs: Tensor | None) -> Tensor | None:
     """An operator's output, of its schema's inputs (sizes None: no token was merged), or None: PyTorch runs it.
 
     Where a gradient may follow PyTorch does: the kernels have none.
     """
+    if name not in TRITON.operators:
+        return None
+    x, sizes, *others = cast(list[Tensor], inputs)
     if not _runs(name, attributes, x, *(other.shape for other in others)):
         return None
     from sparsifiner_edge.ops.triton import run

@@ -1,8 +1,7 @@
-"""Attention modules that take the place of a host's, in the same object and with the same weights."""
+"""Attention modules that take the place of a library's, in the same object and with the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -58,6 +57,31 @@ class HeadGeometry(NamedTuple):
     scale: float
 
 
+def first(module: Any, *names: str) -> Any:
+    """The first part that a module has under one of these names; None: none. Libraries build layers of one form, and
+    name the parts differently.
+    """
+    return next((part for part in (getattr(module, name, None) for name in names) if part is not None), None)
+
+
+def through(x: Tensor, *parts: Any) -> Tensor:
+    """x after these parts of a module, one after the other, without those that it does not have (None)."""
+    for part in parts:
+        x = x if part is None else part(x)
+    return x
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention of a layer of any library."""
+    return first(layer, "attn", "attention", "self_attn")
+
+
+def geometry_of(attention: Any) -> HeadGeometry:
+    """Of an attention of any library."""
+    heads, scale = first(attention, "num_heads", "num_attention_heads"), first(attention, "scale", "scaling")
+    return HeadGeometry(int(heads), int(attention.head_dim), float(scale))
+
+
 def rotated(x: Tensor, table: Tensor, half: bool) -> Tensor:
     """Rotary position embedding of heads x [B,P,H,d].
 
@@ -76,36 +100,58 @@ def rotated(x: Tensor, table: Tensor, half: bool) -> Tensor:
 
 
 class PackedAttention(nn.Module):
-    """What both kinds of attention share; each host adds how it stores a layer's weights (`hosts`).
+    """Plain attention as one operator, of the parts that a library's attention has: the dense layers of a student that
+    has sparse ones, and what the sparse ones share with them.
 
     q, k and v stay packed as [B,N,3C] after bias, normalisation and rotation, which is what the operators read.
+
+    Attributes:
+        densely: while a predictor learns: attend to all, and merge nothing.
     """
+
+    densely: bool = False
 
     @property
     def geometry(self) -> HeadGeometry:
-        """Of the host's heads."""
-        raise NotImplementedError
+        """Of the heads."""
+        return geometry_of(self)
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [3C,D] and bias [3C] (None: without) that make q, k and v, however the host stores them."""
-        raise NotImplementedError
+        """Weight [3C,D] and bias [3C] (None: without) that make q, k and v, stored as one matrix or as three, their
+        biases together or apart.
+        """
+        packed, apart = first(self, "qkv"), first(self, "q_bias")
+        if packed is not None and apart is None:
+            return packed.weight, packed.bias
+        if packed is not None:
+            return packed.weight, torch.cat([apart, cast(Tensor, self.k_bias), cast(Tensor, self.v_bias)])
+        parts = [cast(nn.Linear, part) for part in (self.q_proj, self.k_proj, self.v_proj)]
+        weight = torch.cat(tuple(part.weight for part in parts))
+        if all(part.bias is None for part in parts):
+            return weight, None
+        biases = (torch.zeros_like(part.weight[:, 0]) if part.bias is None else part.bias for part in parts)
+        return weight, torch.cat(tuple(biases))
 
     @property
     def norms(self) -> tuple[nn.Module, nn.Module] | None:
         """What normalises the heads' queries and keys before rotation; None: nothing does."""
-        return None
+        norms = first(self, "q_norm"), first(self, "k_norm")
+        return None if all(norm is None or isinstance(norm, nn.Identity) for norm in norms) else norms
 
     def rotated(self, x: Tensor, table: Tensor) -> Tensor:
         """Heads [B,P,H,d] of the patches turned to their places; see the function `rotated`."""
-        raise NotImplementedError
+        return rotated(x, table, getattr(self, "rotate_half", True))
 
     def joined(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's input x [B,N,D] and heads' results [B,N,C] -> [B,N,D]."""
-        raise NotImplementedError
+        attended, gate = through(attended, first(self, "norm")), first(self, "gate")
+        if gate is not None:
+            attended = attended * gate(x).sigmoid()
+        return through(attended, first(self, "proj", "o_proj", "out_proj"), first(self, "proj_drop"))
 
     def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """qkv [B,N,3C], and the tokens' sizes [B,N] where they are merged -> [B,N,C]."""
-        raise NotImplementedError
+        return ops.dense_attention(qkv, num_heads=self.geometry.heads, scale=self.geometry.scale, sizes=sizes)
 
     def forward(self, x: Tensor, table: Tensor | None = None, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """For the layer alone, which knows how its tokens lie: x [B,N,D] along the curve, the patches' rotary table and
@@ -135,18 +181,6 @@ class PackedAttention(nn.Module):
         return torch.stack([q, k, v], 2).flatten(2)
 
 
-class DenseAttention(PackedAttention):
-    """Plain attention as one operator: the dense layers of a student that has sparse ones."""
-
-    def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """See `PackedAttention`."""
-        return ops.dense_attention(qkv, num_heads=self.geometry.heads, scale=self.geometry.scale, sizes=sizes)
-
-
-Observer = Callable[["SparseAttention", Tensor, "Tensor | None"], None]
-"""Called with a sparse layer, its qkv [B,N,3C], and the sizes [B,N] of its tokens where they are merged."""
-
-
 class SparseAttention(PackedAttention):
     """KeySelect and SparseAttention over the layer's own q, k and v.
 
@@ -154,8 +188,6 @@ class SparseAttention(PackedAttention):
         select: the predictor.
         sparsity, layout, num_prefix: what is sparse, the sizes that follow, and the tokens that are no patches.
         prefix_keys: whether every query reads the prefix tokens without listing them (1 or 0).
-        observer: while a predictor learns: see `Observer`.
-        densely: while a predictor learns: attend to all.
     """
 
     select: nn.Module
@@ -163,29 +195,16 @@ class SparseAttention(PackedAttention):
     layout: Layout
     num_prefix: int
     prefix_keys = 1
-    observer: Observer | None = None
-    densely: bool = False
 
     def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """See `PackedAttention`."""
-        dense = self.sparsity.keep == 1  # in the budget of now
-        if self.observer is not None and not dense:
-            self.observer(self, qkv, sizes)
-        if self.densely or dense:
-            return ops.dense_attention(qkv, num_heads=self.geometry.heads, scale=self.geometry.scale, sizes=sizes)
-        found = self.together(qkv, sizes)
-        if found is not None:
-            return found
+        if self.densely or self.sparsity.keep == 1:  # in the budget of now
+            return super().attend(qkv, sizes)
+        together = self.together(qkv, sizes)
+        if together is not None:
+            return together
         return ops.sparse_attention(
-            qkv,
-            self.indices(qkv, sizes),
-            num_heads=self.geometry.heads,
-            num_prefix=self.num_prefix,
-            tile=self.sparsity.tile,
-            cell=self.layout.cell,
-            scale=self.geometry.scale,
-            prefix_keys=self.prefix_keys,
-            sizes=sizes,
+            qkv, self.indices(qkv, sizes), **self.shared, prefix_keys=self.prefix_keys, sizes=sizes
         )
 
     def together(self, qkv: Tensor, sizes: Tensor | None) -> Tensor | None:
@@ -196,29 +215,26 @@ class SparseAttention(PackedAttention):
         return triton_layer(self.selection, qkv, sizes, select.proj_q, select.proj_k)
 
     @property
-    def selection(self) -> dict[str, Any]:
-        """Attributes of KeySelect."""
+    def shared(self) -> dict[str, Any]:
+        """Attributes that KeySelect and SparseAttention have in common."""
         return {
             "num_heads": self.geometry.heads,
             "num_prefix": self.num_prefix,
-            "probe": self.sparsity.probe,
             "tile": self.sparsity.tile,
             "cell": self.layout.cell,
-            "keys": self.layout.keys,
             "scale": self.geometry.scale,
-            "value_power": self.sparsity.value_power,
         }
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """Attributes of KeySelect."""
+        more = {"probe": self.sparsity.probe, "keys": self.layout.keys, "value_power": self.sparsity.value_power}
+        return self.shared | more
 
     def indices(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Patch keys that each head and tile reads: int32 [B,H,T,K]."""
         select = cast(KeySelector, self.select)
-        return ops.key_select(
-            qkv,
-            select.proj_q,
-            select.proj_k,
-            **self.selection,
-            sizes=sizes,
-        )
+        return ops.key_select(qkv, select.proj_q, select.proj_k, **self.selection, sizes=sizes)
 
 
 class LandmarkAttention(SparseAttention):
@@ -241,48 +257,45 @@ class LandmarkAttention(SparseAttention):
         )
 
 
-_MIXED: dict[tuple[Any, ...], Any] = {}
+_MIXED: dict[tuple[Any, Any], Any] = {}
 
 
-def mixed(name: str, *kinds: Any) -> Any:
-    """The class of an object of a host (the last kind) that has become something else as well (the first ones)."""
-    if kinds not in _MIXED:
-        _MIXED[kinds] = type(name, kinds, {"__doc__": kinds[0].__doc__})
-    return _MIXED[kinds]
+def mixed(name: str, ours: Any, before: Any) -> Any:
+    """The class of an object of a library (of class `before`) that has become one of ours as well."""
+    if (ours, before) not in _MIXED:
+        _MIXED[ours, before] = type(name, (ours, before), {"__doc__": ours.__doc__})
+    return _MIXED[ours, before]
 
 
-def unmixed(part: Any) -> None:
-    """Turn an object of a class made by `mixed`, in place, into the host's own again."""
-    part.__class__ = type(part).__bases__[-1]
+def restore(part: Any, ours: Any, *names: str) -> None:
+    """Turn an object of a class made by `mixed`, in place, into the library's own again, without these attributes."""
+    if isinstance(part, ours):
+        for name in names:
+            if hasattr(part, name):
+                delattr(part, name)
+        part.__class__ = type(part).__bases__[-1]
 
 
-def make_dense(attention: Any, host: type[PackedAttention]) -> None:
-    """Turn an attention of a host, in place, into `DenseAttention`; host: how it stores its weights."""
-    attention.__class__ = mixed("DenseAttention", DenseAttention, host, type(attention))
+def make_dense(attention: Any) -> None:
+    """Turn an attention of a library, in place, into `PackedAttention`."""
+    attention.__class__ = mixed("PackedAttention", PackedAttention, type(attention))
 
 
 def restore_attention(attention: Any) -> None:
-    """Turn an attention, in place, into the host's own again."""
-    if not isinstance(attention, PackedAttention):
-        return
-    for name in ("select", "sparsity", "layout", "num_prefix"):
-        if hasattr(attention, name):
-            delattr(attention, name)
-    unmixed(attention)
+    """Turn an attention, in place, into the library's own again."""
+    restore(attention, PackedAttention, "select", "sparsity", "layout", "num_prefix")
 
 
-def make_sparse(
-    attention: Any, host: type[PackedAttention], sparsity: SparsityConfig, patches: int, num_prefix: int
-) -> None:
-    """Turn an attention of a host, in place, into `SparseAttention`; host: how it stores its weights.
+def make_sparse(attention: Any, sparsity: SparsityConfig, patches: int, num_prefix: int) -> None:
+    """Turn an attention of a library, in place, into `SparseAttention`.
 
     Its projections are zero (see `calibrate.py`); its sizes are given by `patch.set_budget`.
 
     Raises:
         ConfigError: the model's heads or tokens do not suit the settings.
     """
-    own = type(attention)
-    make_dense(attention, host)
+    before = type(attention)
+    make_dense(attention)
     heads, head_dim, _ = attention.geometry
     if sparsity.channels > head_dim:
         raise ConfigError(
@@ -303,5 +316,5 @@ def make_sparse(
     else:
         kind, select = SparseAttention, KeySelector(heads, head_dim, sparsity.channels)
     weight = attention.projection()[0]
-    attention.__class__ = mixed(kind.__name__, kind, host, own)
+    attention.__class__ = mixed(kind.__name__, kind, before)
     attention.select = select.to(weight)

@@ -13,9 +13,10 @@ each read and written as one, so that it is of use before training too.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,8 @@ from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops import torch_landmarks
 from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, Observer, SparseAttention
+from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, PackedAttention, SparseAttention
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.layer import SparseLayer
 
 PASSES = 2
 STEPS_PER_IMAGE = 8
@@ -58,7 +58,7 @@ def sparse_layers(model: nn.Module) -> list[SparseAttention]:
 def calibrate_from_weights(model: nn.Module) -> None:
     """Set the projections from the weights, as if the normalised input of each layer were white noise."""
     backbone = backbone_of(model)
-    tables = backbone.host.rotary_table(backbone)
+    tables = backbone.rotary_table()
     for number, (layer, attention) in enumerate(zip(backbone.layers, backbone.attentions, strict=True)):
         if not isinstance(attention, SparseAttention):
             continue
@@ -93,31 +93,25 @@ def calibrate_from_images(
 
     The layers attend densely meanwhile, so that each sees what its teacher sees. One image is held at a time.
     """
-    layers = sparse_layers(model)
-    total = len(images) * (1 + PASSES)
-    done = 0
+    steps, done, moments = PASSES * len(images), itertools.count(1), dict[SparseAttention, _Moments]()
 
-    def step() -> None:
-        nonlocal done
-        done += 1
+    def tick() -> None:
         if progress:
-            progress("calibrating", done, total)
+            progress("calibrating", next(done), len(images) + steps)
 
-    moments: dict[SparseAttention, _Moments] = {}
     for image in images:
         for attention, qkv in _dense_pass(model, image):
             _add_moments(moments, attention, qkv)
-        step()
-    for attention in layers:
-        _set_from_moments(attention, moments[attention], backbone_of(model).grid)
-    steps = PASSES * len(images) * STEPS_PER_IMAGE
-    optimisers = {layer: _optimiser(layer.select, steps) for layer in layers if isinstance(layer.select, KeySelector)}
-    generator = torch.Generator().manual_seed(seed)
+        tick()
+    grid, generator = backbone_of(model).grid, torch.Generator().manual_seed(seed)
+    for attention in sparse_layers(model):
+        _set_from_moments(attention, moments[attention], grid)
+    learners = {x: _Learner(x, steps * STEPS_PER_IMAGE) for x in moments if isinstance(x.select, KeySelector)}
     for _ in range(PASSES):
         for number in torch.randperm(len(images), generator=generator).tolist():
-            for attention, qkv in _dense_pass(model, images[number]) if optimisers else ():
-                _learn(attention, qkv, *optimisers[attention], generator)
-            step()
+            for attention, qkv in _dense_pass(model, images[number]) if learners else ():
+                learners[attention].learn(qkv, generator)
+            tick()
 
 
 def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:
@@ -128,24 +122,28 @@ def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttenti
     return seen
 
 
+Observer = Callable[[SparseAttention, Tensor, "Tensor | None"], None]
+"""Called with a sparse layer, its qkv [B,N,3C], and the sizes [B,N] of its tokens where they are merged."""
+
+
 @contextlib.contextmanager
 def observed(model: nn.Module, observer: Observer, densely: bool = False) -> Iterator[None]:
-    """Let `observer` see every sparse layer and its qkv [B,N,3C]; meanwhile, if `densely`, they attend to all keys and
-    no tokens are merged.
+    """Let `observer` see every layer that is sparse in the budget of now; meanwhile, if `densely`, all attend to all
+    keys and no tokens are merged.
     """
-    attentions = sparse_layers(model)
-    layers = [part for part in model.modules() if isinstance(part, SparseLayer)]
-    try:
+
+    def look(attention: Any, inputs: Any, output: Any) -> None:
+        if attention.sparsity.keep != 1:
+            observer(attention, output[1], inputs[2])
+
+    attentions = [part for part in model.modules() if isinstance(part, PackedAttention)]
+    with contextlib.ExitStack() as stack:
         for attention in attentions:
-            attention.observer, attention.densely = observer, densely
-        for layer in layers:
-            layer.unmerged = densely
+            attention.densely = densely
+            stack.callback(delattr, attention, "densely")
+            if isinstance(attention, SparseAttention):
+                stack.callback(attention.register_forward_hook(look).remove)
         yield
-    finally:
-        for attention in attentions:
-            del attention.observer, attention.densely
-        for layer in layers:
-            del layer.unmerged
 
 
 def _patch_heads(attention: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,26 +203,23 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * values.sqrt()[:, None]) @ vectors.mT, (vectors * values.rsqrt()[:, None]) @ vectors.mT
 
 
-def _optimiser(select: KeySelector, steps: int) -> tuple[torch.optim.Adam, CosineAnnealingLR]:
-    rate = LEARNING_RATE * select.proj_q.detach().abs().mean().item()
-    optimiser = torch.optim.Adam([select.proj_q, select.proj_k], lr=rate)
-    return optimiser, CosineAnnealingLR(optimiser, steps)
+class _Learner:
+    """The descent of one layer's predictor, over so many steps."""
 
+    def __init__(self, attention: SparseAttention, steps: int) -> None:
+        select = cast(KeySelector, attention.select)
+        rate = LEARNING_RATE * select.proj_q.detach().abs().mean().item()
+        self.attention, self.optimiser = attention, torch.optim.Adam([select.proj_q, select.proj_k], lr=rate)
+        self.schedule = CosineAnnealingLR(self.optimiser, steps)
 
-def _learn(
-    attention: SparseAttention,
-    qkv: Tensor,
-    optimiser: torch.optim.Adam,
-    schedule: CosineAnnealingLR,
-    generator: torch.Generator,
-) -> None:
-    """A few steps on one image, each on other probes."""
-    for _ in range(STEPS_PER_IMAGE):
-        with torch.enable_grad():
-            selection_loss(attention, qkv, generator).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        schedule.step()
+    def learn(self, qkv: Tensor, generator: torch.Generator) -> None:
+        """A few steps on one image, each on other probes."""
+        for _ in range(STEPS_PER_IMAGE):
+            with torch.enable_grad():
+                selection_loss(self.attention, qkv, generator).backward()
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            self.schedule.step()
 
 
 def selection_loss(
@@ -277,6 +272,6 @@ def _landmark_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Gen
         true = (attention.geometry.scale * rows @ k.mT).softmax(-1)
     # The first row stands for the class token, whose attention is not predicted.
     queries = torch.cat([q[:, :, :1], rows], 2)
-    guess = torch_landmarks.landmark_attention(queries, k, *select.inputs(), scale=attention.geometry.heads**-0.5)
+    guess = torch_landmarks.landmark_attention(queries, k, select.inputs(), attention.geometry.heads**-0.5)
     loss: Tensor = (guess - true).square().sum() / (true.shape[0] * true.shape[2])
     return loss

@@ -1,9 +1,12 @@
-"""What `sparsify` takes where a setting is left open: the figures behind it are in docs/selection.md."""
+"""What may be asked of `sparsify`, and what it takes where a setting is left open: the figures behind that are in
+docs/selection.md.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, TypedDict
 
 from sparsifiner_edge.config import Keep, SparsityConfig
 from sparsifiner_edge.sparse.hosts import Backbone
@@ -15,6 +18,50 @@ _BY_LAYER: tuple[tuple[int, tuple[float, ...]], ...] = (
     (0, (1.0,)),
 )
 """From so many patches on: shares of keys of the twelfths of the layers, where tokens merge."""
+
+
+class SparsityOptions(TypedDict, total=False):
+    """Settings of `sparsify` and `sparsify_model`: fields of `SparsityConfig`, which says what they mean. What is left
+    out, or None, is the preset's own or suits the model (`fit_to_model`). `merge` may be one number.
+    """
+
+    preset: str
+    keep: Keep | None
+    tile: int | None
+    probe: int | None
+    channels: int | None
+    cells: int | None
+    dense_layers: tuple[int, ...]
+    token_keep: tuple[tuple[int, float], ...]
+    merge: int | tuple[int, ...]
+    merge_window: int | None
+
+
+def config_of(options: SparsityOptions) -> SparsityConfig:
+    """The config that these settings make, of whatever model.
+
+    Raises:
+        ConfigError: a value is out of range, or two do not go together.
+    """
+    settings: dict[str, Any] = {**options}
+    merge = settings.get("merge", ())
+    return SparsityConfig.for_preset(
+        **{"preset": "edge", **settings, "merge": (merge,) if isinstance(merge, int) else merge}
+    )
+
+
+def fit_to_model(sparsity: SparsityConfig, backbone: Backbone, options: SparsityOptions) -> SparsityConfig:
+    """The config with what suits the model where that was left open: of the preset paper, channels of half the heads'
+    dimension; of others the cells, and shares of keys where tokens merge.
+    """
+    fitting: dict[str, Any] = {}
+    if sparsity.preset == "paper":
+        fitting["channels"] = backbone.geometry.dim // 2
+    else:
+        fitting["cells"] = default_cells(backbone.patches)
+        if any(sparsity.merge):
+            fitting["keep"] = default_keep(backbone.patches, len(backbone.layers))
+    return dataclasses.replace(sparsity, **{name: x for name, x in fitting.items() if options.get(name) is None})
 
 
 def default_cells(patches: int) -> int:
@@ -33,22 +80,3 @@ def default_keep(patches: int, depth: int) -> Keep:
     while len(by_layer) > 1 and by_layer[-1] == by_layer[-2]:
         by_layer.pop()  # the last goes on
     return tuple(by_layer) if len(by_layer) > 1 else by_layer[0]
-
-
-def fit_to_model(
-    sparsity: SparsityConfig,
-    backbone: Backbone,
-    keep: Keep | None,
-    channels: int | None,
-    cells: int | None,
-) -> SparsityConfig:
-    """The config with what suits the model where these are None: the paper's channels; other presets' cells, and shares
-    of keys where tokens merge.
-    """
-    if sparsity.preset == "paper":
-        return dataclasses.replace(sparsity, channels=channels or backbone.geometry.dim // 2)
-    if cells is None:
-        sparsity = dataclasses.replace(sparsity, cells=default_cells(backbone.patches))
-    if keep is None and any(sparsity.merge):
-        sparsity = dataclasses.replace(sparsity, keep=default_keep(backbone.patches, len(backbone.layers)))
-    return sparsity

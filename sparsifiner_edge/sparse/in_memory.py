@@ -6,19 +6,22 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsifiner_edge.config import Keep, SparsityConfig
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
-from sparsifiner_edge.sparse.defaults import default_cells, fit_to_model
+from sparsifiner_edge.sparse.defaults import SparsityOptions, config_of, default_cells, fit_to_model
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
 from sparsifiner_edge.sparse.patch import AnyModule, make_model_sparse, require_supported, restore_backbone
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CALIBRATION_SIDE = 16
 """Patches along the longer side of the images that a predictor learns from, at most."""
@@ -27,29 +30,19 @@ CALIBRATION_SIDE = 16
 def sparsify_model(
     module: AnyModule,
     *,
-    preset: str = "edge",
-    keep: Keep | None = None,
-    tile: int | None = None,
-    probe: int | None = None,
-    channels: int | None = None,
-    cells: int | None = None,
-    dense_layers: tuple[int, ...] = (),
-    token_keep: tuple[tuple[int, float], ...] = (),
-    merge: int | tuple[int, ...] = (),
-    merge_window: int | None = None,
     calibrate: Tensor | Iterable[Tensor] | None = None,
     progress: Progress | None = None,
+    **options: Unpack[SparsityOptions],
 ) -> AnyModule:
     """Make the vision transformer in a module sparse, in place.
 
     Args:
-        module: a VisionTransformer or Eva of timm with a fixed image size, or any module that contains one; on any
-            device, in any mode. Its own weights stay as they are.
-        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, merge, merge_window:
-            as of `sparsify`; merge may be one number.
+        module: a vision transformer of timm or transformers with a fixed image size, or any module that contains one;
+            on any device, in any mode. Its own weights stay as they are.
         calibrate: images to learn the predictor from, float [B,3,H,W] or several of those, as the module is called
             with them; a dozen helps a lot, more than 32 do not. None takes the weights alone.
         progress: see `Progress`; counts images.
+        options: what is sparse, such as `keep=0.25, merge=(160, 0)`; see `SparsityOptions`.
 
     Returns:
         The same object. `restore_model` undoes it.
@@ -59,12 +52,7 @@ def sparsify_model(
         ConfigError: a value is out of range or does not fit the model, or the images do not. The module is unchanged.
     """
     backbone = require_supported(module)
-    sparsity = SparsityConfig.for_preset(
-        preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells, dense_layers=dense_layers,
-        token_keep=token_keep, merge=(merge,) if isinstance(merge, int) else merge,
-        merge_window=merge_window,
-    )  # fmt: skip
-    sparsity = fit_to_model(sparsity, backbone, keep, channels, cells)
+    sparsity = fit_to_model(config_of(options), backbone, options)
     images = [] if calibrate is None else arriving(module, backbone, calibrate)
     make_model_sparse(module, sparsity)
     calibrate_from_weights(module)
@@ -96,7 +84,7 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
     dense = restore_backbone(copy.deepcopy(cast(nn.Module, backbone.module))).float().eval()
     twin = backbone_of(dense)
     if size != twin.image_size:
-        twin.host.resize(twin, size)
+        twin.resize(size)
         twin = backbone_of(dense)
         # What a predictor learns hardly depends on tile and cells, which must fit the smaller image.
         tile = sparsity.tile if sparsity.tile <= twin.patches else sparsity.probe

@@ -1,9 +1,9 @@
-"""A layer of a host made sparse, in place: what happens between its first norm and its residual after the MLP.
+"""A layer of a library made sparse, in place: what happens between its first norm and its residual after the MLP.
 
-To its host such a layer is what it was: tokens go in and come out whole and in raster order, so that hooks, loops over
-layers and decoders that read some of them never notice. What the next layer needs rides along on the tensor that comes
-out: the tokens as they lie along the curve, merged or pruned, and what is known of them. In an exported file the way
-back to raster order is there only where something reads it.
+To its library such a layer is what it was: tokens go in and come out whole and in raster order, so that hooks, loops
+over layers and decoders that read some of them never notice. What the next layer needs rides along on the tensor that
+comes out: the tokens as they lie along the curve, merged or pruned, and what is known of them. In an exported file the
+way back to raster order is there only where something reads it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.attention import PackedAttention, mixed, unmixed
+from sparsifiner_edge.sparse.attention import PackedAttention, attention_of, first, mixed, restore, through
 
 _RIDER = "_sparsifiner_tokens"
 
@@ -56,57 +56,70 @@ class TokenOrder(nn.Module):
 
 
 class SparseLayer(nn.Module):
-    """Mixed into the class of a host's layer; each host adds where it keeps the layer's parts (`hosts`).
+    """Mixed into the class of a library's layer.
 
     Attributes:
         curve: see there. entering: patches that this layer sees.
         merging, pruning: what happens to tokens between attention and MLP; at most one of them.
-        unmerged: while a predictor learns: merge nothing.
     """
 
     curve: TokenOrder
     entering: int
     merging: nn.Module | None
     pruning: nn.Module | None
-    unmerged: bool = False
 
     @property
     def own_attention(self) -> PackedAttention:
         """The layer's attention."""
-        raise NotImplementedError
+        return cast(PackedAttention, attention_of(self))
 
-    def rotary_table(self, *given: Any, **options: Any) -> Tensor | None:
-        """Of what the host calls the layer with, the table of rotary embeddings: sines, then cosines, patches in raster
-        order: [P,2d], or [H,P,2d] where heads differ.
+    def rotary_table(self, *masks: Any, **options: Any) -> Tensor | None:
+        """Of what the library calls the layer with, the table of rotary embeddings: sines, then cosines, patches in
+        raster order: [P,2d], or [H,P,2d] where heads differ.
 
         Raises:
-            ConfigError: an attention mask.
+            ConfigError: an attention mask, or a wish for a map of all weights.
         """
-        raise NotImplementedError
+        masks = (*masks, *map(options.get, ("attn_mask", "attention_mask")), options.get("is_causal") or None)
+        if any(mask is not None for mask in masks):
+            raise ConfigError("Sparse attention takes no attention mask.", "Call the model without one.")
+        if options.get("output_attentions"):
+            raise ConfigError("Sparse attention has no map of all its weights.", "Leave output_attentions out.")
+        turns = options.get("position_embeddings")
+        if turns is None:
+            return options.get("rope")
+        cosines, sines = turns
+        return torch.cat([sines, cosines], -1)
 
     @property
     def entry_norm(self) -> nn.Module:
         """The norm before attention."""
-        raise NotImplementedError
+        return cast(nn.Module, first(self, "norm1", "layernorm_before", "layer_norm1"))
 
     def after_attention(self, x: Tensor) -> Tensor:
-        """What is added to the tokens: the residual branch of attention, scaled and dropped as the host does."""
-        raise NotImplementedError
+        """What is added to the tokens: the residual branch of attention, scaled and dropped as the library does."""
+        return self._branch(1, x)
 
     def after_mlp(self, x: Tensor) -> Tensor:
         """The other branch, from its norm on."""
-        raise NotImplementedError
+        norm = first(self, "norm2", "layernorm_after", "layer_norm2")
+        return self._branch(2, cast(nn.Module, self.mlp)(norm(x)))
 
-    def forward(self, x: Tensor, *given: Any, **options: Any) -> Tensor:
-        """x [B,N,C] as the host has it -> the same."""
+    def _branch(self, number: int, x: Tensor) -> Tensor:
+        scale, factor = scale_of(self, number), getattr(self, f"gamma_{number}", None)
+        x = through(x if factor is None else factor * x, scale)
+        return through(x, first(self, f"drop_path{number}", "drop_path", "dropout"))
+
+    def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
+        """x [B,N,C] as the library has it -> the same."""
         tokens, attention = self.arrived(x), self.own_attention
-        table = self.rotary_table(*given, **options)
+        table = self.rotary_table(*masks, **options)
         turns = None if table is None else self._at(table, tokens.positions)
         attended, qkv = attention(self.entry_norm(tokens.values), turns, tokens.sizes)
         tokens = tokens._replace(values=tokens.values + self.after_attention(attended))
         if self.pruning is not None:
             tokens = self.pruning(tokens, qkv, attention.geometry)
-        elif self.merging is not None and not self.unmerged:
+        elif self.merging is not None and not attention.densely:
             tokens = self.merging(tokens, qkv, attention.geometry.heads)
         return self._leaving(tokens._replace(values=tokens.values + self.after_mlp(tokens.values)))
 
@@ -116,7 +129,7 @@ class SparseLayer(nn.Module):
         if known is not None and version == _version(x):
             return cast(CarriedTokens, known)
         order, prefix = self.curve.order, self.curve.prefix
-        if self.entering != len(order) and not self.unmerged:
+        if self.entering != len(order) and not self.own_attention.densely:
             raise ConfigError(
                 "A layer behind merged or pruned tokens was called with tokens that no layer of the model returned, or "
                 "that were changed since.",
@@ -133,13 +146,13 @@ class SparseLayer(nn.Module):
 
     def _at(self, table: Tensor, positions: Tensor) -> Tensor:
         """Rows of a rotary table at the raster places [B,P'] of the patches: [P,2d], [H,P,2d] or [B,P',1 or H,2d]."""
-        if self.entering == len(self.curve.order) or self.unmerged:
+        if self.entering == len(self.curve.order) or self.own_attention.densely:
             return table.index_select(-2, self.curve.order)
         rows = table[..., positions, :]
         return rows.permute(1, 2, 0, 3) if table.ndim == 3 else rows[:, :, None]
 
     def _leaving(self, tokens: CarriedTokens) -> Tensor:
-        """Tokens as the host knows them: prefix, then every original patch in raster order; where some were pruned,
+        """Tokens as the library knows them: prefix, then every original patch in raster order; where some were pruned,
         those that are left.
         """
         raster, values, prefix = self.curve.raster, tokens.values, self.curve.prefix
@@ -182,17 +195,17 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def make_layer(layer: Any, host: type[SparseLayer], curve: TokenOrder) -> None:
-    """Turn a layer of a host, in place, into a `SparseLayer`; host: where it keeps the layer's parts."""
-    layer.__class__ = mixed(f"Sparse{type(layer).__name__}", host, type(layer))
+def scale_of(layer: Any, number: int) -> nn.Module | None:
+    """The module that scales what a layer's first or second branch adds; None: there is none."""
+    return cast("nn.Module | None", first(layer, f"ls{number}", f"layer_scale{number}"))
+
+
+def make_layer(layer: Any, curve: TokenOrder) -> None:
+    """Turn a layer of a library, in place, into a `SparseLayer`."""
+    layer.__class__ = mixed(f"Sparse{type(layer).__name__}", SparseLayer, type(layer))
     layer.curve, layer.merging, layer.pruning = curve, None, None
 
 
 def restore_layer(layer: Any) -> None:
     """Undo `make_layer`."""
-    if not isinstance(layer, SparseLayer):
-        return
-    for name in ("curve", "entering", "merging", "pruning"):
-        if hasattr(layer, name):
-            delattr(layer, name)
-    unmixed(layer)
+    restore(layer, SparseLayer, "curve", "entering", "merging", "pruning")

@@ -14,7 +14,6 @@ from sparsifiner_edge.judge import Prediction
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.layer import riding
-from sparsifiner_edge.sparse.patch import final_tokens
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _UNREAD = "This module does not run its vision transformer to the last layer.", "Let it read that too."
@@ -38,18 +37,17 @@ def outputs_of(
         ConfigError: the module gives something else than tensors, or what was named.
     """
     backbone = backbone_of(module)
-    if backbone.module is not module:
-        if not tokens:
-            return _named(module(images), names)
-        seen = seen_by(module, images, names)
-        if TOKENS in seen.outputs:
-            raise ConfigError(
-                f"The module's own output {TOKENS!r} bears the name of its backbone's.",
-                "Name it otherwise, or leave --tokens out.",
-            )
-        return seen.outputs | _with_positions(seen.tokens, seen.positions)
-    final, positions = final_tokens(module, images)
-    return backbone.heads(final) | _with_positions(final, positions)
+    alone = backbone.module is module
+    if not alone and not tokens:
+        return _named(module(images), names)
+    answer = seen_by(module, images, names)
+    if TOKENS in answer.outputs:
+        raise ConfigError(
+            f"The module's own output {TOKENS!r} bears the name of its backbone's.",
+            "Name it otherwise, or leave --tokens out.",
+        )
+    outputs = backbone.heads(answer.tokens) if alone else answer.outputs
+    return outputs | _with_positions(answer.tokens, answer.positions)
 
 
 def _with_positions(tokens: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
@@ -90,19 +88,15 @@ def seen_by(module: nn.Module, images: Tensor, names: Sequence[str] | None = Non
         ConfigError: it gives no tensors; it does not run its backbone to the last layer.
     """
     backbone = backbone_of(module)
-    if backbone.module is module:
-        return ModelAnswer(*final_tokens(module, images), {})
-    last: list[Tensor] = []
-    hook = backbone.layers[-1].register_forward_hook(lambda _, __, out: last.append(out))
-    try:
-        outputs = _named(module(images), names)
-    finally:
-        hook.remove()
-    if not last:
+    alone = backbone.module is module
+    result, last = backbone.last_output(lambda: backbone.tokens(images) if alone else module(images))
+    if last is None:
         raise ConfigError(*_UNREAD)
     pruned = backbone.sparsity is not None and backbone.sparsity.token_keep
-    positions = riding(last[0]).positions.sort(1).values if pruned else None
-    return ModelAnswer(backbone.host.final_norm(backbone)(last[0]), positions, outputs)
+    positions = riding(last).positions.sort(1).values if pruned else None
+    if alone:
+        return ModelAnswer(result, positions, {})
+    return ModelAnswer(backbone.final_norm(last), positions, _named(result, names))
 
 
 class _ReachedError(BaseException):
@@ -117,7 +111,7 @@ def tokens_of(module: nn.Module, images: Tensor) -> Tensor:
     """
     backbone = backbone_of(module)
     if backbone.module is module:
-        return final_tokens(module, images)[0]
+        return backbone.tokens(images)
 
     def stop(_: nn.Module, __: Any, out: Tensor) -> None:
         raise _ReachedError(out)
@@ -126,7 +120,7 @@ def tokens_of(module: nn.Module, images: Tensor) -> Tensor:
     try:
         module(images)
     except _ReachedError as reached:
-        return cast(Tensor, backbone.host.final_norm(backbone)(reached.args[0]))
+        return cast(Tensor, backbone.final_norm(reached.args[0]))
     finally:
         hook.remove()
     raise ConfigError(*_UNREAD)
@@ -135,16 +129,15 @@ def tokens_of(module: nn.Module, images: Tensor) -> Tensor:
 def _named(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:
     """The tensors in what a module returned."""
     if isinstance(result, Mapping):
-        found = {str(name): value for name, value in result.items() if isinstance(value, Tensor)}
-        if names is not None:
-            missing = [name for name in names if name not in found]
-            if missing:
-                raise ConfigError(
-                    f"The module gives no tensor {missing[0]!r}.", f"Name some of: {', '.join(found) or 'nothing'}."
-                )
-            found = {name: found[name] for name in names}
+        tensors = {str(name): value for name, value in result.items() if isinstance(value, Tensor)}
+        absent = [name for name in names or () if name not in tensors]
+        if absent:
+            raise ConfigError(
+                f"The module gives no tensor {absent[0]!r}.", f"Name some of: {', '.join(tensors) or 'nothing'}."
+            )
+        tensors = tensors if names is None else {name: tensors[name] for name in names}
     else:
-        values = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, (tuple, list)) else []
+        values = list(result) if isinstance(result, (tuple, list)) else [result]
         if names is None:
             names = ["output"] if isinstance(result, Tensor) else [f"output_{i}" for i in range(len(values))]
         if len(names) != len(values) or not all(isinstance(value, Tensor) for value in values):
@@ -152,10 +145,10 @@ def _named(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:
                 f"The module returns {_kinds(result)}, for {len(names)} outputs {', '.join(names)}.",
                 "Let it return tensors, alone, as a tuple or by name, and name each.",
             )
-        found = dict(zip(names, values, strict=True))
-    if not found:
+        tensors = dict(zip(names, values, strict=True))
+    if not tensors:
         raise ConfigError(f"The module returns {_kinds(result)}: no tensor.", "Let it return some, best by name.")
-    return found
+    return tensors
 
 
 def _kinds(result: Any) -> str:

@@ -1,12 +1,12 @@
-"""In-place patch of a host's vision transformer: sparse attention, patch tokens laid along the Hilbert curve."""
+"""In-place patch of a vision transformer: sparse attention, patch tokens laid along the Hilbert curve."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
@@ -14,28 +14,11 @@ from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse, restore_attention
 from sparsifiner_edge.sparse.hosts import SUPPORTED, Backbone, backbone_of, backbones
-from sparsifiner_edge.sparse.layer import TokenOrder, make_layer, restore_layer, riding
+from sparsifiner_edge.sparse.layer import TokenOrder, make_layer, restore_layer
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.prune import Pruning
 
-_MAPS = ("forward_intermediates", "get_intermediate_layers")
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-
-
-def final_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Images [B,3,H,W] -> tokens [B,N,C] after the final norm: prefix, then patches in raster order; and where tokens
-    are pruned the raster places [B,P] of the patches that are left.
-    """
-    backbone = backbone_of(model)
-    if backbone.sparsity is None or not backbone.sparsity.token_keep:
-        return backbone.tokens(images), None
-    left: list[Tensor] = []
-    hook = backbone.layers[-1].register_forward_hook(lambda _, __, out: left.append(riding(out).positions))
-    try:
-        tokens = backbone.tokens(images)
-    finally:
-        hook.remove()
-    return tokens, left[0].sort(1).values
 
 
 def require_supported(model: nn.Module) -> Backbone:
@@ -45,7 +28,7 @@ def require_supported(model: nn.Module) -> Backbone:
         UnsupportedModelError: with the first reason why it cannot.
     """
     backbone = backbone_of(model)
-    reason = "it is sparse already" if backbone.sparsity is not None else backbone.host.refusal(backbone)
+    reason = "it is sparse already" if backbone.sparsity is not None else backbone.refusal()
     if reason is not None:
         raise UnsupportedModelError(f"This model cannot be made sparse: {reason}.", f"Choose one of {SUPPORTED}.")
     return backbone
@@ -55,7 +38,7 @@ def make_model_sparse(model: AnyModule, sparsity: SparsityConfig) -> AnyModule:
     """Make a model sparse, in place; projections are zero until calibrated or loaded.
 
     Args:
-        model: a vision transformer of a host with a fixed image size, or a module that contains one.
+        model: a vision transformer of a library with a fixed image size, or a module that contains one.
         sparsity: what is sparse; with nothing sparse and nothing pruned the model is left untouched.
 
     Returns:
@@ -77,43 +60,30 @@ def make_model_sparse(model: AnyModule, sparsity: SparsityConfig) -> AnyModule:
 
 
 def _make_sparse(backbone: Backbone, sparsity: SparsityConfig) -> None:
-    host, plan = backbone.host, plan_of(sparsity, len(backbone.layers), backbone.patches)
+    plan = plan_of(sparsity, len(backbone.layers), backbone.patches)
     # The published method knows raster order alone.
     order = np.arange(backbone.patches) if sparsity.preset == "paper" else hilbert_order(*backbone.grid)
     curve = TokenOrder(torch.from_numpy(order), torch.from_numpy(inverse(order)), backbone.prefix)
     curve.to(backbone.embedding.weight.device)
     backbone.module.sparsity = sparsity
-    for layer, share, patches in zip(backbone.layers, plan.keep, plan.tokens(backbone.patches), strict=False):
+    counts = plan.tokens(backbone.patches)
+    for layer, attention, share, patches in zip(backbone.layers, backbone.attentions, plan.keep, counts, strict=False):
         if share < 1:
-            here = sparsity.of_share(share)
-            make_sparse(host.attention(layer), host.attention_kind, here, patches, backbone.prefix)
+            make_sparse(attention, sparsity.of_share(share), patches, backbone.prefix)
         else:
-            make_dense(host.attention(layer), host.attention_kind)
-        make_layer(layer, host.layer_kind, curve)
+            make_dense(attention)
+        make_layer(layer, curve)
     set_budget(backbone.module, sparsity)
 
 
 def restore_backbone(model: AnyModule) -> AnyModule:
     """Undo `make_model_sparse`, in place; a model that is not sparse is left as it is."""
     for backbone in backbones(model).values():
-        _offer_maps(backbone.module, True)
         for layer, attention in zip(backbone.layers, backbone.attentions, strict=True):
             restore_layer(layer)
             restore_attention(attention)
         backbone.module.__dict__.pop("sparsity", None)
     return model
-
-
-def _offer_maps(module: nn.Module, possible: bool) -> None:
-    """Let timm's ways to maps of layers be, or refuse them."""
-    for name in _MAPS:
-        module.__dict__.pop(name, None)
-        if not possible and hasattr(module, name):
-            module.__dict__[name] = _no_maps
-
-
-def _no_maps(*_: Any, **__: Any) -> Any:
-    raise ConfigError("A model that prunes tokens has no maps of its layers.", "Leave --token-keep out: token_keep=().")
 
 
 def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool = False) -> None:
@@ -128,7 +98,7 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
         ConfigError: the model cannot do that, or tile or cells exceed the patches that are left.
     """
     backbone = backbone_of(model)
-    host, prefix = backbone.host, backbone.prefix
+    prefix = backbone.prefix
     if sparsity.token_keep and (backbone.rotary or not backbone.class_token):
         raise ConfigError(
             "Token pruning requires a class token, and no rotary position embedding.",
@@ -156,11 +126,10 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
             attention.sparsity = here[number]
         elif isinstance(attention, SparseAttention):
             restore_attention(attention)
-            make_dense(attention, host.attention_kind)
+            make_dense(attention)
         layer.entering, layer.merging, layer.pruning = counts[number], None, None
         if plan.merge[number]:
             layer.merging = Merging(plan.merge[number], prefix, sparsity.merge_window)
         elif counts[number + 1] != counts[number]:
             layer.pruning = Pruning(counts[number + 1], prefix)
     backbone.module.sparsity = sparsity
-    _offer_maps(backbone.module, not sparsity.token_keep)

@@ -7,47 +7,69 @@ import importlib
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 from torch import nn
 
-from sparsifiner_edge.bounds import ImageSize, height_width, size_text
+from sparsifiner_edge.artifacts import sha256
+from sparsifiner_edge.bounds import ImageSize, height_width, size_of, size_text
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import Normalisation
-from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
+from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
-from sparsifiner_edge.sparse.student_file import HostKind
+from sparsifiner_edge.sparse.student_file import HostKind, Provenance, Weights
 from sparsifiner_edge.sparse.weights import brief
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.sparse.novelty import Novelty
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A dense model and where it is from.
+class Student:
+    """A model, dense or sparse, and what it takes to make it again.
 
     Attributes:
-        kind, name: as a student's file has them: timm's name, transformers' class, or "package.module:factory".
-        model: in evaluation mode. normalisation: what it expects of pixels. outputs: names for what it gives; None: its
-            own. labels: of its classes, where they have names. origin: of the weights, for people.
+        model: in evaluation mode; sparse unless the config is dense.
+        name: timm's name, transformers' class, or "package.module:factory"; `kind` says which.
+        normalisation: what it expects of pixels.
+        sparsity: what is sparse.
+        provenance: where weights and projections came from.
+        labels: names of a classifier's classes, where its own are known.
+        outputs: names for what it gives (see `outputs_of`); None: its own.
+        novelty: what images it was calibrated on, for the score of that name.
     """
 
-    kind: HostKind
+    model: Any
     name: str
-    model: nn.Module
     normalisation: Normalisation
-    outputs: tuple[str, ...] | None = None
+    sparsity: SparsityConfig = dataclasses.field(default_factory=lambda: SparsityConfig(keep=1))
+    provenance: Provenance = dataclasses.field(default_factory=Provenance)
     labels: tuple[str, ...] = ()
-    origin: str | None = None
+    outputs: tuple[str, ...] | None = None
+    kind: HostKind = "timm"
+    novelty: Novelty | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The vision transformer in the model."""
+        return backbone_of(self.model)
+
+    @property
+    def img_size(self) -> ImageSize:
+        """Pixels of its images: one number for a square."""
+        return size_of(*self.backbone.image_size)
 
 
 def load_source(
     source: str, weights: Path | None = None, img_size: ImageSize | None = None,
     normalisation: Normalisation | None = None,
-) -> LoadedModel:  # fmt: skip
-    """A pretrained model.
+) -> Student:  # fmt: skip
+    """A pretrained model, dense.
 
     Args:
         source: timm's name; a folder with config.json and model.safetensors, or a name such as
@@ -66,7 +88,7 @@ def load_source(
         module = made_by(source, img_size)
         names = getattr(module, "output_names", None)
         pixels = declared(module, source, normalisation)
-        return LoadedModel("factory", source, module, pixels, None if names is None else tuple(names))
+        return Student(module, source, pixels, outputs=None if names is None else tuple(names), kind="factory")
     if _HUB.fullmatch(source) and not Path(source).exists() and Path(source).parent.is_dir():
         # A slip in a path is no reason to ask a network.
         raise ArtifactError(f"{source} does not exist.", "Give a folder, or a hub's name from another place.")
@@ -79,11 +101,11 @@ def load_source(
         _require_no_weights(weights, source)
         name, module, pixels = hugging_face.load_pretrained(source, img_size, normalisation)
         labels = hugging_face.configured_labels(module)
-        return LoadedModel("transformers", name, module, pixels, labels=labels, origin=source)
+        provenance = Provenance(Weights(origin=source))
+        return Student(module, name, pixels, provenance=provenance, labels=labels, kind="transformers")
     model = load_model(source, weights, img_size)
-    return LoadedModel(
-        "timm", source, model, normalisation or preprocessing(model), origin=None if weights else "timm hub"
-    )
+    origin = Weights(file=weights.name, sha256=sha256(weights)) if weights else Weights(origin="timm hub")
+    return Student(model, source, normalisation or preprocessing(model), provenance=Provenance(origin))
 
 
 def is_factory(source: str) -> bool:
@@ -127,15 +149,15 @@ def made_by(source: str, img_size: ImageSize | None = None) -> nn.Module:
 def _imported(source: str) -> Any:
     module, _, name = source.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        factory = getattr(importlib.import_module(module), name)
     except Exception as error:
         raise ConfigError(
             f"{source} cannot be imported: {type(error).__name__}: {brief(error)}.",
             "Name a function as package.module:function, with its package installed or in PYTHONPATH.",
         ) from error
-    if not callable(found):
-        raise ConfigError(f"{source} is a {type(found).__name__}.", "Name a function that makes a module.")
-    return found
+    if not callable(factory):
+        raise ConfigError(f"{source} is a {type(factory).__name__}.", "Name a function that makes a module.")
+    return factory
 
 
 def declared(module: nn.Module, whose: str, given: Normalisation | None) -> Normalisation:
@@ -152,12 +174,12 @@ def declared(module: nn.Module, whose: str, given: Normalisation | None) -> Norm
     own = None if mean is None or std is None else Normalisation.checked(mean, std)
     if own is not None and given not in (None, own):
         raise ConfigError(f"{whose} declares {own}; {given} was given.", "Leave that out, or mend the declaration.")
-    found = own or given
-    if found is None:
+    pixels = own or given
+    if pixels is None:
         raise ConfigError(
             f"{whose} does not say what its module expects of pixels: it declares no image_mean and image_std.",
             "Declare both on the module; or give --mean and --std, such as --mean 0.485,0.456,0.406 "
             "--std 0.229,0.224,0.225; or --no-normalise where the module normalises inside, of pixels from 0 to 1 "
             "(in Python normalise=(mean, std), or normalise=False).",
         )
-    return found
+    return pixels

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsifiner_edge.errors import WeightsError
 from sparsifiner_edge.images import Normalisation
@@ -74,6 +74,21 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], sourc
             raise WeightsError(
                 f"{refused}: {key} has shape {list(tensor.shape)}, the model has {list(expected[key].shape)}.", FIT
             )
+
+
+def load_exactly(
+    model: nn.Module, state: StateDict, source: str, which: Callable[[str], bool] = lambda _: True
+) -> None:
+    """Load tensors, all that the model has of a kind and no others, in place.
+
+    Raises:
+        WeightsError: one is missing, left over, of another shape, or holds no plain finite numbers.
+    """
+    expected = {key: tensor for key, tensor in model.state_dict().items() if which(key)}
+    check_fit(expected, state, source)
+    for key, tensor in state.items():
+        check_numbers(tensor, expected[key].is_floating_point(), f"{source}: {key}")
+    model.load_state_dict(state, strict=False)
 
 
 def check_numbers(tensor: Tensor, floating: bool, label: str) -> None:

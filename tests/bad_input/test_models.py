@@ -10,14 +10,10 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import timm
 import torch
 
-from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.errors import UnsupportedModelError
-from sparsifiner_edge.sparse.patch import make_model_sparse
 from tests.commands import Outcome, assert_refused, process
-from tests.models import TINY, vit
+from tests.models import vit
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -29,20 +25,12 @@ Capsys = pytest.CaptureFixture[str]
         ("nonsense", ["timm has no model 'nonsense'", "list_models"]),
         ("test_vit.no_such_tag", ["test_vit.no_such_tag", "Check the model's name"]),
         ("hf-hub:timm/test_vit.r160_in1k", ["timm has no model 'hf-hub:timm/test_vit.r160_in1k'"]),
-        ("", ["timm has no model ''"]),
         ("swin_tiny_patch4_window7_224", ["is a SwinTransformer, not a VisionTransformer", "Choose a ViT"]),
-        ("resnet18", ["is a ResNet, not a VisionTransformer", "Choose a ViT"]),
         ("test_vit_relpos", ["is a VisionTransformerRelPos", "Choose a ViT"]),
     ],
 )
 def test_unknown_and_unsupported_models(model: str, texts: list[str], sparsify: Callable[..., Outcome]) -> None:
     assert_refused(sparsify(model=model), *texts)
-
-
-def test_a_model_of_another_make_is_refused_with_the_reason() -> None:
-    model = timm.create_model(TINY, dynamic_img_size=True)
-    with pytest.raises(UnsupportedModelError, match="dynamic image size"):
-        make_model_sparse(model, SparsityConfig(cells=4))
 
 
 def test_no_weights_and_no_net(tmp_path: Path) -> None:
@@ -55,15 +43,11 @@ def test_no_weights_and_no_net(tmp_path: Path) -> None:
     ("arguments", "texts"),
     [
         (["--keep", "0"], ["keep is 0.0, outside (0, 1]", "such as 0.25"]),
-        (["--keep", "-1"], ["keep is -1.0"]),
         (["--keep", "1.5"], ["keep is 1.5"]),
         (["--keep", "nan"], ["keep is nan"]),
-        (["--keep", "inf"], ["keep is inf"]),
         (["--keep", "half"], ["keep is 'half'", "such as 0.25"]),
         (["--tile", "0"], ["tile is 0"]),
-        (["--tile", "-16"], ["tile is -16"]),
         (["--tile", "10", "--probe", "4"], ["tile 10 is not a multiple of probe 4", "divides the tile"]),
-        (["--probe", "0"], ["probe is 0"]),
         (["--tile", "128"], ["tile 128 exceeds the 100 patches", "smaller tile"]),
         (["--cells", "101"], ["101 cells exceed the 100 patches", "fewer cells"]),
         (["--cells", "-1"], ["cells is -1"]),
@@ -71,25 +55,17 @@ def test_no_weights_and_no_net(tmp_path: Path) -> None:
         (["--preset", "paper", "--channels", "33"], ["channels 33 exceed the head dimension 32"]),
         (["--preset", "paper", "--tile", "16"], ["tile is 16, but the preset 'paper' has 1"]),
         (["--preset", "paper", "--img-size", "64"], ["requires one class token and 8 landmarks", "2 landmarks"]),
-        (["--channels", "0"], ["channels is 0"]),
         (["--dense-layers", "6"], ["dense layer 6 does not exist: the model has 6 layers", "0 to 5"]),
         (["--dense-layers", "1,1"], ["dense layers are (1, 1)", "distinct"]),
         (["--dense-layers", "first"], ["dense layers are 'first'", "such as 0,1"]),
-        (["--dense-layers", "-1"], ["dense layers are '-1'"]),
         (["--dense-layers", "²"], ["dense layers are '²'"]),
         (["--img-size", "161"], ["161 is not a multiple of the patch size 16", "Use 160"]),
-        (["--img-size", "8"], ["8 is not a multiple of the patch size 16", "Use 16"]),
         (["--img-size", "0"], ["--img-size", "0 is not in the range"]),
-        (["--img-size", "-160"], ["--img-size"]),
         (["--img-size", "96", "170"], ["image width 170 is not a multiple of the patch size 16", "Use 96x176"]),
         (["--img-size", "8x160"], ["image height 8 is not a multiple of the patch size 16", "Use 16x160"]),
-        (["--img-size", "96", "0"], ["--img-size", "0 is not in the range"]),
         (["--img-size", "96x9000"], ["--img-size", "9000 is not in the range"]),
         (["--img-size", "96x"], ["'96x' is neither a side nor a height and a width", "294x518"]),
-        (["--img-size", "96x160x3"], ["'96x160x3' is neither"]),
-        (["--img-size", "wide"], ["'wide' is neither"]),
         (["--img-size", "96", "160", "3"], ["unexpected extra argument", "3"]),
-        (["--preset", "magic"], ["--preset", "'magic'"]),
         (["--calibrate", "nowhere"], ["nowhere does not exist", "folder of images"]),
     ],
 )
@@ -152,7 +128,6 @@ def truncated_pth(path: Path) -> None:
         ("w.safetensors", weights_with(lambda s: s.update({"cls_token": torch.ones(3)})), ["cls_token has shape [3]"]),
         ("w.safetensors", weights_with(lambda s: s["norm.bias"].fill_(torch.nan)), ["norm.bias holds NaN"]),
         ("w.pth", lambda p: p.write_text("Not Found"), ["damaged, or a pickle that holds more than tensors"]),
-        ("w.pth", lambda p: p.write_bytes(b""), ["cannot be read as weights"]),
         ("w.pth", truncated_pth, ["cannot be read as weights"]),
         ("w.pth", lambda p: torch.save([1, 2], p), ["holds no tensors by name", "state dict"]),
         ("w.pth", lambda p: torch.save(vit(), p), ["holds more than tensors", "best as .safetensors"]),

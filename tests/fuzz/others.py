@@ -209,7 +209,7 @@ def videos(one: Try) -> None:
 
 def allocations(one: Try) -> None:
     """A hundred allocations of the native library that fail, in a process of their own."""
-    line = [sys.executable, "-m", "tests.native.allocation", "--trials", "100", "--seed", str(one.number), "--json"]
+    line = [sys.executable, "-m", "tests.native.allocation", "100", str(one.number)]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=28, cwd=ROOT)
     found = json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
     if found.get("failures") != 0:

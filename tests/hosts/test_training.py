@@ -15,8 +15,8 @@ from sparsifiner_edge.distill.losses import Distiller, output_loss
 from sparsifiner_edge.distill.recipe import Losses, Recipe
 from sparsifiner_edge.distill.train import make_optimiser
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.outputs import seen_by
-from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import dense_twin, is_predictor, load_student
 from tests.hosts.factories import Segmenter
 from tests.hosts.hugging_face import images, model
@@ -36,7 +36,7 @@ def test_a_models_tokens_are_those_of_its_backbone() -> None:
     made = Segmenter()
     x = images((160, 160))
     with torch.no_grad():
-        alone, within = final_tokens(made.encoder, x)[0], seen_by(made, x, made.output_names)
+        alone, within = backbone_of(made.encoder).tokens(x), seen_by(made, x, made.output_names)
         torch.testing.assert_close(within.tokens, alone)
         assert torch.equal(within.outputs["mask"], made(x)[0])
         se.sparsify_model(made, keep=0.3, cells=4, channels=8, token_keep=((1, 0.5),))
@@ -44,7 +44,8 @@ def test_a_models_tokens_are_those_of_its_backbone() -> None:
         pruned = seen_by(made, x, ["logits"])
     assert pruned.positions is not None
     assert pruned.tokens.shape == (2, 51, 64)
-    tokens, positions = final_tokens(made.encoder, x)
+    tokens, positions, _ = seen_by(made.encoder, x)
+    assert positions is not None
     assert torch.equal(pruned.positions, positions)
     torch.testing.assert_close(pruned.tokens, tokens)
 

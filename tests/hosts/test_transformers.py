@@ -22,7 +22,8 @@ from sparsifiner_edge.images import load_image
 from sparsifiner_edge.sparse.calibrate import observed, sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.hosts.timm import create, preprocessing
-from sparsifiner_edge.sparse.patch import final_tokens, make_model_sparse
+from sparsifiner_edge.sparse.outputs import seen_by
+from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.weights import normalise
 from tests.hosts.hugging_face import MODELS, images, model, renamed
 
@@ -87,7 +88,7 @@ def test_tokens_are_pruned_where_a_class_token_is() -> None:
     made = model("ViT")
     x = images((160, 160))
     se.sparsify_model(made, keep=0.5, cells=4, channels=8, token_keep=((1, 0.6),))
-    tokens, positions = final_tokens(made, x)
+    tokens, positions, _ = seen_by(made, x)
     assert positions is not None
     assert tokens.shape == (2, 61, 64)
     assert positions.shape == (2, 60)
@@ -122,7 +123,7 @@ def test_the_same_weights_are_the_same_model_as_in_timm(twins: tuple[Any, Any]) 
         read: list[Tensor] = []
         lists.append(read)
         with observed(twin, lambda layer, qkv, sizes, read=read: read.append(layer.indices(qkv, sizes))):
-            read.append(final_tokens(twin, x)[0])
+            read.append(backbone_of(twin).tokens(x))
     (*keys, tokens), (*others, expected) = lists
     assert len(keys) == 12
     assert all(torch.equal(a, b) for a, b in zip(keys, others, strict=True))
@@ -134,8 +135,8 @@ def test_the_same_weights_are_the_same_model_as_in_timm(twins: tuple[Any, Any]) 
     [
         (lambda: transformers.SamVisionModel(transformers.SamVisionConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, global_attn_indexes=[1],
-        )), "SAM adds relative positions"),
-        (lambda: transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1], num_heads=[1])), "windows"),
+        )), "contains 0 vision transformers"),
+        (lambda: transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1], num_heads=[1])), "Swin"),
         (lambda: model("ViT", attention_probs_dropout_prob=0.1), "attention dropout 0.1"),
         (lambda: torch.nn.ModuleList([model("ViT"), model("CLIP")]), "contains 2 vision transformers: 0, 1"),
     ],

@@ -1,14 +1,14 @@
 """Makes allocations of the native library fail, one after the other, and looks at what comes of it.
 
-`python -m tests.native.allocation --trials 2000 --json` runs many trials. In each, a new session of a new thread is
-made and run while one allocation fails, or all from one on. ONNX Runtime must raise an error, or give the right answer
-where the memory was not needed after all. The next run must give the right answer, to the bit. A crash or a hang is a
-failure.
+In each of many trials a new session of a new thread is made and run while one allocation fails, or all from one on.
+ONNX Runtime must raise an error, or give the right answer where the memory was not needed after all. The next run must
+give the right answer, to the bit. A crash or a hang is a failure.
+
+`python -m tests.native.allocation TRIALS SEED` prints what came of so many as JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import itertools
@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper
 
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.schema import OPERATORS, VERSION
+from sparsifiner_edge.ops.schema import OPERATORS
+from tests.native.test_hostile_shapes import model
 
 HERE = Path(__file__).parent
 LIMIT_S = 10.0
@@ -72,18 +72,9 @@ class Subject:
     def model(self, inputs: dict[str, np.ndarray]) -> bytes:
         """The node alone: without a function body only the library can run it."""
         known = {attribute.name for attribute in OPERATORS[self.op].attributes}
-        given = {"num_heads": self.heads, "scale": 0.2, **self.attributes}
-        attributes = {name: value for name, value in given.items() if name in known}
-        values = [
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
-            for name, x in inputs.items()
-        ]
-        kind = TensorProto.INT32 if OPERATORS[self.op].output.dtypes == ("int32",) else TensorProto.FLOAT
-        node = helper.make_node(self.op, list(inputs), ["output"], domain="sparsifiner", **attributes)
-        graph = helper.make_graph([node], "one_node", values, [helper.make_tensor_value_info("output", kind, None)])
-        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", VERSION)]
-        made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-        return made
+        settings = {"num_heads": self.heads, "scale": 0.2, **self.attributes}
+        attributes = {name: value for name, value in settings.items() if name in known}
+        return model(self.op, attributes, list(inputs.values()), False)
 
 
 def _select(tile: int, probe: int, cell: int, power: float) -> dict[str, Any]:
@@ -135,12 +126,8 @@ def build_shim(folder: Path) -> Path:
     return shim
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In the process whose allocations fail.
-
-
 class Bench:
-    """Runs trials here; without `shim` just sessions."""
+    """In the process whose allocations fail: runs trials here; without `shim` just sessions."""
 
     def __init__(self, library: str, subjects: Mapping[str, Subject] = SUBJECTS, shim: bool = True) -> None:
         self.library = library
@@ -207,12 +194,8 @@ def _serve(library: str) -> None:
         print(json.dumps(answer), flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In the process that looks on.
-
-
 class Lab:
-    """A process whose allocations can fail; another takes its place when it dies or hangs."""
+    """In the process that looks on: one whose allocations can fail, and another in its place when it dies or hangs."""
 
     def __init__(self, shim: Path, library: Path) -> None:
         self._shim, self._library = shim, library
@@ -294,23 +277,17 @@ def measure(shim: Path, library: Path, count: int, seed: int) -> dict[str, Any]:
             "first": failures[:20]}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--library", type=Path, default=native.library_path(), help="another build of the kernels")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        print(json.dumps("ready"), flush=True)
-        _serve(args.serve)
-        return
+def main(count: str, seed: str) -> None:
+    """What came of so many trials, as JSON."""
+    library = native.library_path()
+    assert library is not None
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(build_shim(Path(folder)), args.library, args.trials, args.seed)
-    print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
-    sys.exit(result["failures"] > 0)
+        print(json.dumps(measure(build_shim(Path(folder)), library, int(count), int(seed))))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] != "--serve":
+        main(*sys.argv[1:])
+        sys.exit()
+    print(json.dumps("ready"), flush=True)
+    _serve(sys.argv[2])

@@ -1,5 +1,5 @@
 """One table of shapes that do not fit each other, which every backend of the native library refuses, by name and before
-it computes; and indices beyond every tensor, which are clamped.
+it computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparsifiner_edge.ops.native import interface
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
 from sparsifiner_edge.runtime.openvino.operators import converters
-from tests.ops.matrix import Case, cases
+from tests.ops.matrix import Case, cases, output_type
 
 LEAST = {
     "KeySelect": {"num_heads": 1, "num_prefix": 1, "probe": 1, "tile": 1, "cell": 0, "keys": 1, "scale": 1.0,
@@ -50,6 +50,7 @@ class Hostile(NamedTuple):
         return {**LEAST[self.op], **self.attributes}
 
 
+NAN = float("nan")
 TABLE = [
     # Fewer sizes than tokens, or more, or of another batch.
     Hostile("MergeTokens", [[1, 64, 8], [1, 1], [1, 60, 2]]),
@@ -85,6 +86,17 @@ TABLE = [
     Hostile("DenseAttention", [[1, 64, 0], [1, 64]]),
     Hostile("DenseAttention", [[1, 64, 23], [1, 64]]),
     Hostile("MatchTokens", [[1, 64, 24], [1, 64]], {"merged": 32}),
+    # Attributes that no shape suits.
+    *(
+        Hostile(op, [[1, 64, 24], [1, 64], *rest], change)
+        for op, rest, changes in (
+            ("KeySelect", [[2, 4, 2], [2, 4, 2]], ({"num_heads": 2, "probe": 3}, {"num_heads": 2, "scale": NAN})),
+            ("SparseAttention", [[1, 2, 4, 5]], ({"num_heads": 2, "tile": 16, "prefix_keys": 0}, {"num_heads": 7})),
+            ("DenseAttention", [], ({"num_heads": 0}, {"num_heads": -1}, {"scale": NAN})),
+            ("MatchTokens", [], ({"merged": 0}, {"window": 0}, {"window": 3})),
+        )
+        for change in changes
+    ),
     # Axes too few and too many.
     Hostile("DenseAttention", [[64, 24], [64]]),
     Hostile("DenseAttention", [[1, 1, 64, 24], [1, 64]]),
@@ -153,42 +165,17 @@ def test_shapes_that_do_not_fit_are_refused(run: Callable[..., np.ndarray], host
         run(hostile.op, hostile.settings(), hostile.inputs())
 
 
-@pytest.mark.parametrize("run", BACKENDS[:2])
-@pytest.mark.parametrize("wrong", [-1, 64, 2**31 - 1, -(2**31)])
-def test_indices_beyond_a_tensor_are_clamped(run: Callable[..., np.ndarray], wrong: int) -> None:
-    rng = np.random.default_rng(0)
-    qkv, x, sizes = rng.normal(size=(1, 64, 24)), rng.normal(size=(1, 64, 8)), np.ones((1, 64))
-    settings = LEAST["SparseAttention"] | {"num_heads": 2, "tile": 16, "cell": 7}
-    lists, pairs = np.full((1, 2, 4, 5), wrong, np.int32), np.full((1, 40, 2), wrong, np.int32)
-    for op, a, inputs in (("SparseAttention", settings, [qkv, sizes, lists]), ("MergeTokens", {}, [x, sizes, pairs])):
-        given = [each if each.dtype == np.int32 else each.astype(np.float32) for each in inputs]
-        assert np.isfinite(run(op, a, given)).all()
-
-
 def _calls(case: Case) -> tuple[Any, Callable[[], int], ctypes.Structure]:
     """The arguments of a call of the C interface that is well, what calls it, and its message."""
     operators, inputs = Operators(1), case.inputs()
     shape = [tuple(x.shape) for x in inputs]
-    kind = np.int32 if case.op.output.dtypes == ("int32",) else np.float32
-    output = np.zeros(RESULTS[case.op.name](case, inputs), kind)
+    output = np.zeros(case.op.output_shape(case.attributes, shape), output_type(case))
     tensors = [interface._tensor(case.op.name, x, (x.dtype.name,)) for x in (*inputs, output)]
-    name = interface._NAMES[case.op.name]
-    arguments = interface._arguments(name, case.attributes, shape, tensors)
+    arguments = interface._arguments(case.op.name, case.attributes, shape, tensors)
     call = interface._Call(interface._VERSION, 0, None, None)
-    function = getattr(operators._library, f"sparsifiner_{name}")
+    function = getattr(operators._library, interface._FUNCTIONS[case.op.name][0])
     kept = (operators, inputs, output)
     return arguments, lambda: int(function(ctypes.byref(call), *arguments)) if kept else 0, call
-
-
-RESULTS: dict[str, Callable[[Case, list[np.ndarray]], tuple[int, ...]]] = {
-    "KeySelect": lambda case, x: (
-        case.batch, case.attributes["num_heads"], -(-case.patches // case.attributes["tile"]), case.attributes["keys"],
-    ),
-    "SparseAttention": lambda _, x: (*x[0].shape[:2], x[0].shape[2] // 3),
-    "DenseAttention": lambda _, x: (*x[0].shape[:2], x[0].shape[2] // 3),
-    "MatchTokens": lambda case, x: (case.batch, x[0].shape[1] - case.attributes["merged"], 2),
-    "MergeTokens": lambda _, x: (*x[2].shape[:2], x[0].shape[2]),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", list(LEAST))

@@ -1,99 +1,22 @@
-"""The C interface: every operator against the NumPy reference, refusals, threads of its own; sanitizers in C."""
+"""The C interface from a program in C, under sanitizers too, and from PyTorch; `test_kernels` runs all else by it."""
 
 from __future__ import annotations
 
 import subprocess
-import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.torch_native import native_kernels
 from tests.native.test_replay import SOURCES, sanitised_objects
 from tests.once import Once
-from tests.ops.matrix import Case, cases, check, run_reference
+from tests.ops.matrix import cases, check
 
 HERE = Path(__file__).parent
-
-
-def run(operators: Operators, case: Case, inputs: list[np.ndarray]) -> np.ndarray:
-    like = run_reference(case, inputs)
-    output = np.full(like.shape, -1, np.int32 if like.dtype.kind == "i" else np.float32)
-    operators.run(case.op.name, case.attributes, inputs, output)
-    return output
-
-
-@pytest.mark.parametrize("name", NATIVE.operators)
-def test_agrees_with_the_reference_on_any_number_of_threads(name: str) -> None:
-    found = []
-    for threads in (1, 2, 5):
-        operators = Operators(threads)
-        made = [(case, case.inputs(seed)) for seed, case in enumerate(cases(name))]
-        results = [run(operators, case, inputs) for case, inputs in made]
-        for (case, inputs), got in zip(made, results, strict=True):
-            check(case, inputs, got)
-        found.append([got.tobytes() for got in results])
-        operators.close()
-        operators.close()
-    assert found[0] == found[1] == found[2]
-
-
-def test_callers_at_a_time_share_one_pool() -> None:
-    operators = Operators(3)
-    made = [(case, case.inputs(seed)) for seed, case in enumerate(cases("SparseAttention"))]
-    expected = [run(operators, case, inputs).tobytes() for case, inputs in made]
-    wrong: list[int] = []
-
-    def call() -> None:
-        for _ in range(20):
-            for number, (case, inputs) in enumerate(made):
-                if run(operators, case, inputs).tobytes() != expected[number]:
-                    wrong.append(number)
-
-    callers = [threading.Thread(target=call) for _ in range(4)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert not wrong
-    operators.close()
-
-
-@pytest.mark.parametrize(
-    ("op", "change", "message"),
-    [
-        ("DenseAttention", {"num_heads": -1}, "num_heads must be finite and at least 1, got -1"),
-        ("DenseAttention", {"scale": float("nan")}, "scale must be finite and at least 0, got nan"),
-        ("KeySelect", {"keys": 5000}, "keys 5000 exceed the 130 patches"),
-        ("KeySelect", {"probe": 3}, "tile 16 is not a multiple of probe 3"),
-        ("SparseAttention", {"num_prefix": 500}, "131 tokens leave no patch after 500"),
-        ("SparseAttention", {"prefix_keys": 0}, "prefix_keys 0 goes with tile 1"),
-        ("SparseAttention", {"cell": 2**31}, "cell is 2147483648"),
-        ("MatchTokens", {"window": 3}, "window 3 is odd"),
-        ("MatchTokens", {"merged": 2**31}, "merged 2147483648 exceeds half of the 130 patches"),
-    ],
-)
-def test_what_the_schema_refuses_is_refused(op: str, change: dict[str, float], message: str) -> None:
-    case = cases(op)[0]
-    inputs = case.inputs()
-    output = np.zeros(
-        run_reference(case, inputs).shape, np.int32 if case.op.output.dtypes == ("int32",) else np.float32
-    )
-    operators = Operators(1)
-    with pytest.raises(BackendError, match=f"sparsifiner::{op}: {message}"):
-        operators.run(op, {**case.attributes, **change}, inputs, output)
-    with pytest.raises(BackendError, match="float64"):
-        operators.run(
-            "DenseAttention", cases("DenseAttention")[0].attributes, [np.zeros((1, 3, 24)), np.ones((1, 3))], output
-        )
-    operators.close()
 
 
 def test_a_program_in_c_links_the_library_that_was_built(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,32 +17,28 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.kernels import NATIVE
-from sparsifiner_edge.ops.schema import OPERATORS
+from sparsifiner_edge.ops.native.interface import Operators
 from tests.everything import first
 from tests.ops import matrix
-from tests.ops.matrix import Case, body_model, cases, check, run_body, run_reference, run_torch
+from tests.ops.matrix import Case, body_model, cases, check, run_body, run_native, run_reference, run_torch
 from tests.ops.test_parity import PAPER
 from tests.plain import examine
 
 SETS = ("AVX3", "AVX2", "SSE2") if os.uname().machine == "x86_64" else ("NEON",)
 
 
-def session(case: Case, inputs: list[np.ndarray]) -> Any:
+def session(case: Case, inputs: list[np.ndarray]) -> Callable[[], np.ndarray]:
+    """A node in ONNX Runtime with the library, to be run again and again."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     options.register_custom_ops_library(str(native.library_path()))
     model = body_model(case, inputs).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def run_native(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
-    names = [t.name for t in case.op.inputs]
-    return session(case, inputs).run(None, dict(zip(names, inputs, strict=True)))[0]
+    ours = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    feed = dict(zip([t.name for t in case.op.inputs], inputs, strict=True))
+    return lambda: ours.run(None, feed)[0]
 
 
 @pytest.fixture(params=(8, 64, 20, 72))
@@ -53,33 +50,39 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 def test_the_library_was_built_and_doctor_says_so() -> None:
     path = native.library_path()
-    assert path is not None, native.why_missing()
+    assert path is not None, native.NOT_BUILT
     found = examine()
     assert found["native_library"] == str(path)
     assert native.target() in found["native_library_reason"]
 
 
 @pytest.mark.parametrize("name", NATIVE.operators)
-def test_agrees_with_the_reference(name: str, width: int) -> None:
-    for seed, case in enumerate(cases(name) + (PAPER if name == "SparseAttention" else [])):
-        inputs = case.inputs(seed)
-        check(case, inputs, run_native(case, inputs))
+def test_agrees_with_the_reference_on_any_number_of_threads(name: str, width: int) -> None:
+    chosen = cases(name) + cases(name, full=True)[:: 3 if width == 8 else 30]
+    made = [(case, case.inputs(seed)) for seed, case in enumerate(chosen + PAPER * (name == "SparseAttention"))]
+    found = []
+    for threads in (1, 2, 5):
+        with contextlib.closing(Operators(threads)) as operators:
+            results = [run_native(case, inputs, operators) for case, inputs in made]
+        for (case, inputs), got in zip(made, results, strict=True):
+            check(case, inputs, got)
+        found.append([got.tobytes() for got in results])
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("name", NATIVE.operators)
-def test_agrees_over_all_combinations(name: str) -> None:
-    for seed, case in enumerate(cases(name, full=True)[::3]):
-        inputs = case.inputs(seed)
-        check(case, inputs, run_native(case, inputs))
+def test_onnx_runtime_calls_the_same_kernels(name: str) -> None:
+    case = next(c for c in cases(name) if c.batch == 2)
+    inputs = case.inputs()
+    assert session(case, inputs)().tobytes() == run_native(case, inputs).tobytes()
 
 
-@pytest.mark.parametrize("target", first(SETS))
+@pytest.mark.parametrize("target", first((*SETS, "AVX9")))
 def test_every_instruction_set_agrees(target: str) -> None:
     script = (
         "import sys\n"
         "from sparsifiner_edge.ops import native\n"
         "from sparsifiner_edge.ops.kernels import NATIVE\n"
-        "from tests.native.test_kernels import run_native\n"
         "from tests.ops import matrix\n"
         "assert native.target() == sys.argv[1], native.target()\n"
         "for width in (64, 20):\n"
@@ -87,47 +90,17 @@ def test_every_instruction_set_agrees(target: str) -> None:
         "    for name in NATIVE.operators:\n"
         "        for seed, case in enumerate(matrix.cases(name)):\n"
         "            inputs = case.inputs(seed)\n"
-        "            matrix.check(case, inputs, run_native(case, inputs))\n"
+        "            matrix.check(case, inputs, matrix.run_native(case, inputs))\n"
     )
     environment = os.environ | {native.TARGET_VARIABLE: target}
     command = [sys.executable, "-c", script, target]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if target == "AVX9":
+        assert "SPARSIFINER_TARGET is 'AVX9': no instruction set" in done.stderr
+        return
     if f"'{target}': no instruction set" in done.stderr:
         pytest.skip(f"this machine has no {target}")
     assert done.returncode == 0, done.stderr
-
-
-def test_an_unknown_instruction_set_is_refused() -> None:
-    script = "from sparsifiner_edge.runtime.processor import native_library; native_library('auto')"
-    environment = os.environ | {native.TARGET_VARIABLE: "AVX9"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert "BackendError" in done.stderr
-    assert "SPARSIFINER_TARGET is 'AVX9'" in done.stderr
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    patches=st.integers(1, 150), prefix=st.integers(0, 3), heads=st.integers(1, 3),
-    tile=st.sampled_from([1, 8, 16, 48]), cell=st.integers(0, 40), keep=st.floats(0.01, 1), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_any_shape_agrees(patches: int, prefix: int, heads: int, tile: int, cell: int, keep: float, seed: int) -> None:
-    keys = max(1, int(keep * patches))
-    select = Case(
-        OPERATORS["KeySelect"],
-        {"num_heads": heads, "num_prefix": prefix, "probe": tile // 8 or 1, "tile": tile, "cell": cell, "keys": keys,
-         "scale": 0.3, "value_power": 2.0},
-        patches, 1,
-    )  # fmt: skip
-    inputs = select.inputs(seed)
-    lists = run_native(select, inputs)
-    check(select, inputs, lists)
-    attend = Case(
-        OPERATORS["SparseAttention"],
-        {"num_heads": heads, "num_prefix": prefix, "tile": tile, "cell": cell, "scale": 0.3, "prefix_keys": 1},
-        patches, 1,
-    )  # fmt: skip
-    given = [*inputs[:2], lists]
-    check(attend, given, run_native(attend, given))
 
 
 def test_tokens_that_are_equal_or_nan_match_the_first() -> None:
@@ -202,39 +175,25 @@ def test_merged_tokens_outside_touch_nothing_outside(wrong: int) -> None:
     np.testing.assert_array_equal(run_native(merge, [x, sizes, pairs])[:, 1:], fine[:, 1:])
 
 
-@pytest.mark.parametrize("name", NATIVE.operators)
-def test_repeatable_and_indifferent_to_threads(name: str) -> None:
-    case = next(c for c in cases(name) if c.batch == 2)
-    inputs = case.inputs()
-    feed = dict(zip([t.name for t in case.op.inputs], inputs, strict=True))
-    ours = session(case, inputs)
-    first = ours.run(None, feed)[0].tobytes()
-    assert all(ours.run(None, feed)[0].tobytes() == first for _ in range(5))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.register_custom_ops_library(str(native.library_path()))
-    alone = onnxruntime.InferenceSession(body_model(case, inputs).SerializeToString(), options)
-    assert alone.run(None, feed)[0].tobytes() == first
-
-
 def test_sessions_and_callers_in_parallel() -> None:
-    jobs = []
+    operators = Operators(3)
+    jobs: list[tuple[Callable[[], np.ndarray], bytes]] = []
     for name in NATIVE.operators:
         for case in cases(name)[:3]:
             inputs = case.inputs()
-            feed = dict(zip([t.name for t in case.op.inputs], inputs, strict=True))
-            ours = session(case, inputs)
-            jobs += [(ours, feed, ours.run(None, feed)[0].tobytes())] * 2  # two callers of one session, too
+            ours, shared = session(case, inputs), functools.partial(run_native, case, inputs, operators)
+            jobs += [(ours, ours().tobytes())] * 2 + [(shared, shared().tobytes())]  # two callers of one session, too
     failures: list[str] = []
 
-    def work(ours: Any, feed: dict[str, np.ndarray], expected: bytes) -> None:
-        failures.extend("differs" for _ in range(40) if ours.run(None, feed)[0].tobytes() != expected)
+    def work(run: Callable[[], np.ndarray], expected: bytes) -> None:
+        failures.extend("differs" for _ in range(40) if run().tobytes() != expected)
 
     threads = [threading.Thread(target=work, args=job) for job in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    operators.close()
     assert failures == []
 
 
@@ -259,41 +218,7 @@ def test_many_calls_do_not_grow() -> None:
 def growing_session() -> Callable[[], Any]:
     """One small SparseAttention, bound for many calls."""
     case = next(c for c in cases("SparseAttention") if c.patches == 37)
-    inputs = case.inputs()
-    return functools.partial(
-        session(case, inputs).run, None, dict(zip([t.name for t in case.op.inputs], inputs, strict=True))
-    )
-
-
-@pytest.mark.parametrize(
-    ("op", "change", "message"),
-    [
-        ("SparseAttention", {"tile": 3}, "indices must have shape"),
-        ("SparseAttention", {"num_prefix": 500}, "leave no patch after 500"),
-        ("SparseAttention", {"num_heads": 7}, r"qkv must have shape \[B, N, 3 \* num_heads \* d\]"),
-        ("SparseAttention", {"prefix_keys": 0}, "prefix_keys 0 goes with tile 1"),
-        ("KeySelect", {"keys": 5000}, "keys exceed the patches"),
-        ("KeySelect", {"probe": 3}, "tile is not a multiple of probe"),
-        ("KeySelect", {"scale": float("nan")}, "scale is nan"),
-        ("DenseAttention", {"num_heads": 0}, "num_heads is 0"),
-        ("MatchTokens", {"merged": 66}, "merged 66 exceeds half of the 130 patches"),
-        ("MatchTokens", {"merged": 0}, "merged is 0"),
-        ("MatchTokens", {"window": 0}, "window is 0"),
-        ("MatchTokens", {"window": 3}, "window 3 is odd"),
-    ],
-)
-def test_what_the_schema_refuses_is_refused(op: str, change: dict[str, Any], message: str) -> None:
-    case = cases(op)[0]
-    inputs = case.inputs()
-    wrong = dataclasses.replace(case, attributes={**case.attributes, **change})
-    model = body_model(wrong, inputs)
-    del model.graph.output[0].type.tensor_type.shape.dim[:]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(native.library_path()))
-    feed = dict(zip([t.name for t in case.op.inputs], inputs, strict=True))
-    with pytest.raises(Exception, match=f"sparsifiner::{op}: .*{message}"):
-        onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, feed)
+    return session(case, case.inputs())
 
 
 def test_the_native_node_itself_runs(tmp_path: Any) -> None:

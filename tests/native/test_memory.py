@@ -21,7 +21,6 @@ from tests.native.test_replay import SOURCES
 pytestmark = pytest.mark.everything
 
 LIBRARY = native.library_path()
-SIZES = Path(__file__).with_name("sizes.cc")
 
 
 def run(script: str, **environment: str) -> str:
@@ -66,18 +65,6 @@ def test_failures_in_a_row_are_errors_beyond_all_that_are_in_reserve(shim: Path)
     assert json.loads(run(script, LD_PRELOAD=str(shim))) == [["raised"] * 200, True, True]
 
 
-def test_the_shim_sees_allocations_of_this_library_alone(shim: Path) -> None:
-    script = (
-        "import ctypes, sys\n"
-        "from tests.native.allocation import Bench\n"
-        "shim = Bench(sys.argv[1]).shim\n"
-        "shim.failing_arm(1, 1, 9)\n"
-        "made = [bytearray(n) for n in range(1, 2000)]\n"
-        "assert shim.failing_counted() == 0\n"
-    )
-    run(script, LD_PRELOAD=str(shim))
-
-
 def test_the_library_asks_for_memory_only_where_it_looks_at_the_answer() -> None:
     """Not by `new`, strings and the like, which throw, nor for thread-local variables: those are allocated when a
     thread first touches them, and the C library ends the process where that fails.
@@ -114,15 +101,6 @@ def test_memory_is_given_back_with_the_last_session() -> None:
     assert during > before + 30
     assert kept > before + 30
     assert after < before + 10
-
-
-def test_sizes_beyond_all_memory(tmp_path: Path) -> None:
-    program = tmp_path / "sizes"
-    options = ["-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"]
-    subprocess.run(["g++", *options, str(SIZES), "-o", str(program)], check=True)
-    settings = os.environ | {"ASAN_OPTIONS": "allocator_may_return_null=1"}
-    done = subprocess.run([str(program)], env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def outcomes(library: Path | None) -> list[list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from onnx import helper
 from sparsifiner_edge.ops import reference, torch_landmarks, torch_merge
 from sparsifiner_edge.ops import torch as torch_ops
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
+from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.operator import Operator
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
 
@@ -149,6 +151,19 @@ def _apply(modules: list[Any], operator: str, inputs: list[Any], settings: dict[
     """An operator in the module that has it."""
     name = "".join(f"_{c.lower()}" if c.isupper() else c for c in operator).lstrip("_")
     return next(getattr(module, name) for module in modules if hasattr(module, name))(*inputs, **settings)
+
+
+def run_native(case: Case, inputs: list[np.ndarray], operators: Operators | None = None) -> np.ndarray:
+    """The native kernels, through the library's C interface; None: on two threads, in float32."""
+    output = np.full(case.op.output_shape(case.attributes, [x.shape for x in inputs]), -1, output_type(case))
+    with contextlib.closing(Operators(2)) if operators is None else contextlib.nullcontext(operators) as ours:
+        ours.run(case.op.name, case.attributes, inputs, output)
+    return output
+
+
+def output_type(case: Case) -> type[np.generic]:
+    """Of what the native kernels give."""
+    return np.int32 if case.op.output.dtypes == ("int32",) else np.float32
 
 
 def run_body(case: Case, inputs: list[np.ndarray]) -> np.ndarray:

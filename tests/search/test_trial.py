@@ -21,7 +21,7 @@ from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.explore import MeasuredPlans
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
 from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.sparse.patch import final_tokens
+from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, sparsify
 from sparsifiner_edge.sparse.weights import normalise
 from tests.everything import first
@@ -50,7 +50,7 @@ def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictu
     for path, distance in zip(paths, found, strict=True):
         pixels = normalise(torch.from_numpy(load_image(path, 160))[None], again.normalisation)
         with torch.no_grad():
-            got, wanted = final_tokens(again.model, pixels)[0], final_tokens(teacher, pixels)[0]
+            got, wanted = again.backbone.tokens(pixels), backbone_of(teacher).tokens(pixels)
         cosine = torch.cosine_similarity(got[:, 1:], wanted[:, 1:], dim=-1).mean()
         assert distance == pytest.approx(1 - float(cosine), abs=1e-5)
     assert trial.distances(plan) == found, "a plan in between changes nothing"

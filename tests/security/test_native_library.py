@@ -28,7 +28,7 @@ SAID = {
 
 def damaged(kind: str, path: Path) -> None:
     source = library_path()
-    assert source is not None, native.why_missing()
+    assert source is not None, native.NOT_BUILT
     if kind == "missing":
         return
     shutil.copyfile(source, path)

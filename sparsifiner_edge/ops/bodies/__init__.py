@@ -7,6 +7,7 @@ none), and whether tokens were merged, is fixed per file by `Structure`; every n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import onnx
@@ -14,6 +15,7 @@ import onnx.parser
 
 from sparsifiner_edge.ops.bodies import attention, merge, select
 from sparsifiner_edge.ops.bodies.common import CONSTANTS, Structure
+from sparsifiner_edge.ops.graph import drop_unread
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
 
 OPSET = 20
@@ -21,6 +23,8 @@ INPUT_PREFIX = "body_input_"
 """Of a body's inputs, and of no tensor outside: TensorRT 10.1 to 10.7 binds an input wrongly whose name the graph has
 for another tensor.
 """
+_CALL = re.compile(r"[A-Z]\w* (?:<[^<>]*> )?\([^()]*\)")
+"""An operator with nothing but names and attributes in it."""
 _BODIES: dict[str, Callable[[Structure], str]] = {
     "KeySelect": select.key_select,
     "LandmarkKeySelect": select.landmark_key_select,
@@ -38,16 +42,16 @@ def function_body(name: str, structure: Structure | None = None) -> onnx.Functio
         KeyError: no such operator.
     """
     op, structure = OPERATORS[name], structure or Structure()
-    lines = _BODIES[name](structure)
+    lines = _flat(CONSTANTS + _BODIES[name](structure))
     attributes = f"<{', '.join(a.name for a in op.attributes)}> " if op.attributes else ""
     inputs = ", ".join(t.name for t in op.inputs)
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n'
-        f"{name} {attributes}({inputs}) => ({op.output.name}) {{\n{CONSTANTS}{lines}}}"
+        f"{name} {attributes}({inputs}) => ({op.output.name}) {{\n{lines}}}"
     )
     function = onnx.parser.parse_function(text)
     function.doc_string = f"{DOMAIN}::{name} version {VERSION}. {op.doc}"
-    _drop_unused(function)
+    drop_unread(function.node, function.output)  # so that shared preludes cost nothing
     _prefix_inputs(function)
     # ONNX Runtime 1.21 names fused nodes after the first of them and refuses a file in which two bear one name.
     for node in function.node:
@@ -55,15 +59,17 @@ def function_body(name: str, structure: Structure | None = None) -> onnx.Functio
     return function
 
 
-def _drop_unused(function: onnx.FunctionProto) -> None:
-    """Remove nodes whose outputs nobody reads, so that shared preludes cost nothing."""
-    while True:
-        read = {i for node in function.node for i in node.input} | set(function.output)
-        unused = [node for node in function.node if not read.intersection(node.output)]
-        if not unused:
-            return
-        for node in unused:
-            function.node.remove(node)
+def _flat(text: str) -> str:
+    """Bodies are written with calls within calls; of the text of a function each is a line of its own."""
+    lines: list[str] = []
+    for line in filter(str.strip, text.splitlines()):
+        target, _, call = line.partition(" = ")
+        while (inner := _CALL.search(call)) and inner.group() != call:
+            name = f"n{len(lines)}"
+            lines.append(f"{name} = {inner.group()}")
+            call = call[: inner.start()] + name + call[inner.end() :]
+        lines.append(f"{target.strip()} = {call}")
+    return "\n".join(lines)
 
 
 def _prefix_inputs(function: onnx.FunctionProto) -> None:

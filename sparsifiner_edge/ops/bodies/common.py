@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-_END = "9223372036854775807"
-
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
@@ -31,66 +29,44 @@ def attribute(name: str, kind: str = "int") -> str:
         a_{name} = Unsqueeze (s_{name}, c_axis0)"""
 
 
-CONSTANTS = f"""
-        c_axis0 = Constant <value_ints: ints = [0]> ()
-        c0 = Constant <value_ints: ints = [0]> ()
-        c1 = Constant <value_ints: ints = [1]> ()
-        c2 = Constant <value_ints: ints = [2]> ()
-        c3 = Constant <value_ints: ints = [3]> ()
-        c4 = Constant <value_ints: ints = [4]> ()
-        c_1 = Constant <value_ints: ints = [-1]> ()
-        c_end = Constant <value_ints: ints = [{_END}]> ()
-        i0 = Constant <value_int: int = 0> ()
-        i1 = Constant <value_int: int = 1> ()
-        i2 = Constant <value_int: int = 2> ()
-        f0 = Constant <value_float: float = 0.0> ()
-        f1 = Constant <value_float: float = 1.0> ()
-        f_inf = Log (f0)"""
+_VALUES = {"c_axis0": 0, "c0": 0, "c1": 1, "c2": 2, "c3": 3, "c4": 4, "c_1": -1, "c_end": 2**63 - 1}
+CONSTANTS = "".join(f"{name} = Constant <value_ints: ints = [{value}]> ()\n" for name, value in _VALUES.items())
+CONSTANTS += "".join(f"i{value} = Constant <value_int: int = {value}> ()\n" for value in range(3))
+CONSTANTS += "".join(f"f{value} = Constant <value_float: float = {value}.0> ()\n" for value in range(2))
+CONSTANTS += "f_inf = Log (f0)\n"
 
 SPLIT = """
-        heads_shape = Concat <axis = 0> (c0, c0, c3, a_num_heads, c_1)
-        packed = Reshape (rows, heads_shape)
-        q_rows = Gather <axis = 2> (packed, i0)
+        packed = Reshape (rows, Concat <axis = 0> (c0, c0, c3, a_num_heads, c_1))
         k_rows = Gather <axis = 2> (packed, i1)
-        v_rows = Gather <axis = 2> (packed, i2)
-        q = Transpose <perm = [0, 2, 1, 3]> (q_rows)
+        q = Transpose <perm = [0, 2, 1, 3]> (Gather <axis = 2> (packed, i0))
         k = Transpose <perm = [0, 2, 1, 3]> (k_rows)
-        v = Transpose <perm = [0, 2, 1, 3]> (v_rows)
+        v = Transpose <perm = [0, 2, 1, 3]> (Gather <axis = 2> (packed, i2))
         d = Shape <start = 3, end = 4> (q)"""
 
 
 def runs(source: str, run: str, patches: str, prefix: str) -> str:
     """Split `source` [B,H,P,d] into runs of `run` rows: `<prefix>_runs` [B,H,R,run,d], `<prefix>_size` float [R,1]."""
     return f"""
-        {prefix}_up = Add ({patches}, {run})
-        {prefix}_less = Sub ({prefix}_up, c1)
-        {prefix}_count = Div ({prefix}_less, {run})
-        {prefix}_full = Mul ({prefix}_count, {run})
-        {prefix}_extra = Sub ({prefix}_full, {patches})
+        {prefix}_count = Div (Sub (Add ({patches}, {run}), c1), {run})
+        {prefix}_extra = Sub (Mul ({prefix}_count, {run}), {patches})
         {prefix}_pads = Concat <axis = 0> (c0, c0, c0, c0, c0, c0, {prefix}_extra, c0)
         {prefix}_padded = Pad ({source}, {prefix}_pads)
         {prefix}_shape = Concat <axis = 0> (c0, c0, c_1, {run}, d)
         {prefix}_runs = Reshape ({prefix}_padded, {prefix}_shape)
-        {prefix}_n = Squeeze ({prefix}_count, c_axis0)
-        {prefix}_range = Range (i0, {prefix}_n, i1)
-        {prefix}_start = Mul ({prefix}_range, {run})
-        {prefix}_left = Sub ({patches}, {prefix}_start)
-        {prefix}_real = Min ({prefix}_left, {run})
-        {prefix}_real_f = Cast <to = 1> ({prefix}_real)
-        {prefix}_size = Unsqueeze ({prefix}_real_f, c1)"""
+        {prefix}_range = Range (i0, Squeeze ({prefix}_count, c_axis0), i1)
+        {prefix}_real = Min (Sub ({patches}, Mul ({prefix}_range, {run})), {run})
+        {prefix}_size = Unsqueeze (Cast <to = 1> ({prefix}_real), c1)"""
 
 
 def mean(prefix: str) -> str:
     """Mean of each run of `runs`: `<prefix>_mean` [B,H,R,d]."""
     return f"""
-        {prefix}_sum = ReduceSum <keepdims = 0> ({prefix}_runs, c3)
-        {prefix}_mean = Div ({prefix}_sum, {prefix}_size)"""
+        {prefix}_mean = Div (ReduceSum <keepdims = 0> ({prefix}_runs, c3), {prefix}_size)"""
 
 
 MERGED_SIZES = """
         sizes_patch = Slice (sizes, a_num_prefix, c_end, c1)
-        sizes_shape = Constant <value_ints: ints = [0, 1, -1, 1]> ()
-        sizes_rows = Reshape (sizes_patch, sizes_shape)"""
+        sizes_rows = Reshape (sizes_patch, Constant <value_ints: ints = [0, 1, -1, 1]> ())"""
 """`sizes_patch` [B,P] and `sizes_rows` [B,1,P,1] of merged tokens."""
 
 
@@ -99,10 +75,7 @@ def sized_mean(prefix: str, run: str) -> str:
     [B,1,R,1].
     """
     return f"""
-        {prefix}_sizes_padded = Pad (sizes_rows, {prefix}_pads)
         {prefix}_sizes_shape = Concat <axis = 0> (c0, c0, c_1, {run}, c1)
-        {prefix}_sizes = Reshape ({prefix}_sizes_padded, {prefix}_sizes_shape)
+        {prefix}_sizes = Reshape (Pad (sizes_rows, {prefix}_pads), {prefix}_sizes_shape)
         {prefix}_total = ReduceSum <keepdims = 0> ({prefix}_sizes, c3)
-        {prefix}_weighted = Mul ({prefix}_runs, {prefix}_sizes)
-        {prefix}_sum = ReduceSum <keepdims = 0> ({prefix}_weighted, c3)
-        {prefix}_mean = Div ({prefix}_sum, {prefix}_total)"""
+        {prefix}_mean = Div (ReduceSum <keepdims = 0> (Mul ({prefix}_runs, {prefix}_sizes), c3), {prefix}_total)"""

@@ -14,12 +14,11 @@ from pathlib import Path
 TARGET_VARIABLE = "SPARSIFINER_TARGET"
 """Environment variable that names the best instruction set to use, such as AVX2: for tests and comparisons."""
 _FILE = "libsparsifiner_ops.so"
-# ELF, 64 bits, little endian: where the section table lies, its entries' size and number; the same of the segments; and
-# of a segment, where it lies in the file and its bytes there.
-_ELF_HEADER = struct.Struct("<40x Q 10x 2H")
-_ELF_SEGMENTS = struct.Struct("<32x Q 14x 2H")
-_SEGMENT = struct.Struct("<8x Q 16x Q")
-_NOT_BUILT = (
+_SECTIONS = struct.Struct("<40x Q 10x 2H")
+"""Of an ELF file of 64 bits, little endian: where its table of sections lies, which is its end, the size of an entry,
+and how many there are.
+"""
+NOT_BUILT = (
     "not built: install a C++17 compiler, Highway and ONNX Runtime's headers (Debian, Ubuntu: apt-get install g++ "
     "cmake libhwy-dev libonnxruntime-dev) and install this package again; pip's -v says what was missing"
 )
@@ -31,11 +30,6 @@ def library_path() -> Path | None:
     return path if path.is_file() else None
 
 
-def why_missing() -> str:
-    """What to do about a missing library."""
-    return _NOT_BUILT
-
-
 def why_unusable() -> str | None:
     """Why the library cannot be used here: not built, damaged, or something that it needs is missing; None if it can.
 
@@ -43,7 +37,7 @@ def why_unusable() -> str | None:
         ValueError: the variable `SPARSIFINER_TARGET` names no instruction set that this machine has.
     """
     if library_path() is None:
-        return f"is {why_missing()}"
+        return f"is {NOT_BUILT}"
     try:
         target()
     except OSError as error:
@@ -58,16 +52,11 @@ def _require_whole(path: Path) -> None:
         OSError: it is, or it is no library for this kind of system.
     """
     content = path.read_bytes()
-    if content[:6] != b"\x7fELF\x02\x01" or len(content) < _ELF_HEADER.size:
+    if content[:6] != b"\x7fELF\x02\x01" or len(content) < _SECTIONS.size:
         raise OSError(f"{path} is no 64-bit ELF library; install this package again")
-    sections, entry, count = _ELF_HEADER.unpack_from(content)
-    segments, size, number = _ELF_SEGMENTS.unpack_from(content)
-    ends = [sections + entry * count, segments + size * number]
-    for place in range(segments, min(ends[1], len(content) - _SEGMENT.size), size or 1):
-        offset, length = _SEGMENT.unpack_from(content, place)
-        ends.append(offset + length)
-    if max(ends) > len(content):
-        raise OSError(f"{path} is cut short ({len(content)} of {max(ends)} bytes); install this package again")
+    place, entry, count = _SECTIONS.unpack_from(content)
+    if (end := place + entry * count) > len(content):
+        raise OSError(f"{path} is cut short ({len(content)} of {end} bytes); install this package again")
 
 
 def has_bfloat16() -> bool:
@@ -92,7 +81,7 @@ def target() -> str:
     """
     path = library_path()
     if path is None:
-        raise OSError(why_missing())
+        raise OSError(NOT_BUILT)
     _require_whole(path)
     library = ctypes.CDLL(str(path))
     library.sparsifiner_target.restype = ctypes.c_char_p

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_char, c_float, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import Structure, byref, c_char, c_float, c_int32, c_int64, c_size_t, c_void_p
 from typing import Any, cast
 
 from sparsifiner_edge.arrays import Array
@@ -20,6 +20,11 @@ _VERSION = 3
 """SPARSIFINER_VERSION of the header that this follows."""
 
 _PRECISIONS = {"float32": 0, "bfloat16": 1}
+
+
+def _fields(whole: str, single: str = "") -> tuple[tuple[str, Any], ...]:
+    """Fields of a structure: names of whole numbers of 64 bits, then of single-precision ones."""
+    return (*((name, c_int64) for name in whole.split()), *((name, c_float) for name in single.split()))
 
 
 class _Call(Structure):
@@ -34,47 +39,35 @@ class _Tensor(Structure):
 
 
 class _Qkv(Structure):
-    _fields_ = (
-        ("qkv", _Tensor), ("sizes", _Tensor), ("batch", c_int64), ("tokens", c_int64), ("num_heads", c_int64),
-        ("width", c_int64), ("scale", c_float),
-    )  # fmt: skip
+    _fields_ = (("qkv", _Tensor), ("sizes", _Tensor), *_fields("batch tokens num_heads width", "scale"))
 
 
 class _Select(Structure):
-    _fields_ = (
-        ("num_prefix", c_int64), ("probe", c_int64), ("tile", c_int64), ("cell", c_int64), ("keys", c_int64),
-        ("channels", c_int64), ("value_power", c_float),
-    )  # fmt: skip
+    _fields_ = _fields("num_prefix probe tile cell keys channels", "value_power")
 
 
 class _Attend(Structure):
-    _fields_ = (
-        ("num_prefix", c_int64), ("tile", c_int64), ("cell", c_int64), ("keys", c_int64), ("prefix_keys", c_int64),
-    )  # fmt: skip
+    _fields_ = _fields("num_prefix tile cell keys prefix_keys")
 
 
 class _Match(Structure):
-    _fields_ = (("num_prefix", c_int64), ("window", c_int64), ("merged", c_int64))
+    _fields_ = _fields("num_prefix window merged")
 
 
 class _Pairs(Structure):
     _fields_ = (
-        ("x", _Tensor), ("sizes", _Tensor), ("pairs", _Tensor), ("batch", c_int64), ("tokens", c_int64),
-        ("channels", c_int64), ("merged_tokens", c_int64),
+        ("x", _Tensor), ("sizes", _Tensor), ("pairs", _Tensor), *_fields("batch tokens channels merged_tokens"),
     )  # fmt: skip
 
 
-_FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "key_select": (POINTER(_Qkv), POINTER(_Select), _Tensor, _Tensor),
-    "sparse_attention": (POINTER(_Qkv), POINTER(_Attend), _Tensor),
-    "dense_attention": (POINTER(_Qkv),),
-    "match_tokens": (POINTER(_Qkv), POINTER(_Match)),
-    "merge_tokens": (POINTER(_Pairs),),
+_FUNCTIONS: dict[str, tuple[str, type[Structure] | None]] = {
+    "KeySelect": ("sparsifiner_key_select", _Select),
+    "SparseAttention": ("sparsifiner_sparse_attention", _Attend),
+    "DenseAttention": ("sparsifiner_dense_attention", None),
+    "MatchTokens": ("sparsifiner_match_tokens", _Match),
+    "MergeTokens": ("sparsifiner_merge_tokens", None),
 }
-_NAMES = {
-    "KeySelect": "key_select", "SparseAttention": "sparse_attention", "DenseAttention": "dense_attention",
-    "MatchTokens": "match_tokens", "MergeTokens": "merge_tokens",
-}  # fmt: skip
+"""Of each operator, the library's function, and the structure of its settings."""
 
 
 class Operators:
@@ -95,13 +88,10 @@ class Operators:
         if (reason := native.why_unusable()) is not None:
             raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
         self._library = ctypes.CDLL(str(native.library_path()))
-        found = self._library.sparsifiner_version()
-        if found != _VERSION:
+        if (version := self._library.sparsifiner_version()) != _VERSION:
             raise BackendError(
-                f"The native library is of version {found}, not {_VERSION}.", "Install this package again."
+                f"The native library is of version {version}, not {_VERSION}.", "Install this package again."
             )
-        for name, arguments in _FUNCTIONS.items():
-            getattr(self._library, f"sparsifiner_{name}").argtypes = (POINTER(_Call), *arguments, _Tensor)
         self.precision = "bfloat16" if bfloat16 and self._library.sparsifiner_has_bfloat16() else "float32"
         self._library.sparsifiner_pool_create.argtypes = [c_size_t]
         self._library.sparsifiner_pool_create.restype = c_void_p
@@ -125,13 +115,11 @@ class Operators:
         reasons = _refusals(op, tuple(attributes.items()), *(x.shape for x in inputs))
         if reasons:
             raise _refused(op, "; ".join(reasons))
-        name = _NAMES[op]
         kinds = [tensor.dtypes for tensor in (*OPERATORS[op].inputs, OPERATORS[op].output)]
         tensors = [_tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
         call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
-        arguments = _arguments(name, attributes, [x.shape for x in inputs], tensors)
-        status = getattr(self._library, f"sparsifiner_{name}")(byref(call), *arguments)
-        if status:
+        arguments = _arguments(op, attributes, [x.shape for x in inputs], tensors)
+        if getattr(self._library, _FUNCTIONS[op][0])(byref(call), *arguments):
             raise _refused(op, call.message.decode(errors="replace"))
 
     def close(self) -> None:
@@ -161,23 +149,17 @@ def _tensor(op: str, array: Array, allowed: Sequence[str]) -> _Tensor:
 
 
 def _arguments(
-    name: str, a: Mapping[str, float], shapes: Sequence[tuple[int, ...]], tensors: Sequence[_Tensor]
+    op: str, attributes: Mapping[str, float], shapes: Sequence[tuple[int, ...]], tensors: Sequence[_Tensor]
 ) -> list[Any]:
     """What a function takes after the call: of shapes that the schema allows, and tensors, the output's last."""
-    if name == "merge_tokens":
+    if op == "MergeTokens":
         return [byref(_Pairs(*tensors[:3], *shapes[0], shapes[2][1])), tensors[3]]
-    batch, tokens, packed = shapes[0]
-    heads = int(a["num_heads"])
-    qkv = _Qkv(*tensors[:2], batch, tokens, heads, packed // (3 * heads), a.get("scale", 1.0))
-    rest: list[Any] = list(tensors[2:])
-    if name == "key_select":
-        rest.insert(0, byref(_settings(_Select, {**a, "channels": shapes[-1][2]})))
-    elif name == "sparse_attention":
-        rest.insert(0, byref(_settings(_Attend, {**a, "keys": shapes[-1][3]})))
-    elif name == "match_tokens":
-        rest.insert(0, byref(_settings(_Match, a)))
-    return [byref(qkv), *rest]
+    sizes = OPERATORS[op].sizes(attributes, shapes)
+    qkv = _Qkv(*tensors[:2], *(sizes[symbol] for symbol in "BNHd"), attributes.get("scale", 1.0))
+    kind, settings = _FUNCTIONS[op][1], {**attributes, "keys": sizes.get("K", 0), "channels": sizes.get("c", 0)}
+    return [byref(qkv), *([] if kind is None else [byref(_filled(kind, settings))]), *tensors[2:]]
 
 
-def _settings(kind: type[Structure], a: Mapping[str, float]) -> Structure:
-    return kind(*(a[name] if of is c_float else int(a[name]) for name, of in cast(Any, kind)._fields_))
+def _filled(kind: type[Structure], values: Mapping[str, float]) -> Structure:
+    fields = cast(Any, kind)._fields_
+    return kind(*(values[name] if of is c_float else int(values[name]) for name, of in fields))

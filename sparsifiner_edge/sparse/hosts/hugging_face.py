@@ -9,7 +9,7 @@ import copy
 import importlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from sparsifiner_edge.artifacts import ARCHITECTURE_FILE, MAX_JSON, WEIGHTS_FILE
-from sparsifiner_edge.bounds import MOST_CLASSES, MOST_SIDE, ImageSize, height_width, size_text
+from sparsifiner_edge.bounds import MOST_CLASSES, ImageSize
 from sparsifiner_edge.errors import (
-    ArtifactError,
     ConfigError,
     MissingExtraError,
     SparsifinerError,
@@ -31,13 +30,12 @@ from sparsifiner_edge.errors import (
 from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.records import read_record
-from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
+from sparsifiner_edge.sparse.hosts import backbone_of, for_size
 from sparsifiner_edge.sparse.weights import brief, check_numbers
 
 _ATTENTION = "eager"
 """What every model has, whatever its configuration names."""
-_INDEX = "model.safetensors.index.json"
-_FETCHED = ("config.json", "p*processor_config.json", WEIGHTS_FILE, _INDEX, "model-?????-of-?????.safetensors")
+_FETCHED = ("config.json", "p*processor_config.json", WEIGHTS_FILE)
 """Of a name on the hub."""
 _AGAIN = "Give the folder whole, as transformers saves it."
 _MANY = re.compile("layer|depth|stage|block|expert")
@@ -91,36 +89,27 @@ def load_pretrained(
     """
     transformers = library()
     with _quiet(transformers), _about(source):
-        folder = Path(source if Path(source).is_dir() else _fetched(source))
+        folder = Path(source if Path(source).is_dir() else _downloaded(source))
         kind, config = _configuration(folder, source)
-        _require_room(kind, config, _weight_files(folder), source)
+        _require_room(kind, config, folder / WEIGHTS_FILE, source)
         if pixels is None:
-            given, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
-            pixels = _pixels(given, source)
-        model, found = kind.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # to say which
-            attn_implementation=_ATTENTION,
-        )
+            processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+            pixels = _pixels(processor, source)
+        # Sizes that do not match are ignored to say which.
+        model, loading = kind.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            dtype=torch.float32, ignore_mismatched_sizes=True, attn_implementation=_ATTENTION,
+        )  # fmt: skip
         for what in ("missing_keys", "mismatched_keys"):
-            if found[what]:
-                some = sorted(map(str, found[what]))[:3]
-                raise WeightsError(
-                    f"The weights in {source} do not fit its configuration: {what.replace('_', ' ')} "
-                    f"{', '.join(some)}.",
-                    _AGAIN,
-                )
+            if loading[what]:
+                some = f"{what.replace('_', ' ')} {', '.join(sorted(map(str, loading[what]))[:3])}"
+                raise WeightsError(f"The weights in {source} do not fit its configuration: {some}.", _AGAIN)
         for name, tensor in model.named_parameters():
             check_numbers(tensor, True, f"{source}: {name}")
         return kind.__name__, for_size(_with_attention(model), img_size), pixels
 
 
-def _fetched(name: str) -> str:
+def _downloaded(name: str) -> str:
     """Where a model of the hub lies, once it is downloaded."""
     return str(importlib.import_module("huggingface_hub").snapshot_download(name, allow_patterns=list(_FETCHED)))
 
@@ -144,10 +133,10 @@ def _configuration(folder: Path, source: str) -> tuple[Any, Any]:
         ConfigError: it has numbers of modules or classes that no model has, or names a file.
     """
     path = folder / "config.json"
-    left = [json.loads(read_bytes(path, MAX_JSON))]
-    while left:
-        content = left.pop()
-        left += content.values() if isinstance(content, dict) else content if isinstance(content, list) else []
+    waiting = [json.loads(read_bytes(path, MAX_JSON))]
+    while waiting:
+        content = waiting.pop()
+        waiting += content.values() if isinstance(content, dict) else content if isinstance(content, list) else []
         for name, value in content.items() if isinstance(content, dict) else ():
             most = MOST_CLASSES if name == "num_labels" else _MOST_LAYERS if _MANY.search(name) else None
             numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)]
@@ -160,23 +149,7 @@ def _configuration(folder: Path, source: str) -> tuple[Any, Any]:
     return kind, config
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Files of a folder's weights, all in it.
-
-    Raises:
-        ArtifactError: its index names others.
-    """
-    index = folder / _INDEX
-    if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
-        return [folder / WEIGHTS_FILE]
-    names = set(json.loads(read_bytes(index, MAX_JSON))["weight_map"].values())
-    for name in names:
-        if Path(name).name != name or name == "..":
-            raise ArtifactError(f"{index} names the file {name!r:.80} outside its folder.", "Do not use this model.")
-    return [folder / name for name in names]
-
-
-def _require_room(kind: Any, config: Any, files: Sequence[Path], source: str) -> None:
+def _require_room(kind: Any, config: Any, weights: Path, source: str) -> None:
     """Refuse a configuration of a model far larger than its weights, before any memory is taken for it.
 
     Raises:
@@ -185,10 +158,8 @@ def _require_room(kind: Any, config: Any, files: Sequence[Path], source: str) ->
     with torch.device("meta"):
         model = kind(config)
     wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    held = 0
-    for path in files:
-        with safetensors.safe_open(path, "pt") as file:
-            held += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
+    with safetensors.safe_open(weights, "pt") as file:
+        held = sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
     if wanted > 2 * held + _SPARE:
         raise WeightsError(
             f"The weights in {source} do not fit its configuration: it has {wanted:,} numbers, they are {held:,}.",
@@ -209,36 +180,6 @@ def write_configuration(model: nn.Module, folder: Path) -> None:
     config.save_pretrained((folder / ARCHITECTURE_FILE).parent)
 
 
-def for_size(model: nn.Module, img_size: ImageSize | None) -> nn.Module:
-    """The model for images of another size, in place; None leaves it at its configuration's.
-
-    Raises:
-        ConfigError: a side is no multiple of the patch size, or too large, or CLIP's are not equal.
-    """
-    if img_size is None:
-        return model
-    backbone, size = backbone_of(model), height_width(img_size)
-    _check_size(backbone, size)
-    if size != backbone.image_size:
-        backbone.host.resize(backbone, size)
-    return model
-
-
-def _check_size(backbone: Backbone, size: tuple[int, int]) -> None:
-    if max(size) > MOST_SIDE:
-        raise ConfigError(
-            f"image size {size_text(size)} is too large.", f"Use at most {MOST_SIDE} pixels along a side."
-        )
-    near = [max(round(side / patch), 1) * patch for side, patch in zip(size, backbone.patch, strict=True)]
-    if tuple(near) != size:
-        raise ConfigError(
-            f"image size {size_text(size)} is no multiple of the patch size {size_text(backbone.patch)}.",
-            f"Use {size_text((near[0], near[1]))}, for instance.",
-        )
-    if size[0] != size[1] and type(backbone.module).__name__ == "CLIPVisionModel":
-        raise ConfigError(f"CLIP takes squares alone, not {size_text(size)}.", "Give one side: --img-size 224.")
-
-
 def _class(config: Any, source: str) -> Any:
     """The class that a configuration names."""
     names = list(config.architectures or ())
@@ -252,19 +193,18 @@ def _class(config: Any, source: str) -> Any:
     return kind
 
 
-def _pixels(given: object, source: str) -> Normalisation:
+def _pixels(content: object, source: str) -> Normalisation:
     """What an image processor does to pixels, resizing excepted, as x = (pixel / 255 - mean) / std."""
-    fix = "Mend its preprocessor_config.json."
-    found = read_record(given, Processor, source, fix, ConfigError)
-    factor = 255.0 * found.rescale_factor if found.do_rescale else 255.0
-    if not found.do_normalize:
+    processor = read_record(content, Processor, source, "Mend its preprocessor_config.json.", ConfigError)
+    factor = 255.0 * processor.rescale_factor if processor.do_rescale else 255.0
+    if not processor.do_normalize:
         return Normalisation.checked([0.0] * 3, [1 / factor] * 3)
-    if found.image_mean is None or found.image_std is None:
+    if processor.image_mean is None or processor.image_std is None:
         raise ConfigError(
             f"{source} does not say what its model expects of pixels: no image_mean and image_std.",
             "Add them to its preprocessor_config.json, or give --mean and --std.",
         )
-    mean, std = (tuple(x / factor for x in values) for values in (found.image_mean, found.image_std))
+    mean, std = (tuple(x / factor for x in values) for values in (processor.image_mean, processor.image_std))
     return Normalisation.checked(mean, std)
 
 
