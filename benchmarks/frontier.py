@@ -2,7 +2,6 @@
 
     python benchmarks/frontier.py [--size 518] [--rounds 11] [--int8] [-o FOLDER]
     python benchmarks/frontier.py --size 518 --front FOUND/front.json -o FOLDER
-    python benchmarks/frontier.py --batch 4 | --base ... -o FOLDER    # times alone
 
 DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals: the dense model, and token merging by its published rule at
 five constant and five falling rates (`tome.py`), each as one plain file in ONNX Runtime, OpenVINO and torch; with
@@ -16,13 +15,6 @@ token merging, above 224 px, falling rates alone: in the runs above constant one
 at their most faithful up to 2 % less. With `--int8` as well, what is compared is whatever precision is fastest, and
 engines that take a quarter longer than the fastest, over a side's files together, are left out before fidelities are
 measured.
-
-With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured, at a patch cosine of
-.98 and where it counts: the run of batch 1, which FOLDER holds, gives fidelities, and of ours and of each rival the
-engines within a tenth of its fastest, and the budgets on both sides.
-
-`--int8 --near` is the short form for large images: what is lower than fp32 alone, at the budgets on both sides of .98
-in the run in fp32, which FOLDER holds; fidelities are measured.
 """
 
 from __future__ import annotations
@@ -43,21 +35,19 @@ import torch
 from cpu_engines import time_in_turn
 from fidelity_subject import weights_file
 from frontier_points import (
-    LARGER,
     Case,
     Point,
+    Setting,
     merging_in_first_layer,
-    name_of,
     ours,
     photographs,
     quick_engines,
     rivals,
-    setting,
 )
 from summary import write_summary
 
 from sparsifiner_edge.cli.common import err_console, print_table
-from sparsifiner_edge.config import Keep
+from sparsifiner_edge.config import parse_keep
 from sparsifiner_edge.demo import material
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
@@ -86,8 +76,6 @@ CASES = {
 }  # fmt: skip
 REQUIRED = {(518, 0.98, "fp32"): (1.15, 1.4), (1036, 0.98, "fp32"): (1.6, 2.2)}
 """Times the best rival: required, aimed at."""
-AT, CLOSE = 0.98, 1.1
-"""Where few points are measured: at which fidelity, and how many times the fastest's time an engine may take."""
 MOST_MERGING = (0.04, 0.02)
 """Share of a layer's time that matching and merging may take at 518 px, and should."""
 
@@ -103,18 +91,12 @@ def of_front(path: Path, size: int) -> Case:
     case = CASES[size]
     points = [point for point in read_result(path).statistics["points"] if point["on_front"]]
     nearest = [min(points, key=lambda p, at=at: abs(math.log((1 - p["fidelity"] + 1e-6) / (1 - at)))) for at in FRONT]
-    chosen = dict.fromkeys((point["merge"], keep_of(point["keep"])) for point in nearest)
+    chosen = dict.fromkeys((point["merge"], parse_keep(point["keep"])) for point in nearest)
     constant = case.constant if size == min(CASES) else ()
     return dataclasses.replace(
         case, budgets=tuple(chosen), constant=constant, falling=(*case.falling, *LOWER.get(size, ())), compared=FRONT,
         start=path.parent / "start",
     )  # fmt: skip
-
-
-def keep_of(text: str) -> Keep:
-    """Shares as a front names them."""
-    shares = tuple(map(float, text.split(",")))
-    return shares if len(shares) > 1 else shares[0]
 
 
 def fidelity(points: list[Point], size: int, photographs: list[Path], tell: Any) -> dict[str, dict[str, Any]]:
@@ -138,54 +120,6 @@ def fidelity(points: list[Point], size: int, photographs: list[Path], tell: Any)
             }
         found[point.name] = same[key]
     return found
-
-
-def run_before(output: Path | None, name: str, these: str) -> Result:
-    """The result of an earlier run."""
-    path = output / f"{name}.json" if output else None
-    if path is None or not path.is_file():
-        raise click.UsageError(f"{path or '-o FOLDER'} is missing: measure the same without {these} first")
-    return read_result(path)
-
-
-def next_to(rows: dict[str, dict[str, Any]], wanted: float) -> Callable[[str, str], bool]:
-    """Of the points of an earlier run in fp32, the budgets on both sides of one fidelity; not in fp32."""
-    near: set[tuple[str, str]] = set()
-    kinds: dict[str, dict[str, float]] = {}
-    for row in rows.values():
-        kind = row["family"].partition(",")[0].removesuffix(" fp32")  # older files name no engine of ours
-        kinds.setdefault(kind, {})[row["budget"]] = row["patches_cosine"]["value"]
-    for kind, budgets in kinds.items():
-        ordered = sorted(budgets, key=budgets.__getitem__)
-        place = next((i for i, budget in enumerate(ordered) if budgets[budget] >= wanted), len(ordered) - 1)
-        near.update((kind, budget) for budget in ordered[max(0, place - 1) : place + 1])
-    return lambda family, budget: (
-        (family.partition(",")[0], budget) in near and not family.endswith(("fp32", "OpenVINO f32"))
-    )
-
-
-def near_the_front(rows: dict[str, dict[str, Any]], wanted: float) -> Callable[[str, str], bool]:
-    """Of the points of an earlier run, those that decide a comparison at one fidelity; see the module."""
-    families: dict[str, dict[str, tuple[float, float]]] = {}
-    for name, row in rows.items():
-        families.setdefault(row["family"], {})[name] = (row["patches_cosine"]["value"], row["median_ms"])
-    for family in [name for name in families if name.startswith("ToMe")]:
-        families[family] |= families.get(f"dense,{family.split(',', 1)[1]}", {})
-    needed: set[str] = set()
-    for kind in {family.partition(",")[0] for family in families}:
-        for quick in (False, True):
-            costs = {
-                family: time_at(list(points.values()), wanted)
-                for family, points in families.items()
-                if family.partition(",")[0] == kind
-                and (quick or any(rows[name]["precision"] == "fp32" for name in points))
-            }
-            for family, cost in costs.items():
-                if cost <= CLOSE * min(costs.values()):
-                    ordered = sorted(families[family], key=lambda name, family=family: families[family][name])
-                    place = next((i for i, name in enumerate(ordered) if families[family][name][0] >= wanted), 0)
-                    needed.update(ordered[max(0, place - 1) : place + 1])
-    return lambda family, budget: name_of(family, budget) in needed
 
 
 def time_at(points: list[tuple[float, float]], wanted: float) -> float:
@@ -248,41 +182,31 @@ def _finite(ms: float) -> Any:
 
 
 def measure(
-    case: Case, size: int, photographs: list[Path], rounds: int, tell: Any, before: Result | None,
-    only: Callable[[str, str], bool] | None, **shared: Any,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """Samples and statistics. before: where fidelities are taken from; None measures them. only: of a family and a
-    budget, whether it is measured. shared: see `setting`.
-    """
-    along_a_front = case.start is not None and shared["int8"]
-    with tempfile.TemporaryDirectory() as scratch:
-        of = setting(size, folder=Path(scratch), only=only, **shared)
-        points = ours(case, of, Path(scratch), tell)
-        if not points:
-            raise click.UsageError("the run in -o FOLDER names our points otherwise: measure it again first")
-        first = merging_in_first_layer(Path(scratch) / "ours-0", of)
-        points += rivals(case, of, Path(scratch), tell)
-        left_out: dict[str, float] = {}
-        if along_a_front:
-            points, left_out = quick_engines(points, tell)
-        known = before.statistics["points"] if before else {}
-        found = {name: _means(row) for name, row in known.items()} or fidelity(points, size, photographs, tell)
-        times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if size < 1000 else 1, tell)
+    case: Case, of: Setting, photographs: list[Path], rounds: int, folder: Path, tell: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Samples and statistics."""
+    along_a_front = case.start is not None and of.int8
+    points = ours(case, of, folder, tell)
+    first = merging_in_first_layer(folder / "ours-0", of)
+    points += rivals(case, of, folder, tell)
+    left_out: dict[str, float] = {}
+    if along_a_front:
+        points, left_out = quick_engines(points, tell)
+    found = fidelity(points, of.size, photographs, tell)
+    times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if of.size < 1000 else 1, tell)
     rows = {
         point.name: {
             "family": point.family, "budget": point.budget, "precision": point.precision, "macs": point.macs,
             "median_ms": float(np.median(times[point.name])),
-            "patches_cosine": known[point.name]["patches_cosine"] if before
-            else write_record(stats.small_sample_mean(found[point.name]["patches_cosine"])),
+            "patches_cosine": write_record(stats.small_sample_mean(found[point.name]["patches_cosine"])),
             "class_cosine": float(np.mean(found[point.name]["class_cosine"])),
         }
         for point in points
     }  # fmt: skip
     compared = {}
-    for wanted in (AT,) if only else case.compared:
-        if any(point.precision == "fp32" for point in points) and not along_a_front:
+    for wanted in case.compared:
+        if not along_a_front:
             compared[f"{wanted}, fp32"] = compare(points, found, times, wanted, ("fp32",))
-        if any(point.family == "ours, ONNX Runtime fp32" for point in points) and not along_a_front:
             in_ort = compare(points, found, times, wanted, ("fp32",), "ONNX Runtime")
             compared[f"{wanted}, fp32, in ONNX Runtime"] = in_ort
         if of.int8:
@@ -294,11 +218,6 @@ def measure(
         "merging_in_first_layer": first,
         "left_out": left_out,
     }
-
-
-def _means(row: dict[str, Any]) -> dict[str, list[float]]:
-    """Fidelity of a recorded point, in the form of one that is measured: a value per photograph, here their mean."""
-    return {"patches_cosine": [row["patches_cosine"]["value"]], "class_cosine": [row["class_cosine"]]}
 
 
 def _said(ms: Any) -> str:
@@ -368,52 +287,34 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
 @click.option("--rounds", default=11, show_default=True, help="Six at least, for intervals.")
 @click.option("--threads", default=None, type=int, help="Default: all cores.")
 @click.option("--int8", is_flag=True, help="Quantised files too, ours and theirs.")
-@click.option("--batch", default=1, show_default=True, help="Images at a time; more than 1: times alone.")
-@click.option("--base", is_flag=True, help="ViT-B/14 with random weights: times alone.")
-@click.option("--near", is_flag=True, help="With --int8: no fp32, and few budgets.")
 @click.option("--front", type=click.Path(exists=True, path_type=Path), help="Our budgets from a search's front.json.")
 @click.option(
     "--photographs", "count", type=click.IntRange(1), help="Of the publication set, evenly; default all, at 1036 px 24."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for frontier_<size>.json and .png.")
 def main(
-    sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, batch: int, base: bool, near: bool,
-    front: Path | None, count: int | None, output: Path | None,
+    sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, front: Path | None, count: int | None,
+    output: Path | None,
 ) -> None:  # fmt: skip
     """See the module's documentation."""
-    if near and (not int8 or base or batch > 1):
-        raise click.UsageError("--near is for --int8 alone")
-    if count and (base or batch > 1):
-        raise click.UsageError("--photographs is for runs that measure fidelity")
-    if front and (len(sizes) > 1 or near or base or batch > 1):
-        raise click.UsageError("--front is of one size, and for a whole run")
+    if front and len(sizes) > 1:
+        raise click.UsageError("--front is of one size")
     warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter, about its own calls
-    times_alone = batch > 1 or base
-    shared = {"threads": threads or available_cores(), "int8": int8, "batch": batch, "base": base}
-    told = {"_searched": front, "_int8": int8, f"_batch{batch}": batch > 1, "_base": base}
-    more = "".join(name for name, holds in told.items() if holds)
+    more = "_searched" * bool(front) + "_int8" * int8
     for size in map(int, sizes):
         paths = photographs(size, count)
-        name, before, only = f"frontier_{size}{'_int8' * int8}", None, None
-        case = of_front(front, size) if front else CASES[size]
-        if times_alone:
-            before = run_before(output, name, "--batch and --base")
-            only = near_the_front(before.statistics["points"], AT)
-        elif near:
-            only = next_to(run_before(output, f"frontier_{size}", "--int8 and --near").statistics["points"], AT)
-        with err_console.status("") as status:
-            samples, statistics = measure(case, size, paths, rounds, status.update, before, only, **shared)
+        of = Setting(size, threads or available_cores(), int8)
+        with err_console.status("") as status, tempfile.TemporaryDirectory() as scratch:
+            case = of_front(front, size) if front else CASES[size]
+            samples, statistics = measure(case, of, paths, rounds, Path(scratch), status.update)
         if output:
             method = {
-                "photographs": len(paths), "size": size, "rounds": rounds,
-                "fidelities from": f"{name}.json" if before else "this run",
-                "interpolation": "linear in log(1 - patch cosine) between points of one family", **shared,
+                "photographs": len(paths), "rounds": rounds, "size": size, "threads": of.threads, "int8": int8,
+                "interpolation": "linear in log(1 - patch cosine) between points of one family",
             }  # fmt: skip
-            subject = Subject(path=LARGER if base else material.DINOV2, sha256="")
-            result = Result("comparison", [subject], method, samples, statistics)
+            result = Result("comparison", [Subject(path=material.DINOV2, sha256="")], method, samples, statistics)
             write_summary(output / f"frontier_{size}{more}.json", result)
-            if not times_alone:
-                draw(size, statistics, output / f"frontier_{size}{more}.png")
+            draw(size, statistics, output / f"frontier_{size}{more}.png")
         show(size, len(paths), statistics)
 
 

@@ -14,7 +14,6 @@ import tome
 import torch
 from cpu_engines import Run, has_bf16, openvino_run, ort_session
 from fidelity_subject import weights_file
-from safetensors.torch import save_file
 
 from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.costs import MAC_KINDS, layer_costs
@@ -27,12 +26,11 @@ from sparsifiner_edge.export.int8 import quantise
 from sparsifiner_edge.images import evenly, load_image
 from sparsifiner_edge.profiles.measure.layers import measure_layers
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.sparse.hosts.timm import create, load_model
+from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
 SLOW = 1.25
 """Times the fastest engine's time, from which on one is left out along a front."""
-LARGER = "vit_base_patch14_dinov2.lvd142m"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +49,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all points of one run share. model, weights: ViT-S/14 with its own, or a larger one with random ones.
-    only: of a family and a budget, whether that point is made; None: all.
-    """
+    """What all points of one run share."""
 
     size: int
     threads: int
     int8: bool
-    batch: int
-    model: str
-    weights: Path
-    only: Callable[[str, str], bool] | None = None
-
-    def takes(self, family: str, budget: str) -> bool:
-        return self.only is None or self.only(family, budget)
 
     @property
     def hints(self) -> tuple[str, ...]:
@@ -73,24 +62,7 @@ class Setting:
 
     @property
     def images(self) -> np.ndarray:
-        return smooth_images(self.size, self.batch)
-
-
-def name_of(family: str, budget: str) -> str:
-    return f"{family} | {budget}"
-
-
-def setting(
-    size: int, threads: int, int8: bool, batch: int, base: bool, folder: Path, only: Callable[[str, str], bool] | None
-) -> Setting:
-    if not base:
-        return Setting(size, threads, int8, batch, material.DINOV2, weights_file(), only)
-    torch.manual_seed(0)
-    # Of random weights time alone is asked: no gate, and no layer that is left in float32.
-    int8_gates.GOAL_COSINE = int8_gates.LEAST_MEAN_COSINE = int8_gates.LEAST_OWN_COSINE = -1.0
-    weights = folder / "random.safetensors"
-    save_file({name: value.contiguous() for name, value in create(LARGER, size).state_dict().items()}, weights)
-    return Setting(size, threads, int8, batch, LARGER, weights, only)
+        return smooth_images(self.size)
 
 
 @dataclasses.dataclass
@@ -106,7 +78,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        return name_of(self.family, self.budget)
+        return f"{self.family} | {self.budget}"
 
     @property
     def engine(self) -> str:
@@ -160,7 +132,7 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     for path in split.calibration():
         (images / path.name).symlink_to(path)
     student = case.start or sparsify(
-        of.model, folder / "student", weights=of.weights, img_size=of.size, keep=0.25, cells=case.cells,
+        material.DINOV2, folder / "student", weights=weights_file(), img_size=of.size, keep=0.25, cells=case.cells,
         merge=(case.constant[0],), calibrate=images,
     )  # fmt: skip
     points: list[Point] = []
@@ -169,16 +141,11 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
         merge, named = tome.schedule(rate, depth)
         budget = f"merge {named}, keep {keep_text(keep)}"
         for precision in ("fp32", "int8") if of.int8 else ("fp32",):
-            engines = [row for row in _our_engines(of, precision) if of.takes(row[0], budget)]
-            if not engines:
-                continue
             tell(f"export ours, {budget}, {precision}")
             more = {"precision": "int8", "calibrate": images} if precision == "int8" else {}
-            bundle = export_bundle(
-                student, folder / f"ours-{len(points)}", merge=merge, keep=keep, batch=of.batch, **more
-            )
+            bundle = export_bundle(student, folder / f"ours-{len(points)}", merge=merge, keep=keep, **more)
             macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
-            for family, backend, computes, ran in engines:
+            for family, backend, computes, ran in _our_engines(of, precision):
                 if (backend, computes) == ("onnxruntime", "auto"):
                     session = ort_session(str(bundle / "model.onnx"), of.threads)
                     points.append(_ort_point(session, family, budget, macs, ran, of))
@@ -206,27 +173,24 @@ def sum_of_layers(student: Any) -> float:
 
 def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     """Dense and merging by its published rule in every engine."""
-    model: Any = load_model(of.model, of.weights, of.size)
+    model: Any = load_model(material.DINOV2, weights_file(), of.size)
     depth, tokens, width = len(model.blocks), model.patch_embed.num_patches + 1, model.embed_dim
     settings = [("dense", "dense", [0] * depth)]
     settings += [("ToMe", f"{rate} a layer", tome.constant(rate, depth)) for rate in case.constant]
     settings += [("ToMe falling", f"{first}..0", tome.falling(first, depth)) for first in case.falling]
-    calibration = [np.repeat(load_image(path, of.size)[None], of.batch, 0) for path in split.calibration()]
+    calibration = [load_image(path, of.size)[None] for path in split.calibration()]
     torch.set_num_threads(of.threads)
     points = []
     for kind, budget, rates in settings:
         plain = {f"{kind}, ONNX Runtime fp32": "", **{f"{kind}, OpenVINO {hint}": hint for hint in of.hints}}
         in_torch, rest = f"{kind}, torch fp32", of.hints[-1]
         quantised = {f"{kind}, ONNX Runtime int8": "", f"{kind}, OpenVINO int8, rest {rest}": rest} if of.int8 else {}
-        if not any(of.takes(family, budget) for family in (*plain, in_torch, *quantised)):
-            continue
         tell(f"export {kind}, {budget}")
-        path = tome.export(model, rates, of.size, folder / f"{kind}-{budget}.onnx", of.batch)
+        path = tome.export(model, rates, of.size, folder / f"{kind}-{budget}.onnx")
         macs = float(tome.macs(rates, tokens, width, 4 * width))
         points += _in_engines(path, plain, budget, macs, of)
-        if of.takes(in_torch, budget):
-            points.append(_torch_point(tome.ToMe(model, rates).eval(), in_torch, budget, macs, of))
-        if any(of.takes(family, budget) for family in quantised):
+        points.append(_torch_point(tome.ToMe(model, rates).eval(), in_torch, budget, macs, of))
+        if quantised:
             tell(f"quantise {kind}, {budget}")
             loaded = onnx.load(path)
             del loaded.graph.value_info[:]  # torch's exporter leaves some that shape inference contradicts
@@ -243,8 +207,6 @@ def _in_engines(
     """One file by family: OpenVINO's hint, or "" for ONNX Runtime."""
     points = []
     for family, hint in families.items():
-        if not of.takes(family, budget):
-            continue
         if hint:
             points.append(_openvino_point(path, family, budget, macs, hint, of, precision))
         else:
