@@ -188,13 +188,9 @@ struct Node : Allocated {
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
     Problem problem;
-    if (Run(context, &problem)) Reserve().Fill();
+    SessionCall session(context, &problem, precision);
+    if (!kernel.Compute(Tensors(context, &problem), &problem, &session)) problem.OutOfMemory();
     return problem.Get(name);
-  }
-
-  bool Run(OrtKernelContext* context, Problem* problem) const {
-    SessionCall session(context, problem, precision);
-    return kernel.Compute(Tensors(context, problem), problem, &session) || problem->OutOfMemory();
   }
 
   Kernel kernel{};
@@ -256,10 +252,6 @@ class Domain {
       api.ReleaseCustomOpDomain(domain);
       return nullptr;
     }
-    if (!StatusReserve::HasMemory()) {  // Some may be missing, for want of an error to say so.
-      api.ReleaseCustomOpDomain(domain);
-      return nullptr;
-    }
     OrtCustomOpDomain* first = nullptr;
     if (made_.compare_exchange_strong(first, domain)) return domain;
     api.ReleaseCustomOpDomain(domain);
@@ -307,9 +299,6 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
     return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message);
   }
   Ort::InitApi(api);
-  // Without errors in reserve nothing is registered. If there is not even one to say so, the session knows no operator
-  // of this library: it runs the function bodies in the file, or refuses the file.
-  if (!Reserve().Fill()) return Reserve().Find();
   static Domain float32(SPARSIFINER_FLOAT32), bfloat16(SPARSIFINER_BFLOAT16);
   Problem problem;
   int32_t precision = 0;
@@ -317,5 +306,7 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
     OrtCustomOpDomain* made = (precision == SPARSIFINER_BFLOAT16 ? bfloat16 : float32).Get(&problem);
     if (made == nullptr || !problem.Check(api->AddCustomOpDomain(options, made))) problem.OutOfMemory();
   }
+  // Where there is not even memory to say what is wrong, the session knows no operator of this library: it runs the
+  // function bodies in the file, or refuses the file.
   return problem.Find("library");
 }
