@@ -165,7 +165,9 @@ def run(variant: Variant, subject: Subject) -> dict[str, Any]:
     )
     subject.configure(sparsity, variant.source)
     found = variant.measure(subject)
-    priced = dataclasses.replace(sparsity, dense_layers=variant.changes.get("dense_layers", ()))
+    kept = variant.changes.get("dense_layers", ())
+    shares = tuple(1.0 if layer in kept else sparsity.keep for layer in range(len(subject.layers)))
+    priced = dataclasses.replace(sparsity, keep=shares) if kept else sparsity
     shape = model_shape(subject.model)
     costs, dense = layer_costs(shape, priced), layer_costs(shape, SparsityConfig(keep=1))
     dense_macs = sum(c.attention for c in dense)

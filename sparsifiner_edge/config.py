@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from sparsifiner_edge.bounds import MOST_COUNT, is_number
@@ -36,13 +35,6 @@ def require(condition: bool, what: str, fix: str) -> None:
         raise ConfigError(what, fix)
 
 
-def _are_layers(layers: Sequence[int]) -> bool:
-    """Whether these are distinct indices from 0."""
-    return all(isinstance(layer, int) and 0 <= layer <= MOST_COUNT for layer in layers) and len(set(layers)) == len(
-        layers
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The sizes of one sparse layer over `patches` patch tokens.
@@ -69,13 +61,12 @@ class SparsityConfig:
         preset: "edge": tile-shared key lists, probe predictor and background cells. "paper": the published method
             (Sparsifiner, CVPR 2023), one list per query and nothing else.
         keep: share of the patch keys that each tile of queries reads, in (0, 1]; 1 means dense. Several: of the layers
-            from the first; the last goes on to those left, so that (.1, .1, .25, 1) is dense from layer 3.
+            from the first; the last goes on to those left, so that (1, .1, .25, 1) is dense in layer 0 and from 3 on.
         tile: consecutive queries that share one key list.
         probe: consecutive queries whose mean is the predictor's query; divides `tile`.
         channels: low-rank width c of the predictor, at most the head dimension.
         cells: background cells R that stand for the keys not selected; 0 for none.
         value_power: weight, in the selection, of how far a key's value lies from its cell's mean.
-        dense_layers: indices of layers that keep plain attention.
         token_keep: (layer, share) pairs, layers ascending: after the attention of each such layer only that share of
             the patch tokens is kept, those that the class token attends to most (EViT, ICLR 2022, section 3).
         merge: pairs of patch tokens that become one after the attention of each layer (`sparse.merge`): one rate for
@@ -96,7 +87,6 @@ class SparsityConfig:
     channels: int = 24
     cells: int = 16
     value_power: float = 2.0
-    dense_layers: tuple[int, ...] = ()
     token_keep: tuple[tuple[int, float], ...] = ()
     merge: tuple[int, ...] = ()
     merge_window: int = 16
@@ -128,8 +118,6 @@ class SparsityConfig:
             f"tile {self.tile} is not a multiple of probe {self.probe}.",
             "Choose a probe that divides the tile, such as 4 and 16.",
         )
-        fix = "Give distinct layer indices from 0, such as 0,1."
-        require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
         if self.merge and not any(self.merge):
             object.__setattr__(self, "merge", ())
         self._check_pruning()
@@ -162,7 +150,7 @@ class SparsityConfig:
     def _check_pruning(self) -> None:
         layers = [layer for layer, _ in self.token_keep]
         require(
-            _are_layers(layers) and layers == sorted(layers),
+            all(type(layer) is int and 0 <= layer <= MOST_COUNT for layer in layers) and layers == sorted(set(layers)),
             f"tokens are pruned at layers {layers}.",
             "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7.",
         )
@@ -180,7 +168,7 @@ class SparsityConfig:
 
     def of_share(self, share: float) -> SparsityConfig:
         """The config of a layer that reads this share of its keys."""
-        return dataclasses.replace(self, keep=share, dense_layers=())
+        return dataclasses.replace(self, keep=share)
 
     def layout(self, patches: int, prefix: int = 1) -> Layout:
         """Sizes for `patches` patch tokens after `prefix` others, where one share of keys is for all layers.

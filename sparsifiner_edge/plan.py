@@ -64,7 +64,7 @@ class LayerPlan:
 
     def config(self, base: SparsityConfig) -> SparsityConfig:
         """A student's config that merges and reads by this plan."""
-        return dataclasses.replace(base, merge=self.merge, keep=self.short_keep, dense_layers=())
+        return dataclasses.replace(base, merge=self.merge, keep=self.short_keep)
 
 
 def plan_of(sparsity: SparsityConfig, depth: int, patches: int) -> LayerPlan:
@@ -97,9 +97,7 @@ def _shares(sparsity: SparsityConfig, depth: int) -> tuple[float, ...]:
         f"keep has {len(given)} shares: the model has {depth} layers.",
         f"Give {depth} at most; the last goes on to the layers that are left.",
     )
-    _require_layers("dense layer {} does not exist:", sparsity.dense_layers, depth)
-    shares = [given[min(layer, len(given) - 1)] for layer in range(depth)]
-    return tuple(1.0 if layer in sparsity.dense_layers else share for layer, share in enumerate(shares))
+    return tuple(float(given[min(layer, len(given) - 1)]) for layer in range(depth))
 
 
 def _rates(merge: tuple[int, ...], depth: int) -> list[int]:

@@ -96,7 +96,7 @@ def test_a_classifier_the_whole_way(
 ) -> None:
     """Every command in a process of its own: each needs nothing but the folder that the one before wrote."""
     student, bundle, dense, result = (tmp_path / name for name in ("student", "bundle", "dense", "result.json"))
-    settings = ["--keep", "0.2", "--cells", "4", "--calibrate", pictures]
+    settings = ["--keep", "0.2", "--set", "cells=4", "--calibrate", pictures]
     out = succeeded(process("sparsify", TINY, "--weights", tiny_weights, *settings, "-o", student))
     assert f"{student}: student written" in out
     assert {p.name for p in student.iterdir()} == {"config.json", "model.safetensors"}
@@ -147,7 +147,7 @@ def test_a_rectangle_the_whole_way(
     tmp_path: Path, tiny_weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student, bundle, turned, result = (tmp_path / name for name in ("student", "bundle", "turned", "result.json"))
-    settings = ["--weights", tiny_weights, "--cells", 4, "--calibrate", pictures]
+    settings = ["--weights", tiny_weights, "--set", "cells=4", "--calibrate", pictures]
     succeeded(call(capsys, "sparsify", TINY, "--img-size", 96, 160, *settings, "-o", student))
     config = json.loads((student / "config.json").read_text())
     assert config["img_size"] == config["provenance"]["calibration"]["img_size"] == [96, 160]

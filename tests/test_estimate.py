@@ -31,11 +31,11 @@ from tests.plain import estimate_bundle, read_result
     [
         DENSE,
         EDGE,
-        SparsityConfig(keep=0.25, dense_layers=(0, 3)),
+        SparsityConfig(keep=(1, 0.25, 0.25, 1, 0.25)),
         SparsityConfig(keep=1, token_keep=((3, 0.7), (6, 0.7))),
         SparsityConfig(keep=0.2, token_keep=((2, 0.5),)),
         SparsityConfig(keep=1, merge=(20, 0)),
-        SparsityConfig(keep=(0.1, 0.2, 1.0), merge=(12,), dense_layers=(1,)),
+        SparsityConfig(keep=(0.1, 1.0, 0.2, 1.0), merge=(12,)),
         SparsityConfig.for_preset("paper", keep=0.25, channels=32),
     ],
 )

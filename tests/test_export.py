@@ -200,12 +200,12 @@ def test_fixed_batch_of_two(folder: Path, tmp_path: Path) -> None:
             ("test_vit3", SparsityConfig(keep=0.2, cells=0, channels=8), {}),
             (
                 "deit_tiny_distilled_patch16_224",
-                SparsityConfig(keep=0.3, cells=3, dense_layers=(0, 1)),
+                SparsityConfig(keep=(1, 1, 0.3), cells=3),
                 {"img_size": 96},
             ),
             ("vit_small_patch14_reg4_dinov2", SparsityConfig(keep=0.3, cells=5), {"img_size": 98}),
             ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, cells=5), {"img_size": 96}),
-            ("vit_small_patch16_dinov3", SparsityConfig(keep=0.3, cells=5, dense_layers=(1,)), {"img_size": 96}),
+            ("vit_small_patch16_dinov3", SparsityConfig(keep=(0.3, 1, 0.3), cells=5), {"img_size": 96}),
             ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, cells=5), {"img_size": 98}),
             ("vit_small_patch16_rope_mixed_224", SparsityConfig(keep=0.3, cells=5), {"img_size": 96}),
         ]
@@ -215,7 +215,9 @@ def test_architectures(name: str, sparsity: SparsityConfig, options: dict[str, A
     made = load_student(save_student(student(name, sparsity, **options), tmp_path / "s"))
     manifest = manifest_of(export_shallow(made, tmp_path / "b", depth=3))
     expected = {"sparsifiner::KeySelect", "sparsifiner::SparseAttention"}
-    assert set(manifest["ops"]) == expected | ({"sparsifiner::DenseAttention"} if sparsity.dense_layers else set())
+    assert set(manifest["ops"]) == expected | (
+        {"sparsifiner::DenseAttention"} if isinstance(sparsity.keep, tuple) else set()
+    )
     assert all(o["least_row_cosine"] >= 0.9999 for o in manifest["check"]["outputs"].values())
 
 
@@ -343,7 +345,7 @@ def test_onnx_runtime_1_21_runs_every_structure(bundle: Path, dense: Path, tmp_p
     made = {"sparse": bundle, "dense": dense}
     for name, sparsity, options in (
         ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, cells=0), {"img_size": 96}),
-        ("test_vit", SparsityConfig(keep=0.3, cells=5, channels=8, dense_layers=(1,)), {}),
+        ("test_vit", SparsityConfig(keep=(0.3, 1, 0.3), cells=5, channels=8), {}),
         ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, cells=4, merge=(6, 0)), {"img_size": 112}),
     ):
         made[name] = export_shallow(with_density(student(name, sparsity, **options)), tmp_path / name, batch="dynamic")

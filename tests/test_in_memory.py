@@ -87,7 +87,7 @@ def test_a_predictor_learns_at_sixteen_patches_a_side_whatever_is_given() -> Non
     ("name", "options", "settings"),
     [
         (TINY, {}, {}),
-        (TINY, {}, {"keep": 0.1, "dense_layers": (0, 2), "token_keep": ((3, 0.7),)}),
+        (TINY, {}, {"keep": (1, 0.1, 1, 0.1), "token_keep": ((3, 0.7),)}),
         (TINY, {}, {"preset": "paper"}),
         (TINY, {}, {"keep": 1.0, "token_keep": ((3, 0.5),)}),
         ("deit_tiny_distilled_patch16_224", {"depth": 2}, {}),
@@ -196,7 +196,7 @@ def test_places_of_pruned_tokens_are_not_guessed_where_a_hook_returns_others() -
         (vit, {"keep": 2.0}, ConfigError, "keep is 2.0"),
         (vit, {"channels": 33}, ConfigError, "exceed the head dimension"),
         (vit, {"tile": 128}, ConfigError, "tile 128 exceeds the 100 patches"),
-        (vit, {"dense_layers": (6,)}, ConfigError, "dense layer 6 does not exist"),
+        (vit, {"keep": (0.1,) * 6 + (1.0,)}, ConfigError, "keep has 7 shares"),
         (lambda: vit("eva02_tiny_patch14_224", depth=2), {"token_keep": ((1, 0.5),)}, ConfigError, "no rotary"),
         (vit, {"calibrate": []}, ConfigError, "There is no image"),
         (vit, {"calibrate": torch.zeros(2, 160, 160)}, ConfigError, "are float32 [2, 160, 160]"),

@@ -219,7 +219,7 @@ def test_sparsify_writes_what_is_pruned(tmp_path: Path, tiny_weights: Path) -> N
 
 @pytest.mark.everything
 def test_the_command_line_prunes(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = ["sparsify", TINY, "--weights", tiny_weights, "--cells", 4, "-o", tmp_path / "s"]
+    plain = ["sparsify", TINY, "--weights", tiny_weights, "--set", "cells=4", "-o", tmp_path / "s"]
     assert_refused(call(capsys, *plain, "--token-keep", "3"), "token_keep holds '3'", "3:.7,6:.7")
     assert_refused(call(capsys, *plain, "--token-keep", "7:.5"), "layer 7: the model has 6 layers")
     assert_refused(call(capsys, *plain, "--token-keep", "3:1.5"), "outside (0, 1)")

@@ -16,9 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.table import Table
 from rich.text import Text
 
-from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, whole_number
+from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of
 from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
-from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.progress import Progress
@@ -79,18 +78,6 @@ def _require_file(_: click.Context, __: click.Parameter, value: Path | None) -> 
     if value is not None:
         require_file_path(value)
     return value
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """ "0,1" -> (0, 1).
-
-    Raises:
-        ConfigError: not a list of layers.
-    """
-    try:
-        return tuple(whole_number(part, "layer") for part in text.split(",") if part.strip())
-    except ConfigError as error:
-        raise ConfigError(f"dense layers are {text!r}.", "Give layer indices from 0, such as 0,1.") from error
 
 
 def parse_pruning(_: click.Context, __: click.Parameter, value: str | None) -> Any:

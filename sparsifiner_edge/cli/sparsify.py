@@ -7,8 +7,20 @@ from typing import Any
 
 import click
 
+from sparsifiner_edge.bounds import whole_number
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_text
+
+_SIZES = ("tile", "probe", "channels", "cells", "merge_window")
+
+
+def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """What `--set` says, by name."""
+    pairs = [value.partition("=")[::2] for value in values]
+    for name, _number in pairs:
+        if name not in _SIZES:
+            raise click.BadParameter(f"{name!r:.80} is none of {', '.join(_SIZES)}: give one as tile=8.")
+    return {name: whole_number(number, name) for name, number in pairs}
 
 
 @click.command(cls=common.SizedCommand)
@@ -19,11 +31,6 @@ from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_te
 @click.option("--keep", callback=common.parse_keeping, metavar="SHARE|SHARE,...",
               help="Share of keys each tile reads, 1 is dense; or shares of the layers from the first, such as "
                    ".1,.1,.25,1: the last goes on. By default 0.25, with --merge what suits the size.")  # fmt: skip
-@click.option("--tile", type=int, help="Consecutive queries that share one key list (edge: 16).")
-@click.option("--probe", type=int, help="Queries averaged to ask the predictor (edge: 8).")
-@click.option("--channels", type=int, help="Low-rank width of the predictor (edge: 24).")
-@click.option("--cells", type=int, help="Background cells; by default 1.5 times the root of the patches, at most 49.")
-@click.option("--dense-layers", default="", help="Layers that stay dense, such as 0,1.")
 @click.option("--token-keep", default="", callback=common.parse_pruning, metavar="LAYER:SHARE,...",
               help="Prune tokens, such as 3:.7,6:.7,9:.7.")  # fmt: skip
 @click.option(
@@ -34,11 +41,13 @@ from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_te
     metavar="N|FIRST..LAST",
     help="Tokens that each layer merges with their like: one rate, the first and the last layer's, or a list.",
 )
-@click.option("--merge-window", type=int, help="Partners along the curve that a token is compared with (16).")
+@click.option("--set", "settings", multiple=True, callback=_settings, metavar="NAME=NUMBER",
+              help="A size that is seldom set: tile, probe, channels, cells, merge_window (docs/selection.md).",
+)  # fmt: skip
 @click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
 @common.normalise_options
 @common.output_option("Student folder to write.")
-def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> None:
+def command(*, model: str, output: Path, settings: dict[str, int], **options: Any) -> None:
     """Make MODEL sparse, without training, and write a student folder.
 
     MODEL is timm's name of a vision transformer, a folder or hub name of Hugging Face's, or package.module:factory, a
@@ -46,9 +55,8 @@ def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> N
     """
     import sparsifiner_edge
 
-    layers = common.parse_layers(dense_layers)
     with common.progress_bar("sparsify") as progress:
-        folder = sparsifiner_edge.sparsify(model, output, dense_layers=layers, progress=progress, **options)
+        folder = sparsifiner_edge.sparsify(model, output, progress=progress, **settings, **options)
     from sparsifiner_edge.sparse.student_file import read_config  # once the extra `train` is known to be there
 
     config = read_config(folder)

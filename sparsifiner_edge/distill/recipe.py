@@ -104,11 +104,9 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ConfigError: no such keep, merge or token_keep; or other pruning than the student's own is to be learnt.
         """
-        keep, dense = parse_keep(self.keep) if self.keep else student.keep, student.dense_layers
-        if student.keep == 1:  # Layers that are dense have no predictor, and stay dense.
-            keep = 1
-        elif self.keep:
-            dense = () if isinstance(keep, tuple) else tuple(n for n, share in enumerate(plan.keep) if share == 1)
+        keep = parse_keep(self.keep) if self.keep and student.keep != 1 else student.keep
+        if isinstance(keep, float):  # Layers that are dense have no predictor, and stay dense.
+            keep = tuple(1.0 if share == 1 else keep for share in plan.keep) if self.keep else keep
         merge = parse_merge(self.merge) if self.merge else student.merge
         pruned = parse_token_keep(self.token_keep) or student.token_keep
         if student.token_keep not in ((), pruned):
@@ -116,7 +114,7 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"A budget's token_keep is {self.token_keep}, but this student prunes tokens by itself.",
                 "Leave it out, or begin with a student that keeps all tokens.",
             )
-        return dataclasses.replace(student, keep=keep, dense_layers=dense, merge=merge, token_keep=pruned)
+        return dataclasses.replace(student, keep=keep, merge=merge, token_keep=pruned)
 
 
 class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -23,6 +23,7 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.graph import to_onnx
 from sparsifiner_edge.export.piece_times import Piece, piece_times
 from sparsifiner_edge.images import load_image
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
@@ -51,9 +52,9 @@ def changed(
     if measured_in is not None and sparse_layers(student.model):
         measured = changes["measured"] = keep_dense_where_slower(student.model, measured_in)
         kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
-        dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
-        sparsity = dataclasses.replace(student.sparsity, dense_layers=dense)
-        student = dataclasses.replace(student, sparsity=sparsity)
+        plan = plan_of(student.sparsity, len(student.backbone.layers), student.backbone.patches)
+        shares = (1.0 if layer in kept else share for layer, share in enumerate(plan.keep))
+        student = dataclasses.replace(student, sparsity=dataclasses.replace(student.sparsity, keep=tuple(shares)))
     return student, changes
 
 

@@ -83,7 +83,7 @@ def sparsity_section(data: ReportData, manifests: Sequence[LabelledManifest]) ->
 
 
 _SETTINGS = (
-    "preset", "keep", "tile", "probe", "channels", "cells", "dense_layers", "token_keep",
+    "preset", "keep", "tile", "probe", "channels", "cells", "token_keep",
     "merged",
 )  # fmt: skip
 

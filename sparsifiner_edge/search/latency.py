@@ -156,7 +156,7 @@ def measured(student: Student, engine: Deployment, progress: Progress | None = N
     } | {
         ("merging", n): merging_piece(geometry, prefix, sparsity.merge_window, n, backbone.width, whole) for n in few
     }  # fmt: skip
-    layers = {share: dataclasses.replace(sparsity, keep=share, dense_layers=(), merge=(1,)) for share in SHARES}
+    layers = {share: dataclasses.replace(sparsity, keep=share, merge=(1,)) for share in SHARES}
     ours = {
         (name_of(share), n): attention_piece(geometry, prefix, n, layer, n != whole)
         for n in patches
@@ -185,7 +185,7 @@ def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
         ConfigError: the board has no arithmetic for the precision.
     """
     shape, gpu = model_shape(student.model), board.kind == "gpu"
-    base = dataclasses.replace(student.sparsity, keep=1.0, dense_layers=(), merge=())
+    base = dataclasses.replace(student.sparsity, keep=1.0, merge=())
 
     def costs(patches: int, sparsity: SparsityConfig) -> list[Cost]:
         one = dataclasses.replace(shape, depth=1, patches=patches)

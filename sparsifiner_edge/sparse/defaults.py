@@ -31,7 +31,6 @@ class SparsityOptions(TypedDict, total=False):
     probe: int | None
     channels: int | None
     cells: int | None
-    dense_layers: tuple[int, ...]
     token_keep: tuple[tuple[int, float], ...]
     merge: int | tuple[int, ...]
     merge_window: int | None

@@ -51,13 +51,12 @@ def test_numbers_that_no_command_takes(
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        (["--dense-layers", DIGITS], ["dense layers are '999"]),
         (["--token-keep", f"{DIGITS}:.7"], ["token_keep holds '999"]),
         (["--token-keep", "٣:.7"], ["token_keep holds"]),
         (["--token-keep", "3:nan"], ["token_keep holds '3:nan'"]),
         (["--token-keep", "3:٠.٧"], ["token_keep holds"]),
-        (["--tile", "9" * 30], ["tile is 999"]),
-        (["--cells", "9" * 30], ["cells is 999"]),
+        (["--set", "tile=" + "9" * 30], ["tile is 999"]),
+        (["--set", "cells=" + "9" * 30], ["cells is 999"]),
         (["--img-size", "64000"], ["--img-size", "is not in the range"]),
     ],
 )
@@ -78,7 +77,7 @@ def test_overrides_that_are_no_numbers(name: str, value: str) -> None:
     "fields",
     [
         {"keep": True}, {"value_power": 10**400}, {"value_power": 1e308}, {"basis_threshold": 10**400},
-        {"dense_layers": [True]}, {"token_keep": [[True, 0.5]]}, {"tile": 2**40, "probe": 1}, {"keep": 10**400},
+        {"token_keep": [[True, 0.5]]}, {"tile": 2**40, "probe": 1}, {"keep": 10**400},
     ],
 )  # fmt: skip
 def test_settings_that_are_no_numbers(fields: dict[str, Any]) -> None:

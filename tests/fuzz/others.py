@@ -166,7 +166,7 @@ USAGES = (
     ("report {good}/results/profile.json -o {work}/page.html", "--price-kwh --lang --currency"),
     (
         "sparsify test_vit --weights {good}/weights.safetensors -o {work}/made",
-        "--keep --tile --probe --channels --cells --dense-layers --token-keep --img-size",
+        "--keep --set --token-keep --img-size",
     ),
     ("export {good}/student -o {work}/made", "--keep --tile --probe --batch --token-keep --precision --board"),
     (

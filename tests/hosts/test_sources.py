@@ -55,7 +55,7 @@ def test_from_folder_to_bundle_on_the_command_line(
     tmp_path: Path, dinov2: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student, better, bundle, dense = (tmp_path / name for name in ("student", "better", "bundle", "dense"))
-    done = process("sparsify", dinov2, "--keep", ".5", "--channels", "8", "--calibrate", pictures, "-o", student)
+    done = process("sparsify", dinov2, "--keep", ".5", "--set", "channels=8", "--calibrate", pictures, "-o", student)
     assert done.code == 0, done
     done = process("distill", student, "--data", pictures, "--set", "distil.steps=2", "--set", "images.held_out=1",
                    "--set", "reconstruct.steps=1", "-o", better)  # fmt: skip
@@ -127,7 +127,7 @@ def test_a_processor_that_does_not_normalise(tmp_path: Path) -> None:
 
 def test_a_users_function(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student, bundle = tmp_path / "student", tmp_path / "bundle"
-    done = process("sparsify", f"{HERE}:segmenter", "--keep", ".5", "--channels", "8", "--merge", "2",
+    done = process("sparsify", f"{HERE}:segmenter", "--keep", ".5", "--set", "channels=8", "--merge", "2",
                    "--calibrate", pictures, "-o", student)  # fmt: skip
     assert done.code == 0, done
     assert_refused(call(capsys, "export", student, "-o", bundle), f"made by the code of '{HERE}'", f"--trust {HERE}")
