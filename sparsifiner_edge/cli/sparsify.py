@@ -47,7 +47,7 @@ def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 @click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
 @common.normalise_options
 @common.output_option("Student folder to write.")
-def command(*, model: str, output: Path, settings: dict[str, int], **options: Any) -> None:
+def command(*, model: str, output: Path, settings: dict[str, Any], **options: Any) -> None:
     """Make MODEL sparse, without training, and write a student folder.
 
     MODEL is timm's name of a vision transformer, a folder or hub name of Hugging Face's, or package.module:factory, a
