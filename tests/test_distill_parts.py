@@ -234,8 +234,7 @@ def test_budgets_are_those_of_the_student_but_for_what_they_say() -> None:
     plan = plan_of(sparsity, 6, 100)
     assert Budget().config(sparsity, plan) == sparsity
     few = Budget(keep="0.1", merge="0").config(sparsity, plan)
-    assert (few.keep, few.merge) == (0.1, ())
-    assert few.dense_layers == (2, 3, 4, 5), "layers that are dense have no predictor"
+    assert (few.keep, few.merge) == ((0.1, 0.1, 1, 1, 1, 1), ()), "layers that are dense have no predictor"
     assert Budget(keep=".1,.2", merge="20..0").config(sparsity, plan).keep == (0.1, 0.2)
     pruning = SparsityConfig(keep=1, token_keep=((2, 0.7),))
     plan = plan_of(pruning, 6, 100)
