@@ -20,8 +20,7 @@ from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.cuda.driver import too_new
 from sparsifiner_edge.runtime.cuda.support import CudaSupport, cuda_support
-from sparsifiner_edge.runtime.onnxruntime.backend import CUDA, OnnxRuntime
-from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK
+from sparsifiner_edge.runtime.onnxruntime.session import CUDA, FALLBACK, OnnxRuntime
 from sparsifiner_edge.runtime.openvino.session import OpenVino
 from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend

@@ -73,7 +73,7 @@ def test_onnxruntime_needs_no_file(tiny: Path, capsys: pytest.CaptureFixture[str
 
 @needs_rtx
 def test_json_and_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("build", tiny, "--backend", RTX, "--compute-capability", "8.6", "--max-batch", 4)
+    arguments = ("build", tiny, "--backend", RTX, "--compute-capability", "8.6", "--batch", "1,1,4")
     outcome = call(capsys, *arguments, "--json")
     result = json.loads(outcome.out)
     assert outcome.code == 0
@@ -108,11 +108,11 @@ def test_a_signature_that_no_longer_holds_is_said(tiny: Path, capsys: pytest.Cap
         (["--backend", RTX, "--compute-capability", "8.7"], "builds nothing for compute capability 8.7"),
         (["--backend", RTX, "--compute-capability", "7.5"], "builds nothing for compute capability 7.5"),
         (
-            ["--backend", RTX, "--compute-capability", "8.6", "--min-batch", "4", "--max-batch", "2"],
+            ["--backend", RTX, "--compute-capability", "8.6", "--batch", "4,4,2"],
             "batch sizes are 4",
         ),
-        (["--backend", RTX, "--compute-capability", "8.6", "--option", "level"], "'level' is not NAME=VALUE"),
-        (["--backend", RTX, "--compute-capability", "8.6", "--option", "level=5"], "unknown key level"),
+        (["--backend", RTX, "--compute-capability", "8.6", "--batch", "1,2"], "'1,2' is neither a size nor three"),
+        (["--backend", RTX, "--compute-capability", "8.6", "--kernels", "native"], "takes no CUDA kernels of others"),
         (["--backend", RTX, "--timeout", "0"], "--timeout"),
     ],
 )

@@ -115,7 +115,7 @@ def test_pycuda_runs_without_graphs_and_in_one_thread(monkeypatch):
     ["cudaStreamCreateWithFlags", "cudaEventCreate", "cudaHostAlloc", "cudaHostGetDevicePointer", "cudaMalloc"],
 )
 def test_a_failure_while_opening_leaves_nothing(monkeypatch, function):
-    gpu = Gpu(integrated=False)
+    gpu = Gpu(integrated=function == "cudaHostGetDevicePointer")
     install_cuda(monkeypatch, gpu)
     driver = open_driver()
     gpu.fail[function] = "cudaErrorMemoryAllocation"
@@ -183,8 +183,8 @@ def test_memory_that_is_not_there(monkeypatch, package):
     install_cuda(monkeypatch, Gpu(memory=100, integrated=False), package)
     driver = open_driver()
     assert driver.free_bytes() == 100
-    with pytest.raises(BackendError, match=r"(?s)to allocate 101 bytes.*out of memory: end other programs"):
-        driver.allocate(101, ExitStack())
+    with pytest.raises(BackendError, match=r"(?s)to make 101 pinned bytes.*out of memory: end other programs"):
+        driver.pinned(101, ExitStack())
 
 
 def test_no_package_gives_the_pip_command(monkeypatch):

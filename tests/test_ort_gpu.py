@@ -15,8 +15,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.onnxruntime.backend import CUDA, OnnxRuntime
-from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK, OrtSession, Provider
+from sparsifiner_edge.runtime.onnxruntime.session import CUDA, FALLBACK, OnnxRuntime
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
 from tests.tiny import make_bundle
@@ -57,8 +56,6 @@ def test_a_silent_fallback_is_an_error(bundle, gpu_build, monkeypatch):
         warnings.simplefilter("ignore", UserWarning)
         with pytest.raises(BackendError, match=rf"(?s){CUDA} does not start.*CPUExecutionProvider instead"):
             BACKEND.open(open_bundle(bundle))
-        with pytest.raises(BackendError, match="NoSuchProvider"):
-            OrtSession(bundle, (bundle / "model.onnx").read_bytes(), provider=Provider("NoSuchProvider"))
 
 
 def test_what_runs_is_said_and_all_else_refused(tmp_path, bundle, gpu_build, monkeypatch):
@@ -101,12 +98,12 @@ def test_standard_output_stays_clean(bundle):
         "onnxruntime.preload_dlls = lambda: print('Failed to load libcudnn')\n"
         "onnxruntime.get_available_providers = lambda: ['CUDAExecutionProvider']\n"
         "from sparsifiner_edge.execution import Execution\n"
-        "from sparsifiner_edge.runtime.onnxruntime import backend\n"
+        "from sparsifiner_edge.runtime.onnxruntime import session\n"
         "from sparsifiner_edge.runtime.cuda import CudaDevice\n"
-        "backend.probe = lambda: CudaDevice('x', (8, 7), 1, True, '12.6')\n"
+        "session.probe = lambda: CudaDevice('x', (8, 7), 1, True, '12.6')\n"
         "from pathlib import Path\n"
         "from sparsifiner_edge.bundle.store import open_bundle\n"
-        "try: backend.OnnxRuntime(Execution(provider='cuda')).open(open_bundle(Path(sys.argv[1])))\n"
+        "try: session.OnnxRuntime(Execution(provider='cuda')).open(open_bundle(Path(sys.argv[1])))\n"
         "except Exception as error: print(json.dumps(str(error)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)

@@ -169,14 +169,6 @@ def test_an_altered_bundle_is_refused(tmp_path):
         open_session(folder)
 
 
-def test_a_newer_bundle_is_refused(tmp_path):
-    folder = make_bundle(tmp_path / "b")
-    manifest = json.loads((folder / BUNDLE_FILE).read_text())
-    (folder / BUNDLE_FILE).write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(ArtifactError, match="schema 99"):
-        open_session(folder)
-
-
 @pytest.mark.parametrize("content", [b"", b"not a model", None])
 def test_a_corrupt_model_is_a_message(tmp_path, content):
     folder = make_bundle(tmp_path / "b")
@@ -187,12 +179,6 @@ def test_a_corrupt_model_is_a_message(tmp_path, content):
         open_session(folder)
 
 
-def test_golden_reports_the_difference(bundle):
-    with open_session(bundle) as session:
-        report = check_golden(session, open_bundle(bundle))
-    assert report["features"]["range_relative_error"] <= report["features"]["tolerance"] == 1e-5
-
-
 def spoil_golden(folder, spoil):
     with np.load(folder / "golden.npz") as file:
         arrays = {key: file[key] for key in file.files}
@@ -200,18 +186,6 @@ def spoil_golden(folder, spoil):
     np.savez(folder / "golden.npz", **arrays)
     reseal(folder)
     return arrays["output.features"]
-
-
-def test_golden_names_the_worst_element(tmp_path):
-    folder = make_bundle(tmp_path / "b")
-
-    def spoil(features):
-        features[0, 3] += 0.01 * np.ptp(features)
-        return features
-
-    spoil_golden(folder, spoil)
-    with open_session(folder) as session, pytest.raises(GateError, match=r"'features' differs .*worst at \[0, 3\]"):
-        check_golden(session, open_bundle(folder))
 
 
 def test_golden_error_is_relative_to_the_range(tmp_path):
@@ -224,9 +198,14 @@ def test_golden_error_is_relative_to_the_range(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"), [(lambda f: f * np.nan, "differs from golden by inf"), (lambda f: f[:, :-1], "has shape")]
+    ("spoil", "message"),
+    [
+        (lambda f: f + 0.01 * np.ptp(f) * (np.arange(f.size).reshape(f.shape) == 3), r"differs .*worst at \[0, 3\]"),
+        (lambda f: f * np.nan, "differs from golden by inf"),
+        (lambda f: f[:, :-1], "has shape"),
+    ],
 )
-def test_golden_refuses_nan_and_another_shape(tmp_path, spoil, message):
+def test_golden_refuses_what_differs(tmp_path, spoil, message):
     folder = make_bundle(tmp_path / "b")
     spoil_golden(folder, spoil)
     with open_session(folder) as session, pytest.raises(GateError, match=message):
@@ -260,7 +239,7 @@ def test_a_backend_is_found_by_its_name_and_loads_no_other():
         assert find_backend(Execution(backend=name)).name == name
     code = "import sys; from sparsifiner_edge.runtime.open import Execution, find_backend; find_backend(Execution())\n"
     loaded = in_fresh_python(code + "print(*sys.modules)").stdout.split()
-    assert "sparsifiner_edge.runtime.onnxruntime.backend" in loaded
+    assert "sparsifiner_edge.runtime.onnxruntime.session" in loaded
     assert not any(name.startswith("sparsifiner_edge.runtime.tensorrt") for name in loaded)
 
 
@@ -285,7 +264,7 @@ def foreign(tmp_path, monkeypatch):
     points = "foreign = foreign:Foreign\nbroken = foreign:Missing\nno-backend = foreign:NUMBER\n"
     (info / "entry_points.txt").write_text(f"[sparsifiner_edge.backends]\n{points}")
     (tmp_path / "site" / "foreign.py").write_text(
-        "from sparsifiner_edge.runtime.onnxruntime.backend import OnnxRuntime\n"
+        "from sparsifiner_edge.runtime.onnxruntime.session import OnnxRuntime\n"
         "NUMBER = 1\n"
         "class Foreign(OnnxRuntime):\n"
         "    name = 'foreign'\n"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.artifacts import SIGNATURE_FILE, new_folder
+from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bundle.sign import generate_key, read_signature, require_signature, sign_bundle
 from sparsifiner_edge.bundle.store import bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError
@@ -102,23 +102,19 @@ def an_engine(folder: Path) -> None:
     ("alter", "said"),
     [
         (lambda folder: (folder / SIGNATURE_FILE).unlink(), "is not signed"),
-        (lambda folder: flip(folder / "model.onnx"), "does not match its SHA-256"),
         (other_model, "was changed after it was signed"),
         (lambda folder: reseal(folder, name="another"), "was changed after it was signed"),
         (an_engine, "building an engine changes it"),
         (extra_kernels, "also holds kernels/sm87.json"),
         (lambda folder: (folder / "link").symlink_to("model.onnx"), "also holds link"),
         (link_signature, "outside itself"),
-        (lambda folder: (folder / "golden.npz").unlink(), "is missing"),
         (signature(signature="AAAA"), "was changed after"),
-        (signature(signature="*no base 64*"), "was changed after"),
         (signature(signature="\N{SNOWMAN}"), "was changed after"),
         (signature(signature=None), "signature is null, not str"),
         (signature(algorithm="none"), 'algorithm is "none"'),
         (signature(schema_version=2), "has schema 2"),
         (lambda folder: (folder / SIGNATURE_FILE).write_bytes(b"\xff{"), "cannot be read"),
         (lambda folder: instead(folder / SIGNATURE_FILE, os.mkfifo), "is not a regular file"),
-        (lambda folder: instead(folder / "manifest.json", os.mkfifo), "is not a regular file"),
         (lambda folder: instead(folder / SIGNATURE_FILE, lambda p: p.symlink_to("/dev/null")), "outside itself"),
         (shutil.rmtree, "is not"),
     ],
@@ -145,22 +141,6 @@ def test_the_key_that_is_claimed_proves_nothing(signed: Path, keys: Path) -> Non
     signature(key=mine.key)(signed)
     with pytest.raises(ArtifactError, match="was changed after it was signed"):
         require_signature(signed, keys / "key.pub")
-
-
-def test_a_signed_bundle_can_be_replaced(signed: Path) -> None:
-    with new_folder(signed, "bundle") as folder:
-        make_bundle(folder / "b").rename(folder.parent / "made")
-        for path in (folder.parent / "made").iterdir():
-            path.rename(folder / path.name)
-    assert read_signature(signed) is None
-    assert open_bundle(signed).manifest.name == "b"
-
-
-def test_a_signature_of_another_bundle(signed: Path, keys: Path, tmp_path: Path) -> None:
-    other = make_bundle(tmp_path / "other", width=4)
-    shutil.copyfile(signed / SIGNATURE_FILE, other / SIGNATURE_FILE)
-    with pytest.raises(ArtifactError, match="was changed after it was signed"):
-        require_signature(other, keys / "key.pub")
 
 
 def test_only_whole_bundles_are_signed(tmp_path: Path, keys: Path) -> None:

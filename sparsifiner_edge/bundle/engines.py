@@ -7,12 +7,11 @@ deserialised: deserialising runs native code.
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -107,22 +106,14 @@ class Engine(msgspec.Struct, frozen=True):
         return f"{self.backend} {self.version} for {self.compute_capability}"
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineDevice:
-    """The machine that would run an engine.
-
-    Attributes:
-        version: of the backend's package there.
-        compute_capability: of its GPU, such as "8.6"; "" where it is not known yet.
-        name: of its GPU, for messages.
+class EngineDevice(NamedTuple):
+    """What would run an engine on this machine: the version of its backend's package; the GPU's compute capability,
+    such as "8.6", "" where it is not known yet; the GPU's name, for messages.
     """
 
-    backend: str
     version: str
-    compute_capability: str
+    compute_capability: str = ""
     name: str = "this GPU"
-    os: str = dataclasses.field(default_factory=lambda: system()[0])
-    cpu: str = dataclasses.field(default_factory=lambda: system()[1])
 
 
 def system() -> tuple[str, str]:
@@ -146,9 +137,9 @@ def parse_capability(text: str) -> str:
 
 def mismatches(engine: Engine, device: EngineDevice) -> list[str]:
     """Why an engine does not run on a device; empty where it does."""
-    reasons = []
-    if (engine.os, engine.cpu) != (device.os, device.cpu):
-        reasons.append(f"built for {engine.os} on {engine.cpu}, this is {device.os} on {device.cpu}")
+    (os, cpu), reasons = system(), []
+    if (engine.os, engine.cpu) != (os, cpu):
+        reasons.append(f"built for {engine.os} on {engine.cpu}, this is {os} on {cpu}")
     if engine.version != device.version:
         reasons.append(f"built by {engine.backend} {engine.version}, installed is {device.version}")
     if device.compute_capability not in ("", engine.compute_capability):
@@ -158,8 +149,8 @@ def mismatches(engine: Engine, device: EngineDevice) -> list[str]:
     return reasons
 
 
-def fitting_engine(engines: Sequence[Engine], device: EngineDevice, folder: Path) -> Engine:
-    """The engine built last that runs on a device.
+def fitting_engine(engines: Sequence[Engine], backend: str, device: EngineDevice, folder: Path) -> Engine:
+    """The engine of a backend built last that runs on a device.
 
     Args:
         engines: of a manifest. folder: the bundle, for messages.
@@ -167,14 +158,14 @@ def fitting_engine(engines: Sequence[Engine], device: EngineDevice, folder: Path
     Raises:
         BackendError: no engine runs there; the message says why not, and which command builds one.
     """
-    candidates = [engine for engine in engines if engine.backend == device.backend]
+    candidates = [engine for engine in engines if engine.backend == backend]
     for engine in reversed(candidates):
         if not mismatches(engine, device):
             return engine
-    fix = f"On a machine like this one: sparsifiner-edge build {folder} --backend {device.backend}"
+    fix = f"On a machine like this one: sparsifiner-edge build {folder} --backend {backend}"
     if device.compute_capability:
         fix += f" --compute-capability {device.compute_capability}"
     if not candidates:
-        raise BackendError(f"{folder} holds no engine for {device.backend}.", fix)
+        raise BackendError(f"{folder} holds no engine for {backend}.", fix)
     reasons = "; ".join(f"{engine.file}: {', '.join(mismatches(engine, device))}" for engine in candidates)
     raise BackendError(f"No engine of {folder} runs here. {reasons}.", fix)

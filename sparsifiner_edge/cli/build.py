@@ -15,35 +15,33 @@ from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
     from sparsifiner_edge.bundle.engines import Engine
-    from sparsifiner_edge.runtime.backend import Option
     from sparsifiner_edge.runtime.build import BuildResult
 
-_BATCH = click.IntRange(1, MOST_BATCH)
-_MOST_OPTION = (1 << 59) - 1
-"""A workspace of half an exabyte."""
+
+def _batch(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
+    """ "4" -> (4, 4, 4); "1,2,8" -> (1, 2, 8)."""
+    if value is None:
+        return None
+    sizes = [whole_number(part, "--batch", most=MOST_BATCH) for part in value.split(",")]
+    if len(sizes) not in (1, 3):
+        raise click.BadParameter(f"{value!r} is neither a size nor three: LEAST,BEST,MOST.")
+    return sizes[0], sizes[len(sizes) // 2], sizes[-1]
 
 
 @click.command()
 @common.bundle_argument
 @click.option("--compute-capability", metavar="X.Y,...",
               help="GPUs to build for, such as 8.6,8.9; by default this machine's.")  # fmt: skip
-@click.option("--min-batch", type=_BATCH, help="For a dynamic batch: the least size; by default 1.")
-@click.option("--opt-batch", type=_BATCH, help="The size that it is tuned for; by default the least.")
-@click.option("--max-batch", type=_BATCH, help="The greatest size; by default 8.")
+@click.option("--batch", metavar="SIZE|LEAST,BEST,MOST", callback=_batch,
+              help="For a dynamic batch: sizes that an engine takes, tuned for BEST.  [default: 1,1,8]")  # fmt: skip
 @click.option("--timeout", "timeout_s", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
               help="Seconds that one candidate of an engine may take.  [600; 1800 on a Jetson]")  # fmt: skip
-@click.option("--option", "options", metavar="NAME=VALUE", multiple=True,
-              help="A setting of one backend, such as optimisation_level=5; may be repeated.")  # fmt: skip
 @common.execution_options
 @common.json_option
 def command(
     *,
     bundle: Path,
     compute_capability: str | None,
-    min_batch: int | None,
-    opt_batch: int | None,
-    max_batch: int | None,
-    options: tuple[str, ...],
     as_json: bool,
     **passed: Any,
 ) -> None:
@@ -57,8 +55,6 @@ def command(
         result = sparsifiner_edge.build_engine(
             bundle,
             compute_capabilities=compute_capability.split(",") if compute_capability is not None else (),
-            batch=_batch(min_batch, opt_batch, max_batch),
-            options=dict(map(_option, options)),
             progress=progress,
             **passed,
         )
@@ -69,25 +65,6 @@ def command(
             f"sparsifiner-edge bundle sign {bundle} --key KEY",
             err=True,
         )
-
-
-def _batch(least: int | None, best: int | None, most: int | None) -> tuple[int, int, int] | None:
-    """Sizes that are left out follow those given; none at all: None."""
-    if least is best is most is None:
-        return None
-    least = least or 1
-    best = best or least
-    return least, best, most or max(best, 8)
-
-
-def _option(text: str) -> tuple[str, Option]:
-    """ "level=5" -> ("level", 5); true and false are truth values, whole numbers are numbers."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise click.BadParameter(f"{text!r} is not NAME=VALUE.", param_hint="--option")
-    truth = {"true": True, "false": False}
-    digits = value.isascii() and value.isdigit()
-    return name, truth.get(value, whole_number(value, f"--option {name}", most=_MOST_OPTION) if digits else value)
 
 
 def _print(result: BuildResult) -> None:

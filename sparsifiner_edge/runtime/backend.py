@@ -5,18 +5,13 @@ from __future__ import annotations
 import abc
 import importlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime.session import Session
-
-Option: TypeAlias = bool | int | str
-"""A setting of a build that only some backends know."""
-OptionValues: TypeAlias = Mapping[str, Option]
 
 
 def cache_folder() -> Path:
@@ -73,14 +68,6 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def open(self, bundle: Bundle) -> Session:
         """A session on a bundle; see `open_session`."""
-
-
-def refuse_native(kernels: str) -> None:
-    """Refuse kernels that a GPU cannot run."""
-    if kernels == "native":
-        raise BackendError(
-            "The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime or openvino."
-        )
 
 
 def require_stored(precision: str, stored: str, name: str) -> None:

@@ -16,7 +16,6 @@ import msgspec
 
 from sparsifiner_edge.artifacts import ENGINE_FOLDER, sha256
 from sparsifiner_edge.bundle.engines import (
-    DENSE,
     BatchRange,
     Candidate,
     Details,
@@ -32,7 +31,6 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress, prefixed
 from sparsifiner_edge.records import Unavailable, read_record, write_record
-from sparsifiner_edge.runtime.backend import OptionValues
 from sparsifiner_edge.runtime.child import serve, start_child
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.session import Description
@@ -72,7 +70,6 @@ def build_engine(
     compute_capabilities: Sequence[str] = (),
     batch: tuple[int, int, int] | None = None,
     timeout_s: float | None = None,
-    options: OptionValues | None = None,
     precision: str = "auto",
     provider: str = "cpu",
     kernels: str = "auto",
@@ -90,9 +87,10 @@ def build_engine(
         compute_capabilities: such as ("8.6", "8.9"), one engine each; none: this machine's GPU.
         batch: least, best and greatest batch size, for a bundle of dynamic batch; None: `DEFAULT_BATCH`.
         timeout_s: seconds that one candidate of an engine may take; None: 600, on a board that shares memory 1800.
-        options: see the backend's module.
-        precision, provider, kernels: what runs the golden pair on the processor; see `open_session`. An engine computes
-            in what the file stores, and TensorRT's kernels are an option of its own.
+        precision, provider: what runs the golden pair on the processor; see `open_session`. An engine computes in what
+            the file stores.
+        kernels: of an engine "auto" is the fastest of all, "native" the CUDA kernels of this project, "portable" the
+            operators' bodies; on the processor as in `open_session`.
         progress: called with (stage, done, total).
 
     Raises:
@@ -105,14 +103,14 @@ def build_engine(
     result = BuildResult(bundle=str(checked.folder), backend=backend, version=str(found.load().__version__), seconds=0)
     if isinstance(found, TensorRtBackend):
         capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
-        planned = found.plan(checked, capabilities, batch_range(checked, batch), options or {})
+        planned = found.plan(checked, capabilities, batch_range(checked, batch))
         limit = found.default_timeout_s() if timeout_s is None else timeout_s
-        engines = _build_all(checked, planned, options or {}, limit, progress)
+        engines = _build_all(checked, planned, limit, progress)
         result = msgspec.structs.replace(result, engines=engines)
     else:
-        if compute_capabilities or batch or options:
+        if compute_capabilities or batch:
             raise ConfigError(
-                f"{backend} builds no engine: compute capability, batch sizes and options are for TensorRT.",
+                f"{backend} builds no engine: compute capability and batch sizes are for TensorRT.",
                 "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
             )
         with found.open(checked) as session:
@@ -143,13 +141,13 @@ def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRang
     if not 1 <= sizes.least <= sizes.best <= sizes.most:
         raise ConfigError(
             f"batch sizes are {sizes.least}, {sizes.best}, {sizes.most}.",
-            "Give least, best and greatest in this order, from 1: --min-batch 1 --opt-batch 1 --max-batch 8.",
+            "Give least, best and greatest in this order, from 1: --batch 1,1,8.",
         )
     return sizes
 
 
 def _build_all(
-    bundle: Bundle, planned: Sequence[Planned], options: OptionValues, timeout_s: float, progress: Progress | None
+    bundle: Bundle, planned: Sequence[Planned], timeout_s: float, progress: Progress | None
 ) -> tuple[Engine, ...]:
     engines: list[Engine] = []
     with bundle_scratch(bundle.folder) as scratch:
@@ -161,7 +159,6 @@ def _build_all(
                 model_sha256=bundle.manifest.files[MODEL_FILE],
                 output=str(path.resolve()),
                 engine=engine,
-                options=dict(options),
             )
             prefix = f"{number + 1} of {len(planned)}, compute capability {engine.compute_capability}: "
             details = build_fastest(job, one, timeout_s, progress and prefixed(progress, prefix))
@@ -234,7 +231,7 @@ def _keep(output: Path, best: str, names: Iterable[str]) -> None:
 
 
 def verdict(details: Details) -> list[str]:
-    """Lines that say what each candidate took, which was kept, and why; none where there was no choice."""
+    """Lines that say what each candidate took, and which was kept; none where there was no choice."""
     if len(details.candidates) < 2:
         return []
     lines = []
@@ -242,14 +239,8 @@ def verdict(details: Details) -> list[str]:
         took = f"{one.compute_ms:.3f} ms" if one.compute_ms is not None else str(one.failed)
         refused = f"; not kept: {one.golden}" if isinstance(one.golden, str) else ""
         lines.append(f"{name}: {took}{refused}{f' ({one.warning})' if one.warning else ''}")
-    times = {name: one.compute_ms for name, one in details.candidates.items() if one.compute_ms is not None}
-    least = times.get(details.kernels or "")
-    if least is None:
-        return [*lines, f"kept: {details.kernels}; nothing was measured"]
-    faster = [name for name, ms in times.items() if ms < least]
-    why = f"although {' and '.join(faster)} took less: see there" if faster else "the fastest"
-    advice = "; for dense attention export the student with --keep 1" if DENSE in faster else ""
-    return [*lines, f"kept: {details.kernels}, {why}{advice}"]
+    timed = details.kernels and details.candidates[details.kernels].compute_ms is not None
+    return [*lines, f"kept: {details.kernels}, {'the fastest of those' if timed else 'nothing was measured'}"]
 
 
 def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> Details:

@@ -15,7 +15,7 @@ from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {
-    "onnxruntime": "onnxruntime.backend:OnnxRuntime",
+    "onnxruntime": "onnxruntime.session:OnnxRuntime",
     "openvino": "openvino.session:OpenVino",
     "tensorrt": "tensorrt.full:TensorRt",
     "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",

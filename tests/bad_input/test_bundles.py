@@ -41,32 +41,19 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: 
     [
         (lambda m: m.pop("schema_version"), ["has no schema_version"]),
         (lambda m: m.update(schema_version=2), ["schema 2; this version reads 3 alone", "sparsifiner-edge export"]),
-        (lambda m: m.update(schema_version=7), ["schema 7; this version reads 3 alone"]),
         (lambda m: m.update(kind="student"), ["is not a bundle's manifest", "Export the bundle again"]),
         (lambda m: m.pop("files"), ["is not a bundle's manifest"]),
-        (lambda m: m.update(files=["model.onnx"]), ["is not a bundle's manifest"]),
         (lambda m: m["files"].pop("model.onnx"), ["is not a bundle's manifest"]),
         (lambda m: m["files"].update({"model.onnx": None}), ["an entry of files is not str"]),
         (lambda m: m["files"].update({"gone.bin": "0"}), ["gone.bin is missing"]),
         (lambda m: m["files"].update({"x" * 300: "0"}), ["File name too long"]),
         (lambda m: m.pop("preprocessing"), ["preprocessing is missing"]),
-        (lambda m: m.update(preprocessing=[4]), ["preprocessing is [4], not dict or null"]),
         (lambda m: m.update(preprocessing={"size": "4"}), ['preprocessing.size is "4", not int']),
         (
             lambda m: m.update(preprocessing={"size": 5}),
             ["takes image (uint8 [batch, 4, 4, 3])", "[B, 5, 5, 3] is needed"],
         ),
-        (lambda m: m.update(preprocessing={"size": -4}), ["preprocessing.size is -4"]),
-        (lambda m: m.update(preprocessing={"size": [4]}), ["preprocessing.size is [4], not list of length >= 2"]),
         (lambda m: m.update(preprocessing={"size": [4, 0]}), ["preprocessing.size[1] is 0"]),
-        (
-            lambda m: m.update(preprocessing={"size": [4, 6], "resize": "centre rectangle, bicubic"}),
-            ["takes image (uint8 [batch, 4, 4, 3])", "[B, 4, 6, 3] is needed"],
-        ),
-        (
-            lambda m: m.update(preprocessing={"size": [4, 6]}),
-            ["preprocessing.resize is 'centre square, bicubic'; known is centre rectangle"],
-        ),
         (
             lambda m: m.update(preprocessing={"size": 4, "resize": "centre rectangle, bicubic"}),
             ["preprocessing.resize is 'centre rectangle, bicubic'; known is centre square"],
@@ -96,14 +83,12 @@ def drop_outputs(folder: Path) -> None:
         (lambda b: (b / BUNDLE_FILE).write_text("{"), ["manifest.json cannot be read", "Export the bundle again"]),
         (lambda b: (b / BUNDLE_FILE).unlink(), ["manifest.json does not exist"]),
         (lambda b: flip(b / "model.onnx"), ["model.onnx does not match its SHA-256"]),
-        (lambda b: flip(b / "golden.npz"), ["golden.npz does not match its SHA-256"]),
         (lambda b: (b / "model.onnx").unlink(), ["model.onnx is missing"]),
         (
             lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)),
             ["model.onnx is not an ONNX file", "Export the bundle"],
         ),
         (lambda b: ((b / "model.onnx").write_bytes(b""), reseal(b)), ["ONNX Runtime rejects"]),
-        (lambda b: ((b / "model.onnx").write_bytes(b"\xff" * 4096), reseal(b)), ["model.onnx is not an ONNX file"]),
         (lambda b: (drop_outputs(b), reseal(b)), ["gives other; needed are logits, features"]),
         (shutil.rmtree, ["is not a folder", "sparsifiner-edge export"]),
         (lambda b: (shutil.rmtree(b), b.write_text("x")), ["is not a folder"]),
@@ -143,7 +128,6 @@ def test_what_is_for_people_may_lack_anything_and_hold_more(entry: str, tmp_path
         (lambda path: path.symlink_to(path), "cannot be read: Symlink loop"),
         (lambda path: (path.touch(), os.truncate(path, (1 << 26) + 1)), "has more than 67108864 bytes"),
         (lambda path: path.write_text('{"schema_version": ' + "1" * 5000 + "}"), "cannot be read"),
-        (lambda path: path.write_text('{"schema_version": 1, "x": ' + "1" * 5000 + "}"), "cannot be read"),
     ],
 )
 def test_a_manifest_that_would_never_end(make: Callable[[Path], object], said: str, bundle: Path) -> None:

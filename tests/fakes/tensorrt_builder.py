@@ -28,10 +28,6 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
         def log(self, severity: int, msg: str) -> None:
             raise NotImplementedError
 
-    class IProfiler:
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            raise NotImplementedError
-
     class IHostMemory(bytes):
         @property
         def nbytes(self) -> int:
@@ -52,8 +48,6 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             self.shapes[input] = [tuple(shape) for shape in (min, opt, max)]
 
     class IBuilderConfig:
-        builder_optimization_level = 3
-
         def __init__(self) -> None:
             self._cache: ITimingCache | None = None
 
@@ -155,7 +149,6 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             return IOptimizationProfile()
 
         def build_serialized_network(self, network: Any, config: Any) -> Any:
-            b.seen["builder_optimization_level"] = config.builder_optimization_level
             for message in b.warnings:
                 self._logger.log(ILogger.WARNING, message)
             for message in b.build or ():
@@ -167,6 +160,6 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             return IHostMemory(struct.pack("<I", len(text)) + text + network.model.SerializeToString())
 
     return [
-        ILogger, IProfiler, IHostMemory, ITimingCache, IOptimizationProfile, IBuilderConfig, ITensor,
+        ILogger, IHostMemory, ITimingCache, IOptimizationProfile, IBuilderConfig, ITensor,
         INetworkDefinition, ParserError, OnnxParser, Builder,
     ]  # fmt: skip

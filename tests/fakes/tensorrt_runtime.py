@@ -104,8 +104,6 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._addresses: dict[str, int] = {}
             self._number = gpu.make("context")
-            self.profiler: Any = None
-            self.enqueue_emits_profile = True
 
         def __del__(self) -> None:
             gpu.drop(self._number, "context")
@@ -144,9 +142,6 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             operators = {node.op_type for node in self._engine._model.graph.node}
             taken = next((ms for name, ms in b.milliseconds.items() if name in operators), 2.0)
             gpu.put(stream_handle, self._compute, taken)
-            if self.profiler is not None and self.enqueue_emits_profile:
-                for number, node in enumerate(self._engine._model.graph.node):
-                    self.profiler.report_layer_time(node.name or f"{node.op_type}_{number}", 0.5 + number)
             return True
 
         def _compute(self) -> None:

@@ -316,7 +316,6 @@ def injection(one: Try) -> None:
                         "os": "linux",
                         "cpu": "aarch64",
                         "precision": "fp32",
-                        "variant": "",
                         "file": "engines/a.engine",
                         "compatible": [],
                         "details": {},

@@ -161,7 +161,7 @@ USAGES = (
     ),
     ("profile {good}/plain", "--threads --batch --seconds --price-kwh"),
     ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode --kernels --batch"),
-    ("build {good}/plain --backend tensorrt-rtx", "--compute-capability --timeout --min-batch --option"),
+    ("build {good}/plain --backend tensorrt-rtx", "--compute-capability --timeout --batch --kernels"),
     ("package {good}/plain --for triton -o {work}/out", "--batch"),
     ("report {good}/results/profile.json -o {work}/page.html", "--price-kwh --lang --currency"),
     (

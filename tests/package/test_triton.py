@@ -121,7 +121,7 @@ def test_the_native_library(fixed: Path, tiny_bundle: Path, tmp_path: Path) -> N
 
 
 def engine(capability: str, **changes: Any) -> Engine:
-    made = Engine("tensorrt", "10.3.0", capability, "linux", "aarch64", "fp32", BatchRange(1, 1, 4), variant="plugin")
+    made = Engine("tensorrt", "10.3.0", capability, "linux", "aarch64", "fp32", BatchRange(1, 1, 4))
     return msgspec.structs.replace(made, **changes)
 
 
@@ -141,7 +141,7 @@ def with_engines(folder: Path, *engines: Engine) -> Path:
 
 
 def test_plans(tmp_path: Path) -> None:
-    engines = [engine("8.7"), engine("8.6"), engine("8.7", variant="bodies", batch=BatchRange(1, 1, 2))]
+    engines = [engine("8.7"), engine("8.6"), engine("8.7", batch=BatchRange(1, 1, 2))]
     bundle = with_engines(make_bundle(tmp_path / "b", preprocessing={"size": 4}, name="m"), *engines)
     remarks = package_bundle(bundle, "triton", tmp_path / "out").remarks
     folder = tmp_path / "out" / "models" / "m_tensorrt"
@@ -152,7 +152,7 @@ def test_plans(tmp_path: Path) -> None:
     assert config.max_batch_size == 2
     assert dict(config.cc_model_filenames) == {"8.7": "model_8_7.plan", "8.6": "model_8_6.plan"}
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
-    assert "bodies" in (folder / "1" / "model_8_7.plan").read_text()
+    assert "-b1-1-2-" in (folder / "1" / "model_8_7.plan").read_text()
     assert {path.name for path in (folder / "1").iterdir()} == {"model_8_7.plan", "model_8_6.plan"}
     assert (folder / "warmup" / "image").stat().st_size == 4 * 4 * 3
     assert "TensorRT 10.3.0 for compute capability 8.7, 8.6" in (tmp_path / "out" / "README.md").read_text()
@@ -172,7 +172,7 @@ def test_engines_that_triton_does_not_run(tmp_path: Path) -> None:
 
 
 def test_plans_that_take_no_single_image(tmp_path: Path) -> None:
-    """As `build --min-batch 4` makes them: the warm-up and the server's own batching send one."""
+    """As `build --batch 4` makes them: the warm-up and the server's own batching send one."""
     least = engine("8.7", batch=BatchRange(4, 4, 8))
     bundle = with_engines(make_bundle(tmp_path / "b", preprocessing={"size": 4}, name="m"), engine("8.7"), least)
     remarks = package_bundle(bundle, "triton", tmp_path / "out").remarks

@@ -28,32 +28,6 @@ def test_only_the_batch_may_be_dynamic(tmp_path, machine):
         build_engine(folder, "tensorrt")
 
 
-def test_options_reach_the_builder(tmp_path, machine):
-    behaviour = Behaviour()
-    machine("10.16", behaviour)
-    build_engine(make_bundle(tmp_path / "b"), "tensorrt", options={"optimisation_level": 5, "workspace_mib": 64})
-    assert behaviour.seen["builder_optimization_level"] == 5
-    assert behaviour.seen["WORKSPACE"] == 64 << 20
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"speed": 1}, r"(?s)unknown key speed.*has the options kernels, optimisation_level, workspace_mib"),
-        ({"optimisation_level": True}, "optimisation_level is true, not int"),
-        ({"optimisation_level": 6}, "optimisation_level is 6"),
-        ({"workspace_mib": 0}, "workspace_mib is 0"),
-        ({"kernels": "fast"}, 'kernels is "fast"'),
-    ],
-)
-def test_options_are_checked_before_anything_is_built(tmp_path, machine, options, message):
-    behaviour = Behaviour()
-    machine(behaviour=behaviour)
-    with pytest.raises(ConfigError, match=message):
-        build_engine(make_bundle(tmp_path / "b"), "tensorrt", options=options)
-    assert behaviour.seen == {}
-
-
 def test_another_gpu_is_refused(tmp_path, machine):
     machine()
     with pytest.raises(ConfigError, match=r"(?s)Orin, 8.7\), not for 8.9.*tensorrt-rtx, which builds ahead of time"):

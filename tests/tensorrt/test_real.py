@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import types
 
-import numpy as np
 import onnx
 import pytest
 
 from sparsifiner_edge.bundle.engines import BatchRange
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import UnsupportedModelError
-from sparsifiner_edge.export.board import _tensor_types
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.fp16 import convert
 from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.runtime.cuda import CudaDevice
 from sparsifiner_edge.runtime.tensorrt import build as tensorrt_build
-from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
+from sparsifiner_edge.runtime.tensorrt.build import build_engine_file
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
 from tests.everything import first
-from tests.merging_models import LEFT_OF_MERGING, merging_model
 from tests.models import student, with_density
 from tests.tensorrt.engine_kernels import compiled_kernels
 from tests.tiny import make_bundle
@@ -70,7 +66,7 @@ SOME = BatchRange(1, 2, 4)
 
 
 def build(trt, model, batch=SOME):
-    return build_engine_file(trt, model, CARD, 1 << 30, batch, BuilderOptions())
+    return build_engine_file(trt, model, CARD, 1 << 30, batch)
 
 
 def test_an_engine_is_built(trt, model):
@@ -90,38 +86,6 @@ def test_a_model_that_merges_is_parsed_and_built(trt, keep):
     assert details.layers > 500
     if keep == 1:
         assert compiled_kernels(content)["fused_attention"] == 2
-
-
-def without_merging(model):
-    """The file with pairs given as inputs, and the first tokens in the place of merged ones."""
-    given = onnx.ModelProto()
-    given.CopyFrom(model)
-    types, nodes = _tensor_types(model), []
-    for node in model.graph.node:
-        made = node.output[0]
-        if node.op_type == "MatchTokens":
-            given.graph.input.append(onnx.helper.make_tensor_value_info(made, onnx.TensorProto.INT32, types[made][1]))
-        elif node.op_type == "MergeTokens":
-            cut = {f"{made}.start": 0, f"{made}.end": types[made][1][1], f"{made}.axis": 1}
-            given.graph.initializer.extend(onnx.numpy_helper.from_array(np.array([v]), k) for k, v in cut.items())
-            nodes.append(onnx.helper.make_node("Slice", [node.input[0], *cut], [made], node.name))
-        else:
-            nodes.append(node)
-    del given.graph.node[:]
-    given.graph.node.extend(nodes)
-    drop_unused(given)
-    return given
-
-
-@pytest.mark.everything
-def test_kernels_beside_matching_and_merging_are_those_that_the_estimate_counts(trt):
-    """Sizes and places: what an engine launches for a layer that merges beside launches of ours."""
-    models = [convert(merging_model(merge=merge, depth=4, batch=1)).model for merge in ((), (12, 0))]
-    plain, left = (
-        compiled_kernels(build(trt, model.SerializeToString(), BatchRange(1, 1, 1))[0])["kernels"]
-        for model in (models[0], without_merging(models[1]))
-    )
-    assert (left - plain) / 3 == LEFT_OF_MERGING
 
 
 def test_the_parser_names_the_node(trt, model):

@@ -42,7 +42,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         layer: from 0; None outside the layers. name: of the node. op: its operator. kind: one of `LAYER_KINDS`.
-        ms: ONNX Runtime's median, TensorRT's mean. share: of the total. nodes: that the backend made of it.
+        ms: ONNX Runtime's median. share: of the total. nodes: that the backend made of it.
     """
 
     layer: int | None = None

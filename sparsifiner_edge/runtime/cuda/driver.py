@@ -57,14 +57,13 @@ class PinnedBuffer(NamedTuple):
 class Driver:
     """What running an engine needs of CUDA, on one device.
 
-    Streams and events are handles. What a method takes is given back when `stack` closes. Every method raises
-    BackendError with CUDA's name of the error.
+    Every method raises BackendError with CUDA's name of the error.
 
     Args:
-        runtime: CUDA's functions and constants: the module `cuda.bindings.runtime`, or what stands for it.
         package: its name, such as "cuda-python". release: its version.
 
     Attributes:
+        runtime: CUDA's functions and constants: the module `cuda.bindings.runtime`, or what stands for it.
         package: package and version, such as "cuda-python 13.4.4". device: the device that everything lives on.
         graphs: this package can capture CUDA graphs.
     """
@@ -72,106 +71,74 @@ class Driver:
     graphs = True
 
     def __init__(self, runtime: Any, package: str, release: str) -> None:
-        self._r = runtime
+        self.runtime = runtime
         self.package = f"{package} {release}".strip()
         try:
-            version = int(self._do("to read the driver's version", "cudaDriverGetVersion"))
+            version = int(self.call("to read the driver's version", "cudaDriverGetVersion"))
         except RuntimeError as error:  # cuda-python up to 12.8 and from its path finder on: no libcuda.so.
             no_driver(self.package, str(error))
         if version == 0:  # How the runtime says that there is no driver.
             no_driver(self.package, "CUDA gives 0 as its version")
         if package == "cuda-python" and (unfit := too_new(release, version_text(version))):
             raise BackendError(*unfit)
-        if int(self._do("to count devices", "cudaGetDeviceCount")) < 1:
+        if int(self.call("to count devices", "cudaGetDeviceCount")) < 1:
             raise BackendError("CUDA finds no device.", _FIXES["NODEVICE"])
         self.use()
-        found = self._do("to describe the device", "cudaGetDeviceProperties", 0)
+        found = self.call("to describe the device", "cudaGetDeviceProperties", 0)
         name = found.name.decode("utf-8", "replace") if isinstance(found.name, bytes) else found.name
         sm, memory = (int(found.major), int(found.minor)), int(found.totalGlobalMem)
         self.device = CudaDevice(str(name).strip("\0 "), sm, memory, bool(found.integrated), version_text(version))
 
-    def _do(self, action: str, function: str, *arguments: Any) -> Any:
-        """Call a function of CUDA; returns what it gives beside its status."""
-        status, *values = getattr(self._r, function)(*arguments)
+    def call(self, action: str, function: str, *arguments: Any) -> Any:
+        """Call a function of CUDA; returns what it gives beside its status. `action`: such as "to free memory"."""
+        status, *values = getattr(self.runtime, function)(*arguments)
         if int(status) != 0:
-            meaning = self._r.cudaGetErrorString(status)[1]
+            meaning = self.runtime.cudaGetErrorString(status)[1]
             name = str(getattr(status, "name", status))
             fail(self.package, action, name, meaning.decode() if isinstance(meaning, bytes) else "")
         return values[0] if len(values) == 1 else tuple(values)
 
+    def take(self, stack: ExitStack, what: str, function: str, *arguments: Any, free: str) -> int:
+        """Address or handle of `what`, such as "an event", which the function `free` gives back when `stack` closes."""
+        handle = int(self.call(f"to make {what}", function, *arguments))
+        stack.callback(self.call, f"to free {what}", free, handle)
+        return handle
+
     def use(self) -> None:
         """Make the device the calling thread's own; call it before anything else there."""
-        self._do("to take the device", "cudaSetDevice", 0)
+        self.call("to take the device", "cudaSetDevice", 0)
 
     def free_bytes(self) -> int:
         """Device memory that is free now."""
-        return int(self._do("to read free memory", "cudaMemGetInfo")[0])
+        return int(self.call("to read free memory", "cudaMemGetInfo")[0])
 
-    def allocate(self, size: int, stack: ExitStack) -> int:
-        """Device memory of `size` bytes; returns its address."""
-        pointer = int(self._do(f"to allocate {size} bytes", "cudaMalloc", size))
-        stack.callback(self._do, "to free memory", "cudaFree", pointer)
-        return pointer
-
-    def allocate_host(self, size: int, stack: ExitStack) -> PinnedBuffer:
-        """Page-locked memory of `size` bytes, mapped into the device's address space."""
-        pointer = int(self._do(f"to pin {size} bytes", "cudaHostAlloc", size, self._r.cudaHostAllocMapped))
-        stack.callback(self._do, "to free pinned memory", "cudaFreeHost", pointer)
-        mapped = int(self._do("to map pinned memory", "cudaHostGetDevicePointer", pointer, 0))
-        return PinnedBuffer(bytes_at(pointer, size), mapped)
-
-    def stream(self, stack: ExitStack) -> int:
-        """A new stream that does not wait for the default one; its address, which TensorRT takes."""
-        stream = self._do("to make a stream", "cudaStreamCreateWithFlags", self._r.cudaStreamNonBlocking)
-        stack.callback(self._do, "to free a stream", "cudaStreamDestroy", stream)
-        return int(stream)
-
-    def synchronise(self, stream: int) -> None:
-        """Wait until everything in the stream is done."""
-        self._do("while running", "cudaStreamSynchronize", stream)
-
-    def event(self, stack: ExitStack) -> Any:
-        """A new event that keeps the time."""
-        event = self._do("to make an event", "cudaEventCreate")
-        stack.callback(self._do, "to free an event", "cudaEventDestroy", event)
-        return event
-
-    def record(self, event: Any, stream: int) -> None:
-        """Put an event into a stream."""
-        self._do("to record an event", "cudaEventRecord", event, stream)
-
-    def elapsed_ms(self, start: Any, end: Any) -> float:
-        """Milliseconds between two recorded events whose stream has been waited for."""
-        return float(self._do("to read events", "cudaEventElapsedTime", start, end))
-
-    def copy_in(self, buffer: PinnedBuffer, size: int, stream: int) -> None:
-        """Copy the first `size` bytes of page-locked memory to the device."""
-        kind, source = self._r.cudaMemcpyKind.cudaMemcpyHostToDevice, buffer.host.ctypes.data
-        self._do("to copy to the device", "cudaMemcpyAsync", buffer.pointer, source, size, kind, stream)
-
-    def copy_out(self, buffer: PinnedBuffer, size: int, stream: int) -> None:
-        """Copy `size` bytes of the device to page-locked memory."""
-        kind, target = self._r.cudaMemcpyKind.cudaMemcpyDeviceToHost, buffer.host.ctypes.data
-        self._do("to copy from the device", "cudaMemcpyAsync", target, buffer.pointer, size, kind, stream)
+    def pinned(self, size: int, stack: ExitStack) -> PinnedBuffer:
+        """Page-locked memory of `size` bytes, which is an integrated device's too; for another as much of its own."""
+        flags = self.runtime.cudaHostAllocMapped
+        host = self.take(stack, f"{size} pinned bytes", "cudaHostAlloc", size, flags, free="cudaFreeHost")
+        if self.device.integrated:
+            return PinnedBuffer(bytes_at(host, size), int(self.call("to map", "cudaHostGetDevicePointer", host, 0)))
+        device = self.take(stack, f"{size} bytes of the device", "cudaMalloc", size, free="cudaFree")
+        return PinnedBuffer(bytes_at(host, size), device)
 
     def capture(self, stream: int, compute: Callable[[], None], stack: ExitStack) -> Callable[[], None]:
         """Record what `compute` puts into the stream; returns what launches the recording, a CUDA graph, there."""
         # Other threads may allocate meanwhile: only this thread's calls are watched.
-        mode = self._r.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._do("to begin a graph", "cudaStreamBeginCapture", stream, mode)
+        mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("to begin a graph", "cudaStreamBeginCapture", stream, mode)
         try:
             compute()
         except BaseException:
             with contextlib.suppress(BackendError):
-                self._r.cudaGraphDestroy(self._do("to end a graph", "cudaStreamEndCapture", stream))
+                self.runtime.cudaGraphDestroy(self.call("to end a graph", "cudaStreamEndCapture", stream))
             raise
-        graph = self._do("to end a graph", "cudaStreamEndCapture", stream)
+        graph = self.call("to end a graph", "cudaStreamEndCapture", stream)
         try:
-            executable = self._do("to make a graph", "cudaGraphInstantiate", graph, 0)
+            executable = self.call("to make a graph", "cudaGraphInstantiate", graph, 0)
         finally:
-            self._r.cudaGraphDestroy(graph)
-        stack.callback(self._do, "to free a graph", "cudaGraphExecDestroy", executable)
-        return lambda: self._do("to launch a graph", "cudaGraphLaunch", executable, stream)
+            self.runtime.cudaGraphDestroy(graph)
+        stack.callback(self.call, "to free a graph", "cudaGraphExecDestroy", executable)
+        return lambda: self.call("to launch a graph", "cudaGraphLaunch", executable, stream)
 
     def close(self) -> None:
         """Let go of the device; the runtime API's context stays with the process."""

@@ -79,7 +79,8 @@ class PyCudaDriver(Driver):
         }
         super().__init__(_CONSTANTS, "pycuda", getattr(module, "VERSION_TEXT", ""))
 
-    def _do(self, action: str, function: str, *arguments: Any) -> Any:
+    def call(self, action: str, function: str, *arguments: Any) -> Any:
+        """See `Driver.call`."""
         return self._checked(action, self._functions[function], *arguments)
 
     def _checked(self, action: str, function: Any, *arguments: Any) -> Any:

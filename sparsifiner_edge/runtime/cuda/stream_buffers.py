@@ -12,7 +12,7 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda.driver import Driver, PinnedBuffer
+from sparsifiner_edge.runtime.cuda.driver import Driver
 
 
 class Times(NamedTuple):
@@ -52,15 +52,14 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
         self._recorded: Hashable | None = None
         self._last: Hashable | None = None
         with ExitStack() as stack:
-            self.stream = driver.stream(stack)
-            self._events = [driver.event(stack) for _ in range(4)]
-            self._buffers = {name: self._buffer(max(size, 1), stack) for name, size in sizes.items()}
+            flags = driver.runtime.cudaStreamNonBlocking  # It does not wait for the default stream.
+            self.stream = driver.take(stack, "a stream", "cudaStreamCreateWithFlags", flags, free="cudaStreamDestroy")
+            self._events = [
+                driver.take(stack, "an event", "cudaEventCreate", free="cudaEventDestroy") for _ in range(4)
+            ]
+            self._buffers = {name: driver.pinned(max(size, 1), stack) for name, size in sizes.items()}
             self._graph = stack.enter_context(ExitStack())
             self._stack = stack.pop_all()
-
-    def _buffer(self, size: int, stack: ExitStack) -> PinnedBuffer:
-        mapped = self._driver.allocate_host(size, stack)
-        return mapped if self.zero_copy else PinnedBuffer(mapped.host, self._driver.allocate(size, stack))
 
     def pointer(self, name: str) -> int:
         """Device address of a tensor."""
@@ -88,27 +87,37 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
         Raises:
             BackendError: CUDA fails, or something is too large. `last_times` is set otherwise.
         """
-        driver, stream, events = self._driver, self.stream, self._events
         results = {name: self._view(name, *kind) for name, kind in outputs.items()}
-        driver.use()
+        self._driver.use()
         recording = self._recording(key, compute)
         for name, value in inputs.items():
             np.copyto(self._view(name, value.dtype, value.shape), value)
-        driver.record(events[0], stream)
-        if not self.zero_copy:
-            for name, value in inputs.items():
-                driver.copy_in(self._buffers[name], value.nbytes, stream)
-        driver.record(events[1], stream)
+        self._record(0)
+        self._copy({name: value.nbytes for name, value in inputs.items()}, to_device=True)
+        self._record(1)
         self._start(recording, compute)
-        driver.record(events[2], stream)
-        if not self.zero_copy:
-            for name, result in results.items():
-                driver.copy_out(self._buffers[name], result.nbytes, stream)
-        driver.record(events[3], stream)
-        driver.synchronise(stream)
-        h2d, computing, d2h = map(driver.elapsed_ms, events[:-1], events[1:])
+        self._record(2)
+        self._copy({name: result.nbytes for name, result in results.items()}, to_device=False)
+        self._record(3)
+        self._driver.call("while running", "cudaStreamSynchronize", self.stream)
+        spans = zip(self._events[:-1], self._events[1:], strict=True)
+        h2d, computing, d2h = (
+            float(self._driver.call("to read events", "cudaEventElapsedTime", *span)) for span in spans
+        )
         self.last_times = Times(0.0, computing, 0.0) if self.zero_copy else Times(h2d, computing, d2h)
         return {name: result.copy() for name, result in results.items()}
+
+    def _record(self, number: int) -> None:
+        self._driver.call("to record an event", "cudaEventRecord", self._events[number], self.stream)
+
+    def _copy(self, sizes: Mapping[str, int], to_device: bool) -> None:
+        """Put copies of so many bytes of each tensor into the stream."""
+        kinds = self._driver.runtime.cudaMemcpyKind
+        kind = kinds.cudaMemcpyHostToDevice if to_device else kinds.cudaMemcpyDeviceToHost
+        for name, size in () if self.zero_copy else sizes.items():
+            places = self._buffers[name].pointer, self._buffers[name].host.ctypes.data
+            target, source = places if to_device else places[::-1]
+            self._driver.call("to copy", "cudaMemcpyAsync", target, source, size, kind, self.stream)
 
     def _view(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         """The page-locked memory of a tensor, as an array of this run's shape."""

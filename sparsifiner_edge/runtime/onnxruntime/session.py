@@ -1,36 +1,43 @@
-"""A session of ONNX Runtime: on the CPU, or on the provider that it is given."""
+"""ONNX Runtime as a backend: on the processor, and on an NVIDIA GPU by its CUDA provider.
+
+On a GPU it is a fallback: sparse attention runs by the function bodies, and every array is copied from and to pageable
+memory.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, TensorSpec
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution, precision_text
+from sparsifiner_edge.machine import package_version
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.backend import import_package, require_stored
-from sparsifiner_edge.runtime.processor import BF16_TOLERANCE_FREE, as_line, native_library, read_operators
+from sparsifiner_edge.runtime.cuda import CudaDevice, probe
+from sparsifiner_edge.runtime.processor import (
+    BF16_TOLERANCE_FREE,
+    ProcessorBackend,
+    as_line,
+    native_library,
+    read_operators,
+)
 from sparsifiner_edge.runtime.session import Description, Session
 
 _ERRORS_ONLY = 3
 _TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
-
-
-class Provider(NamedTuple):
-    """What shall run a model: ONNX Runtime's name of it, which must really run; its options; the device, for people."""
-
-    name: str = "CPUExecutionProvider"
-    options: Mapping[str, Any] = {}
-    device: str = "CPU"
-
-
-ON_CPU = Provider()
+CUDA = "CUDAExecutionProvider"
+_OPTIONS = {"device_id": 0, "use_tf32": 0}
+"""TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more."""
 FALLBACK = "function bodies, not the CUDA kernels, with pageable copies"
 """What a GPU's provider runs of sparse attention, for people."""
 
@@ -41,6 +48,64 @@ def import_onnxruntime() -> Any:
     if hasattr(onnxruntime, "disable_telemetry_events"):  # Whoever imported it before us may have left them on.
         onnxruntime.disable_telemetry_events()
     return onnxruntime
+
+
+class OnnxRuntime(ProcessorBackend):
+    """ONNX Runtime with the native library where it was built, or on a GPU.
+
+    Linear layers compute in what the file stores. In bf16 attention does so, in the native library, which alone has it.
+    """
+
+    name = "onnxruntime"
+    computes = ("auto", "bf16")
+
+    def load(self) -> Any:
+        """See `Backend.load`."""
+        ort = import_onnxruntime()
+        if self.execution.provider == "cuda":
+            _require_cuda(ort)
+        elif self.execution.precision == "bf16":
+            native_library("native")
+            if not native.has_bfloat16():
+                raise BackendError(f"{native.target()} has no bfloat16.", "Leave --precision out.")
+        return ort
+
+    def session(self, model: Path, content: bytes | str, stored: str | None = None) -> OrtSession:
+        """See `ProcessorBackend.session`."""
+        self.load()
+        return OrtSession(model, content, self.execution, stored)
+
+    def open(self, bundle: Bundle) -> Session:
+        """See `Backend.open`. On a GPU, after CUDA has answered.
+
+        Raises:
+            BackendError: no such provider, no device, or the provider does not start.
+        """
+        if self.execution.provider == "cpu":
+            return super().open(bundle)
+        if self.execution.kernels == "native":
+            raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or --provider.")
+        ort, device = self.load(), probe()
+        # ONNX Runtime prints what it misses and why it falls back, and standard output is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
+            with bundle.sealed_copy(MODEL_FILE) as copy:
+                path, stored = bundle.folder / MODEL_FILE, bundle.manifest.precision
+                return OrtSession(path, copy, self.execution, stored, device)
+
+
+def _require_cuda(ort: Any) -> None:
+    """Refuse a build without the provider; see `Backend.load`."""
+    offered = ort.get_available_providers()
+    if CUDA not in offered:
+        gpu = package_version("onnxruntime-gpu")
+        installed = f"onnxruntime-gpu {gpu}" if isinstance(gpu, str) else f"onnxruntime {ort.__version__}"
+        raise BackendError(
+            f"{installed} has no {CUDA}; it offers {', '.join(offered)}.",
+            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "sparsifiner-edge[gpu]" '
+            "(the two packages overwrite one another; on a Jetson see docs/jetson.md).",
+        )
 
 
 class OrtSession(Session):
@@ -54,7 +119,7 @@ class OrtSession(Session):
         source: its content, or the path of a copy that nobody changes meanwhile.
         execution: precision, kernels and threads.
         stored: the bundle's own word for its precision, if it has one.
-        provider: on what.
+        device: that of CUDA which shall run it; None: the processor.
 
     Raises:
         ArtifactError: it is no ONNX file, or needs another file.
@@ -69,9 +134,9 @@ class OrtSession(Session):
         source: bytes | str,
         execution: Execution | None = None,
         stored: str | None = None,
-        provider: Provider = ON_CPU,
+        device: CudaDevice | None = None,
     ) -> None:
-        execution, on_cpu = execution or Execution(), provider.name == ON_CPU.name
+        execution, on_cpu = execution or Execution(), device is None
         self.backend, self.model = execution.backend, model
         bfloat16 = execution.precision == "bf16" and on_cpu
         if bfloat16 and execution.kernels == "portable":
@@ -87,8 +152,14 @@ class OrtSession(Session):
         self.least_tolerance = BF16_TOLERANCE_FREE if bfloat16 else 0.0
         options = session_options(execution.cores, bfloat16)
         start = time.perf_counter_ns()
-        session = inference_session(source, options, operators.kernels, model, provider=provider)
-        _require_provider(session, provider)
+        session = inference_session(source, options, operators.kernels, model, cuda=not on_cpu)
+        running = [str(name) for name in session.get_providers()]
+        if not on_cpu and running[:1] != [CUDA]:  # It says so on standard error alone.
+            raise BackendError(
+                f"{CUDA} does not start; ONNX Runtime would run the model on {', '.join(running)} instead.",
+                "Its reason is in the lines above this one, often a CUDA or cuDNN that is missing or that it was not "
+                'built for: pip install "onnxruntime-gpu[cuda,cudnn]". Or leave --provider out.',
+            )
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs = [_spec(node) for node in session.get_inputs()]
         self.outputs = [_spec(node) for node in session.get_outputs()]
@@ -102,8 +173,8 @@ class OrtSession(Session):
         self._description = Description(
             backend=self.backend,
             version=str(import_onnxruntime().__version__),
-            provider=provider.name,
-            device=provider.device,
+            provider=running[0],
+            device=f"{device.name} (compute capability {device.compute_capability})" if device else "CPU",
             precision=Unavailable("the bundle does not say") if stored is None else precision,
             kernels=text,
             threads=execution.cores,
@@ -140,22 +211,21 @@ def session_options(threads: int = 0, bfloat16: bool = False) -> Any:
 
 
 def inference_session(
-    source: bytes | str, options: Any, kernels: str, origin: object, fix: str = AGAIN, provider: Provider = ON_CPU
+    source: bytes | str, options: Any, kernels: str, origin: object, fix: str = AGAIN, cuda: bool = False
 ) -> Any:
     """ONNX Runtime's own session, the only place that makes one.
 
     Args:
         source: of the file: its content, or a path. origin: where it is from; fix: what to do where it is refused.
         options: of `session_options`; they serve one session. kernels: one of `execution.KERNEL_CHOICES`.
+        cuda: on a GPU; ONNX Runtime puts the processor in its place where it does not start.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
         BackendError: it refuses the file or the native library, or that is asked for and cannot be used.
     """
     ort, library = import_onnxruntime(), native_library(kernels)
-    providers: list[Any] = [(provider.name, dict(provider.options))]
-    if provider.name != ON_CPU.name:
-        providers.append(ON_CPU.name)
+    providers: list[Any] = [(CUDA, _OPTIONS)] if cuda else []
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))
@@ -165,20 +235,9 @@ def inference_session(
             "Upgrade onnxruntime, or choose the portable kernels.",
         ) from error
     try:
-        return ort.InferenceSession(source, options, providers=providers)
+        return ort.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base but Exception.
         raise BackendError(f"ONNX Runtime rejects {origin}: {as_line(error)}", fix) from error
-
-
-def _require_provider(session: Any, provider: Provider) -> None:
-    """ONNX Runtime puts the CPU in the place of a provider that does not start, and says so on standard error alone."""
-    running = [str(name) for name in session.get_providers()]
-    if running[:1] != [provider.name]:
-        raise BackendError(
-            f"{provider.name} does not start; ONNX Runtime would run the model on {', '.join(running)} instead.",
-            "Its reason is in the lines above this one, often a CUDA or cuDNN that is missing or that it was not built "
-            'for: pip install "onnxruntime-gpu[cuda,cudnn]". Or leave --provider out.',
-        )
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -26,7 +26,7 @@ from sparsifiner_edge.errors import ArtifactError, BackendError, SparsifinerErro
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.runtime.backend import Backend, Option, OptionValues, require_stored
+from sparsifiner_edge.runtime.backend import Backend, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.cuda.driver import major
 from sparsifiner_edge.runtime.tensorrt.candidates import time_engine
@@ -53,7 +53,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         bundle: its folder. model_sha256: of its model when the engine was planned.
         output: path of the engine to write.
-        engine: as planned: no file, no details. options: as `plan` had them.
+        engine: as planned: no file, no details.
         candidate: what shall carry out sparse attention: one of `Planned.candidates`.
     """
 
@@ -61,7 +61,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     model_sha256: str
     output: str
     engine: Engine
-    options: dict[str, Option] = {}
     candidate: str = BODIES
 
     def checked_bundle(self) -> Bundle:
@@ -84,15 +83,13 @@ class TensorRtBackend(Backend):
         return 600.0
 
     @abc.abstractmethod
-    def plan(
-        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
-    ) -> list[Planned]:
-        """What is to be built; what cannot be is rejected before anything is.
+    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Planned]:
+        """What is to be built; what cannot be is rejected before anything is. Kernels "portable" are the bodies alone,
+        "native" the project's CUDA kernels.
 
         Args:
             capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
             batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
-            options: what only some backends know, checked here; see the backend's module.
 
         Raises:
             SparsifinerError: says what, and what to do.
@@ -153,19 +150,6 @@ class TensorRtBackend(Backend):
                 "sparsifiner-edge doctor says which extra fits.",
             )
 
-    def check(self, bundle: Bundle) -> None:
-        """Refuse kernels and a precision that no engine of a bundle has: it computes in the types of the file.
-
-        Raises:
-            BackendError: says what it has.
-        """
-        if self.execution.kernels != "auto":
-            raise BackendError(
-                f"An engine's kernels are chosen when it is built; {self.execution.kernels} is for the processor.",
-                f"Leave --kernels out, or build with --backend {self.name} --option kernels=portable.",
-            )
-        require_stored(self.execution.precision, bundle.manifest.float_precision, self.name)
-
     def why_not_here(self, engine: Engine) -> str | None:
         """Why an engine cannot be run on this machine, such as "CUDA finds no device."; None where it can."""
         try:
@@ -176,7 +160,7 @@ class TensorRtBackend(Backend):
     def _this_machine(self) -> EngineDevice:
         """What an engine must fit to run here, after CUDA has answered."""
         found = self.device()
-        return EngineDevice(self.name, str(self.load().__version__), found.compute_capability, found.name)
+        return EngineDevice(str(self.load().__version__), found.compute_capability, found.name)
 
     def open(self, bundle: Bundle) -> EngineSession:
         """The engine of a bundle that runs on this machine; see `Backend.open`.
@@ -184,9 +168,14 @@ class TensorRtBackend(Backend):
         Raises:
             BackendError: no CUDA device, or no engine of the bundle fits it.
         """
-        self.check(bundle)
+        if self.execution.kernels != "auto":
+            raise BackendError(
+                f"An engine's kernels are chosen when it is built, and kernels are {self.execution.kernels}.",
+                f"Leave --kernels out; give it to: sparsifiner-edge build {bundle.folder} --backend {self.name}",
+            )
+        require_stored(self.execution.precision, bundle.manifest.float_precision, self.name)
         trt, folder, engines = self.load(), bundle.folder, bundle.manifest.engines
         # What needs no GPU to be seen comes first: another system's engine would not run with one either.
-        fitting_engine(engines, EngineDevice(self.name, str(trt.__version__), ""), folder)
-        engine = fitting_engine(engines, self._this_machine(), folder)
+        fitting_engine(engines, self.name, EngineDevice(str(trt.__version__)), folder)
+        engine = fitting_engine(engines, self.name, self._this_machine(), folder)
         return EngineSession(trt, folder / engine.file, bundle.read(engine.file), engine, bundle.manifest)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-
-import msgspec
+from typing import Any, NamedTuple
 
 from sparsifiner_edge.artifacts import MAX_FILE
 from sparsifiner_edge.bundle.engines import BatchRange, Details
@@ -20,20 +18,6 @@ from sparsifiner_edge.files import read_bytes, write_bytes
 from sparsifiner_edge.runtime.backend import cache_folder
 from sparsifiner_edge.runtime.cuda import CudaDevice
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, build_error, make_logger, rejected_model
-
-
-class BuilderOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of a build, beside those of every backend.
-
-    Attributes:
-        kernels: "portable" (the operators' bodies), "plugin" (the CUDA kernels), or what is fastest of all.
-        optimisation_level: 0 (fast build) to 5 (slow build); TensorRT's own default is 3.
-        workspace_mib: scratch memory of the builder; None decides by what is free.
-    """
-
-    kernels: Literal["auto", "portable", "plugin"] = "auto"
-    optimisation_level: Annotated[int, msgspec.Meta(ge=0, le=5)] = 3
-    workspace_mib: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class Prepared(NamedTuple):
@@ -46,7 +30,7 @@ class Prepared(NamedTuple):
 
 
 def build_engine_file(
-    trt: Any, model: bytes, device: CudaDevice, free: int, batch: BatchRange, options: BuilderOptions
+    trt: Any, model: bytes, device: CudaDevice, free: int, batch: BatchRange
 ) -> tuple[bytes, Details]:
     """Build an engine; returns its content and what is known about it.
 
@@ -62,9 +46,8 @@ def build_engine_file(
     """
     builder, network, config, messages = prepare_build(trt, model, batch, f"TensorRT {trt.__version__}")
     # Of the free memory an integrated GPU leaves half to the system.
-    workspace = options.workspace_mib << 20 if options.workspace_mib else free // 4 * (2 if device.integrated else 3)
+    workspace = free // 4 * (2 if device.integrated else 3)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    config.builder_optimization_level = options.optimisation_level
     times = timing_cache_path(device, str(trt.__version__))
     load_timing_cache(config, times)
     serialised = builder.build_serialized_network(network, config)

@@ -72,13 +72,13 @@ def build_error(messages: Messages, workspace: int, free: int) -> BackendError:
     if any(map(_MEMORY.search, (*messages.errors, *messages.warnings))):
         return BackendError(
             f"TensorRT ran out of memory while building. {given}",
-            "Close other programs that use the GPU, build with a smaller batch, or give less workspace: a Jetson "
-            "shares its memory with the processor.",
+            "Close other programs that use the GPU, or build for a smaller batch: a Jetson shares its memory with the "
+            "processor.",
         )
     return BackendError(
         f"TensorRT built no engine: {messages.text()}. {given}",
-        "If it lacks an implementation, often memory was too small for every one: close other programs or give more "
-        "workspace. Otherwise export in another precision, upgrade TensorRT, or use --backend onnxruntime.",
+        "If it lacks an implementation, often memory was too small for every one: close other programs. Otherwise "
+        "export in another precision, upgrade TensorRT, or use --backend onnxruntime.",
     )
 
 

@@ -12,12 +12,11 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.machine import jetson_release
-from sparsifiner_edge.records import read_record
-from sparsifiner_edge.runtime.backend import OptionValues, import_package
+from sparsifiner_edge.runtime.backend import import_package, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver, probe
 from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.backend import Job, Planned, TensorRtBackend
-from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
+from sparsifiner_edge.runtime.tensorrt.build import build_engine_file
 from sparsifiner_edge.runtime.tensorrt.candidates import (
     dense_model,
     has_kernel_operators,
@@ -52,12 +51,10 @@ class TensorRt(TensorRtBackend):
             )
         return trt
 
-    def plan(
-        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
-    ) -> list[Planned]:
+    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Planned]:
         """See `TensorRtBackend.plan`."""
-        self.check(bundle)
-        trt, kernels, device = self.load(), _read_options(options).kernels, self.device()
+        require_stored(self.execution.precision, bundle.manifest.float_precision, self.name)
+        trt, device = self.load(), self.device()
         others = [c for c in capabilities if c != device.compute_capability]
         if others:
             raise ConfigError(
@@ -67,7 +64,7 @@ class TensorRt(TensorRtBackend):
             )
         version = str(trt.__version__)
         engine = Engine(self.name, version, device.compute_capability, *system(), bundle.precision, batch)
-        return [Planned(engine, *_candidates(trt, bundle, device, batch, kernels))]
+        return [Planned(engine, *_candidates(trt, bundle, device, batch, self.execution.kernels))]
 
     def default_timeout_s(self) -> float:
         """See `TensorRtBackend.default_timeout_s`; three times that on a Jetson, whose processor is a small one."""
@@ -75,19 +72,14 @@ class TensorRt(TensorRtBackend):
 
     def compile(self, job: Job, bundle: Bundle) -> tuple[bytes, Details]:
         """See `TensorRtBackend.compile`."""
-        trt, options = self.load(), _read_options(job.options)
+        trt = self.load()
         with contextlib.closing(open_driver()) as driver:  # Stays open while TensorRT has objects.
             model, free = bundle.read(MODEL_FILE), driver.free_bytes()
             if job.candidate == DENSE:
                 model = dense_model(model)
             if job.candidate == PLUGIN:
                 model = plugin.prepare(trt, model, bundle, driver.device)
-            return build_engine_file(trt, model, driver.device, free, job.engine.batch, options)
-
-
-def _read_options(options: OptionValues) -> BuilderOptions:
-    fix = f"tensorrt has the options {', '.join(BuilderOptions.__struct_fields__)}."
-    return read_record(options, BuilderOptions, "--option", fix, ConfigError)
+            return build_engine_file(trt, model, driver.device, free, job.engine.batch)
 
 
 def _candidates(
@@ -98,11 +90,9 @@ def _candidates(
     operators = has_kernel_operators(bundle)
     if operators:
         reason = plugin.why_not(trt, bundle, device, batch)
-    if kernels == PLUGIN:
+    if kernels == "native":
         if reason:
-            raise BackendError(
-                f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable."
-            )
+            raise BackendError(f"The CUDA kernels cannot be used: {reason}.", "Leave --kernels out, or say portable.")
         return (PLUGIN,), {}
     if kernels == "portable" or not operators:
         return (BODIES,), {}

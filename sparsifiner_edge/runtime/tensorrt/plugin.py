@@ -47,7 +47,7 @@ def why_not(trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange | No
     if batch and batch.least != batch.most:
         return (
             f"it takes one batch size, not {batch.least} to {batch.most}: TensorRT loads its kernels anew at each "
-            "change, and leaks them (issue 4849); give equal --min-batch, --opt-batch and --max-batch"
+            "change, and leaks them (issue 4849); give one --batch"
         )
     return None
 

@@ -7,16 +7,13 @@ and the faster one kept, where the GPU of the engine is here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from sparsifiner_edge.bundle.engines import BODIES, DENSE, BatchRange, Details, Engine, system
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.onnx_file import all_nodes
-from sparsifiner_edge.records import read_record
-from sparsifiner_edge.runtime.backend import OptionValues, import_package
+from sparsifiner_edge.runtime.backend import import_package, require_stored
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.tensorrt.backend import Job, Planned, TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.build import prepare_build
@@ -31,12 +28,6 @@ _UINT8 = 2
 """TensorProto.UINT8."""
 
 
-class RtxOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Options of a build. kernels: "portable" (sparse attention by its bodies), or what is faster."""
-
-    kernels: Literal["auto", "portable"] = "auto"
-
-
 class TensorRtRtx(TensorRtBackend):
     """Builds one engine per compute capability, for this operating system and processor."""
 
@@ -46,12 +37,11 @@ class TensorRtRtx(TensorRtBackend):
         """The module `tensorrt_rtx`; see `Backend.load`."""
         return import_package("tensorrt_rtx", "tensorrt-rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
 
-    def plan(
-        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
-    ) -> list[Planned]:
+    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Planned]:
         """See `TensorRtBackend.plan`."""
-        self.check(bundle)
-        wanted = read_record(options, RtxOptions, "--option", "tensorrt-rtx has the option kernels.", ConfigError)
+        require_stored(self.execution.precision, bundle.manifest.float_precision, self.name)
+        if self.execution.kernels == "native":
+            raise ConfigError("TensorRT-RTX takes no CUDA kernels of others.", "Leave --kernels out, or say portable.")
         version = str(self.load().__version__)
         capabilities = capabilities or (probe().compute_capability,)
         for capability in capabilities:
@@ -63,11 +53,11 @@ class TensorRtRtx(TensorRtBackend):
                 )
         _refuse_uint8(bundle.model())
         engines = [Engine(self.name, version, one, *system(), bundle.precision, batch) for one in capabilities]
-        return [Planned(engine, *self._candidates(bundle, engine, wanted.kernels)) for engine in engines]
+        return [Planned(engine, *self._candidates(bundle, engine)) for engine in engines]
 
-    def _candidates(self, bundle: Bundle, engine: Engine, kernels: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    def _candidates(self, bundle: Bundle, engine: Engine) -> tuple[tuple[str, ...], dict[str, str]]:
         """Where the engine's GPU is not here nothing can be compared, and sparse is built."""
-        if kernels == "portable" or not has_sparse_attention(bundle):
+        if self.execution.kernels == "portable" or not has_sparse_attention(bundle):
             return (BODIES,), {}
         why = self.why_not_here(engine)
         if why is None:

@@ -51,7 +51,6 @@ class EngineSession(Session):
         self.least_batch, self.in_place_of_sparse = engine.batch.least, engine.details.kernels == DENSE
         self._precision = precision_text(engine.precision, manifest.float_precision)
         self._messages = Messages()
-        self._graphs = True
         self._bound: dict[str, Shape] = {}
         with contextlib.ExitStack() as stack:
             self._driver = open_driver()
@@ -139,33 +138,6 @@ class EngineSession(Session):
         """Of the latest run, by the device's clock: copy in, compute, copy out."""
         return self._buffers.last_times
 
-    def layer_times(self, inputs: Mapping[str, Array], queries: int) -> list[dict[str, str | float]]:
-        """Milliseconds per query of each layer, in the order of execution, by TensorRT's own profiler.
-
-        Runs one by one, without a CUDA graph, whose launches tell nothing of their layers; slower than `infer`.
-
-        Args:
-            inputs: as for `infer`.
-            queries: runs to take the mean of.
-
-        Returns:
-            `{"name", "ms"}` of each layer, as TensorRT names it.
-
-        Raises:
-            BackendError: as `infer`.
-        """
-        if self._context is None:
-            raise self.closed()
-        profiler = make_profiler(self._trt)
-        self._graphs = False
-        self._context.profiler = profiler  # with it attached, a run tells its layers before it returns
-        try:
-            for _ in range(queries):
-                self.infer(inputs)
-        finally:
-            self._graphs = True
-        return [{"name": name, "ms": total / queries} for name, total in profiler.totals.items()]
-
     @property
     def best_batch(self) -> int:
         """The size that it is tuned for."""
@@ -189,8 +161,7 @@ class EngineSession(Session):
         self._driver.use()
         self._bind(shapes)
         outputs = {s.name: (np.dtype(s.dtype), tuple(self._context.get_tensor_shape(s.name))) for s in self.outputs}
-        key = tuple(sorted(shapes.items())) if self._graphs else None
-        return self._buffers.run(inputs, outputs, self._enqueue, key)
+        return self._buffers.run(inputs, outputs, self._enqueue, tuple(sorted(shapes.items())))
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._buffers.stream):
@@ -203,20 +174,3 @@ class EngineSession(Session):
     def close(self) -> None:
         """See `Session.close`."""
         self._stack.close()
-
-
-def make_profiler(trt: Any) -> Any:
-    """TensorRT's profiler with `totals`: milliseconds by layer, all runs together, in the order of execution."""
-
-    class Profiler(trt.IProfiler):  # type: ignore[misc]
-        """Called by TensorRT, layer by layer."""
-
-        def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
-            self.totals: dict[str, float] = {}
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            """One layer of one run."""
-            self.totals[layer_name] = self.totals.get(layer_name, 0.0) + float(ms)
-
-    return Profiler()
