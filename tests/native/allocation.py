@@ -16,13 +16,12 @@ import json
 import os
 import platform
 import random
-import select
 import subprocess
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,11 @@ import onnxruntime
 
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.schema import OPERATORS
-from tests.native.test_hostile_shapes import model
+from tests.native.hostile import bare_model
 
 HERE = Path(__file__).parent
-LIMIT_S = 10.0
-"""Seconds that a trial may take before it counts as hung; a good one takes some milliseconds."""
+LIMIT_S = 0.5
+"""Seconds that a trial may take, on average; a good one takes some milliseconds."""
 CHANNELS = 5
 SUPPORTED = (
     tuple(map(int, (platform.libc_ver()[1] or "0.0").split("."))) >= (2, 35) and platform.libc_ver()[0] == "glibc"
@@ -74,7 +73,7 @@ class Subject:
         known = {attribute.name for attribute in OPERATORS[self.op].attributes}
         settings = {"num_heads": self.heads, "scale": 0.2, **self.attributes}
         attributes = {name: value for name, value in settings.items() if name in known}
-        return model(self.op, attributes, list(inputs.values()), False)
+        return bare_model(self.op, attributes, list(inputs.values()), False)
 
 
 def _select(tile: int, probe: int, cell: int, power: float) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def build_shim(folder: Path) -> Path:
 
 
 class Bench:
-    """In the process whose allocations fail: runs trials here; without `shim` just sessions."""
+    """Runs trials in this process; without `shim` just sessions."""
 
     def __init__(self, library: str, subjects: Mapping[str, Subject] = SUBJECTS, shim: bool = True) -> None:
         self.library = library
@@ -153,7 +152,9 @@ class Bench:
         """Allocations of a new session, until its first answer."""
         outcome = self.run(Trial(subject, threads, 0, False, others))
         assert outcome == "right", f"{subject}: {outcome} though nothing failed"
-        return int(self.shim.failing_counted())
+        count = int(self.shim.failing_counted())
+        assert count > 2, f"{subject}: not even the node's, the call's and the kernel's own were seen"
+        return count
 
     def run(self, trial: Trial) -> str:
         """What came of it, in a thread of its own."""
@@ -182,112 +183,44 @@ class Bench:
         return what
 
 
-def _serve(library: str) -> None:
-    """Trials from standard input, an outcome each to standard output."""
-    bench = Bench(library)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["task"] == "count":
-            answer: Any = bench.counted(*request["of"])
-        else:
-            answer = [bench.run(Trial(**request["of"])), int(bench.shim.failing_failed())]
-        print(json.dumps(answer), flush=True)
-
-
-class Lab:
-    """In the process that looks on: one whose allocations can fail, and another in its place when it dies or hangs."""
-
-    def __init__(self, shim: Path, library: Path) -> None:
-        self._shim, self._library = shim, library
-        self._process: subprocess.Popen[str] | None = None
-
-    def ask(self, task: str, of: Any) -> Any:
-        """The process's answer; a string says how it ended without one."""
-        if self._process is None:
-            command = [sys.executable, "-m", "tests.native.allocation", "--serve", str(self._library)]
-            self._process = subprocess.Popen(
-                command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env={**os.environ, "LD_PRELOAD": str(self._shim)}, cwd=HERE.parents[1],
-            )  # fmt: skip
-            assert self._receive(60) == "ready"
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"task": task, "of": of}) + "\n")
-        self._process.stdin.flush()
-        return self._receive(LIMIT_S)
-
-    def _receive(self, seconds: float) -> Any:
-        process = self._process
-        assert process is not None
-        assert process.stdout is not None
-        line = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else None
-        if line:
-            return json.loads(line)
-        text = self.close()
-        how = "hung" if line is None else f"ended by {process.returncode}"
-        return f"{how}: {text.strip()[-300:]}"
-
-    def close(self) -> str:
-        """End the process; what it wrote to standard error."""
-        process, self._process = self._process, None
-        if process is None:
-            return ""
-        if process.poll() is None:
-            process.kill()
-        return process.communicate()[1]
-
-
-def plan(lab: Lab, others: int) -> list[Trial]:
-    """Every allocation of every subject, on one and two threads, failing alone and with all that follow."""
-    made = []
-    for subject, threads in itertools.product(SUBJECTS, (1, 2)):
-        count = lab.ask("count", [subject, threads, others])
-        assert isinstance(count, int), f"{subject}: {count}"
-        assert count > 2, f"{subject}: not even the node's, the call's and the kernel's own were seen"
-        made += [Trial(subject, threads, n, always, others) for n in range(1, count + 1) for always in (False, True)]
-    return made
-
-
-def outcomes(lab: Lab, trials: Sequence[Trial]) -> Iterator[tuple[Trial, str, bool]]:
-    """Of each trial: what came of it, and whether that is as it should be."""
-    for trial in trials:
-        answer = lab.ask("run", dataclasses.asdict(trial))
-        what, failed = (answer, 1) if isinstance(answer, str) else answer
-        fine = isinstance(answer, list) and "WRONG" not in what and (failed > 0 or what == "right")
-        yield trial, what, fine
-
-
-def measure(shim: Path, library: Path, count: int, seed: int) -> dict[str, Any]:
-    """`count` trials: three of four where the library itself asks for memory, the others where ONNX Runtime does so for
-    it, which is mostly the same over and over.
+def measure(library: str, count: int, seed: int) -> dict[str, Any]:
+    """In the process whose allocations fail: `count` trials, three of four where the library itself asks for memory,
+    the others where ONNX Runtime does so for it, which is mostly the same over and over.
     """
-    lab = Lab(shim, library)
-    draw, decks = random.Random(seed), []
-    try:
-        for others, share in ((0, count - count // 4), (1, count // 4)):
-            all_of_them = plan(lab, others)
-            draw.shuffle(all_of_them)
-            decks += list(itertools.islice(itertools.cycle(all_of_them), share))
-        draw.shuffle(decks)
-        results = list(outcomes(lab, decks))
-    finally:
-        lab.close()
-    kinds = Counter("right" if what == "right" else "raised" for _, what, fine in results if fine)
-    failures = [f"{trial}: {what}" for trial, what, fine in results if not fine]
-    return {"trials": len(results), "different": len(set(decks)), "failures": len(failures), **kinds,
-            "first": failures[:20]}  # fmt: skip
+    bench, draw, trials = Bench(library), random.Random(seed), list[Trial]()
+    for others, share in ((0, count - count // 4), (1, count // 4)):
+        every = [
+            Trial(subject, threads, n, always, others)
+            for subject, threads in itertools.product(SUBJECTS, (1, 2))
+            for n in range(1, bench.counted(subject, threads, others) + 1)
+            for always in (False, True)
+        ]
+        trials += draw.choices(every, k=share)
+    counts, wrong = Counter[str](), list[str]()
+    for trial in draw.sample(trials, len(trials)):
+        print(trial, file=sys.stderr, flush=True)  # The last one is where it crashed or hung.
+        outcome = bench.run(trial)
+        counts["right" if outcome == "right" else "raised"] += 1
+        if "WRONG" in outcome or (not bench.shim.failing_failed() and outcome != "right"):
+            wrong.append(f"{trial}: {outcome}")
+    return {"trials": len(trials), "failures": len(wrong), **counts, "first": wrong[:20]}
 
 
-def main(count: str, seed: str) -> None:
-    """What came of so many trials, as JSON."""
-    library = native.library_path()
-    assert library is not None
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(build_shim(Path(folder)), library, int(count), int(seed))))
+def measured(shim: Path, count: int, seed: int) -> dict[str, Any]:
+    """The same, of a process of its own."""
+    command = [sys.executable, "-m", "tests.native.allocation", "--within", str(native.library_path())]
+    done = subprocess.run(
+        [*command, str(count), str(seed)], env={**os.environ, "LD_PRELOAD": str(shim)}, cwd=HERE.parents[1],
+        capture_output=True, text=True, check=False, timeout=60 + LIMIT_S * count,
+    )  # fmt: skip
+    assert done.returncode == 0, f"ended by {done.returncode}: {done.stderr[-1000:]}"
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 if __name__ == "__main__":
-    if sys.argv[1] != "--serve":
-        main(*sys.argv[1:])
+    if sys.argv[1] == "--within":
+        print(json.dumps(measure(sys.argv[2], *map(int, sys.argv[3:]))))
         sys.exit()
-    print(json.dumps("ready"), flush=True)
-    _serve(sys.argv[2])
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measured(build_shim(Path(folder)), *map(int, sys.argv[1:]))))

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
-from sparsifiner_edge.ops.schema import VERSION
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
 
 LIMIT, ROOM = 6 << 30, 400 << 20
 MOST = 2**31 - 1
@@ -107,6 +107,23 @@ def model(case: Case) -> bytes:
     output = helper.make_tensor_value_info("output", kind, None)
     graph = helper.make_graph(nodes, "hostile", [], [output], initializers)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", VERSION)]
+    made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return made
+
+
+def bare_model(op: str, attributes: dict[str, Any], inputs: list[np.ndarray], open_axes: bool) -> bytes:
+    """A node of the library's own, without a body."""
+    names = [tensor.name for tensor in OPERATORS[op].inputs]
+    values = [
+        helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(x.dtype), [None] * x.ndim if open_axes else x.shape
+        )
+        for name, x in zip(names, inputs, strict=True)
+    ]
+    kind = TensorProto.INT32 if OPERATORS[op].output.dtypes == ("int32",) else TensorProto.FLOAT
+    node = helper.make_node(op, names, ["result"], domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], "bare", values, [helper.make_tensor_value_info("result", kind, None)])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     return made
 

@@ -14,15 +14,15 @@ import numpy as np
 import onnxruntime
 import openvino
 import pytest
-from onnx import TensorProto, helper
 from openvino.frontend import onnx as frontend
 
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.native import interface
 from sparsifiner_edge.ops.native.interface import Operators
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
+from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.runtime.openvino.operators import converters
+from tests.native.hostile import bare_model
 from tests.ops.matrix import Case, cases, output_type
 
 LEAST = {
@@ -107,28 +107,11 @@ TABLE = [
 ]  # fmt: skip
 
 
-def model(op: str, attributes: dict[str, Any], inputs: list[np.ndarray], open_axes: bool) -> bytes:
-    """A node of the library's own, without a body."""
-    names = [tensor.name for tensor in OPERATORS[op].inputs]
-    values = [
-        helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(x.dtype), [None] * x.ndim if open_axes else x.shape
-        )
-        for name, x in zip(names, inputs, strict=True)
-    ]
-    kind = TensorProto.INT32 if OPERATORS[op].output.dtypes == ("int32",) else TensorProto.FLOAT
-    node = helper.make_node(op, names, ["result"], domain=DOMAIN, **attributes)
-    graph = helper.make_graph([node], "hostile", values, [helper.make_tensor_value_info("result", kind, None)])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
-    made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    return made
-
-
 def in_onnxruntime(op: str, attributes: dict[str, Any], inputs: list[np.ndarray]) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.register_custom_ops_library(str(native.library_path()))
-    session = onnxruntime.InferenceSession(model(op, attributes, inputs, True), options)
+    session = onnxruntime.InferenceSession(bare_model(op, attributes, inputs, True), options)
     names = [tensor.name for tensor in OPERATORS[op].inputs]
     return session.run(None, dict(zip(names, inputs, strict=True)))[0]
 
@@ -138,7 +121,7 @@ def in_openvino(op: str, attributes: dict[str, Any], inputs: list[np.ndarray]) -
     try:
         core = openvino.Core()
         core.add_extension(converters(openvino, frontend, [op], operators))
-        compiled = core.compile_model(core.read_model(model(op, attributes, inputs, False), b""), "CPU")
+        compiled = core.compile_model(core.read_model(bare_model(op, attributes, inputs, False), b""), "CPU")
         return np.array(compiled(inputs)[0])
     finally:
         operators.close()

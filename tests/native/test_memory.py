@@ -39,8 +39,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_failed_allocation_is_an_error_and_leaves_the_session_well(shim: Path) -> None:
-    assert LIBRARY is not None
-    result = allocation.measure(shim, LIBRARY, 360, seed=0)
+    result = allocation.measured(shim, 360, seed=0)
     assert result["failures"] == 0, "\n".join(result["first"])
     assert result["trials"] == 360
     assert result["raised"] > 300  # else nothing failed

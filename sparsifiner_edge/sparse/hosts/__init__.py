@@ -171,7 +171,10 @@ def _libraries() -> Iterator[type[Backbone]]:
 def _others() -> Iterator[type[Backbone]]:
     """Those that other packages add."""
     for point in entry_points(group=LIBRARIES):
-        kind = point.load()
+        try:
+            kind = point.load()
+        except Exception as error:  # It is anybody's code.
+            raise UnsupportedModelError(f"{point.value} cannot be imported: {error}", f"Mend {point.name}.") from error
         if not (isinstance(kind, type) and issubclass(kind, Backbone)):
             raise UnsupportedModelError(f"{point.value} is no class of Backbone.", f"Tell the authors of {point.name}.")
         yield kind

@@ -87,8 +87,7 @@ def load_pretrained(
     Raises:
         SparsifinerError: it cannot be had, does not fit its configuration, holds NaN, or is none that can be taken.
     """
-    transformers = library()
-    with _quiet(transformers), _about(source):
+    with _loading(source) as transformers:
         folder = Path(source if Path(source).is_dir() else _downloaded(source))
         kind, config = _configuration(folder, source)
         _require_room(kind, config, folder / WEIGHTS_FILE, source)
@@ -120,7 +119,7 @@ def blank(folder: Path, img_size: ImageSize) -> nn.Module:
     Raises:
         SparsifinerError: it describes none that can be taken.
     """
-    with _quiet(library()), _about(str(folder)):
+    with _loading(str(folder)):
         kind, config = _configuration((folder / ARCHITECTURE_FILE).parent, str(folder))
         model: nn.Module = kind(config)
         return for_size(_with_attention(model), img_size)
@@ -227,25 +226,15 @@ def configured_labels(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's own progress bars and advice."""
+def _loading(source: str) -> Iterator[Any]:
+    """The library, without its own progress bars and advice; what it raises becomes an error about the source."""
+    transformers = library()
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     try:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _about(source: str) -> Iterator[None]:
-    """What the library raises becomes an error about the source."""
-    try:
-        yield
+        yield transformers
     except SparsifinerError:
         raise
     # It, and what it uses, raise kinds of their own.
@@ -254,3 +243,7 @@ def _about(source: str) -> Iterator[None]:
             f"{source} could not be loaded by transformers: {brief(error)}",
             "Give a folder with config.json, model.safetensors and preprocessor_config.json; for a hub's name connect.",
         ) from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
