@@ -42,7 +42,6 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_published.py
 	$(BIN)/python benchmarks/gpu_rounds.py
 	$(BIN)/python benchmarks/gpu_bound.py
-	$(BIN)/python -m tests.camera.slow_clients
 	$(BIN)/python -m tests.fuzz --full --kills 500 -o profiles/results/fuzz
 
 # On a machine with an NVIDIA GPU, a torch for CUDA and Triton in this environment: parity, memory errors, speed.

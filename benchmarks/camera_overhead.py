@@ -43,17 +43,8 @@ def bare_ms(bundle: Path, frames: int, threads: int | None) -> list[float]:
 
 def pipeline_ms(bundle: Path, video: Path, frames: int, threads: int | None) -> tuple[list[float], dict[str, float]]:
     """Milliseconds between two answers of the pipeline, and the medians of its stages."""
-    line = [
-        sys.executable,
-        "-m",
-        "sparsifiner_edge",
-        "run",
-        str(bundle),
-        "--source",
-        str(video),
-        "--frames",
-        str(frames),
-    ]
+    line = [sys.executable, "-m", "sparsifiner_edge", "run", f"{bundle}", "--source", f"{video}"]
+    line += ["--frames", str(frames)]
     line += ["--threads", str(threads)] if threads else []
     out = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
     records = [json.loads(text) for text in out.splitlines()][5:]

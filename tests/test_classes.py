@@ -18,7 +18,6 @@ from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import ClassResult, accuracy_statistics
 from sparsifiner_edge.evaluate.labelled import labelled
-from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import load_student, save_student
@@ -98,7 +97,7 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(
     bundle = export_bundle(head, tmp_path / "bundle")
     assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
     assert manifest_of(bundle)["outputs"][0]["shape"] == [1, 3]
-    with Model(bundle, Execution()) as model:
+    with Model(bundle) as model:
         (record,) = run_images(model, made["queries"] / "green" / "1.png")
     assert record.top is not None
     assert record.top[0].label == "green"

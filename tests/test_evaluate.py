@@ -14,7 +14,6 @@ from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.scores import ScoresResult
-from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.results import check_result
@@ -93,7 +92,7 @@ def test_rectangles(made: dict[str, Path], tmp_path: Path) -> None:
     assert 0.5 < means(own)["patches_cosine"] < 0.99999
     with pytest.raises(ConfigError, match="The subject takes 96x160 px, the teacher 160 px"):
         evaluate_student(bundle, made["pictures"], against=made["dense"])
-    with Model(bundle, Execution()) as model:
+    with Model(bundle) as model:
         check_stills(model, made["pictures"], tmp_path)
         (record,) = run_images(model, made["pictures"] / "2.png")
     with Image.open(made["pictures"] / "2.png") as image:  # 200 x 200: the middle 120 rows are as the model is shaped
@@ -106,7 +105,7 @@ def test_rectangles(made: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_stills(made: dict[str, Path], tmp_path: Path) -> None:
-    with Model(made["bundle"], Execution()) as model:
+    with Model(made["bundle"]) as model:
         check_stills(model, made["pictures"], tmp_path)
 
 

@@ -16,7 +16,6 @@ from sparsifiner_edge.artifacts import NOVELTY_FILE
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.overlay import text_lines
-from sparsifiner_edge.camera.status import STILL, WINDOW, Recent, Status
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import load_image
@@ -240,39 +239,6 @@ TIMES = ("capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms",
 def record(score: float | None) -> FrameRecord:
     times: dict[str, Any] = dict.fromkeys(TIMES, 1.0)
     return FrameRecord(source="test", frame=0, skipped=0, pts_s=None, frame_age_ms=None, novelty=score, **times)
-
-
-def test_a_run_tells_when_most_frames_are_unlike() -> None:
-    events: list[Any] = []
-    status = Status("test", events.append)
-    for number in range(40):
-        status.processed(record(0.5 + number / 1000))
-    assert not events
-    for number in range(60):
-        status.processed(record(1.5 + number / 1000))
-    (said,) = events
-    assert (said["event"], said["reason"]) == (
-        "unlike",
-        "40 of the last 80 frames unlike what this model was calibrated on",
-    )
-    for number in range(WINDOW):
-        status.processed(record(0.4 + number / 1000))
-    assert [event["event"] for event in events] == ["unlike", "like"]
-    assert status.counts["unlike"] == 60
-    assert status.counts["repeated"] == 0
-    assert len(status.novelty.unlike) == WINDOW
-
-
-def test_an_image_that_stands_still_is_told_once() -> None:
-    events: list[Any] = []
-    status = Status("test", events.append)
-    status.processed(record(None))
-    for _ in range(2 * STILL):
-        status.processed(record(0.25))
-    assert [event["event"] for event in events] == ["still"]
-    assert status.counts["repeated"] == 2 * STILL - 1
-    assert status.novelty.after(0.26).repeated == 0
-    assert Recent().text == "0 of the last 0 frames unlike what this model was calibrated on"
 
 
 def test_an_overlay_shows_it() -> None:

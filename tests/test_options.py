@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import sparsifiner_edge
-from sparsifiner_edge.camera.service import RunOptions
 
 THREE = {"mean", "std", "no_normalise"}
 """Options that are one argument."""
@@ -19,7 +18,6 @@ TAKES: dict[str, Callable[..., Any]] = {
     "export": sparsifiner_edge.export_bundle,
     "distill": sparsifiner_edge.distill_student,
     "evaluate": sparsifiner_edge.evaluate_student,
-    "run": RunOptions,
     "search": sparsifiner_edge.search_model,
 }
 

@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import queue
+import random
 import signal
 import subprocess
 import threading
 from typing import NamedTuple
 
-from msgspec import to_builtins
-from msgspec.structs import replace
+import msgspec
 
 from sparsifiner_edge.arrays import Pixels
-from sparsifiner_edge.bounds import height_width
-from sparsifiner_edge.camera.backoff import Backoff
-from sparsifiner_edge.camera.decoder_protocol import (
-    FrameHeader,
-    ProtocolError,
-    Request,
-    StateHeader,
-    receive,
-)
-from sparsifiner_edge.camera.prepare import Fit
-from sparsifiner_edge.camera.relay import Relay
+from sparsifiner_edge.bounds import ImageSize
+from sparsifiner_edge.camera.decoder_protocol import Decoded, End, FrameTimes, ProtocolError, Request, receive
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.process import StalledError, start_python
 
+FIRST_WAIT_S, MOST_WAIT_S = 0.25, 2.0
 _START_S = 20.0
-"""Before its first message the process imports its decoder, which takes seconds on a small board."""
+"""For the process to import its decoder, which takes seconds on a small board, beside what a connection takes."""
 
 
 class Frame(NamedTuple):
-    """A frame for the model.
-
-    Attributes:
-        image: uint8 [H,W,3].
-        shown: the frame for the overlay, uint8 [h,w,3], or None.
-        times: of the decoding process.
-        skipped: frames since the one before that were dropped unseen.
-    """
+    """A frame for the model: uint8 [H,W,3], its times, and how many since the one before were dropped unseen."""
 
     image: Pixels
-    shown: Pixels | None
-    times: FrameHeader
+    times: FrameTimes
     skipped: int
 
 
@@ -54,65 +38,64 @@ class Mailbox:
 
     def __init__(self, live: bool) -> None:
         self._live = live
-        self._changed = threading.Condition()
-        self._frame: Frame | None = None
-        self._skipped = 0
-        self.closed = False
+        self._frames: queue.Queue[Frame] = queue.Queue(1)
+        self._closed = threading.Event()
 
-    def put(self, header: FrameHeader, images: list[Pixels]) -> bool:
+    def put(self, decoded: Decoded) -> bool:
         """Leave a frame; True if that dropped another."""
-        image, *rest = images
-        with self._changed:
-            while self._frame is not None and not self._live and not self.closed:
-                self._changed.wait(0.5)
-            if self.closed:
-                return False
-            dropped = self._frame is not None
-            self._skipped += dropped
-            self._frame = Frame(image, rest[0] if rest else None, header, self._skipped)
-            self._changed.notify_all()
-        return dropped
+        frame = Frame(*decoded, skipped=0)
+        while not self._closed.is_set():
+            try:
+                self._frames.put(frame, timeout=0 if self._live else 0.5)
+                break
+            except queue.Full:
+                if self._live and (before := self.take(0)) is not None:
+                    frame = frame._replace(skipped=before.skipped + 1)
+        return frame.skipped > 0
 
     def take(self, seconds: float) -> Frame | None:
-        """The frame, as soon as there is one; None after `seconds`, or at once when there will be none."""
-        with self._changed:
-            if self._frame is None and not self.closed:
-                self._changed.wait(seconds)
-            frame, self._frame = self._frame, None
-            if frame is not None:
-                self._skipped = 0
-                self._changed.notify_all()
-        return frame
+        """The frame, as soon as there is one; None after `seconds`."""
+        with contextlib.suppress(queue.Empty):
+            return self._frames.get(timeout=seconds)
+        return None
 
     def close(self) -> None:
         """No frame will follow; one that lies there can still be taken."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
+        self._closed.set()
+
+    @property
+    def is_over(self) -> bool:
+        """That no frame lies there, and none will follow."""
+        return self._closed.is_set() and self._frames.empty()
+
+
+def wait_s(attempts: int) -> float:
+    """Seconds to wait after so many attempts that failed: doubled with each, and drawn, so that many cameras do not
+    return in step.
+    """
+    most = min(MOST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempts - 1, 16)) if attempts else 0.0
+    return random.uniform(most / 2, most)  # noqa: S311  (no secret)
 
 
 class Capture:
-    """Runs the decoding process from a thread of its own.
+    """Runs the decoding process from a thread of its own, and another where a live source ended. A context manager.
 
     Args:
         source: what to read.
-        fit: what the model takes.
-        fps: of the test pattern.
+        size: of the images that the model takes.
         stall_s: the process is ended and started anew when nothing came for so long.
         status: told about every change.
-        allow_redirect: of an RTSP camera to other hosts, without user and password; see `Relay`.
+
+    Attributes:
+        failure: why a source that is not live ended, if not by itself.
     """
 
-    def __init__(
-        self, source: Source, fit: Fit, fps: float, stall_s: float, status: Status, allow_redirect: bool = False
-    ) -> None:
+    def __init__(self, source: Source, size: ImageSize, stall_s: float, status: Status) -> None:
         self.mailbox = Mailbox(source.live)
         self.failure: str | None = None
-        self._source, self._fit, self._fps, self._stall_s, self._status = source, fit, fps, stall_s, status
-        self._allow_redirect = allow_redirect
-        self._relay: Relay | None = None
+        self._source, self._size, self._stall_s, self._status = source, size, stall_s, status
         self._stop = threading.Event()
-        self._backoff = Backoff()
+        self._attempts = 0
         self._process: subprocess.Popen[bytes] | None = None
         # The process dies with the thread that started it (see `process`), so one thread starts them all.
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
@@ -126,16 +109,18 @@ class Capture:
         self.mailbox.close()
         self._kill()
         self._thread.join(5)
-        if self._relay is not None:
-            self._relay.close()
 
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                ended = self._one_process()
-                if ended or not self._source.live:
+                state, reason = self._attempt()
+                if self._stop.is_set():
                     break
-                self._stop.wait(self._backoff.next_s())
+                if not self._source.live:
+                    self.failure = reason
+                    break
+                self._attempts += 1
+                self._enter(state, reason or "the stream ended")
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             raise
@@ -143,113 +128,60 @@ class Capture:
             self.mailbox.close()  # First: whatever comes of the rest, the loop learns that no frame will follow.
             self._status.enter("ended", self.failure)
 
-    def _one_process(self) -> bool:
-        """Start the process and read it until it ends, hangs or crashes; True when the source came to its end."""
-        attempt = self._backoff.attempts
-        self._status.enter("connecting", quiet=_is_old(attempt), attempt=attempt)
+    def _attempt(self) -> tuple[str, str | None]:
+        """Start a process and read it until it ends, hangs or crashes; the state that is then, and why."""
         try:
-            process = self._started()
-        except OSError as error:  # The machine is short of memory or processes, for now.
-            self._crashed(f"the decoder cannot be started: {error.strerror}")
-            return False
-        assert process.stdout is not None
-        try:
-            return self._read(process.stdout.fileno())
+            with self._started() as process:
+                try:
+                    assert process.stdout is not None
+                    return "lost", self._read(process.stdout.fileno())
+                finally:
+                    self._kill()
         except StalledError:
             self._status.count("stalls")
-            self._gone("stalled", f"nothing came for {self._stall_s:g} s; the decoder was ended")
+            return "stalled", f"nothing came for {self._stall_s:g} s; the decoder was ended"
         except ProtocolError as error:
-            self._crashed(f"the decoder sent {error}")
-        finally:
+            self._status.count("crashes", not self._stop.is_set())
+            return "lost", str(error)
+        except OSError as error:  # The machine is short of memory or processes, for now.
+            return "lost", f"the decoder cannot be started: {error.strerror}"
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        """A process that knows what to read. While it imports its decoder the time to wait goes by."""
+        self._process = start_python(
+            "sparsifiner_edge.camera.child", {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        if self._stop.wait(wait_s(self._attempts)):
             self._kill()
-            process.stdout.close()
-            process.wait()
-        return False
+        self._enter("connecting")
+        request = Request(self._source.kind, self._source.location, self._size, self._stall_s)
+        # Not as an argument, which every user of the machine can read: an address may hold a password.
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(msgspec.json.encode(request))
+        return self._process
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        source = self._source
-        if source.kind == "rtsp" and self._relay is None:
-            self._relay = Relay(source.location, self._stall_s, self._allow_redirect)
-        request = Request(
-            source.kind, source.location, source.live, self._fit, self._fps, self._stall_s, self._backoff.attempts,
-            None, source.secrets,
-        )  # fmt: skip
-        if self._relay is not None:  # The camera's own address, and so its password, stays here.
-            request = replace(request, location=self._relay.url, port=self._relay.port, secrets=())
-        self._process = start_python(
-            "sparsifiner_edge.camera.child", {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        # Not as an argument, which every user of the machine can read: a pipeline may hold a password.
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(json.dumps(to_builtins(request)).encode())
-        return self._process
+    def _read(self, handle: int) -> str | None:
+        """Frames into the mailbox until the source ends; why it did, if not by itself."""
+        message, bad = receive(handle, self._size, _START_S + 2 * self._stall_s), 0
+        while not isinstance(message, End):
+            self._attempts = 0
+            self._status.count("captured")
+            self._status.enter("streaming")
+            self._status.count("dropped", self.mailbox.put(message))
+            self._status.count("bad_packets", max(0, message.times.bad_packets - bad))
+            bad = message.times.bad_packets
+            message = receive(handle, self._size, self._stall_s)
+        return None if message.reason is None else self._source.clean(message.reason)
 
-    def _read(self, handle: int) -> bool:
-        allowed, bad = _START_S, 0
-        while not self._stop.is_set():
-            message = receive(handle, allowed)
-            if message is None:
-                if not self._stop.is_set():
-                    self._crashed("the decoder crashed")
-                return False
-            header = message.header
-            if isinstance(header, FrameHeader):
-                allowed = self._stall_s
-                self._frame(header, message.images)
-                self._status.count("bad_packets", max(0, header.bad_packets - bad))
-                bad = header.bad_packets
-            elif header.state == "ended":
-                if self._source.live:
-                    raise ProtocolError("the end of a live source")
-                self.failure = self._reason(header.reason)
-                return True
-            else:
-                # Connecting has time limits of its own; those of the watchdog only come after them.
-                allowed = 2 * self._stall_s + 5
-                self._state(header)
-        return True
-
-    def _frame(self, header: FrameHeader, images: list[Pixels]) -> None:
-        if images[0].shape != (*height_width(self._fit.size), 3):
-            raise ProtocolError(f"an image of shape {images[0].shape}")
-        self._backoff.reset()
-        self._status.count("captured")
-        self._status.enter("streaming")
-        if self.mailbox.put(header, images):
-            self._status.count("dropped")
-
-    def _state(self, header: StateHeader) -> None:
-        """As the process says; a connection that it tries again and again is told as such."""
-        if header.state == "connecting" and self._status.state == "connecting":
-            return
-        self._backoff.attempts = max(self._backoff.attempts, header.attempt)  # A process that follows counts on.
-        reason, quiet = self._reason(header.reason), _is_old(header.attempt)
-        self._status.enter(header.state, reason, quiet, header.attempt, header.retry_s or None)
-
-    def _reason(self, said: str | None) -> str | None:
-        """The relay's, which saw the camera itself; else the decoder's. Neither may show a secret."""
-        reason = (self._relay and self._relay.reason) or said
-        return None if reason is None else self._source.hide(reason)
-
-    def _crashed(self, reason: str) -> None:
-        self._status.count("crashes")
-        self._gone("lost", reason)
-
-    def _gone(self, state: str, reason: str) -> None:
-        if self._source.live:
-            attempt = self._backoff.attempts + 1
-            self._status.enter(state, reason, _is_old(attempt), attempt=attempt)
-        else:
-            self.failure = reason
-
-
-def _is_old(attempt: int) -> bool:
-    """A night without a camera is no reason to fill a log: after four attempts only some are told."""
-    return attempt > 4 and attempt & (attempt - 1) != 0
+    def _enter(self, state: str, reason: str | None = None) -> None:
+        """A night without a camera is no reason to fill a log: after four attempts only some are told."""
+        attempts = self._attempts
+        quiet = attempts > 4 and attempts & (attempts - 1) != 0
+        self._status.enter(state, reason, quiet, attempts)

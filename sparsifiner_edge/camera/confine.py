@@ -1,8 +1,8 @@
 """Takes from the decoding process all that it does not need, before it reads anything that a stranger sent.
 
-Whatever the kernel offers of: a user of its own (where started as root), Landlock, a filter of system calls. Each alone
-refuses files, programs and other processes; a kernel without one of them still has the other. `confinement` says what
-there is; the limits of `limit_resources` hold everywhere.
+Limits, and whatever the system offers of: a user of its own (where started as root) and Landlock, which refuses files,
+programs and connections. Which system calls there are is for the unit of systemd to
+say (`runtime/systemd/`): a table of them by hand ages.
 
 Landlock is used by its three system calls: no library on PyPI is both kept and able to restrict ports of this process.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
+import re
 import resource
 import struct
 import sys
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import msgspec
 
-from sparsifiner_edge.camera.syscalls import filter_calls, filter_works
 from sparsifiner_edge.process import end_with_parent, limit_resource
 
 MEMORY_BYTES = 6 << 30
@@ -28,82 +27,63 @@ _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 """On every architecture."""
 _FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 """All rights on files that a version of Landlock knows, by the first that does."""
-_BIND_AND_CONNECT, _CONNECT, _SOCKETS_AND_SIGNALS = 3, 2, 3
-_PORTS_SINCE, _SCOPES_SINCE, _RULE_PORT = 4, 6, 2
+_READ, _BIND_AND_CONNECT, _CONNECT, _SOCKETS_AND_SIGNALS = 4, 3, 2, 3
+_PORTS_SINCE, _SCOPES_SINCE, _RULE_PATH, _RULE_PORT = 4, 6, 1, 2
 _SET_DUMPABLE, _SET_NO_NEW_PRIVS = 4, 38
+_NAMES = ("hosts", "resolv.conf", "nsswitch.conf", "host.conf", "gai.conf")
+"""Of /etc: what is read to find a host's address."""
 _USERS = range(61184, 65520)
 """Set aside for users that no file belongs to (systemd's DynamicUser)."""
-_CAPABILITIES = (5, 6, 7)
+_CAPABILITIES = 1 << 5 | 1 << 6 | 1 << 7
 """To end processes of another user, which whoever started this one needs then, and to become one."""
 
 
 class Confinement(msgspec.Struct, frozen=True):
-    """What a machine offers to confine a decoding process.
-
-    Attributes:
-        own_user, no_new_privs, system_calls: whether there are a user of its own, that bit, a filter of system calls.
-        landlock: its version, or None.
-        missing: a sentence for each that is not there.
+    """What a machine offers to confine a decoding process: a user of its own, Landlock's version or None; and a
+    sentence for each that is missing.
     """
 
     own_user: bool
-    no_new_privs: bool
     landlock: int | None
-    system_calls: bool
     missing: list[str]
 
 
-def limit_resources() -> None:
-    """Limit this process: it writes no file (pipes are none) and has bounded memory; see `process` for the rest."""
-    limit_resource(resource.RLIMIT_FSIZE, 0)
-    limit_resource(resource.RLIMIT_AS, MEMORY_BYTES)
-
-
-def confine(parent: int, port: int | None = None) -> Confinement:
+def confine(parent: int, port: int | None = None) -> None:
     """Confine this process for good. What it needs is open and imported; it has no other thread yet.
 
     Args:
         parent: its parent, with which it ends.
-        port: of TCP, the only one that it may connect to; None: no network at all.
-
-    Returns:
-        What is in force.
+        port: of TCP, the only one that it may connect to, by the name of a host; None: no network at all.
 
     Raises:
         OSError: the kernel offers something and then refuses it.
     """
-    found = confinement()
-    if found.own_user:
-        _become_nobody()
-    if found.no_new_privs:
+    limit_resource(resource.RLIMIT_FSIZE, 0)  # It writes no file; pipes are none.
+    limit_resource(resource.RLIMIT_AS, MEMORY_BYTES)
+    offered = confinement()
+    if offered.own_user:
+        user = _USERS[os.getpid() % len(_USERS)]
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    if sys.platform == "linux":
         for option, value in ((_SET_DUMPABLE, 0), (_SET_NO_NEW_PRIVS, 1)):
             _checked(_libc().prctl(option, value, 0, 0, 0))
     end_with_parent(parent)  # Another user's process forgets that.
-    if found.landlock is not None:
-        _restrict(found.landlock, port)
-    if found.system_calls:
-        filter_calls(network=port is not None)
-    return found
+    if offered.landlock is not None:
+        _restrict(offered.landlock, port)
 
 
 def confinement() -> Confinement:
     """What this machine offers to confine a decoding process that this user starts; nothing is changed."""
-    own_user, landlock, system_calls = _may_change_user(), _landlock_version(), filter_works()
-    missing = _missing(own_user, landlock, system_calls)
-    return Confinement(own_user, sys.platform == "linux", landlock, system_calls, missing)
-
-
-def _missing(own_user: bool, landlock: int | None, system_calls: bool) -> list[str]:
-    sentences = []
+    own_user, landlock, missing = _may_change_user(), _landlock_version(), []
     if not own_user:
-        sentences.append("No user of its own: that takes root, with CAP_KILL, CAP_SETGID and CAP_SETUID.")
+        missing.append("No user of its own: that takes root, with CAP_KILL, CAP_SETGID and CAP_SETUID.")
     if landlock is None:
-        sentences.append("No Landlock: this kernel lacks it, or has it switched off (lsm=landlock,...).")
+        missing.append("No Landlock: this kernel lacks it, or has it switched off (lsm=landlock,...).")
     elif landlock < _PORTS_SINCE:
-        sentences.append(f"Landlock {landlock} limits no TCP ports; 4, of Linux 6.7, does.")
-    if not system_calls:
-        sentences.append(f"No filter of system calls: not with this kernel, or not on {platform.machine()}.")
-    return sentences
+        missing.append(f"Landlock {landlock} limits no TCP ports; 4, of Linux 6.7, does.")
+    return Confinement(own_user, landlock, missing)
 
 
 def _libc() -> ctypes.CDLL:
@@ -120,24 +100,12 @@ def _may_change_user() -> bool:
     """Root, with what that takes, and where such users exist: a container may know only some."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return False
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        held = int(next(line for line in lines if line.startswith("CapEff:")).split()[1], 16)
-        known = all(_are_mapped(Path(f"/proc/self/{kind}_map").read_text(encoding="utf-8")) for kind in ("uid", "gid"))
-        return known and all(held >> number & 1 for number in _CAPABILITIES)
-    return False
-
-
-def _are_mapped(table: str) -> bool:
-    rows = [[int(word) for word in line.split()] for line in table.splitlines()]
-    return any(first <= _USERS.start and _USERS.stop <= first + count for first, _, count in rows)
-
-
-def _become_nobody() -> None:
-    user = _USERS[os.getpid() % len(_USERS)]
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
+    held = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+    for table in ("uid_map", "gid_map"):
+        first, _, count = map(int, Path("/proc/self", table).read_text(encoding="utf-8").split()[:3])
+        if not first <= _USERS.start < _USERS.stop <= first + count:
+            return False
+    return held is not None and int(held[1], 16) & _CAPABILITIES == _CAPABILITIES
 
 
 def _landlock_version() -> int | None:
@@ -148,15 +116,29 @@ def _landlock_version() -> int | None:
 
 
 def _restrict(version: int, port: int | None) -> None:
-    """Nothing on any file; of ports only one; no signal or abstract socket beyond this process: as far as known."""
+    """Nothing on any file; of ports only one, with the files that hosts are looked up in; no signal or abstract socket
+    beyond this process: as far as the version knows.
+    """
     files = _FILES[max(first for first in _FILES if first <= version)]
     ports = _BIND_AND_CONNECT if version >= _PORTS_SINCE else 0
     scopes = _SOCKETS_AND_SIGNALS if version >= _SCOPES_SINCE else 0
     rights = struct.pack("=QQQ", files, ports, scopes)
     rules = _checked(_libc().syscall(_CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0))
     try:
+        if port is not None:
+            _allow_names(rules)
         if port is not None and ports:
             _checked(_libc().syscall(_ADD_RULE, rules, _RULE_PORT, struct.pack("=QQ", _CONNECT, port), 0))
         _checked(_libc().syscall(_RESTRICT_SELF, rules, 0))
     finally:
         os.close(rules)
+
+
+def _allow_names(rules: int) -> None:
+    for name in _NAMES:
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(f"/etc/{name}", os.O_PATH | os.O_CLOEXEC)
+            try:
+                _checked(_libc().syscall(_ADD_RULE, rules, _RULE_PATH, struct.pack("=Qi", _READ, file), 0))
+            finally:
+                os.close(file)

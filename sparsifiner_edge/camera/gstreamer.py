@@ -18,18 +18,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from sparsifiner_edge.bounds import height_width
-from sparsifiner_edge.camera.decoder_protocol import FrameHeader
-from sparsifiner_edge.camera.libav import Decoded
-from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.camera.decoder_protocol import Decoded, FrameTimes
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
 
 
-def launch_line(pipeline: str, fit: Fit, handle: int) -> list[str]:
+def launch_line(pipeline: str, size: ImageSize, handle: int) -> list[str]:
     """The command that writes RGB images of the model's size to the file descriptor `handle`."""
-    height, width = height_width(fit.size)
+    height, width = height_width(size)
     both = math.gcd(height, width)
     caps = f"video/x-raw,format=RGB,width={width},height={height},pixel-aspect-ratio=1/1"
     tail = (
@@ -40,7 +38,7 @@ def launch_line(pipeline: str, fit: Fit, handle: int) -> list[str]:
     return ["gst-launch-1.0", "-q", *shlex.split(pipeline), *shlex.split(tail)]
 
 
-def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
+def read_pipeline(pipeline: str, size: ImageSize) -> Iterator[Decoded]:
     """Frames of a pipeline until it ends.
 
     Raises:
@@ -48,7 +46,7 @@ def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
     """
     ours, theirs = os.pipe()
     launched = start_program(
-        launch_line(pipeline, fit, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        launch_line(pipeline, size, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     os.close(theirs)
@@ -58,7 +56,7 @@ def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
     listener.start()
     with launched, os.fdopen(ours, "rb", buffering=1 << 20) as pixels:
         try:
-            yield from _images(pixels, fit)
+            yield from _images(pixels, size)
             launched.wait()
         finally:
             launched.kill()
@@ -67,18 +65,17 @@ def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
         raise ValueError(_message(errors))
 
 
-def _images(pixels: BinaryIO, fit: Fit) -> Iterator[Decoded]:
-    height, width = height_width(fit.size)
+def _images(pixels: BinaryIO, size: ImageSize) -> Iterator[Decoded]:
+    height, width = height_width(size)
     row = -(-width * 3 // 4) * 4  # GStreamer pads rows to four bytes.
     while len(data := pixels.read(row * height)) == row * height:
         at = time.monotonic_ns()
         image = np.frombuffer(data, np.uint8).reshape(height, row)[:, : width * 3].reshape(height, width, 3)
-        header = FrameHeader(at, at, at, time.monotonic_ns())
-        yield Decoded((image, image) if fit.display else (image,), header)
+        yield Decoded(image, FrameTimes(at, at, at, time.monotonic_ns()))
 
 
 def _listen(remarks: BinaryIO, errors: deque[bytes]) -> None:
-    """Keep the last errors of all that is remarked."""
+    """Keep the last errors of all that is remarked; of a line without end a part."""
     for line in iter(lambda: remarks.readline(_LONGEST), b""):
         if b"ERROR" in line or b"erroneous" in line:
             errors.append(line)

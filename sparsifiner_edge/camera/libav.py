@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from sparsifiner_edge.arrays import Pixels
-from sparsifiner_edge.camera.decoder_protocol import FrameHeader
-from sparsifiner_edge.camera.prepare import Fit, cropped, display_size, scaled_size
+from sparsifiner_edge.bounds import ImageSize
+from sparsifiner_edge.camera.decoder_protocol import Decoded, FrameTimes
+from sparsifiner_edge.camera.prepare import cropped, scaled_size
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
 _FILE = {"protocol_whitelist": "none", "format_whitelist": _FORMATS}
 _STREAM = {
-    "protocol_whitelist": "rtsp,tcp",  # TLS is the relay's.
+    "protocol_whitelist": "rtsp,tcp,tls",
     "rtsp_transport": "tcp",  # Loses nothing, and passes routers.
     "fflags": "nobuffer",
     "flags": "low_delay",
@@ -25,21 +26,10 @@ _CHUNK = 1 << 18
 MAX_PIXELS = 40_000_000
 """Of one frame: 8K is 33 million. Told to the decoder, which refuses more before it allocates."""
 MAX_ASPECT = 16
-_WINDOW_NS, _JUMP_NS = 30_000_000_000, 5_000_000_000
+_JUMP_NS, _DRIFT = 5_000_000_000, 2_000
+"""A camera's clock that was set; and clocks that run apart by one part in so many."""
 _BEHIND_S, _CAUGHT_UP_S = 0.3, 0.1
 _MAX_BAD_PACKETS = 1000
-
-
-class Decoded(NamedTuple):
-    """A frame, ready for the model.
-
-    Attributes:
-        images: see `decoder_protocol.DecoderMessage`.
-        header: its times.
-    """
-
-    images: tuple[Pixels, ...]
-    header: FrameHeader
 
 
 def require_sane_size(width: int, height: int) -> None:
@@ -54,12 +44,13 @@ def require_sane_size(width: int, height: int) -> None:
         raise ValueError(f"frames of {width} x {height} px, longer than {MAX_ASPECT} times their width")
 
 
-def read_stream(source: BinaryIO | str, fit: Fit, patience_s: float) -> Iterator[Decoded]:
+def read_stream(source: BinaryIO | str, size: ImageSize, patience_s: float) -> Iterator[Decoded]:
     """Frames until the source ends.
 
     Args:
-        source: a video's open file, so that no path need be opened any more; or the address of an RTSP stream.
-        fit: what the model takes.
+        source: a video's open file, so that no path need be opened any more; or the address of an RTSP stream, with
+            user and password, which FFmpeg proves (Basic, Digest).
+        size: of the images that the model takes.
         patience_s: for a stream to be opened, and between its packets.
 
     Raises:
@@ -77,7 +68,7 @@ def read_stream(source: BinaryIO | str, fit: Fit, patience_s: float) -> Iterator
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "SLICE"  # Threads by frame would hold frames back.
-        reader = _Reader(stream, fit, live)
+        reader = _Reader(stream, size, live)
         for packet in container.demux(stream):
             yield from reader.frames(packet)
         if reader.count == 0:
@@ -87,39 +78,36 @@ def read_stream(source: BinaryIO | str, fit: Fit, patience_s: float) -> Iterator
 class StreamClock:
     """When a frame was taken, in nanoseconds of this machine's monotonic clock.
 
-    A stream's timestamps run on the camera's clock. Their offset from this machine's is the least seen within a minute:
-    whatever is above it is delay, in the network or in a backlog, and is part of the frame's age.
+    A stream's timestamps run on the camera's clock. Their offset from this machine's is the least seen, which forgets
+    as slowly as clocks run apart: whatever is above it is delay, in the network or in a backlog, and is part of the
+    frame's age.
     """
 
     def __init__(self) -> None:
-        self._began = 0
-        self._least: list[int] = []
+        self._least: int | None = None
+        self._last_ns = 0
 
     def captured_ns(self, stamp_ns: int | None, arrived_ns: int) -> int:
         """When the frame that arrived at `arrived_ns` was taken, by the least delay seen; never after its arrival."""
         if stamp_ns is None:
             return arrived_ns
         offset = arrived_ns - stamp_ns
-        if not self._least or abs(offset - self._least[-1]) > _JUMP_NS:  # A camera's clock was set.
-            self._least, self._began = [offset], arrived_ns
-        elif arrived_ns - self._began > _WINDOW_NS:
-            # Two windows: the older one forgets, so that clocks that run apart add nothing to the age.
-            self._least, self._began = [*self._least[-1:], offset], arrived_ns
-        else:
-            self._least[-1] = min(self._least[-1], offset)
-        return min(arrived_ns, stamp_ns + min(self._least))
+        if self._least is None or abs(offset - self._least) > _JUMP_NS:
+            self._least = offset
+        self._least = min(offset, self._least + (arrived_ns - self._last_ns) // _DRIFT)
+        self._last_ns = arrived_ns
+        return stamp_ns + self._least
 
 
 class _Reader:
     """Decodes packets; remembers when each arrived, since a decoder gives frames back later and in another order."""
 
-    def __init__(self, stream: Any, fit: Fit, live: bool) -> None:
+    def __init__(self, stream: Any, size: ImageSize, live: bool) -> None:
         from av.video.reformatter import VideoReformatter
 
-        self._stream, self._fit, self._live = stream, fit, live
+        self._stream, self._size, self._live = stream, size, live
         self._clock = StreamClock()
-        self._model_scaler: Any = VideoReformatter()  # Two, since each keeps what it needs between frames.
-        self._display_scaler: Any = VideoReformatter()
+        self._scaler: Any = VideoReformatter()
         self._arrived: dict[int | None, int] = {}
         self.bad, self.count = 0, 0
 
@@ -147,22 +135,16 @@ class _Reader:
             stamp = None
         captured = self._clock.captured_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
-        images = self._resized(frame)
+        image = self._resized(frame)
         self.count += 1
         pts_s = None if stamp is None else stamp / 1e9
-        return Decoded(images, FrameHeader(captured, arrived, at, time.monotonic_ns(), pts_s, self.bad))
+        return Decoded(image, FrameTimes(captured, arrived, at, time.monotonic_ns(), pts_s, self.bad))
 
-    def _resized(self, frame: Any) -> tuple[Pixels, ...]:
-        """The model's input, and the frame for the overlay if one is asked for."""
+    def _resized(self, frame: Any) -> Pixels:
         require_sane_size(frame.width, frame.height)
-        width, height = scaled_size(frame.width, frame.height, self._fit.size)
-        scaled = self._model_scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-        image = cropped(scaled, self._fit.size)
-        if not self._fit.display:
-            return (image,)
-        width, height = display_size(frame.width, frame.height, self._fit.display)
-        display = self._display_scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
-        return image, display.to_ndarray()
+        width, height = scaled_size(frame.width, frame.height, self._size)
+        scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+        return cropped(scaled, self._size)
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""

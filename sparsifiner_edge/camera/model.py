@@ -6,66 +6,61 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bounds import height_width, size_text
-from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
-from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
-from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.images import centre_text
-from sparsifiner_edge.metrics import POSITIONS, cosine
+from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.runtime import Execution, Session
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.text import finite
 
-TOP = 5
-FULL_CHANGE = 0.3
-"""Change of a patch that an overlay shows as its most."""
 _FOLLOW = 0.05
 """How far the reference that a change is measured against moves with each frame: it forgets in some twenty."""
 
 
-class Model:
-    """A bundle, open. A context manager.
+class ModelOptions(msgspec.Struct, frozen=True):
+    """How a bundle is opened and what it says.
 
-    Args:
-        folder: the bundle.
+    Attributes:
         execution: how it is run.
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
+    """
+
+    execution: Execution = Execution()
+    top: int = 5
+    threshold: float = 0.0
+    public_key: Path | None = None
+
+
+class Model:
+    """A bundle, open. A context manager.
 
     Raises:
         ConfigError: the bundle takes a fixed batch above 1.
         SparsifinerError: the bundle or backend is unusable.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        execution: Execution,
-        top: int = TOP,
-        threshold: float = 0.0,
-        public_key: Path | None = None,
-    ) -> None:
-        bundle = checked_bundle(folder, public_key)
+    def __init__(self, folder: Path, options: ModelOptions | None = None) -> None:
+        options = options or ModelOptions()
+        bundle = checked_bundle(folder, options.public_key)
         _require_centre(bundle)
-        self.fit = Fit(bundle.image_size)
+        self.size = bundle.image_size
         self.labels = bundle.labels()
-        tokens = bundle.manifest.tokens
-        self.tokens = None if tokens is None or tokens.grid is None else (tokens.prefix, *tokens.grid)
-        self._top, self._threshold = top, threshold
+        self._options = options
         # A module's own output of that name says something else.
         self._scored = bundle.manifest.novelty is not None
         self._reference: Array | None = None
-        self._tokens_before: Array | None = None
-        self.session: Session = open_checked(bundle, execution)
+        self.session: Session = open_checked(bundle, options.execution)
         try:
             _require_image(self.session, bundle)
         except SparsifinerError:
@@ -109,17 +104,12 @@ class Model:
         )
 
     def heat(self, outputs: dict[str, Array]) -> Array | None:
-        """What an overlay shows where, 0 to 1, [rows, columns]: the first dense map, else where the image changed; None
-        where there is neither.
-        """
-        for found in dense_maps(outputs).values():
-            values = np.nan_to_num(found.astype(np.float64))
-            low, high = float(values.min()), float(values.max())
-            if low < 0 or high > 1:
-                values = (values - low) / max(high - low, 1e-12)
-            return values
-        changes = None if "logits" in outputs else self.change_map(outputs)
-        return None if changes is None else np.clip(changes / FULL_CHANGE, 0, 1)
+        """What an overlay shows where, 0 to 1, [rows, columns]: the first dense map; None where there is none."""
+        for values in dense_maps(outputs).values():
+            heat = np.nan_to_num(values.astype(np.float64))
+            low, high = float(heat.min()), float(heat.max())
+            return heat if low >= 0 and high <= 1 else (heat - low) / max(high - low, 1e-12)
+        return None
 
     def change(self, outputs: dict[str, Array]) -> float | None:
         """How far a scene's features are from those of the frames before: 1 - cosine to a mean that forgets.
@@ -136,21 +126,6 @@ class Model:
         self._reference = self._reference + _FOLLOW * (features - self._reference)
         return max(0.0, found)
 
-    def change_map(self, outputs: dict[str, Array]) -> Array | None:
-        """Where the image changed: 1 - cosine of each patch to itself one frame before, [rows, columns].
-
-        None for the first frame, and where the bundle gives no tokens or prunes them.
-        """
-        if self.tokens is None or "tokens" not in outputs or POSITIONS in outputs:
-            return None
-        prefix, rows, columns = self.tokens
-        patches, before = outputs["tokens"][0, prefix:], self._tokens_before
-        self._tokens_before = patches
-        if before is None or len(patches) != rows * columns or patches.shape != before.shape:
-            return None
-        changes: Array = np.nan_to_num(1 - cosine(patches, before)).reshape(rows, columns)
-        return changes
-
     def _novelty(self, outputs: dict[str, Array]) -> float | None:
         """The score of one image, infinite where it is no number; None where the bundle has none."""
         if not self._scored:
@@ -162,9 +137,10 @@ class Model:
     def _classes(self, logits: Array) -> list[Class]:
         weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
-        best = np.argsort(-probabilities, kind="stable")[: self._top]
+        best = np.argsort(-probabilities, kind="stable")[: self._options.top]
         names = self.labels if len(self.labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
-        return [Class(int(i), names[i], float(probabilities[i])) for i in best if probabilities[i] >= self._threshold]
+        least = self._options.threshold
+        return [Class(int(i), names[i], float(probabilities[i])) for i in best if probabilities[i] >= least]
 
 
 def dense_maps(outputs: dict[str, Array]) -> dict[str, Array]:
@@ -199,24 +175,22 @@ def _require_image(session: Session, bundle: Bundle) -> None:
         ArtifactError: it takes something else.
     """
     takes, (height, width) = session.inputs[0], height_width(bundle.image_size)
-    shape = takes.shape
-    if len(session.inputs) != 1 or takes.name != "image" or takes.dtype != "uint8" or shape[1:] != (height, width, 3):
+    batch, *rest = takes.shape
+    if [len(session.inputs), takes.name, takes.dtype, *rest] != [1, "image", "uint8", height, width, 3]:
         raise ArtifactError(
             f"{bundle.folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}.",
             f"Export it again: one uint8 image [B, {height}, {width}, 3] is needed.",
         )
-    if isinstance(shape[0], int) and shape[0] != 1:
-        raise ConfigError(f"{bundle.folder} takes batches of {shape[0]}.", "Export it with --batch 1 or dynamic.")
+    if isinstance(batch, int) and batch != 1:
+        raise ConfigError(f"{bundle.folder} takes batches of {batch}.", "Export it with --batch 1 or dynamic.")
 
 
 def _require_centre(bundle: Bundle) -> None:
-    """Refuse a bundle whose images are made in another way than frames are, or larger than the decoder sends."""
-    folder, size = bundle.folder, bundle.image_size
-    if max(height_width(size)) > MAX_SIDE:
-        raise ArtifactError(f"{folder}: preprocessing.size is {size_text(size)}; at most {MAX_SIDE}.", AGAIN)
-    resize, known = bundle.required(bundle.manifest.preprocessing, "preprocessing").resize, centre_text(size)
+    """Refuse a bundle whose images are made in another way than frames are."""
+    resize = bundle.required(bundle.manifest.preprocessing, "preprocessing").resize
+    known = centre_text(bundle.image_size)
     if not resize.startswith(known):
         raise ArtifactError(
-            f"{folder}: preprocessing.resize is {resize!r:.60}; known is {known}.",
+            f"{bundle.folder}: preprocessing.resize is {resize!r:.60}; known is {known}.",
             "Upgrade: pip install -U sparsifiner-edge",
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -11,38 +13,33 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.bounds import ImageSize
+from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.camera.answers import FrameRecord
-from sparsifiner_edge.camera.model import FULL_CHANGE
-from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.files import require_file_path
-from sparsifiner_edge.images import centre_box
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
+from sparsifiner_edge.files import io_errors, require_file_path
 
-SHOWN = 640
-"""Pixels along the longer side of the frames that are asked for."""
+_LEAST_SIDE = 480
+"""Pixels along the longer side: smaller images are enlarged, so that text can be read."""
 _SUFFIXES = (".mkv", ".mp4")
 _CODEC = "libx264"
-_TEXT, _LINE, _MARGIN = 16, 20, 8
-_TEXT_WIDTH = 44
+_FAST = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
+_TEXT, _LINE, _MARGIN, _TEXT_WIDTH = 16, 20, 8, 44
 
 
 def require_overlay_path(path: Path) -> None:
     """Refuse an overlay file that cannot be one.
 
     Raises:
-        ConfigError: another ending than .mp4 or .mkv, or this FFmpeg has no encoder for it.
+        ConfigError: another ending than .mp4 or .mkv.
         ArtifactError: a folder or a device.
+        MissingExtraError: PyAV is missing.
     """
-    import av
-
+    if importlib.util.find_spec("av") is None:
+        raise MissingExtraError("av", "camera")
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"The overlay {path} is no video's name.", f"Let it end with {' or '.join(_SUFFIXES)}.")
     require_file_path(path)
-    if _CODEC not in av.codecs_available:
-        raise ConfigError(
-            f"The FFmpeg of PyAV {av.__version__} cannot encode the overlay: it has no {_CODEC}.",
-            "Install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
-        )
 
 
 @contextlib.contextmanager
@@ -52,100 +49,95 @@ def _as_os_errors() -> Iterator[None]:
 
     try:
         yield
-    except OSError:
-        raise
     except (av.error.FFmpegError, ValueError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise OSError(getattr(error, "errno", None) or 0, said) from error
+        raise OSError(0, getattr(error, "strerror", None) or str(error)) from error
 
 
 class Overlay:
-    """Encodes drawn frames; times of the file are those of the frames.
+    """A video of what the model sees, with its answers; times of the file are those of the frames. A context manager.
 
     Args:
-        path: .mp4 (in fragments, so that a file cut short still plays) or .mkv.
-        model_size: of the model's images: what of a frame it sees is outlined.
+        path: .mp4 (in fragments, so that a file cut short still plays) or .mkv; see `require_overlay_path`.
+        model_size: of the model's images.
+        live: a service goes on without the overlay when the disk or the encoder refuses, counts and tells that; of
+            another source the overlay is what was wanted, and its failure is an error.
+        status: is told.
 
     Raises:
         ArtifactError: the file cannot be made.
     """
 
-    def __init__(self, path: Path, model_size: ImageSize) -> None:
+    def __init__(self, path: Path, model_size: ImageSize, live: bool, status: Status) -> None:
         import av
 
-        require_overlay_path(path)
-        self.path, self._model_size = path, model_size
-        self._size: tuple[int, int] | None = None
-        self._stream: Any = None
+        self._path, self._live, self._status = path, live, status
+        height, width = height_width(model_size)
+        times = max(1, -(-_LEAST_SIDE // max(height, width)))
+        self._size = width * times // 2 * 2, height * times // 2 * 2  # Encoders take no odd ones.
         self._began: float | None = None
         self._last = -1
+        self._answered_at: deque[float] = deque(maxlen=26)
+        self._lost = False
         options = {"movflags": "frag_keyframe+empty_moov"} if path.suffix.lower() == ".mp4" else {}
-        try:
+        with io_errors(path), _as_os_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _as_os_errors():
-                self._file: Any = av.open(f"file:{path.absolute()}", "w", options=options)
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be written: {error.strerror}.", "Choose another place.") from error
+            self._file: Any = av.open(f"file:{path.absolute()}", "w", options=options)
+            self._stream: Any = self._file.add_stream(_CODEC, rate=25, options=_FAST)
+        self._stream.width, self._stream.height = self._size
+        self._stream.pix_fmt, self._stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
 
-    def write(self, image: Pixels, lines: list[str], heat: Array | None, at_s: float) -> None:
+    def __enter__(self) -> Overlay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.closing(self._file):
+            self._encode(None)
+
+    def write(self, image: Pixels, record: FrameRecord, heat: Array | None, at_s: float) -> None:
         """Add a frame.
 
         Args:
-            image: uint8 RGB [h,w,3]; one of another size than the first is made to fit it.
-            lines: text, top left.
+            image: uint8 RGB [H,W,3], the model's input.
+            record: what is written, top left.
             heat: see `Model.heat`.
             at_s: seconds; the first frame's are zero.
 
         Raises:
-            OSError: the disk or the encoder refuses.
+            ArtifactError: the disk or the encoder refuses, of a source that is not live.
         """
         import av
 
-        with _as_os_errors():
-            if self._stream is None:
-                self._open_stream(image)
-            frame = av.VideoFrame.from_ndarray(self._drawn(image, lines, heat), format="rgb24")
-            self._began = at_s if self._began is None else self._began
-            self._last = max(self._last + 1, round((at_s - self._began) * 1000))
-            frame.pts, frame.time_base = self._last, Fraction(1, 1000)
-            self._file.mux(self._stream.encode(frame))
+        self._answered_at.append(record.monotonic_s)
+        span_s = self._answered_at[-1] - self._answered_at[0]
+        lines = text_lines(record, (len(self._answered_at) - 1) / span_s if span_s else 0.0)
+        frame = av.VideoFrame.from_ndarray(self._drawn(image, lines, heat), format="rgb24")
+        self._began = at_s if self._began is None else self._began
+        self._last = max(self._last + 1, round((at_s - self._began) * 1000))
+        frame.pts, frame.time_base = self._last, Fraction(1, 1000)
+        self._encode(frame)
 
-    def close(self) -> None:
-        """Finish the file.
-
-        Raises:
-            OSError: the disk or the encoder refuses.
-        """
-        with _as_os_errors(), contextlib.closing(self._file):
-            if self._stream is not None:
-                self._file.mux(self._stream.encode(None))
-
-    def abandon(self) -> None:
-        """Give up after an error: release, whatever happens."""
-        with contextlib.suppress(Exception):
-            self._file.close()
-
-    def _open_stream(self, image: Pixels) -> None:
-        height, width = image.shape[:2]
-        self._size = width // 2 * 2, height // 2 * 2
-        self._stream = self._file.add_stream(_CODEC, rate=25)
-        self._stream.width, self._stream.height = self._size
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.time_base = Fraction(1, 1000)
-        self._stream.options = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
+    def _encode(self, frame: Any) -> None:
+        """A frame; None: the last ones."""
+        if self._lost:
+            return
+        try:
+            with io_errors(self._path), _as_os_errors():
+                self._file.mux(self._stream.encode(frame))
+        except ArtifactError as error:
+            self._lost = True
+            if not self._live:
+                raise
+            self._status.count("overlay_errors")
+            self._status.event("overlay_lost", reason=error.what)
 
     def _drawn(self, pixels: Pixels, lines: list[str], heat: Array | None) -> Pixels:
         from PIL import Image, ImageDraw, ImageFont
 
-        image = Image.fromarray(pixels)
-        if self._size is not None and image.size != self._size:
-            image = image.resize(self._size)
-        box = centre_box(*image.size, self._model_size)
+        image = Image.fromarray(pixels).resize(self._size)
         if heat is not None:
-            image.paste(Image.new("RGB", (box[2] - box[0], box[3] - box[1]), (255, 40, 0)), box[:2], _mask(heat, box))
-        draw = ImageDraw.Draw(image, "RGBA")
-        draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 255, 255, 160))
-        font = ImageFont.load_default(_TEXT)
+            mask = Image.fromarray((heat * 170).astype(np.uint8)).resize(self._size, Image.Resampling.BILINEAR)
+            image.paste(Image.new("RGB", self._size, (255, 40, 0)), (0, 0), mask)
+        draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(_TEXT)
         width = max((draw.textlength(line, font=font) for line in lines), default=0)
         draw.rectangle((0, 0, width + 2 * _MARGIN, len(lines) * _LINE + _MARGIN), fill=(0, 0, 0, 150))
         for number, line in enumerate(lines):
@@ -153,21 +145,14 @@ class Overlay:
         return np.asarray(image)
 
 
-def _mask(heat: Array, box: tuple[int, int, int, int]) -> Any:
-    from PIL import Image
-
-    strength = (heat * 170).astype(np.uint8)
-    return Image.fromarray(strength).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR)
-
-
 def text_lines(record: FrameRecord, rate: float) -> list[str]:
     """What is written into a frame."""
     lines = [f"{_short(top.label)}  {top.probability:.0%}" for top in record.top or []]
     if record.change is not None:
-        lines.append(f"change {record.change:.3f} " + "|" * min(20, round(record.change / FULL_CHANGE * 20)))
-    for found in record.maps or []:
-        area = f"mean {found.mean:.3g}" if found.area is None else f"{found.area:.0%} of the image"
-        lines.append(f"{_short(found.output)}  {area}")
+        lines.append(f"change {record.change:.3f}")
+    for summary in record.maps or []:
+        area = f"mean {summary.mean:.3g}" if summary.area is None else f"{summary.area:.0%} of the image"
+        lines.append(f"{_short(summary.output)}  {area}")
     if record.novelty is not None:
         unlike = "   UNLIKE THE CALIBRATION" if record.novelty > 1 else ""
         lines.append(f"novelty {record.novelty:.2f}{unlike}")

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import ImageSize, height_width
-
-
-class Fit(NamedTuple):
-    """What the model takes.
-
-    Attributes:
-        size: pixels of the image.
-        display: pixels along the longer side of the frame for the overlay; 0: none.
-    """
-
-    size: ImageSize
-    display: int = 0
 
 
 def scaled_size(width: int, height: int, size: ImageSize) -> tuple[int, int]:
@@ -38,16 +26,10 @@ def cropped(scaled: Pixels, size: ImageSize) -> Pixels:
     return np.ascontiguousarray(scaled[top : top + rows, left : left + columns])
 
 
-def display_size(width: int, height: int, longest: int) -> tuple[int, int]:
-    """Even width and height, at most `longest`: encoders take no odd ones."""
-    scale = min(1.0, longest / max(width, height))
-    return max(2, round(width * scale / 2) * 2), max(2, round(height * scale / 2) * 2)
-
-
-def fit_pillow(image: Any, fit: Fit) -> Pixels:
+def fit_pillow(image: Any, size: ImageSize) -> Pixels:
     """A Pillow image as the model takes it."""
     from PIL import Image
 
     width, height = image.size
-    resized = image.convert("RGB").resize(scaled_size(width, height, fit.size), Image.Resampling.BICUBIC)
-    return cropped(np.asarray(resized), fit.size)
+    resized = image.convert("RGB").resize(scaled_size(width, height, size), Image.Resampling.BICUBIC)
+    return cropped(np.asarray(resized), size)

@@ -1,78 +1,82 @@
-"""From a source of frames to records, until the source ends, enough is done, or someone asks to stop."""
+"""From a source to records, until the source ends, enough is done, or someone asks to stop."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
 import time
-from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import msgspec
 from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.camera.answers import Answer, FrameRecord
-from sparsifiner_edge.camera.capture import Capture, Frame
+from sparsifiner_edge.camera.answers import FrameRecord
+from sparsifiner_edge.camera.capture import Capture, Frame, Mailbox
 from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.camera.health import HealthServer
-from sparsifiner_edge.camera.json_lines import LineWriter, open_output
-from sparsifiner_edge.camera.model import TOP, Model
-from sparsifiner_edge.camera.overlay import SHOWN, Overlay, require_overlay_path, text_lines
+from sparsifiner_edge.camera.json_lines import LineWriter
+from sparsifiner_edge.camera.model import Model, ModelOptions
+from sparsifiner_edge.camera.overlay import Overlay, require_overlay_path
 from sparsifiner_edge.camera.sources import Source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status, notify_systemd
-from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
-from sparsifiner_edge.files import io_errors
+from sparsifiner_edge.camera.still_images import run_images
+from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.runtime import Execution
 
 _TICK_S = 0.1
-STALL_S = 3.0
 _PIPELINE = {"missing": ["A GStreamer pipeline is your own command line, and is not confined."]}
 
 
-class RunOptions(NamedTuple):
+class RunOptions(msgspec.Struct, frozen=True):
     """How to run.
 
     Attributes:
-        backend, precision, provider, kernels, threads: see `open_session`.
+        model: how the bundle is opened, and what it says.
         output: file for the records, added to by a live source; None is standard output.
         overlay: video file to draw into.
-        top, threshold, public_key: see `Model`.
-        fps: of the test pattern.
-        duration_s, frames: where to stop.
+        frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
         stall_s: a source that gives nothing for so long is taken for dead.
-        allow_redirect: of an RTSP server to another host; see `Relay`.
     """
 
-    backend: str = "onnxruntime"
-    threads: int | None = None
+    model: ModelOptions = ModelOptions()
     output: Path | None = None
     overlay: Path | None = None
-    top: int = TOP
-    threshold: float = 0.0
-    fps: float = 25.0
-    duration_s: float | None = None
     frames: int | None = None
     metrics: tuple[str, int] | None = None
-    stall_s: float = STALL_S
-    public_key: Path | None = None
-    precision: str = "auto"
-    provider: str = "cpu"
-    kernels: str = "auto"
-    allow_redirect: bool = False
+    stall_s: float = 3.0
 
-    def model(self) -> tuple[Execution, int, float, Path | None]:
-        """Those of `Model`, in its order."""
-        execution = Execution(
-            backend=self.backend, precision=self.precision, provider=self.provider, kernels=self.kernels,
-            threads=self.threads,
-        )  # fmt: skip
-        return execution, self.top, self.threshold, self.public_key
+
+def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
+    """Run a bundle on an image or a folder of images: one JSON line per image.
+
+    SIGTERM and SIGINT end it after the image at hand.
+
+    Raises:
+        ImageError: the source cannot be read, or some of its images, which have lines that say why.
+        ArtifactError: the output cannot be written.
+        SparsifinerError: the bundle, backend or options are unusable.
+    """
+    _require_outputs(bundle, source, options)
+    count, failed = 0, 0
+    with Model(bundle, options.model) as model, stopping() as stop:
+        records = run_images(model, Path(source.location))
+        first = next(records)  # Before the file: a bad bundle is an error before anything is written.
+        with LineWriter(options.output or sys.stdout, live=False, stop=stop) as lines:
+            for record in itertools.chain([first], records):
+                lines.write(record)
+                count, failed = count + 1, failed + (record.error is not None)
+                if stop.is_set():
+                    break
+    if failed:
+        raise ImageError(f"{failed} of {count} images could not be read.", "Their lines say why.")
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
@@ -87,10 +91,10 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
         SparsifinerError: the bundle, backend or options are unusable.
     """
     require_decoder(source)
-    _require_outputs(bundle, source, options.output, options.overlay)
+    _require_outputs(bundle, source, options)
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(Model(bundle, *options.model()))
-        events = LineWriter(_duplicate(sys.stderr), patient=False)
+        model = stack.enter_context(Model(bundle, options.model))
+        events = LineWriter(sys.stderr, live=True)
         stack.callback(_close_quietly, events)
         status = Status(source.shown, events.write)
         if options.metrics is not None:
@@ -100,42 +104,80 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
         status.event("model", **write_record(model.session.description))
         status.event("decoding", **(_PIPELINE if source.kind == "gst" else write_record(confinement())))
         stop = stack.enter_context(stopping())
-        with _Run(model, source, options, status, stop) as run:
-            run.loop()
+        failure = _run(model, source, options, status, stop)
         status.event("done", **status.counts)
     if not stop.is_set():
-        _require_frames(source, status, run.failure)
+        _require_frames(source, status, failure)
 
 
-def _require_outputs(bundle: Path, source: Source, output: Path | None, overlay: Path | None) -> None:
-    if output is not None:
-        require_other_file(output, source, bundle)
-    if overlay is None:
-        return
-    try:
-        import av  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("av", "camera") from error
-    require_overlay_path(overlay)
-    require_other_file(overlay, source, bundle)
-    if output is not None and os.path.realpath(output) == os.path.realpath(overlay):
-        raise ConfigError(f"{output} cannot hold records and overlay.", "Give two names.")
+def _run(model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event) -> str | None:
+    """Frames through the model, until the source ends, enough is done, or someone asks to stop; what failed of a source
+    that is not live.
+    """
+    with contextlib.ExitStack() as stack:
+        lines = LineWriter(options.output or sys.stdout, source.live, stop)
+        stack.callback(_count_lines, status, lines)
+        stack.enter_context(lines)
+        overlay = None
+        if options.overlay is not None:
+            overlay = stack.enter_context(Overlay(options.overlay, model.size, source.live, status))
+        capture = stack.enter_context(Capture(source, model.size, options.stall_s, status))
+        stack.callback(notify_systemd, "STOPPING=1")
+        notify_systemd("READY=1")
+        for frame in _frames(capture.mailbox, stop):
+            record, outputs = _answered(model, source, frame, status)
+            status.processed(record)
+            lines.write(record)
+            _count_lines(status, lines)
+            if overlay is not None:
+                at_s = frame.times.captured_ns / 1e9 if source.live else frame.times.pts_s or 0.0
+                overlay.write(frame.image, record, model.heat(outputs), at_s)
+            if status.counts["processed"] == options.frames:
+                break
+    return capture.failure
 
 
-def _require_frames(source: Source, status: Status, failure: str | None) -> None:
-    if failure is not None:
-        raise ImageError(f"{source.shown} cannot be read as a video: {failure}.", "Replace or repair it.")
-    if status.counts["processed"] == 0:
-        reason = f": {status.last_reason}" if status.last_reason else ""
-        raise ImageError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")
+def _frames(mailbox: Mailbox, stop: threading.Event) -> Iterator[Frame]:
+    """Until there will be none, or someone asks to stop; once a second systemd is told that the loop turns."""
+    told_at = 0.0
+    while not stop.is_set() and not mailbox.is_over:
+        if time.monotonic() >= told_at + 1:
+            told_at = time.monotonic()
+            notify_systemd("WATCHDOG=1")
+        if (frame := mailbox.take(_TICK_S)) is not None:
+            yield frame
 
 
-def _duplicate(stream: Any) -> int | None:
-    """A file descriptor of our own for a standard stream; None where that was closed from the start."""
-    if stream is None:
-        return None
-    stream.flush()
-    return os.dup(stream.fileno())
+def _answered(model: Model, source: Source, frame: Frame, status: Status) -> tuple[FrameRecord, dict[str, Array]]:
+    """What the model says of a frame, and its outputs."""
+    began = time.monotonic_ns()
+    outputs = model.infer(frame.image)
+    inferred = time.monotonic_ns()
+    answer = model.answer(outputs)
+    status.count("not_finite", answer.not_finite or 0)
+    if answer.features is not None and (change := model.change(outputs)) is not None:
+        answer = replace(answer, change=round(change, 6))
+    times, done = frame.times, time.monotonic_ns()
+    record = FrameRecord(
+        source=source.shown,
+        frame=status.counts["processed"],
+        skipped=frame.skipped,
+        pts_s=times.pts_s,
+        monotonic_s=round(done / 1e9, 6),
+        capture_ms=_ms(times.captured_ns, times.decoded_ns),
+        preprocess_ms=_ms(times.decoded_ns, times.ready_ns),
+        wait_ms=_ms(times.ready_ns, began),
+        infer_ms=_ms(began, inferred),
+        postprocess_ms=_ms(inferred, done),
+        end_to_end_ms=_ms(times.arrived_ns, done),
+        frame_age_ms=_ms(times.captured_ns, done) if source.live else None,
+        **asdict(answer),
+    )
+    return record, outputs
+
+
+def _ms(began_ns: int, ended_ns: int) -> float:
+    return round((ended_ns - began_ns) / 1e6, 3)
 
 
 def _close_quietly(events: LineWriter) -> None:
@@ -144,135 +186,26 @@ def _close_quietly(events: LineWriter) -> None:
         events.close()
 
 
-def _ms(began_ns: int, ended_ns: int) -> float:
-    return round((ended_ns - began_ns) / 1e6, 3)
+def _count_lines(status: Status, lines: LineWriter) -> None:
+    """And tell when the output fails for the first time."""
+    if lines.errors and not status.counts["output_errors"]:
+        status.event("output_failing", errors=lines.errors)
+    status.counts["lines_dropped"], status.counts["output_errors"] = lines.dropped, lines.errors
 
 
-class _Run:
-    """One run's capture, sinks and loop."""
+def _require_outputs(bundle: Path, source: Source, options: RunOptions) -> None:
+    if options.overlay is not None:
+        require_overlay_path(options.overlay)
+    for path in filter(None, (options.output, options.overlay)):
+        require_file_path(path)
+        require_other_file(path, source, bundle)
+    if options.overlay and options.output and os.path.realpath(options.output) == os.path.realpath(options.overlay):
+        raise ConfigError(f"{options.output} cannot hold records and overlay.", "Give two names.")
 
-    def __init__(
-        self, model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event
-    ) -> None:
-        self._stop = stop
-        self._model, self._source, self._options, self._status = model, source, options, status
-        self._done_at: deque[float] = deque(maxlen=26)
-        self._overlay: Overlay | None = None
-        self.failure: str | None = None
 
-    def __enter__(self) -> _Run:
-        options = self._options
-        live, output = self._source.live, options.output
-        # A service that is started again goes on in its file.
-        handle = _duplicate(sys.stdout) if output is None else open_output(output, append=live)
-        self._lines = LineWriter(handle, not live, self._stop)
-        if options.overlay is not None:
-            self._overlay = Overlay(options.overlay, self._model.fit.size)
-        fit = self._model.fit._replace(display=SHOWN if self._overlay else 0)
-        self._capture = Capture(self._source, fit, options.fps, options.stall_s, self._status, options.allow_redirect)
-        self._capture.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        notify_systemd("STOPPING=1")
-        self._capture.__exit__()
-        self.failure = self._capture.failure
-        try:
-            self._close_overlay()
-        finally:
-            with self._disk_errors() if kind is None else contextlib.suppress(OSError):
-                self._lines.close()
-            self._sync_counts()
-
-    def loop(self) -> None:
-        """Frames through the model until the source ends, enough is done, or someone asks to stop."""
-        deadline = None if self._options.duration_s is None else time.monotonic() + self._options.duration_s
-        notify_systemd("READY=1")
-        alive_at = 0.0
-        while not self._stop.is_set() and (deadline is None or time.monotonic() < deadline):
-            if time.monotonic() >= alive_at + 1:
-                alive_at = time.monotonic()
-                notify_systemd("WATCHDOG=1")
-            frame = self._capture.mailbox.take(_TICK_S)
-            if frame is None:
-                if self._capture.mailbox.closed:
-                    break
-                continue
-            self._one(frame)
-            if self._options.frames is not None and self._status.counts["processed"] >= self._options.frames:
-                break
-
-    def _one(self, frame: Frame) -> None:
-        model, began = self._model, time.monotonic_ns()
-        outputs = model.infer(frame.image)
-        inferred = time.monotonic_ns()
-        answer = model.answer(outputs)
-        self._status.count("not_finite", answer.not_finite or 0)
-        change = model.change(outputs) if answer.features is not None else None
-        if change is not None:
-            answer = replace(answer, change=round(change, 6))
-        record = self._record(frame, began, inferred, answer)
-        with self._disk_errors():
-            self._lines.write(record)
-        self._sync_counts()
-        self._status.processed(record)
-        self._draw(frame, record, outputs)
-
-    def _record(self, frame: Frame, began: int, inferred: int, answer: Answer) -> FrameRecord:
-        times, done = frame.times, time.monotonic_ns()
-        return FrameRecord(
-            source=self._source.shown,
-            frame=self._status.counts["processed"],
-            skipped=frame.skipped,
-            pts_s=times.pts_s,
-            monotonic_s=round(done / 1e9, 6),
-            capture_ms=_ms(times.captured_ns, times.decoded_ns),
-            preprocess_ms=_ms(times.decoded_ns, times.ready_ns),
-            wait_ms=_ms(times.ready_ns, began),
-            infer_ms=_ms(began, inferred),
-            postprocess_ms=_ms(inferred, done),
-            end_to_end_ms=_ms(times.arrived_ns, done),
-            frame_age_ms=_ms(times.captured_ns, done) if self._source.live else None,
-            **asdict(answer),
-        )
-
-    def _draw(self, frame: Frame, record: FrameRecord, outputs: dict[str, Array]) -> None:
-        self._done_at.append(time.monotonic())
-        span_s = self._done_at[-1] - self._done_at[0]
-        rate = (len(self._done_at) - 1) / span_s if span_s else 0.0
-        if self._overlay is None or frame.shown is None:
-            return
-        lines, heat = text_lines(record, rate), self._model.heat(outputs)
-        at_s = frame.times.captured_ns / 1e9 if self._source.live else record.pts_s
-        try:
-            self._overlay.write(frame.shown, lines, heat, at_s or 0.0)
-        except OSError as error:
-            self._overlay_failed(error)
-
-    def _overlay_failed(self, error: OSError) -> None:
-        """A service goes on without; the overlay of a file is what was asked for."""
-        overlay, self._overlay = self._overlay, None
-        assert overlay is not None
-        overlay.abandon()
-        reason = error.strerror or str(error)
-        if not self._source.live:
-            raise ArtifactError(f"{overlay.path} cannot be written: {reason}.", "Free space or choose another place.")
-        self._status.count("overlay_errors")
-        self._status.event("overlay_lost", path=str(overlay.path), reason=reason)
-
-    def _close_overlay(self) -> None:
-        if self._overlay is not None:
-            try:
-                self._overlay.close()
-            except OSError as error:
-                self._overlay_failed(error)
-
-    def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._options.output is None else io_errors(self._options.output)
-
-    def _sync_counts(self) -> None:
-        """And tell when the output fails for the first time."""
-        counts, lines = self._status.counts, self._lines
-        if lines.errors and not counts["output_errors"]:
-            self._status.event("output_failing", errors=lines.errors)
-        counts["lines_dropped"], counts["output_errors"] = lines.dropped, lines.errors
+def _require_frames(source: Source, status: Status, failure: str | None) -> None:
+    if failure is not None:
+        raise ImageError(f"{source.shown} cannot be read as a video: {failure}.", "Replace or repair it.")
+    if status.counts["processed"] == 0:
+        reason = f": {status.last_reason}" if status.last_reason else ""
+        raise ImageError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")

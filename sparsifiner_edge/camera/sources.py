@@ -1,4 +1,4 @@
-"""From the text of `--source` to what it names."""
+"""From the text of `--source` to what it names, and what of it may be shown."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from sparsifiner_edge.camera.hide import hide, show_path, split_address, split_pipeline
-from sparsifiner_edge.camera.rtsp import parse_address
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
-from sparsifiner_edge.images import list_images
+from sparsifiner_edge.files import read_bytes
 
 VIDEO_SUFFIXES = frozenset(
     {".264", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov"}
     | {".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"}
 )
-KNOWN = "an image, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test"
+KNOWN = "an image, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, test, or @FILE"
+_MAX_SOURCE = 1 << 16
+"""Bytes of a file that holds a source."""
+_TEST_FPS = "25"
+_ADDRESS = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?:[^/?#]*@)?"
+    r"(?P<place>(?P<host>\[[0-9a-f:.%\w]+\]|[^\s:@/?#\[\]\"'<>]+)(?::(?P<port>[0-9]{1,5}))?)(?:[/?#][^@]*)?",
+    re.IGNORECASE,
+)
+"""What is before the last @ of user, password and host is user and password; an @ behind them may be another's part."""
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"']*")
+_ELEMENT = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 class Source(NamedTuple):
@@ -28,31 +37,58 @@ class Source(NamedTuple):
 
     Attributes:
         kind: "images", "file", "rtsp", "gst" or "test".
-        location: a path, an address, or a GStreamer pipeline.
+        location: a path, an address, a GStreamer pipeline, or the test pattern's frames per second.
         live: only the newest frame counts, and a loss is waited out; else every frame counts, and the end ends the run.
-        shown: the location as it may be shown: without a password, and without all that may be one.
-        secrets: what was left out, for messages of decoders, which know no such care; see `hide`.
+        shown: what may be shown of it; see `shown_address`.
     """
 
     kind: str
     location: str
     live: bool
     shown: str
-    secrets: tuple[str, ...] = ()
 
-    def hide(self, message: str) -> str:
-        """A message about this source, without its secrets."""
-        return hide(message, self.secrets)
+    def clean(self, message: str) -> str:
+        """A decoder's message about this source, without what `shown` leaves out."""
+        words = shlex.split(self.location) if self.kind == "gst" else [self.location]
+        secrets = {part for word in words for part in (word, word.partition("=")[2]) if part not in self.shown}
+        for secret in sorted(secrets, key=len, reverse=True):
+            message = message.replace(secret, "***") if len(secret) > 2 else message
+        return _IN_TEXT.sub(lambda found: shown_address(found[0]), message)
+
+
+def shown_address(text: str) -> str:
+    """Of an address its scheme, host and port, and no more: all the rest may be a password, or a key."""
+    found = _ADDRESS.fullmatch(text)
+    return f"{found['scheme']}://{found['place']}" if found else text.partition("://")[0] + "://***"
+
+
+def place_of(address: str) -> tuple[str, int]:
+    """Host and port of an RTSP address.
+
+    Raises:
+        ValueError: it is none. The message holds nothing of it.
+    """
+    found = _ADDRESS.fullmatch(address)
+    if found is None or not address.isprintable():
+        raise ValueError("it is no address")
+    port = int(found["port"] or (322 if found["scheme"].lower() == "rtsps" else 554))
+    if not 0 < port < 1 << 16:
+        raise ValueError("its port cannot be")
+    return found["host"].strip("[]"), port
 
 
 def parse_source(text: str) -> Source:
-    """Read a source; nothing is opened.
+    """Read a source; nothing is opened but the file of `@FILE`, whose first line is read in its place.
 
     Raises:
         ConfigError: an unknown scheme, an address that is none, or no pipeline after `gst:`.
+        ArtifactError: FILE cannot be read.
     """
-    if text == "test":
-        return Source("test", "", True, "test")
+    if text.startswith("@"):  # A command line is seen by every user of the machine.
+        lines = read_bytes(Path(text[1:]), _MAX_SOURCE).decode(errors="surrogateescape").splitlines()
+        text = lines[0] if lines else ""
+    if rate := re.fullmatch(r"test(?::([0-9]{1,3}))?", text):
+        return Source("test", rate[1] or _TEST_FPS, True, "test")
     if text.isdecimal() or re.fullmatch(r"/dev/video\d+", text):
         device = f"/dev/video{text}" if text.isdecimal() else text
         # decodebin: a camera that gives JPEG is taken as well as one that gives pixels.
@@ -68,7 +104,8 @@ def parse_source(text: str) -> Source:
     # os.path says no where a name is too long; the path itself would raise.
     if os.path.isfile(path) and path.suffix.lower() in VIDEO_SUFFIXES:  # noqa: PTH113
         return Source("file", str(path.absolute()), False, str(path))
-    shown = str(path) if os.path.exists(path) else show_path(str(path))  # noqa: PTH110
+    # What is not there may be a mistyped address.
+    shown = str(path) if os.path.exists(path) else re.sub(r".*@|[?#=].*", "***", str(path))  # noqa: PTH110
     return Source("images", str(path), False, shown)
 
 
@@ -76,16 +113,12 @@ def require_other_file(path: Path, source: Source, bundle: Path) -> None:
     """Refuse an output that would overwrite what is read.
 
     Raises:
-        ArtifactError: `path` is the source, one of its images, or lies in the bundle.
-        ImageError: the source does not exist.
+        ArtifactError: `path` is the source, or lies in the bundle.
     """
     if bundle.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
         raise ArtifactError(f"{path} is in the bundle, which is left as it is.", "Give the output another place.")
-    if source.kind not in ("file", "images") or not path.is_file():
-        return
-    if any(path.samefile(read) for read in list_images(Path(source.location))):
-        what = "the source itself" if Path(source.location).is_file() else "one of the source's images"
-        raise ArtifactError(f"{path} is {what}.", "Give the output another name.")
+    if source.kind in ("file", "images") and path.exists() and path.samefile(source.location):
+        raise ArtifactError(f"{path} is the source itself.", "Give the output another name.")
 
 
 def require_decoder(source: Source) -> None:
@@ -105,23 +138,25 @@ def require_decoder(source: Source) -> None:
 
 
 def _pipeline(text: str) -> Source:
+    """Of a pipeline only the names of its elements are shown: each stands first, or behind a link."""
     try:
         words = shlex.split(text[len("gst:") :])
     except ValueError as error:
         raise ConfigError(f"The pipeline cannot be read: {error}.", "Close every quote.") from error
     if not words:
         raise ConfigError("gst: names no pipeline.", 'Such as --source "gst:v4l2src device=/dev/video0 ! decodebin".')
-    shown, secrets = split_pipeline(words)
-    return Source("gst", shlex.join(words), True, f"gst:{shown}", secrets)
+    names = [word for before, word in zip(["!", *words], words, strict=False) if before == "!"]
+    shown = " ! ".join(name if _ELEMENT.fullmatch(name) else "***" for name in names)
+    return Source("gst", shlex.join(words), True, f"gst:{shown}")
 
 
 def _camera(text: str) -> Source:
     try:
-        parse_address(text)
+        place_of(text)
     except ValueError as error:
         raise ConfigError(
             f"The address of the camera cannot be read: {error}.",
             "Give rtsp://user:password@host:port/path, with @ / ? # % and : in user and password as %40 %2F %3F %23 "
-            "%25 and %3A.",
+            "%25 and %3A, and @ behind the host as %40.",
         ) from None  # The text is in no traceback either.
-    return Source("rtsp", text, True, *split_address(text))
+    return Source("rtsp", text, True, shown_address(text))

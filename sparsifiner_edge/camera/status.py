@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import socket
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable
-from typing import NamedTuple
 
 from sparsifiner_edge.camera.answers import FrameRecord
 
@@ -27,41 +26,23 @@ COUNTERS = {
     "overlay_errors": "Times that the overlay could not be written and was given up.",
     "not_finite": "Numbers of answers that were NaN or infinite, and were written as null.",
     "unlike": "Frames unlike those that the model was calibrated on: novelty above 1, or not finite.",
-    "repeated": "Frames of exactly the same novelty as the one before: the image stands still.",
 }
 """And what each counts."""
-WINDOW = 100
-"""Frames that are looked back on."""
-STILL = 25
-"""Frames in a row that are the same when it is told."""
+TIMES = ("capture", "preprocess", "wait", "infer", "postprocess", "end_to_end", "frame_age")
+"""Of a record, without _ms."""
+UP_TO_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
-class Recent(NamedTuple):
-    """The scores `novelty` of the last frames, replaced as a whole: other threads read it.
+class Times:
+    """How often a time lay below each of `UP_TO_S` but not below the one before, or above all; and the sum of all."""
 
-    Attributes:
-        unlike: of each of the last `WINDOW` frames whether it was above 1. last: the newest score. repeated: frames
-            before it, without a gap, that had the same. alarm: half of ten or more frames are unlike, and not yet again
-            less than a quarter.
-    """
+    def __init__(self) -> None:
+        self.counts, self.sum_s = [0] * (len(UP_TO_S) + 1), 0.0
 
-    unlike: tuple[bool, ...] = ()
-    last: float | None = None
-    repeated: int = 0
-    alarm: bool = False
-
-    def after(self, score: float) -> Recent:
-        """With one more."""
-        unlike = (*self.unlike, score > 1)[-WINDOW:]
-        repeated = score == self.last and math.isfinite(score)
-        share = sum(unlike) / len(unlike)
-        alarm = share >= (0.25 if self.alarm else 0.5) and len(unlike) >= 10
-        return Recent(unlike, score, self.repeated + 1 if repeated else 0, alarm)
-
-    @property
-    def text(self) -> str:
-        """For people."""
-        return f"{sum(self.unlike)} of the last {len(self.unlike)} frames unlike what this model was calibrated on"
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.counts[bisect_left(UP_TO_S, seconds)] += 1
+        self.sum_s += seconds
 
 
 class Status:
@@ -83,23 +64,16 @@ class Status:
         self._lock = threading.Lock()
         self._lost_at: float | None = None
         self._processed_at: float | None = None
-        self.novelty = Recent()
-        self.watchers: list[Callable[[FrameRecord], None]] = []
-        """Called with each record."""
+        self.novelty: float | None = None
+        """Of the last frame, where the bundle gives it."""
+        self.times = {name: Times() for name in TIMES}
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter."""
         with self._lock:
             self.counts[name] += by
 
-    def enter(
-        self,
-        state: str,
-        reason: str | None = None,
-        quiet: bool = False,
-        attempt: int | None = None,
-        retry_s: float | None = None,
-    ) -> None:
+    def enter(self, state: str, reason: str | None = None, quiet: bool = False, attempt: int | None = None) -> None:
         """Change the state; told unless nothing changed or `quiet`."""
         lost_s = None
         with self._lock:
@@ -114,7 +88,7 @@ class Status:
                 lost_s = round(self.recovered_s, 3)
             self.state, self.reason = state, reason
         if not quiet:
-            self.event("state", state=state, reason=reason, attempt=attempt, retry_s=retry_s, lost_s=lost_s)
+            self.event("state", state=state, reason=reason, attempt=attempt, lost_s=lost_s)
 
     def event(self, event: str, **fields: object) -> None:
         """One line; `monotonic_s` is on the clock of the frames' times."""
@@ -128,19 +102,11 @@ class Status:
         self.count("processed")
         self._processed_at = time.monotonic()
         if record.novelty is not None:
-            self._look(record.novelty)
-        for watcher in self.watchers:
-            watcher(record)
-
-    def _look(self, score: float) -> None:
-        before, self.novelty = self.novelty, self.novelty.after(score)
-        now = self.novelty
-        self.count("unlike", score > 1)
-        self.count("repeated", now.repeated > 0)
-        if now.alarm != before.alarm:
-            self.event("unlike" if now.alarm else "like", reason=now.text)
-        if now.repeated == STILL:
-            self.event("still", reason=f"{STILL} frames in a row are the same")
+            self.novelty = record.novelty
+            self.count("unlike", record.novelty > 1)
+        for name, times in self.times.items():
+            if (taken_ms := getattr(record, f"{name}_ms")) is not None:
+                times.add(taken_ms / 1000)
 
     def silent_s(self) -> float | None:
         """Seconds since the last answer; None before the first."""

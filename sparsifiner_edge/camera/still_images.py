@@ -36,7 +36,7 @@ def run_images(model: Model, source: Path) -> Iterator[ImageRecord]:
 
 def _record(model: Model, path: Path) -> ImageRecord:
     start = time.perf_counter_ns()
-    image = load_image(path, model.fit.size)
+    image = load_image(path, model.size)
     ready = time.perf_counter_ns()
     outputs = model.infer(image)
     done = time.perf_counter_ns()

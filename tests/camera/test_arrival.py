@@ -13,19 +13,11 @@ import pytest
 from PIL import Image
 
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
 from sparsifiner_edge.camera.capture import Mailbox
-from sparsifiner_edge.camera.decoder_protocol import (
-    DecoderMessage,
-    FrameHeader,
-    ProtocolError,
-    StateHeader,
-    receive,
-    send,
-)
+from sparsifiner_edge.camera.decoder_protocol import Decoded, End, FrameTimes, ProtocolError, receive, send
 from sparsifiner_edge.camera.libav import StreamClock, require_sane_size
 from sparsifiner_edge.camera.pattern import BITS, cells_of, draw_pattern
-from sparsifiner_edge.camera.prepare import Fit, cropped, fit_pillow, scaled_size
+from sparsifiner_edge.camera.prepare import cropped, fit_pillow, scaled_size
 from sparsifiner_edge.camera.sources import parse_source, require_decoder
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.images import centre_box, load_image
@@ -39,20 +31,23 @@ from tests.camera.cells import number_of
         ("0", "gst", True, "/dev/video0"),
         ("/dev/video12", "gst", True, "/dev/video12"),
         ("test", "test", True, "test"),
-        ("rtsp://h/x", "rtsp", True, "rtsp://h/x"),
-        ("rtsp://user:secret@h:554/x?y=1", "rtsp", True, "rtsp://***@h:554/x?***"),
-        ("rtsp://h/user=a&Password=secret&channel=1", "rtsp", True, "rtsp://h/***&***&***"),
-        ("rtsp://h/x?token=secret", "rtsp", True, "rtsp://h/x?***"),
-        ("gst:videotestsrc ! identity", "gst", True, "gst:videotestsrc ! identity"),
-        ("gst:srtsrc uri=srt://h passphrase=secret ! a", "gst", True, "gst:srtsrc uri=srt://h passphrase=*** ! a"),
-        ("gst:rtspsrc user-pw='se cret' proxy-pw=se\\ cret", "gst", True, "gst:rtspsrc user-pw=*** proxy-pw=***"),
+        ("test:50", "test", True, "test"),
+        ("rtsp://user:secret@h:554/x?y=1", "rtsp", True, "rtsp://h:554"),
+        (
+            "gst:videotestsrc pattern=ball ! video/x-raw,width=64 ! identity",
+            "gst",
+            True,
+            "gst:videotestsrc ! *** ! identity",
+        ),
         ("missing.mp4", "images", False, "missing.mp4"),
         ("folder/", "images", False, "folder"),
     ],
 )
-def test_sources(text: str, kind: str, live: bool, shown: str) -> None:
-    source = parse_source(text)
-    assert (source.kind, source.live, source.shown) == (kind, live, shown)
+def test_sources(text: str, kind: str, live: bool, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_text(f"{text}\nmore")
+    for given in (text, f"@{tmp_path / 'source'}"):
+        source = parse_source(given)
+        assert (source.kind, source.live, source.shown) == (kind, live, shown)
 
 
 def test_a_video_is_known_by_its_ending(video: Path) -> None:
@@ -66,25 +61,6 @@ def test_an_address_of_a_file_is_decoded(tmp_path: Path) -> None:
     path.touch()
     assert parse_source(f"file://{tmp_path}/a%20b%2520%FF.mp4").location == str(path)
     assert parse_source(str(path)).location == str(path)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "http://h/x",
-        "ftp://a:b@h",
-        "gst:",
-        "gst:a 'b",
-        "rtsp://[::1/x",
-        'gst:rtspsrc location=rtsp://u:b@h user-pw="b c',
-    ],
-)
-def test_what_is_no_source(text: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_source(text)
-    assert caught.value.fix
-    assert ":b@" not in caught.value.what
-    assert "b c" not in caught.value.what
 
 
 def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
@@ -105,7 +81,7 @@ def test_the_number_in_an_image() -> None:
         assert number_of(cells) is None
     for level in (0.0, 128.0, 255.0):
         assert number_of([level] * 64) is None
-    square = fit_pillow(Image.fromarray(draw_pattern(777)), Fit(64))
+    square = fit_pillow(Image.fromarray(draw_pattern(777)), 64)
     assert number_of(square.reshape(8, 8, 8, 8, 3).mean((1, 3, 4)).ravel().tolist()) == 777
 
 
@@ -118,7 +94,7 @@ def test_fitting(size: tuple[int, int], model: ImageSize) -> None:
     assert scaled[0] >= width
     assert scaled[1] >= height
     assert scaled[0] / scaled[1] == pytest.approx(size[0] / size[1], rel=0.6 / min(scaled))
-    image = fit_pillow(Image.new("RGB", size, (200, 200, 200)), Fit(model))
+    image = fit_pillow(Image.new("RGB", size, (200, 200, 200)), model)
     assert image.shape == (height, width, 3)
     assert (image > 0).all()
     assert cropped(np.ones((60, 120, 3), np.uint8), model).flags.c_contiguous
@@ -129,7 +105,7 @@ def test_the_middle_stays_in_the_middle(model: ImageSize, tmp_path: Path) -> Non
     pixels = np.zeros((100, 300, 3), np.uint8)
     pixels[45:55, 145:155] = 255
     Image.fromarray(pixels).save(tmp_path / "image.png")
-    for image in (fit_pillow(Image.fromarray(pixels), Fit(model)), load_image(tmp_path / "image.png", model)):
+    for image in (fit_pillow(Image.fromarray(pixels), model), load_image(tmp_path / "image.png", model)):
         rows, columns = np.nonzero(image[..., 0] > 100)
         height, width = height_width(model)
         assert abs(rows.mean() - (height - 1) / 2) < 1
@@ -167,21 +143,11 @@ def test_absurd_sizes(size: tuple[int, int]) -> None:
         require_sane_size(*size)
 
 
-def test_waiting_grows_to_a_cap_and_varies() -> None:
-    backoff = Backoff()
-    waits = [backoff.next_s() for _ in range(200)]
-    assert waits[0] <= FIRST_S
-    assert all(MOST_S / 2 <= wait <= MOST_S for wait in waits[4:])
-    assert len({round(wait, 3) for wait in waits[4:]}) > 50
-    backoff.reset()
-    assert backoff.next_s() <= FIRST_S
-
-
 def test_a_backlog_is_part_of_a_frames_age() -> None:
     clock, second = StreamClock(), 1_000_000_000
     assert clock.captured_ns(5 * second, 100 * second) == 100 * second
     # Half a second late: taken when due, not when it came.
-    assert clock.captured_ns(6 * second, 101 * second + second // 2) == 101 * second
+    assert clock.captured_ns(6 * second, 101 * second + second // 2) == pytest.approx(101 * second, abs=second // 1000)
     assert clock.captured_ns(7 * second, 102 * second - 1000) == 102 * second - 1000
     # The camera's clock jumps by an hour: a new beginning.
     assert clock.captured_ns(3607 * second, 103 * second) == 103 * second
@@ -199,20 +165,20 @@ def test_clocks_that_run_apart_add_no_age() -> None:
 TIMES = dict.fromkeys(("captured_ns", "arrived_ns", "decoded_ns", "ready_ns"), 1)
 
 
-def frame(number: int) -> tuple[FrameHeader, list[np.ndarray[Any, Any]]]:
-    return FrameHeader(number, number, number, number), [np.full((2, 2, 3), number, np.uint8)]
+def frame(number: int) -> Decoded:
+    return Decoded(np.full((2, 2, 3), number, np.uint8), FrameTimes(number, number, number, number))
 
 
 def test_the_newest_frame_and_the_count_of_the_others() -> None:
     box = Mailbox(live=True)
-    assert [box.put(*frame(n)) for n in range(4)] == [False, True, True, True]
+    assert [box.put(frame(n)) for n in range(4)] == [False, True, True, True]
     taken = box.take(0)
     assert taken is not None
     assert (taken.times.captured_ns, taken.skipped) == (3, 3)
     assert box.take(0.01) is None
-    assert box.put(*frame(9)) is False
+    assert box.put(frame(9)) is False
     box.close()
-    assert box.put(*frame(10)) is False
+    assert box.put(frame(10)) is False
     taken = box.take(0)
     assert taken is not None
     assert (taken.times.captured_ns, taken.skipped) == (9, 0)
@@ -220,7 +186,7 @@ def test_the_newest_frame_and_the_count_of_the_others() -> None:
 
 def test_every_frame_of_a_file_waits_its_turn() -> None:
     box, seen = Mailbox(live=False), []
-    writer = threading.Thread(target=lambda: [box.put(*frame(n)) for n in range(20)])
+    writer = threading.Thread(target=lambda: [box.put(frame(n)) for n in range(20)])
     writer.start()
     while len(seen) < 20:
         taken = box.take(1)
@@ -233,59 +199,44 @@ def test_every_frame_of_a_file_waits_its_turn() -> None:
 def test_messages_arrive_whole() -> None:
     ours, theirs = os.pipe()
     picture = np.arange(300 * 400 * 3, dtype=np.uint32).astype(np.uint8).reshape(300, 400, 3)
-    writer = threading.Thread(target=send, args=(theirs, FrameHeader(**TIMES, pts_s=1.5), (picture,)))
+    writer = threading.Thread(target=send, args=(theirs, Decoded(picture, FrameTimes(**TIMES, pts_s=1.5))))
     writer.start()
-    message = receive(ours, 5)
+    message = receive(ours, (300, 400), 5)
     writer.join()
-    assert message is not None
-    assert message.header == FrameHeader(**TIMES, pts_s=1.5)
-    np.testing.assert_array_equal(message.images[0], picture)
+    assert isinstance(message, Decoded)
+    assert message.times == FrameTimes(**TIMES, pts_s=1.5)
+    np.testing.assert_array_equal(message.image, picture)
+    send(theirs, End("why"))
+    assert receive(ours, 8, 5) == End("why")
     with pytest.raises(StalledError):
-        receive(ours, 0.05)
+        receive(ours, 8, 0.05)
     os.write(theirs, b"\x10")
     os.close(theirs)
-    assert receive(ours, 1) is None
+    with pytest.raises(ProtocolError, match="crashed"):
+        receive(ours, 8, 1)
     os.close(ours)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"\xff\xff\xff\xff",
-        b"\x02\0\0\0{}",
-        b"\x02\0\0\0[]",
-        b"\x04\0\0\0\xff\xfe\xfd\xfc",
-        b'\x1f\0\0\0{"kind": "frame", "shapes": []}',
-        b'\x28\0\0\0{"kind": "frame", "shapes": [[1, 1, 3]]}',
-        *(
-            len(header).to_bytes(4, "little") + header
-            for shapes in ([[9999, 9999, 3]], [[1, 1, 3]] * 3, [[1, 1, 4]], [[-1, 1, 3]], [["a"]], 5, [[1e400, 1, 3]])
-            for header in [json.dumps({"kind": "frame", "shapes": shapes}).encode()]
-        ),
-    ],
-)
-def test_what_is_no_message_is_refused_before_anything_is_allocated(data: bytes) -> None:
-    ours, theirs = os.pipe()
-    os.write(theirs, data)
-    os.close(theirs)
-    with pytest.raises(ProtocolError):
-        receive(ours, 1)
-    os.close(ours)
-
-
-def received(**fields: Any) -> DecoderMessage:
+def received(content: bytes) -> Decoded | End:
     """What a process that says this is understood to say."""
     ours, theirs = os.pipe()
-    frame = fields["kind"] == "frame"
-    header = json.dumps(fields | {"shapes": [[1, 1, 3]] if frame else []}).encode()
-    os.write(theirs, len(header).to_bytes(4, "little") + header + bytes(3 * frame))
+    os.write(theirs, content + bytes(3))
     os.close(theirs)
     try:
-        message = receive(ours, 1)
+        return receive(ours, 1, 1)
     finally:
         os.close(ours)
-    assert message is not None
-    return message
+
+
+def message(**fields: Any) -> bytes:
+    header = json.dumps(fields).encode()
+    return len(header).to_bytes(4, "little") + header
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x02\0\0\0{}", b"\x02\0\0\0[]", b"\x04\0\0\0\xff\xfe\xfd\xfc"])
+def test_what_is_no_message_is_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        received(data)
 
 
 @pytest.mark.parametrize(
@@ -294,25 +245,20 @@ def received(**fields: Any) -> DecoderMessage:
         *(("frame", {name: value}) for name in TIMES for value in (-1, 1 << 63, -(10**400), 1.0, True, "1", None)),
         *(("frame", {"bad_packets": value}) for value in (-1, 1 << 63, 0.5, "x", None, [])),
         *(("frame", {"pts_s": value}) for value in (float("nan"), float("inf"), 1e300, 10**400, {}, "1", True)),
-        *(("state", {"attempt": value}) for value in (-1, 1 << 63, "x", None, {})),
-        *(("state", {"retry_s": value}) for value in (float("nan"), -float("inf"), 10**400, "1", None)),
-        *(("state", {"state": value}) for value in ("streaming", 1, None, ["lost"])),
-        *(("state", {"reason": value}) for value in (5, {}, "x" * 301, "\x1b[2J", "a\nb")),
+        *(("end", {"reason": value}) for value in (5, {}, "x" * 301, "\x1b[2J", "a\nb")),
         *((value, {}) for value in ("other", None, 5, ["frame"], {})),
     ],
 )
 def test_no_field_of_a_message_is_believed(kind: Any, fields: dict[str, Any]) -> None:
-    needed = {"frame": TIMES, "state": {"state": "lost"}}
-    for known in ("frame", "state"):
-        received(kind=known, **needed.get(known, {}))
+    needed = TIMES if kind == "frame" else {}
     with pytest.raises(ProtocolError):
-        received(kind=kind, **needed.get(str(kind), {}) | fields)
+        received(message(kind=kind, **needed | fields))
 
 
 def test_what_a_message_may_say() -> None:
-    frame = TIMES | {"bad_packets": 2, "pts_s": -0.5}
-    assert received(kind="frame", **frame, more="is dropped").header == FrameHeader(**frame)
-    assert received(kind="frame", **TIMES, pts_s=None).header == FrameHeader(**TIMES)
-    state = {"state": "lost", "attempt": 7, "retry_s": 1, "reason": "x" * 300}
-    assert received(kind="state", **state, more="is dropped").header == StateHeader(**state)
-    assert received(kind="state", state="ended", reason=None).header == StateHeader("ended")
+    times = TIMES | {"bad_packets": 2, "pts_s": -0.5}
+    frame = received(message(kind="frame", **times, more="is dropped"))
+    assert isinstance(frame, Decoded)
+    assert frame.times == FrameTimes(**times)
+    assert received(message(kind="end", reason="x" * 300)) == End("x" * 300)
+    assert received(message(kind="end")) == End()

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.camera import backoff, capture
-from sparsifiner_edge.camera.capture import Capture
-from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera import capture
+from sparsifiner_edge.camera.capture import FIRST_WAIT_S, MOST_WAIT_S, Capture, wait_s
 from sparsifiner_edge.camera.sources import Source, parse_source
 from sparsifiner_edge.camera.status import Status
 
@@ -28,39 +26,18 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.01)
 
 
-def test_a_decoder_that_cannot_be_started_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    refusals, start = [errno.EAGAIN, errno.ENOMEM], subprocess.Popen
+def test_waiting_grows_to_a_cap_and_varies() -> None:
+    assert wait_s(0) == 0
+    assert FIRST_WAIT_S / 2 <= wait_s(1) <= FIRST_WAIT_S
+    waits = [wait_s(attempt) for attempt in range(5, 205)]
+    assert all(MOST_WAIT_S / 2 <= wait <= MOST_WAIT_S for wait in waits)
+    assert len({round(wait, 3) for wait in waits}) > 50
 
-    def popen(*arguments: Any, **options: Any) -> Any:
-        if refusals:
-            raise OSError(number := refusals.pop(0), os.strerror(number))
-        return start(*arguments, **options)
 
-    monkeypatch.setattr(capture.subprocess, "Popen", popen)
+def test_a_process_that_runs_out_of_descriptors() -> None:
+    """It recovers when some are free again."""
     events: list[dict[str, Any]] = []
     status = Status("test", events.append)
-    with Capture(parse_source("test"), Fit(8), 50, 3, status) as running:
-        assert running.mailbox.take(60) is not None
-    assert status.counts["crashes"] == 2
-    reasons = [event["reason"] for event in events if event["state"] == "lost"]
-    assert reasons == [f"the decoder cannot be started: {os.strerror(n)}" for n in (errno.EAGAIN, errno.ENOMEM)]
-
-
-def test_frames_of_a_rectangle() -> None:
-    events: list[dict[str, Any]] = []
-    with Capture(parse_source("test"), Fit((6, 10), display=64), 50, 3, Status("test", events.append)) as running:
-        frame = running.mailbox.take(60)
-    assert frame is not None
-    assert frame.image.shape == (6, 10, 3)
-    assert frame.shown is not None
-    assert frame.shown.shape == (48, 64, 3)
-
-
-@pytest.mark.parametrize("source", ["test", "rtsp://127.0.0.1:1/x"])
-def test_a_process_that_runs_out_of_descriptors(source: str) -> None:
-    """For the decoder, and for the relay of a camera; it recovers when some are free again."""
-    events: list[dict[str, Any]] = []
-    status, parsed = Status(source, events.append), parse_source(source)
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held: list[int] = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
@@ -68,29 +45,27 @@ def test_a_process_that_runs_out_of_descriptors(source: str) -> None:
         with contextlib.suppress(OSError):
             while True:
                 held.append(os.open(os.devnull, os.O_RDONLY))
-        with Capture(parsed, Fit(8), 50, 3, status) as running:
-            wait_until(lambda: status.counts["crashes"] >= 2)
+        with Capture(parse_source("test:50"), (6, 10), 3, status) as running:
+            wait_until(lambda: len(events) >= 2)
             while held:
                 os.close(held.pop())
-            if source == "test":
-                assert running.mailbox.take(60) is not None
-            else:
-                wait_until(lambda: status.last_reason == "Connection refused")
+            frame = running.mailbox.take(60)
     finally:
         for handle in held:
             os.close(handle)
         resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
-    assert events[1]["reason"] == f"the decoder cannot be started: {os.strerror(errno.EMFILE)}"
+    assert events[0]["reason"] == f"the decoder cannot be started: {os.strerror(errno.EMFILE)}"
+    assert frame is not None
+    assert frame.image.shape == (6, 10, 3)
 
 
 def test_a_file_whose_decoder_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def popen(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(capture.subprocess, "Popen", popen)
-    with Capture(Source("file", str(tmp_path / "v.mp4"), False, "v.mp4"), Fit(8), 1, 3, Status("x", print)) as running:
-        assert running.mailbox.take(60) is None
-        wait_until(lambda: running.mailbox.closed)
+    monkeypatch.setattr(capture, "start_python", popen)
+    with Capture(Source("file", str(tmp_path / "v.mp4"), False, "v.mp4"), 8, 3, Status("x", print)) as running:
+        wait_until(lambda: running.mailbox.is_over)
     assert running.failure == "the decoder cannot be started: Cannot allocate memory"
 
 
@@ -104,49 +79,38 @@ def fake_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -
 
 def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_decoder(tmp_path, monkeypatch, "raise SystemExit(1)")
-    monkeypatch.setattr(backoff, "MOST_S", 0.001)
+    monkeypatch.setattr(capture, "MOST_WAIT_S", 0.001)
     events: list[dict[str, Any]] = []
     status = Status("test", events.append)
-    with Capture(parse_source("test"), Fit(8), 25, 3, status):
+    with Capture(parse_source("test"), 8, 3, status):
         wait_until(lambda: status.counts["crashes"] > 17)
-    told = [event["attempt"] for event in events if event["state"] == "lost"]
-    assert told == [1, 2, 3, 4, 8, 16]
-    assert [event["attempt"] for event in events if event["state"] == "connecting"] == [0, *told]
+    attempts = [event["attempt"] for event in events if event["state"] == "lost"]
+    assert attempts == [1, 2, 3, 4, 8, 16]
+    assert [event["attempt"] for event in events if event["state"] == "connecting"] == [0, *attempts]
 
 
-def test_attempts_of_a_process_count_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tries twice, then crashes."""
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [("End(None)", "the stream ended"), ("End('no route')", "no route"),
+     ("Decoded(np.zeros((3, 3, 3), np.uint8), FrameTimes(-1, 0, 0, 0))", "the decoder sent what is no message: ")],
+)  # fmt: skip
+def test_no_word_of_a_decoder_ends_a_live_source(
+    sent: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_decoder(
         tmp_path,
         monkeypatch,
-        "import json, os, sys\n"
-        "from sparsifiner_edge.camera.decoder_protocol import StateHeader, send\n"
-        "attempt = json.load(sys.stdin)['attempts']\n"
-        "for number in (1, 2):\n"
-        "    send(1, StateHeader('lost', attempt + number, 'no route'))\n",
-    )
-    monkeypatch.setattr(backoff, "MOST_S", 0.001)
-    events: list[dict[str, Any]] = []
-    status = Status("test", events.append)
-    with Capture(parse_source("test"), Fit(8), 25, 3, status):
-        wait_until(lambda: status.counts["crashes"] == 4)
-    told = [event["attempt"] for event in events if event.get("reason") == "no route"]
-    assert told == [1, 2, 4, 8]
-    assert [event["attempt"] for event in events if event.get("reason") == "the decoder crashed"] == [3]
-
-
-def test_no_word_of_a_decoder_ends_a_live_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_decoder(
-        tmp_path,
-        monkeypatch,
-        "from sparsifiner_edge.camera.decoder_protocol import StateHeader, send\nsend(1, StateHeader('ended'))",
+        "import numpy as np\n"
+        "from sparsifiner_edge.camera.decoder_protocol import Decoded, End, FrameTimes, send\n"
+        f"send(1, {sent})",
     )
     events: list[dict[str, Any]] = []
     status = Status("test", events.append)
-    with Capture(parse_source("test"), Fit(8), 25, 3, status) as running:
-        wait_until(lambda: status.counts["crashes"] == 2)
-        assert not running.mailbox.closed
-    assert status.last_reason == "the decoder sent the end of a live source"
+    with Capture(parse_source("test"), 8, 3, status) as running:
+        wait_until(lambda: len([event for event in events if event["state"] == "lost"]) == 2)
+        assert not running.mailbox.is_over
+    assert str(status.last_reason).startswith(reason)
+    assert bool(status.counts["crashes"]) == reason.startswith("the decoder")
 
 
 def test_the_mailbox_is_closed_whatever_becomes_of_the_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,12 +118,8 @@ def test_the_mailbox_is_closed_whatever_becomes_of_the_events(tmp_path: Path, mo
         raise RuntimeError if event["state"] == "ended" else BrokenPipeError
 
     monkeypatch.setattr(capture.threading, "excepthook", lambda _: None)
-    fake_decoder(
-        tmp_path,
-        monkeypatch,
-        "from sparsifiner_edge.camera.decoder_protocol import StateHeader, send\n"
-        "send(1, StateHeader('ended', reason='x'))",
-    )
-    with Capture(Source("file", "v.mp4", False, "v.mp4"), Fit(8), 1, 3, Status("x", tell)) as running:
-        wait_until(lambda: running.mailbox.closed)
+    script = "from sparsifiner_edge.camera.decoder_protocol import End, send\nsend(1, End('x'))"
+    fake_decoder(tmp_path, monkeypatch, script)
+    with Capture(Source("file", "v.mp4", False, "v.mp4"), 8, 3, Status("x", tell)) as running:
+        wait_until(lambda: running.mailbox.is_over)
     assert running.failure == "x"

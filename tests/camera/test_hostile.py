@@ -21,7 +21,6 @@ from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.errors import SparsifinerError
-from sparsifiner_edge.execution import Execution
 from tests.bad_images import BAD_IMAGES, png_of_size
 from tests.camera.hostile import SECRET, make_hostile
 from tests.commands import process, snapshot
@@ -31,12 +30,10 @@ PATIENCE_S = 10
 READ = """
 import io, json, os, re, socket, time
 from pathlib import Path
-from sparsifiner_edge.camera.child import _said, import_decoder
-from sparsifiner_edge.camera.confine import confine, limit_resources
+from sparsifiner_edge.camera.child import import_decoder, reason_of
+from sparsifiner_edge.camera.confine import confine
 from sparsifiner_edge.camera.libav import read_stream
-from sparsifiner_edge.camera.prepare import Fit
 files = socket.socket(fileno=0)
-limit_resources()
 import_decoder()
 status = open("/proc/self/status")  # getrusage would tell of the process that started this one, too.
 confine(os.getppid())
@@ -50,11 +47,11 @@ while True:
             read, seek, tell, seekable = data.read, data.seek, data.tell, data.seekable
         File.name = name.decode()
         try:
-            for decoded in read_stream(File, Fit(32), 3):
-                assert decoded.images[0].shape == (32, 32, 3)
+            for decoded in read_stream(File, 32, 3):
+                assert decoded.image.shape == (32, 32, 3)
                 frames += 1
         except Exception as error:
-            reason = _said(error)
+            reason = reason_of(error)
     status.seek(0)
     most = int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1])
     found = {"frames": frames, "reason": reason, "seconds": time.monotonic() - start, "most_kb": most}
@@ -138,7 +135,7 @@ def test_images(cells: Path, tmp_path: Path) -> None:
         (tmp_path / f"size{number}.png").write_bytes(png_of_size(*size))
     (tmp_path / "page.html").rename(tmp_path / "page.png")
     before, most = snapshot(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with Model(cells, Execution()) as model:
+    with Model(cells) as model:
         records = list(run_images(model, tmp_path))
     assert len(records) == 11
     assert all("cannot be read as an image" in (record.error or "") for record in records)
@@ -199,7 +196,7 @@ def test_bundles(number: int, cells: Path, tmp_path: Path) -> None:
     TRICKS[number](bundle, manifest)
     (bundle / BUNDLE_FILE).write_text(json.dumps(manifest))
     outside = (tmp_path / "outside.txt").read_bytes()
-    with pytest.raises(SparsifinerError) as caught, Model(bundle, Execution(threads=1)):
+    with pytest.raises(SparsifinerError) as caught, Model(bundle):
         pass
     assert caught.value.fix
     assert len(str(caught.value)) < 12_000

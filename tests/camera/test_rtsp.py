@@ -37,6 +37,20 @@ def test_a_server_that_is_killed_again_and_again(cells: Path) -> None:
     assert -5 < found["told_less_ms"] < 100
 
 
+@pytest.mark.parametrize("way", ["basic", "digest"])
+@pytest.mark.parametrize(("password", "served"), [("p%20ss%3A%2F", True), ("wrong", False)])
+def test_a_server_that_asks_for_a_password(way: str, password: str, served: bool, cells: Path, service: Any) -> None:
+    assert PYTHON is not None
+    with Server(PYTHON, free_port(), way) as server:
+        address = server.address.replace("127.0.0.1", f"us%40er:{password}@localhost")
+        run = service(cells, "--source", address)
+        if served:
+            assert number_of(run.record()["features"]) is not None
+        else:
+            assert "401" in run.event(state="lost")["reason"]
+        assert run.finish()[0] == 0
+
+
 def test_a_server_that_returns_with_another_size(cells: Path, service: Any) -> None:
     assert PYTHON is not None
     with Server(PYTHON, free_port(), 25, 640, 480) as server:

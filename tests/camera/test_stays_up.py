@@ -87,7 +87,7 @@ def test_a_signal_while_there_is_no_camera(cells: Path, service: Any) -> None:
 
 
 def test_a_reader_that_stops_reading_does_not_stop_the_service(cells: Path, service: Any) -> None:
-    run = service(cells, "--source", "test", "--fps", 200, "--metrics", "0")
+    run = service(cells, "--source", "test:200", "--metrics", "0")
     address = run.event(event="metrics")["address"]
     run.record()
     time.sleep(3)
@@ -148,8 +148,8 @@ def test_a_disk_that_is_full_for_a_while(cells: Path, tmp_path: Path) -> None:
         '"$@" & run=$!; sleep 4; rm disk/fill; wait $run; code=$?; cp disk/lines kept; exit $code'
     )
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, "sh", *PROGRAM, "run", cells, "--source", "test", "--fps", "20",
-         "--duration", "6", "--output", "disk/lines"],
+        ["unshare", "-m", "sh", "-c", script, "sh", *PROGRAM, "run", cells, "--source", "test:20",
+         "--frames", "120", "--output", "disk/lines"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -173,7 +173,7 @@ def test_a_resolution_that_changes_in_the_middle(cells: Path, tmp_path: Path) ->
     found = numbers_of(records_of(process("run", cells, "--source", whole, "--overlay", overlay)))
     assert found == list(range(30))
     with av.open(str(overlay)) as file:
-        assert {(f.width, f.height) for f in file.decode(video=0)} == {(320, 240)}
+        assert {(f.width, f.height) for f in file.decode(video=0)} == {(512, 512)}
 
 
 def test_damage_in_the_middle_costs_frames_alone(cells: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Frames that are unlike the calibration's, and a score that is no number: lines, counts, metrics and health say so."""
+"""Frames that are unlike the calibration's, and a score that is no number: lines, counts and metrics say so."""
 
 from __future__ import annotations
 
@@ -67,23 +67,17 @@ def test_a_score_that_is_no_number(tmp_path: Path) -> None:
 def test_it_counts_as_unlike(tmp_path: Path) -> None:
     done = process("run", made(tmp_path / "bundle", usual=250), "--source", "test", "--frames", 3)
     counts = events_of(done)[-1]
-    assert (counts["unlike"], counts["not_finite"], counts["repeated"]) == (3, 3, 0)
+    assert (counts["unlike"], counts["not_finite"]) == (3, 3)
 
 
 @pytest.mark.parametrize("usual", [50, 250])
-def test_metrics_and_health_tell(usual: float, tmp_path: Path, service: Any) -> None:
+def test_metrics_tell(usual: float, tmp_path: Path, service: Any) -> None:
     run = service(made(tmp_path / "bundle", usual=usual), "--source", "test", "--metrics", "0")
     address = run.event(event="metrics")["address"]
-    for _ in range(12):
+    for _ in range(3):
         run.record()
     values = dict(re.findall(r"^sparsifiner_(\S+) (\S+)$", get(address)[1], re.MULTILINE))
     assert float(values["novelty"]) > 1
     assert math.isinf(float(values["novelty"])) == (usual == 250)  # The root of what is below zero.
-    assert float(values["processed_total"]) >= 12
-    assert float(values["unlike_total"]) >= 12
-    assert float(values["repeated_total"]) == 0
-    code, text = get(address.replace("/metrics", "/healthz"))
-    health = strict(text)
-    assert (code, health["healthy"], health["unlike"]) == (200, True, True)
-    assert re.fullmatch(r"(\d+) of the last \1 frames unlike what this model was calibrated on", health["novelty"])
+    assert float(values["unlike_total"]) >= 2
     assert run.finish()[0] == 0

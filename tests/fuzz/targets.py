@@ -22,5 +22,4 @@ TARGETS = {
     "video": Target(328, others.videos, ("plain", "video")),
     "allocation": Target(20, others.allocations),
     "http": Target(200, network.http),
-    "rtsp": Target(200, network.rtsp),
 }

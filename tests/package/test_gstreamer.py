@@ -19,7 +19,7 @@ from PIL import Image
 import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bundle.sign import generate_key, sign_bundle
-from sparsifiner_edge.camera.prepare import Fit, fit_pillow
+from sparsifiner_edge.camera.prepare import fit_pillow
 from sparsifiner_edge.package import package_bundle
 from sparsifiner_edge.package.gst import element_file, fitting
 from sparsifiner_edge.runtime import open_session
@@ -111,7 +111,7 @@ def test_metadata_and_messages_are_the_sessions(
     with open_session(tiny_bundle, threads=1, kernels="portable") as session:
         for number, (message, frame) in enumerate(zip(messages, frames, strict=True)):
             pixels = np.frombuffer((tmp_path / f"frame{number}").read_bytes(), np.uint8).reshape(250, 333, 3)
-            image = fit_pillow(Image.fromarray(pixels), Fit(160))
+            image = fit_pillow(Image.fromarray(pixels), 160)
             logits = session.infer({"image": image[None]})["logits"][0].astype(np.float64)
             expected = np.exp(logits) / np.exp(logits).sum()
             best = np.argsort(-expected, kind="stable")[:3]
@@ -160,7 +160,7 @@ def test_a_dense_map_is_a_mask_on_the_frame(
                             tmp_path / "frames")  # fmt: skip
     pixels = np.frombuffer((tmp_path / "frames" / "frame0").read_bytes(), np.uint8).reshape(250, 334, 3)
     with open_session(bundle, threads=1) as session:
-        found = session.infer({"image": fit_pillow(Image.fromarray(pixels), Fit(160))[None]})["mask"][0]
+        found = session.infer({"image": fit_pillow(Image.fromarray(pixels), 160)[None]})["mask"][0]
     assert messages[0]["map"] == "mask"
     assert messages[0]["area"] == pytest.approx((found > 0.5).mean(), abs=1e-3)
     mask = frames[0]["mask"]

@@ -89,12 +89,12 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         return True
 
     def _open(self) -> Any:
-        from sparsifiner_edge.camera.model import Model
+        from sparsifiner_edge.camera.model import Model, ModelOptions
         from sparsifiner_edge.execution import Execution
 
         key = Path(self.public_key) if self.public_key else None
         execution = Execution(kernels=self.kernels, threads=self.threads or None)
-        return Model(Path(self.bundle), execution, self.top_k, self.threshold, key)
+        return Model(Path(self.bundle), ModelOptions(execution, self.top_k, self.threshold, key))
 
     def do_stop(self) -> bool:
         """Close it."""
@@ -141,7 +141,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             raise RuntimeError("The frame cannot be read.")
         try:
             frame = Image.frombuffer("RGB", size, bytes(mapped.data[offset:]), "raw", "RGB", stride, 1)
-            return fit_pillow(frame, self._model.fit)
+            return fit_pillow(frame, self._model.size)
         finally:
             buffer.unmap(mapped)
 
@@ -166,7 +166,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         padded = b"".join(row.tobytes().ljust(stride, b"\0") for row in mask)
         held = Gst.Buffer.new_wrapped(padded)
         GstVideo.buffer_add_video_meta(held, GstVideo.VideoFrameFlags.NONE, GstVideo.VideoFormat.GRAY8, columns, rows)
-        left, top, right, bottom = centre_box(self._info.width, self._info.height, self._model.fit.size)
+        left, top, right, bottom = centre_box(self._info.width, self._info.height, self._model.size)
         relations = GstAnalytics.buffer_add_analytics_relation_meta(buffer)
         if relations is None:
             raise RuntimeError("The frame takes no metadata.")
