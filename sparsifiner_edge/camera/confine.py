@@ -23,6 +23,7 @@ import msgspec
 from sparsifiner_edge.process import end_with_parent, limit_resource
 
 MEMORY_BYTES = 6 << 30
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 """On every architecture."""
 _FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
@@ -68,7 +69,7 @@ def confine(parent: int, port: int | None = None) -> None:
         os.setresuid(user, user, user)
     if sys.platform == "linux":
         for option, value in ((_SET_DUMPABLE, 0), (_SET_NO_NEW_PRIVS, 1)):
-            _checked(_libc().prctl(option, value, 0, 0, 0))
+            _checked(_LIBC.prctl(option, value, 0, 0, 0))
     end_with_parent(parent)  # Another user's process forgets that.
     if offered.landlock is not None:
         _restrict(offered.landlock, port)
@@ -84,10 +85,6 @@ def confinement() -> Confinement:
     elif landlock < _PORTS_SINCE:
         missing.append(f"Landlock {landlock} limits no TCP ports; 4, of Linux 6.7, does.")
     return Confinement(own_user, landlock, missing)
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
 
 
 def _checked(result: int) -> int:
@@ -111,7 +108,7 @@ def _may_change_user() -> bool:
 def _landlock_version() -> int | None:
     if sys.platform != "linux":
         return None
-    version = _libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
+    version = _LIBC.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     return version if version > 0 else None
 
 
@@ -123,13 +120,13 @@ def _restrict(version: int, port: int | None) -> None:
     ports = _BIND_AND_CONNECT if version >= _PORTS_SINCE else 0
     scopes = _SOCKETS_AND_SIGNALS if version >= _SCOPES_SINCE else 0
     rights = struct.pack("=QQQ", files, ports, scopes)
-    rules = _checked(_libc().syscall(_CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0))
+    rules = _checked(_LIBC.syscall(_CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0))
     try:
         if port is not None:
             _allow_names(rules)
         if port is not None and ports:
-            _checked(_libc().syscall(_ADD_RULE, rules, _RULE_PORT, struct.pack("=QQ", _CONNECT, port), 0))
-        _checked(_libc().syscall(_RESTRICT_SELF, rules, 0))
+            _checked(_LIBC.syscall(_ADD_RULE, rules, _RULE_PORT, struct.pack("=QQ", _CONNECT, port), 0))
+        _checked(_LIBC.syscall(_RESTRICT_SELF, rules, 0))
     finally:
         os.close(rules)
 
@@ -139,6 +136,6 @@ def _allow_names(rules: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             file = os.open(f"/etc/{name}", os.O_PATH | os.O_CLOEXEC)
             try:
-                _checked(_libc().syscall(_ADD_RULE, rules, _RULE_PATH, struct.pack("=Qi", _READ, file), 0))
+                _checked(_LIBC.syscall(_ADD_RULE, rules, _RULE_PATH, struct.pack("=Qi", _READ, file), 0))
             finally:
                 os.close(file)

@@ -62,7 +62,7 @@ def read_pipeline(pipeline: str, size: ImageSize) -> Iterator[Decoded]:
             launched.kill()
             listener.join()
     if launched.returncode:
-        raise ValueError(_message(errors))
+        raise ValueError(errors[0].decode("utf-8", "replace") if errors else "the pipeline failed")
 
 
 def _images(pixels: BinaryIO, size: ImageSize) -> Iterator[Decoded]:
@@ -79,7 +79,3 @@ def _listen(remarks: BinaryIO, errors: deque[bytes]) -> None:
     for line in iter(lambda: remarks.readline(_LONGEST), b""):
         if b"ERROR" in line or b"erroneous" in line:
             errors.append(line)
-
-
-def _message(errors: deque[bytes]) -> str:
-    return errors[0].decode("utf-8", "replace") if errors else "the pipeline failed"

@@ -155,21 +155,14 @@ def open_output(path: Path, append: bool) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Always at the end, wherever that is after the file was emptied: logs are rotated so.
         handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_RDWR if append else os.O_WRONLY), 0o666)
-        try:
-            _require_free(lock(handle), path)
-            if append:
-                _end_line(handle)
-            else:
-                os.ftruncate(handle, 0)
-        except BaseException:
+        if not lock(handle):
             os.close(handle)
-            raise
-        return handle
-
-
-def _require_free(free: bool, path: Path) -> None:
-    if not free:
-        raise ArtifactError(f"{path} is written by another run.", "Give another file, or end that run.")
+            raise ArtifactError(f"{path} is written by another run.", "Give another file, or end that run.")
+        if append:
+            _end_line(handle)
+        else:
+            os.ftruncate(handle, 0)
+    return handle
 
 
 def _end_line(handle: int) -> None:

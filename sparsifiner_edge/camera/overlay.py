@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -81,8 +81,8 @@ class Overlay:
         options = {"movflags": "frag_keyframe+empty_moov"} if path.suffix.lower() == ".mp4" else {}
         with io_errors(path), _as_os_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: Any = av.open(f"file:{path.absolute()}", "w", options=options)
-            self._stream: Any = self._file.add_stream(_CODEC, rate=25, options=_FAST)
+            self._file = cast("Any", av.open(f"file:{path.absolute()}", "w", options=options))
+            self._stream = self._file.add_stream(_CODEC, rate=25, options=_FAST)
         self._stream.width, self._stream.height = self._size
         self._stream.pix_fmt, self._stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
 
@@ -90,8 +90,9 @@ class Overlay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.closing(self._file):
-            self._encode(None)
+        with self._failures(), contextlib.closing(self._file):
+            if not self._lost:
+                self._file.mux(self._stream.encode(None))
 
     def write(self, image: Pixels, record: FrameRecord, heat: Array | None, at_s: float) -> None:
         """Add a frame.
@@ -107,6 +108,8 @@ class Overlay:
         """
         import av
 
+        if self._lost:
+            return
         self._answered_at.append(record.monotonic_s)
         span_s = self._answered_at[-1] - self._answered_at[0]
         lines = text_lines(record, (len(self._answered_at) - 1) / span_s if span_s else 0.0)
@@ -114,16 +117,18 @@ class Overlay:
         self._began = at_s if self._began is None else self._began
         self._last = max(self._last + 1, round((at_s - self._began) * 1000))
         frame.pts, frame.time_base = self._last, Fraction(1, 1000)
-        self._encode(frame)
+        with self._failures():
+            self._file.mux(self._stream.encode(frame))
 
-    def _encode(self, frame: Any) -> None:
-        """A frame; None: the last ones."""
-        if self._lost:
-            return
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Told once."""
         try:
             with io_errors(self._path), _as_os_errors():
-                self._file.mux(self._stream.encode(frame))
+                yield
         except ArtifactError as error:
+            if self._lost:
+                return
             self._lost = True
             if not self._live:
                 raise

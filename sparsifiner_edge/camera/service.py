@@ -76,7 +76,7 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
                 if stop.is_set():
                     break
     if failed:
-        raise ImageError(f"{failed} of {count} images could not be read.", "Their lines say why.")
+        raise ImageError(f"{failed} of {count} images could not be read; their lines say why.")
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:

@@ -9,7 +9,6 @@ import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote
 
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import read_bytes
@@ -87,7 +86,7 @@ def parse_source(text: str) -> Source:
     if text.startswith("@"):  # A command line is seen by every user of the machine.
         lines = read_bytes(Path(text[1:]), _MAX_SOURCE).decode(errors="surrogateescape").splitlines()
         text = lines[0] if lines else ""
-    if rate := re.fullmatch(r"test(?::([0-9]{1,3}))?", text):
+    if rate := re.fullmatch(r"test(?::([1-9][0-9]{0,2}))?", text):
         return Source("test", rate[1] or _TEST_FPS, True, "test")
     if text.isdecimal() or re.fullmatch(r"/dev/video\d+", text):
         device = f"/dev/video{text}" if text.isdecimal() else text
@@ -98,9 +97,9 @@ def parse_source(text: str) -> Source:
     scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*)(:/{0,2})", text)
     if scheme and scheme[1].lower() in ("rtsp", "rtsps"):
         return _camera(text)
-    if scheme and scheme[2] == "://" and scheme[1].lower() != "file":
+    if scheme and scheme[2] == "://":
         raise ConfigError(f"{scheme[1]}:// is an unknown scheme.", f"Give {KNOWN}.")
-    path = Path(unquote(text[len("file://") :], errors="surrogateescape") if scheme and scheme[2] == "://" else text)
+    path = Path(text)
     # os.path says no where a name is too long; the path itself would raise.
     if os.path.isfile(path) and path.suffix.lower() in VIDEO_SUFFIXES:  # noqa: PTH113
         return Source("file", str(path.absolute()), False, str(path))

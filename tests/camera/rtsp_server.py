@@ -1,7 +1,7 @@
 """A real RTSP server on 127.0.0.1 for tests and measurements; run by a Python that has gi and GstRtspServer.
 
 Each image carries the milliseconds of the monotonic clock at which it was drawn (see `camera.pattern`),
-H.264 encoded without delay. Usage: rtsp_server.py PORT [FPS [WIDTH HEIGHT [FILE]]]; with FILE that video is served.
+H.264 encoded without delay. Usage: rtsp_server.py PORT [FPS [WIDTH HEIGHT]].
 PORT basic|digest: it asks for a password, `us@er` and `p ss:/`, that way.
 """
 
@@ -92,15 +92,12 @@ def main() -> None:
     code, factory = load_code(), GstRtspServer.RTSPMediaFactory()
     caps = f"video/x-raw,format=I420,width={width},height={height},framerate={round(fps)}/1"
     begin = f"appsrc name=source is-live=true format=time do-timestamp=true block=false max-bytes=2000000 caps={caps}"
-    if len(rest) > 3:
-        begin = f"filesrc location={rest[3]} ! decodebin"
     factory.set_launch(f"( {begin} ! {ENCODE} )")
     factory.set_shared(True)
 
     def configure(_factory: Any, media: Any) -> None:
         source = media.get_element().get_by_name("source")
-        if source is not None:
-            threading.Thread(target=push, args=(source, code, fps, width, height), daemon=True).start()
+        threading.Thread(target=push, args=(source, code, fps, width, height), daemon=True).start()
 
     factory.connect("media-configure", configure)
     server = GstRtspServer.RTSPServer()

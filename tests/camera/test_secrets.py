@@ -23,37 +23,18 @@ PARTS = ("hUn", "tEr2", "t0keN")
 """Of a password and a token; no spelling below may show one of them."""
 ADDRESSES = [
     "rtsp://user:hUntEr2@h:554/x",
-    "rtsp://user:hUntEr2@h",
-    "RTSP://user:hUntEr2@h/x",
-    "rtsps://user:hUntEr2@h:322/x?y=1",
+    "RTSP://user:hUntEr2@h",
     "rtsp://t0keN@h/x",
-    "rtsp://:hUntEr2@h/x",
     "rtsp://hUntEr2:@h/x",
     "rtsp://us@er:hUntEr2@h/x",
-    "rtsp://user@domain:hUntEr2@h/x",
-    "rtsp://user:hUn@tEr2@h/x",
     "rtsp://user:hUn:tEr2@h/x",
     "rtsp://user:hUn tEr2@h/x",
-    "rtsp://user:hUn%40tEr2@h/x",
-    "rtsp://user:hUn&tEr2=@h/x",
-    "rtsp://user:hUn\"'tEr2@h/x",
-    "rtsp://user:hUntEr2@[::1]:554/x",
-    "rtsp://user:hUntEr2@h/Streaming/Channels/101",
-    "rtsp://h/x?auth=t0keN",
-    "rtsp://h/x?key=t0keN&y=1",
+    "rtsp://user:hUn%40tEr2@[::1]:554/x",
     "rtsp://h/x?y=1&token=t0keN",
-    "rtsp://h/x?user=a;pwd=hUntEr2",
-    "rtsp://h/x?t0keN",
-    "rtsp://h/x?a=b?t0keN",
-    "rtsp://h/x?a[]=t0keN",
-    "rtsp://h?a&b=t0keN",
+    "rtsp://h?t0keN",
     "rtsp://h/x#t0keN",
-    "rtsp://h/x?y=1#t0keN",
     "rtsp://h/user=a&password=hUntEr2&channel=1",
-    "rtsp://h/user=a_password=hUntEr2_channel=1_stream=0.sdp",
-    "rtsp://h/x;jsessionid=t0keN",
     "rtsps://h:7441/4vYqt0keNBEmkRQ3Gm?enableSrtp",
-    "rtsp://h/550e8400-t0keN-41d4-a716-446655440000",
 ]
 UNREADABLE = [
     "rtsp://user:hUn/tEr2@h/x",
@@ -68,39 +49,19 @@ UNREADABLE = [
     "rtsp://user:hUntEr2@/x",
     "rtsp://user:hUntEr2@h/x\r\nHeader: y",
     "http://user:hUntEr2@h/x",
-    "rtmp://h/live/t0keN",
-    'gst:rtspsrc location=rtsp://u:hUntEr2@h user-pw="hUn tEr2',
     "gst:rtspsrc user-pw='hUntEr2",
+    "gst:",
 ]
 PIPELINES = [
-    "rtspsrc location=rtsp://user:hUntEr2@h/x ! decodebin",
-    "rtspsrc location=rtsp://t0keN@h/x?auth=t0keN#t0keN ! decodebin",
+    "rtspsrc location=rtsp://user:hUntEr2@h/x?auth=t0keN ! decodebin",
     'rtspsrc location="rtsp://us er:hUn tEr2@h/x" ! decodebin',
-    "rtspsrc location = rtsp://user:hUntEr2@h/x ! decodebin",
-    "rtspsrc user-id=admin user-pw=hUntEr2 ! decodebin",
     "rtspsrc user-pw = hUntEr2 ! decodebin",
-    "rtspsrc user-pw =hUntEr2 ! decodebin",
-    "rtspsrc user-pw= hUntEr2 ! decodebin",
-    'rtspsrc user-pw = "hUn tEr2" ! decodebin',
     "rtspsrc user-pw='hUn tEr2' proxy-pw=hUn\\ tEr2 ! decodebin",
     'rtspsrc user-pw="hUn\\"tEr2" ! decodebin',
-    "rtspsrc 'user-pw=\"hUn tEr2\"' ! decodebin",
     "rtspsrc 'user-pw=hUn!tEr2' ! decodebin",
-    "rtspsrc user-pw hUntEr2 ! decodebin",
-    "rtspsrc user-pw hUntEr2. ! decodebin",
-    "rtspsrc user-pw video/hUntEr2 ! decodebin",
-    "rtspsrc user_pw:hUntEr2 ! decodebin",
-    "rtspsrc latency=hUntEr2@ ! decodebin",
-    "rtspsrc proxy=http://user:hUntEr2@h:3128 ! decodebin",
-    "rtspsrc extra-http-request-headers=a,b=t0keN ! decodebin",
-    "souphttpsrc location=https://h/x cookies=t0keN ! decodebin",
-    "srtsrc uri=srt://h:7001 passphrase=hUntEr2 ! decodebin",
     "srtsrc uri=srt://h:7001?passphrase=hUntEr2&streamid=t0keN ! decodebin",
-    "rtsp://user:hUntEr2@h/x ! decodebin",
     '"rtspsrc location=rtsp://user:hUntEr2@h user-pw=hUntEr2 ! decodebin"',
     "udpsrc ! application/x-srtp,srtp-key=(buffer)t0keN,t0keN ! srtpdec ! decodebin",
-    "udpsrc caps=application/x-srtp,key=t0keN,cipher=1 ! decodebin",
-    "filesrc location=/home/hUntEr2/x.mp4 ! decodebin",
     "uridecodebin uri=rtsp://user:hUntEr2@h/x name=t0 t0. ! queue",
 ]
 
@@ -157,14 +118,15 @@ def test_the_command_line(text: str, cells: Path, service: Any) -> None:
     assert run.process.returncode == (0 if text.startswith(("gst:", "rtsp://user:hUn%")) else 2)
 
 
-def test_metrics_health_and_processes(cells: Path, service: Any) -> None:
-    """Of the command itself every user sees the command line; its children have none of it."""
-    run = service(cells, "--source", "rtsp://user:hUntEr2@127.0.0.1:1/x?auth=t0keN", "--metrics", "0")
+def test_metrics_health_and_processes(cells: Path, service: Any, tmp_path: Path) -> None:
+    (tmp_path / "source").write_text("rtsp://user:hUntEr2@127.0.0.1:1/x?auth=t0keN\n")
+    run = service(cells, "--source", f"@{tmp_path / 'source'}", "--metrics", "0")
     address = run.event(event="metrics")["address"]
     run.event(state="lost")
     assert_hidden(get(address)[1] + get(address.replace("/metrics", "/healthz"))[1])
-    decoder = Path(f"/proc/{run.decoder()}")
-    assert_hidden((decoder / "cmdline").read_text() + (decoder / "environ").read_text())
+    for pid in (run.process.pid, run.decoder()):
+        process = Path(f"/proc/{pid}")
+        assert_hidden((process / "cmdline").read_text() + (process / "environ").read_text())
     assert run.finish()[0] == 0
 
 

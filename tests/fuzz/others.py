@@ -157,7 +157,7 @@ NUMBERS = (
 USAGES = (
     (
         "run {good}/plain --source {good}/images",
-        "--threads --top --threshold --fps --stall --metrics --duration --frames",
+        "--threads --top --threshold --stall --metrics --frames",
     ),
     ("profile {good}/plain", "--threads --batch --seconds --price-kwh"),
     ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode --kernels --batch"),
@@ -192,7 +192,7 @@ def usage(one: Try) -> None:
     value = text.replace("\0", "").encode(
         "utf-8", "surrogateescape" if not any("\ud7ff" < c < "\udc80" for c in text) else "replace"
     )
-    if name in ("--duration", "--seconds") or (name == "--set" and len(value) < 40):
+    if name == "--seconds" or (name == "--set" and len(value) < 40):
         value = rng.choice([b"nan", b"-1", b"inf", b"x", b"0", b"9" * 5000])
     command(*chosen, name, value.decode("utf-8", "replace"))
 

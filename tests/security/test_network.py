@@ -71,7 +71,7 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
     assert made.returncode == 0, made.stderr
     lines: dict[str, list[Any]] = {
         # The two that go on: cameras and measuring run for the whole time.
-        "run test": ["run", bundle, "--source", "test", "--fps", "2"],
+        "run test": ["run", bundle, "--source", "test:2"],
         "profile": ["profile", bundle, "--seconds", str(SECONDS), "-o", tmp_path / "long.json"],
         "run video": ["run", bundle, "--source", video],
         "run images": ["run", bundle, "--source", pictures],
