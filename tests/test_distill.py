@@ -275,16 +275,6 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
 
 
 @pytest.mark.everything
-def test_passes_add_up_to_one_step(folder: Path, start: Path, tmp_path: Path) -> None:
-    fixed = (*SHORT, "distil.steps=3", "distil.predictor_learning_rate=0.0", "images.mixed=0.0")
-    distill_student(start, folder, tmp_path / "one", overrides=(*fixed, "batch=4"))
-    distill_student(start, folder, tmp_path / "two", overrides=(*fixed, "batch=2", "accumulate=2"))
-    for name in ("patches", "classes", "logits"):
-        two, one = ([e[name] for e in history(tmp_path / x) if name in e] for x in ("two", "one"))
-        assert two == pytest.approx(one, rel=2e-3, abs=1e-6), name
-
-
-@pytest.mark.everything
 def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsifiner_edge.distill.train.RECENT", 3)
     monkeypatch.setattr("sparsifiner_edge.distill.train.EXPLOSION", 3.0)
@@ -293,7 +283,9 @@ def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pyte
     wild = (*phases, "reconstruct.predictor_learning_rate=0.5")
     summary = distill_student(start, folder, tmp_path / "out", overrides=wild)
     assert summary.steps == 11
-    assert summary.put_back, "which made predictors worse"
+    judged = [entry["fidelity"] for entry in history(tmp_path / "out") if "fidelity" in entry]
+    assert judged[2] < judged[0], "which made predictors worse"
+    assert judged[3] > judged[2], "and was put back"
     entries = [set(e) for e in history(tmp_path / "out") if "loss" in e]
     assert all(entry == {"step", "loss", "selection"} for entry in entries[:5])
     assert all("patches" in entry for entry in entries[5:])

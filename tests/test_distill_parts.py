@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -25,16 +24,14 @@ from sparsifiner_edge.distill.data import (
     folder_source,
     seeded,
 )
-from sparsifiner_edge.distill.fidelity import attention_captured, joint_fidelity, predictors_of, put_back_worse
+from sparsifiner_edge.distill.fidelity import joint_fidelity
 from sparsifiner_edge.distill.losses import Distiller
 from sparsifiner_edge.distill.recipe import Budget, Images, Losses, Recipe, names, read_recipe
 from sparsifiner_edge.distill.train import digest
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
-from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import dense_twin
 from tests.models import images, student
 
@@ -299,50 +296,3 @@ def test_augmentations_that_are_refused() -> None:
     for policy in ("nonsense", "rand-z3"):
         with pytest.raises(ConfigError, match="timm does not know"):
             augmentation(32, Images(auto_augment=policy))
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-@torch.no_grad()
-def test_attention_that_lists_hold(kind: str) -> None:
-    """Query by query, key by key."""
-    made = student(sparsity=KINDS[kind])
-    image, wanted = images(made.model, batch=1), []
-
-    def count(layer: Any, qkv: torch.Tensor, *_: Any) -> None:
-        q, k, _ = ops.split_heads(qkv, layer.geometry.heads)
-        lists, prefix, shares = layer.indices(qkv), layer.num_prefix, []
-        for head in range(q.shape[1]):
-            for query in range(prefix, q.shape[2]):
-                row = (layer.geometry.scale * k[0, head] @ q[0, head, query]).softmax(0)
-                if layer.prefix_keys:
-                    listed = lists[0, head, (query - prefix) // layer.sparsity.tile] + prefix
-                    shares.append(row[:prefix].sum() + row[listed].sum())
-                else:
-                    shares.append(row[lists[0, head, query - prefix]].sum())
-        wanted.append(float(torch.stack(shares).mean()))
-
-    (found,) = attention_captured(made.model, [image], [made.sparsity]).values()
-    assert made.backbone.sparsity == made.sparsity, "the budget is as it was"
-    set_budget(made.model, dataclasses.replace(made.sparsity, merge=()))
-    with observed(made.model, count, densely=True):
-        made.model(image)
-    assert found == pytest.approx(wanted, abs=1e-5)
-    assert len(found) == (4 if kind == "some dense" else 6)
-
-
-def test_a_layer_goes_on_with_the_predictor_that_holds_more() -> None:
-    made, image = student(sparsity=PAPER), None
-    image = images(made.model, batch=1)
-    start, few = predictors_of(made.model), dataclasses.replace(PAPER, keep=(0.25, 1.0, *[0.25] * 4))
-    assert put_back_worse(made.model, start, [image], [PAPER]) == [*range(6)], "nothing was learnt"
-    held = attention_captured(made.model, [image], [PAPER])["0.25"]
-    for layer in sparse_layers(made.model)[:4]:
-        torch.nn.init.zeros_(layer.select.up)
-    learnt = predictors_of(made.model)
-    worse = put_back_worse(made.model, start, [image], [PAPER])
-    assert {0, 1, 2, 3} <= set(worse)
-    after = attention_captured(made.model, [image], [PAPER])["0.25"]
-    assert all(a >= b for a, b in zip(after, held, strict=True))
-    for layer, parameters in zip(sparse_layers(made.model), learnt, strict=True):
-        layer.select.load_state_dict(parameters)
-    assert 1 not in put_back_worse(made.model, start, [image], [few]), "a budget without lists does not judge them"

@@ -39,7 +39,6 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
         fidelity: of each judgement, by step; see `fidelity.Judgement.score`. each: of each judgement, by step, the
             figure of every budget, in the order of `Training.budgets`.
         unreadable: files. recent: losses that an explosion is measured against.
-        put_back: layers whose predictors learnt nothing in the first phase; see `captured.put_back_worse`.
     """
 
     fingerprint: Fingerprint = {}
@@ -49,7 +48,6 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
     each: dict[int, list[float]] = {}
     unreadable: list[str] = []
     recent: list[float] = []
-    put_back: list[int] = []
 
     def require_course(self, total: int, budgets: int) -> None:
         """Refuse steps and judgements that a training of `total` steps, judged at so many budgets, does not make.

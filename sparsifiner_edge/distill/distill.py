@@ -55,8 +55,6 @@ class TrainingSummary(msgspec.Struct, frozen=True, kw_only=True):
         student, student_sha256: what was trained: its folder's name, and the hash of its `config.json`.
         images: how many were trained on. held_out: names. unreadable: paths of those that could not be read.
         processes: that trained together.
-        put_back: sparse layers whose predictors held less of their attention after the first phase than before, and
-            went on as they had begun.
     """
 
     recipe: str
@@ -75,7 +73,6 @@ class TrainingSummary(msgspec.Struct, frozen=True, kw_only=True):
     held_out: list[str]
     unreadable: list[str]
     processes: int
-    put_back: list[int] = []
 
 
 def distill_student(
@@ -230,5 +227,5 @@ def _summary(training: Training, teacher: Student, recipe: str, student: Path) -
         teacher=teacher.name, weights=teacher.provenance.weights or Weights(),
         student=student.resolve().name, student_sha256=sha256(student / STUDENT_FILE),
         images=len(source.train), held_out=[path.name for path in source.held_out], unreadable=state.unreadable,
-        processes=training.accelerator.num_processes, put_back=state.put_back,
+        processes=training.accelerator.num_processes,
     )  # fmt: skip

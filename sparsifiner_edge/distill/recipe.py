@@ -150,7 +150,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         seed: of everything that is drawn.
-        batch: images per process and pass. accumulate: passes per step.
+        batch: images per process and step.
         epsilon: of Adam, for the backbone: what is added to the root of its mean squared gradients. Large against
             gradients that are mostly noise, it keeps them from moving their weights as far as all others.
         weight_decay, predictor_weight_decay: of matrices.
@@ -167,7 +167,6 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
     batch: Annotated[int, Meta(ge=1, le=65536)] = 8
-    accumulate: Annotated[int, Meta(ge=1, le=65536)] = 1
     epsilon: Annotated[float, Meta(ge=1e-12, le=1)] = 1e-8
     weight_decay: Weight = 0.0
     predictor_weight_decay: Weight = 0.0

@@ -8,7 +8,7 @@ import math
 import os
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,14 +24,13 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import Fingerprint, Tensors, TrainingState
 from sparsifiner_edge.distill.data import Batch, BatchAugmentation, ImageSource, augmentation, batches, drawn_from
-from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights, predictors_of, put_back_worse
+from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights
 from sparsifiner_edge.distill.losses import Distiller
 from sparsifiner_edge.distill.recipe import Budget, Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.outputs import seen_by
 from sparsifiner_edge.sparse.patch import set_budget
@@ -60,7 +59,6 @@ def make_accelerator(recipe: Recipe, log_folder: Path | None = None) -> Any:
     try:
         return Accelerator(
             mixed_precision=recipe.precision,
-            gradient_accumulation_steps=recipe.accumulate,
             log_with=None if log_folder is None else "tensorboard",
             project_dir=log_folder,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -131,7 +129,7 @@ class Training:
         self.total = sum(steps for _, steps in self.phases)
         self.state = TrainingState(fingerprint=self._fingerprint(student, teacher))
         self.best: Tensors = {}
-        self._saved, self._unreadable, self._first_predictors = 0, set[str](), predictors_of(student.model)
+        self._saved, self._unreadable = 0, set[str]()
         teacher.model.to(accelerator.device)
         distiller = Distiller(student.model, teacher.model, recipe.losses, student.outputs)
         self.augmented = BatchAugmentation(recipe.images, len(source.classes), recipe.batch, accelerator.device)
@@ -144,7 +142,7 @@ class Training:
     def _steps(self, phase: Phase) -> int:
         if not phase.epochs:
             return phase.steps
-        per_step: int = self.recipe.batch * self.recipe.accumulate * self.accelerator.num_processes
+        per_step: int = self.recipe.batch * self.accelerator.num_processes
         return max(1, math.ceil(phase.epochs * len(self.source.train) / per_step))
 
     @torch.no_grad()
@@ -182,10 +180,10 @@ class Training:
             if self.accelerator.is_main_process:
                 checkpoint.append_history(self.folder, step + 1, **losses)
             self.accelerator.log({f"loss/{name}": loss for name, loss in losses.items()}, step + 1)
-            if step + 1 == self.phases[0][1]:
-                self._put_back_worse()
             if (step + 1) % self.recipe.check_every == 0 or step + 1 in (self.phases[0][1], self.total):
                 self._judge(step + 1)
+            if step + 1 == self.phases[0][1]:
+                self._take_best()
             if progress:
                 progress(f"loss {losses['loss']:.4f}", step + 1, self.total)
         self._save()
@@ -196,7 +194,7 @@ class Training:
             augmentation(self.size, self.recipe.images, self.pre.mean),
             seed=self.recipe.seed,
             batch=self.recipe.batch,
-            first=self.state.step * self.recipe.accumulate,
+            first=self.state.step,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
             workers=self.recipe.images.workers,
@@ -207,7 +205,7 @@ class Training:
         return random.Random(1_000_003 * self.recipe.seed + step).choice(self.budgets)  # noqa: S311
 
     def _step(self, step: int, stream: Iterator[Batch]) -> dict[str, float]:
-        """One step of the optimiser; mean losses over passes and processes."""
+        """One step of the optimiser; mean losses over processes."""
         second = step >= self.phases[0][1]
         (phase, steps), begun = self.phases[second], self.phases[0][1] * second
         if step == begun:  # another phase has losses of its own
@@ -215,61 +213,49 @@ class Training:
         self._set_rates(phase, (step - begun + 1) / steps)
         set_budget(self.distiller.student, self.budget(step), keep_predictors=True)
         torch.manual_seed(self.recipe.seed + step)
-        means: dict[str, float] = {}
-        files: list[str] = []
-        for number in range(self.recipe.accumulate):
-            batch = next(stream)
-            self._unreadable.update(batch.unreadable)
-            files += batch.files
-            for name, loss in self._pass(step, number, phase, batch, files).items():
-                mean = float(self.accelerator.reduce(loss.detach().mean(), "mean"))
-                means[name] = means.get(name, 0.0) + mean / self.recipe.accumulate
+        batch, processes = next(stream), int(self.accelerator.num_processes)
+        self._unreadable.update(batch.unreadable)
+        with drawn_from(self.recipe.seed + processes * step + int(self.accelerator.process_index)):
+            images, labels = self._inputs(batch)
+        kind = phase is self.recipe.reconstruct, phase.predictor_learning_rate > 0
+        losses = self.wrapped(images, labels, torch.Generator().manual_seed(self.recipe.seed + step), *kind)
+        total = self.distiller.total(losses)
+        self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), batch.files)
+        if step and step % self.recipe.save_every == 0:
+            self._save()  # only once these weights have shown a sound loss
+        self.accelerator.backward(total)
+        self._clip(step, batch.files)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
         if self.average is not None:
             self.average.update(self.distiller.student)
+        means = {
+            name: float(self.accelerator.reduce(loss.detach().mean(), "mean"))
+            for name, loss in {"loss": total, **losses}.items()
+        }
         self.state.recent = [*self.state.recent[1 - RECENT :], means["loss"]]
         return means
-
-    def _pass(self, step: int, number: int, phase: Phase, batch: Batch, files: list[str]) -> dict[str, Tensor]:
-        """One batch forwards and backwards; the last of a step moves the weights."""
-        passes = self.recipe.accumulate * step + number
-        generator = torch.Generator().manual_seed(self.recipe.seed + passes)
-        with self.accelerator.accumulate(self.wrapped):
-            processes: int = self.accelerator.num_processes
-            with drawn_from(self.recipe.seed + processes * passes + int(self.accelerator.process_index)):
-                images, labels = self._inputs(batch)
-            kind = phase is self.recipe.reconstruct, phase.predictor_learning_rate > 0
-            losses: dict[str, Tensor] = self.wrapped(images, labels, generator, *kind)
-            total = self.distiller.total(losses)
-            self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), files)
-            if number == 0 and step and step % self.recipe.save_every == 0:
-                self._save()  # only once these weights have shown a sound loss
-            self.accelerator.backward(total)
-            if self.accelerator.sync_gradients:
-                self._clip(step, files)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
-        return {"loss": total, **losses}
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         images = normalise(batch.images.permute(0, 2, 3, 1), self.pre).to(self.accelerator.device)
         return self.augmented(images, batch.labels.to(self.accelerator.device))
 
-    def _check(self, step: int, loss: float, files: list[str]) -> None:
+    def _check(self, step: int, loss: float, files: Sequence[str]) -> None:
         recent = self.state.recent
         exploded = len(recent) == RECENT and loss > EXPLOSION * statistics.median(recent)
         if not math.isfinite(loss) or exploded:
             self._stop(step, f"the loss is {loss:g}", files)
 
-    def _stop(self, step: int, what: str, files: list[str]) -> None:
+    def _stop(self, step: int, what: str, files: Sequence[str]) -> None:
         """End all processes alike: the loss and the gradients are those of all."""
-        names = ", ".join(gather_object(files))
+        names = ", ".join(gather_object(list(files)))
         raise GateError(
             f"Training stopped at step {step + 1}: {what}. Images of the batch: {names}.",
             f"The last good checkpoint, of step {self._saved}, is in {self.folder}; go on with --resume and a lower "
             "learning rate, or start again without those images.",
         )
 
-    def _clip(self, step: int, files: list[str]) -> None:
+    def _clip(self, step: int, files: Sequence[str]) -> None:
         """Cut the gradients of backbone and predictor apart: those of the predictor are much larger."""
         norms = []
         for group in self.optimiser.param_groups[::2], self.optimiser.param_groups[1::2]:
@@ -301,14 +287,14 @@ class Training:
                 self.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         self.accelerator.wait_for_everyone()
 
-    def _put_back_worse(self) -> None:
-        """End the first phase with the better predictor of each layer, in all processes and in the average."""
-        images = [one.image for one in self.held_out]
+    def _take_best(self) -> None:
+        """Go on with the weights that did best, in all processes and in the average: the published loss of the first
+        phase, the squared error of all attention, may fall while predictors get worse.
+        """
         for model in [self.distiller.student, *([self.average.module] if self.average else [])]:
-            if self.accelerator.is_main_process:  # That alone judges; what counts is what is kept, the last.
-                self.state.put_back = put_back_worse(model, self._first_predictors, images, self.budgets)
-            for layer in sparse_layers(model):
-                broadcast([parameter.data for parameter in layer.select.parameters()])
+            if self.accelerator.is_main_process:  # That alone judges.
+                model.load_state_dict(self.best)
+            broadcast([parameter.data for parameter in model.parameters()])
 
     def _save(self) -> None:
         self._saved = self.state.step
@@ -370,7 +356,7 @@ class Training:
         return {name: getattr(recipe, name) for name in BOUND} | {
             "images": self.source.fingerprint, "crops": str(images), "budgets": str(self.budgets),
             "student": digest(student.model), "teacher": digest(teacher.model), "steps": self.total,
-            "images per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
+            "images per step": recipe.batch * self.accelerator.num_processes,
         }  # fmt: skip
 
 
