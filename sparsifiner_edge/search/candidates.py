@@ -48,7 +48,7 @@ def rank(search: Search) -> tuple[Ranked, list[Candidate]]:
     def order(row: tuple[LayerPlan, Candidate]) -> tuple[bool, float]:
         one = row[1]
         met = bound.is_met(one.fidelity, one.ms.value)
-        return not met, one.ms.value if (bound.at_least is not None) == met else -one.fidelity
+        return not met, one.ms.value if bound.by_fidelity == met else -one.fidelity
 
     again = zip(hosts, times[len(subjects) :], strict=True)
     return sorted(rows, key=order), [replace(dense[host], ms=ms) for host, ms in again]
@@ -74,8 +74,7 @@ def _tightened(search: Search, engine: Deployment) -> tuple[LayerPlan, float]:
     for tried in range(1, TRIES + 1):
         plan = search.best(engine, limit)
         distance = search.distance(engine, plan)
-        by_fidelity = search.bound.at_least is not None
-        measured = distance if by_fidelity else search.whole.times([(plan, engine)])[0].value
+        measured = distance if search.bound.by_fidelity else search.whole.times([(plan, engine)])[0].value
         if measured <= search.limit or tried == TRIES:
             break
         excess = max(excess, measured - search.constraint(engine, plan))

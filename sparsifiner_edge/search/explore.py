@@ -118,15 +118,15 @@ class Search:
         self.bound, self.plans, self.whole, self.dense = bound, plans, whole, dense
         self.latencies, self.left_out, self._calibrated = latencies, left_out, set[Deployment]()
         self.losses = {engine: max(0.0, 1 - dense[engine.dense_host].fidelity) for engine in latencies}
-        self.limit = 1 - bound.at_least if bound.at_least is not None else ROOM * (bound.at_most_ms or 0.0)
+        self.limit = 1 - bound.value if bound.by_fidelity else ROOM * bound.value
 
     def constraint(self, engine: Deployment, plan: LayerPlan) -> float:
         """What is bounded: a plan's distance, or its milliseconds as predicted."""
-        return self._terms(engine, plan)[self.bound.at_least is None]
+        return self._terms(engine, plan)[not self.bound.by_fidelity]
 
     def objective(self, engine: Deployment, plan: LayerPlan) -> float:
         """The other of the two, which shall be small."""
-        return self._terms(engine, plan)[self.bound.at_least is not None]
+        return self._terms(engine, plan)[self.bound.by_fidelity]
 
     def _terms(self, engine: Deployment, plan: LayerPlan) -> tuple[float, float]:
         """Its distance as measured in float32 with what the precision loses, and its milliseconds as predicted."""
@@ -218,13 +218,11 @@ def _round(number: int, search: Search, tile: int) -> float:
 
 def _aim(solver: Solver, bound: Bound, loss: float) -> float:
     """The distance that an engine's best plan is expected at, but for what its precision loses."""
-    if bound.at_least is not None:
-        most = 1 - bound.at_least
-        return max(min(LEAST_AIM, most), most - loss)
-    assert bound.at_most_ms is not None
-    return max(LEAST_AIM, solver.model.of(solver.at_latency(bound.at_most_ms)))
+    if bound.by_fidelity:
+        return max(min(LEAST_AIM, 1 - bound.value), 1 - bound.value - loss)
+    return max(LEAST_AIM, solver.model.of(solver.at_latency(bound.value)))
 
 
 def _cost(solver: Solver, aim: float, bound: Bound, loss: float) -> float:
     """What tells engines apart: milliseconds at a fidelity, distance within a latency."""
-    return solver.latency.of(solver.at_distance(aim)) if bound.at_least is not None else aim + loss
+    return solver.latency.of(solver.at_distance(aim)) if bound.by_fidelity else aim + loss

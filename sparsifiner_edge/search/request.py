@@ -26,19 +26,19 @@ LEAST_IMAGES, CHECKED = 5, 5
 
 
 class Bound(NamedTuple):
-    """What is asked for: one of the two."""
+    """What is asked for: a fidelity of at least so much, or at most so many milliseconds."""
 
-    at_least: float | None = None
-    at_most_ms: float | None = None
+    value: float
+    by_fidelity: bool = True
 
     @property
     def text(self) -> str:
         """For people."""
-        return f"fidelity {self.at_least}" if self.at_least is not None else f"{self.at_most_ms:.4g} ms"
+        return f"fidelity {self.value}" if self.by_fidelity else f"{self.value:.4g} ms"
 
     def is_met(self, fidelity: float, ms: float) -> bool:
         """By what was measured."""
-        return fidelity >= self.at_least if self.at_least is not None else ms <= (self.at_most_ms or 0.0)
+        return fidelity >= self.value if self.by_fidelity else ms <= self.value
 
 
 class Request(NamedTuple):
@@ -61,8 +61,8 @@ class Request(NamedTuple):
 
 
 def read_request(
-    bound: Bound, metric: str, backends: Sequence[str], computes: Sequence[str], precisions: Sequence[str],
-    board: str | Path | None, data: str | Path,
+    least: float | None, most_ms: float | None, metric: str, backends: Sequence[str], computes: Sequence[str],
+    precisions: Sequence[str], board: str | Path | None, data: str | Path,
 ) -> Request:  # fmt: skip
     """See `search_model`.
 
@@ -70,11 +70,11 @@ def read_request(
         ConfigError: not one bound, or a value is out of range; too few images.
         SparsifinerError: a backend that was named does not run here; no such board.
     """
-    least, most = bound.at_least, bound.at_most_ms
-    one = (least is None) != (most is None)
-    require(one, "A search needs one bound.", "Give --at-least FIDELITY or --at-most-ms MS.")
-    require(least is None or 0 < least < 1, f"at least is {least}.", "Give a fidelity between 0 and 1, such as 0.98.")
-    require(most is None or 0 < most < MOST_MS, f"at most is {most} ms.", "Give more than 0, less than a million.")
+    if (least is None) == (most_ms is None):
+        raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY or --at-most-ms MS.")
+    bound = Bound(least) if least is not None else Bound(most_ms or 0.0, by_fidelity=False)
+    if not 0 < bound.value < (1 if bound.by_fidelity else MOST_MS):
+        raise ConfigError(f"The bound is {bound.text}.", "Give a fidelity between 0 and 1, or more than 0 ms.")
     fix = f"Give {', '.join(FIDELITIES)}, or your own as package.module:class."
     require(metric in FIDELITIES or ":" in metric, f"metric is {metric!r}.", fix)
     device = None if board is None else load_board(board)

@@ -31,7 +31,7 @@ from sparsifiner_edge.search.front import (
     plan_text,
 )
 from sparsifiner_edge.search.latency import Deployment, PlanLatency, estimated, measured
-from sparsifiner_edge.search.request import Bound, Request, read_request
+from sparsifiner_edge.search.request import Request, read_request
 from sparsifiner_edge.search.trial import FIDELITIES, Trial
 from sparsifiner_edge.search.whole import WholeModels, linked
 from sparsifiner_edge.sparse.novelty import with_novelty
@@ -95,7 +95,7 @@ def search_model(
         SparsifinerError: model, student or images are unusable.
     """
     end = time.monotonic() + 60 * minutes * (1 - RESERVED)
-    request = read_request(Bound(at_least, at_most_ms), metric, backends, computes, precisions, board, data)
+    request = read_request(at_least, at_most_ms, metric, backends, computes, precisions, board, data)
     folder = _new(Path(output))
     start = start_of(source, folder, weights, img_size, teacher, request.images, trust, normalise, progress)
     student = load_student(start, trust=trust)
@@ -184,7 +184,8 @@ def _result(
     nearest = f"{finalists[0].fidelity:.4f} at {finalists[0].ms.value:.1f} ms"
     images = {"searched": request.images, "tried": plans.trial.paths, "checked": request.kept}
     method = SearchMethod(
-        metric=request.metric, at_least=bound.at_least, at_most_ms=bound.at_most_ms,
+        metric=request.metric, at_least=bound.value if bound.by_fidelity else None,
+        at_most_ms=None if bound.by_fidelity else bound.value,
         board=None if request.board is None else request.board.name,
         images={use: [path.name for path in paths] for use, paths in images.items()},
         tables={str(engine): latency.about for engine, latency in search.latencies.items()},

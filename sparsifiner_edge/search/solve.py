@@ -8,7 +8,7 @@ numbers of tokens x 6 shares of keys can all be looked at. The price that just m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -65,28 +65,22 @@ class Solver:
 
     def at_latency(self, ms: float) -> LayerPlan:
         """The nearest to the dense model that is predicted to take at most so long; the fastest where none does."""
-        low, high = (math.log(price) for price in PRICES)
-        best = self.at_price(PRICES[0])
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            plan = self.at_price(math.exp(middle))
-            if self.latency.of(plan) <= ms:
-                best, low = plan, middle
-            else:
-                high = middle
-        return best
+        return self._bisected(self.at_price(PRICES[0]), lambda plan: self.latency.of(plan) <= ms, dearer=True)
 
     def at_distance(self, distance: float) -> LayerPlan:
         """The fastest whose distance is predicted to be at most so much; the dense model where none's is."""
+        dense = LayerPlan.dense(len(self.selects))
+        return self._bisected(dense, lambda plan: plan.is_dense or self.model.of(plan) <= distance, dearer=False)
+
+    def _bisected(self, best: LayerPlan, fits: Callable[[LayerPlan], bool], dearer: bool) -> LayerPlan:
+        """The last plan that fits, on the way to the dearest price that gives one, or to the cheapest."""
         low, high = (math.log(price) for price in PRICES)
-        best = LayerPlan.dense(len(self.selects))
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             plan = self.at_price(math.exp(middle))
-            if plan.is_dense or self.model.of(plan) <= distance:
-                best, high = plan, middle
-            else:
-                low = middle
+            fit = fits(plan)
+            best = plan if fit else best
+            low, high = (middle, high) if fit == dearer else (low, middle)
         return best
 
 

@@ -31,7 +31,7 @@ from sparsifiner_edge.runtime import Session
 from sparsifiner_edge.search import search, whole
 from sparsifiner_edge.search.front import Candidate, SearchResult
 from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
-from sparsifiner_edge.search.request import Bound, read_request
+from sparsifiner_edge.search.request import read_request
 from sparsifiner_edge.search.search import prepare, start_of
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import dense_twin, load_student
@@ -212,7 +212,7 @@ def test_what_is_refused(tmp_path: Path, photographs: Path, tiny_weights: Path, 
         ("one bound", {}),
         ("one bound", {"at_least": 0.9, "at_most_ms": 3.0}),
         ("between 0 and 1", {"at_least": 98.0}),
-        ("more than 0", {"at_most_ms": 0.0}),
+        ("more than 0 ms", {"at_most_ms": 0.0}),
         ("is for a student", {"at_least": 0.9, "teacher": TINY}),
         ("more than 0", {"at_most_ms": float("nan")}),
         ("metric is", {"at_least": 0.9, "metric": "top1"}),
@@ -252,8 +252,7 @@ def test_an_engine_that_refuses_the_dense_model_is_left_out_and_said(
 
     monkeypatch.setattr(whole, "open_checked", refused)
     student = load_student(tiny_student)
-    bound = Bound(at_least=0.9)
-    request = read_request(bound, "patches", ["onnxruntime", "openvino"], ["auto"], ["fp32"], None, photographs)
+    request = read_request(0.9, None, "patches", ["onnxruntime", "openvino"], ["auto"], ["fp32"], None, photographs)
     models = whole.WholeModels(tmp_path, tiny_student, dense_twin(student), request.images, None, (), None)
     if len(refusing) == 2:
         with pytest.raises(BackendError, match="not fp16"):
