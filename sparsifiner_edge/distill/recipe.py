@@ -104,9 +104,11 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ConfigError: no such keep, merge or token_keep; or other pruning than the student's own is to be learnt.
         """
-        keep = parse_keep(self.keep) if self.keep and student.keep != 1 else student.keep
-        if isinstance(keep, float):  # Layers that are dense have no predictor, and stay dense.
-            keep = tuple(1.0 if share == 1 else keep for share in plan.keep) if self.keep else keep
+        keep = parse_keep(self.keep) if self.keep else student.keep
+        if student.keep == 1:  # Layers that are dense have no predictor, and stay dense.
+            keep = student.keep
+        elif isinstance(keep, float) and 1 in plan.keep:
+            keep = tuple(1.0 if share == 1 else keep for share in plan.keep)
         merge = parse_merge(self.merge) if self.merge else student.merge
         pruned = parse_token_keep(self.token_keep) or student.token_keep
         if student.token_keep not in ((), pruned):
