@@ -24,7 +24,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, Image
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import PROGRAM, assert_refused, call, process
-from tests.models import student, vit
+from tests.models import student
 
 BUDGETS = 'budgets=[{keep="0.1"},{keep="0.2"}]'
 SHORT = ("distil.steps=6", "batch=2", "check_every=3", "save_every=2", "images.held_out=2", BUDGETS)
@@ -294,19 +294,6 @@ def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match="predictor to reconstruct"):
         distill_student(alone, folder, tmp_path / "x", overrides=phases)
     distill_student(alone, folder, tmp_path / "pruned", overrides=SHORT)  # there is something to learn without one
-
-
-@pytest.mark.everything
-def test_another_teacher(folder: Path, start: Path, tmp_path: Path) -> None:
-    weights = tmp_path / "w.safetensors"
-    save_file(dense_twin(load_student(start)).model.state_dict(), weights)
-    named = {"teacher": "test_vit", "weights": weights, "overrides": SHORT}
-    distill_student(start, folder, tmp_path / "named", **named)
-    distill_student(start, folder, tmp_path / "own", overrides=SHORT)
-    assert losses(tmp_path / "named") == losses(tmp_path / "own")
-    save_file(vit("test_vit3", num_classes=2).state_dict(), weights)
-    with pytest.raises(ConfigError, match="The teacher test_vit3 has"):
-        distill_student(start, folder, tmp_path / "x", **{**named, "teacher": "test_vit3"})
 
 
 def test_a_teacher_that_sees_other_pixels_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -36,12 +36,6 @@ from sparsifiner_edge.sparse.student import dense_twin
 from tests.models import images, student
 
 PUBLISHED = "rand-m9-mstd0.5-inc1"
-PAPER = SparsityConfig.for_preset("paper", keep=0.25, channels=16)
-KINDS = {
-    "paper": PAPER,
-    "merging": SparsityConfig(keep=0.2, cells=4, channels=8, merge=(6,)),
-    "some dense": SparsityConfig(keep=(0.2, 1.0, 0.2, 0.2, 1.0, 0.3), cells=0, channels=8),
-}
 
 
 def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
@@ -95,18 +89,6 @@ def test_what_a_worker_meets_is_told_as_it_is(workers: int, folder: Path, tmp_pa
     )
     with pytest.raises(ImageError, match=r"^None of the 10 images can be read\.\n  Look at \S+\.png, for instance\.$"):
         next(drawn)
-
-
-@pytest.mark.parametrize("size", [(20, 80), (80, 20), (40, 40)])
-def test_random_crops_have_the_shape_of_the_model(size: tuple[int, int]) -> None:
-    """A gradient from left to right and one from top to bottom: how much of each a crop holds tells its sides."""
-    across, down = np.meshgrid(np.arange(256), np.arange(256))
-    image = Image.fromarray(np.stack([across, down, 0 * down], -1).astype(np.uint8))
-    shapes = []
-    for seed in range(40):
-        red, green, _ = seeded(augmentation(size, Images(smallest_crop=0.05, flip=False)), image, seed).int()
-        shapes.append(float(np.ptp(red.numpy()) / np.ptp(green.numpy())))
-    assert float(np.median(shapes)) == pytest.approx(size[1] / size[0], rel=0.25)
 
 
 def test_models_are_told_apart_by_their_weights() -> None:

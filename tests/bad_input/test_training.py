@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,11 +23,10 @@ from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
-from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.bad_input.damage import edit_json
 from tests.commands import assert_refused, call
-from tests.fuzz.mutate import json_text, mutated_bytes, mutated_json
+from tests.fuzz.mutate import json_text
 from tests.models import student as make_student
 
 SHORT = ("distil.steps=4", "batch=2", "check_every=2", "save_every=2", "images.held_out=2", "ema=0.9")
@@ -71,13 +69,6 @@ def training(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
     return Training(make_accelerator(plan), found, dense_twin(found), source, plan, work)
 
 
-@pytest.fixture(scope="module")
-def written(begun: Path) -> tuple[bytes, dict[str, torch.Tensor]]:
-    """What its checkpoint's file holds: state and tensors."""
-    with safetensors.safe_open(begun / "out.training" / checkpoint.CHECKPOINT, "pt") as file:
-        return file.metadata()["state"].encode(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 @pytest.fixture
 def saved(begun: Path) -> tuple[TrainingState, dict[str, torch.Tensor]]:
     """The same as read, to be changed."""
@@ -117,7 +108,7 @@ def test_outputs_that_are_no_folder_of_their_own(
         (lambda c: c.update(img_size=16 * 2**60), "image size 18446744073709551616 is too large"),
         (lambda c: c.update(num_classes=10**9), "num_classes is 1000000000"),
         (lambda c: c.update(num_classes=-1), "num_classes is -1"),
-        (lambda c: c.update(model="vit_giant_patch14_dinov2.lvd142m"), "does not fit this model"),
+        (lambda c: c.update(model="vit_giant_patch14_dinov2.lvd142m"), "not a multiple of the patch size 14"),
         (lambda c: c.update(model="x" * 100_000), "timm has no model"),
         (lambda c: c["sparsity"].update(tile=2**62, probe=1), "tile is 4611686018427387904"),
     ],
@@ -137,17 +128,6 @@ def test_weights_of_another_kind(kind: torch.dtype, student: Path) -> None:
     edit_json(student / STUDENT_FILE, lambda c: c.update(weights_sha256=sha256(student / WEIGHTS_FILE)))
     with pytest.raises(SparsifinerError, match=r"norm\.weight (is|holds)"):
         load_student(student)
-
-
-def test_any_student_is_read_or_refused(student: Path) -> None:
-    """Forty students that were changed at random."""
-    path, good, read = student / STUDENT_FILE, json.loads((student / STUDENT_FILE).read_text()), 0
-    for number in range(40):
-        path.write_bytes(mutated_json(good, random.Random(number)))
-        with contextlib.suppress(SparsifinerError):
-            json.dumps(write_record(load_student(student).provenance), allow_nan=False)
-            read += 1
-    assert read
 
 
 FOREIGN = "does not belong to this training"
@@ -181,26 +161,6 @@ def test_a_checkpoint_of_something_else(
     with pytest.raises(SparsifinerError) as caught:
         training.restore(*saved)
     assert text in caught.value.what
-
-
-@pytest.mark.everything
-def test_any_checkpoint_is_resumed_or_refused(
-    begun: Path, training: Training, written: tuple[bytes, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
-    """Forty that were changed at random, in their file or in what they say."""
-    good, path = (begun / "out.training" / checkpoint.CHECKPOINT).read_bytes(), tmp_path / checkpoint.CHECKPOINT
-    state, restored = json.loads(written[0]), 0
-    for number in range(40):
-        rng = random.Random(number)
-        if number % 2:
-            path.write_bytes(mutated_bytes(good, rng))
-        else:
-            changed = mutated_json(state, rng).decode("utf-8", "replace")
-            safetensors.torch.save_file(written[1], path, {"state": changed})
-        with contextlib.suppress(SparsifinerError):
-            training.restore(*checkpoint.load(tmp_path))
-            restored += 1
-    assert restored
 
 
 def test_of_a_history_what_is_one_stays(tmp_path: Path) -> None:
