@@ -32,7 +32,7 @@ from sparsifiner_edge.sparse.outputs import seen_by
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.prune import Pruning
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
-from tests.commands import assert_refused, call, manifest_of
+from tests.commands import manifest_of
 from tests.everything import first
 from tests.models import TINY, images, student, vit
 from tests.plain import evaluate_student
@@ -209,23 +209,3 @@ def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
     assert parse_token_keep(" 3:.7, 6:.5 ") == ((3, 0.7), (6, 0.5))
     with pytest.raises(ConfigError, match="require a student"):
         export_bundle(TINY, tmp_path / "x", keep=0.5)
-
-
-def test_sparsify_writes_what_is_pruned(tmp_path: Path, tiny_weights: Path) -> None:
-    folder = sparsify(TINY, tmp_path / "s", weights=tiny_weights, cells=4, token_keep=STAGES)
-    found = load_student(folder)
-    assert found.sparsity.token_keep == STAGES
-
-
-@pytest.mark.everything
-def test_the_command_line_prunes(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = ["sparsify", TINY, "--weights", tiny_weights, "--set", "cells=4", "-o", tmp_path / "s"]
-    assert_refused(call(capsys, *plain, "--token-keep", "3"), "token_keep holds '3'", "3:.7,6:.7")
-    assert_refused(call(capsys, *plain, "--token-keep", "7:.5"), "layer 7: the model has 6 layers")
-    assert_refused(call(capsys, *plain, "--token-keep", "3:1.5"), "outside (0, 1)")
-    assert not (tmp_path / "s").exists()
-    assert call(capsys, *plain, "--token-keep", "1:.7,3:.5").code == 0
-    outcome = call(capsys, "export", tmp_path / "s", "--keep", 0.3, "--token-keep", "2:.6", "-o", tmp_path / "b")
-    assert outcome.code == 0, outcome.err
-    assert manifest_of(tmp_path / "b")["sparsity"]["token_keep"] == [[2, 0.6]]
-    assert_refused(call(capsys, "export", TINY, "--keep", 0.3, "-o", tmp_path / "c"), "require a student")

@@ -1,1 +1,1 @@
-"""Making a timm vision transformer sparse: token order, predictor, attention, in-place patch, students."""
+"""Making a vision transformer sparse: token order, predictor, attention, in-place patch, students."""

@@ -1,7 +1,6 @@
 /* Calls every operator of the C interface as a C program does: on threads of its own, from several callers at a time, with
  * what must be refused. Prints "well". */
 
-#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -71,37 +70,6 @@ static void* caller(void* data) {
   return NULL;
 }
 
-/* The same bits on any threads, close to float32; refused where the instruction set has no bfloat16. */
-static void run_bfloat16(void) {
-  static float alone[kBatch * kTokens * kHeads * kWidth], pooled[kBatch * kTokens * kHeads * kWidth];
-  const sparsifiner_qkv in = INPUTS(sizes, COUNT(sizes));
-  const sparsifiner_attend attend = {1, kTile, 20, kKeys, 1};
-  const sparsifiner_ints lists = TENSOR(expected.lists);
-  const sparsifiner_output to_alone = TENSOR(alone), to_pooled = TENSOR(pooled);
-  sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_BFLOAT16, NULL, NULL, ""}, many = call, exact = call;
-  many.parallel_for = sparsifiner_pool_for;
-  many.threads = pool;
-  exact.precision = SPARSIFINER_FLOAT32;
-  if (!sparsifiner_has_bfloat16()) {
-    REQUIRE(sparsifiner_dense_attention(&call, &in, to_alone) == SPARSIFINER_INVALID_ARGUMENT);
-    REQUIRE(strstr(call.message, "has no bfloat16") != NULL);
-    return;
-  }
-  for (int sparse = 0; sparse < 2; ++sparse) {
-    sparsifiner_call* const calls[] = {&many, &call, &exact};
-    for (int i = 0; i < 3; ++i) {
-      const sparsifiner_output to = i == 0 ? to_pooled : to_alone;
-      if (i == 2) REQUIRE(memcmp(alone, pooled, sizeof(alone)) == 0);
-      REQUIRE((sparse ? sparsifiner_sparse_attention(calls[i], &in, &attend, lists, to)
-                      : sparsifiner_dense_attention(calls[i], &in, to)) == SPARSIFINER_OK);
-    }
-    REQUIRE(memcmp(alone, pooled, sizeof(alone)) != 0);
-    for (size_t i = 0; i < sizeof(alone) / sizeof(float); ++i) REQUIRE(fabsf(alone[i] - pooled[i]) < 0.03f);
-  }
-  call.precision = 7;
-  REQUIRE(sparsifiner_dense_attention(&call, &in, to_alone) == SPARSIFINER_INVALID_ARGUMENT);
-}
-
 static void refused(void) {
   sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, NULL, NULL, ""};
   sparsifiner_qkv in = INPUTS(NULL, 0);
@@ -156,7 +124,6 @@ int main(void) {
   run(sizes, NULL, &alone);
   REQUIRE(memcmp(&merged, &alone, sizeof(alone)) == 0);
   REQUIRE(memcmp(merged.dense, expected.dense, sizeof(expected.dense)) != 0);
-  run_bfloat16();
   sparsifiner_hold_memory(-1);
   sparsifiner_pool_destroy(pool);
   sparsifiner_pool_destroy(NULL);

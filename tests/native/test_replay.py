@@ -20,7 +20,7 @@ from tests.native.test_kernels import PAPER
 from tests.native.test_kernels import SETS as FLOAT_SETS
 from tests.once import Once
 from tests.ops import matrix
-from tests.ops.matrix import Case, cases, check
+from tests.ops.matrix import Case, cases, check, output_type
 
 pytestmark = pytest.mark.everything
 
@@ -62,16 +62,13 @@ def sanitised_objects(once: Once, sanitizers: str) -> tuple[list[str], list[str]
 
 
 def record(case: Case, inputs: list[np.ndarray]) -> bytes:
-    a, name, (batch, tokens, packed) = case.attributes, case.op.name, inputs[0].shape
-    heads, prefix = a.get("num_heads", 1), a.get("num_prefix", 0)
-    keys = inputs[-1].shape[-1] if name == "SparseAttention" else a.get("keys", 0)
-    keys = inputs[2].shape[1] if name == "MergeTokens" else keys
-    width = packed if name == "MergeTokens" else packed // (3 * heads)
-    channels = inputs[-1].shape[-1] if name.endswith("KeySelect") else 0
+    a, (batch, tokens, packed) = case.attributes, inputs[0].shape
+    sizes = case.op.sizes(a, [x.shape for x in inputs])
     header = struct.pack(
-        "<15q2f", OPS[name], case.merged, batch, tokens, heads, width, prefix,
-        prefix * a.get("prefix_keys", 0), a.get("tile", 0), a.get("probe", 0), a.get("cell", 0), keys, channels,
-        a.get("window", 0), a.get("merged", 0), a.get("scale", 1.0), a.get("value_power", 0.0),
+        "<15q2f", OPS[case.op.name], case.merged, batch, tokens, a.get("num_heads", 1), sizes.get("d", packed),
+        a.get("num_prefix", 0), a.get("num_prefix", 0) * a.get("prefix_keys", 0), a.get("tile", 0), a.get("probe", 0),
+        a.get("cell", 0), sizes.get("K", sizes.get("M", 0)), sizes.get("c", 0), a.get("window", 0), a.get("merged", 0),
+        a.get("scale", 1.0), a.get("value_power", 0.0),
     )  # fmt: skip
     return header + b"".join(np.ascontiguousarray(x).tobytes() for x in inputs)
 
@@ -84,19 +81,9 @@ def replay(command: list[str], made: list[tuple[Case, list[np.ndarray]]]) -> lis
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     results, place = [], 0
     for case, inputs in made:
-        batch, tokens, packed = inputs[0].shape
-        name = case.op.name
-        shape: tuple[int, ...] = (batch, tokens, packed // 3)
-        if name.endswith("KeySelect"):
-            tiles = math.ceil(case.patches / case.attributes["tile"])
-            shape = (batch, case.attributes["num_heads"], tiles, case.attributes["keys"])
-        if name == "MatchTokens":
-            shape = (batch, tokens - case.attributes["merged"], 2)
-        if name == "MergeTokens":
-            shape = (batch, inputs[2].shape[1], packed)
+        shape = case.op.output_shape(case.attributes, [x.shape for x in inputs])
         count = math.prod(shape)
-        kind = np.int32 if name == "MatchTokens" or name.endswith("KeySelect") else np.float32
-        results.append(np.frombuffer(done.stdout, kind, count, place).reshape(shape))
+        results.append(np.frombuffer(done.stdout, output_type(case), count, place).reshape(shape))
         place += 4 * count
     assert place == len(done.stdout)
     return results
