@@ -92,19 +92,6 @@ def test_fitting(size: tuple[int, int], model: ImageSize) -> None:
     assert cropped(np.ones((60, 120, 3), np.uint8), model).flags.c_contiguous
 
 
-@pytest.mark.parametrize("model", [60, (40, 60), (90, 60)])
-def test_the_middle_stays_in_the_middle(model: ImageSize, tmp_path: Path) -> None:
-    pixels = np.zeros((100, 300, 3), np.uint8)
-    pixels[45:55, 145:155] = 255
-    Image.fromarray(pixels).save(tmp_path / "image.png")
-    for image in (fit_pillow(Image.fromarray(pixels), model), load_image(tmp_path / "image.png", model)):
-        rows, columns = np.nonzero(image[..., 0] > 100)
-        height, width = height_width(model)
-        assert abs(rows.mean() - (height - 1) / 2) < 1
-        assert abs(columns.mean() - (width - 1) / 2) < 1
-        assert np.ptp(rows) == pytest.approx(np.ptp(columns), abs=1)  # Nothing is distorted.
-
-
 @pytest.mark.parametrize(
     ("frame", "model", "box"),
     [

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,19 +14,7 @@ import pytest
 from sparsifiner_edge.camera import json_lines as lines
 from sparsifiner_edge.camera.json_lines import LineWriter, line_of
 from sparsifiner_edge.errors import ArtifactError
-from tests.commands import PROGRAM, assert_refused, process
-
-WRITE = """
-import sys, threading
-from sparsifiner_edge.camera.json_lines import LineWriter
-stop = threading.Event()
-writer = LineWriter(sys.stdout, live=bool(int(sys.argv[1])), stop=stop)
-threading.Timer(1, stop.set).start()
-for number in range(20):
-    writer.write({"n": number, "text": "x" * 20_000})
-writer.close()
-print(writer.dropped, file=sys.stderr)
-"""
+from tests.commands import assert_refused, process
 
 
 def parsed(text: str) -> list[dict[str, Any]]:
@@ -116,31 +101,6 @@ def test_a_stop_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(records) + writer.dropped == 40
     assert [record["n"] for record in records] == list(range(len(records)))
     assert 0 < len(records) < 40  # What the pipe holds.
-
-
-@pytest.mark.parametrize("live", [True, False])
-def test_only_the_last_line_is_cut_for_a_reader_that_did_not_read(live: bool) -> None:
-    line = [sys.executable, "-c", WRITE, str(int(live))]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        assert run.stderr is not None
-        dropped = int(run.stderr.readline())
-        text = run.stdout.read()
-    numbers = [record["n"] for record in parsed(text[: text.rfind("\n") + 1])]
-    assert run.returncode == 0
-    assert 0 < len(numbers) == 20 - dropped
-    assert numbers == list(range(len(numbers)))
-
-
-def test_a_video_into_a_pipe_that_does_not_block(cells: Path, video: Path) -> None:
-    ours, theirs = os.pipe()
-    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
-    os.set_blocking(theirs, False)
-    line = [*PROGRAM, "run", str(cells), "--source", str(video)]
-    with subprocess.Popen(line, stdout=theirs, stderr=subprocess.DEVNULL) as run, os.fdopen(ours) as reader:
-        os.close(theirs)
-        assert [record["frame"] for record in parsed(reader.read())] == list(range(30))
-    assert run.returncode == 0
 
 
 @pytest.mark.parametrize("live", [True, False])

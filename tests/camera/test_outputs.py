@@ -65,20 +65,6 @@ def test_what_is_read_is_never_overwritten(
     assert snapshot(tmp_path) == before
 
 
-def test_an_overlay_is_not_put_into_a_bundle(cells: Path, video: Path, tmp_path: Path, capsys: Capsys) -> None:
-    bundle = Path(shutil.copytree(cells, tmp_path / "bundle"))
-    outcome = call(capsys, "run", bundle, "--source", video, "--overlay", bundle / "o.mp4")
-    assert_refused(outcome, "is in the bundle")
-
-
-def test_records_may_lie_beside_the_images(album: Path, cells: Path, capsys: Capsys) -> None:
-    for _ in range(2):  # The second time it is there.
-        outcome = call(capsys, "run", cells, "--source", album, "--output", album / "lines.jsonl")
-        assert (outcome.code, outcome.out) == (0, "")
-    assert [Path(record["source"]).name for record in lines_of(album / "lines.jsonl")] == ["a.png", "b.png"]
-    assert sorted(p.name for p in album.iterdir()) == ["a.png", "below", "lines.jsonl"]
-
-
 def test_a_video_that_is_not_there(cells: Path, tmp_path: Path, capsys: Capsys) -> None:
     outcome = call(capsys, "run", cells, "--source", "film.mp4", "--overlay", tmp_path / "o.mp4")
     assert_refused(outcome, "film.mp4 does not exist", "a video file")
