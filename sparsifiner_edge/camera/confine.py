@@ -1,8 +1,8 @@
 """Takes from the decoding process all that it does not need, before it reads anything that a stranger sent.
 
 Limits, and whatever the system offers of: a user of its own (where started as root) and Landlock, which refuses files,
-programs and connections. Which system calls there are is for the unit of systemd to
-say (`runtime/systemd/`): a table of them by hand ages.
+programs and connections by TCP. Which system calls there are is for the unit of systemd to say (`runtime/systemd/`): a
+table of them by hand ages.
 
 Landlock is used by its three system calls: no library on PyPI is both kept and able to restrict ports of this process.
 """
@@ -54,7 +54,7 @@ def confine(parent: int, port: int | None = None) -> None:
 
     Args:
         parent: its parent, with which it ends.
-        port: of TCP, the only one that it may connect to, by the name of a host; None: no network at all.
+        port: of TCP, the only one that it may connect to, also by the name of a host; None: to none.
 
     Raises:
         OSError: the kernel offers something and then refuses it.

@@ -1,4 +1,4 @@
-"""The video with its answers drawn into it."""
+"""A video of what the model sees, with its answers drawn into it."""
 
 from __future__ import annotations
 
