@@ -90,7 +90,7 @@ def test_a_source_that_cannot_be_read_shows_none_either(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["user:hUntEr2@h/x", "//user:hUntEr2@h/x", "rtsp;//user:hUntEr2@h/x", "h/x?auth=t0keN", "file://u:hUntEr2@h/x.mp4"],
+    ["user:hUntEr2@h/x", "//user:hUntEr2@h/x", "rtsp;//user:hUntEr2@h/x", "h/x?auth=t0keN"],
 )
 def test_what_is_taken_for_a_path_but_is_none(text: str) -> None:
     assert_hidden(parse_source(text).shown)
