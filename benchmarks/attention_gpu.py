@@ -42,13 +42,14 @@ REQUIRED = {2305: (1.3, 2.0), 4097: (2.0, 4.0), 9217: (3.0, 6.0)}
 """Speed of "both" at keep .10 over the fastest backend on an H100: required, aimed at."""
 
 
-def settings(tokens: int, keep: float, tile: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Attributes of KeySelect and of SparseAttention."""
+def settings(tokens: int, keep: float, tile: int) -> dict[str, Any]:
+    """Attributes of KeySelect."""
     sparsity = SparsityConfig(keep=keep, tile=tile, probe=min(16, tile), cells=CELLS)
     layout = sparsity.layout(tokens - 1)
-    shared = {"num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": layout.cell, "scale": SCALE}
-    select = {"probe": sparsity.probe, "keys": layout.keys, "value_power": sparsity.value_power}
-    return {**shared, **select}, {**shared, "prefix_keys": 1}
+    return {
+        "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": layout.cell, "scale": SCALE,
+        "probe": sparsity.probe, "keys": layout.keys, "value_power": sparsity.value_power,
+    }  # fmt: skip
 
 
 def projections() -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,28 +60,19 @@ def projections() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def ours(qkv: torch.Tensor, keep: float, tile: int) -> dict[str, Any]:
-    """Graphs of our operators at one keep rate."""
-    select, attend = settings(qkv.shape[1], keep, tile)
+    """A graph of a layer of ours at one keep rate."""
+    select = settings(qkv.shape[1], keep, tile)
     proj_q, proj_k = projections()
-    indices = ops.key_select(qkv, proj_q, proj_k, **select)
-    for name, attributes, inputs in (
-        ("KeySelect", select, (proj_q, proj_k)), ("SparseAttention", attend, (indices,)),
-    ):  # fmt: skip
-        choice = kernels_for(name, attributes, [qkv.shape, qkv.shape[:2], *(x.shape for x in inputs)], qkv)
-        if choice.name != "triton":
-            raise SystemExit(f"Triton does not run {name}: {'; '.join(choice.reasons)}")
-    return {
-        f"select {keep:g}": graph(lambda: ops.key_select(qkv, proj_q, proj_k, **select)),
-        f"attend {keep:g}": graph(lambda: ops.sparse_attention(qkv, indices, **attend)),
-        f"both {keep:g}": graph(lambda: triton_layer(select, qkv, None, proj_q, proj_k)),
-    }
+    choice = kernels_for("KeySelect", select, [qkv.shape, qkv.shape[:2], proj_q.shape, proj_k.shape], qkv)
+    if choice.name != "triton":
+        raise SystemExit(f"Triton does not run a layer: {'; '.join(choice.reasons)}")
+    return {f"both {keep:g}": graph(lambda: triton_layer(select, qkv, None, proj_q, proj_k))}
 
 
 def flex(qkv: torch.Tensor, parts: tuple[torch.Tensor, ...], keep: float, tile: int) -> Run:
     """FlexAttention over the lists that KeySelect makes, and the class token."""
     batch, tokens, _ = qkv.shape
-    select, _ = settings(tokens, keep, tile)
-    lists = ops.key_select(qkv, *projections(), **select)
+    lists = ops.key_select(qkv, *projections(), **settings(tokens, keep, tile))
     member = torch.zeros(*lists.shape[:3], tokens, dtype=torch.bool, device="cuda")
     member.scatter_(-1, lists.long() + 1, True)
     member[..., 0] = True

@@ -1,8 +1,8 @@
 """Fidelity of untrained students: what to select, and what to do with the rest.
 
     python benchmarks/fidelity.py                      the rule at 224 and 518 px, beside what is required
-    python benchmarks/fidelity.py --all [-o FOLDER]    every variant, at 224, 518 and 1036 px: table, image, JSON;
-                                                       begun again with the same FOLDER, it goes on where it was
+    python benchmarks/fidelity.py --all [-o FOLDER]    every variant, at 224, 518 and 1036 px: table and JSON
+    python benchmarks/fidelity.py --all --group 'cells of a board' --size 518 --size 1036       some of them
 
 Cosine to dense DINOv2 ViT-S/14 over the eight development photographs (the defaults also over the publication set,
 `demo/split.py`), calibrated on other images.
@@ -37,7 +37,7 @@ from fidelity_subject import (
     true_attention,
     weights_file,
 )
-from summary import raw_of, write_summary
+from summary import write_summary
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
@@ -111,6 +111,10 @@ def variants() -> list[Variant]:
     rows += [
         Variant("cells", f"{c} cells", {"cells": c}, sizes=ALL_SIZES if c in (0, 25, 100) else (224, 518))
         for c in (0, 4, 9, 16, 25, 49, 100)
+    ]
+    rows += [
+        Variant("cells of a board", f"tile 64, {c} cells", {"tile": 64, "cells": c}, sizes=(518, 1036))
+        for c in (49, 31)
     ]
     rows += [
         Variant("cells", "mean over all tokens", measure=lambda s: s.measure(attend=cell_means("all"))),
@@ -264,45 +268,24 @@ def defaults() -> list[dict[str, Any]]:
     return rows
 
 
-def everything(sizes: tuple[int, ...], kept: Path | None) -> list[dict[str, Any]]:
-    """Every variant at its sizes; rows already in the file `kept` are not run again, new ones are added to it."""
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept and kept.exists() else []
-    done = {(row["size"], row["group"], row["name"]) for row in rows}
-
-    def add(row: dict[str, Any]) -> None:
-        rows.append(row)
-        show([row])
-        if kept:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
+def everything(sizes: tuple[int, ...], groups: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Every variant at its sizes, of these groups if any are named."""
+    rows = []
     for size in sizes:
         for order in ORDERS:
             chosen = [v for v in variants() if size in v.sizes and v.order == order]
-            chosen = [v for v in chosen if (size, v.group, v.name) not in done]
+            chosen = [v for v in chosen if v.group in groups or not groups]
             if not chosen:
                 continue
             subject = Subject(size)
             subject.reorder(ORDERS[order](*subject.model.patch_embed.grid_size))
             for variant in chosen:
-                add(run(variant, subject))
-        # Lists of one query each take an hour at 1036 px.
-        if size < 1000 and (size, "baselines", PAPER) not in done:
-            add(paper_preset(size))
-        if not any(key[0] == size and str(key[2]).startswith("ToMe") for key in done):
-            add(merged_tokens(size))
+                rows.append(run(variant, subject))
+                click.echo(f"{size} px, {variant.group}: {variant.name}", err=True)
+        if "baselines" in groups or not groups:
+            # Lists of one query each take an hour at 1036 px.
+            rows += [merged_tokens(size), *([paper_preset(size)] if size < 1000 else [])]
     return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Lines as they come, for people who wait."""
-    for row in rows:
-        click.echo(
-            f"{row['size']:5d} {row['group']:12s} {row['name']:26s} {row['keys_share']:6.1%} {row['macs_share']:6.1%} "
-            f"CLS {np.mean(row['features_cosine']):.4f} patches {np.mean(row['patches_cosine']):.4f}",
-            err=True,
-        )
 
 
 def table(rows: list[dict[str, Any]]) -> None:
@@ -328,32 +311,6 @@ def table(rows: list[dict[str, Any]]) -> None:
     print_table("Untrained DINOv2 ViT-S/14 against dense, eight photographs", columns, cells)
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Patch cosine against keys read and against MACs, one column per image size."""
-    from matplotlib.figure import Figure
-
-    sizes = sorted({row["size"] for row in rows})
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    figure = Figure(figsize=(6 * len(sizes), 9), layout="constrained")
-    axes = figure.subplots(2, len(sizes), squeeze=False)
-    for column, size in enumerate(sizes):
-        for line, (key, label) in enumerate((("keys_share", "keys read"), ("macs_share", "attention MACs"))):
-            axis = axes[line][column]
-            for number, group in enumerate(groups):
-                points = [r for r in rows if r["size"] == size and r["group"] == group]
-                if points:
-                    x = [100 * r[key] for r in points]
-                    y = [1 - float(np.mean(r["patches_cosine"])) for r in points]
-                    axis.plot(x, y, "*ovs^Dpx+<>h"[number % 12], color=f"C{number % 10}", label=group, alpha=0.8,
-                              markersize=14 if group == "default" else 7)  # fmt: skip
-            axis.set(xscale="log", yscale="log", xlabel=f"{label}, % of dense", title=f"{size} px")
-            axis.grid(which="both", alpha=0.3)
-        axes[0][column].set_ylabel("1 - patch cosine (lower is better)")
-        axes[1][column].set_ylabel("1 - patch cosine (lower is better)")
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=80)
-
-
 def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     method = {
         "metric": "cosine to the dense teacher, patches and class token, untrained",
@@ -377,15 +334,14 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
 @click.command()
 @click.option("--all", "every", is_flag=True, help="Every variant; about half an hour on two cores.")
 @click.option("--size", "sizes", type=int, multiple=True, help="Image sizes, with --all; by default all three.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for fidelity.json and fidelity.png.")
-def main(every: bool, sizes: tuple[int, ...], output: Path | None) -> None:
-    kept = raw_of(output / "fidelity.rows.jsonl") if output else None
-    rows = everything(sizes or ALL_SIZES, kept) if every else defaults()
+@click.option("--group", "groups", multiple=True, help="Groups of the table, with --all; by default all.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for fidelity.json.")
+def main(every: bool, sizes: tuple[int, ...], groups: tuple[str, ...], output: Path | None) -> None:
+    rows = everything(sizes or ALL_SIZES, groups) if every else defaults()
     table(rows)
     if output:
         rows = json.loads(json.dumps(rows, default=float))  # some figures are NumPy's
         write_summary(output / "fidelity.json", result(rows))
-        picture(rows, raw_of(output / "fidelity.png"))
 
 
 if __name__ == "__main__":

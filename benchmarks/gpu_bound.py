@@ -30,7 +30,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
 from sparsifiner_edge.ops.triton.plan import Launch, Plan, fitted
-from sparsifiner_edge.ops.triton.plan_forward import plan_layer
+from sparsifiner_edge.ops.triton.plan_layer import plan_layer
 from sparsifiner_edge.profiles.boards.board import board_names, load_board
 from sparsifiner_edge.results import Result, Subject
 
@@ -75,7 +75,7 @@ def compiled(tokens: int, batch: int, tile: int, capability: int) -> tuple[Compi
 
 def _at(made: Compiled, step: Launch) -> Compiled:
     """What was compiled at another rate, with the constants of a step."""
-    return dataclasses.replace(made, constants={**made.constants, **fitted(step, made.capability).constants})
+    return dataclasses.replace(made, launch=fitted(step, made.capability))
 
 
 def bound(on: Gpu, tokens: int, keep: float, batch: int, tile: int) -> dict[str, Any]:

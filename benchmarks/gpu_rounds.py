@@ -5,13 +5,14 @@ tiles `attend` takes again. `gpu_work.py` counts with it.
 
 At the first size `select` runs in Triton's interpreter over every sixth layer of DINOv2 ViT-S/14 with an untrained
 predictor, on development photographs, at each number of tiles that a program may look at together. They go on until the
-last of them is found. Of all layers it says in how many heads logits are so great that their sums leave float32's
-range; and of all layers at all sizes in what share of tiles a logit is so far above those of the sample that float16
-overflows.
+last of them is found. Of all layers it says in how many heads a logit is further above those of the first block of
+keys than sums hold; and of all layers at all sizes in what share of tiles a logit is so far above those of the sample
+that float16 overflows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -33,7 +34,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.ops import reference
 from sparsifiner_edge.ops import torch as operators
-from sparsifiner_edge.ops.triton import attend, best, plan_forward
+from sparsifiner_edge.ops.triton import attend, best, plan_layer, select
 from sparsifiner_edge.ops.triton.run import launch
 from sparsifiner_edge.results import Result, Subject
 
@@ -43,8 +44,10 @@ EACH = 6
 """Every so many layers are interpreted."""
 TILE = 128
 """Of what `attend` takes again."""
-RANGE, HALF_RANGE = 126, 16
-"""Exponents of float32, either way, and of float16, upward."""
+HALF_RANGE = 16
+"""Exponents of float16, upward."""
+FIRST = 2 * plan_layer.ENTRIES
+"""Keys of the block that `select` begins its sums by."""
 
 
 def layers(size: int, photographs: int) -> list[tuple[list[torch.Tensor], dict[str, Any]]]:
@@ -69,12 +72,13 @@ def layers(size: int, photographs: int) -> list[tuple[list[torch.Tensor], dict[s
 
 
 def far_apart(inputs: list[torch.Tensor], settings: dict[str, Any]) -> list[bool]:
-    """Of each head of a layer, whether logits in base 2 leave float32's exponents."""
+    """Of each head of a layer, whether a logit in base 2 is further above those of the first block than is summed."""
     qkv, proj_q, proj_k = (x.numpy().astype(np.float64) for x in inputs)
     q, k, _ = (x[:, :, settings["num_prefix"] :] for x in reference.split_heads(qkv, settings["num_heads"]))
     probes = reference.run_means(q, settings["probe"], np.ones((q.shape[0], q.shape[2]))) @ proj_q
-    greatest = (settings["scale"] * probes @ (k @ proj_k).swapaxes(-1, -2)).max(-1) / np.log(2)
-    return [bool(x) for x in (np.abs(greatest) > RANGE).any(-1).ravel()]
+    logits = settings["scale"] * probes @ (k @ proj_k).swapaxes(-1, -2) / np.log(2)
+    above = logits.max(-1) - logits[..., :FIRST].max(-1)
+    return [bool(x) for x in (above > select.MOST_ABOVE.value).any(-1).ravel()]
 
 
 def taken_again(inputs: list[torch.Tensor], settings: dict[str, Any]) -> list[bool]:
@@ -105,15 +109,16 @@ def rounds(inputs: list[torch.Tensor], settings: dict[str, Any], group: int) -> 
         return call
 
     kept = {name: getattr(best, name) for name in ("_first_guess", "_middle")}
-    most = plan_forward.MOST_GROUP
-    plan_forward.MOST_GROUP = group
+    most = plan_layer.MOST_GROUP
+    plan_layer.MOST_GROUP = group
     try:
         for name, function in kept.items():
             setattr(best, name, counted(name, function))
-        plan = plan_forward.plan_select([x.shape for x in inputs], settings, "float32")
-        launch(plan, dict(zip(("qkv", "proj_q", "proj_k"), inputs, strict=True)))
+        plan = plan_layer.plan_layer([x.shape for x in inputs], settings, "float16")
+        plan = dataclasses.replace(plan, launches=plan.launches[:2])
+        launch(plan, dict(zip(("qkv", "proj_q", "proj_k"), (inputs[0].half(), *inputs[1:]), strict=True)))
     finally:
-        plan_forward.MOST_GROUP = most
+        plan_layer.MOST_GROUP = most
         for name, function in kept.items():
             setattr(best, name, function)
     return calls["_middle"] / calls["_first_guess"]
@@ -141,11 +146,11 @@ def main(sizes: tuple[int, ...], photographs: int, output: Path | None) -> None:
     names = ["tiles together", "rounds", "of a layer: least", "most"]
     print_table("Rounds of select", names, [[f"{x:.3g}" for x in row.values()] for row in rows])
     print_table("Tiles that attend takes again", list(again[0]), [[f"{x:.4g}" for x in row.values()] for row in again])
-    print(f"{sum(beyond)} of {len(beyond)} heads have logits beyond 2^{RANGE}.")
+    print(f"{sum(beyond)} of {len(beyond)} heads have logits {select.MOST_ABOVE.value:g} above their first block's.")
     if output:
         method = {
             "sizes": sizes, "photographs": photographs, "tile": {"select": 64, "attend": TILE}, "keep": KEEP,
-            "what": "interpreted, float32",
+            "what": "interpreted, float16",
         }  # fmt: skip
         sources = (best, attend)
         subjects = [

@@ -17,16 +17,16 @@ from occupancy import occupancy
 from sass import Code, Instruction, counts, read
 
 from sparsifiner_edge.ops.triton import attend
-from sparsifiner_edge.ops.triton.compile import Compiled
+from sparsifiner_edge.ops.triton.compile import Compiled, resources
 from sparsifiner_edge.ops.triton.plan import Plan
 
 ROUNDS = {1: 5.4, 2: 6.5, 4: 7.7}
 """Of `select`'s search for thresholds, by how many tiles go together: no fewer than `gpu_rounds.py` gives."""
 AGAIN = {1370: 0.0065, 2305: 0.0101}
 """Share of tiles whose logits `attend` takes again, by tokens: no less than `gpu_rounds.py` gives."""
-_UNUSUAL = {"_log_sums_again", "_list_with_ties"}
-"""Functions of `select` that logits far apart and ties need."""
-_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
+_UNUSUAL = {"_list_with_ties"}
+"""Functions of `select` that ties need."""
+_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
 Times = Sequence[tuple[float, Sequence[Instruction]]]
 """Instructions, each sequence with how often it runs."""
@@ -34,11 +34,12 @@ Times = Sequence[tuple[float, Sequence[Instruction]]]
 
 def work_of(made: Compiled, plan: Plan, twin: Compiled | None = None) -> LaunchWork:
     """Of one compiled launch; twin: the same for an older GPU, where its code does not say what it multiplies."""
-    constants: dict[str, Any] = {**made.constants, "warps": made.warps}
-    l2 = _KERNELS[made.kernel][1]
-    lanes = made.grid[1] * made.grid[2]
-    resident = occupancy(made.capability, made.warps, made.registers, made.shared).blocks
-    works = _works(made.kernel, made.cubin, tuple(sorted(constants.items())), made.grid[0], lanes)
+    launch = made.launch
+    constants: dict[str, Any] = {**launch.constants, "warps": launch.warps}
+    l2 = _KERNELS[launch.kernel][1]
+    lanes = launch.grid[1] * launch.grid[2]
+    resident = occupancy(made.capability, launch.warps, resources(made)[0], made.shared).blocks
+    works = _works(launch.kernel, made.cubin, tuple(sorted(constants.items())), launch.grid[0], lanes)
     if twin is not None:
         works = [
             dataclasses.replace(own, products=max(0.0, other.products + other.warp_products - own.warp_products))
@@ -100,29 +101,24 @@ def _summarise(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, T
     main, probes = _split(code, "_store_probes")
     prefix = [x for x in main if "_store_prefix_cells" in x.functions]
     cell: list[tuple[float, Sequence[Instruction]]] = [
-        (1, [x for x in main if "_store_prefix_cells" not in x.functions]), (1 / c["blocks"], prefix)
+        (1, [x for x in main if "_store_prefix_cells" not in x.functions]), (1 / c["cells"], prefix)
     ]  # fmt: skip
     asked: list[tuple[float, Sequence[Instruction]]] = [(1, probes)]
     for loop in code.loops:
-        if _from(loop.own, "_store_probes"):
-            asked.append((math.ceil(c["probe"] / c["at_once"]), loop.own))
-        else:
-            cell.append((math.ceil(c["run"] / c["block_p"]), loop.own))
-    return [(c["blocks"], cell), (grid - c["blocks"], asked)]
+        cell.append((math.ceil(c["cell"] / c["block_p"]), loop.own))
+    return [(c["cells"], cell), (grid - c["cells"], asked)]
 
 
 def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Times]]:
     patches, groups = c["tokens"] - c["prefix"], c["share"] // c["group"]
-    block = c["numbers"] * c["block_g"] * c["block_n"] * c["block_c"] // 4
+    block = c["block_g"] * c["block_n"] * c["block_c"] // 4
     passes = [loop for loop in code.loops if _products(loop.own)]
-    # What several loops need is moved before the first, and some of it into another: most of a loop says whose it is.
-    again = [x for x in passes if 2 * sum("_log_sums_again" in i.functions for i in x.own) > len(x.own)]
     times: list[tuple[float, Sequence[Instruction]]] = [
         (1, [x for x in code.straight if not _UNUSUAL & set(x.functions)])
     ]
     for loop in code.loops:
         if loop in passes:
-            often = 0 if loop in again else patches // c["block_n"] * block / _products(loop.own)
+            often = patches // c["block_n"] * block / _products(loop.own)
         elif stored := _elements([x for x in loop.own if not _UNUSUAL & set(x.functions)], "STG"):
             often = groups * c["pitch"] // c["lanes"] / stored
         elif any(len(x.whole) < len(loop.whole) and x.own[0] in loop.whole for x in code.loops):
@@ -140,8 +136,8 @@ def _again(c: Mapping[str, Any]) -> float:
 
 def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
     straight, prefix = _split(code, "_prefix_row")
-    full, behind = c["keys"] // c["block_n"], 0 if c["cell"] else c["first"]
-    blocks = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"])
+    full = c["keys"] // c["block_n"]
+    blocks = math.ceil((c["keys"] - full * c["block_n"]) / c["block_t"])
     rest = max(0, blocks - 1)  # the first stands before the loop
     again = _again(c)
     tile: list[tuple[float, Sequence[Instruction]]] = [
@@ -155,14 +151,14 @@ def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]
             share, often = 1.0, full if counts(loop.own)["special"] >= 0.75 * weights else rest
             if _from(loop.own, "_tile_again"):
                 block = c["block_n"] if c["block_n"] <= attend.FOLLOWED.value else c["block_t"]
-                share, often = again, math.ceil((c["keys"] + behind) / block)
+                share, often = again, math.ceil(c["keys"] / block)
             # The sums of cells stand there twice, for either half of the cells: one block has entries of both.
             summing = [x for x in loop.own if "_add_selected" in x.functions]
             tile.append((share * often, [x for x in loop.own if "_add_selected" not in x.functions]))
             tile.append((share * (often + 1) / 2, summing))
         elif _from(loop.own, "_prefix_row"):
-            row.append((math.ceil(c["blocks"] / c["block_b"]), loop.own))
-    return [(c["tiles"] * c["chunks"], tile), (c["prefix"], row)]
+            row.append((1, loop.own))
+    return [(c["tiles"], tile), (c["prefix"], row)]
 
 
 def _summed(c: Mapping[str, Any]) -> int:
@@ -171,11 +167,11 @@ def _summed(c: Mapping[str, Any]) -> int:
 
 
 def _summarise_l2(c: Mapping[str, Any]) -> float:
-    """Queries and keys once, values again where they are not held; what is projected, deviations, and projections."""
+    """Queries and keys once, values twice; what is projected, deviations, and projections."""
     patches, element = c["tokens"] - c["prefix"], 2 * c["width"]
-    reads = patches * element * (3 if c["last"] else 4)
-    projections = (c["blocks"] + 2 * math.ceil(patches / c["probe"] / c["block_g"])) * c["width"] * c["channels"] * 4
-    sums = (c["blocks"] + c["prefix"]) * c["width"] * _summed(c) * 2 + c["blocks"] * c["prefix"] * c["width"] * 4
+    reads = patches * element * 4
+    projections = (c["cells"] + 2 * math.ceil(patches / c["probe"] / c["block_g"])) * c["width"] * c["channels"] * 4
+    sums = (c["cells"] + c["prefix"]) * c["width"] * _summed(c) * 2 + c["cells"] * c["prefix"] * c["width"] * 4
     return reads + projections + sums + patches * (2 * c["depth"] * (1 + 1 / c["probe"]) + 4)
 
 

@@ -20,62 +20,45 @@ from summary import write_summary
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch
+from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_plan, resources
 from sparsifiner_edge.ops.triton.plan import Plan
-from sparsifiner_edge.ops.triton.plan_forward import plan_layer
+from sparsifiner_edge.ops.triton.plan_layer import plan_layer
 from sparsifiner_edge.results import Result, Subject
 
 ROOT = Path(__file__).parent.parent
 PATCHES, HEADS, KEYS, CELL, CHANNELS = 1024, 6, 103, 41, 24
-EVERYWHERE = (("float16", 64, 64), ("float16", 64, 16))
-"""Element type, head dimension and tile that are compiled for every GPU generation, forward."""
-ELSEWHERE = {
-    87: (("bfloat16", 64, 64), ("float32", 64, 16), ("float16", 128, 64), ("float16", 32, 16)),
-    90: (("bfloat16", 128, 64), ("float16", 96, 64), ("float32", 64, 64)),
-}
-"""More of SparseAttention's main kernel."""
+SHOWN = (("float16", 64, 64), ("float16", 64, 16), ("bfloat16", 64, 64))
+"""Element type, head dimension and tile that are compiled."""
 
 
-def plans(dtype: str, width: int, tile: int) -> dict[str, Plan]:
-    """Plans at 1025 tokens and keep .10, one image."""
-    qkv = (1, PATCHES + 1, 3 * HEADS * width)
-    shared: dict[str, Any] = {
-        "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": CELL, "scale": width**-0.5,
+def layer(dtype: str, width: int, tile: int) -> Plan:
+    """At 1025 tokens and keep .10, one image."""
+    a: dict[str, Any] = {
+        "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": CELL, "scale": width**-0.5, "probe": 8, "keys": KEYS,
+        "value_power": 2.0,
     }  # fmt: skip
-    select = {**shared, "probe": 8, "keys": KEYS, "value_power": 2.0}
-    return {"layer": plan_layer([qkv, *[(HEADS, width, CHANNELS)] * 2], select, dtype)}
+    return plan_layer([(1, PATCHES + 1, 3 * HEADS * width), *[(HEADS, width, CHANNELS)] * 2], a, dtype)
 
 
-def wanted(capability: int) -> list[tuple[str, int, int, str, Plan, Any]]:
-    """Element type, head dimension, tile, operator, plan and launch of everything to compile."""
-    found = []
-    for dtype, width, tile in EVERYWHERE:
-        made = plans(dtype, width, tile)
-        found += [(dtype, width, tile, op, plan, step) for op, plan in made.items() for step in plan.launches]
-    for dtype, width, tile in ELSEWHERE.get(capability, ()):
-        plan = plans(dtype, width, tile)["layer"]
-        found.append((dtype, width, tile, "layer", plan, plan.launches[-1]))
-    return found
-
-
-def describe(dtype: str, width: int, tile: int, op: str, made: Compiled) -> dict[str, Any]:
-    body = main_loop(read(made.cubin))
-    resident = occupancy(made.capability, made.warps, made.registers, made.shared)
+def describe(dtype: str, width: int, tile: int, made: Compiled) -> dict[str, Any]:
+    body, (registers, spilled) = main_loop(read(made.cubin)), resources(made)
+    resident = occupancy(made.capability, made.launch.warps, registers, made.shared)
     return {
-        "capability": made.capability, "operator": op, "kernel": made.kernel, "dtype": dtype, "head_dimension": width,
-        "tile": tile, "warps": made.warps, "stages": made.stages, "registers": made.registers,
-        "spilled_bytes": made.spilled, "shared_bytes": made.shared, "resident_blocks": resident.blocks,
-        "occupancy": resident.share, "limited_by": resident.limit, "cubin_bytes": len(made.cubin),
-        "main_loop": len(body), "main_loop_by_kind": dict(counts(body)),
+        "capability": made.capability, "kernel": made.launch.kernel, "dtype": dtype, "head_dimension": width,
+        "tile": tile, "warps": made.launch.warps, "registers": registers, "spilled_bytes": spilled,
+        "shared_bytes": made.shared, "resident_blocks": resident.blocks, "occupancy": resident.share,
+        "limited_by": resident.limit, "cubin_bytes": len(made.cubin), "main_loop": len(body),
+        "main_loop_by_kind": dict(counts(body)),
     }  # fmt: skip
 
 
 def measure(capabilities: tuple[int, ...]) -> list[dict[str, Any]]:
     rows = []
     for capability in capabilities:
-        for dtype, width, tile, op, plan, step in wanted(capability):
-            err_console.print(f"sm_{capability}: {op}, {step.kernel}, {dtype}, d {width}, tile {tile}")
-            rows.append(describe(dtype, width, tile, op, compile_launch(plan, step, capability)))
+        for dtype, width, tile in SHOWN:
+            err_console.print(f"sm_{capability}: {dtype}, d {width}, tile {tile}")
+            made = compile_plan(layer(dtype, width, tile), capability)
+            rows += [describe(dtype, width, tile, each) for each in made]
     return rows
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from fidelity_subject import weights_file
 from frontier_points import sum_of_layers
-from summary import raw_of, write_summary
+from summary import write_summary
 from torch import Tensor
 
 from sparsifiner_edge.cli.common import print_table, progress_bar
@@ -203,28 +202,9 @@ def show(size: int, rows: list[dict[str, Any]]) -> None:
     print_table(f"{size} px, patch cosine", heads, cells)
 
 
-def draw(size: int, rows: list[dict[str, Any]], path: Path) -> None:
-    """Error against cost; one colour per group."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axis = figure.subplots()
-    for number, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
-        mine = [row for row in rows if row["group"] == group]
-        errors = [1 - math.sqrt(np.mean(r["development"]) * np.mean(r["training"])) for r in mine]
-        axis.plot([r["macs"] / 1e9 for r in mine], errors, "o", color=f"C{number}", label=group)
-        for row, error in zip(mine, errors, strict=True):
-            label = row["merge"] if group == "schedule" else row["keep"] if group == "keep" else row["name"]
-            axis.annotate(label, (row["macs"] / 1e9, error), fontsize=6)
-    axis.set(yscale="log", xlabel="G multiply-accumulates of all layers", ylabel="1 - patch cosine", title=f"{size} px")
-    axis.grid(which="both", alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
-
-
 @click.command()
 @click.option("--size", "sizes", type=click.Choice([str(size) for size in USUAL]), multiple=True, default=["518"])
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for merging_<size>.json and .png.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for merging_<size>.json.")
 def main(sizes: tuple[str, ...], output: Path | None) -> None:
     """See the module's documentation."""
     for size in map(int, sizes):
@@ -235,7 +215,6 @@ def main(sizes: tuple[str, ...], output: Path | None) -> None:
             subjects = [Subject(path=material.DINOV2, sha256="")]
             result = Result("comparison", subjects, method, {"rows": rows}, {"rows": means})
             write_summary(output / f"merging_{size}.json", result)
-            draw(size, rows, raw_of(output / f"merging_{size}.png"))
         show(size, rows)
 
 

@@ -37,6 +37,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import Keep, parse_keep
 from sparsifiner_edge.demo import material, split
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
@@ -120,10 +121,10 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
         token_keep=case.pruned, merge=case.merge, calibrate=pictures,
     )  # fmt: skip
     tell(f"export {OURS}")
-    made = {OURS: export_bundle(student, folder / "ours", measure=True)}
+    made = {OURS: export_bundle(student, folder / "ours", measure=Execution())}
     tell(f"export {OURS8}")
     int8 = {"precision": "int8", "calibrate": pictures}
-    made[OURS8] = export_bundle(student, folder / "ours-int8", measure=True, **int8)
+    made[OURS8] = export_bundle(student, folder / "ours-int8", measure=Execution(), **int8)
     tell(f"export {DENSE}")
     made[DENSE] = export_bundle(name, folder / "dense", weights=weights, img_size=size)
     tell(f"export {DENSE8}")

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import networkx
-
-from sparsifiner_edge.ops.triton.compile import tool
+import triton.backends.nvidia
 
 KINDS = {
     "matrix": r"HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA|OMMA|QMMA",
@@ -107,7 +106,8 @@ def read(cubin: bytes, symbol: str | None = None) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool("nvdisasm")), "-gi", file.name]
+        program = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+        command = [str(program), "-gi", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     instructions, labels = _parse(text, symbol)
     return Code(tuple(instructions), tuple(_loops(instructions, labels)))

@@ -21,7 +21,7 @@ from sass import counts, main_loop, read
 
 from sparsifiner_edge.bundle.kernels import MOST_SHARED_BYTES
 from sparsifiner_edge.ops.triton.compile import CAPABILITIES, compile_launch
-from sparsifiner_edge.ops.triton.plan_forward import plan_attend
+from sparsifiner_edge.ops.triton.plan_layer import plan_layer
 
 HEADS = 6
 
@@ -53,9 +53,9 @@ def test_products_are_counted_as_often_as_they_are_made(capability: int, tile: i
     constants = {step.kernel: dict(step.constants) for step in plan.launches}
     c = constants["select"]
     blocks = math.ceil((tokens - 1) / c["block_n"])
-    once = c["numbers"] * c["block_g"] * c["block_n"] * c["block_c"]
+    once = c["block_g"] * c["block_n"] * c["block_c"]
     grid = math.prod(plan.launches[1].grid)
-    assert made["select"] == pytest.approx(grid * once * 2 * blocks, rel=0.1)
+    assert made["select"] == pytest.approx(grid * once * (2 * blocks + 1), rel=0.1)
     c = constants["attend"]
     listed = math.ceil(c["keys"] / c["block_t"]) * c["block_t"]
     pairs = c["tiles"] * gpu_bound.HEADS * c["block_m"] * (listed + 32)
@@ -90,9 +90,11 @@ BUDGET = {87: 450, 90: 350}
 def test_the_main_loop_of_attention(capability: int, tokens: int) -> None:
     """What can be said of speed without a GPU: matrix units, copies that run ahead, no spills, few instructions."""
     patches = tokens - 1
-    a = {"num_heads": HEADS, "num_prefix": 1, "tile": 64, "cell": -(-patches // 25), "scale": 0.125, "prefix_keys": 1}
-    lists = (1, HEADS, -(-patches // 64), -(-patches // 10))
-    plan = plan_attend([(1, tokens, 3 * HEADS * 64), lists], a, "float16")
+    a = {
+        "num_heads": HEADS, "num_prefix": 1, "tile": 64, "cell": -(-patches // 25), "scale": 0.125, "probe": 8,
+        "keys": -(-patches // 10), "value_power": 2.0,
+    }  # fmt: skip
+    plan = plan_layer([(1, tokens, 3 * HEADS * 64), *[(HEADS, 64, 24)] * 2], a, "float16")
     made = compile_launch(plan, plan.launches[-1], capability)
     assert made.shared <= MOST_SHARED_BYTES or capability in (100, 110), "there export takes smaller blocks"
     body = main_loop(read(made.cubin))
@@ -101,7 +103,7 @@ def test_the_main_loop_of_attention(capability: int, tokens: int) -> None:
     executed = len(body) - sum("_add_selected" in x.functions for x in body) / 2
     assert plan.launches[-1].constants["block_n"] == 64
     assert found["matrix"] > 0
-    assert found["local"] == made.spilled == 0
+    assert found["local"] == 0
     assert found["copy"] > 0
     # From 10.0 on the matrix units have memory of their own, to and from which their operands are moved.
     assert executed <= (600 if capability in (100, 110) else BUDGET.get(capability, 450)), dict(found)

@@ -26,9 +26,9 @@ def merging_model(keep: float = 1.0, merge: Any = (12, 0), depth: int = 2, batch
     return export_graph(deployed, 160, batch, deployed.output_names)
 
 
-def merging_graph(dtype: type = np.float32, residual: str = "float32") -> onnx.ModelProto:
-    """`image` uint8 [1,8,8,3] -> qkv of `dtype`, tokens of `residual` -> MatchTokens, MergeTokens -> `features`."""
-    kind, stream = (helper.np_dtype_to_tensor_dtype(np.dtype(x)) for x in (dtype, residual))
+def merging_graph(dtype: type = np.float32) -> onnx.ModelProto:
+    """`image` uint8 [1,8,8,3] -> qkv and tokens of `dtype` -> MatchTokens, MergeTokens -> `features`."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     random = np.random.default_rng(0)
     weights = {
         "pixels": np.array([0, -1, 3], np.int64),
@@ -44,8 +44,7 @@ def merging_graph(dtype: type = np.float32, residual: str = "float32") -> onnx.M
         helper.make_node("Cast", ["image"], ["cast"], to=kind),
         helper.make_node("Reshape", ["cast", "pixels"], ["tokens"]),
         helper.make_node("MatMul", ["tokens", "embed"], ["qkv"]),
-        helper.make_node("Slice", ["qkv", "none", "channels", "last"], ["narrow"]),
-        helper.make_node("Cast", ["narrow"], ["x"], to=stream),
+        helper.make_node("Slice", ["qkv", "none", "channels", "last"], ["x"]),
         helper.make_node("MatchTokens", ["qkv", "sizes"], ["pairs"], "merging/match", domain=DOMAIN, **settings),
         helper.make_node("MergeTokens", ["x", "sizes", "pairs"], ["fewer"], "merging/merge", domain=DOMAIN),
         helper.make_node("ReduceMean", ["fewer", "axes"], ["features"], keepdims=0),
@@ -54,11 +53,11 @@ def merging_graph(dtype: type = np.float32, residual: str = "float32") -> onnx.M
         nodes,
         "merging",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, [1, 8, 8, 3])],
-        [helper.make_tensor_value_info("features", stream, [1, 64])],
+        [helper.make_tensor_value_info("features", kind, [1, 64])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
         value_info=[
             helper.make_tensor_value_info("pairs", TensorProto.INT32, [1, 58, 2]),
-            helper.make_tensor_value_info("fewer", stream, [1, 58, 64]),
+            helper.make_tensor_value_info("fewer", kind, [1, 58, 64]),
         ],
     )
     return helper.make_model(

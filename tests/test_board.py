@@ -26,15 +26,16 @@ from sparsifiner_edge.bundle.kernels import (
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export import board as boards
-from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
+from sparsifiner_edge.export.board import board_files
+from sparsifiner_edge.export.fp16 import convert
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.ops.triton.compile import compile_launch
-from sparsifiner_edge.ops.triton.plan_forward import plan_layer
+from sparsifiner_edge.ops.triton.plan_layer import plan_layer
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
 from sparsifiner_edge.runtime import open_session
 from tests.commands import assert_refused, call, manifest_of
-from tests.merging_models import LEFT_OF_MERGING, merging_graph, merging_model
+from tests.merging_models import LEFT_OF_MERGING, merging_model
 from tests.sparse_graph import sparse_model
 from tests.tables import table_of
 
@@ -68,7 +69,7 @@ PTX = """//
 
 @pytest.fixture(scope="module")
 def model():
-    return sparse_model()
+    return sparse_model(dtype=np.float16)
 
 
 @pytest.fixture(scope="module")
@@ -95,16 +96,19 @@ def test_a_board_gets_code_table_and_model(bundle):
     folder, entry = bundle
     table = table_of(folder, 87)
     assert (entry.board, entry.compute_capability, entry.cuda) == ("jetson-orin-nano-8gb", "8.7", "12.6")
-    assert (entry.nodes, entry.launches, entry.refused) == (2, 5, {})
+    assert (entry.nodes, entry.launches, entry.refused) == (2, 3, {})
     assert entry.ptx_version == 8.5
     for name, launch in table.launches.items():
-        ptx = (folder / code_file(87, name, "ptx")).read_text()
+        ptx = (folder / code_file(87, name)).read_text()
         assert re.search(r"^\.version 8\.5\n\.target sm_87$", ptx, re.MULTILINE)
         assert ptx.count(".param .u64") == len(launch.inputs) + len(launch.outputs)
-        assert (folder / code_file(87, name, "cubin")).read_bytes()[:4] == b"\x7fELF"
-        assert launch.spilled_bytes == 0
     kinds = [node.op_type.rpartition("_")[0] for node in onnx.load(folder / entry.model).graph.node if node.domain]
-    assert kinds == ["summarise", "select", "membership", "rest", "attend"]
+    assert kinds == ["summarise", "select", "attend"], "a layer is three launches"
+    # Projections are read in float32: a copy is made where the model has them in float16.
+    assert table.float32 == {"proj_q.float32": "proj_q", "proj_k.float32": "proj_k"}
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(folder / entry.model).graph.initializer}
+    assert weights["proj_q.float32"].dtype == np.float32
+    assert "proj_q" not in weights  # nobody reads it any more
 
 
 def test_no_file_names_the_machine_that_made_it(bundle):
@@ -152,23 +156,16 @@ def test_a_dense_model_has_nothing_to_compile(tmp_path):
         board_files(dense, {"name": "dense"}, load_board("jetson-orin-nano-8gb"), tmp_path)
 
 
-def test_a_layer_that_cannot_be_compiled_keeps_its_body(model, tmp_path, monkeypatch):
-    plan = boards._plan
-    monkeypatch.setattr(
-        boards, "_plan", lambda m, n, *rest: "too wide" if n[-1].op_type == "SparseAttention" else plan(m, n, *rest)
-    )
-    entry = board_files(model, {}, load_board("jetson-orin-nano-8gb"), tmp_path)
-    assert list(entry.refused.values()) == ["too wide"]
-    variant = onnx.load(tmp_path / entry.model)
-    assert [f.name for f in variant.functions] == ["SparseAttention"]
-    assert [node.op_type for node in variant.graph.node if node.domain == "sparsifiner"] == ["SparseAttention"]
+def test_what_no_kernel_is_for_says_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)qkv must be float16 or bfloat16, got float32.*--precision fp16"):
+        board_files(sparse_model(), {}, load_board("jetson-orin-nano-8gb"), tmp_path)
 
 
 @pytest.fixture(scope="module", params=[0.2, 1.0], ids=["sparse", "dense"])
 def merging(request, tmp_path_factory):
     """A model of two layers, the first of which merges; its file, and what a board's bundle says."""
     folder = tmp_path_factory.mktemp("merging")
-    onnx.save(merging_model(request.param), folder / "model.onnx")
+    onnx.save(convert(merging_model(request.param)).model, folder / "model.onnx")
     entry = board_files(onnx.load(folder / "model.onnx"), "tiny", load_board("jetson-orin-nano-8gb"), folder)
     return request.param, folder, entry
 
@@ -185,49 +182,26 @@ def test_merging_is_launches_in_the_bundle_and_dense_attention_keeps_its_bodies(
     ]
     assert own == ["metric", "partners", "suitors", "pairs", "merge"]
     assert len(own) + LEFT_OF_MERGING == MERGE_LAUNCHES["kernels"]
-    assert (entry.nodes, entry.launches, entry.refused) == ((6, 15, {}) if keep < 1 else (2, 5, {}))
+    assert (entry.nodes, entry.launches, entry.refused) == ((6, 11, {}) if keep < 1 else (2, 5, {}))
     variant = onnx.load(folder / entry.model)
     bodies = [node.op_type for node in variant.graph.node if node.domain == DOMAIN]
     assert bodies == ([] if keep < 1 else ["DenseAttention"] * 2)
     assert {function.name for function in variant.functions} == set(bodies)
     for launch in table.launches.values():
         assert launch.shared_bytes <= MOST_SHARED_BYTES
-        assert launch.spilled_bytes == 0
 
 
 @pytest.mark.everything
 def test_the_launches_of_merging_compute_what_the_bodies_compute(merging):
-    assert interpreted(merging[1]) < 1e-3
+    assert interpreted(merging[1]) < 2e-2
 
 
-@pytest.mark.everything
-@pytest.mark.parametrize("residual", ["float16", "float32"])
-def test_merged_tokens_have_the_type_that_they_have_in_the_file(tmp_path, residual):
-    """In a float16 file the residual stream may be an island of float32; sizes are float32, pairs int32."""
-    board_files(merging_graph(np.float16, residual), "half", load_board("jetson-orin-nano-8gb"), tmp_path)
-    launches = {x.kernel: x for x in table_of(tmp_path, 87).launches.values()}
-    kinds = {
-        name: x.dtype for kernel in ("metric", "partners", "pairs") for name, x in launches[kernel].tensors.items()
-    }
-    assert (kinds["qkv"], kinds["sizes"], kinds["pairs"]) == ("float16", "float32", "int32")
-    kinds = {name: x.dtype for name, x in launches["merge"].tensors.items()}
-    assert kinds == {"x": residual, "sizes": "float32", "pairs": "int32", "output": residual}
-
-
-@pytest.mark.everything
-def test_the_board_decides_version_and_assembler(tmp_path, monkeypatch):
-    assert boards._toolkit(load_board("jetson-orin-nano-8gb")) == ("12.6", 85)
-    assert boards._toolkit(load_board("jetson-agx-thor")) == ("13.0", 90)
-    assert boards._toolkit(load_board("rtx-4060")) == (None, 85)
-    assert boards._toolkit(load_board("rtx-5090")) == (None, 87)
-    found = find_assembler("12.6", 87)
-    assert "triton" in found.text or "12.6" in found.text
-    newer = find_assembler(None, 120)  # what Triton assembles Hopper's code with does not know Blackwell
-    text = PTX.replace(".target sm_87", ".target sm_120a").replace(".version 8.5", ".version 8.7")
-    assert newer.assemble(plain_ptx(text))[:4] == b"\x7fELF"
-    foreign = Assembler(found.path, "13.1", "triton 9")
-    assert "nvidia-cuda-nvcc-cu12==12.6.*" in foreign.warnings("12.6")[0]
-    assert foreign.warnings(None) == foreign.warnings("13.0") == ()
+def test_the_board_decides_the_version():
+    for name, wanted in (
+        ("jetson-orin-nano-8gb", ("12.6", 85)), ("jetson-agx-thor", ("13.0", 90)), ("rtx-4060", (None, 85)),
+        ("rtx-5090", (None, 87)),
+    ):  # fmt: skip
+        assert boards._toolkit(load_board(name)) == wanted
 
 
 def test_parameters_move_and_unread_ones_go():
@@ -237,7 +211,6 @@ def test_parameters_move_and_unread_ones_go():
     assert "home" not in changed
     assert ".loc" not in changed
     assert "debug" not in changed
-    assert find_assembler(None, 87).assemble(changed)[:4] == b"\x7fELF"
     with pytest.raises(ArtifactError, match="reads its parameter 0"):
         ordered_ptx(PTX, "k", [1])
     for order, symbol in (([3], "k"), ([0], "other")):
@@ -246,38 +219,17 @@ def test_parameters_move_and_unread_ones_go():
 
 
 @pytest.mark.everything
-def test_half_precision_and_weights_in_another_type(tmp_path):
-    """Projections are read in float32: a copy is made where the model has them in float16."""
-    entry = board_files(sparse_model(1, np.float16), {}, load_board("rtx-4060"), tmp_path)
-    assert (entry.compute_capability, entry.cuda) == ("8.9", "any that takes this PTX version")
-    table = table_of(tmp_path, 89)
-    assert table.float32 == {"proj_q.float32": "proj_q", "proj_k.float32": "proj_k"}
-    weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / entry.model).graph.initializer}
-    np.testing.assert_array_equal(weights["proj_q.float32"], weights_of(sparse_model(1, np.float16))["proj_q"])
-    assert weights["proj_q.float32"].dtype == np.float32
-    assert "proj_q" not in weights  # nobody reads it any more
-    attend = next(launch for launch in table.launches.values() if launch.kernel == "attend")
-    assert attend.tensors["qkv"].dtype == "float16"
-    kinds = [node.op_type.rpartition("_")[0] for node in onnx.load(tmp_path / entry.model).graph.node if node.domain]
-    assert kinds == ["summarise", "select", "attend"], "a layer of half precision is three launches"
-
-
-@pytest.mark.everything
 def test_a_launch_takes_smaller_blocks_where_plugins_would_refuse_its_shared_memory(tmp_path):
     """As attention of float16 on a Thor with a list of four blocks."""
     select = {"num_heads": 1, "num_prefix": 1, "tile": 64, "cell": 93, "scale": 0.125, "probe": 16, "keys": 231}
     shapes = [(1, 2305, 192), (1, 64, 24), (1, 64, 24)]
     plan = plan_layer(shapes, {**select, "value_power": 2.0}, "float16")
-    target = boards._Target(110, 90, find_assembler(None, 110), tmp_path)
+    target = boards._Target(110, 90, tmp_path)
     assert compile_launch(plan, plan.launches[-1], 110).shared > MOST_SHARED_BYTES
     made = boards._compile_launch(plan, plan.launches[-1], target)
     assert made.shared <= MOST_SHARED_BYTES
-    assert made.constants["block_n"] == 32
-    assert boards._compile_launch(plan, plan.launches[0], target).constants == plan.launches[0].constants
-
-
-def weights_of(model):
-    return {t.name: onnx.numpy_helper.to_array(t).astype(np.float32) for t in model.graph.initializer}
+    assert made.launch.constants["block_n"] == 32
+    assert boards._compile_launch(plan, plan.launches[0], target).launch.constants == plan.launches[0].constants
 
 
 def test_another_model_is_refused(bundle, model):
@@ -350,7 +302,7 @@ def test_the_launches_compute_what_the_bodies_compute(bundle, model):
     folder, _ = bundle
     onnx.save(model, folder / "model.onnx")
     try:
-        assert interpreted(folder) < 1e-3
+        assert interpreted(folder) < 2e-3
     finally:
         (folder / "model.onnx").unlink()
 
@@ -358,12 +310,9 @@ def test_the_launches_compute_what_the_bodies_compute(bundle, model):
 def test_numbers_of_the_table_are_those_of_the_model(bundle):
     table = table_of(bundle[0], 87)
     attend = next(launch for launch in table.launches.values() if launch.kernel == "attend")
-    assert attend.tensors["qkv"] == LaunchTensor("float32", (64, 192))
-    assert attend.tensors["output"] == LaunchTensor("float32", (64, 64))
+    assert attend.tensors["qkv"] == LaunchTensor("float16", (64, 192))
+    assert attend.tensors["output"] == LaunchTensor("float16", (64, 64))
     assert attend.outputs == ("output",)
-    member = next(launch for launch in table.launches.values() if launch.kernel == "membership")
-    # 63 patches in rows of 64 bytes, given as 16 words.
-    assert member.tensors["member"] == LaunchTensor("int32", (2, 4, 16))
     assert np.prod(attend.grid) > 0
 
 
@@ -389,7 +338,7 @@ def test_a_board_has_its_gpu_s_tile(tiny_student, pictures, tmp_path, capsys):
         "--board", "jetson-orin-nano-8gb", "-o", bundle,
     )  # fmt: skip
     assert out.code == 0, out.err
-    assert re.search(r"^tile 16 -> 64, probe 8 -> 8: cosine to before 0\.9[789]\d+, 3 images$", out.out, re.MULTILINE)
+    assert re.search(r"^tile 16 -> 64: cosine to before 0\.9[789]\d+, 3 images$", out.out, re.MULTILINE)
     assert manifest_of(bundle)["sparsity"]["tile"] == 64
 
 

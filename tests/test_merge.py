@@ -18,6 +18,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, merge_text, parse_merge
 from sparsifiner_edge.costs import layer_costs, summary
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export import student_changes
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.ops.graph import gets_merged
@@ -246,7 +247,7 @@ def test_layers_are_measured_with_the_sizes_of_their_tokens(tmp_path: Path, monk
 
     monkeypatch.setattr(student_changes, "to_onnx", watched)
     folder = save_student(student(sparsity=dataclasses.replace(MERGED, merge=(0, 0, 0, 0, 12, 0))), tmp_path / "s")
-    bundle = export_bundle(folder, tmp_path / "b", measure=True)
+    bundle = export_bundle(folder, tmp_path / "b", measure=Execution())
     sized = [[{"KeySelect": x, "SparseAttention": x}, {"DenseAttention": x}] for x in (False, True)]
     assert seen == [*sized[0], *sized[1]]
     assert [c["layers"] for c in manifest_of(bundle)["measured"]["choices"]] == [[0, 1, 2, 3, 4], [5]]

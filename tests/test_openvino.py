@@ -242,16 +242,14 @@ def test_every_command_takes_it(
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 def test_export_measures_in_the_backend_that_will_run_the_file(bundles: dict[str, Path], tmp_path: Path) -> None:
     source = bundles["merged"].parent / "student"
-    made = process(
-        "export", source, "--measure-in", "openvino", "--measure-precision", "bf16", "--json", "-o", tmp_path / "b"
-    )
+    made = process("export", source, "--measure", "openvino:bf16", "--json", "-o", tmp_path / "b")
     assert made.code == 0, made.err
     measured = json.loads(made.out)["measured"]
     assert (measured["backend"], measured["precision"]) == ("openvino", "bf16")
     assert measured["kernels"].startswith(f"native, {native.target()}")
     assert ("attention in bfloat16" in measured["kernels"]) == (native.target() in BF16_SETS)
     assert all(c["kept_dense"] == (c["sparse_ms"] > c["dense_ms"]) for c in measured["choices"])
-    refused = process("export", source, "--measure-in", "tensorrt", "-o", tmp_path / "none")
+    refused = process("export", source, "--measure", "tensorrt", "-o", tmp_path / "none")
     assert (refused.code, refused.out) == (2, "")
     with pytest.raises(ConfigError, match="tensorrt-rtx does not run on the processor"):
         export_bundle(source, tmp_path / "none", measure=Execution(backend="tensorrt-rtx"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import onnx
 import pytest
 import torch
 
-from sparsifiner_edge.bundle.entries import Measured
+from sparsifiner_edge.bundle.entries import Measured, Tiling
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export import piece_times, student_changes
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.piece_times import Piece, PieceTimes
+from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import manifest_of
 from tests.models import student, vit
@@ -27,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_dense_layers_are_kept_where_sparse_ones_are_slower(folder: Path, tmp_path: Path) -> None:
-    manifest = manifest_of(export_bundle(folder, tmp_path / "b", measure=True))
+    manifest = manifest_of(export_bundle(folder, tmp_path / "b", measure=Execution()))
     (choice,) = manifest["measured"]["choices"]
     assert choice["layers"] == [0, 1, 2, 3, 4, 5]
     assert choice["kept_dense"] == (choice["sparse_ms"] > choice["dense_ms"])
@@ -97,34 +99,38 @@ def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_p
     nodes = [node for node in onnx.load(bundle / "model.onnx").graph.node if node.op_type == "SparseAttention"]
     tiles = {a.i for node in nodes for a in node.attribute if a.name == "tile"}
     assert tiles == {4 * own.tile} == {manifest["sparsity"]["tile"]}
-    assert manifest["retiled"]["from"] == {"tile": own.tile, "probe": own.probe}
+    assert manifest["retiled"]["from"] == {"tile": own.tile, "probe": own.probe, "cells": own.cells}
     assert 0.97 <= manifest["retiled"]["cosine"] < 1
     assert manifest["retiled"]["images"] == 3
 
 
 @pytest.mark.everything
-def test_a_gpu_takes_tile_64_where_that_passes(folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_tile_64_and_few_cells_where_that_passes(
+    folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, images = load_student(folder, keep=0.9), sorted(pictures.iterdir())
+    wide = dataclasses.replace(own, sparsity=dataclasses.replace(own.sparsity, cells=40))
+    set_budget(wide.model, wide.sparsity)
     assert (own.sparsity.tile, own.sparsity.probe) == (16, 8)
-    taken, changes = student_changes.changed(own, None, None, None, images, gpu=True)
+    taken, changes = student_changes.changed(wide, None, None, None, images, gpu=True)
     found = changes["retiled"]
-    assert (taken.sparsity.tile, taken.sparsity.probe) == (found.after.tile, found.after.probe) == (64, 8)
-    assert (found.images, found.refused) == (3, None)
+    assert Tiling(taken.sparsity.tile, taken.sparsity.probe, taken.sparsity.cells) == found.after == Tiling(64, 8, 31)
+    assert (found.before.cells, found.images, found.refused) == (40, 3, None)
     assert 0.97 <= found.cosine < 1
-    # Its own where the user says so, or where it has it.
-    asked, _ = student_changes.changed(own, 32, None, None, images, gpu=True)
-    assert asked.sparsity.tile == 32
+    # The user's tile, where one is given, or its own, where that is as large.
+    asked, _ = student_changes.changed(wide, 32, None, None, images, gpu=True)
+    assert (asked.sparsity.tile, asked.sparsity.cells) == (32, 31)
     assert student_changes.changed(taken, None, None, None, (), gpu=True) == (taken, {"retiled": None})
-    assert student_changes.changed(own, None, None, None, images, gpu=False) == (own, {})
-    # What cannot be judged, or fails, is kept, and says why.
-    kept, changes = student_changes.changed(own, None, None, None, (), gpu=True)
-    assert kept is own
-    assert "requires images to judge it by. Give some: --calibrate DIR" in changes["retiled"].refused
-    monkeypatch.setattr(student_changes, "LEAST_TOKENS_COSINE", 0.999999)
-    kept, changes = student_changes.changed(own, None, None, None, images, gpu=True)
-    assert kept is own
-    assert changes["retiled"].after.tile == 16
-    assert "allowed 0.999999" in changes["retiled"].refused
+    assert student_changes.changed(wide, None, None, None, images, gpu=False) == (wide, {})
+    # What cannot be judged, or fails, is kept, and says why; cells may pass where the tile does not.
+    kept, changes = student_changes.changed(wide, None, None, None, (), gpu=True)
+    assert kept is wide
+    assert "require images to judge by. Give some: --calibrate DIR" in changes["retiled"].refused
+    cosine = student_changes._cosine
+    monkeypatch.setattr(student_changes, "_cosine", lambda a, b, c: cosine(a, b, c) - (b.sparsity.tile > 16))
+    _, changes = student_changes.changed(wide, None, None, None, images, gpu=True)
+    assert changes["retiled"].after == Tiling(16, 8, 31)
+    assert "allowed 0.97" in changes["retiled"].refused
 
 
 def test_a_tile_is_refused_where_it_cannot_be_judged(

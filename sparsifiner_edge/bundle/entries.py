@@ -35,15 +35,16 @@ class Check(Struct, frozen=True):
 
 
 class Tiling(Struct, frozen=True):
-    """Consecutive patches that share one key list (tile), and whose mean query selects it (probe)."""
+    """Consecutive patches that share one key list (tile), and whose mean query selects it (probe); background cells."""
 
     tile: int | None = None
     probe: int | None = None
+    cells: int | None = None
 
 
 class Retiled(Struct, frozen=True):
-    """Another tile than the student's own. cosine: mean of the final tokens to those before, over `images`.
-    refused: why a board's GPU did not get the tile that suits it, where "to" is as "from".
+    """Another layout than the student's own. cosine: mean of the final tokens to those before, over `images`.
+    refused: why a board's GPU did not get the tile that suits it.
     """
 
     before: Tiling = field(name="from", default=Tiling())
@@ -84,10 +85,9 @@ class Quantisation(Struct, frozen=True):
 
     Attributes:
         recipe: what will run the file.
-        cosines: per output, mean row cosine to the float32 file over held-out images, of the patches that both keep;
-            where tokens merge, with the float32 file's matches.
+        cosines: per output, mean row cosine to the float32 file over held-out images; where tokens merge, with the
+            float32 file's matches.
         own_matches_cosines: the same with its own matches; empty where no tokens merge.
-        other_patches: share of the patches that only one of both files keeps, where tokens are pruned.
         quantised, kept: linear layers in int8; names of those left in float32.
         calibrated, held_out: numbers of images.
         method: in words.
@@ -96,7 +96,6 @@ class Quantisation(Struct, frozen=True):
     recipe: str | None = None
     cosines: dict[str, float] = {}
     own_matches_cosines: dict[str, float] = {}
-    other_patches: float = 0.0
     quantised: int = 0
     kept: tuple[str, ...] = ()
     calibrated: int = 0
@@ -132,7 +131,7 @@ class BoardKernels(Struct, frozen=True, kw_only=True):
         table, model: files of the bundle: the table, and the model whose nodes are launches.
         launches, nodes: how many kernels, for how many nodes.
         refused: name of a node that keeps its body -> why.
-        triton, assembler, ptx_version: what made the code.
+        triton, ptx_version: what made the code, and for which driver.
         cuda: version that the board runs.
         warnings: what may be wrong with the code there.
     """
@@ -145,7 +144,6 @@ class BoardKernels(Struct, frozen=True, kw_only=True):
     nodes: int = 0
     refused: dict[str, str] = {}
     triton: str | None = None
-    assembler: str | None = None
     ptx_version: float | None = None
     cuda: str | None = None
     warnings: tuple[str, ...] = ()

@@ -2,7 +2,6 @@
 
 kernels/sm87.json                 the table: schema version, launches, and which nodes of the model they replace
 kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin takes it
-kernels/sm87/attend_1a2b3c.cubin  the same as machine code, for programs that launch with the driver API
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ class CompiledLaunch(Struct, frozen=True, kw_only=True):
         kernel: its name in the plan. symbol: of the function in the code.
         grid: blocks in x and y; z is the batch. threads: of a block. shared_bytes: dynamic shared memory of a block.
         inputs, outputs: names in the order of the kernel's parameters in `ptx`; `tensors` describes each.
-        registers: of a thread. spilled_bytes: of a thread's registers that had to go to memory.
     """
 
     kernel: str | None = None
@@ -61,8 +59,6 @@ class CompiledLaunch(Struct, frozen=True, kw_only=True):
     inputs: tuple[_Parameter, ...]
     outputs: tuple[_Parameter, ...]
     tensors: dict[str, LaunchTensor]
-    registers: int | None = None
-    spilled_bytes: int | None = field(name="spilled", default=None)
 
 
 class NodeLaunch(Struct, frozen=True):
@@ -80,7 +76,7 @@ class KernelTable(Struct, frozen=True, kw_only=True):
     Attributes:
         launches: by name. nodes: name of a node that they replace -> its launches, in order.
         float32: name of a weight that launches read as float32 -> the model's own, of another type.
-        triton, assembler, ptx_version: what made the code.
+        triton, ptx_version: what made the code, and for which driver.
     """
 
     schema_version: int = KERNELS_SCHEMA
@@ -89,7 +85,6 @@ class KernelTable(Struct, frozen=True, kw_only=True):
     nodes: dict[str, tuple[NodeLaunch, ...]]
     float32: dict[str, str] = {}
     triton: str | None = None
-    assembler: str | None = None
     ptx_version: float | None = None
 
 
@@ -98,9 +93,9 @@ def table_file(capability: int) -> str:
     return f"{FOLDER}/sm{capability}.json"
 
 
-def code_file(capability: int, launch: str, kind: str) -> str:
-    """Where the code of a launch is in a bundle; kind: "ptx" or "cubin"."""
-    return f"{FOLDER}/sm{capability}/{launch}.{kind}"
+def code_file(capability: int, launch: str) -> str:
+    """Where the PTX of a launch is in a bundle."""
+    return f"{FOLDER}/sm{capability}/{launch}.ptx"
 
 
 def read_table(bundle: Bundle, capability: int) -> KernelTable | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec.structs import astuple
 
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.bundle.entries import Check
@@ -17,6 +18,17 @@ from sparsifiner_edge.execution import ON_PROCESSOR, PRECISIONS, Execution
 if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
     from sparsifiner_edge.bundle.manifest import Manifest
     from sparsifiner_edge.bundle.store import Bundle
+
+
+def _execution(_context: click.Context, _option: click.Parameter, text: str | None) -> Execution | None:
+    """ "openvino:bf16" -> in that backend and precision; "openvino" -> as the file stores it."""
+    if text is None:
+        return None
+    backend, _, precision = text.partition(":")
+    if backend not in ON_PROCESSOR or precision not in ("", *PRECISIONS):
+        backends, precisions = (", ".join(names) for names in (ON_PROCESSOR, PRECISIONS))
+        raise click.BadParameter(f"{text!r} is no backend of {backends}, with a precision of {precisions}.")
+    return Execution(backend=backend, precision=precision or "auto")
 
 
 @click.command(cls=common.SizedCommand)
@@ -35,11 +47,8 @@ if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
               help="A folder of images: int8 is calibrated with them, another tile is judged by them.")  # fmt: skip
 @click.option("--int8-target", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
               show_default=True, help="For int8: what will run it.")  # fmt: skip
-@click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
-@click.option("--measure-in", type=click.Choice(ON_PROCESSOR),
-              help="The same in this backend.  [--measure alone: onnxruntime]")  # fmt: skip
-@click.option("--measure-precision", type=click.Choice(PRECISIONS),
-              help="The same, computed in this precision.  [default: auto, as the file stores it]")  # fmt: skip
+@click.option("--measure", metavar="BACKEND[:PRECISION]", callback=_execution,
+              help="Keep layers dense where that is faster on this machine, such as in openvino:bf16.")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile GPU kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
 @click.option("--inline", is_flag=True,
@@ -52,16 +61,13 @@ if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
 @common.json_option
 @common.output_option("Bundle folder to write.")
 def command(
-    *, source: str, output: Path, as_json: bool, measure: bool, measure_in: str | None,
-    measure_precision: str | None, **options: Any,
+    *, source: str, output: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Export a student folder, or MODEL (see sparsify) as the dense baseline, to ONNX, checked against PyTorch."""
     import sparsifiner_edge
     from sparsifiner_edge.bundle.manifest import manifest_content
     from sparsifiner_edge.bundle.store import open_bundle
 
-    measured_in = Execution(backend=measure_in or "onnxruntime", precision=measure_precision or "auto")
-    options["measure"] = measured_in if measure or measure_in or measure_precision else False
     with common.progress_bar("exporting and checking") as progress:
         folder = sparsifiner_edge.export_bundle(source, output, progress=progress, **options)
     bundle = open_bundle(folder)
@@ -122,14 +128,14 @@ def _changes(manifest: Manifest) -> Iterator[str]:
     found = manifest.retiled
     if found and found.refused:
         yield f"tile {found.before.tile} is kept, although GPUs want 64: {found.refused}"
-    elif found:
-        sizes = f"tile {found.before.tile} -> {found.after.tile}, probe {found.before.probe} -> {found.after.probe}"
+    if found and found.before != found.after:
+        pairs = zip(("tile", "probe", "cells"), astuple(found.before), astuple(found.after), strict=True)
+        sizes = ", ".join(f"{name} {before} -> {after}" for name, before, after in pairs if before != after)
         yield f"{sizes}: cosine to before {found.cosine:.4f}, {found.images} images"
     if quantised := manifest.quantisation:
         least = min(quantised.cosines.values())
-        others = f", other patches kept: {quantised.other_patches:.1%}" if quantised.other_patches else ""
-        if own := quantised.own_matches_cosines:
-            others += f" with the same merges, {min(own.values()):.4f} with its own"
+        own = quantised.own_matches_cosines.values()
+        others = f" with the same merges, {min(own):.4f} with its own" if own else ""
         counts = f"{quantised.quantised} linear layers, {len(quantised.kept)} left out"
         yield f"int8: {counts}, cosine {least:.4f}{others}"
     if half := manifest.float16:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import importlib
-import importlib.metadata
-import math
-import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -31,21 +25,14 @@ from sparsifiner_edge.bundle.kernels import (
     plain_ptx,
     table_file,
 )
-from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
-from sparsifiner_edge.files import scratch_folder
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.graph import gets_merged
+from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
-from sparsifiner_edge.ops.triton.plan import (
-    LEAST_BLOCK,
-    LEAST_CAPABILITY,
-    OPERATORS_PLANNED,
-    Buffer,
-    Launch,
-    Plan,
-    refusals,
-)
-from sparsifiner_edge.ops.triton.plan_forward import make_a_layer, plan_attend, plan_layer, plan_select
+from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Buffer, Launch, Plan, refusals, shortened
+from sparsifiner_edge.ops.triton.plan_layer import make_a_layer, plan_layer
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.roofline import crossing, times_faster
@@ -57,13 +44,8 @@ PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
 LEAST_PTX = {100: 86, 110: 90, 120: 87}
 """Compute capability -> first PTX version that knows it, where the oldest that we write, 8.5, does not."""
 OLDEST_TENSORRT = (10, 3)
-PLANS = {
-    "KeySelect": plan_select,
-    "SparseAttention": plan_attend,
-    "MatchTokens": plan_match,
-    "MergeTokens": plan_merge,
-}
-"""Of operators that are launched alone."""
+PLANS = {"KeySelect": plan_layer, "MatchTokens": plan_match, "MergeTokens": plan_merge}
+"""By operator; KeySelect stands for its layer."""
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name of a tensor -> element type and shape, 1 where the batch is dynamic."""
 
@@ -71,8 +53,8 @@ Types = Mapping[str, tuple[str, tuple[int, ...]]]
 def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -> BoardKernels:
     """Compile the kernels of a model for a board into a bundle's folder.
 
-    Writes `kernels/sm<N>.json`, `kernels/sm<N>/*.ptx` and `*.cubin`, and `kernels/sm<N>.onnx`: the model with launches
-    in the place of our operators, without bodies, for TensorRT with a plugin. Call it before the bundle is sealed.
+    Writes `kernels/sm<N>.json`, `kernels/sm<N>/*.ptx` and `kernels/sm<N>.onnx`: the model with launches in the place of
+    our operators, without bodies, for TensorRT with a plugin. Call it before the bundle is sealed.
 
     Args:
         model: as in `model.onnx`.
@@ -88,7 +70,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         MissingExtraError: Triton is not installed.
         BackendError: a kernel does not compile.
     """
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATORS_PLANNED]
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in TRITON.operators]
     if board.sm < LEAST_CAPABILITY:
         raise ConfigError(
             f"{board.name} has no GPU that the kernels are for.", "Leave --board out: the bundle runs there without."
@@ -98,20 +80,19 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
             f"{name} has nothing to compile: no sparse attention, and no tokens merge.", "Leave --board out."
         )
     cuda, ptx_version = _toolkit(board)
-    assembler = find_assembler(cuda, board.sm)
     table = KernelTable(
         compute_capability=f"{board.sm / 10:.1f}", launches={}, nodes={}, float32={},
-        triton=_version("triton"), assembler=assembler.text, ptx_version=ptx_version / 10,
+        triton=str(package_version("triton")), ptx_version=ptx_version / 10,
     )  # fmt: skip
-    refused = _compile(model, nodes, _Target(board.sm, ptx_version, assembler, folder), table)
+    refused = _compile(model, nodes, _Target(board.sm, ptx_version, folder), table)
     (folder / table_file(board.sm)).write_text(dump_json(write_record(table)), encoding="utf-8")
     variant = f"{FOLDER}/sm{board.sm}.onnx"
     onnx.save(kernel_model(model, table), folder / variant)
     return BoardKernels(
         board=board.name, compute_capability=table.compute_capability, table=table_file(board.sm), model=variant,
         launches=len(table.launches), nodes=len(table.nodes), refused=refused, triton=table.triton,
-        assembler=table.assembler, ptx_version=table.ptx_version, cuda=cuda or "any that takes this PTX version",
-        warnings=(*assembler.warnings(cuda), *_slower_than_dense(nodes, _tensor_types(model), board)),
+        ptx_version=table.ptx_version, cuda=cuda or "any that takes this PTX version",
+        warnings=_slower_than_dense(nodes, _tensor_types(model), board),
     )  # fmt: skip
 
 
@@ -145,98 +126,11 @@ def _toolkit(board: Board) -> tuple[str | None, int]:
     return None, least
 
 
-@dataclasses.dataclass(frozen=True)
-class Assembler:
-    """A `ptxas`.
-
-    Attributes:
-        path: the program. version: such as "12.6". origin: the package that it came with.
-    """
-
-    path: Path
-    version: str
-    origin: str
-
-    @property
-    def text(self) -> str:
-        """For the record."""
-        return f"ptxas {self.version} ({self.origin})"
-
-    def warnings(self, cuda: str | None) -> tuple[str, ...]:
-        """What may be wrong with its code on a board that runs a CUDA version."""
-        if cuda is None or self.version.partition(".")[0] == cuda.partition(".")[0]:
-            return ()
-        return (
-            f"The board runs CUDA {cuda}, and the cubins are by {self.text}: across major versions they are not "
-            "promised to load. The PTX is not affected. "
-            f'pip install "{nvcc_package(cuda)}=={cuda}.*" and export again.',
-        )
-
-    def assemble(self, ptx: str) -> bytes:
-        """Machine code for the target that the PTX names.
-
-        Raises:
-            BackendError: it rejects the PTX.
-        """
-        target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-        with scratch_folder() as scratch:
-            source, made = scratch / "kernel.ptx", scratch / "kernel.cubin"
-            source.write_text(ptx, encoding="utf-8")
-            arch = f"-arch={target[1] if target else f'sm_{LEAST_CAPABILITY}'}"
-            command = [str(self.path), arch, str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise BackendError(
-                    f"{self.text} rejects a kernel: {done.stderr.strip()[:400]}.", "Install a newer one."
-                )
-            return made.read_bytes()
-
-
-def nvcc_package(cuda: str) -> str:
-    """NVIDIA's package of the compiler on PyPI; from CUDA 13 on its name has no version."""
-    return "nvidia-cuda-nvcc-cu12" if cuda.startswith("12.") else "nvidia-cuda-nvcc"
-
-
-def find_assembler(cuda: str | None, sm: int) -> Assembler:
-    """The `ptxas` of NVIDIA's package of a CUDA version where that is installed, else Triton's own for a GPU.
-
-    Raises:
-        MissingExtraError: neither is installed.
-    """
-    package = nvcc_package(cuda) if cuda else ""
-    if cuda and _version(package).startswith(f"{cuda}."):
-        for file in importlib.metadata.files(package) or ():
-            if file.name == "ptxas":
-                return _assembler(Path(str(file.locate())), package)
-    try:
-        nvidia = importlib.import_module("triton.backends.nvidia")
-    except ImportError as error:
-        raise MissingExtraError("triton", "triton") from error
-    folder = Path(str(nvidia.__file__)).parent / "bin"
-    newer = folder / "ptxas-blackwell"  # Triton has a second one for what came after Hopper.
-    program = newer if sm >= 100 and newer.is_file() else folder / "ptxas"
-    return _assembler(program, f"triton {_version('triton')}")
-
-
-def _assembler(path: Path, origin: str) -> Assembler:
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    found = re.search(r"release (\d+\.\d+)", done.stdout)
-    return Assembler(path, found[1] if found else "of unknown version", origin)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 class _Target(NamedTuple):
-    """What is compiled for, by what, and the bundle's folder. ptx_version: times ten."""
+    """What is compiled for, and the bundle's folder. ptx_version: times ten."""
 
     sm: int
     ptx_version: int
-    assembler: Assembler
     folder: Path
 
 
@@ -246,15 +140,10 @@ def _compile(model: onnx.ModelProto, nodes: Sequence[Any], target: _Target, tabl
     refused: dict[str, str] = {}
     done: dict[str, list[tuple[str, Compiled]]] = {}
     (target.folder / FOLDER / f"sm{target.sm}").mkdir(parents=True, exist_ok=True)
-    layers = _layers(nodes)
-    while layers:
-        together = layers.pop(0)
+    for together in _layers(nodes):
         plan = _plan(model, together, types, target.sm)
-        if isinstance(plan, str) and len(together) > 1:
-            layers = [(node,) for node in together] + layers
-            continue
         if isinstance(plan, str):
-            refused[together[0].name] = plan
+            refused |= {node.name: plan for node in together}
             continue
         key = str(plan)
         if key not in done:
@@ -262,17 +151,19 @@ def _compile(model: onnx.ModelProto, nodes: Sequence[Any], target: _Target, tabl
             done[key] = [(_write(made, plan, target, table), made) for made in compiled]
         _enter(together, types, done[key], table)
     if not table.nodes:
-        raise ConfigError(f"No layer can be compiled: {next(iter(refused.values()))}.", "Leave --board out.")
+        raise ConfigError(
+            f"No layer can be compiled: {next(iter(refused.values()))}.",
+            "Export with --precision fp16, and with --calibrate IMAGES where cells are too many; or leave --board out.",
+        )
     return refused
 
 
 def _compile_launch(plan: Plan, launch: Launch, target: _Target) -> Compiled:
     """A launch, in smaller blocks where TensorRT's plugins would refuse the shared memory that it takes."""
     made = compile_launch(plan, launch, target.sm, target.ptx_version)
-    block = int(launch.constants.get("block_n", 0))
-    if made.shared <= MOST_SHARED_BYTES or block <= LEAST_BLOCK:
+    smaller = shortened(launch)
+    if made.shared <= MOST_SHARED_BYTES or smaller is launch:
         return made
-    smaller = dataclasses.replace(launch, constants={**launch.constants, "block_n": block // 2})
     return _compile_launch(plan, smaller, target)
 
 
@@ -314,22 +205,19 @@ def _element(number: int) -> str:
 
 def _plan(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm: int) -> Plan | str:
     """How nodes of a model are launched together, or why not."""
-    first, *others = together
+    first = together[0]
     unknown = [name for name in first.input if name not in types]
     if unknown:
         return f"the shape of {unknown[0]!r} is not known"
     shapes, dtype, attributes = [types[x][1] for x in first.input], types[first.input[0]][0], _attributes(first)
     reasons = refusals(first.op_type, attributes, shapes, dtype, sm)
+    if first.op_type == "KeySelect" and len(together) == 1:
+        reasons.append("no single attention of the same sizes reads its lists")
     if reasons:
         return "; ".join(reasons)
-    # Selection and attention read no sizes where all are 1; what merges reads them anyhow.
-    sized = gets_merged(model, first) or first.op_type in ("MatchTokens", "MergeTokens")
-    given = shapes if sized else [shapes[0], *shapes[2:]]
-    if not others:
-        return PLANS[first.op_type](given, attributes, dtype)
-    plan = plan_layer(given, attributes, dtype)
-    attended = [*shapes[:2], plan.buffers["indices"].shape]
-    return "; ".join(refusals(others[0].op_type, _attributes(others[0]), attended, dtype, sm)) or plan
+    # A layer reads no sizes where all are 1; what merges reads them anyhow.
+    sized = gets_merged(model, first) or first.op_type != "KeySelect"
+    return PLANS[first.op_type](shapes if sized else [shapes[0], *shapes[2:]], attributes, dtype)
 
 
 def _write(made: Compiled, plan: Plan, target: _Target, table: KernelTable) -> str:
@@ -337,18 +225,17 @@ def _write(made: Compiled, plan: Plan, target: _Target, table: KernelTable) -> s
     inputs, outputs = _reads_and_writes(made, plan)
     order = [[b.name for b in made.arguments].index(name) for name in (*inputs, *outputs)]
     ptx = ordered_ptx(plain_ptx(made.ptx), made.symbol, order)
+    step = made.launch
     launch = CompiledLaunch(
-        kernel=made.kernel, symbol=made.symbol, grid=made.grid[:2], threads=made.threads, shared_bytes=made.shared,
+        kernel=step.kernel, symbol=made.symbol, grid=step.grid[:2], threads=32 * step.warps, shared_bytes=made.shared,
         inputs=inputs, outputs=outputs, tensors={b.name: _tensor(b) for b in made.arguments},
-        registers=made.registers, spilled_bytes=made.spilled,
     )  # fmt: skip
     plain = write_record(launch)
     digest = hashlib.sha256(f"{ptx}{sorted(plain['tensors'].items())}{plain['grid']}".encode()).hexdigest()[:12]
-    name = f"{made.kernel}_{digest}"
+    name = f"{step.kernel}_{digest}"
     if name not in table.launches:
         table.launches[name] = launch
-        (target.folder / code_file(target.sm, name, "ptx")).write_text(ptx, encoding="utf-8")
-        (target.folder / code_file(target.sm, name, "cubin")).write_bytes(target.assembler.assemble(ptx))
+        (target.folder / code_file(target.sm, name)).write_text(ptx, encoding="utf-8")
     return name
 
 
@@ -356,7 +243,7 @@ def _reads_and_writes(made: Compiled, plan: Plan) -> tuple[tuple[str, ...], tupl
     """Names of what a launch reads and writes: it writes what is no input of the plan and no launch before it has."""
     known = {name for name, buffer in plan.buffers.items() if buffer.role == "input"}
     for launch in plan.launches:
-        if launch.kernel == made.kernel:
+        if launch.kernel == made.launch.kernel:
             break
         known.update(filter(None, launch.arguments.values()))
     names = [buffer.name for buffer in made.arguments]
@@ -364,17 +251,15 @@ def _reads_and_writes(made: Compiled, plan: Plan) -> tuple[tuple[str, ...], tupl
 
 
 def _tensor(buffer: Buffer) -> LaunchTensor:
-    """Type and shape without batch. Bytes are given as int32: TensorRT would take int8 for quantised values."""
+    """Type and shape without batch."""
     shape = buffer.shape[1:] if buffer.name not in ("proj_q", "proj_k") else buffer.shape
-    if buffer.dtype == "int8":
-        return LaunchTensor("int32", (*shape[:-1], math.ceil(shape[-1] / 4)))
     return LaunchTensor(cast(DType, buffer.dtype), shape)
 
 
 def _enter(together: Sequence[Any], types: Types, launches: Sequence[tuple[str, Compiled]], table: KernelTable) -> None:
     """The launches of nodes, with the model's names for inputs and outputs, and new names between them.
 
-    Of a layer, what follows `select` stands in the attention's place.
+    Of a layer, `attend` stands in the attention's place.
     """
     names: dict[str, str] = {}
     for node in reversed(together):
@@ -385,13 +270,12 @@ def _enter(together: Sequence[Any], types: Types, launches: Sequence[tuple[str, 
         if made in names and types[names[made]][0] != "float32":
             table.float32[f"{names[made]}.float32"] = names[made]
             names[made] = f"{names[made]}.float32"
-    kernels = [compiled.kernel for _, compiled in launches]
-    split = kernels.index("select") + 1 if len(together) > 1 else len(kernels)
-    for node, own in zip(together, (launches[:split], launches[split:]), strict=False):
+    own = [launches] if len(together) == 1 else [launches[:-1], launches[-1:]]
+    for node, parts in zip(together, own, strict=True):
         chain = []
-        for name, compiled in own:
+        for name, compiled in parts:
             launch = table.launches[name]
             tensors = {b.name: names.get(b.name, f"{together[0].name}/{b.name}") for b in compiled.arguments}
             inputs, outputs = (tuple(tensors[n] for n in side) for side in (launch.inputs, launch.outputs))
-            chain.append(NodeLaunch(f"{node.name}/{compiled.kernel}", name, inputs, outputs))
+            chain.append(NodeLaunch(f"{node.name}/{compiled.launch.kernel}", name, inputs, outputs))
         table.nodes[node.name] = tuple(chain)

@@ -87,7 +87,7 @@ def export_bundle(
     tokens: bool = False,
     calibrate: str | Path | None = None,
     int8_target: str = "cpu",
-    measure: bool | Execution = False,
+    measure: Execution | None = None,
     boards: Sequence[str | Path] = (),
     inline: bool = False,
     novelty: bool = True,
@@ -112,10 +112,9 @@ def export_bundle(
         calibrate: for int8, another tile and boards: a folder of images like those that the model will see; at most
             32 are used.
         int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
-        measure: keep dense the layers where sparse attention is slower on this machine, run as this says, or (True) in
-            ONNX Runtime; the manifest says how.
-        boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle;
-            where neither tile nor probe is given, the tile is `student_changes.GPU_TILE` if that passes the gate.
+        measure: keep dense the layers where sparse attention is slower on this machine, run so; the manifest says how.
+        boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle,
+            of float16; the student gets the tile and cells that suit them if those pass the gate (`student_changes`).
         inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
             no kernels of ours can take them there.
         novelty: also give the score `novelty` [B,1] (see `sparsifiner_edge.novelty`), if the student was calibrated on
@@ -133,12 +132,11 @@ def export_bundle(
     target = Path(output)
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
-    wanted = _boards(boards, inline)
     numbers = _numbers(precision, int8_target, calibrate, bool(tile or probe or boards), inline)
+    wanted = _boards(boards, numbers)
     student = _load(source, weights, img_size, keep, token_keep, merge, trust, Normalisation.given(normalise))
     student = student if novelty else dataclasses.replace(student, novelty=None)
-    measured_in = Execution() if measure is True else measure or None
-    student, changes = changed(student, tile, probe, measured_in, numbers.images, bool(wanted))
+    student, changes = changed(student, tile, probe, measure, numbers.images, bool(wanted))
     file = _file(student, deploy(student, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)
@@ -258,10 +256,14 @@ def _write(folder: Path, file: _File, manifest: Manifest, boards: Sequence[Board
     seal_bundle(folder, msgspec.structs.replace(manifest, boards=kernels))
 
 
-def _boards(names: Sequence[str | Path], inline: bool) -> list[Board]:
-    if inline and names:
+def _boards(names: Sequence[str | Path], numbers: _Numbers) -> list[Board]:
+    if numbers.inline and names:
         raise ConfigError("--inline leaves no node that a board's kernels could run.", "Leave one of the two out.")
-    return [load_board(name) for name in names]
+    boards = [load_board(name) for name in names]
+    if boards and numbers.precision != "fp16" and numbers.int8_target != "tensorrt":
+        fix = "Choose --precision fp16, or int8 with --int8-target tensorrt."
+        raise ConfigError(f"A board's kernels are for float16, not for {numbers.precision}.", fix)
+    return boards
 
 
 def _numbers(precision: str, int8_target: str, calibrate: str | Path | None, retiles: bool, inline: bool) -> _Numbers:

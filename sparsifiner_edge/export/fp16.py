@@ -28,9 +28,8 @@ from onnx import TensorProto, numpy_helper
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Float16
 from sparsifiner_edge.errors import GateError
-from sparsifiner_edge.export.int8 import LEAST_OWN_COSINE
+from sparsifiner_edge.export.int8 import LEAST_OWN_COSINE, mean_cosines, rows_alike
 from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
-from sparsifiner_edge.metrics import aligned, row_cosines
 from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
@@ -262,29 +261,20 @@ def _compare(
     matches = match_names(single)
     run_single = file_runner(with_outputs(_with_magnitudes(single, converted.halves), matches), "portable")
     run_half = file_runner(with_matches(converted.model, matches), "portable")
-    rows: dict[str, list[Array]] = {}
-    own: dict[str, list[Array]] = {}
+    rows: list[dict[str, Array]] = []
+    own: list[dict[str, Array]] = []
     largest = (0.0, "none")
     for image in images:
         wanted = run_single(image)
         magnitudes = [(float(wanted.pop(_MAGNITUDE.format(name))), name) for name in converted.halves]
         largest = max(largest, *magnitudes)
         matched = {name: wanted.pop(name) for name in matches}
-        _add_cosines(rows, run_half(image, matched), wanted)
+        rows.append(rows_alike(run_half(image, matched), wanted))
     if matches:
         runs = file_runner(converted.model, "portable"), file_runner(single, "portable")
-        for image in own_images:
-            _add_cosines(own, *(run(image) for run in runs))
-    least = {name: min(float(x.min()) for x in found) for name, found in rows.items()}
-    return _Compared(least, {name: float(np.mean([x.mean() for x in found])) for name, found in own.items()}, largest)
-
-
-def _add_cosines(rows: dict[str, list[Array]], got: dict[str, Array], wanted: dict[str, Array]) -> None:
-    """Append the row cosines of each output; -1 where something is NaN."""
-    outputs, _ = aligned(got, wanted)
-    for name, x in outputs.items():
-        with np.errstate(all="ignore"):  # What overflowed is found by the gate.
-            rows.setdefault(name, []).append(np.nan_to_num(row_cosines(name, x, wanted[name]), nan=-1.0))
+        own = [rows_alike(*(run(image) for run in runs)) for image in own_images]
+    least = {name: min(float(np.nan_to_num(x[name], nan=-1.0).min()) for x in rows) for name in rows[0]}
+    return _Compared(least, mean_cosines(own), largest)
 
 
 _MAGNITUDE = "{}_largest"

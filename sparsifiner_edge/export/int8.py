@@ -24,7 +24,7 @@ from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.metrics import POSITIONS, aligned, row_cosines
+from sparsifiner_edge.metrics import aligned, row_cosines
 from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.progress import Progress
@@ -32,9 +32,6 @@ from sparsifiner_edge.progress import Progress
 INT8_TARGETS = ("cpu", "tensorrt")
 """cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0;
 `export_bundle` makes the rest of that file float16 afterwards (`fp16`), as GPUs have it."""
-OTHER_PATCHES = 0.1
-"""Share of the patches that an int8 file may keep in place of others, over all images. Where it is larger they count
-as lost; below, the class token, which has a gate of its own, tells whether they matter."""
 LEAST_MEAN_COSINE = 0.99
 """Gate: mean cosine of every output's rows to the float32 file, over images that were not calibrated on."""
 LEAST_OWN_COSINE = 0.98
@@ -90,26 +87,26 @@ def quantise(
     _equalise(source, layers, calibrated)
     full = _quantise_all(source, layers, calibrated, symmetric=int8_target == "tensorrt")
 
-    def measure(kept: Sequence[str], count: int = len(judged_on), own: bool = False) -> tuple[dict[str, float], float]:
+    def measure(kept: Sequence[str], count: int = len(judged_on), own: bool = False) -> dict[str, float]:
         made = _restored(full, source, kept)
         run = file_runner(made if own else with_matches(made, matches))
-        given = [{}] * count if own else matched
-        return _compared([run(*each) for each in zip(judged_on[:count], given, strict=False)], wanted[:count])
+        given = [{}] * count if own else matched[:count]
+        rounds = zip(judged_on[:count], given, wanted[:count], strict=True)
+        return mean_cosines([rows_alike(run(image, others), single) for image, others, single in rounds])
 
     kept = _layers_that_hurt(measure, layers, goal, progress)
-    own: dict[str, float] = measure(kept, own=True)[0] if matches else {}
+    own: dict[str, float] = measure(kept, own=True) if matches else {}
     if own and min(own.values()) < LEAST_OWN_COSINE:
         more = _layers_that_hurt(functools.partial(measure, own=True), layers, LEAST_OWN_COSINE, progress)
         kept = list(dict.fromkeys([*kept, *more]))
-        own = measure(kept, own=True)[0]
-    cosines, others = measure(kept)
+        own = measure(kept, own=True)
+    cosines = measure(kept)
     how = f"with {len(kept)} of {len(layers)} linear layers left in float32"
     _require(cosines, LEAST_MEAN_COSINE, how)
     _require(own, LEAST_OWN_COSINE, f"where its own matches merge, {how}")
     report = Quantisation(
-        recipe=int8_target, cosines=cosines, own_matches_cosines=own, other_patches=others,
-        quantised=len(layers) - len(kept), kept=tuple(kept), calibrated=len(calibrated), held_out=len(judged_on),
-        method=METHOD,
+        recipe=int8_target, cosines=cosines, own_matches_cosines=own, quantised=len(layers) - len(kept),
+        kept=tuple(kept), calibrated=len(calibrated), held_out=len(judged_on), method=METHOD,
     )  # fmt: skip
     return _restored(full, source, kept), report
 
@@ -133,11 +130,11 @@ def _require(cosines: dict[str, float], least: float, how: str) -> None:
 
 
 def _layers_that_hurt(
-    measure: Callable[..., tuple[dict[str, float], float]], layers: list[str], goal: float, progress: Progress | None
+    measure: Callable[..., dict[str, float]], layers: list[str], goal: float, progress: Progress | None
 ) -> list[str]:
     """Names of the layers to put back to float32, the worst first, until the outputs reach the goal.
 
-    measure: (layers in float32, number of images to judge by) -> cosines of the outputs, share of other patches.
+    measure: (layers in float32, number of images to judge by) -> cosines of the outputs.
     """
 
     def step(done: int) -> None:
@@ -146,15 +143,15 @@ def _layers_that_hurt(
 
     step(1)
     kept: list[str] = []
-    if min(measure(kept)[0].values()) < goal:
+    if min(measure(kept).values()) < goal:
         harm = {}
         for number, name in enumerate(layers):
             # One image ranks the layers; all that are held out decide how many of them are put back.
-            harm[name] = min(measure([other for other in layers if other != name], 1)[0].values())
+            harm[name] = min(measure([other for other in layers if other != name], 1).values())
             step(2 + number)
         for name in sorted(harm, key=lambda layer: harm[layer])[: int(MAX_FLOAT_SHARE * len(layers))]:
             kept.append(name)
-            if min(measure(kept)[0].values()) >= goal:
+            if min(measure(kept).values()) >= goal:
                 break
     step(len(layers) + 2)
     return kept
@@ -298,25 +295,15 @@ def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str
     return model
 
 
-def _compared(got: Sequence[dict[str, Array]], wanted: Sequence[dict[str, Array]]) -> tuple[dict[str, float], float]:
-    """Mean row cosine of each output, over the patches that both files keep, and the share of the others.
+def rows_alike(got: dict[str, Array], wanted: dict[str, Array]) -> dict[str, Array]:
+    """Cosine of each row of each output, of pruned tokens where both files keep them; NaN where something is NaN."""
+    outputs, _ = aligned(got, wanted)
+    with np.errstate(all="ignore"):  # What overflowed is found by a gate.
+        return {name: row_cosines(name, x, wanted[name]).ravel() for name, x in outputs.items()}
 
-    Of two patches that the class token wants alike, rounding decides: up to `OTHER_PATCHES` of them may be others.
-    Beyond that they count as lost. An output that holds NaN has cosine -1.
-    """
-    sums: dict[str, float] = {}
-    rows: dict[str, int] = {}
-    others = patches = 0
-    for int8, single in zip(got, wanted, strict=True):
-        outputs, missing = aligned(int8, single)
-        others, patches = others + missing, patches + single.get(POSITIONS, np.empty(0)).size
-        for name, values in outputs.items():
-            similar = row_cosines(name, values, single[name])
-            common = similar.size - (missing if name == "tokens" else 0)
-            # Patches of `single` alone are aligned to themselves: cosine 1.
-            sums[name] = sums.get(name, 0.0) + float(similar.sum()) - (similar.size - common)
-            rows[name] = rows.get(name, 0) + common
-    share = others / max(1, patches)
-    if share > OTHER_PATCHES:
-        rows["tokens"] += others
-    return {name: sums[name] / max(1, rows[name]) if math.isfinite(sums[name]) else -1.0 for name in sums}, share
+
+def mean_cosines(compared: Sequence[dict[str, Array]]) -> dict[str, float]:
+    """Mean over images and rows of each output; -1 where something is NaN."""
+    names = compared[0] if compared else ()
+    means = {name: float(np.concatenate([rows[name] for rows in compared]).mean()) for name in names}
+    return {name: mean if math.isfinite(mean) else -1.0 for name, mean in means.items()}

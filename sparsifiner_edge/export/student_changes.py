@@ -1,7 +1,7 @@
-"""What export changes in a student, each measured: another tile, and dense layers where sparse attention is slower.
+"""What export changes in a student, each measured: another tile, fewer cells, dense layers where those are faster.
 
-A CPU core is busy with lists shared by 16 queries, tensor cores want 64. The predictor's parameters do not depend on
-either, so the tile is chosen at export; what a larger one loses is measured on images.
+A CPU core is busy with lists shared by 16 queries, tensor cores want 64, and the CUDA kernels have room for 32 cells.
+The predictor's parameters depend on neither, so both are chosen at export; what they lose is measured on images.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.graph import to_onnx
 from sparsifiner_edge.export.piece_times import Piece, piece_times
 from sparsifiner_edge.images import load_image
+from sparsifiner_edge.ops.triton.plan import MOST_CELLS
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
@@ -34,7 +36,7 @@ from sparsifiner_edge.sparse.weights import normalise
 GPU_TILE = 64
 """A quarter of the keys that tile 16 gathers, and whole tiles of the matrix units."""
 LEAST_TOKENS_COSINE = 0.97
-"""Gate: mean cosine of the final tokens to those of the student with its own tile, over the images."""
+"""Gate: mean cosine of the final tokens to those of the student with its own layout, over the images."""
 
 
 def changed(
@@ -45,10 +47,14 @@ def changed(
     said (None: not asked for); what of it the manifest says.
     """
     changes: dict[str, Any] = {}
+    own = student.sparsity
+    most = MOST_CELLS - student.backbone.prefix if gpu else own.cells
     if tile is not None or probe is not None:
-        student, changes["retiled"] = with_tile(student, tile, probe, images)
-    elif gpu and not student.sparsity.is_dense and student.sparsity.preset == "edge":
-        student, changes["retiled"] = with_gpu_tile(student, images)
+        sizes = (own.tile if tile is None else tile, own.probe if probe is None else probe)
+        layout = Tiling(*sizes, min(own.cells, most))
+        student, changes["retiled"] = with_layout(student, layout, images)
+    elif gpu and not own.is_dense and own.preset == "edge":
+        student, changes["retiled"] = with_gpu_layout(student, images)
     if measured_in is not None and sparse_layers(student.model):
         measured = changes["measured"] = keep_dense_where_slower(student.model, measured_in)
         kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
@@ -58,56 +64,60 @@ def changed(
     return student, changes
 
 
-def with_gpu_tile(student: Student, images: Sequence[Path]) -> tuple[Student, Retiled | None]:
-    """The student with `GPU_TILE`, or as it is where that fails the gate or cannot be judged, and the manifest's entry,
-    which says why; None where its tile is as large.
+def with_gpu_layout(student: Student, images: Sequence[Path]) -> tuple[Student, Retiled | None]:
+    """The student with `GPU_TILE` and no more cells than the kernels have room for (`MOST_CELLS`), or with those cells
+    alone, or as it is, where that fails the gate or cannot be judged; and the manifest's entry, which says why. None
+    where nothing is to change.
     """
-    own = student.sparsity
-    if own.tile >= GPU_TILE:
-        return student, None
-    try:
-        return with_tile(student, GPU_TILE, None, images)
-    except (ConfigError, GateError) as error:
-        kept = Tiling(own.tile, own.probe)
-        return student, Retiled(kept, kept, images=len(images), refused=f"{error.what} {error.fix}")
+    own = Tiling(student.sparsity.tile, student.sparsity.probe, student.sparsity.cells)
+    cells = min(student.sparsity.cells, MOST_CELLS - student.backbone.prefix)
+    tiles = max(student.sparsity.tile, GPU_TILE), student.sparsity.tile
+    refused = None
+    for layout in dict.fromkeys(Tiling(tile, own.probe, cells) for tile in tiles):
+        if layout == own:
+            continue
+        try:
+            made, entry = with_layout(student, layout, images)
+        except (ConfigError, GateError) as error:
+            refused = refused or f"{error.what} {error.fix}"
+        else:
+            return made, msgspec.structs.replace(entry, refused=refused)
+    return student, Retiled(own, own, images=len(images), refused=refused) if refused else None
 
 
-def with_tile(student: Student, tile: int | None, probe: int | None, images: Sequence[Path]) -> tuple[Student, Retiled]:
-    """A student with another tile or probe, and what that changed, for the manifest.
+def with_layout(student: Student, layout: Tiling, images: Sequence[Path]) -> tuple[Student, Retiled]:
+    """A student with another tile, probe or number of cells, and what that changed, for the manifest.
 
     Args:
         student: of the preset "edge"; left as it is.
-        tile, probe: consecutive patches that share one list, and that ask as one; None keeps the student's own.
         images: what the gate judges by.
 
     Raises:
         ConfigError: a dense student, the preset "paper", no images, or sizes that do not fit.
         GateError: the final tokens change by more than `LEAST_TOKENS_COSINE` allows.
     """
-    if student.sparsity.is_dense or student.sparsity.preset != "edge":
+    own = student.sparsity
+    if own.is_dense or own.preset != "edge":
         raise ConfigError("--tile and --probe require a sparse student of the preset 'edge'.", "Leave them out.")
-    if student.sparsity.token_keep:
+    if own.token_keep:
         raise ConfigError(
             "A student that prunes tokens keeps different tokens with another tile, so the two cannot be compared.",
-            'Choose the tile with `sparsify --tile`, or export with --token-keep "".',
+            "Choose the tile with `sparsify --tile`.",
         )
     if not images:
-        raise ConfigError("Another tile requires images to judge it by.", "Give some: --calibrate DIR.")
-    own = student.sparsity
-    sparsity = dataclasses.replace(
-        own, tile=own.tile if tile is None else tile, probe=own.probe if probe is None else probe
-    )
+        raise ConfigError("Another tile, or fewer cells, require images to judge by.", "Give some: --calibrate DIR.")
+    sparsity = dataclasses.replace(own, **msgspec.structs.asdict(layout))
     made = dataclasses.replace(student, model=copy.deepcopy(student.model), sparsity=sparsity)
     set_budget(made.model, sparsity)
     found = _cosine(student, made, images)
     if found < LEAST_TOKENS_COSINE:
         raise GateError(
-            f"With tile {sparsity.tile}, probe {sparsity.probe} the final tokens have cosine {found:.4f} to those "
-            f"with tile {own.tile}, probe {own.probe}, allowed {LEAST_TOKENS_COSINE}.",
+            f"With tile {sparsity.tile}, probe {sparsity.probe}, {sparsity.cells} cells the final tokens have cosine "
+            f"{found:.4f} to those with tile {own.tile}, probe {own.probe}, {own.cells} cells, allowed "
+            f"{LEAST_TOKENS_COSINE}.",
             "Choose a smaller tile, or read more keys: --keep.",
         )
-    before, after = (Tiling(x.tile, x.probe) for x in (own, sparsity))
-    return made, Retiled(before, after, found, len(images))
+    return made, Retiled(Tiling(own.tile, own.probe, own.cells), layout, found, len(images))
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ NATIVE = Kernels(
 TRITON = Kernels(
     ("KeySelect", "SparseAttention", "MatchTokens", "MergeTokens"),
     "cuda",
-    ("float32", "float16", "bfloat16"),
+    ("float16", "bfloat16"),
     _triton_missing,
 )
 

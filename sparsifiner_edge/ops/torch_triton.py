@@ -1,69 +1,57 @@
-"""The operators on a CUDA GPU: kernels in Triton where they can run (`ops.triton.kernels_for` says which, and why)."""
+"""The operators on a CUDA GPU: kernels in Triton where they can run (`ops.triton.kernels_for` says which, and why).
+
+Where a gradient may follow, PyTorch runs: the kernels have none.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.operator import Attributes
 from sparsifiner_edge.ops.torch_native import within_native_kernels
 from sparsifiner_edge.ops.triton import kernels_for
 
 
 def triton_result(name: str, attributes: Attributes, *inputs: Tensor | None) -> Tensor | None:
-    """An operator's output, of its schema's inputs (sizes None: no token was merged), or None: PyTorch runs it.
-
-    Where a gradient may follow PyTorch does: the kernels have none.
+    """The output of MatchTokens or MergeTokens, of its schema's inputs, or None: PyTorch runs it. Lists run by layers:
+    see `triton_layer`.
     """
-    if name not in TRITON.operators:
+    if name not in ("MatchTokens", "MergeTokens"):
         return None
-    x, sizes, *others = cast(list[Tensor], inputs)
-    if not _runs(name, attributes, x, *(other.shape for other in others)):
+    x, sizes, *pairs = cast(list[Tensor], inputs)
+    if not _runs(name, attributes, x, *pairs) or (name == "MergeTokens" and _needs_gradient(x)):
         return None
-    from sparsifiner_edge.ops.triton import run
+    from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
+    from sparsifiner_edge.ops.triton.run import run
 
-    if name in ("MatchTokens", "KeySelect"):
-        choose = run.matched_tokens if name == "MatchTokens" else run.key_select
-        with torch.no_grad():
-            chosen: Tensor = choose(x, sizes, *others, **attributes)
-        return chosen
-    if run.needs_gradient(x):
-        return None
-    if name == "MergeTokens":
-        merged: Tensor = run.merged_tokens(x, sizes, *others)
-        return merged
-    attended: Tensor = run.sparse_attention(x, sizes, *others, **attributes)
-    return attended
+    if name == "MatchTokens":
+        return run(plan_match, attributes, qkv=x, sizes=sizes)["pairs"]
+    return run(plan_merge, attributes, x=x, sizes=sizes, pairs=pairs[0])["output"]
 
 
 def triton_layer(
     attributes: Attributes, qkv: Tensor, sizes: Tensor | None, proj_q: Tensor, proj_k: Tensor
 ) -> Tensor | None:
-    """The output of SparseAttention over the lists of a KeySelect, whose attributes and inputs these are, launched
-    together; None where that does not run here, or a file is exported.
+    """The output of SparseAttention over the lists of a KeySelect, whose attributes and inputs these are (sizes
+    None: no tokens merged); None where that does not run here, or a file is exported.
     """
     if torch.onnx.is_in_onnx_export() or within_native_kernels():
         return None
-    tiles = math.ceil((qkv.shape[1] - attributes["num_prefix"]) / attributes["tile"])
-    lists = (qkv.shape[0], int(attributes["num_heads"]), tiles, int(attributes["keys"]))
-    shared = {name: attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
-    if not _runs("KeySelect", attributes, qkv, proj_q.shape, proj_k.shape) or not _runs(
-        "SparseAttention", {**shared, "prefix_keys": 1}, qkv, lists
-    ):
+    if not _runs("KeySelect", attributes, qkv, proj_q, proj_k) or _needs_gradient(qkv):
         return None
-    from sparsifiner_edge.ops.triton import run
+    from sparsifiner_edge.ops.triton.plan_layer import plan_layer
+    from sparsifiner_edge.ops.triton.run import run
 
-    if run.needs_gradient(qkv):
-        return None
-    attended: Tensor = run.layer(qkv, sizes, proj_q.detach(), proj_k.detach(), **attributes)
-    return attended
+    return run(plan_layer, attributes, qkv=qkv, sizes=sizes, proj_q=proj_q, proj_k=proj_k)["output"]
 
 
-def _runs(name: str, attributes: Attributes, x: Tensor, *others: Sequence[int]) -> bool:
-    """Others: shapes of what follows x and the sizes."""
-    return kernels_for(name, attributes, (x.shape, x.shape[:2], *others), x).name == "triton"
+def _runs(name: str, attributes: Attributes, x: Tensor, *others: Tensor) -> bool:
+    """Others: what follows x and the sizes."""
+    return kernels_for(name, attributes, (x.shape, x.shape[:2], *(y.shape for y in others)), x).name == "triton"
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad

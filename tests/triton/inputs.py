@@ -1,4 +1,4 @@
-"""Inputs of the kernels' tests: cases of the operators' matrix at any head dimension and element type."""
+"""Inputs of the kernels' tests: cases of the operators' matrix at any head dimension and element type, and layers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 
 from sparsifiner_edge.ops import reference, torch_merge
-from sparsifiner_edge.ops import torch as torch_ops
-from sparsifiner_edge.ops.schema import OPERATORS
+from sparsifiner_edge.ops.torch import top_keys
+from sparsifiner_edge.ops.triton.plan import Plan
+from sparsifiner_edge.ops.triton.plan_layer import plan_layer
 from tests.ops import matrix
 from tests.ops.matrix import Case
 
-ATTENTION = ("KeySelect", "SparseAttention")
-NAMES = (*ATTENTION, "MatchTokens", "MergeTokens")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PAPER = Case(
-    OPERATORS["SparseAttention"],
-    {"num_heads": 2, "num_prefix": 1, "tile": 1, "cell": 0, "scale": 0.125, "prefix_keys": 0}, 13, 1,
-    merged=False,
-)  # fmt: skip
+NAMES = ("KeySelect", "MatchTokens", "MergeTokens")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def case_of(name: str, patches: int, batch: int = 1, sized: bool | None = None, **changes: Any) -> Case:
@@ -31,63 +26,66 @@ def case_of(name: str, patches: int, batch: int = 1, sized: bool | None = None, 
     return dataclasses.replace(base, attributes={**base.attributes, **changes}, patches=patches, batch=batch)
 
 
-def tensors(
-    case: Case, seed: int = 0, width: int = matrix.HEAD_DIM, dtype: str = "float32", device: str = "cpu"
-) -> Any:
-    """Inputs of a case as tensors, floats in `dtype`; as the kernels take them, without sizes where all are 1."""
+def tensors(case: Case, width: int = matrix.HEAD_DIM, dtype: str = "float16", device: str = "cpu") -> dict[str, Tensor]:
+    """Inputs of a case by name, as the kernels take them: tokens in `dtype`, without sizes where all are 1."""
     whole = matrix.HEAD_DIM
     try:
         matrix.HEAD_DIM = width
-        arrays = case.inputs(seed)
+        arrays = case.inputs()
     finally:
         matrix.HEAD_DIM = whole
-    if not case.merged:
-        del arrays[1]
-    found = [torch.from_numpy(x).to(device) for x in arrays]
-    return [x.to(DTYPES[dtype]) if x.is_floating_point() else x for x in found]
+    found = {x.name: torch.from_numpy(a).to(device) for x, a in zip(case.op.inputs, arrays, strict=True)}
+    first = case.op.inputs[0].name
+    found[first] = found[first].to(DTYPES[dtype])
+    return found if case.merged else {name: x for name, x in found.items() if name != "sizes"}
 
 
-def run(case: Case, given: list[Tensor]) -> Tensor:
-    """The public operator: which kernels run it is `kernels_for`'s choice."""
-    settings = dict(case.attributes)
-    if case.op.name == "MergeTokens":
-        return torch_merge.merge_tokens(*given)
-    if case.op.name == "MatchTokens":
-        return torch_merge.match_tokens(*given, **settings)
-    if case.merged:
-        settings["sizes"], given = given[1], [given[0], *given[2:]]
-    function: Any = torch_ops.key_select if case.op.name == "KeySelect" else torch_ops.sparse_attention
-    result: Tensor = function(*given, **settings)
+def plan_of(case: Case, given: dict[str, Tensor]) -> Plan:
+    """Of a layer: a case of KeySelect and its inputs."""
+    element = str(given["qkv"].dtype).removeprefix("torch.")
+    return plan_layer([x.shape for x in given.values()], case.attributes, element)
+
+
+def run(case: Case, given: dict[str, Tensor]) -> Tensor:
+    """MatchTokens or MergeTokens, as public operators: which kernels run them is `kernels_for`'s choice."""
+    function: Any = torch_merge.merge_tokens if case.op.name == "MergeTokens" else torch_merge.match_tokens
+    result: Tensor = function(*given.values(), **case.attributes)
     return result
 
 
-def hold(case: Case, given: list[Tensor], got: Tensor, dtype: str) -> None:
+def hold(case: Case, given: dict[str, Tensor], got: Tensor, dtype: str) -> None:
     """Hold a result against the reference, which gets what `dtype` left of the inputs.
 
-    At half precision logits are one product of float16: selection scores are right to 4e-3, or 2^-12 of their range.
+    Logits are one product of float16: selection scores are right to 4e-3, or 2^-12 of their range.
     """
-    arrays = [x.float().cpu().numpy() if x.is_floating_point() else x.cpu().numpy() for x in given]
-    found = got.float().cpu().numpy() if got.is_floating_point() else got.cpu().numpy()
+    arrays = [_array(x) for x in given.values()]
     if not case.merged:
         arrays.insert(1, np.ones(arrays[0].shape[:2], np.float32))
-    if case.op.name == "KeySelect" and dtype != "float32":
+    if case.op.name == "KeySelect":
         settings = {k: v for k, v in case.attributes.items() if k != "keys"}
         scores = reference.key_scores(*arrays, **settings)
         most = 2**-12 * float(np.ptp(scores[np.isfinite(scores)]))
         case = dataclasses.replace(case, op=dataclasses.replace(case.op, tolerances={dtype: max(most, 4e-3)}))
-    matrix.check(dataclasses.replace(case, dtype=dtype), arrays, found)
+    matrix.check(dataclasses.replace(case, dtype=dtype), arrays, _array(got))
 
 
-def gradients(case: Case, qkv: Tensor, lists: Tensor, weights: Tensor) -> Tensor:
-    """Gradient in qkv of the sum of weights x output."""
-    leaf = qkv.detach().clone().requires_grad_()
-    (run(case, [leaf, lists]) * weights).sum().backward()
-    assert leaf.grad is not None
-    return leaf.grad
+def hold_layer(case: Case, given: dict[str, Tensor], done: dict[str, Tensor], plan: Plan) -> None:
+    """Lists are KeySelect's, exactly the best of the stored scores; the output is SparseAttention's over them."""
+    dtype = str(given["qkv"].dtype).removeprefix("torch.")
+    assert torch.equal(done["indices"], top_keys(stored_scores(case, done, plan), case.attributes["keys"]))
+    hold(case, given, done["indices"], dtype)
+    shared = {name: case.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
+    attend = case_of("SparseAttention", case.patches, case.batch, case.merged, **shared)
+    read = {name: given[name] for name in ("qkv", "sizes") if name in given}
+    hold(attend, read | {"indices": done["indices"]}, done["output"], dtype)
 
 
-def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Greatest difference, relative to the greatest expected value."""
-    error = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
-    assert np.isfinite(float(error))
-    assert error <= tolerance, f"error {float(error):.2e}"
+def stored_scores(case: Case, done: dict[str, Tensor], plan: Plan) -> Tensor:
+    """Scores [B,H,T,P] in the order of keys: `select` stores them in that in which threads read them."""
+    lanes, pitch = int(plan.launches[1].constants["lanes"]), done["scores"].shape[-1]
+    lane, within = np.divmod(np.arange(case.patches), pitch // lanes)
+    return done["scores"][..., within // 8 * (8 * lanes) + lane * 8 + within % 8]
+
+
+def _array(x: Tensor) -> Any:
+    return x.float().cpu().numpy() if x.is_floating_point() else x.cpu().numpy()

@@ -44,9 +44,3 @@ def reciprocal(values):
     """1 / values, where they are positive, to 21 bits: half the instructions of a division."""
     root = tl.rsqrt(values)
     return root * root
-
-
-@triton.jit
-def is_nan(values):
-    """Where NaN is: comparisons with it are false, and maxima may lose it."""
-    return values != values  # noqa: PLR0124

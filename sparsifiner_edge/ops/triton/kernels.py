@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import triton  # noqa: F401  fails here, at once, where it is missing
 
-from sparsifiner_edge.ops.triton.plan import KERNEL_MODULES
+from sparsifiner_edge.ops.triton import attend, merge, select, summarise
 
-
-@functools.cache
-def kernel(name: str) -> Any:
-    """A kernel of `KERNEL_MODULES` by its name."""
-    return getattr(importlib.import_module(f"sparsifiner_edge.ops.triton.{KERNEL_MODULES[name]}"), f"{name}_kernel")
+KERNELS: dict[str, Any] = {
+    "summarise": summarise.summarise_kernel, "select": select.select_kernel, "attend": attend.attend_kernel,
+    "metric": merge.metric_kernel, "partners": merge.partners_kernel, "suitors": merge.suitors_kernel,
+    "pairs": merge.pairs_kernel, "merge": merge.merge_kernel,
+}  # fmt: skip
+"""By the names of `plan.Launch.kernel`."""

@@ -6,7 +6,6 @@ import math
 
 from sparsifiner_edge.ops.operator import Attributes, Shapes
 from sparsifiner_edge.ops.triton.plan import Buffer, Launch, Plan, power_of_two
-from sparsifiner_edge.ops.triton.plan_sizes import buffers_of
 
 OFFSETS = 16
 """Of a window, that are looked at together."""
@@ -50,32 +49,23 @@ def plan_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
             power_of_two(block // SEEKERS_OF_WARP, least=4, most=MOST_WARPS),
         ),
     )  # fmt: skip
-    buffers = _match_buffers(batch, patches, width) | buffers_of(
+    buffers = (
         Buffer("qkv", dtype, (batch, tokens, packed), "input"),
         Buffer("sizes", "float32", (batch, tokens), "input"),
         Buffer("pairs", "int32", (batch, tokens - merged, 2), "output"),
-    )
-    return Plan(buffers, launches)
-
-
-def _match_buffers(batch: int, patches: int, width: int) -> dict[str, Buffer]:
-    seekers, sought = (batch, math.ceil(patches / 2)), (batch, patches // 2)
-    return buffers_of(
         Buffer("metric", "float32", (batch, patches, width), "scratch"),
-        Buffer("best", "float32", seekers, "scratch"),
-        Buffer("partner", "int32", seekers, "scratch"),
-        Buffer("score", "int32", sought, "scratch"),
-        Buffer("suitor", "int32", sought, "scratch"),
-        Buffer("chosen", "int32", sought, "scratch"),
-        Buffer("free", "int32", seekers, "scratch"),
+        Buffer("best", "float32", (batch, seekers), "scratch"),
+        *(Buffer(name, "int32", (batch, seekers), "scratch") for name in ("partner", "free")),
+        *(Buffer(name, "int32", (batch, sought), "scratch") for name in ("score", "suitor", "chosen")),
     )
+    return Plan.of(buffers, launches)
 
 
 def plan_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Plan:
     """MergeTokens: x, sizes, pairs -> output. One launch."""
     batch, tokens, channels = shapes[0]
     rows = shapes[2][1]
-    buffers = buffers_of(
+    buffers = (
         Buffer("x", dtype, (batch, tokens, channels), "input"),
         Buffer("sizes", "float32", (batch, tokens), "input"),
         Buffer("pairs", "int32", (batch, rows, 2), "input"),
@@ -84,4 +74,4 @@ def plan_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Plan:
     block_c = power_of_two(channels, most=CHANNELS)
     programs = math.ceil(rows / BLOCK_M) * math.ceil(channels / block_c)
     constants = {"tokens": tokens, "channels": channels, "rows": rows, "block_m": BLOCK_M, "block_c": block_c}
-    return Plan(buffers, (Launch("merge", (programs, 1, batch), {name: name for name in buffers}, constants),))
+    return Plan.of(buffers, [Launch("merge", (programs, 1, batch), {b.name: b.name for b in buffers}, constants)])

@@ -82,7 +82,7 @@ def register(trt: Any, table: KernelTable, bundle: Bundle, capability: int) -> l
         identifiers.append(identifier)
         if identifier in _registered:
             continue
-        ptx = bundle.read(code_file(capability, name, "ptx")).decode("utf-8", "replace")
+        ptx = bundle.read(code_file(capability, name)).decode("utf-8", "replace")
         trtp.register(identifier)(describe(trt, trtp, launch))
         trtp.aot_impl(identifier)(implement(trtp, launch, ptx))
         _registered.add(identifier)
