@@ -189,7 +189,8 @@ def test_dynamic_batch_runs_at_any_size(folder: Path, tmp_path: Path, sparse: bo
             ("test_vit2", {}, 0.3), ("deit_tiny_distilled_patch16_224", {"img_size": 96}, (1, 1, 0.3)),
             ("vit_small_patch14_reg4_dinov2", {"img_size": 98}, 0.3),
             ("vit_medium_patch16_gap_240", {"img_size": 96}, 0.3),
-            ("vit_small_patch16_dinov3", {"img_size": 96}, (0.3, 1, 0.3)), ("eva02_tiny_patch14_224", {"img_size": 98}, 0.3),
+            ("vit_small_patch16_dinov3", {"img_size": 96}, (0.3, 1, 0.3)),
+            ("eva02_tiny_patch14_224", {"img_size": 98}, 0.3),
             ("vit_small_patch16_rope_mixed_224", {"img_size": 96}, 0.3),
         ]
     ),
