@@ -102,8 +102,8 @@ def resources(made: Compiled) -> tuple[int, int]:
     import triton.backends.nvidia
 
     programs = Path(triton.backends.nvidia.__file__).parent / "bin"
-    newer = programs / "ptxas-blackwell"  # Triton has a second one for what came after Hopper.
-    program = newer if made.capability >= 100 and newer.is_file() else programs / "ptxas"
+    newer = programs / "ptxas-blackwell"  # Triton may have a second one, which knows newer PTX.
+    program = newer if newer.is_file() else programs / "ptxas"
     target = re.search(r"^\.target\s+(\w+)", made.ptx, re.MULTILINE)
     command = [str(program), "-v", f"-arch={target[1] if target else ''}", "-o", os.devnull, "-"]
     done = subprocess.run(command, input=made.ptx, capture_output=True, text=True, check=True)
