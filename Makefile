@@ -5,12 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
-MINUTES := 8
+MINUTES := 5
 
 .PHONY: demo test everything check bench gpu aarch64 clean
 
 demo: $(VENV)/.demo
-	$(BIN)/sparsifiner-edge demo -o $(DEMO) --minutes $(MINUTES)
+	$(BIN)/python examples/demo.py -o $(DEMO) --minutes $(MINUTES)
 
 PARALLEL := --numprocesses=logical --maxprocesses=8 --dist=worksteal --durations=15
 test: $(VENV)/.dev

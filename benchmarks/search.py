@@ -37,7 +37,7 @@ from summary import write_summary
 import sparsifiner_edge as se
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.demo import demo, material, split
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan, plan_of
@@ -68,7 +68,7 @@ FEW = {224: 8, 518: 8, 1036: 4}
 """Of these, what decides which uniform settings are timed."""
 EACH_SIDE = 2
 """Uniform settings around the answer's fidelity that are timed."""
-OVERLAP, FASTER = 0.95, (1.7, 2.2)
+MODULE, OVERLAP, FASTER = "sparsifiner_edge.demo.saliency", 0.95, (1.7, 2.2)
 """Of the demonstration's maps, at least; times the best dense engine: required, aimed at."""
 
 
@@ -230,11 +230,11 @@ def saliency(work: Path) -> dict[str, Any]:
     shutil.rmtree(work / "found", ignore_errors=True)
     with progress_bar("saliency") as progress:
         result = se.search_model(
-            f"{demo.MODULE}:saliency", images, work / "found", at_least=OVERLAP, metric="maps", img_size=demo.SIZE,
-            trust=[demo.MODULE], progress=progress,
+            f"{MODULE}:saliency", images, work / "found", at_least=OVERLAP, metric="maps", img_size=518,
+            trust=[MODULE], progress=progress,
         )  # fmt: skip
     answer = answer_of(result)
-    student = load_student(work / "found" / "start", trust=[demo.MODULE])
+    student = load_student(work / "found" / "start", trust=[MODULE])
     trial = Trial(student, dense_twin(student).model, split.publication(), "maps")
     with open_session(work / "found" / "bundle", answer.backend, precision=answer.computes) as session:
         overlaps = [1 - distance for distance in trial.distances_of(session.infer)]

@@ -1,4 +1,4 @@
-"""Students, bundles and packages: folders that pass between steps, known by their files; and JSON and TOML in files."""
+"""Students and bundles: folders that pass between steps, known by their files; and JSON and TOML in files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ ARCHITECTURE_FILE = "architecture/config.json"
 """transformers' configuration, in a student of one of its models."""
 BUNDLE_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
-PACKAGE_FILE = "package.json"
 ENGINE_FOLDER = "engines"
 SCRATCH = "build"
 MAX_JSON = 1 << 26
@@ -42,7 +41,7 @@ MAX_FILE = 1 << 34
 """Bytes of any other file: more than an engine has."""
 MAX_TOML = 1 << 15
 """Bytes; our largest file has 4,000. Parsing time grows with the square of the parts of a dotted name."""
-_KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
+_KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE}
 
 
 def sha256(path: Path, copy: BinaryIO | None = None) -> str:
@@ -136,7 +135,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def kind_of(folder: Path) -> str | None:
-    """ "student", "bundle", "package", or None for a folder that is neither.
+    """ "student", "bundle", or None for a folder that is neither.
 
     Raises:
         ArtifactError: the file that would say so cannot be read.

@@ -25,7 +25,7 @@ from sparsifiner_edge.text import dump_json
 
 RESULT_SCHEMA = 2
 Kind = Literal["profile", "evaluation", "comparison", "demo", "estimate", "search", "robustness", "explanation"]
-_FIX = "Measure again: sparsifiner-edge profile, evaluate, explain, estimate or search, with -o."
+MEASURE_AGAIN = "Measure again: sparsifiner-edge profile, evaluate, explain, estimate or search, with -o."
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -128,7 +128,7 @@ def check_result(content: dict[str, Any], origin: object, form: type[Form]) -> F
     found = flaw(content, nulls=False)
     if found is not None:
         _refuse(origin, found)
-    result = read_record(content, form, origin, _FIX)
+    result = read_record(content, form, origin, MEASURE_AGAIN)
     try:
         datetime.datetime.strptime(result.created, _TIME)
     except ValueError:
@@ -137,7 +137,7 @@ def check_result(content: dict[str, Any], origin: object, form: type[Form]) -> F
 
 
 def _refuse(origin: object, problem: str) -> NoReturn:
-    raise ArtifactError(f"{origin}: {problem}.", _FIX)
+    raise ArtifactError(f"{origin}: {problem}.", MEASURE_AGAIN)
 
 
 def write_result(path: Path, result: Result) -> None:
@@ -174,4 +174,4 @@ def read_result(path: Path, form: type[Result] = Result) -> Result:
     Raises:
         ArtifactError: missing, not a regular file, not JSON, of another version, or see `check_result`.
     """
-    return check_result(read_json(path, RESULT_SCHEMA, _FIX), path, form)
+    return check_result(read_json(path, RESULT_SCHEMA, MEASURE_AGAIN), path, form)

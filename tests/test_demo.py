@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sparsifiner_edge.demo import demo
-from sparsifiner_edge.profiles.profile import profile_bundle
-from sparsifiner_edge.search import whole
-from tests.commands import call
 from tests.plain import read_result
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "demo.py"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about its own calls
 
 
+@pytest.fixture
+def demo() -> Any:
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.long
-def test_a_small_demonstration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in {"MODULE": "tests.small_saliency", "SIZE": 160, "AT_LEAST": 0.8}.items():
-        monkeypatch.setattr(demo, name, value)
-    monkeypatch.setattr(demo, "profile_bundle", lambda *a, **k: profile_bundle(*a, **k | {"seconds": 0.3}))
-    monkeypatch.setattr(whole, "SECONDS", 0.2)
-    done = call(capsys, "demo", "-o", tmp_path / "demo", "--minutes", 1)
-    assert done.code == 0, done.err
-    assert "the fastest at 0.8" in done.out
-    (found,) = read_result(tmp_path / "demo" / "result.json")["statistics"].values()
-    assert found["fidelity"] >= 0.8
-    front = read_result(tmp_path / "demo" / "found" / "front.json")
-    assert front["statistics"]["answer"]["merge"] == found["merge"]
-    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 2
-    for name in ("maps", "what-was-read"):
-        assert (tmp_path / "demo" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo.MODULE, demo.SIZE, demo.AT_LEAST, demo.AFTER_MINUTES, demo.LEAST_MINUTES = (
+        "tests.small_saliency",
+        160,
+        0.8,
+        0,
+        0,
+    )
+    output = tmp_path / "demo"
+    found = demo.main(["-o", str(output), "--minutes", "1.2"])
+    assert list(found) == ["defaults", "fastest at 0.8"]
+    printed = capsys.readouterr().out
+    assert printed.index("defaults") < printed.index("maps.png written") < printed.index("fastest at 0.8")
+    answer = read_result(output / "found" / "front.json")["statistics"]["answer"]
+    assert answer["fidelity"] >= 0.8
+    assert (output / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 1
+    assert (output / "maps.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("default", "found"):
+        assert read_result(output / f"{name}-task.json")["statistics"]["iou"]["mean"]["value"] > 0
+        assert read_result(output / f"{name}-speed.json")["statistics"]["comparison"]["ratio"]["value"] > 0
+    # An earlier one is replaced, and with no time left there are the defaults alone.
+    demo.LEAST_MINUTES = 1
+    assert list(demo.main(["-o", str(output), "--minutes", "0"])) == ["defaults"]
+    assert not (output / "found").exists()
+
+
+def test_a_demonstration_leaves_other_folders_alone(demo: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match="holds no demonstration"):
+        demo.main(["-o", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]

@@ -27,8 +27,7 @@ import importlib.resources, json, pathlib, sys
 import sparsifiner_edge
 from sparsifiner_edge.distill.recipe import names
 from sparsifiner_edge.ops.native import library_path
-from sparsifiner_edge.package.common import template
-from sparsifiner_edge.package.gst import element_file
+from sparsifiner_edge.package import template
 from sparsifiner_edge.profiles.boards.board import board_names, load_board
 from sparsifiner_edge.profiles.roofline import times_faster
 orin = load_board("jetson-orin-nano-8gb-super")
@@ -36,8 +35,8 @@ print(json.dumps({
     "from": str(pathlib.Path(sparsifiner_edge.__file__).parents[1]),
     "library": library_path() is not None,
     "boards": board_names(), "recipes": names(), "faster": times_faster(orin, 1370, 0.1, 6),
-    "plans": template("triton/plans.md", name="n", version="v", cards="c"),
-    "element": element_file().read_text("utf-8"),
+    "guide": template("triton/guide.md", name="n", shape="1"),
+    "element": importlib.resources.files("sparsifiner_edge.gstreamer").joinpath("python/sparsifiner.py").read_text(),
     **{name: sorted(x.name for x in importlib.resources.files(f"sparsifiner_edge.{name}").iterdir() if x.is_file())
        for name in sys.argv[1:]},
 }))
@@ -93,8 +92,8 @@ def agrees(found: dict[str, object], *, library: bool) -> None:
         assert found[name] == sorted(x.removesuffix(".toml") for x in files[name] if x.endswith(".toml"))
     assert found["library"] is library
     assert isinstance(found["faster"], float)
-    assert isinstance(found["plans"], str)
-    assert "{" not in found["plans"]
+    assert isinstance(found["guide"], str)
+    assert "{" not in found["guide"]
     assert found["element"] == (ROOT / "export/gstreamer/python/sparsifiner.py").read_text("utf-8")
 
 

@@ -262,7 +262,7 @@ def test_servers_get_it_as_an_output(bundle: Path, tmp_path: Path, capsys: Any) 
     assert done.code == 0, done.err
     (config,) = (tmp_path / "triton" / "models").glob("*/config.pbtxt")
     text = " ".join(config.read_text().split())
-    assert 'output { name: "novelty" data_type: TYPE_FP32 dims: 1 }' in text
+    assert 'output { name: "novelty" data_type: TYPE_FP32 dims: [1] }' in text
     done = call(capsys, "package", bundle, "--for", "deepstream", "-o", tmp_path / "deepstream")
     assert done.code == 0, done.err
     assert "novelty is left out" in (tmp_path / "deepstream" / "README.md").read_text()

@@ -82,7 +82,6 @@ def test_base_install_without_extras() -> None:
         (["sparsify", "vit_tiny_patch16_224", "-o", "x"], "train"),
         (["export", "vit_tiny_patch16_224", "-o", "x"], "train,cpu"),
         (["evaluate", "x", "--data", "."], "train,cpu"),
-        (["demo", "-o", "x"], "demo"),
     ],
 )
 def test_a_missing_extra_names_its_pip_command(arguments: list[str], extra: str, tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 import sparsifiner_edge as se
 from sparsifiner_edge.demo.saliency import saliency
 from sparsifiner_edge.demo.split import development, home
+from sparsifiner_edge.errors import ImageError
 from sparsifiner_edge.images import Normalisation, load_image, load_mask
 from sparsifiner_edge.metrics import auroc, intersection_over_union, mean_absolute_error
+from sparsifiner_edge.report import write_report
 from sparsifiner_edge.sparse.weights import normalise
 from tests.commands import assert_refused, call, process
 
@@ -103,9 +105,9 @@ def test_maps_and_masks(
     page = tmp_path / "page.html"
     assert call(capsys, "report", tmp_path / "result.json", "-o", page).code == 0
     assert "mean absolute error" in page.read_text(encoding="utf-8")
-    arguments = ["report", tmp_path / "result.json", "-o", page, "--picture"]
-    assert_refused(call(capsys, *arguments, __file__), "is no PNG or JPEG")
-    assert call(capsys, *arguments, pictures / "picture0.png").code == 0
+    with pytest.raises(ImageError, match="is no PNG or JPEG"):
+        write_report([tmp_path / "result.json"], page, pictures=[__file__])
+    write_report([tmp_path / "result.json"], page, pictures=[pictures / "picture0.png"])
     assert "data:image/png;base64," in page.read_text(encoding="utf-8")
 
 

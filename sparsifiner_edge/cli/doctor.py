@@ -7,8 +7,7 @@ import msgspec
 
 from sparsifiner_edge import doctor
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime.cuda.support import CudaSupport
+from sparsifiner_edge.records import Unavailable
 
 
 @click.command()
@@ -19,9 +18,22 @@ def command(as_json: bool) -> None:
     if as_json:
         common.print_json(msgspec.to_builtins(findings))
         return
-    common.print_table("Backends", ["backend", "available", "version", "remark"], _backend_rows(findings))
-    common.print_table("Extras", ["extra", "package", "version", "install"], _extra_rows(findings.extras))
-    common.print_table("Machine", ["what", "value"], _machine_rows(findings))
+    common.print_table("Parts", ["part", "available", "version", "remark"], _parts(findings))
+    extras = [
+        [
+            extra if number == 0 else "",
+            name,
+            _text(version),
+            f'pip install "sparsifiner-edge[{extra}]"' if missing else "",
+        ]
+        for extra, packages in findings.extras.items()
+        for number, (name, version) in enumerate(packages.items())
+        for missing in [isinstance(version, Unavailable)]
+    ]
+    common.print_table("Extras", ["extra", "package", "version", "install"], extras)
+    fields = msgspec.structs.asdict(findings.machine) | {"python": findings.environment.python}
+    fields |= findings.environment.packages | findings.environment.variables
+    common.print_table("Machine", ["what", "value"], [[name, _text(value)] for name, value in fields.items()])
     for warning in findings.warnings:
         click.echo(f"warning: {warning}")
 
@@ -30,53 +42,18 @@ def _text(value: object) -> str:
     return value.why if isinstance(value, Unavailable) else str(value)
 
 
-def _backend_rows(findings: doctor.Findings) -> list[list[str]]:
+def _parts(findings: doctor.Findings) -> list[list[str]]:
     rows = [
-        [f"  {name}" if inside else backend, "yes" if entry.available else "no", _text(entry.version), entry.reason]
-        for backend, state in (*findings.backends.items(), ("triton", findings.triton))
-        for inside, (name, entry) in enumerate([(backend, state), *state.options.items()])
+        [name, "yes" if state.available else "no", _text(state.version), state.reason]
+        for name, state in (*findings.backends.items(), ("triton", findings.triton))
     ]
-    device, missing, library = findings.cuda, findings.decoding.missing, findings.native_library
-    support = findings.cuda_support
-    known = not isinstance(support.driver, Unavailable)
-    rows.append(
-        ["CUDA driver", "yes" if known else "no", _text(support.driver) if known else "", _cuda_remark(support)]
-    )
-    if isinstance(device, Unavailable):
-        rows.append(["CUDA device", "no", "", device.why])
-    else:
-        remark = f"{device.name}, compute capability {device.compute_capability}"
-        rows.append(["CUDA device", "yes", device.driver_version, remark])
+    device, missing, support = findings.cuda, findings.decoding.missing, findings.cuda_support
+    jetson = f"Jetson Linux {support.jetson}; " if support.jetson else ""
+    rows.append(["CUDA driver", "", _text(support.driver), jetson + support.install])
+    known = not isinstance(device, Unavailable)
+    named = device.why if isinstance(device, Unavailable) else f"{device.name}, {device.compute_capability}"
+    rows.append(["CUDA device", "yes" if known else "no", "", named])
     rows.append(["decoding confined", "no" if missing else "yes", "", "; ".join(missing)])
     rows.append(["telemetry", "", "", findings.telemetry["onnxruntime"]])
-    return [*rows, ["native library", "yes" if library else "no", "", findings.native_library_reason]]
-
-
-def _cuda_remark(support: CudaSupport) -> str:
-    jetson = f"Jetson Linux {support.jetson}" if support.jetson else ""
-    reason = support.driver.why if isinstance(support.driver, Unavailable) else ""
-    return "; ".join(part for part in (jetson, reason, support.install) if part)
-
-
-def _extra_rows(extras: Known[dict[str, doctor.Extra]]) -> list[list[str]]:
-    if isinstance(extras, Unavailable):
-        return [["", "", "", extras.why]]
-    return [
-        [
-            extra if number == 0 else "",
-            package,
-            _text(version),
-            "" if entry.complete or number else entry.install,
-        ]
-        for extra, entry in extras.items()
-        for number, (package, version) in enumerate(entry.packages.items())
-    ]
-
-
-def _machine_rows(findings: doctor.Findings) -> list[list[str]]:
-    software = findings.environment
-    packages = [[name, _text(version)] for name, version in software.packages.items()]
-    variables = [[name, value] for name, value in software.variables.items()]
-    fields = msgspec.structs.asdict(findings.machine)
-    rows = [[name.replace("_", " "), _text(value)] for name, value in fields.items()]
-    return [["python", software.python], *packages, *variables, *rows]
+    available = "yes" if findings.native_library else "no"
+    return [*rows, ["native library", available, "", findings.native_library_reason]]

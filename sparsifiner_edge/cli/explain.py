@@ -41,7 +41,7 @@ def command(
     """Show what STUDENT read, merged and averaged on images, what of that reached the output, and whether it is so."""
     import sparsifiner_edge
     from sparsifiner_edge.report.explain_page import write_explanation, write_overview
-    from sparsifiner_edge.report.rendering import templates
+    from sparsifiner_edge.report.texts import templates
 
     place = None if at is None else _place(at)
     templates()  # Before minutes of work that no page could show.

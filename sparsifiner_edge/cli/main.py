@@ -33,7 +33,6 @@ COMMANDS = {
     "run": "Run a bundle on images, a video or a camera; one JSON line per image or frame.",
     "package": "Write a bundle for DeepStream, Triton server or GStreamer, with the commands.",
     "bundle": "Verify a bundle; sign it, so that what nobody signed can be refused.",
-    "demo": "The whole way on real weights and photographs, dense beside sparse.",
     "doctor": "Say what is installed, what works, and what to do about the rest.",
 }
 

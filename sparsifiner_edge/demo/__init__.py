@@ -1,1 +1,1 @@
-"""The demonstration, and the weights and images that other packages ship for it."""
+"""Weights and images that other packages ship, for the demonstration (`examples/demo.py`), tests and benchmarks."""

@@ -1,65 +1,171 @@
-"""`package_bundle`: a bundle in the form that another system's pipeline takes: DeepStream, Triton server, GStreamer."""
+"""`package_bundle`: a bundle in the form that another system's pipeline takes: DeepStream, Triton server, GStreamer.
+
+    deepstream: model.onnx with float planes in, labels.txt, config_infer.txt for Gst-nvinfer
+    triton:     models/NAME/config.pbtxt, labels.txt, 1/model.onnx, libsparsifiner_ops.so where it is built
+    gstreamer:  bundle/ as it was, signature included, plugins/python/sparsifiner.py
+
+Each with a README.md of the commands. Texts are those of `export/` at the root, with their fields filled in. Paths in
+them are relative to the files themselves, so a folder can go anywhere; Triton's must be mounted at /models.
+"""
 
 from __future__ import annotations
 
-import importlib
+import importlib.resources
+import os
+import re
+import shutil
+from fractions import Fraction
 from pathlib import Path
 
 from msgspec import Struct
 
-from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.package.common import new_package, read_bundle
+from sparsifiner_edge.artifacts import BUNDLE_FILE
+from sparsifiner_edge.bounds import height_width
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, TensorSpec
+from sparsifiner_edge.bundle.sign import read_signature, write_signature
+from sparsifiner_edge.bundle.store import LABELS_FILE, Bundle, open_bundle
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.files import io_errors, replaced
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.package import deepstream
+from sparsifiner_edge.text import file_name
 
-TARGETS = {
-    "deepstream": "sparsifiner_edge.package.deepstream",
-    "triton": "sparsifiner_edge.package.triton",
-    "gstreamer": "sparsifiner_edge.package.gst",
-}
-"""Target -> module with `write(bundle, folder, batch, kernels)`: fills an empty folder, returns remarks."""
+BATCH = 8
+"""Greatest batch that Triton makes, of a bundle of dynamic batch."""
+_NAME = re.compile(r"[A-Za-z0-9_./:-]+")
+"""A tensor's name: it goes into lists with semicolons and into lines of configurations."""
+_TYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 
 
 class Package(Struct, frozen=True):
-    """What was written. files: paths in the folder `output`. remarks: what the user should know about it there."""
+    """What was written: paths in the folder `output`."""
 
     output: str
-    target: str
-    files: tuple[str, ...]
-    remarks: tuple[str, ...]
+    files: list[str]
 
 
-def package_bundle(
-    bundle: str | Path, target: str, output: str | Path, *, batch: int | None = None, kernels: str = "auto"
-) -> Package:
+def package_bundle(bundle: str | Path, target: str, output: str | Path) -> Package:
     """Write a folder that another system's pipeline takes as it is, with the commands in its README.
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
-        target: one of `TARGETS`.
-        output: folder to write; an earlier package there is replaced.
-        batch: greatest batch, for a bundle of dynamic batch; None lets the target choose.
-        kernels: for Triton: "auto" brings the native library of this machine where there is one, "portable" does not.
+        target: "deepstream", "triton" or "gstreamer".
+        output: folder to write, which must not exist or be empty.
 
     Raises:
-        ConfigError: no such target, or the bundle or an option does not fit it.
-        GateError: a variant of the model disagrees with the golden pair; nothing is written.
+        ConfigError: no such target, or the bundle does not fit it.
         SparsifinerError: unusable input; nothing is written.
     """
-    for name, value, choices in (("target", target, TARGETS), ("kernels", kernels, ("auto", "portable"))):
-        if value not in choices:
-            raise ConfigError(f"{name} is {value!r}.", f"Choose one of: {', '.join(choices)}.")
-    if (kernels != "auto" and target != "triton") or (batch is not None and target == "gstreamer"):
-        option = "batch" if kernels == "auto" else "kernels"
-        raise ConfigError(f"--{option} cannot be combined with --for {target}.", "Leave it out.")
-    read = read_bundle(Path(bundle))
-    fixed = read.manifest.batch
-    if target != "triton" and fixed not in (None, 1):
-        raise ConfigError(
-            f"{bundle} takes batches of {fixed}; frames come one by one.", "Export it with --batch 1 or dynamic."
-        )
-    if batch is not None and (batch < 1 or fixed not in (None, batch)):
-        said = f"{bundle} has a fixed batch of {fixed}" if fixed else f"batch is {batch}"
-        raise ConfigError(f"{said}.", "Leave --batch out, or export the bundle with --batch dynamic.")
-    with new_package(Path(output), read, target) as folder:
-        remarks = importlib.import_module(TARGETS[target]).write(read, folder, batch, kernels)
+    writers = {"deepstream": _write_deepstream, "triton": _write_triton, "gstreamer": _write_gstreamer}
+    if target not in writers:
+        raise ConfigError(f"target is {target!r}.", f"Choose one of: {', '.join(writers)}.")
+    opened, place = _open(Path(bundle)), Path(output)
+    if target != "triton" and (batch := opened.manifest.batch) not in (None, 1):
+        raise ConfigError(f"{bundle} takes batches of {batch}; frames come one by one.", "Export it with --batch 1.")
+    with io_errors(place):
+        if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
+            raise ArtifactError(f"{output} exists; it is left untouched.", "Choose another output, or remove it.")
+    if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(bundle)):
+        raise ArtifactError(f"{output} is in the bundle.", "Choose another output.")
+    with replaced(place) as folder:
+        writers[target](opened, folder)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return Package(str(output), target, tuple(files), tuple(remarks))
+    return Package(str(output), files)
+
+
+def _open(folder: Path) -> Bundle:
+    """A bundle that takes one image, whose tensors have names that can lead nowhere."""
+    bundle = open_bundle(folder)
+    manifest, (height, width) = bundle.manifest, height_width(bundle.image_size)
+    bundle.model()  # A model that needs other files is not passed on.
+    if [(t.name, t.dtype, t.shape[1:]) for t in manifest.inputs] != [("image", "uint8", (height, width, 3))]:
+        raise ConfigError(f"{folder} does not take one image `image` uint8 [B,{height},{width},3].", "Export it again.")
+    names = [output.name for output in manifest.outputs]
+    if not names or len(set(names)) < len(names) or not all(map(_NAME.fullmatch, names)):
+        raise ArtifactError(f"{folder}: outputs are named {names!r:.60}.", "Do not use this bundle.")
+    return bundle
+
+
+def _name(bundle: Bundle) -> str:
+    return file_name(bundle.manifest.name or "")
+
+
+def template(name: str, /, **values: object) -> str:
+    """A file of `export/` with its fields filled in, such as "triton/guide.md"."""
+    target, _, file = name.partition("/")
+    text = importlib.resources.files(f"sparsifiner_edge.{target}").joinpath(file).read_text(encoding="utf-8")
+    return text.format(**values)
+
+
+def _write_deepstream(bundle: Bundle, folder: Path) -> None:
+    if bundle.precision not in deepstream.MODES:
+        what = f"{bundle.folder} is {bundle.precision}: Gst-nvinfer builds int8 only with its own calibration table."
+        raise ConfigError(what, "Export it with --precision fp32 or fp16.")
+    model = deepstream.for_nvinfer(bundle.model())
+    outputs = [output.name for output in model.graph.output]  # Names that were not checked go into no list.
+    if not {deepstream.PROBABILITIES, *(output.name for output in bundle.manifest.outputs)}.issuperset(outputs):
+        raise ArtifactError(f"{bundle.folder}: the model gives other outputs than its manifest says.", "Do not use it.")
+    (folder / MODEL_FILE).write_bytes(model.SerializeToString())
+    (height, width), labels = height_width(bundle.image_size), bundle.labels()
+    config = template(
+        "deepstream/nvinfer.txt", batch=bundle.manifest.batch or 1, precision=bundle.precision, height=height,
+        width=width, mode=deepstream.MODES[bundle.precision], outputs=";".join(outputs),
+    )  # fmt: skip
+    kind = "classifier" if outputs == [deepstream.PROBABILITIES] else "tensors"
+    (folder / "config_infer.txt").write_text(config + template(f"deepstream/{kind}.txt"), encoding="utf-8")
+    if labels:  # One line, with semicolons between.
+        line = ";".join(label.replace(";", ",").strip() or "-" for label in labels)
+        (folder / LABELS_FILE).write_text(f"{line}\n", encoding="utf-8")
+    guide = template("deepstream/guide.md", name=_name(bundle), height=height, width=width)
+    (folder / "README.md").write_text(guide, encoding="utf-8")
+
+
+def _write_triton(bundle: Bundle, folder: Path) -> None:
+    name, most, labels = _name(bundle), 0 if bundle.manifest.batch else BATCH, bundle.labels()
+    model = folder / "models" / name
+    (model / "1").mkdir(parents=True)
+    (model / "1" / MODEL_FILE).write_bytes(bundle.read(MODEL_FILE))
+    if labels:
+        (model / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    # The native library computes in float32 alone.
+    library = native.library_path() if bundle.manifest.ops and bundle.manifest.float16 is None else None
+    if library is not None:
+        shutil.copyfile(library, model / library.name)
+    config = template(
+        "triton/config.pbtxt", name=name, most=most, size=_dims(bundle.manifest.inputs[0], most),
+        outputs="".join(_output(output, most, bool(labels)) for output in bundle.manifest.outputs),
+        batching="dynamic_batching {\n  max_queue_delay_microseconds: 2000\n}\n" if most else "",
+        library=f'model_operations {{\n  op_library_filename: "/models/{name}/{library.name}"\n}}\n' if library else "",
+    )  # fmt: skip
+    (model / "config.pbtxt").write_text(config, encoding="utf-8")
+    shape = f"{bundle.manifest.batch or 1},{','.join(map(str, height_width(bundle.image_size)))},3"
+    (folder / "README.md").write_text(template("triton/guide.md", name=name, shape=shape), encoding="utf-8")
+
+
+def _output(tensor: TensorSpec, most: int, labelled: bool) -> str:
+    if tensor.dtype not in _TYPES or not tensor.shape:
+        raise ConfigError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}: Triton has no such output.", AGAIN)
+    labels = f'  label_filename: "{LABELS_FILE}"\n' if labelled and tensor.name == "logits" else ""
+    kind = f'  name: "{tensor.name}"\n  data_type: TYPE_{_TYPES[tensor.dtype]}\n'
+    return f"output {{\n{kind}  dims: {_dims(tensor, most)}\n{labels}}}\n"
+
+
+def _dims(tensor: TensorSpec, most: int) -> list[int]:
+    """Without the batch axis where Triton makes batches; -1 for a dynamic axis."""
+    return [size if isinstance(size, int) else -1 for size in tensor.shape[1 if most else 0 :]]
+
+
+def _write_gstreamer(bundle: Bundle, folder: Path) -> None:
+    bundle.copy(bundle.manifest.files, folder / "bundle")
+    (folder / "bundle" / BUNDLE_FILE).write_bytes(bundle.text)
+    signature = read_signature(bundle.folder)
+    if signature is not None:
+        write_signature(folder / "bundle", signature)
+    # GStreamer's loader imports the element; here it is data.
+    element, plugins = importlib.resources.files("sparsifiner_edge.gstreamer"), folder / "plugins" / "python"
+    plugins.mkdir(parents=True)
+    (plugins / "sparsifiner.py").write_bytes((element / "python" / "sparsifiner.py").read_bytes())
+    height, width = height_width(bundle.image_size)
+    ratio = "/".join(map(str, Fraction(width, height).as_integer_ratio()))
+    guide = template("gstreamer/guide.md", name=_name(bundle), ratio=ratio, height=height, width=width)
+    (folder / "README.md").write_text(guide, encoding="utf-8")

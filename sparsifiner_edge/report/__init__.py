@@ -1,6 +1,5 @@
 """One page from result files: what was measured, what it means, and how to measure it again."""
 
-from sparsifiner_edge.report.other_sections import Prices
 from sparsifiner_edge.report.page import write_report
 
-__all__ = ["Prices", "write_report"]
+__all__ = ["write_report"]

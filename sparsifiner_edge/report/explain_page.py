@@ -14,19 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.explained import OURS, Explained, ExplainMethod, LayerMaps
+from sparsifiner_edge.explained import OURS, Explained, ExplainMethod
 from sparsifiner_edge.files import write_bytes, write_text
-from sparsifiner_edge.report.rendering import PALETTE, templates
-from sparsifiner_edge.report.texts import Texts
+from sparsifiner_edge.report.texts import Texts, templates
 from sparsifiner_edge.report.values import clean
-
-_QUALITY = 85
-_KEYS = 5
-"""Of what a place reads, so many of each layer are on the page; the result file holds more."""
 
 
 def write_explanation(images: Sequence[Explained], method: ExplainMethod, output: Path, language: str = "en") -> Path:
-    """Write `index.html`.
+    """Write the page.
 
     Args:
         images, method: as explained. output: the page. language: "en" or "ja".
@@ -34,49 +29,34 @@ def write_explanation(images: Sequence[Explained], method: ExplainMethod, output
     Raises:
         ConfigError: no such language. MissingExtraError: jinja2 is not installed. ArtifactError: the disk refuses.
     """
-    text = templates().get_template("explain.html").render(
-        t=Texts(language), palette=PALETTE, method=method, most=_KEYS, version=version("sparsifiner-edge"),
-        images=[(clean(image.path.name, 80), _address(image), image.summary) for image in images],
-    )  # fmt: skip
-    write_text(output, text)
+    shown = [
+        (clean(image.path.name), base64.b64encode(_overview(image, "JPEG")).decode(), image.summary) for image in images
+    ]
+    page = templates().get_template("explain.html")
+    write_text(output, page.render(t=Texts(language), method=method, images=shown, version=version("sparsifiner-edge")))
     return output
-
-
-def _address(image: Explained) -> str:
-    """Of its overview, as data."""
-    return f"data:image/jpeg;base64,{base64.b64encode(_encoded(_overview(image), 'JPEG')).decode()}"
-
-
-def _encoded(pixels: Pixels, form: str) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form, quality=_QUALITY)
-    return buffer.getvalue()
 
 
 def write_overview(image: Explained, output: Path) -> Path:
-    """One picture, for a report: the photograph; what its layers read, on average; what merged by the last layer; what
-    reached the output.
+    """One picture, a PNG: the photograph; what its layers read, on average; what merged by the last layer; what reached
+    the output.
     """
-    write_bytes(output, _encoded(_overview(image), "PNG"))
+    write_bytes(output, _overview(image, "PNG"))
     return output
 
 
-def _overview(image: Explained) -> Pixels:
-    pixels = image.image
-    rows, columns = image.reached[OURS].shape
-    read = np.mean([_read_share(layer) for layer in image.layers], 0).reshape(rows, columns)
-    panels = [pixels, _heat(pixels, read), _mosaic(pixels, image.layers[-1].token.reshape(rows, columns))]
-    panels.append(_heat(pixels, image.reached[OURS]))
-    gap = np.full((pixels.shape[0], 6, 3), 255, np.uint8)
-    return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], 1)
+def _overview(image: Explained, form: str) -> bytes:
+    from PIL import Image
 
-
-def _read_share(layer: LayerMaps) -> Array:
-    """Of each patch, how often tiles and heads read its token, of the most [P]."""
-    share = layer.heads.mean(0)
-    return np.asarray((share / max(float(share.max()), 1e-9))[layer.token])
+    pixels, reached = image.image, image.reached[OURS]
+    heads = [layer.heads.mean(0) / max(float(layer.heads.mean(0).max()), 1e-9) for layer in image.layers]
+    read = np.mean([share[layer.token] for share, layer in zip(heads, image.layers, strict=True)], 0)
+    merged = _mosaic(pixels, image.layers[-1].token.reshape(reached.shape))
+    panels = [pixels, _heat(pixels, read.reshape(reached.shape)), merged, _heat(pixels, reached)]
+    gap, buffer = np.full((pixels.shape[0], 6, 3), 255, np.uint8), io.BytesIO()
+    drawn = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], 1)
+    Image.fromarray(drawn).save(buffer, form, quality=85)
+    return buffer.getvalue()
 
 
 def _heat(pixels: Pixels, values: Array) -> Pixels:

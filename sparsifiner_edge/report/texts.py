@@ -1,4 +1,4 @@
-"""The page's words in English and Japanese: `texts/en.json` and `texts/ja.json`, with the same keys."""
+"""The pages' words in English and Japanese, one catalogue, `texts.json`, with both of each; and their templates."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.report.values import Interval, reason, with_interval
+from sparsifiner_edge.errors import ConfigError, MissingExtraError
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.report.values import Interval, clean, with_interval
 
 LANGUAGES = ("en", "ja")
 
@@ -16,19 +17,17 @@ LANGUAGES = ("en", "ja")
 class Texts:
     """Words of one language: `texts("verdict.faster", subject=..., against=...)`.
 
-    Args:
-        language: one of `LANGUAGES`.
-
     Raises:
-        ConfigError: another language.
+        ConfigError: the language is none of `LANGUAGES`.
     """
 
     def __init__(self, language: str) -> None:
         if language not in LANGUAGES:
             raise ConfigError(f"lang is {language!r}.", f"Choose one of: {', '.join(LANGUAGES)}.")
         self.language = language
-        file = importlib.resources.files("sparsifiner_edge.report") / "texts" / f"{language}.json"
-        self._texts: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        catalogue = importlib.resources.files("sparsifiner_edge.report") / "texts.json"
+        entries = json.loads(catalogue.read_text(encoding="utf-8")).items()
+        self._texts: dict[str, str] = {key: words[language] for key, words in entries}
 
     def __call__(self, key: str, **values: object) -> str:
         """The text of `key` with `values` in place of its fields."""
@@ -40,22 +39,39 @@ class Texts:
 
     def listed(self, parts: Sequence[str]) -> str:
         """Parts in a row, as the language writes lists."""
-        return self._texts["list.separator"].join(parts)
+        return self("list.separator").join(parts)
 
-    def heads(self, room: str, names: Sequence[str]) -> list[str]:
-        """The heads of a table's columns: the texts of `room.name`."""
-        return [self(f"{room}.{name}") for name in names]
+    def heads(self, section: str, names: Sequence[str]) -> list[str]:
+        """The heads of a table's columns: the texts of `section.name`."""
+        return [self(f"{section}.{name}") for name in names]
 
     def figure(self, figure: Interval | None, unit: str = "", digits: int | None = None) -> str:
         """A figure with its interval; a dash for none."""
-        return "–" if figure is None else with_interval(figure, self._texts["interval"], unit, digits)
+        return "–" if figure is None else with_interval(figure, self("interval"), unit, digits)
 
     def signed(self, points: Interval) -> str:
         """Percentage points with their sign: "-0.30 (-0.60 to 0.00)"."""
         low, high = ("?" if bound is None else f"{bound:+.2f}" for bound in points[1:])
         return f"{points.value:+.2f} ({self('interval.signed', low=low, high=high)})"
 
-    def missing(self, found: Any, how: str) -> str:
+    def missing(self, content: object, how: str) -> str:
         """What stands for a figure that is not there: the reason in the result, else how to measure it."""
-        why = reason(found)
-        return self("reason", why=why) if why else self("not_measured", how=how)
+        if isinstance(content, Unavailable):
+            return self("reason", why=clean(content.why, 300))
+        return self("not_measured", how=how)
+
+
+def templates() -> Any:
+    """The pages' templates, a `jinja2.Environment` that escapes all text.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError("jinja2", "report") from error
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("sparsifiner_edge.report", "template"), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip

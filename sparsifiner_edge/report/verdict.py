@@ -1,36 +1,37 @@
-"""The top of the page: the sentences that say how it came out, and warnings."""
+"""The top of the page: the sentences that say how it came out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from sparsifiner_edge.report.conditions import ComparedSides, ReportData, board_of
-from sparsifiner_edge.report.explain_section import explain_sentences
-from sparsifiner_edge.report.result_files import Accuracy, ResultFile, ResultSide
-from sparsifiner_edge.report.search_section import search_sentence
-from sparsifiner_edge.report.stability_section import stability_sentences
+from sparsifiner_edge.profiles.figures import Comparison
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.report.measured import Evaluation, cosine_files, metric_name
+from sparsifiner_edge.report.others import ALL, task_files
+from sparsifiner_edge.report.reading import ReportData, ResultFile, Side
+from sparsifiner_edge.report.records import ClassEvaluation, Robustness, ScoreEvaluation, SearchRecord
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.values import Interval, clean, get, interval, plain, rows
+from sparsifiner_edge.report.values import Interval, clean, exact, interval, plain
 
 
 def verdict_sentences(data: ReportData) -> list[str]:
     """The verdict: what the page shows, a sentence each, the most important first."""
-    texts, sentences = data.texts, []
-    if data.differences:
-        sentences.append(texts("verdict.refused", fields=field_names(data.differences, texts)))
-    for group in data.groups:
-        compared = group.compared()
-        sentences += [_compared(found, texts) for found in compared] or [_single(side, texts) for side in group.sides]
-    if not data.groups:
-        sentences += [_single(side, texts) for side in data.sides if side.estimated]
-    sentences += [text for found in data.accuracies if (text := _accuracy_sentence(found, texts))]
-    sentences += [told for file in data.search_files if (told := search_sentence(file, texts))]
-    sentences += [text for file in data.task_files if (text := _task_sentence(file, data))]
-    sentences += [told for file in data.robustness_files for told in stability_sentences(file, texts)]
-    sentences += [told for file in data.explanation_files for told in explain_sentences(file, texts)]
-    tried = {str(s.sha256) for file in data.task_files for s in file.result.subjects}
-    judged = {side.sha for side in data.measured if side.role != "against"}
-    if judged and judged.isdisjoint(tried.union(found.sha for found in data.accuracies)):
+    texts = data.texts
+    sentences = [texts("verdict.refused", fields=field_names(data.differences, texts))] if data.differences else []
+    compared = data.compared()
+    for subject, against, comparison in compared:
+        sentences.append(_compared(subject, against, comparison, texts))
+    for side in () if compared else data.sides:
+        latency = texts.figure(exact(side.figures.latency_ms.p50), "ms")
+        sentences.append(texts("verdict.alone", subject=side.label, latency=latency))
+    accuracies: list[Evaluation] = [*data.of(ClassEvaluation), *cosine_files(data)]
+    sentences += [_accuracy(file, data) for file in accuracies]
+    sentences += [sentence for file in data.of(SearchRecord) for sentence in _search(file, texts)]
+    sentences += [sentence for file in task_files(data) for sentence in _task(file, data)]
+    sentences += [sentence for file in data.of(Robustness) for sentence in _stability(file, texts)]
+    evaluated = {str(subject.sha256) for file in (*accuracies, *task_files(data)) for subject in file.result.subjects}
+    judged = {side.sha for side in data.sides if side.role == "subject"}
+    if judged and judged.isdisjoint(evaluated):
         sentences.append(texts("verdict.no_accuracy"))
     return sentences or [texts("verdict.nothing")]
 
@@ -40,72 +41,58 @@ def field_names(fields: Iterable[str], texts: Texts) -> str:
     return texts.listed([texts(f"field.{name}") for name in fields])
 
 
-def _compared(found: ComparedSides, texts: Texts) -> str:
-    names = {"subject": found.subject.label, "against": found.against.label}
-    ratio, verdict = found.ratio, found.verdict
-    if verdict not in ("faster", "slower") or ratio.low is None or ratio.high is None:
+def _compared(subject: Side, against: Side, comparison: Comparison, texts: Texts) -> str:
+    names = {"subject": subject.label, "against": against.label}
+    ratio, verdict = exact(comparison.ratio), comparison.verdict
+    if verdict not in ("faster", "slower") or not ratio.low or not ratio.high or min(ratio.reach) <= 0:
         return texts("verdict.same", **names, ratio=texts.figure(ratio))
-    if verdict == "slower" and ratio.low > 0 and ratio.high:
+    if verdict == "slower":
         ratio = Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
     low, high = ratio.reach
     return texts(f"verdict.{verdict}", **names, ratio=plain(ratio.value), low=plain(low), high=plain(high))
 
 
-def _single(side: ResultSide, texts: Texts) -> str:
-    """What a side says that nothing is compared with: a median, or an estimate."""
-    latency = side.figure("latency_ms") if side.estimated else side.figure("latency_ms", "p50")
-    if latency is None:
-        return texts("verdict.no_latency", subject=side.label)
-    key = "verdict.estimate" if side.estimated else "verdict.alone"
-    return texts(key, subject=side.label, board=board_of(side), latency=texts.figure(latency, "ms"))
+def _accuracy(file: Evaluation, data: ReportData) -> str:
+    texts, subject = data.texts, data.label_of(file.subject("subject"))
+    if isinstance(file.result, ScoreEvaluation):
+        score = file.result.statistics.get("features_cosine")
+        value = texts.figure(interval(score.mean if score else None), digits=4)
+        return texts("verdict.cosine", subject=subject, value=value)
+    shares = file.result.statistics
+    points = exact(shares.difference_points)
+    return texts(
+        "verdict.accuracy", subject=subject, metric=metric_name(file.result.method.metric, texts),
+        student=f"{shares.subject_percent:.2f}", teacher=f"{shares.teacher_percent:.2f}", points=texts.signed(points),
+    )  # fmt: skip
 
 
-def _task_sentence(file: ResultFile, data: ReportData) -> str:
-    """How near a map comes to the dense model's; "" where the task is a user's own."""
+def _task(file: ResultFile[ScoreEvaluation], data: ReportData) -> Iterator[str]:
+    """How near a map comes to the dense model's; nothing where the task is a user's own."""
     texts, statistics = data.texts, file.result.statistics
-    known = [(name, interval(statistics, name, "mean")) for name in ("error", "iou") if name in statistics]
-    shas = {str(subject.sha256) for subject in file.result.subjects if subject.role == "subject"}
-    label = next((side.bundle_name for side in data.sides if side.sha in shas), file.name)
-    figures = [f"{texts(f'task.{name}')} {texts.figure(value, digits=4)}" for name, value in known]
-    return texts("verdict.task", file=label, figures=texts.listed(figures)) if figures else ""
+    figures = [
+        f"{texts(f'task.{name}')} {texts.figure(exact(statistics[name].mean), digits=4)}"
+        for name in ("error", "iou") if name in statistics
+    ]  # fmt: skip
+    if figures:
+        yield texts("verdict.task", file=data.label_of(file.subject("subject")), figures=texts.listed(figures))
 
 
-def _accuracy_sentence(found: Accuracy, texts: Texts) -> str:
-    """What an evaluation says of its subject; "" for a teacher, which the subject's sentence names."""
-    if found.role != "subject":
-        return ""
-    if found.metric == "cosine":
-        value = found.value
-        return texts("verdict.cosine", subject=found.label, value=texts.figure(value, digits=4)) if value else ""
-    student, teacher = (interval(found.figures, f"{role}_percent") for role in ("subject", "teacher"))
-    points = interval(found.figures, "difference_points")
-    if student is None or teacher is None or points is None:
-        return ""
-    percent = {"student": f"{student.value:.2f}", "teacher": f"{teacher.value:.2f}", "points": texts.signed(points)}
-    return texts("verdict.accuracy", subject=found.label, metric=metric_name(found.metric, texts), **percent)
+def _search(file: ResultFile[SearchRecord], texts: Texts) -> Iterator[str]:
+    answer, dense = file.result.statistics.answer, file.result.statistics.dense
+    if not isinstance(answer, Unavailable) and dense:
+        least = min((one.ms for one in dense), key=lambda ms: ms.value)
+        yield texts(
+            "verdict.search" if file.result.method.board is None else "verdict.search_board",
+            ms=texts.figure(exact(answer.ms), "ms"), engine=clean(answer.engine),
+            dense=texts.figure(exact(least), "ms"), fidelity=f"{answer.fidelity:.4f}",
+        )  # fmt: skip
 
 
-def metric_name(metric: str, texts: Texts) -> str:
-    """A metric in the page's language."""
-    return texts.known(f"metric.{metric}", metric)
-
-
-def flags_of(data: ReportData) -> list[dict[str, str]]:
-    """Warnings of measurements: `side`, `name`, `what` as recorded, `do`; what a side records twice is one.
-
-    A name and an advice that the page knows are in its language, others as recorded.
-    """
-    texts = data.texts
-    found: dict[tuple[str, str, str], list[str]] = {}
-    for side in data.sides:
-        for flag in rows(side.figures, "flags"):
-            name = clean(get(flag, "flag") or "?")
-            what, do = (clean(get(flag, part) or "", 400) for part in ("what", "do"))
-            if texts.language != "en" or not do:
-                do = texts.known(f"flag.{name}.do", do)
-            reasons = found.setdefault((side.label, texts.known(f"flag.{name}", name), do), [])
-            reasons += [what] if what else []
-    return [
-        {"side": side, "name": name, "what": "; ".join(reasons), "do": do}
-        for (side, name, do), reasons in found.items()
-    ]
+def _stability(file: ResultFile[Robustness], texts: Texts) -> Iterator[str]:
+    """What sparsity adds to the loss, by score; a dense model that others are held against loses nothing."""
+    for score, losses in file.result.statistics.stability.items():
+        if ALL in losses and losses[ALL].teacher_lost.value:
+            points = [exact(each.times(100)) for each in (losses[ALL].teacher_lost, losses[ALL].extra_lost)]
+            dense, extra = (texts.figure(each, digits=2) for each in points)
+            named = texts.known(f"task.{score}", clean(score, 40))
+            yield texts("verdict.stability", score=named, dense=dense, extra=extra)

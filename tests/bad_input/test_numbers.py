@@ -16,7 +16,6 @@ from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.profiles.rules import make_rules
-from sparsifiner_edge.report import Prices
 from sparsifiner_edge.sparse.hosts.timm import create
 from tests.commands import Outcome, assert_refused, call
 from tests.models import TINY
@@ -35,14 +34,12 @@ DIGITS = "9" * 5000
         (["profile", "--seconds", "nan"], ["--seconds", "nan"]),
         (["profile", "--seconds", "inf"], ["--seconds", "inf"]),
         (["profile", "--threads", "2147483648"], ["--threads", "is not in the range"]),
-        (["package", "--for", "triton", "--batch", "9" * 30], ["--batch", "is not in the range"]),
     ],
 )
 def test_numbers_that_no_command_takes(
     arguments: list[str], texts: list[str], bundle: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     command, *options = arguments
-    options += ["-o", str(tmp_path / "out")] if command == "package" else []
     assert_refused(call(capsys, command, bundle, *options), *texts)
     assert not (tmp_path / "out").exists()
 
@@ -93,8 +90,6 @@ def test_the_same_from_python(bundle: Path, tmp_path: Path) -> None:
     for wrong in ((math.nan, None), (1e300, None), (None, 2**31)):
         with pytest.raises(ConfigError, match=r"seconds is|min_queries is"):
             make_rules(wrong[0], wrong[1])
-    with pytest.raises(ConfigError, match=r"price-kwh is 1e\+300"):
-        Prices(kwh=1e300).checked()
     with pytest.raises(ConfigError, match="image size 64000 is too large"):
         create(TINY, 64000)
     with pytest.raises(ConfigError, match="num_classes is 1000000000"):

@@ -75,7 +75,8 @@ def _lines(work: Path) -> None:
 
 def _package(work: Path) -> None:
     if (work / "package").exists():
-        assert (work / "package" / "package.json").is_file()
+        assert (work / "package" / "README.md").is_file()
+        shutil.rmtree(work / "package")
 
 
 def _keys(work: Path) -> None:

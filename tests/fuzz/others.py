@@ -25,12 +25,11 @@ ROOT = Path(__file__).parents[2]
 
 def report(one: Try) -> None:
     path, page = one.work / "result.json", one.work / "page.html"
-    name = one.rng.choice(["comparison", "profile", "evaluation", "estimate"])
+    name = one.rng.choice(["comparison", "profile", "evaluation"])
     path.write_bytes(mutated_json(json.loads((one.good / "results" / f"{name}.json").read_text()), one.rng))
     page.unlink(missing_ok=True)
-    more = ["--lang", one.rng.choice(["en", "ja"])] + ([] if one.number % 20 == 0 else ["--no-images"])
-    more += (["--price-kwh", "0.3"] if one.number % 3 == 0 else []) + (["--json"] if one.number % 4 == 0 else [])
-    other = [one.good / "results" / "estimate.json"] if one.number % 5 == 0 else []
+    more = ["--lang", one.rng.choice(["en", "ja"]), *(["--json"] if one.number % 4 == 0 else [])]
+    other = [one.good / "results" / "profile.json"] if one.number % 5 == 0 else []
     command("report", path, *other, "-o", page, *more)
     if page.exists():
         lowered = page.read_text(encoding="utf-8").lower()
@@ -159,11 +158,10 @@ USAGES = (
         "run {good}/plain --source {good}/images",
         "--threads --top --threshold --stall --metrics --frames",
     ),
-    ("profile {good}/plain", "--threads --batch --seconds --price-kwh"),
+    ("profile {good}/plain", "--threads --batch --seconds"),
     ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode --kernels --batch"),
     ("build {good}/plain --backend tensorrt-rtx", "--compute-capability --timeout --batch --kernels"),
-    ("package {good}/plain --for triton -o {work}/out", "--batch"),
-    ("report {good}/results/profile.json -o {work}/page.html", "--price-kwh --lang --currency"),
+    ("report {good}/results/profile.json -o {work}/page.html", "--lang"),
     (
         "sparsify test_vit --weights {good}/weights.safetensors -o {work}/made",
         "--keep --set --token-keep --img-size",

@@ -31,22 +31,6 @@ def classes(buffer):
     return [[GLib.quark_to_string(meta.get_quark(i)), meta.get_level(i)] for i in range(meta.get_length())]
 
 
-def mask(buffer):
-    """A segmentation mask: its rows, the place that it covers, and the ids of its regions."""
-    relations = GstAnalytics.buffer_get_analytics_relation_meta(buffer)
-    found, meta = relations.get_segmentation_mtd(0) if relations else (False, None)
-    if not found:
-        return None
-    held, *place = meta.get_mask()
-    video = GstVideo.buffer_get_video_meta(held)
-    _, mapped = held.map(Gst.MapFlags.READ)
-    data, stride = bytes(mapped.data), video.stride[0]
-    held.unmap(mapped)
-    rows = [list(data[row * stride : row * stride + video.width]) for row in range(video.height)]
-    ids = [meta.get_region_id(number) for number in range(meta.get_region_count())]
-    return {"rows": rows, "place": place, "format": video.format.value_nick, "ids": ids}
-
-
 def tensors(buffer):
     meta = GstAnalytics.buffer_get_tensor_meta(buffer)
     found = {}
@@ -80,7 +64,7 @@ def main():
         path = Path(sys.argv[2]) / f"frame{len(frames)}"
         path.write_bytes(pixels(sample))
         buffer = sample.get_buffer()
-        frames.append({"classes": classes(buffer), "tensors": tensors(buffer), "mask": mask(buffer)})
+        frames.append({"classes": classes(buffer), "tensors": tensors(buffer)})
     bus = pipeline.get_bus()
     while (message := bus.pop()) is not None:
         if message.type == Gst.MessageType.ERROR:
@@ -89,8 +73,7 @@ def main():
             structure = message.get_structure()
             names = [structure.nth_field_name(i) for i in range(structure.n_fields())]
             values = {name: structure.get_value(name) for name in names}
-            fields = {n: v if isinstance(v, int | float | str) else list(v) for n, v in values.items()}
-            print(json.dumps({"name": structure.get_name(), **fields}))
+            print(json.dumps({"name": structure.get_name(), **values}))
     for frame in frames:
         print(json.dumps(frame))
     pipeline.set_state(Gst.State.NULL)

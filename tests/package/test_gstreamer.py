@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bundle.sign import generate_key, sign_bundle
 from sparsifiner_edge.camera.prepare import fit_pillow
 from sparsifiner_edge.package import package_bundle
-from sparsifiner_edge.package.gst import element_file, fitting
 from sparsifiner_edge.runtime import open_session
 
 ROOT = Path(__file__).parents[2]
+PLUGINS = ROOT / "export" / "gstreamer"
 PYTHON = Path(sys.prefix) / "gstreamer" / "bin" / "python"
 """The system's Python with the packages that the element needs; made by `make everything`."""
 
@@ -35,12 +34,18 @@ def exists(element: str, **environment: str) -> bool:
     return inspect is not None and subprocess.run(command, env=os.environ | environment, check=False).returncode == 0
 
 
-LOADER = PYTHON.exists() and exists("sparsifiner", GST_PLUGIN_PATH=str(element_file().parents[1]))
+LOADER = PYTHON.exists() and exists("sparsifiner", GST_PLUGIN_PATH=str(PLUGINS))
 needs_element = pytest.mark.skipif(
     not LOADER, reason=f"{PYTHON}, GStreamer's Python loader or GstAnalytics is missing (`make everything` brings them)"
 )
 needs_onnx = pytest.mark.skipif(
     not (PYTHON.exists() and exists("onnxinference")), reason="GStreamer's onnxinference is not installed"
+)
+
+
+FITTING = (
+    "videoconvert ! aspectratiocrop aspect-ratio=1/1 ! videoscale ! "
+    "video/x-raw,format=RGB,width=160,height=160,pixel-aspect-ratio=1/1"
 )
 
 
@@ -93,8 +98,7 @@ def test_the_readmes_command(package: Path, environment: dict[str, str]) -> None
     messages = re.findall(r'from element "sparsifiner0" \(element\): sparsifiner, (.*)', done.stdout)
     assert len(messages) == 3
     for message in messages:
-        assert re.search(r"pts=\(guint64\)\d+, infer-ms=\(double\)[\d.]+, classes=\(int\)< \d+(, \d+){4} >", message)
-        assert re.search(r"labels=\(string\)< class_\d(, class_\d){4} >, probabilities=\(double\)< 0\.", message)
+        assert re.search(r"pts=\(guint64\)\d+, infer-ms=\(double\)[\d.]+, answer=\(string\)", message)
 
 
 @needs_element
@@ -104,7 +108,7 @@ def test_metadata_and_messages_are_the_sessions(
     """Rows of 333 pixels are padded in GStreamer; the answer is that of the frame's centre square."""
     pipeline = (
         "videotestsrc pattern=snow num-buffers=2 ! video/x-raw,width=333,height=250 ! videoconvert ! "
-        f"sparsifiner bundle={tiny_bundle} top-k=3 threads=1 kernels=portable ! appsink name=out sync=false"
+        f"sparsifiner bundle={tiny_bundle} ! appsink name=out sync=false"
     )
     messages, frames = pull(pipeline, environment, package / "plugins", tmp_path)
     assert len(messages) == len(frames) == 2
@@ -114,24 +118,14 @@ def test_metadata_and_messages_are_the_sessions(
             image = fit_pillow(Image.fromarray(pixels), 160)
             logits = session.infer({"image": image[None]})["logits"][0].astype(np.float64)
             expected = np.exp(logits) / np.exp(logits).sum()
-            best = np.argsort(-expected, kind="stable")[:3]
-            assert message["classes"] == best.tolist()
-            assert message["labels"] == [f"class_{i}" for i in best]
-            assert np.allclose(message["probabilities"], expected[best], atol=1e-4)
+            best = np.argsort(-expected, kind="stable")[:5]
+            top = json.loads(message["answer"])["top"]
+            assert [entry["class"] for entry in top] == best.tolist()
+            assert np.allclose([entry["probability"] for entry in top], expected[best], atol=1e-4)
             assert message["infer-ms"] > 0
-            assert [label for label, _ in frame["classes"]] == message["labels"]
-            assert np.allclose([level for _, level in frame["classes"]], message["probabilities"], atol=1e-6)
+            assert [label for label, _ in frame["classes"]] == [entry["label"] for entry in top]
+            assert np.allclose([level for _, level in frame["classes"]], expected[best], atol=1e-4)
     assert [message["pts"] for message in messages] == [0, 33333333]
-
-
-@needs_element
-def test_a_threshold_that_nothing_reaches(
-    package: Path, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
-) -> None:
-    element = f"sparsifiner bundle={tiny_bundle} threshold=1"
-    pipeline = f"videotestsrc num-buffers=1 ! videoconvert ! {element} ! appsink name=out"
-    messages, frames = pull(pipeline, environment, package / "plugins", tmp_path)
-    assert (messages[0]["labels"], frames[0]["classes"]) == ([], [])
 
 
 @pytest.mark.everything
@@ -139,33 +133,11 @@ def test_a_threshold_that_nothing_reaches(
 def test_a_model_without_classes(
     package: Path, environment: dict[str, str], dynamic_bundle: Path, tmp_path: Path
 ) -> None:
-    element = f"sparsifiner bundle={dynamic_bundle} threads=1"
+    element = f"sparsifiner bundle={dynamic_bundle}"
     pipeline = f"videotestsrc pattern=snow num-buffers=2 ! videoconvert ! {element} ! appsink name=out"
     messages, frames = pull(pipeline, environment, package / "plugins", tmp_path)
-    assert [len(message["features"]) for message in messages] == [64, 64]
-    assert messages[0]["change"] == 0 < messages[1]["change"]
+    assert [len(json.loads(message["answer"])["features"]) for message in messages] == [64, 64]
     assert [frame["classes"] for frame in frames] == [None, None]
-
-
-@pytest.mark.everything
-@needs_element
-def test_a_dense_map_is_a_mask_on_the_frame(
-    package: Path, environment: dict[str, str], tmp_path: Path, pictures: Path
-) -> None:
-    bundle = se.export_bundle("tests.hosts.factories:masked", tmp_path / "bundle")
-    element = f"sparsifiner bundle={bundle} threads=1"
-    source = "videotestsrc pattern=smpte num-buffers=1 ! video/x-raw,width=334,height=250 ! videoconvert"
-    (tmp_path / "frames").mkdir()
-    messages, frames = pull(f"{source} ! {element} ! appsink name=out", environment, package / "plugins",
-                            tmp_path / "frames")  # fmt: skip
-    pixels = np.frombuffer((tmp_path / "frames" / "frame0").read_bytes(), np.uint8).reshape(250, 334, 3)
-    with open_session(bundle, threads=1) as session:
-        found = session.infer({"image": fit_pillow(Image.fromarray(pixels), 160)[None]})["mask"][0]
-    assert messages[0]["map"] == "mask"
-    assert messages[0]["area"] == pytest.approx((found > 0.5).mean(), abs=1e-3)
-    mask = frames[0]["mask"]
-    assert (mask["format"], mask["ids"], mask["place"]) == ("gray8", [0, 1], [42, 0, 250, 250])
-    assert (np.array(mask["rows"]) != (found > 0.5)).mean() < 1e-3
 
 
 @needs_element
@@ -174,7 +146,6 @@ def test_a_dense_map_is_a_mask_on_the_frame(
     [
         ("bundle=nowhere", "nowhere is not a folder."),
         ("", "is not a bundle|does not exist|is not a folder"),
-        ("bundle={bundle} kernels=abacus", "kernels is 'abacus'"),
         ("bundle={bundle} public-key={key}", "is not signed"),
     ],
 )
@@ -208,7 +179,6 @@ def test_a_gstreamer_without_analytics(
     pipeline = f"videotestsrc num-buffers=2 ! videoconvert ! sparsifiner bundle={tiny_bundle} ! fakesink"
     done = launch(pipeline, changed, package / "plugins", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "has no GstAnalytics: answers come as messages alone." in done.stdout + done.stderr
     assert done.stdout.count("sparsifiner, pts=") == 2
 
 
@@ -237,7 +207,7 @@ def test_the_plain_file_in_onnxinference(
     out = tmp_path / "out"
     package_bundle(bundle, "gstreamer", out)
     inference = f"onnxinference model-file={out / 'bundle' / 'model.onnx'} input-image-format=hwc"
-    pipeline = f"videotestsrc pattern=snow num-buffers=1 ! {fitting(160)} ! {inference} ! appsink name=out sync=false"
+    pipeline = f"videotestsrc pattern=snow num-buffers=1 ! {FITTING} ! {inference} ! appsink name=out sync=false"
     _, (frame,) = pull(pipeline, environment, out / "plugins", tmp_path)
     image = np.frombuffer((tmp_path / "frame0").read_bytes(), np.uint8).reshape(1, 160, 160, 3)
     with open_session(bundle, threads=1, kernels="portable") as session:

@@ -1,22 +1,34 @@
-"""`package` for any target: written whole or not at all, in its own folder, and nothing of others touched."""
+"""`package`: written whole or not at all, nothing of others touched, and what Triton and DeepStream take in it."""
 
 from __future__ import annotations
 
+import configparser
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from google.protobuf import text_format  # type: ignore[import-untyped,unused-ignore]
+from onnx import TensorProto, helper
 
-from sparsifiner_edge.artifacts import sha256
-from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
-from sparsifiner_edge.package import TARGETS, package_bundle
-from sparsifiner_edge.package.common import read_bundle
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.package import package_bundle
+from sparsifiner_edge.package.deepstream import for_nvinfer
 from sparsifiner_edge.text import file_name
 from tests.commands import assert_refused, call, snapshot
+from tests.package.reseal import reseal
 from tests.tiny import make_bundle
+
+TARGETS = ("deepstream", "triton", "gstreamer")
+REAL = Path(sys.prefix) / "tritonclient" / "tritonclient" / "grpc" / "model_config_pb2.py"
+"""Triton's own definition of a configuration; made by `make test` (target .dev)."""
 
 
 def tiny(folder: Path, **manifest: Any) -> Path:
@@ -28,114 +40,53 @@ def test_every_target(target: str, tmp_path: Path, tiny_bundle: Path, capsys: py
     out = tmp_path / "new" / target
     outcome = call(capsys, "package", tiny_bundle, "--for", target, "-o", out)
     assert (outcome.code, outcome.err) == (0, "")
-    record = json.loads((out / "package.json").read_text())
-    assert (record["target"], record["bundle"]) == (target, bundle_hash(tiny_bundle))
-    files = {str(path.relative_to(out)): sha256(path) for path in out.rglob("*") if path.is_file()}
-    assert record["files"] == {name: digest for name, digest in files.items() if name != "package.json"}
     assert "    " in (out / "README.md").read_text()
     assert [path.name for path in out.parent.iterdir()] == [target]
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     printed = json.loads(call(capsys, "package", tiny_bundle, "--for", target, "-o", tmp_path / "b", "--json").out)
-    assert set(printed["files"]) == set(record["files"])
-    assert printed["remarks"]
+    assert set(printed["files"]) == files
+    # What is there already stays.
+    before = snapshot(tmp_path)
+    assert_refused(call(capsys, "package", tiny_bundle, "--for", target, "-o", out), "exists; it is left untouched")
+    assert snapshot(tmp_path) == before
 
 
-RECTANGLE = {
-    "deepstream": {
-        "config_infer_primary.txt": "infer-dims=3;4;6\n",
-        "config_infer_secondary.txt": "infer-dims=3;4;6\n",
-        "README.md": "float32 [B,3,4,6]",
-    },
-    "triton": {"models/b/config.pbtxt": "dims: 4\n  dims: 6\n  dims: 3\n", "README.md": "4 px high and 6 px wide"},
-    "gstreamer": {"README.md": "aspect-ratio=3/2 ! videoscale ! video/x-raw,format=RGB,width=6,height=4,"},
-}
-SQUARE = {
-    "deepstream": {"config_infer_primary.txt": "infer-dims=3;4;4\n", "README.md": "takes the centre square of a frame"},
-    "triton": {"models/b/config.pbtxt": "dims: 4\n  dims: 4\n  dims: 3\n", "README.md": "4 px square"},
-    "gstreamer": {"README.md": "aspect-ratio=1/1 ! videoscale ! video/x-raw,format=RGB,width=4,height=4,"},
+SIZES = {
+    "deepstream": {"config_infer.txt": "infer-dims=3;4;6\n", "README.md": "float32 [B,3,4,6]"},
+    "triton": {"models/b/config.pbtxt": "dims: [4, 6, 3]\n", "README.md": "[1,4,6,3]"},
+    "gstreamer": {"README.md": "aspect-ratio=3/2 ! videoscale ! \\\n        video/x-raw,format=RGB,width=6,height=4,"},
 }
 
 
-@pytest.mark.parametrize(("size", "expected"), [((4, 6), RECTANGLE), (4, SQUARE)], ids=["rectangle", "square"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_sizes_in_configurations(target: str, size: Any, expected: dict[str, dict[str, str]], tmp_path: Path) -> None:
-    shape = "centre square" if size == 4 else "centre rectangle"
-    bundle = make_bundle(tmp_path / "b", size=size, preprocessing={"size": size, "resize": f"{shape}, bicubic"})
-    remarks = package_bundle(bundle, target, tmp_path / "out").remarks
-    for name, text in expected[target].items():
+def test_sizes_in_configurations(target: str, tmp_path: Path) -> None:
+    package_bundle(make_bundle(tmp_path / "b", size=(4, 6), preprocessing={"size": (4, 6)}), target, tmp_path / "out")
+    for name, text in SIZES[target].items():
         assert text in (tmp_path / "out" / name).read_text(), name
-    if target == "deepstream":
-        assert any(f"takes the {shape} of a frame" in remark for remark in remarks)
-    if target == "triton":
-        height, width = (size, size) if size == 4 else size
-        assert len((tmp_path / "out" / "models" / "b" / "warmup" / "image").read_bytes()) == height * width * 3
 
 
-def test_a_package_is_replaced(tmp_path: Path, tiny_bundle: Path) -> None:
-    out = tmp_path / "out"
-    package_bundle(tiny_bundle, "triton", out)
-    package_bundle(tiny_bundle, "gstreamer", out)
-    assert not (out / "models").exists()
-    assert json.loads((out / "package.json").read_text())["target"] == "gstreamer"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda out: (out / "mine.txt").write_text("mine"),
-        lambda out: (out / "package.json").unlink(),
-        lambda out: (out / "package.json").write_text('{"schema_version": 1, "kind": "package"}'),
-    ],
-)
-def test_what_is_not_ours_stays(change: Callable[[Path], object], tmp_path: Path) -> None:
-    bundle, out = tiny(tmp_path / "bundle"), tmp_path / "out"
-    package_bundle(bundle, "triton", out)
-    change(out)
-    before = snapshot(tmp_path)
-    with pytest.raises(ArtifactError, match=r"(not|of) ours"):
-        package_bundle(bundle, "triton", out)
-    assert snapshot(tmp_path) == before
-
-
-def test_a_package_around_its_own_bundle_stays(tmp_path: Path) -> None:
-    """The bundle in a package for GStreamer, packaged into that very place."""
-    out = tmp_path / "out"
-    package_bundle(tiny(tmp_path / "bundle"), "gstreamer", out)
-    (tmp_path / "link").symlink_to(out)
-    before = snapshot(tmp_path)
-    for bundle in (out / "bundle", tmp_path / "link" / "bundle"):
-        with pytest.raises(ArtifactError, match="or the bundle in it"):
-            package_bundle(bundle, "triton", out)
-    assert snapshot(tmp_path) == before
-
-
-def test_neither_a_bundle_nor_a_place_in_it_is_replaced(tmp_path: Path) -> None:
-    bundle, other = tiny(tmp_path / "bundle"), tiny(tmp_path / "other")
-    before = snapshot(tmp_path)
-    for output, said in ((bundle, "is in the bundle"), (bundle / "in", "is in the bundle"), (other, "not a package")):
-        with pytest.raises(ArtifactError, match=said):
-            package_bundle(bundle, "triton", output)
-    assert snapshot(tmp_path) == before
-
-
-def test_links_in_a_circle(tmp_path: Path) -> None:
+def test_places_that_are_refused(tmp_path: Path) -> None:
     bundle, loop = tiny(tmp_path / "bundle"), tmp_path / "loop"
     loop.symlink_to(loop)
-    for output in (loop, loop / "out"):
+    (tmp_path / "link").symlink_to(bundle)
+    before = snapshot(tmp_path)
+    for output in (bundle, bundle / "in", tmp_path / "link" / "in", tmp_path / "link", loop, loop / "out"):
         with pytest.raises(ArtifactError):
             package_bundle(bundle, "triton", output)
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_failure_leaves_nothing(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle, out = tiny(tmp_path / "bundle"), tmp_path / "out"
+    bundle = tiny(tmp_path / "bundle")
     before = snapshot(tmp_path)
 
-    def fail(*_: object) -> str:
+    def fail(*_: object, **__: object) -> str:
         raise ConfigError("no", "sorry")
 
-    monkeypatch.setattr(f"{TARGETS[target]}._readme", fail)
+    monkeypatch.setattr("sparsifiner_edge.package.template", fail)
     with pytest.raises(ConfigError, match="no"):
-        package_bundle(bundle, target, out)
+        package_bundle(bundle, target, tmp_path / "out")
     assert snapshot(tmp_path) == before
 
 
@@ -145,81 +96,174 @@ def test_a_failure_leaves_nothing(target: str, tmp_path: Path, monkeypatch: pyte
         ("vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_dinov2.lvd142m"),
         ("../../etc/cron.d/x", "etc_cron.d_x"),
         ("..", "model"),
-        ("", "model"),
         ("a b\n]\"'", "a_b____"),
-        ("x" * 300, "x" * 100),
     ],
 )
 def test_names_stay_in_their_folder(name: str, safe: str, tmp_path: Path) -> None:
     assert file_name(name) == safe
-    out = tmp_path / "out"
-    package_bundle(tiny(tmp_path / "bundle", name=name), "triton", out)
-    assert [path.name for path in (out / "models").iterdir()] == [safe]
+    package_bundle(tiny(tmp_path / "bundle", name=name), "triton", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "models").iterdir()] == [safe]
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "out"}
 
 
-@pytest.mark.parametrize("name", ["../bundle/model.onnx", "{bundle}/model.onnx", "x/../../bundle/model.onnx"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_names_of_files_stay_in_their_folder(target: str, name: str, tmp_path: Path) -> None:
-    """Names that lead back into the bundle would lead out of the package."""
-    bundle = tiny(tmp_path / "bundle")
-    (bundle / "x").mkdir()
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"][name.format(bundle=bundle)] = manifest["files"]["model.onnx"]
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    before = snapshot(tmp_path)
-    with pytest.raises(ArtifactError, match="names the file"):
-        package_bundle(bundle, target, tmp_path / "out")
-    assert snapshot(tmp_path) == before
+OUTPUT = {"name": "features", "dtype": "float32", "shape": [1, 8]}
 
 
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
-        ({"preprocessing": {"size": 8}}, "does not take one image"),
         ({"preprocessing": {"size": [4, 6]}}, "does not take one image `image` uint8 [B,4,6,3]"),
         ({"inputs": []}, "does not take one image"),
-        ({"inputs": [{"name": "image", "dtype": "uint8", "shape": []}]}, "does not take one image"),
         ({"inputs": ["image"]}, 'inputs[0] is "image", not dict'),
-        (
-            {"outputs": [{"name": "features", "dtype": "float32", "shape": [1, {}]}]},
-            "outputs[0].shape[1] is {}",
-        ),
+        ({"outputs": [OUTPUT | {"shape": [1, {}]}]}, "outputs[0].shape[1] is {}"),
+        ({"outputs": []}, "outputs are named []"),
         ({"preprocessing": {}}, "preprocessing.size"),
         *(
-            ({"outputs": [{"name": name, "dtype": "float32", "shape": [1, 8]}]}, "outputs holds the name")
+            ({"outputs": [OUTPUT | {"name": name}]}, "outputs are named")
             for name in ("features\ncustom-lib-path=/tmp/evil.so", "features;logits", "", "a b", "\N{SNOWMAN}", "\x1b")
         ),
-        ({"outputs": [{"name": "logits", "dtype": "float32", "shape": [1, 8]}] * 2}, "the name 'logits', or twice"),
+        ({"outputs": [OUTPUT, OUTPUT]}, "outputs are named"),
     ],
 )
 def test_manifests_that_say_too_little(manifest: dict[str, Any], said: str, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "b", **{"preprocessing": {"size": 4}, **manifest})
-    with pytest.raises(SparsifinerError) as caught:
-        read_bundle(bundle)
-    assert said in caught.value.what
-    assert caught.value.fix
-
-
-def test_wrong_usage(tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    run = ["package", tiny_bundle, "-o", out]
-    assert "Invalid value for '--for'" in call(capsys, *run, "--for", "vhs").err
-    assert_refused(call(capsys, *run, "--for", "triton", "--batch", 4), "has a fixed batch of 1")
-    assert_refused(call(capsys, *run, "--for", "gstreamer", "--batch", 1), "cannot be combined with --for gstreamer")
-    assert_refused(
-        call(capsys, *run, "--for", "deepstream", "--kernels", "portable"),
-        "--for deepstream",
-    )
-    assert_refused(call(capsys, "package", tmp_path, "--for", "triton", "-o", out), "does not exist")
-    for options, said in (({"target": "vhs"}, "target is 'vhs'"), ({"target": "triton", "kernels": "x"}, "kernels is")):
-        with pytest.raises(ConfigError, match=said):
-            package_bundle(tiny_bundle, output=out, **options)
-    assert not out.exists()
-
-
-def test_a_fixed_batch_above_one(tmp_path: Path) -> None:
-    bundle = tiny(tmp_path / "b", batch=3)
-    for target in ("gstreamer", "deepstream"):
-        with pytest.raises(ConfigError, match="takes batches of 3"):
+    bundle = make_bundle(tmp_path / "b", **{"preprocessing": {"size": 4}} | manifest)
+    for target in TARGETS:
+        with pytest.raises(SparsifinerError) as caught:
             package_bundle(bundle, target, tmp_path / "out")
+        assert said in caught.value.what
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="target is 'abacus'"):
+        package_bundle(tiny(tmp_path / "a"), "abacus", tmp_path / "out")
+    for target in ("deepstream", "gstreamer"):
+        outcome = call(capsys, "package", tiny(tmp_path / target, batch=4), "--for", target, "-o", tmp_path / "out")
+        assert_refused(outcome, "takes batches of 4; frames come one by one")
+    with pytest.raises(ConfigError, match="its own calibration table"):
+        package_bundle(tiny(tmp_path / "b", precision="int8"), "deepstream", tmp_path / "out")
+    more = tiny(tmp_path / "c", outputs=[OUTPUT | {"name": "other"}])
+    with pytest.raises(ArtifactError, match="other outputs than its manifest says"):
+        package_bundle(more, "deepstream", tmp_path / "out")
+    with pytest.raises(ConfigError, match="complex64"):
+        package_bundle(tiny(tmp_path / "d", outputs=[OUTPUT | {"dtype": "complex64"}]), "triton", tmp_path / "out")
+
+
+# ---- Triton
+
+
+def read_config(text: str) -> Any:
+    """The message as Triton's own definition reads it: an unknown key, or a value of another type, fails."""
+    if not REAL.exists():
+        pytest.skip(f"{REAL} is made by `make test`")
+    spec = importlib.util.spec_from_file_location("model_config_pb2", REAL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules.get(spec.name) or importlib.util.module_from_spec(spec)
+    if spec.name not in sys.modules:
+        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module  # Protobuf takes one definition of a name.
+    return text_format.Parse(text, module.ModelConfig())
+
+
+@pytest.mark.parametrize("name", ["tiny_bundle", "dynamic_bundle"])
+def test_what_triton_reads(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Each field by Triton's own definition; library and model in ONNX Runtime, as the server loads them."""
+    bundle: Path = request.getfixturevalue(name)
+    package_bundle(bundle, "triton", tmp_path / "out")
+    folder = tmp_path / "out" / "models" / "test_vit"
+    config = read_config((folder / "config.pbtxt").read_text())
+    fixed = name == "tiny_bundle"
+    assert (config.name, config.backend, config.max_batch_size) == ("test_vit", "onnxruntime", 0 if fixed else 8)
+    assert config.HasField("dynamic_batching") is not fixed
+    assert list(config.input[0].dims) == [1, 160, 160, 3][0 if fixed else 1 :]
+    outputs = {output.name: output.label_filename for output in config.output}
+    assert outputs.get("logits", "labels.txt") == "labels.txt"
+    assert (folder / "labels.txt").exists() is fixed
+    options = onnxruntime.SessionOptions()
+    libraries = list(config.model_operations.op_library_filename)
+    assert len(libraries) == (native.library_path() is not None)
+    for library in libraries:
+        options.register_custom_ops_library(str(folder / library.removeprefix("/models/test_vit/")))
+    session = onnxruntime.InferenceSession(str(folder / "1" / config.default_model_filename), options)
+    assert {output.name for output in session.get_outputs()} == set(outputs)
+    with np.load(bundle / "golden.npz") as golden:
+        found = session.run(["features"], {config.input[0].name: golden["input.image"]})[0]
+        assert np.abs(found - golden["output.features"]).max() < 1e-3 * np.ptp(golden["output.features"])
+
+
+# ---- DeepStream
+
+KEYS = {
+    "gpu-id", "gie-unique-id", "process-mode", "batch-size", "onnx-file", "model-engine-file", "network-mode",
+    "infer-dims", "network-input-order", "model-color-format", "net-scale-factor", "maintain-aspect-ratio",
+    "symmetric-padding", "scaling-filter", "output-blob-names", "network-type", "classifier-type",
+    "classifier-threshold", "labelfile-path", "output-tensor-meta", "interval",
+}  # fmt: skip
+"""Of Gst-nvinfer, as documented for DeepStream 6.4 to 9."""
+
+
+def nvinfer(folder: Path) -> dict[str, str]:
+    parser = configparser.ConfigParser(strict=True, delimiters=("=",))
+    parser.read_string((folder / "config_infer.txt").read_text())
+    assert parser.sections() == ["property"]
+    assert set(parser["property"]) <= KEYS
+    return dict(parser["property"])
+
+
+@pytest.mark.parametrize("name", ["tiny_bundle", "dynamic_bundle"])
+def test_what_deepstream_gets(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    bundle: Path = request.getfixturevalue(name)
+    package_bundle(bundle, "deepstream", tmp_path / "out")
+    found = nvinfer(tmp_path / "out")
+    classifier = name == "tiny_bundle"
+    assert found["output-blob-names"] == ("probabilities" if classifier else "features;tokens;token_positions")
+    assert (found["network-type"], found["infer-dims"]) == ("1" if classifier else "100", "3;160;160")
+    assert (tmp_path / "out" / found["onnx-file"]).is_file()
+    labels = "".join(f";class_{i}" for i in range(10))[1:] + "\n"
+    assert not classifier or (tmp_path / "out" / found["labelfile-path"]).read_text() == labels
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    with np.load(bundle / "golden.npz") as golden:
+        planes = np.ascontiguousarray(golden["input.image"].transpose(0, 3, 1, 2), dtype=np.float32)
+        answer = session.run(None, {"image": planes})[0]
+        expected = golden["output.logits" if classifier else "output.features"].astype(np.float64)
+    if classifier:
+        expected = np.exp(expected) / np.exp(expected).sum(-1, keepdims=True)
+    assert np.abs(answer - expected).max() < 1e-3 * max(1.0, float(np.ptp(expected)))
+
+
+def test_labels_are_one_line(tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path) -> None:
+    folder = altered(tiny_bundle)
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in ["a;b", "", "é", *"defghij"]))
+    package_bundle(reseal(folder), "deepstream", tmp_path / "out")
+    assert (tmp_path / "out" / "labels.txt").read_text() == "a,b;-;é;d;e;f;g;h;i;j\n"
+
+
+def of(kind: str, model: Any) -> Any:
+    return next(node for node in model.graph.node if node.op_type == kind)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: of("Cast", model).ClearField("attribute"),
+        lambda model: of("Cast", model).ClearField("output"),
+        lambda model: model.graph.input[0].type.tensor_type.shape.dim.pop(),
+        lambda model: model.graph.input[0].type.ClearField("tensor_type"),
+        lambda model: model.graph.ClearField("input"),
+    ],
+)
+def test_models_that_nobody_exports(change: Callable[[Any], object], tmp_path: Path) -> None:
+    model = onnx.load(tiny(tmp_path / "bundle") / "model.onnx")
+    change(model)
+    with pytest.raises(ConfigError, match="does not begin with one Cast"):
+        for_nvinfer(model)
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["image"], ["features"])], "g",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, [1, 4, 4, 3])],
+        [helper.make_tensor_value_info("features", TensorProto.UINT8, [1, 4, 4, 3])],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="does not begin with one Cast"):
+        for_nvinfer(helper.make_model(graph))

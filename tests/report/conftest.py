@@ -17,10 +17,9 @@ Result = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def real(once: Once, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> dict[str, Path]:
-    """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle, `sparse` the other."""
+def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> dict[str, Path]:
+    """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle."""
     from sparsifiner_edge.evaluate.evaluate import evaluate_student
-    from sparsifiner_edge.evaluate.explain import explain_student
     from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.profiles import profile_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle
@@ -34,13 +33,12 @@ def real(once: Once, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, 
             "evaluation": evaluate_student(tiny_bundle, pictures, against=dense),
             "estimate": estimate_bundle(tiny_bundle, "jetson-orin-nano-8gb"),
             "robustness": evaluate_student(tiny_bundle, pictures, against=dense, corruptions="fog,rain", severity="3"),
-            "explanation": explain_student(tiny_student, pictures, most=2)[0],
         }
         for name, result in results.items():
             write_result(folder / f"{name}.json", result)
 
     folder = once("report", make)
-    return {path.stem: path for path in folder.glob("*.json")} | {"dense": folder / "dense", "sparse": tiny_bundle}
+    return {path.stem: path for path in folder.glob("*.json")} | {"dense": folder / "dense"}
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import html.parser
 
 from tests.plain import write_report
 
-VOID = {"meta", "link", "br"}
+VOID = {"meta", "link", "br", "img"}
 
 
 class Outline(html.parser.HTMLParser):
@@ -36,10 +36,6 @@ class Outline(html.parser.HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.words).split())
-
-
-def file_name(path):
-    return path.rsplit("/", 1)[-1]
 
 
 def written(paths, target, **options):

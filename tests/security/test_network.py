@@ -98,7 +98,6 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
         "report": ["report", result, "-o", tmp_path / "page.html"],
         "package": ["package", bundle, "--for", "triton", "-o", tmp_path / "package"],
         "bundle": ["bundle", "verify", bundle],
-        "demo": ["demo", "-o", tmp_path / "demo"],
         "doctor": ["doctor"],
     }
     assert {name.split()[0] for name in lines} == set(COMMANDS)

@@ -1,36 +1,23 @@
 """GStreamer element `sparsifiner`: runs a bundle on every frame that passes.
 
-GStreamer's Python loader finds this file as GST_PLUGIN_PATH/python/sparsifiner.py. Frames pass unchanged. A
-classifier's answer is attached as GstAnalytics classification metadata (GStreamer 1.24) and posted on the bus, as a
-message of the element with the structure `sparsifiner`: `pts`, `infer-ms`, and `classes`, `labels`, `probabilities`,
-best first. A model without classes posts `features` and `change` instead (see docs/camera.md). One that gives a dense
-map from 0 to 1 posts `map`, `area` and `centroid` (x, y), and attaches the part above one half as segmentation metadata
-(GStreamer 1.26): a GRAY8 mask, 1 where it is, over the part of the frame that the model sees. Where GStreamer has no
-GstAnalytics, answers come as messages alone, and a warning says so.
+GStreamer's Python loader finds this file as GST_PLUGIN_PATH/python/sparsifiner.py. Frames pass unchanged. The answer is
+posted on the bus, as a message of the element with the structure `sparsifiner`: `pts`, `infer-ms`, and `answer`, the
+JSON that `sparsifiner-edge run` writes of a frame. Where GStreamer has GstAnalytics (1.24), a classifier's is attached
+as classification metadata too, best first.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gi  # type: ignore[import-not-found,unused-ignore]
 
 gi.require_version("Gst", "1.0")
 gi.require_version("GstBase", "1.0")
 gi.require_version("GstVideo", "1.0")
-from gi.repository import (  # type: ignore[import-not-found,unused-ignore]  # noqa: E402
-    GLib,
-    GObject,
-    Gst,
-    GstBase,
-    GstVideo,
-)
-
-if TYPE_CHECKING:
-    from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
+from gi.repository import GLib, GObject, Gst, GstBase, GstVideo  # type: ignore  # noqa: E402
 
 try:
     gi.require_version("GstAnalytics", "1.0")
@@ -39,7 +26,6 @@ except (ImportError, ValueError):
     GstAnalytics = None
 
 _CAPS = Gst.Caps.from_string("video/x-raw,format=RGB")
-_FLAGS = GObject.ParamFlags.READWRITE
 
 
 class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
@@ -52,23 +38,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         for name, direction in (("sink", Gst.PadDirection.SINK), ("src", Gst.PadDirection.SRC))
     )
 
-    bundle = GObject.Property(type=str, default="", nick="Bundle", blurb="Folder of the bundle", flags=_FLAGS)
-    public_key = GObject.Property(
-        type=str, default="", nick="Public key", blurb="Refuse a bundle that this key has not signed", flags=_FLAGS
-    )
-    threads = GObject.Property(
-        type=int, default=0, minimum=0, maximum=1024, nick="Threads", blurb="0: every core allowed", flags=_FLAGS
-    )
-    top_k = GObject.Property(
-        type=int, default=5, minimum=1, maximum=100000, nick="Top k", blurb="Most classes per answer", flags=_FLAGS
-    )
-    threshold = GObject.Property(
-        type=float, default=0.0, minimum=0.0, maximum=1.0, nick="Threshold", blurb="Leave out less probable classes",
-        flags=_FLAGS,
-    )  # fmt: skip
-    kernels = GObject.Property(
-        type=str, default="auto", nick="Kernels", blurb="auto, native or portable operators", flags=_FLAGS
-    )
+    bundle = GObject.Property(type=str, default="", nick="Bundle", blurb="Folder of the bundle")
+    public_key = GObject.Property(type=str, default="", nick="Public key", blurb="That must have signed the bundle")
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,22 +50,13 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
     def do_start(self) -> bool:
         """Open the bundle."""
         try:
-            self._model = self._open()
+            from sparsifiner_edge.camera.model import Model, ModelOptions
+
+            key = Path(self.public_key) if self.public_key else None
+            self._model = Model(Path(self.bundle), ModelOptions(public_key=key))
         except Exception as error:  # Whatever it is, the pipeline must hear of it.
-            self._model = None
-            self._fail(f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else str(error))
-            return False
-        if GstAnalytics is None:
-            self._warn(f"{Gst.version_string()} has no GstAnalytics: answers come as messages alone.")
+            return self._fail(f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else str(error))
         return True
-
-    def _open(self) -> Any:
-        from sparsifiner_edge.camera.model import Model, ModelOptions
-        from sparsifiner_edge.execution import Execution
-
-        key = Path(self.public_key) if self.public_key else None
-        execution = Execution(kernels=self.kernels, threads=self.threads or None)
-        return Model(Path(self.bundle), ModelOptions(execution, self.top_k, self.threshold, key))
 
     def do_stop(self) -> bool:
         """Close it."""
@@ -114,14 +76,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             image = self._image(buffer)
             begun = time.monotonic()
             outputs = self._model.infer(image)
-            elapsed = (time.monotonic() - begun) * 1e3
-            answer = self._model.answer(outputs)
-            change = self._model.change(outputs) if answer.top is None else None
-            if answer.top is not None and GstAnalytics is not None:
-                self._attach(buffer, answer.top)
-            if answer.maps and hasattr(GstAnalytics, "SegmentationMtd"):
-                self._attach_mask(buffer, outputs, answer.maps[0])
-            self._post(buffer, answer, change, elapsed)
+            self._tell(buffer, self._model.answer(outputs), (time.monotonic() - begun) * 1e3)
         except Exception as error:  # It would vanish in the binding.
             self._fail(str(error))
             return Gst.FlowReturn.ERROR
@@ -135,72 +90,34 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
 
         meta = GstVideo.buffer_get_video_meta(buffer)
         offset, stride = (meta.offset[0], meta.stride[0]) if meta else (self._info.offset[0], self._info.stride[0])
-        size = (self._info.width, self._info.height)
-        found, mapped = buffer.map(Gst.MapFlags.READ)
-        if not found:
+        readable, mapped = buffer.map(Gst.MapFlags.READ)
+        if not readable:
             raise RuntimeError("The frame cannot be read.")
         try:
-            frame = Image.frombuffer("RGB", size, bytes(mapped.data[offset:]), "raw", "RGB", stride, 1)
-            return fit_pillow(frame, self._model.size)
+            size, pixels = (self._info.width, self._info.height), bytes(mapped.data[offset:])
+            return fit_pillow(Image.frombuffer("RGB", size, pixels, "raw", "RGB", stride, 1), self._model.size)
         finally:
             buffer.unmap(mapped)
 
-    def _attach(self, buffer: Any, top: list[Class]) -> None:
-        relations = GstAnalytics.buffer_add_analytics_relation_meta(buffer)
-        if relations is None:
-            raise RuntimeError("The frame takes no metadata.")
-        if top:
-            quarks = [GLib.quark_from_string(entry.label) for entry in top]
-            relations.add_cls_mtd([entry.probability for entry in top], quarks)
+    def _tell(self, buffer: Any, answer: Any, elapsed_ms: float) -> None:
+        from sparsifiner_edge.records import write_record
+        from sparsifiner_edge.text import dump_json, finite
 
-    def _attach_mask(self, buffer: Any, outputs: Any, found: MapSummary) -> None:
-        from sparsifiner_edge.camera.model import dense_maps
-        from sparsifiner_edge.images import centre_box
-
-        if found.area is None:
-            return
-        mask = dense_maps(outputs)[found.output] > 0.5
-        rows, columns = mask.shape
-        # Rows of a video buffer begin at multiples of four bytes.
-        stride = -(-columns // 4) * 4
-        padded = b"".join(row.tobytes().ljust(stride, b"\0") for row in mask)
-        held = Gst.Buffer.new_wrapped(padded)
-        GstVideo.buffer_add_video_meta(held, GstVideo.VideoFrameFlags.NONE, GstVideo.VideoFormat.GRAY8, columns, rows)
-        left, top, right, bottom = centre_box(self._info.width, self._info.height, self._model.size)
-        relations = GstAnalytics.buffer_add_analytics_relation_meta(buffer)
-        if relations is None:
-            raise RuntimeError("The frame takes no metadata.")
-        kind = GstAnalytics.SegmentationType.SEMANTIC
-        relations.add_segmentation_mtd(held, kind, [0, 1], left, top, right - left, bottom - top)
-
-    def _post(self, buffer: Any, answer: Answer, change: float | None, elapsed: float) -> None:
+        relations = GstAnalytics and answer.top and GstAnalytics.buffer_add_analytics_relation_meta(buffer)
+        if relations:
+            quarks = [GLib.quark_from_string(entry.label) for entry in answer.top]
+            relations.add_cls_mtd([entry.probability for entry in answer.top], quarks)
         structure = Gst.Structure.new_empty("sparsifiner")
         if buffer.pts != Gst.CLOCK_TIME_NONE:
             structure.set_value("pts", GObject.Value(GObject.TYPE_UINT64, buffer.pts))
-        structure.set_value("infer-ms", elapsed)
-        if answer.top is not None:
-            for field, key in (("classes", "number"), ("labels", "label"), ("probabilities", "probability")):
-                structure.set_value(field, Gst.ValueArray([getattr(entry, key) for entry in answer.top]))
-        elif answer.maps:
-            found = answer.maps[0]
-            structure.set_value("map", found.output)
-            structure.set_value("area", math.nan if found.area is None else found.area)
-            structure.set_value("centroid", Gst.ValueArray(list(found.centroid or ())))
-        else:
-            features = answer.features or []
-            structure.set_value("features", Gst.ValueArray([math.nan if x is None else x for x in features]))
-            structure.set_value("change", math.nan if change is None else change)
-        if answer.novelty is not None:
-            structure.set_value("novelty", answer.novelty)
+        structure.set_value("infer-ms", elapsed_ms)
+        structure.set_value("answer", dump_json(finite(write_record(answer))[0], None).strip())
         self.post_message(Gst.Message.new_element(self, structure))
 
-    def _warn(self, text: str) -> None:
-        warning = GLib.Error.new_literal(Gst.LibraryError.quark(), text, Gst.LibraryError.FAILED)
-        self.post_message(Gst.Message.new_warning(self, warning, ""))
-
-    def _fail(self, text: str) -> None:
+    def _fail(self, text: str) -> bool:
         error = GLib.Error.new_literal(Gst.LibraryError.quark(), text, Gst.LibraryError.SETTINGS)
         self.post_message(Gst.Message.new_error(self, error, f"bundle={self.bundle}"))
+        return False
 
 
 GObject.type_register(Sparsifiner)

@@ -1,0 +1,229 @@
+"""Result files as the page reads them: of declared types, with names, and with what forbids to compare them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from sparsifiner_edge.artifacts import read_json, sha256
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.profiles.figures import Comparison, Figures, ProfileResult
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.report.records import ClassEvaluation, Robustness, ScoreEvaluation, SearchRecord
+from sparsifiner_edge.report.texts import Texts
+from sparsifiner_edge.report.values import clean
+from sparsifiner_edge.results import MEASURE_AGAIN, RESULT_SCHEMA, Declared, Result, Subject, check_result
+from sparsifiner_edge.runtime.session import Description
+
+PROGRAM = "sparsifiner-edge"
+FORMS: dict[str, type[Declared]] = {
+    "profile": ProfileResult, "comparison": ProfileResult, "evaluation": ScoreEvaluation,
+    "robustness": Robustness, "search": SearchRecord,
+}  # fmt: skip
+"""Kind -> what the page reads of it."""
+GREATEST, LEAST_MS = 1e30, 1e-9
+"""Nothing measured comes near these, and computing with what lies beyond would leave floats."""
+Declaring = TypeVar("Declaring", bound=Declared)
+LatencySamples = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultFile(Generic[Declaring]):
+    """One result file; `sha256` in hexadecimal."""
+
+    path: Path
+    sha256: str
+    result: Declaring
+
+    @property
+    def name(self) -> str:
+        """The file's name, as the page shows it."""
+        return clean(self.path.name)
+
+    @property
+    def command(self) -> str:
+        """What made it, as one would type it, with this package's program for whatever file started it."""
+        first, *rest = [clean(argument, 500) for argument in self.result.command] or [""]
+        if Path(first).name in ("__main__.py", PROGRAM):
+            first = PROGRAM
+        return shlex.join(["python", first, *rest] if first.endswith(".py") else [first, *rest])
+
+    def subject(self, role: str) -> Subject:
+        """The subject of a role.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        return _of(self, "subjects", {subject.role or "": subject for subject in self.result.subjects}, role)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One bundle in one profile.
+
+    Attributes:
+        role: "subject" or "against". label: a name that no other side on the page has; before " · " it is the bundle's.
+        samples: latencies in ms.
+    """
+
+    file: ResultFile[ProfileResult]
+    role: str
+    label: str
+    subject: Subject
+    figures: Figures
+    samples: LatencySamples
+    runtime: Description
+
+    @property
+    def sha(self) -> str:
+        """The hash that names the bundle."""
+        return str(self.subject.sha256)
+
+    @property
+    def bundle_name(self) -> str:
+        """The label without what tells measurements apart."""
+        return self.label.partition(" · ")[0]
+
+
+class ReportData(NamedTuple):
+    """What sections draw from. `differences`: fields of the conditions in which measured sides differ, with values."""
+
+    files: Sequence[ResultFile[Any]]
+    sides: Sequence[Side]
+    differences: dict[str, list[str]]
+    texts: Texts
+
+    def of(self, form: type[Declaring]) -> list[ResultFile[Declaring]]:
+        """The files of a type."""
+        return [file for file in self.files if isinstance(file.result, form)]
+
+    def label_of(self, subject: Subject) -> str:
+        """The name of a subject, the same wherever the page speaks of the bundle."""
+        names = {side.sha: side.bundle_name for side in self.sides}
+        return names.get(str(subject.sha256), _name(subject))
+
+    def compared(self) -> list[tuple[Side, Side, Comparison]]:
+        """Sides that one run measured in turn under the same conditions, the subject first."""
+        pairs = [
+            (one, other, one.file.result.statistics.comparison)
+            for one in self.sides for other in self.sides
+            if one.file is other.file and (one.role, other.role) == ("subject", "against")
+            and conditions_of(one) == conditions_of(other)
+        ]  # fmt: skip
+        return [(one, other, comparison) for one, other, comparison in pairs if comparison is not None]
+
+
+def report_data(paths: Sequence[Path], texts: Texts) -> ReportData:
+    """What the files hold.
+
+    Raises:
+        ArtifactError: a file is no result that the page shows, of another version, or holds what nothing measures.
+        ConfigError: no file.
+    """
+    if not paths:
+        raise ConfigError("There is no result to report.", "Give files that profile or evaluate wrote with -o.")
+    files = list({file.sha256: file for file in map(_read, paths)}.values())
+    sides = [side for file in files for side in _sides(file)]
+    values: dict[str, dict[str, None]] = {}
+    for side in sides:
+        for field, value in conditions_of(side).items():
+            values.setdefault(field, {})[value] = None
+    differences = {field: list(those) for field, those in values.items() if len(those) > 1}
+    return ReportData(files, _labelled(sides, differences), differences, texts)
+
+
+def _read(path: Path) -> ResultFile[Any]:
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder.", "Give the result files in it.")
+    content = read_json(path, RESULT_SCHEMA, MEASURE_AGAIN)
+    kind = check_result(content, path, Result).kind
+    if kind not in FORMS:
+        raise ArtifactError(f"{path} is of kind {kind}.", f"The page shows: {', '.join(FORMS)}.")
+    if _largest(content) > GREATEST:
+        raise ArtifactError(f"{path} holds a number beyond {GREATEST:g}, which nothing measures.", MEASURE_AGAIN)
+    form = ClassEvaluation if kind == "evaluation" and "subject_percent" in content["statistics"] else FORMS[kind]
+    return ResultFile(path, sha256(path), check_result(content, path, form))
+
+
+def _largest(content: Any) -> float:
+    """The greatest magnitude of a number in lists and objects."""
+    if isinstance(content, (dict, list)):
+        return max(map(_largest, content.values() if isinstance(content, dict) else content), default=0)
+    return abs(content) if isinstance(content, (int, float)) else 0
+
+
+def _sides(file: ResultFile[Any]) -> Iterator[Side]:
+    if not isinstance(file.result, ProfileResult):
+        return
+    statistics, samples, method = file.result.statistics, file.result.samples, file.result.method
+    for role, figures, held in (
+        ("subject", statistics.subject, samples.subject),
+        ("against", statistics.against, samples.against),
+    ):
+        if figures is None:
+            continue
+        latencies, latency = np.asarray(held.latency_ms if held else [], np.float64), figures.latency_ms
+        marks = [mark.value for mark in (latency.p50, latency.p90, latency.p99, latency.mean)]
+        if not len(latencies) or min(latencies.min(), *marks) < LEAST_MS:
+            raise ArtifactError(f"{file.path}: {role} has no latencies, or such as nothing takes.", MEASURE_AGAIN)
+        _of(file, "method.conditions", method.conditions, role)
+        subject, runtime = file.subject(role), _of(file, "method.runtime", method.runtime, role)
+        yield Side(file, role, _name(subject), subject, figures, latencies, runtime)
+
+
+Value = TypeVar("Value")
+
+
+def _of(file: ResultFile[Any], name: str, by_role: dict[str, Value], role: str) -> Value:
+    if role not in by_role:
+        raise ArtifactError(f"{file.path}: {name} says nothing of {role}.", MEASURE_AGAIN)
+    return by_role[role]
+
+
+def _name(subject: Subject) -> str:
+    return clean(subject.name or Path(str(subject.path)).name)
+
+
+def _labelled(sides: Sequence[Side], differences: Container[str]) -> list[Side]:
+    """With what tells one apart from another: its folder, its file, the conditions in which they differ."""
+    shas: dict[str, set[str]] = {}
+    for side in sides:
+        shas.setdefault(side.label, set()).add(side.sha)
+    times, labelled = Counter(side.sha for side in sides), []
+    for side in sides:
+        folder = f", {clean(Path(str(side.subject.path)).name)}" if len(shas[side.label]) > 1 else ""
+        parts = [side.label + folder, *([side.file.name] if times[side.sha] > 1 else [])]
+        parts += [value for field, value in conditions_of(side).items() if field in differences]
+        labelled.append(dataclasses.replace(side, label=" · ".join(parts)))
+    return labelled
+
+
+def conditions_of(side: Side) -> dict[str, str]:
+    """In what two sides must agree before their figures stand side by side, as text."""
+    runtime, machine = side.runtime, side.file.result.machine
+    before = side.file.result.method.conditions[side.role].before
+    memory = machine.memory_bytes
+    # Whole gibibytes, since every kernel takes a little of it for itself.
+    size = "?" if isinstance(memory, Unavailable) else f"{memory / 2**30:.0f} GiB"
+    mode = before.power_mode
+    watts = "?" if before.power_limit_mw is None else f"{before.power_limit_mw / 1000:g} W"
+    return {
+        "machine": _joined([machine.board, machine.cpu_model, f"{machine.logical_cores} cores", size], ", "),
+        "power_mode": _joined([mode if isinstance(mode, Unavailable) else mode.name, watts, machine.governor], " / "),
+        "device": _joined([runtime.device], ""),
+        "threads": f"{_joined([runtime.threads], '')} / {machine.affinity_cores}",
+        "backend": _joined([runtime.backend, runtime.version, runtime.provider], " "),
+        "precision": _joined([runtime.precision], ""),
+    }
+
+
+def _joined(parts: Sequence[object], separator: str) -> str:
+    """The parts that are known."""
+    known = [clean(part, 120) for part in parts if part not in (None, "?") and not isinstance(part, Unavailable)]
+    return separator.join(known) or "?"
