@@ -36,7 +36,6 @@ def _execution(_context: click.Context, _option: click.Parameter, text: str | No
 @common.weights_option
 @common.img_size_option("source")
 @common.keep_option
-@common.token_keep_option
 @common.merge_option
 @common.trust_option
 @click.option("--tile", type=click.IntRange(1, MOST_COUNT), help="Queries that share one list; with --board 64.")

@@ -115,7 +115,7 @@ def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Ex
     if kind != "bundle":
         raise ConfigError(f"{folder} is neither a student nor a bundle.", "Give a folder made by sparsify or export.")
     if budget != (None, None, None):
-        raise ConfigError("What a bundle keeps is fixed.", "Give --keep, --token-keep and --merge to export.")
+        raise ConfigError("What a bundle keeps is fixed.", "Give --keep and --merge to export.")
     return _bundle(folder, compared, stack)
 
 

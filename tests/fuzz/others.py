@@ -166,7 +166,7 @@ USAGES = (
         "sparsify test_vit --weights {good}/weights.safetensors -o {work}/made",
         "--keep --set --token-keep --img-size",
     ),
-    ("export {good}/student -o {work}/made", "--keep --tile --probe --batch --token-keep --precision --board"),
+    ("export {good}/student -o {work}/made", "--keep --tile --probe --batch --merge --precision --board"),
     (
         "evaluate {good}/student --data {good}/images",
         "--keep --token-keep --metric --gallery --crop-pct --batch --workers",
