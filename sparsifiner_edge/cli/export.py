@@ -49,7 +49,7 @@ def _execution(_context: click.Context, _option: click.Parameter, text: str | No
 @click.option("--measure", metavar="BACKEND[:PRECISION]", callback=_execution,
               help="Keep layers dense where that is faster on this machine, such as in openvino:bf16.")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
-              help="Also compile GPU kernels of float16 for this board (see `estimate --list`); repeatable.")  # fmt: skip
+              help="Also compile float16 kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
 @click.option("--inline", is_flag=True,
               help="Standard operators alone, for runtimes that know no local functions; no kernels.")  # fmt: skip
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
