@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,10 @@ import numpy as np
 import pytest
 
 from sparsifiner_edge.camera import confine
+from sparsifiner_edge.camera.capture import Capture
 from sparsifiner_edge.camera.pattern import draw_pattern
+from sparsifiner_edge.camera.sources import parse_source
+from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.records import write_record
 from tests.camera.test_service import records_of
 from tests.commands import process
@@ -113,6 +117,24 @@ def test_a_video_with_sound(cells: Path, tmp_path: Path) -> None:
             file.mux(sound.encode(samples))
         file.mux([*video.encode(None), *sound.encode(None)])
     assert len(records_of(process("run", cells, "--source", tmp_path / "v.mkv"))) == 20
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl, which makes a certificate, is not installed")
+def test_an_encrypted_stream_of_a_host_by_name(tmp_path: Path) -> None:
+    """Neither TLS nor the look-up needs a file that cannot be opened any more; no certificate is checked."""
+    line = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out certificate -days 2 -subj /CN=x"
+    subprocess.run(line.split(), cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    events: list[dict[str, Any]] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        source = parse_source(f"rtsps://u:p@localhost:{server.getsockname()[1]}/x")
+        with Capture(source, 8, 5, Status(source.shown, events.append)):
+            with context.wrap_socket(server.accept()[0], server_side=True) as client:
+                assert client.recv(4096).startswith(b"OPTIONS rtsps://localhost:")
+                client.sendall(b"RTSP/1.0 404 Not Found\r\nCSeq: 1\r\n\r\n")
+            server.accept()[0].close()  # The next attempt.
+    assert "404" in next(event["reason"] for event in events if event["state"] == "lost")
 
 
 def test_the_decoding_process_is_confined(cells: Path, service: Any) -> None:
