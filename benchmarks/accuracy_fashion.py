@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from accuracy_images import GALLERY, SIZE
-from fashion import fashion_mnist
+from fashion import Clothes, fashion_mnist
 from fidelity_subject import weights_file
 
 from sparsifiner_edge.demo import material
-from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe
-from sparsifiner_edge.evaluate.labelled import Labelled
+from sparsifiner_edge.evaluate.classes import fit_neighbours, fit_probe
+from sparsifiner_edge.evaluate.scores import accuracies
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime import open_session
@@ -40,7 +40,7 @@ def fashion_bundle(work: Path, label: str) -> Path:
     return made if made.exists() else export_bundle(source, made, **options)
 
 
-def features(bundle: Path, pictures: Labelled, tell: Any) -> Any:
+def features(bundle: Path, pictures: Clothes, tell: Any) -> Any:
     """Class features of labelled images, kept on disk."""
     path = bundle.with_name(f"features-{bundle.name}-{pictures.name.split()[-1]}.npy")
     if path.exists():
@@ -68,7 +68,7 @@ def fashion(work: Path, tell: Any) -> dict[str, Any]:
             right[metric][label] = fit(known, gallery.labels).predict(asked) == queries.labels
     return {
         metric: {
-            label: write_record(accuracy_statistics(ours, found["teacher"]))
+            label: write_record(accuracies(ours, found["teacher"]))
             for label, ours in found.items()
             if label != "teacher"
         }

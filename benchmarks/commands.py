@@ -39,8 +39,8 @@ sparsifiner-edge export pruned/ -o pruned-bundle/
 sparsifiner-edge export paper/ -o paper-bundle/
 sparsifiner-edge export student/ --precision fp16 -o half/
 sparsifiner-edge evaluate student/ --data labelled/ --gallery labelled/ --metric knn --json
-sparsifiner-edge evaluate student/ --data images/ --corruptions fog,rotation -o stability.json
-sparsifiner-edge explain student/ --data images/ -o explained/
+sparsifiner-edge evaluate student/ --data images/ --corruptions fog,snow -o stability.json
+sparsifiner-edge explain student/ --data images/ -o explained.html
 sparsifiner-edge profile both-bundle/ --backend openvino --seconds 1 --json
 sparsifiner-edge profile sparse/ --layers --seconds 1 --json
 sparsifiner-edge run both-bundle/ --source images/ --backend openvino

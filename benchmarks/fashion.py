@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.errors import ImageError
-from sparsifiner_edge.evaluate.labelled import Labelled
-from sparsifiner_edge.images import resized
+from sparsifiner_edge.images import evenly, resized
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = (
@@ -19,12 +19,34 @@ CLASSES = (
 """In the order of the labels (table 2)."""
 
 
-def fashion_mnist(split: str) -> Labelled:
+@dataclasses.dataclass(frozen=True)
+class Clothes:
+    """Images uint8 [n,28,28] and their classes."""
+
+    images: Any
+    labels: Any
+    name: str
+    classes: tuple[str, ...] = CLASSES
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int) -> Clothes:
+        """At most `count` of them, evenly taken."""
+        taken = evenly(range(len(self.labels)), count)
+        return dataclasses.replace(self, images=self.images[taken], labels=self.labels[taken])
+
+    def load(self, number: int, size: int) -> Any:
+        """uint8 [size,size,3]."""
+        return resized(self.images[number], size)
+
+
+def fashion_mnist(split: str) -> Clothes:
     """Its images; split: "train" or "test"."""
     prefix = "train" if split == "train" else "t10k"
     images = _read(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
     labels = _read(f"{prefix}-labels-idx1-ubyte.gz", 8).astype(np.int64)
-    return Labelled(lambda i, size: resized(images[i], size), labels, CLASSES, f"fashion-mnist {split}")
+    return Clothes(images, labels, f"fashion-mnist {split}")
 
 
 def _read(name: str, header: int) -> Any:

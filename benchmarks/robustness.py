@@ -8,16 +8,13 @@ pruning (EViT), at about half of the dense multiply-accumulates, all trained by 
 `saliency`: `sparsifiner_edge.demo.saliency` at 518 px, IoU with true masks (stamps on publication photographs). A dense
 map needs every token, so nothing is pruned there. `features`: cosines of the classifier's students, at several budgets,
 on the publication photographs. Trainings see photographs and Fashion-MNIST's training images, none that is measured on.
-`measure` leaves rows in the folder's `raw` that it did not measure, if they are of as many images. Needs the packages
-that `accuracy.py` and `stamps.py` name.
+Needs the packages that `accuracy.py` and `stamps.py` name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,32 +31,31 @@ from accuracy_images import SIZE, collect, collect_fashion, linked, write_photog
 from fashion import fashion_mnist
 from fidelity_subject import weights_file
 from frontier_points import sum_of_layers
+from msgspec.structs import replace
 from PIL import Image
-from robustness_rows import Row, as_result, differences, draw, kept_rows, row_of, rows_of, short, show
-from summary import read_raw, write_summary
+from summary import write_summary
 
 import sparsifiner_edge as se
-from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.cli.common import err_console, progress_bar
+from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.demo import material, split
-from sparsifiner_edge.evaluate import robustness
-from sparsifiner_edge.evaluate.extract import Extractor, open_both
-from sparsifiner_edge.evaluate.robustness import RobustnessResult
+from sparsifiner_edge.evaluate.robustness import CLEAN, RobustnessResult
 from sparsifiner_edge.images import evenly
-from sparsifiner_edge.results import read_result, write_result
+from sparsifiner_edge.profiles.stats import small_sample_mean
+from sparsifiner_edge.records import write_record
+from sparsifiner_edge.results import Estimate, Result, read_result, write_result
 from sparsifiner_edge.sparse import patch
 from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 
 MODULE, SALIENCY_SIZE = "sparsifiner_edge.demo.saliency", 518
-GALLERY, QUERIES, STAMPS, SEVERITY = 600, 120, 30, "3"
+GALLERY, QUERIES, STAMPS, SEVERITY = 600, 120, 30, 3
 """Images of each task. Severity 3 is what is required; the middle of five."""
-STAGES, RESULT = ("untrained", "trained"), "robustness.json"
+STAGES = ("untrained", "trained")
 RIVALS = ("ToMe", "EViT")
 """Ours are compared with these, image by image."""
 REQUIRED = 1.0
-"""Points that ours may lose beyond the dense model, mean of ImageNet-C's fifteen; and aimed at .3."""
+"""Points that ours may lose beyond the dense model, mean of the fifteen; and aimed at .3."""
 
 
 class Contender(NamedTuple):
@@ -113,36 +109,6 @@ RECIPES = {
 
 
 @contextlib.contextmanager
-def remembered(*folders: Path) -> Iterator[None]:
-    """Whether what the subject and its teacher give for an image is kept in a folder each, and looked up there."""
-
-    def opened(*arguments: Any) -> tuple[Extractor, Extractor]:
-        subject, teacher = (_kept_in(*pair) for pair in zip(folders, open_both(*arguments), strict=True))
-        return subject, teacher
-
-    with mock.patch.object(robustness, "open_both", opened):
-        yield
-
-
-def _kept_in(folder: Path, extractor: Extractor) -> Extractor:
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def extract(images: Array) -> dict[str, Array]:
-        files = [folder / f"{hashlib.sha256(image.tobytes()).hexdigest()[:32]}.npz" for image in images]
-        missing = [number for number, file in enumerate(files) if not file.exists()]
-        if missing:
-            found = {name: x for name, x in extractor.extract(images[missing]).items() if name != "tokens"}
-            for place, number in enumerate(missing):
-                made = files[number].with_suffix(f".{os.getpid()}.npz")
-                np.savez(made, **{name: x[place] for name, x in found.items()})
-                made.replace(files[number])
-        rows = [np.load(file) for file in files]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0].files}
-
-    return extractor._replace(extract=extract)
-
-
-@contextlib.contextmanager
 def merging_by(tome_rule: bool) -> Iterator[None]:
     """Whether students merge as ToMe does: tokens in raster order, any partner, several into one."""
     with contextlib.ExitStack() as stack:
@@ -169,19 +135,10 @@ def untrained(work: Path, task: str, name: str) -> Path:
     """The student before its training."""
     made, contender = work / f"{task}-{name}-untrained", TASKS[task][name]
     if not made.exists():
-        calibrate = linked(work / "calibration", split.calibration())
+        options = contender.sparsify | {"calibrate": linked(work / "calibration", split.calibration())}
+        options |= {"weights": weights_file(), "img_size": SIZE} if task == "classes" else {}
         with merging_by(contender.by_tome):
-            if task == "classes":
-                se.sparsify(
-                    material.DINOV2,
-                    made,
-                    weights=weights_file(),
-                    img_size=SIZE,
-                    calibrate=calibrate,
-                    **contender.sparsify,
-                )
-            else:
-                se.sparsify(f"{MODULE}:saliency", made, calibrate=calibrate, **contender.sparsify)
+            se.sparsify(material.DINOV2 if task == "classes" else f"{MODULE}:saliency", made, **options)
     return made
 
 
@@ -245,7 +202,7 @@ def student_of(work: Path, task: str, name: str, stage: str) -> Path:
 
 
 def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> RobustnessResult:
-    """A student under every corruption, beside the dense model; kept on disk, as are outputs, for it takes long."""
+    """A student under every corruption, beside the dense model; kept on disk, for it takes long."""
     contender, student = TASKS[task][name], student_of(work, task, name, stage)
     label = f"{task}-{name}" + ("-untrained" if stage == "untrained" else "")
     kept = work / f"{label}.json"
@@ -264,10 +221,7 @@ def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> Robus
         if not data.exists():
             stamps.write(work / "stamps", STAMPS, SALIENCY_SIZE)
         options |= {"metric": "task", "masks": work / "stamps" / "masks", "against": f"{MODULE}:saliency"}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(merging_by(contender.by_tome))
-        if task != "features":  # Its patches are too large to keep, and soon made again.
-            stack.enter_context(remembered(work / "outputs" / label, work / "outputs" / f"{task}-dense"))
+    with merging_by(contender.by_tome):
         found = se.evaluate_student(student, data, **options)
     assert isinstance(found, RobustnessResult)
     write_result(kept, found)
@@ -296,37 +250,83 @@ def _stages(contender: Contender) -> tuple[str, ...]:
 @_task
 @_only
 @_work
-@click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, default=STAGES)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result and robustness.png.")
-def measure(
-    tasks: tuple[str, ...], only: tuple[str, ...], work: Path, stages: tuple[str, ...], output: Path | None
-) -> None:  # fmt: skip
-    """Measure students untrained, and those that were trained."""
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result.")
+def measure(tasks: tuple[str, ...], only: tuple[str, ...], work: Path, output: Path | None) -> None:
+    """Measure students untrained, and those that were trained; ours less each rival's, image by image."""
     work.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, Row] = {}
-    for task, contenders in TASKS.items():
-        for name, stage in [(name, stage) for name, one in contenders.items() for stage in _stages(one)]:
-            if task not in tasks or (only and name not in only) or stage not in stages:
-                continue
-            folder = student_of(work, task, name, stage)
-            if not folder.exists():
-                err_console.print(f"{task}, {name}: not trained in {work}")
-                continue
-            with progress_bar(f"{task}, {name}, {stage}") as progress:
-                found = judged(work, task, name, stage, progress)
-            budget = contenders[name].sparsify if contenders[name].of else {}
-            student = se.load_student(folder, trust=[MODULE], **budget)
-            rows[f"{task}: {name}, {stage}"] = row_of(found, sum_of_layers(student))
-    if output and (earlier := read_raw(output / RESULT)):
-        rows = kept_rows(rows_of(earlier), rows) | rows
-    order = [f"{task}: {name}, {stage}" for task in TASKS for name in TASKS[task] for stage in STAGES]
-    rows = {label: rows[label] for label in order if label in rows}
-    apart = differences(rows, RIVALS)
-    show(rows, apart, f"Severity {SEVERITY}, points of 100; required <= {REQUIRED}")
+    found: dict[str, RobustnessResult] = {}
+    macs: dict[str, float] = {}
+    for task, name, stage in [(t, n, s) for t in tasks for n, one in TASKS[t].items() for s in _stages(one)]:
+        folder, label = student_of(work, task, name, stage), f"{task}: {name}, {stage}"
+        if not folder.exists() or (only and name not in only):
+            err_console.print(f"{label}: left out; not asked for, or not trained in {work}")
+            continue
+        with progress_bar(label) as progress:
+            found[label] = judged(work, task, name, stage, progress)
+        budget = TASKS[task][name].sparsify if TASKS[task][name].of else {}
+        macs[label] = sum_of_layers(se.load_student(folder, trust=[MODULE], **budget))
+    apart = differences(found)
+    show(found, macs, apart)
     if output:
-        method, statistics = short(rows)
-        write_summary(output / RESULT, as_result(rows, apart), statistics=statistics | apart, method=method)
-        draw(rows, TRAINED, REQUIRED, output / "robustness.png")
+        subjects = [replace(x, path=Path(str(x.path)).name) for result in found.values() for x in result.subjects]
+        method = {label: {"images": len(x.method.images), "metric": x.method.metric} for label, x in found.items()}
+        samples = {label: result.samples for label, result in found.items()}
+        statistics = {label: {"macs": macs[label], **write_record(x.statistics)} for label, x in found.items()}
+        result = Result("comparison", subjects, method, samples, statistics | {"differences": write_record(apart)})
+        write_summary(output / "robustness.json", result, statistics=short(found, macs) | write_record(apart))
+
+
+def differences(found: dict[str, RobustnessResult]) -> dict[str, Estimate]:
+    """Extra loss of ours less that of each rival, image by image; of a rival that was not trained, untrained."""
+    apart = {}
+    for label, ours in found.items():
+        task, _, name = label.partition(": ")
+        for rival in RIVALS if name.startswith("ours") else ():
+            names = [one for stage in reversed(STAGES) if (one := f"{task}: {rival}, {stage}") in found]
+            for score in ours.samples if names else ():
+                less = extra_lost(ours, score) - extra_lost(found[names[0]], score)
+                apart[f"{label} less {names[0]}: {score}"] = small_sample_mean(less)
+    return apart
+
+
+def extra_lost(result: RobustnessResult, score: str) -> Any:
+    """One value per image: what was lost beyond the dense model."""
+    apart = {label: np.subtract(x["subject"], x["teacher"]) for label, x in result.samples[score].items()}
+    clean = apart.pop(CLEAN)
+    return clean - np.mean(list(apart.values()), 0)
+
+
+def short(found: dict[str, RobustnessResult], macs: dict[str, float]) -> dict[str, Any]:
+    """Statistics for the summary: all corruptions together, and each by its extra loss."""
+    rows = {}
+    for label, result in found.items():
+        for score, by_name in result.statistics.stability.items():
+            each = {name: x.extra_lost for name, x in by_name.items() if name != "all"}
+            row = {"macs": macs[label], "clean": result.statistics.clean[score], "all": by_name["all"], "each": each}
+            rows[f"{label}: {score}"] = write_record(row)
+    return rows
+
+
+def show(found: dict[str, RobustnessResult], macs: dict[str, float], apart: dict[str, Estimate]) -> None:
+    table = []
+    for label, result in found.items():
+        for score, by_name in result.statistics.stability.items():
+            clean, every = result.statistics.clean[score], by_name["all"]
+            table.append([
+                f"{label}: {score}", every.images, f"{macs[label] / 1e9:.1f}", f"{100 * clean['teacher']:.1f}",
+                f"{100 * clean['subject']:.1f}", f"{100 * every.teacher_lost.value:.1f}", in_points(every.extra_lost),
+            ])  # fmt: skip
+    head = ["", "images", "G MACs", "dense, clean", "clean", "dense loses", "extra loss"]
+    print_table(f"Severity {SEVERITY}, points of 100; required <= {REQUIRED}", head, table)
+    print_table(
+        "Extra loss of ours less a rival's, image by image", ["", ""], [[k, in_points(x)] for k, x in apart.items()]
+    )
+
+
+def in_points(x: Estimate) -> str:
+    """Of 100."""
+    of_100 = x.times(100)
+    return f"{of_100.value:+.2f} ({of_100.low:+.2f} to {of_100.high:+.2f})"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ else:
 STUDENT_SCHEMA = 2
 STUDENT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-NOVELTY_FILE = "novelty.safetensors"
 ARCHITECTURE_FILE = "architecture/config.json"
 """transformers' configuration, in a student of one of its models."""
 BUNDLE_FILE = "manifest.json"
@@ -183,7 +182,7 @@ def _own_files(folder: Path, kind: str) -> set[str]:
         if kind_of(folder) != kind:
             return set()
         if kind == "student":
-            return {STUDENT_FILE, WEIGHTS_FILE, NOVELTY_FILE, ARCHITECTURE_FILE}
+            return {STUDENT_FILE, WEIGHTS_FILE, ARCHITECTURE_FILE}
         files = read_json(path, None, "Make it again.").get("files")
         own = {path.name, *(files if isinstance(files, dict) else ())}
         if kind == "bundle":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -24,6 +25,8 @@ Scores = dict[str, float | None]
 """By name; None: it says nothing of this image."""
 MAPS = "maps"
 """The task that needs no code: dense maps."""
+METRIC_POINTS = "sparsifiner_edge.metrics"
+"""The group of entry points by which packages give metrics a name."""
 THRESHOLD = 0.5
 """Above which a pixel of a map from 0 to 1 belongs to the mask."""
 MAP_MEASURES: dict[str, Callable[[Array, Array], float | None]] = {
@@ -119,8 +122,8 @@ def matching(mask: Array, shape: Sequence[int]) -> Array:
 
 
 class TaskMetric(Protocol):
-    """How well a model does a user's task; `evaluate --metric task --task package.module:class` makes one for the model
-    and one for its teacher, `search` one for both, of which it asks `update` alone.
+    """How well a model does a user's task; `evaluate --metric task --task NAME` makes one for the model and one for its
+    teacher, `search` one for both, of which it asks `update` alone.
 
     Attributes:
         higher_is_better: of `result`, and of what `update` returns.
@@ -143,20 +146,22 @@ class OwnMetric:
     """A user's `TaskMetric`, which may fail in any way.
 
     Args:
-        name: package.module:class.
+        name: package.module:class, or an entry point of the group `METRIC_POINTS`, which a package declares.
 
     Raises:
         ConfigError: it cannot be imported, or makes no `TaskMetric`; by each method: it fails.
     """
 
     def __init__(self, name: str) -> None:
-        module, _, own = name.partition(":")
+        points = {point.name: point for point in entry_points(group=METRIC_POINTS)} if ":" not in name else {}
+        module, _, attribute = name.partition(":")
         try:
-            make = getattr(importlib.import_module(module), own)
+            make = points[name].load() if name in points else getattr(importlib.import_module(module), attribute)
         except Exception as error:
+            known = ", ".join([MAPS, *points])
             raise ConfigError(
                 f"The task {name!r} cannot be imported: {type(error).__name__}: {error}.",
-                f"Give {MAPS}, or your own as package.module:class, with its package in PYTHONPATH.",
+                f"Give {known}, or your own as package.module:class, with its package in PYTHONPATH.",
             ) from error
         self._metric: TaskMetric = _called(name, make)
         lacking = [part for part in ("update", "result", "higher_is_better") if not hasattr(self._metric, part)]

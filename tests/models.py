@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.novelty import fit_density
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, preprocessing
-from sparsifiner_edge.sparse.novelty import Novelty
 from sparsifiner_edge.sparse.student import Student, make_student
 
 TINY = "test_vit"
@@ -39,12 +35,6 @@ def student(name: str = TINY, sparsity: SparsityConfig = TINY_CONFIG, **options:
 def sparse(name: str, model: TimmModel, sparsity: SparsityConfig = TINY_CONFIG) -> Student:
     """A model of timm's made sparse in place, with projections from its weights."""
     return make_student(Student(model, name, preprocessing(model)), sparsity)
-
-
-def with_density(made: Student) -> Student:
-    """A student that gives the score novelty, of statistics that are drawn."""
-    rows = np.random.default_rng(0).normal(size=(20, 2 * made.backbone.width))
-    return dataclasses.replace(made, novelty=Novelty(fit_density(rows), 0, len(rows)))
 
 
 def images(model: TimmModel, batch: int = 2, seed: int = 0) -> torch.Tensor:

@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "bundle": ("sparsifiner_edge/bundle/",),
     "runtime": ("sparsifiner_edge/runtime/",),
     "profiles": ("sparsifiner_edge/profiles/",),
-    "evaluate": ("sparsifiner_edge/evaluate/", "sparsifiner_edge/corruptions/", "sparsifiner_edge/explained.py"),
+    "evaluate": ("sparsifiner_edge/evaluate/", "sparsifiner_edge/corruptions.py", "sparsifiner_edge/explained.py"),
     "search": ("sparsifiner_edge/search/",),
     "report": ("sparsifiner_edge/report/",),
     "camera": ("sparsifiner_edge/camera/",),

@@ -1,41 +1,42 @@
-"""Corruptions of images: those published against the package that others use, a camera's own by what they say."""
+"""Corruptions of images, against the package that others use."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from skimage import data
 
-from sparsifiner_edge.corruptions import (
-    CAMERA,
-    COMMON,
-    SEVERITIES,
-    corrupt,
-    moved,
-    parse_corruptions,
-    parse_severities,
-)
+from sparsifiner_edge.corruptions import COMMON, SEVERITIES, corrupt, moved, parse_corruptions
 from sparsifiner_edge.errors import ConfigError
-from tests.published_corruptions import figures, picture
 
-ROOT = Path(__file__).parent.parent
-PUBLISHED = json.loads((ROOT / "tests" / "data" / "corruptions.json").read_text())
+PUBLISHED = json.loads((Path(__file__).parent / "data" / "corruptions.json").read_text())
+"""By "fog 3" the `figures` of what the package imagecorruptions-imaug makes of `CLEAN`, the mean of six seeds. It
+replaces OpenCV by one that needs libGL, so it stays out of here.
+"""
 DRAWN, OTHER = "frost", "elastic_transform"
 """The one that is drawn here; the one to which that package gives parameters of its own."""
+CLEAN = np.array(Image.fromarray(data.astronaut()).resize((224, 224), Image.Resampling.BICUBIC))
 
 
-CLEAN = picture()
+def figures(changed: Any) -> list[float]:
+    """Mean difference to the clean image, mean, deviation, and mean difference of pixels above each other."""
+    values = changed.astype(float)
+    below = np.abs(np.diff(values, axis=0)).mean()
+    return [float(x) for x in (np.abs(values - CLEAN).mean(), values.mean(), values.std(), below)]
 
 
 @pytest.mark.parametrize("name", [name for name in COMMON if name != OTHER])
 def test_images_change_as_published(name: str) -> None:
     """In the mean over seeds: difference to the clean image, mean, deviation, difference of neighbours."""
     for severity in SEVERITIES:
-        found = np.mean([figures(corrupt(CLEAN, name, severity, seed), CLEAN) for seed in range(6)], 0)
+        found = np.mean([figures(corrupt(CLEAN, name, severity, seed)) for seed in range(6)], 0)
         tolerance = 0.2 if name == DRAWN else 0.12
         np.testing.assert_allclose(found, PUBLISHED[f"{name} {severity}"], rtol=tolerance, atol=1.2)
 
@@ -65,7 +66,7 @@ def test_elastic_displacements_are_as_large_as_published(severity: int) -> None:
     assert np.std(smooth) == pytest.approx(shear * np.sqrt(1 / 3) * np.sqrt(1 / 2), rel=0.45)
 
 
-@pytest.mark.parametrize("name", [*COMMON, *CAMERA])
+@pytest.mark.parametrize("name", COMMON)
 def test_what_is_drawn_follows_from_the_seed(name: str) -> None:
     first, again = (corrupt(CLEAN, name, 3, 7) for _ in range(2))
     assert np.array_equal(first, again)
@@ -76,7 +77,7 @@ def test_what_is_drawn_follows_from_the_seed(name: str) -> None:
     assert all(np.array_equal(first, other) for other in others) == (name in fixed)
 
 
-@pytest.mark.parametrize("name", [*COMMON, *CAMERA])
+@pytest.mark.parametrize("name", COMMON)
 def test_more_severe_is_further_from_clean(name: str) -> None:
     def distance(severity: int) -> float:
         found = [corrupt(CLEAN, name, severity, seed).astype(float) for seed in range(4)]
@@ -92,7 +93,7 @@ def test_more_severe_is_further_from_clean(name: str) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.sampled_from([*COMMON, *CAMERA]), st.sampled_from(SEVERITIES), st.integers(8, 70), st.integers(8, 70),
+    st.sampled_from(COMMON), st.sampled_from(SEVERITIES), st.integers(8, 70), st.integers(8, 70),
     st.integers(0, 2**31), st.sampled_from([0, 128, 255]),
 )  # fmt: skip
 def test_any_size_and_any_image(name: str, severity: int, height: int, width: int, seed: int, value: int) -> None:
@@ -105,14 +106,11 @@ def test_any_size_and_any_image(name: str, severity: int, height: int, width: in
     assert moved(mask, name, severity, seed).shape == mask.shape
 
 
-@pytest.mark.parametrize("name", ["rotation", "elastic_transform", "fog"])
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_a_mask_moves_as_its_image(name: str, severity: int) -> None:
-    mask = np.zeros((120, 160), bool)
+def test_a_mask_moves_as_its_image(severity: int) -> None:
+    mask, name = np.zeros((120, 160), bool), "elastic_transform"
     mask[40:90, 70:110] = True
-    if name == "fog":
-        assert moved(mask, name, severity, 5) is mask
-        return
+    assert moved(mask, "fog", severity, 5) is mask
     image = np.repeat(255 * mask[..., None].astype(np.uint8), 3, -1)
     found = corrupt(image, name, severity, 5)[..., 0] > 127
     wanted = moved(mask, name, severity, 5)
@@ -120,44 +118,11 @@ def test_a_mask_moves_as_its_image(name: str, severity: int) -> None:
     assert not np.array_equal(wanted, mask)
 
 
-def test_a_quarter_turn_is_one() -> None:
-    square = CLEAN[:200, :200]
-    turned = corrupt(square, "rotation", 5, 0).astype(int)
-    assert min(np.abs(turned - np.rot90(square, k)).mean() for k in (1, 3)) < 0.5
-
-
-def test_a_camera_in_the_dark() -> None:
-    grey = np.full((200, 200, 3), 128, np.uint8)
-    light = (128 / 255 + 0.055) / 1.055
-    for severity, exposure in zip(SEVERITIES, (0.2, 0.1, 0.05, 0.02, 0.008), strict=True):
-        found = corrupt(grey, "low_light", severity, 0) / 255
-        # In light: gain times exposure of the scene's, with the noise of so many electrons and of reading them.
-        values, gain = ((found + 0.055) / 1.055) ** 2.4, min(1 / exposure, 8)
-        electrons = light**2.4 * exposure * 4000
-        if severity < 5:  # Below, half of the values are cut at black.
-            assert values.mean() == pytest.approx(light**2.4 * exposure * gain, rel=0.05)
-            assert values.std() == pytest.approx(np.sqrt(electrons + 16) * gain / 4000, rel=0.1)
-
-
-def test_blocks_are_lost_whole() -> None:
-    for severity, share in zip(SEVERITIES, (0.03, 0.06, 0.12, 0.2, 0.35), strict=True):
-        changed = (corrupt(CLEAN, "dropped_blocks", severity, 1) != CLEAN).any(-1)
-        blocks = changed.reshape(14, 16, 14, 16).mean((1, 3))
-        assert ((blocks > 0.5) | (blocks == 0)).mean() > 0.98
-        assert 0.4 * share < (blocks > 0).mean() < share + 14 / 196
-
-
 def test_names_and_severities() -> None:
-    assert parse_corruptions("all") == (*COMMON, *CAMERA)
-    assert parse_corruptions("camera, fog,camera") == ("fog", *CAMERA)
+    assert parse_corruptions("all") == COMMON
+    assert parse_corruptions("snow, fog,fog") == ("snow", "fog")
     assert len(COMMON) == 15
-    assert parse_severities("1..5") == SEVERITIES
-    assert parse_severities("5, 1") == (1, 5)
-    assert parse_severities("2..2") == (2,)
-    for text in ("", "0", "6", "3..1", "1..6", "1,", "a", "1.5"):
-        with pytest.raises(ConfigError, match="severity is"):
-            parse_severities(text)
-    for text in ("", "mist", "fog,", "fog;snow"):
+    for text in ("", "mist", "fog,", "fog;snow", "fog,all"):
         with pytest.raises(ConfigError, match="is unknown"):
             parse_corruptions(text)
     with pytest.raises(ConfigError, match="severity is 6"):

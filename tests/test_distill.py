@@ -64,14 +64,11 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     )  # fmt: skip
     assert summary.best is not None
     assert summary.start is not None
-    # And then the images that novelty is fitted to.
-    assert steps == [(n, 30) for n in range(1, 31)] + [(n, 10) for n in range(1, 11)]
+    assert steps == [(n, 30) for n in range(1, 31)]
     assert summary.best > summary.start
     trained = load_student(tmp_path / "out")
     assert trained.provenance.training == json.loads(json.dumps(write_record(summary)))
     assert summary.images == 10
-    assert trained.novelty is not None
-    assert trained.novelty.images == 10
     assert not (tmp_path / "out.training" / checkpoint.CHECKPOINT).exists()
     assert list((tmp_path / "out.training" / "tensorboard").iterdir())
     before = load_student(start).model.state_dict()
@@ -109,7 +106,6 @@ def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start:
         assert running.wait() == -signal.SIGKILL
     done = process(*arguments, "-o", broken, "--resume")
     assert done.code == 0, done.err
-    assert "novelty: fitted to " in done.out
     assert losses(broken) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
     assert [e["step"] for e in history(broken)] == [e["step"] for e in history(tmp_path / "whole")]
     resumed, unbroken = (load_student(x).model.state_dict() for x in (broken, tmp_path / "whole"))

@@ -37,7 +37,7 @@ from sparsifiner_edge.sparse.student import Student, load_student, save_student
 from sparsifiner_edge.sparse.weights import normalise
 from tests.commands import manifest_of
 from tests.everything import first
-from tests.models import student, vit, with_density
+from tests.models import student, vit
 from tests.once import Once
 
 OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"
@@ -315,7 +315,7 @@ def test_onnx_runtime_1_21_runs_every_structure(bundle: Path, dense: Path, tmp_p
         ("test_vit", SparsityConfig(keep=(0.3, 1), cells=5, channels=8), {}),
         ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, cells=4, merge=(6, 0)), {"img_size": 112}),
     ):
-        made[name] = export_shallow(with_density(student(name, sparsity, **options)), tmp_path / name, batch="dynamic")
+        made[name] = export_shallow(student(name, sparsity, **options), tmp_path / name, batch="dynamic")
     script = (
         "import sys, numpy as np, onnxruntime as ort\n"
         "assert ort.__version__.startswith('1.21'), ort.__version__\n"

@@ -21,7 +21,7 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 import sparsifiner_edge as se
 from sparsifiner_edge.demo.saliency import saliency
 from sparsifiner_edge.demo.split import development, home
-from sparsifiner_edge.errors import ImageError
+from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.images import Normalisation, load_image, load_mask
 from sparsifiner_edge.metrics import auroc, intersection_over_union, mean_absolute_error
 from sparsifiner_edge.report import write_report
@@ -132,13 +132,29 @@ def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:
     assert math.isfinite(result.method.results["subject"])
 
 
+def test_a_metric_that_a_package_names(
+    student: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an entry point."""
+    info = tmp_path / "brightness-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brightness\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[sparsifiner_edge.metrics]\nbrightness = {METRICS}:Brightness\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked: dict[str, Any] = {"metric": "task", "trust": [FACTORY]}
+    named, pointed = (
+        se.evaluate_student(student, pictures, task=task, **asked) for task in ("brightness", f"{METRICS}:Brightness")
+    )
+    assert (named.method.task, named.samples) == ("brightness", pointed.samples)
+    with pytest.raises(ConfigError, match="Give maps, brightness, or your own"):
+        se.evaluate_student(student, pictures, task="darkness", **asked)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "gives 2 dense maps (mask, heat)"),
         (["--map", "nothing"], "gives 2 dense maps"),
-        (["--map", "mask", "--threshold", "0"], "threshold is 0.0"),
-        (["--map", "mask", "--threshold", "nan"], "threshold is nan"),
         (["--map", "mask", "--masks", "nowhere"], "nowhere does not exist"),
         (["--map", "mask", "--masks", "tests"], "holds no mask for picture0.png"),
         (["--task", "no.module:Metric"], "cannot be imported: ModuleNotFoundError"),

@@ -54,13 +54,6 @@ class Retiled(Struct, frozen=True):
     refused: str | None = None
 
 
-class NoveltyFit(Struct, frozen=True):
-    """What the output `novelty` was fitted to: how many images, and the share of such that may score above 1."""
-
-    images: int = 0
-    false_alarms: float | None = None
-
-
 class LayerChoice(Struct, frozen=True):
     """Layers of equal sizes: medians of one's attention, at batch 1, and whether they were kept dense."""
 

@@ -17,7 +17,6 @@ from sparsifiner_edge.bundle.entries import (
     Check,
     Float16,
     Measured,
-    NoveltyFit,
     Quantisation,
     Retiled,
 )
@@ -99,7 +98,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         costs, dense_costs: see `costs.summary`.
         tolerances: output -> greatest difference from golden, relative to its range.
         engines: in the order in which they were built.
-        novelty: what the output of that name was fitted to; None: there is none.
         check, retiled, measured, quantisation, float16, boards: what export found, for people.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
     """
@@ -126,7 +124,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     quantisation: Quantisation | None = None
     float16: Float16 | None = None
     boards: tuple[BoardKernels, ...] = ()
-    novelty: NoveltyFit | None = None
     provenance: Any = {}
     tools: dict[str, str] = {}
 

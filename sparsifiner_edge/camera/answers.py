@@ -39,8 +39,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         maps: of a model that gives dense maps; empty where a value is NaN or infinite.
         not_finite: how many numbers of all these were, where any was.
         change: of a video's features; see `Model.change`.
-        novelty: where the bundle gives it: above 1 the image is unlike those of the calibration. Infinite, and null in
-            a line, where it is NaN or infinite: such an image counts as unlike them.
     """
 
     top: list[Class] | None = None
@@ -48,7 +46,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     maps: list[MapSummary] | None = None
     not_finite: int | None = None
     change: float | None = None
-    novelty: float | None = None
 
 
 class FrameRecord(Answer, frozen=True):

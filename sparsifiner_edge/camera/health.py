@@ -137,7 +137,6 @@ def _metrics(status: Status) -> Iterator[str]:
     for name, what, value in (
         ("silent_seconds", "Since the last answer.", status.silent_s()),
         ("last_outage_seconds", "How long the source was lost the last time.", status.recovered_s),
-        ("novelty", "Of the last frame; above 1 it is unlike the calibration's.", status.novelty),
     ):
         if value is not None:
             yield from _metric(name, "gauge", what, {"": value})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import height_width
@@ -17,7 +15,6 @@ from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.metrics import cosine
-from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.runtime import Execution, Session
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.text import finite
@@ -57,8 +54,6 @@ class Model:
         self.size = bundle.image_size
         self.labels = bundle.labels()
         self._options = options
-        # A module's own output of that name says something else.
-        self._scored = bundle.manifest.novelty is not None
         self._reference: Array | None = None
         self.session: Session = open_checked(bundle, options.execution)
         try:
@@ -78,16 +73,11 @@ class Model:
         return self.session.infer({"image": image[None]})
 
     def answer(self, outputs: dict[str, Array]) -> Answer:
-        """`top` of a classifier, else `features`, else `maps`; and `novelty`.
+        """`top` of a classifier, else `features`, else `maps`.
 
         Raises:
             ArtifactError: the bundle gives none of them.
         """
-        found, score = self._answer(outputs), self._novelty(outputs)
-        bad = (found.not_finite or 0) + (score == math.inf)
-        return replace(found, novelty=score, not_finite=bad or None)
-
-    def _answer(self, outputs: dict[str, Array]) -> Answer:
         if "logits" in outputs:
             logits = outputs["logits"][0].astype(np.float64)
             bad = int(np.count_nonzero(~np.isfinite(logits)))
@@ -125,14 +115,6 @@ class Model:
         found = float(1 - cosine(features, self._reference))
         self._reference = self._reference + _FOLLOW * (features - self._reference)
         return max(0.0, found)
-
-    def _novelty(self, outputs: dict[str, Array]) -> float | None:
-        """The score of one image, infinite where it is no number; None where the bundle has none."""
-        if not self._scored:
-            return None
-        values = outputs.get(NOVELTY)
-        score = float(values.item()) if values is not None and values.size == 1 else math.nan
-        return round(score, 6) if math.isfinite(score) else math.inf
 
     def _classes(self, logits: Array) -> list[Class]:
         weights = np.exp(logits - logits.max())

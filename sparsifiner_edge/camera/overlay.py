@@ -158,9 +158,6 @@ def text_lines(record: FrameRecord, rate: float) -> list[str]:
     for summary in record.maps or []:
         area = f"mean {summary.mean:.3g}" if summary.area is None else f"{summary.area:.0%} of the image"
         lines.append(f"{_short(summary.output)}  {area}")
-    if record.novelty is not None:
-        unlike = "   UNLIKE THE CALIBRATION" if record.novelty > 1 else ""
-        lines.append(f"novelty {record.novelty:.2f}{unlike}")
     age = record.frame_age_ms
     lines.append(f"{rate:.1f} fps   " + (f"model {record.infer_ms:.0f} ms" if age is None else f"age {age:.0f} ms"))
     return lines

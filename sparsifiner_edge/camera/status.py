@@ -25,7 +25,6 @@ COUNTERS = {
     "output_errors": "Records that could not be written.",
     "overlay_errors": "Times that the overlay could not be written and was given up.",
     "not_finite": "Numbers of answers that were NaN or infinite, and were written as null.",
-    "unlike": "Frames unlike those that the model was calibrated on: novelty above 1, or not finite.",
 }
 """And what each counts."""
 TIMES = ("capture", "preprocess", "wait", "infer", "postprocess", "end_to_end", "frame_age")
@@ -64,7 +63,6 @@ class Status:
         self._lock = threading.Lock()
         self._lost_at: float | None = None
         self._processed_at: float | None = None
-        self.novelty: float | None = None
         """Of the last frame, where the bundle gives it."""
         self.times = {name: Times() for name in TIMES}
 
@@ -101,9 +99,6 @@ class Status:
         """A frame's answer is ready."""
         self.count("processed")
         self._processed_at = time.monotonic()
-        if record.novelty is not None:
-            self.novelty = record.novelty
-            self.count("unlike", record.novelty > 1)
         for name, times in self.times.items():
             if (taken_ms := getattr(record, f"{name}_ms")) is not None:
                 times.add(taken_ms / 1000)

@@ -151,10 +151,6 @@ token_keep_option = click.option("--token-keep", callback=parse_pruning, metavar
     help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.')  # fmt: skip
 
 
-corruptions_option = click.option(
-    "--corruptions", metavar="all|common|camera|NAME,..", help="Judge while images get worse, by these (docs/trust.md)."
-)
-severity_option = click.option("--severity", metavar="1..5|3|1,3,5", help="Of corruptions.  [default: 1..5]")
 trust_option = click.option("--trust", multiple=True, metavar="MODULE",
     help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
 
@@ -202,16 +198,6 @@ def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
 def print_json(content: Any) -> None:
     """One JSON document on standard output; null where a figure is NaN or infinite."""
     click.echo(dump_json(finite(content)[0]), nl=False)
-
-
-def print_novelty(student: Path) -> None:
-    """Say what a student's score of unlike images was fitted to."""
-    from sparsifiner_edge.novelty import LEAST_IMAGES
-    from sparsifiner_edge.sparse.student_file import read_config
-
-    found = read_config(student).novelty
-    few = f"none, for want of {LEAST_IMAGES} images that can be read and differ"
-    click.echo(f"novelty: {f'fitted to {found.images} images' if found else few}")
 
 
 def normalisation_text(found: Normalisation | None) -> str:

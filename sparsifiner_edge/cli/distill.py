@@ -62,7 +62,6 @@ def _print(summary: TrainingSummary, output: Path) -> None:
         )
         rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in summary.budgets]
         common.print_table(f"{what[0].upper()}{what[1:]}, held-out images", ["budget", "untrained", "kept"], rows)
-    common.print_novelty(output)
     if summary.unreadable:
         listed = "\n  ".join(map(shown, summary.unreadable[:10]))
         click.echo(f"{len(summary.unreadable)} images could not be read and were skipped:\n  {listed}", err=True)

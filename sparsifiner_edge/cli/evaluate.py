@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsifiner_edge.bounds import MOST_BATCH, MOST_COUNT, MOST_WORKERS
+from sparsifiner_edge.bounds import MOST_COUNT, MOST_WORKERS
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.evaluate.classes import ClassResult
     from sparsifiner_edge.evaluate.robustness import RobustnessResult
-    from sparsifiner_edge.evaluate.scores import ScoresResult
+    from sparsifiner_edge.evaluate.scores import ClassResult, ScoresResult
     from sparsifiner_edge.results import Estimate
 
 
@@ -32,20 +30,14 @@ if TYPE_CHECKING:
 @click.option(
     "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most so many images of --data, evenly taken."
 )
-@click.option("--task", metavar="maps|package.module:object",
+@click.option("--task", metavar="maps|NAME|package.module:class",
               help="For task: dense maps against the teacher's, or a metric of your own.  [default: maps]")  # fmt: skip
 @click.option("--map", "map_name", metavar="NAME", help="For maps: the output that is one, where there are several.")
 @click.option("--masks", type=common.PATH, help="For maps: a folder of true masks, named as the images.")
-@click.option("--threshold", type=float, help="For maps from 0 to 1: what belongs to the mask.  [default: 0.5]")
-@common.corruptions_option
-@common.severity_option
-@click.option("--crop-pct", type=float, metavar="SHARE",
-              help="For top1: the share of an image's sides that is seen; by default as timm validates the model.",
-              )  # fmt: skip
-@click.option("--batch", type=click.IntRange(1, MOST_BATCH),
-              help="For top1: images at once; by default as suits the models.")  # fmt: skip
+@click.option("--corruptions", metavar="all|NAME,..", help="Judge while images get worse, by these (docs/trust.md).")
+@click.option("--severity", type=click.IntRange(1, 5), help="Of corruptions.  [default: 3]")
 @click.option("--workers", type=click.IntRange(0, MOST_WORKERS),
-              help="For top1: processes that read images; by default as many as cores.")  # fmt: skip
+              help="Processes that read images; by default as many as cores.")  # fmt: skip
 @click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
 @common.keep_option
 @common.token_keep_option
@@ -59,11 +51,9 @@ def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **o
     """Compare SUBJECT with its dense teacher, image by image."""
     import sparsifiner_edge
 
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
-    with common.progress_bar("images", visible=first) as progress:
+    with common.progress_bar("images") as progress:
         result = sparsifiner_edge.evaluate_student(subject, data, progress=progress, **options)
-    if first:
-        common.print_result(result, as_json, _print, output)
+    common.print_result(result, as_json, _print, output)
 
 
 def _print(result: ScoresResult | ClassResult | RobustnessResult) -> None:
@@ -128,19 +118,12 @@ def _print_robustness(result: RobustnessResult) -> None:
 
 def _print_accuracy(result: ClassResult) -> None:
     """Accuracies side by side, and their difference with its interval."""
-    found, method = result.statistics, result.method
-    paired = found.difference_points
+    statistics, method = result.statistics, result.method
+    paired = statistics.difference_points
     rows = [
-        ["subject", f"{found.subject_percent:.2f} %"],
-        ["teacher", f"{found.teacher_percent:.2f} %"],
-        ["difference", f"{paired.value:+.2f} points ({paired.low:+.2f} to {paired.high:+.2f})"],
+        ["subject", f"{statistics.subject_percent:.2f} %"],
+        ["teacher", f"{statistics.teacher_percent:.2f} %"],
+        ["difference", f"{paired.value:+.2f} points ({_between(paired, '+.2f')})"],
     ]
     common.print_table(f"{method.metric}: {method.queries}, gallery {method.gallery}", ["", "accuracy"], rows)
     click.echo(f"images: {shown(method.preprocessing)}")
-    if found.images_per_second is not None:
-        devices = ", ".join(dict.fromkeys(str(runtime.device) for runtime in method.runtime.values()))
-        batches = "+".join(map(str, dict.fromkeys((method.batch or {}).values())))
-        click.echo(
-            f"{found.images_per_second:.1f} images a second through both on {shown(devices)}; batch {batches}, "
-            f"workers {method.workers}, processes {method.processes}"
-        )

@@ -54,8 +54,6 @@ def _execution(_context: click.Context, _option: click.Parameter, text: str | No
               help="Standard operators alone, for runtimes that know no local functions; no kernels.")  # fmt: skip
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
 @click.option("--tokens", is_flag=True, help="Also give the tokens of a classifier, or of a model with a decoder.")
-@click.option("--novelty/--no-novelty", default=True,
-              help="Also say how unlike its calibration images an image is, if the student had some.")  # fmt: skip
 @common.normalise_options
 @common.json_option
 @common.output_option("Bundle folder to write.")
@@ -80,7 +78,7 @@ def _print(bundle: Bundle) -> None:
     folder, manifest = bundle.folder, bundle.manifest
     if manifest.preprocessing is not None:
         click.echo(common.normalisation_text(manifest.preprocessing.folded))
-    for line in (*_check(manifest), *_novelty(manifest), *_merged(manifest), *_changes(manifest), *_measured(manifest)):
+    for line in (*_check(manifest), *_merged(manifest), *_changes(manifest), *_measured(manifest)):
         click.echo(line)
     for board in manifest.boards:
         counts = f"{board.launches} kernels for {board.nodes} nodes"
@@ -115,11 +113,6 @@ def _check(manifest: Manifest) -> Iterator[str]:
         yield f"selected keys: {check.differing_indices} of {check.selected_indices} differ from torch"
     if check.differing_tokens:
         yield f"kept tokens: {check.differing_tokens} differ from torch"
-
-
-def _novelty(manifest: Manifest) -> Iterator[str]:
-    if found := manifest.novelty:
-        yield f"novelty: of {found.images} images; {found.false_alarms:.1%} of such are expected to score above 1"
 
 
 def _changes(manifest: Manifest) -> Iterator[str]:

@@ -62,8 +62,6 @@ def command(*, model: str, output: Path, settings: dict[str, Any], **options: An
     config = read_config(folder)
     made = SparsityConfig.from_dict(config.sparsity)
     click.echo(common.normalisation_text(config.normalisation))
-    if options["calibrate"] is not None:
-        common.print_novelty(folder)
     merging = f", merge {merge_text(made.merge)}" if any(made.merge) else ""
     trust = f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
     click.echo(

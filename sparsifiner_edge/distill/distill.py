@@ -23,7 +23,6 @@ from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.novelty import with_novelty
 from sparsifiner_edge.sparse.student import Student, load_student, save_student
 from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.teacher import teacher_of
@@ -112,7 +111,7 @@ def distill_student(
         resume: continue from the last checkpoint of this output.
         tensorboard: also write the history to `<output>.training/tensorboard`.
         trust: see `load_student`.
-        progress: see `Progress`; counts steps, and the stage says the loss; then images that `novelty` is fitted to.
+        progress: see `Progress`; counts steps, and the stage says the loss.
 
     Returns:
         What was trained and how it went; the student's provenance holds the same.
@@ -141,9 +140,7 @@ def distill_student(
         if accelerator.is_main_process:
             learner.model.cpu().load_state_dict(training.best)
             provenance = replace(learner.provenance, training=write_record(summary))
-            # Other weights make other tokens: what was fitted before says nothing of them.
-            seen = [path for path in source.train if str(path) not in summary.unreadable]
-            save_student(with_novelty(dataclasses.replace(learner, provenance=provenance), seen, progress), target)
+            save_student(dataclasses.replace(learner, provenance=provenance), target)
             (folder / checkpoint.CHECKPOINT).unlink()
         accelerator.end_training()
     return summary

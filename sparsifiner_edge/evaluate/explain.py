@@ -1,24 +1,30 @@
-"""`explain_student`: for images, which patches each layer read, merged and averaged, what of it reached the output, and
-whether that is true.
+"""`explain_student`: for images, which patches each layer read and merged, which the features hang on, and whether that
+is true.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
 from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.connections import LayerWeights, SeenLayer, look, reaching, scores_of
-from sparsifiner_edge.evaluate.faithfulness import answer_of, elsewhere, faithfulness, groups_of
+from sparsifiner_edge.evaluate.faithfulness import (
+    AnswerOf,
+    answer_of,
+    elsewhere,
+    faithfulness,
+    groups_of,
+    importance_of,
+)
 from sparsifiner_edge.explained import (
-    CONTROLS,
-    DENSE,
     MOVED,
     OURS,
     RANDOM,
@@ -26,167 +32,138 @@ from sparsifiner_edge.explained import (
     ExplainMethod,
     ExplainResult,
     ExplainStatistics,
-    Faithful,
     ImageSummary,
     LayerMaps,
     LayerSummary,
-    ReadKey,
 )
 from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
-from sparsifiner_edge.order import inverse
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Subject
+from sparsifiner_edge.sparse.attention import LandmarkAttention, SparseAttention
+from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
+from sparsifiner_edge.sparse.outputs import tokens_of
 from sparsifiner_edge.sparse.student import Student, load_student
+from sparsifiner_edge.sparse.weights import normalise
 
 EXPLAINED = 4
-LISTED = 24
-"""Keys of a place that the result holds, of each layer: those that the most heads read."""
 
 
 def explain_student(
-    student: str | Path, data: str | Path, *, at: tuple[int, int] | None = None, most: int = EXPLAINED,
-    trust: Sequence[str] = (), progress: Progress | None = None,
+    student: str | Path, data: str | Path, *, most: int = EXPLAINED, trust: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> tuple[ExplainResult, list[Explained]]:  # fmt: skip
-    """Explain a student's features, or its token of one patch, on images.
+    """Explain a student's features on images.
 
     Args:
-        student: student folder. data: an image or a folder. at: x and y in pixels of the image that the model sees;
-            None: the features. most: images at most, evenly taken. trust: see `load_student`. progress: see `Progress`.
+        student: student folder. data: an image or a folder. most: images at most, evenly taken. trust: see
+            `load_student`. progress: see `Progress`; counts images.
 
     Returns:
         The result, and what a page shows.
 
     Raises:
-        ConfigError: the student is dense or prunes tokens, or the place lies outside.
+        ConfigError: the student is dense or prunes tokens.
         SparsifinerError: an unusable student or image.
     """
-    folder, made, explained = Path(student), load_student(student, trust=trust), []
-    place, paths = _patch(made, at), evenly(list_images(Path(data)), most)
+    folder, model, explained = Path(student), load_student(student, trust=trust), []
+    paths = evenly(list_images(Path(data)), most)
     for number, path in enumerate(paths):
-        explained.append(explain_image(made, path, place, seed=number))
+        explained.append(explain_image(model, path, seed=number))
         if progress:
             progress("images", number + 1, len(paths))
     method = ExplainMethod(
-        explained="the features" if place is None else f"the token of the patch in row {place[0]}, column {place[1]}",
-        heads=made.backbone.geometry.heads, place=at, groups=groups_of(made.backbone.grid),
-        filled="the image's mean colour",
-        preprocessing=f"{centre_text(made.img_size)}, bicubic to {size_text(made.img_size)} px",
+        groups=groups_of(model.backbone.grid), filled="the image's mean colour",
+        preprocessing=f"{centre_text(model.img_size)}, bicubic to {size_text(model.img_size)} px",
         images=[path.name for path in paths],
     )  # fmt: skip
-    samples = {
-        f"{number} {found.path.name}": {name: known.curve for name, known in found.summary.faithful.items()}
-        for number, found in enumerate(explained)
-    }
+    samples = {f"{number} {image.path.name}": image.drops for number, image in enumerate(explained)}
     subject = Subject(
-        role="subject", kind="student", path=str(folder), name=made.name, sha256=sha256(folder / STUDENT_FILE)
+        role="subject", kind="student", path=str(folder), name=model.name, sha256=sha256(folder / STUDENT_FILE)
     )
-    statistics = ExplainStatistics([found.summary for found in explained])
+    statistics = ExplainStatistics([image.summary for image in explained])
     return ExplainResult("explanation", [subject], method, samples, statistics), explained
 
 
-def explain_image(
-    student: Student, path: Path, place: tuple[int, int] | None = None, seed: int = 0, judge: bool = True
-) -> Explained:
-    """One image; place: row and column of a patch; seed: of what chance gives beside it; judge: whether it is true."""
-    backbone, image = student.backbone, load_image(path, student.img_size)
-    curve = inverse(backbone.layers[0].curve.order.numpy())
-    layers, dense = look(student, image), look(student, image, densely=True)
-    maps: list[LayerMaps] = []
-    summaries: list[LayerSummary] = []
+def explain_image(student: Student, path: Path, seed: int = 0, judge: bool = True) -> Explained:
+    """One image; seed: of what chance gives beside it; judge: whether it is true.
 
-    def tell(seen: SeenLayer, weights: LayerWeights) -> None:
-        maps.insert(0, _maps(seen, weights, curve))
-        summaries.insert(0, _summary(len(layers) - len(maps), seen, weights, maps[0], backbone.grid, place))
+    Raises:
+        ConfigError: no layer of the student is sparse or merges; or it prunes tokens: nothing hangs on what is gone.
+    """
+    image, answer = load_image(path, student.img_size), answer_of(student)
+    layers = look(student, image)
+    importance = importance_of(answer, image, student.backbone.grid)
+    saco, drops = _judged(answer, image, importance, seed) if judge else ({}, {})
+    better = judge and saco[OURS] > max(0.0, saco[RANDOM], saco[MOVED])
+    summary = ImageSummary(image=path.name, layers=[layer for _, layer in layers], saco=saco, better=better)
+    return Explained(path, image, [maps for maps, _ in layers], importance, summary, drops)
 
-    reached = {
-        OURS: _reached(layers, backbone.grid, curve, place, tell), DENSE: _reached(dense, backbone.grid, curve, place)
-    }  # fmt: skip
+
+def _judged(
+    answer: AnswerOf, image: Pixels, importance: Array, seed: int
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """SaCo, and what the answer loses without each group of patches: of the explanation, and of chance."""
     random = np.random.default_rng(seed)
-    chance = random.random(backbone.grid)
-    against = reached | {RANDOM: chance / chance.sum(), MOVED: elsewhere(reached[OURS], random)}
-    faithful = faithfulness(answer_of(student, place), image, against) if judge else {}
-    summary = ImageSummary(image=path.name, layers=summaries, faithful=faithful, better=_better(faithful))
-    return Explained(path, image, maps, reached, summary)
+    orders = {OURS: importance, RANDOM: random.random(importance.shape), MOVED: elsewhere(importance, random)}
+    found = {name: faithfulness(answer, image, values) for name, values in orders.items()}
+    return {name: saco for name, (saco, _) in found.items()}, {name: drop.tolist() for name, (_, drop) in found.items()}
 
 
-def _better(faithful: dict[str, Faithful]) -> bool:
-    if not faithful:
-        return False
-    ours, chance = faithful[OURS], [faithful[name] for name in CONTROLS]
-    return all(ours.saco > max(0.0, one.saco) and ours.deletion < one.deletion for one in chance)
+@torch.no_grad()
+def look(student: Student, image: Pixels) -> list[tuple[LayerMaps, LayerSummary]]:
+    """What a student's layers read and merge of an image uint8 [H,W,3].
+
+    Raises:
+        ConfigError: see `explain_image`.
+    """
+    layers = [layer for layer in student.backbone.layers if isinstance(layer, SparseLayer)]
+    if not layers:
+        raise ConfigError(f"{student.name} is dense: all tokens attend to all.", "Give a sparse student.")
+    if student.sparsity.token_keep:
+        raise ConfigError(f"{student.name} prunes tokens.", 'Explain it without: --token-keep "".')
+    seen: list[tuple[LayerMaps, LayerSummary]] = []
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_watched(layer, seen))
+        tokens_of(student.model.eval(), normalise(torch.from_numpy(image)[None], student.normalisation))
+    return seen
 
 
-def _patch(student: Student, at: tuple[int, int] | None) -> tuple[int, int] | None:
-    if at is None:
-        return None
-    (height, width), (rows, columns) = student.backbone.image_size, student.backbone.grid
-    if not (0 <= at[0] < width and 0 <= at[1] < height):
-        raise ConfigError(
-            f"The place {at[0]},{at[1]} lies outside of the image that the model sees.",
-            f"Give x from 0 to {width - 1} and y from 0 to {height - 1}.",
-        )
-    return at[1] * rows // height, at[0] * columns // width
+@contextlib.contextmanager
+def _watched(layer: SparseLayer, seen: list[tuple[LayerMaps, LayerSummary]]) -> Iterator[None]:
+    entered: CarriedTokens | None = None
+    read: torch.Tensor | None = None
 
+    def enter(_: Any, inputs: Any) -> None:
+        nonlocal entered, read
+        entered, read = layer.arrived(inputs[0]), None
 
-def _reached(
-    seen: list[SeenLayer], grid: tuple[int, int], curve: Array, place: tuple[int, int] | None,
-    tell: Callable[[SeenLayer, LayerWeights], None] | None = None,
-) -> Array:  # fmt: skip
-    """Of each patch, what reached the class token (of models without: all tokens), or a patch's: [rows,columns]."""
-    prefix, last = seen[0].prefix, seen[-1].left
-    row = torch.zeros(last.values.shape[1])
-    if place is not None:
-        along = int(curve[place[0] * grid[1] + place[1]])
-        row[prefix + (along if last.places is None else int(last.places[0, along]))] = 1
-    elif prefix:
-        row[0] = 1
-    else:
-        row = torch.ones(len(row)) if last.sizes is None else last.sizes[0].float()
-    patches = reaching(seen, row, tell=tell)[prefix:][torch.from_numpy(curve)]
-    return np.asarray((patches / patches.sum()).reshape(grid).numpy())
+    def attend(attention: Any, _: Any, outputs: Any) -> None:
+        nonlocal read
+        if isinstance(attention, SparseAttention) and attention.sparsity.keep != 1 and entered is not None:
+            lists, patches = attention.indices(outputs[1], entered.sizes)[0], entered.positions.shape[1]
+            # The published method lists all tokens, others patches alone.
+            listed = entered.values.shape[1] if isinstance(attention, LandmarkAttention) else patches
+            read = torch.bincount(lists.long().flatten(), minlength=listed)[listed - patches :] / lists.shape[1]
 
+    def leave(_: Any, __: Any, output: Any) -> None:
+        assert entered is not None
+        patches = entered.positions.shape[1]
+        places = torch.arange(patches) if entered.places is None else entered.places[0]
+        share = np.ones(patches) if read is None else np.asarray(read.numpy())
+        sparse = layer.own_attention if read is not None else None
+        summary = LayerSummary(
+            layer=len(seen), tokens=patches, merged=patches - layer.arrived(output).positions.shape[1],
+            keys=sparse.layout.keys if isinstance(sparse, SparseAttention) else None,
+        )  # fmt: skip
+        seen.append((LayerMaps(np.asarray(places[layer.curve.raster].numpy()), share), summary))
 
-def _maps(seen: SeenLayer, weights: LayerWeights, curve: Array) -> LayerMaps:
-    places = torch.arange(len(curve)) if seen.tokens.places is None else seen.tokens.places[0]
-    scores, count = scores_of(seen), seen.tokens.positions.shape[1]
-    whole = torch.full((1, count), seen.attention.geometry.heads)
-    heads = whole if weights.read is None else weights.read.sum(0)
-    nothing = (torch.zeros(1, count), torch.zeros(count))
-    probe, deviation = nothing if scores is None else (scores.probe.mean(0), scores.deviation.mean(0))
-    sparse = seen.sparse
-    tile = count if sparse is None else 1 if scores is None else sparse.sparsity.tile
-    cells = weights.cells[:, seen.prefix :].mean(0)
-    arrays = places[torch.from_numpy(curve)], heads, probe, deviation, cells
-    token, *others = (np.asarray(x.numpy()) for x in arrays)
-    return LayerMaps(token, tile, *others)
-
-
-def _summary(
-    number: int, seen: SeenLayer, weights: LayerWeights, maps: LayerMaps, grid: tuple[int, int],
-    place: tuple[int, int] | None,
-) -> LayerSummary:  # fmt: skip
-    sparse, count = seen.sparse, seen.tokens.positions.shape[1]
-    return LayerSummary(
-        layer=number, tokens=count, merged=count - seen.left.positions.shape[1],
-        keys=None if sparse is None else sparse.layout.keys, cells=round(float(maps.cells.mean()), 6),
-        place=None if place is None else _place(seen, weights, maps, grid, place),
-    )  # fmt: skip
-
-
-def _place(
-    seen: SeenLayer, weights: LayerWeights, maps: LayerMaps, grid: tuple[int, int], place: tuple[int, int]
-) -> list[ReadKey]:
-    token = int(maps.token[place[0] * grid[1] + place[1]])
-    tile = token // maps.tile
-    attention = weights.attention[:, seen.prefix + token, seen.prefix :].mean(0)
-    first: dict[int, int] = {}
-    for raster, owner in enumerate(maps.token.tolist()):
-        first.setdefault(owner, raster)
-    order = sorted(range(len(attention)), key=lambda n: (-int(maps.heads[tile, n]), -float(attention[n])))
-    return [
-        ReadKey(
-            patch=divmod(first[n], grid[1]), heads=int(maps.heads[tile, n]), probe=round(float(maps.probe[tile, n]), 6),
-            deviation=round(float(maps.deviation[n]), 6), attention=round(float(attention[n]), 6),
-        )
-        for n in order[:LISTED]
+    hooks = [
+        layer.register_forward_pre_hook(enter), layer.own_attention.register_forward_hook(attend),
+        layer.register_forward_hook(leave),
     ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

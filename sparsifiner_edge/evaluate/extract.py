@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 
-from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
 from sparsifiner_edge.bounds import ImageSize, size_text
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
@@ -55,11 +54,11 @@ class Extractor(NamedTuple):
     together: int = 1
     timm_name: str | None = None
 
-    def each(self, images: Iterable[Pixels]) -> Iterator[dict[str, Array]]:
-        """The outputs of each image, as of a batch of one."""
-        waiting = iter(images)
-        while batch := list(itertools.islice(waiting, self.together)):
-            outputs = self.extract(np.stack(batch))
+    def each(self, images: Array) -> Iterator[dict[str, Array]]:
+        """The outputs of each of the images [B,H,W,3], as of a batch of one."""
+        for start in range(0, len(images), self.together):
+            batch = images[start : start + self.together]
+            outputs = self.extract(batch)
             for place in range(len(batch)):
                 yield {name: value[place : place + 1] for name, value in outputs.items()}
 
@@ -68,9 +67,8 @@ class TeacherComparison(NamedTuple):
     """What is compared with which teacher, and what runs bundles: arguments of `evaluate_student`.
 
     Attributes:
-        normalisation: what a dense model expects of pixels; see `load_source`.
-        device: torch's name of what models in torch run on. batch: images at once, where a model takes any number;
-            None: as suits it. output: the only one that is wanted; None: all.
+        normalisation: what a dense model expects of pixels; see `load_source`. output: the only one that is wanted of
+            models in torch; None: all.
     """
 
     subject: Path
@@ -82,31 +80,25 @@ class TeacherComparison(NamedTuple):
     execution: Execution
     trust: Sequence[str] = ()
     normalisation: Normalisation | None = None
-    device: str = "cpu"
-    batch: int | None = None
     output: str | None = None
 
 
 def open_both(compared: TeacherComparison, stack: contextlib.ExitStack) -> tuple[Extractor, Extractor]:
-    """The subject and its teacher, of images of one size.
+    """The subject and its teacher, open until the stack is left.
 
     Raises:
-        ConfigError: see `open_subject` and `open_teacher`; or a bundle as the teacher takes another size.
+        ConfigError: there are none that can be compared, or they take images of different sizes.
     """
-    subject = open_subject(compared, stack)
-    teacher = open_teacher(compared, subject.size, stack)
+    subject = _subject(compared, stack)
+    teacher = _teacher(compared, subject.size, stack)
     if teacher.size != subject.size:
         sizes = f"{size_text(subject.size)} px, the teacher {size_text(teacher.size)} px"
         raise ConfigError(f"The subject takes {sizes}.", "Use one size.")
     return subject, teacher
 
 
-def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
-    """A student or bundle, open until the stack is left.
-
-    Raises:
-        ConfigError: it is neither, or a bundle is given another budget.
-    """
+def _subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
+    """A student or bundle."""
     folder, budget = compared.subject, (compared.keep, compared.token_keep, compared.merge)
     kind = kind_of(folder)
     if kind == "student":
@@ -119,12 +111,8 @@ def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Ex
     return _bundle(folder, compared, stack)
 
 
-def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib.ExitStack) -> Extractor:
-    """The dense teacher: a bundle, a model (see `load_source`), or (None) the subject's own weights, dense.
-
-    Raises:
-        ConfigError: there is none, because the subject is a bundle or was trained; weights without their model.
-    """
+def _teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib.ExitStack) -> Extractor:
+    """The dense teacher: a bundle, a model (see `load_source`), or the subject's own weights, dense."""
     against, weights = compared.against, compared.weights
     bundle = against is not None and Path(against).is_dir() and kind_of(Path(against)) is not None
     if weights is not None and (against is None or bundle):
@@ -150,13 +138,14 @@ def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib
 
 
 def _torch(student: Student, path: str, digest: str, compared: TeacherComparison) -> Extractor:
-    device, output = torch.device(compared.device), compared.output
-    model, pre = student.model.eval().to(device), student.normalisation
+    """A model in torch, on a GPU where torch sees one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, pre, backbone = student.model.eval().to(device), student.normalisation, student.backbone
 
     @torch.no_grad()
     def extract(image: Array) -> dict[str, Array]:
         outputs = outputs_of(model, normalise(torch.from_numpy(image).to(device), pre), student.outputs)
-        return {name: value.cpu().numpy() for name, value in outputs.items() if output in (None, name)}
+        return {name: value.cpu().numpy() for name, value in outputs.items() if compared.output in (None, name)}
 
     runtime = Runtime(
         backend=f"torch {torch.__version__}",
@@ -164,16 +153,17 @@ def _torch(student: Student, path: str, digest: str, compared: TeacherComparison
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )
-    about = Subject(name=student.name, path=path, sha256=digest)
-    backbone = student.backbone
-    together = compared.batch or images_together(backbone, GPU_TOKENS_TOGETHER if device.type == "cuda" else None)
-    named = student.name if student.kind == "timm" else None
+    together = images_together(backbone, GPU_TOKENS_TOGETHER if device.type == "cuda" else TOKENS_TOGETHER)
+    about, named = (
+        Subject(name=student.name, path=path, sha256=digest),
+        student.name if student.kind == "timm" else None,
+    )
     return Extractor(extract, student.img_size, backbone.prefix, about, runtime, student.labels, together, named)
 
 
-def images_together(backbone: Backbone, tokens: int | None = None) -> int:
-    """How many images a model in torch takes at once: of so many tokens; None takes what suits a CPU."""
-    return max(1, (tokens or TOKENS_TOGETHER) // (backbone.prefix + backbone.patches))
+def images_together(backbone: Backbone, tokens: int = TOKENS_TOGETHER) -> int:
+    """How many images a model in torch takes at once: of so many tokens."""
+    return max(1, tokens // (backbone.prefix + backbone.patches))
 
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
@@ -191,8 +181,9 @@ def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitSta
     name = bundle.required(bundle.manifest.name, "name")
     about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
     tokens = bundle.required(bundle.manifest.tokens, "tokens")
-    labels, together = tuple(bundle.labels()), fixed or compared.batch or 1
-    return Extractor(extract, bundle.image_size, tokens.prefix, about, session.description, labels, together, name)
+    labels = tuple(bundle.labels())
+    # Of a dynamic batch one image at a time: engines may take few.
+    return Extractor(extract, bundle.image_size, tokens.prefix, about, session.description, labels, fixed or 1, name)
 
 
 def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:

@@ -1,28 +1,25 @@
-"""Is an explanation true? What a model answers while patches are taken from the image in its order, or given back.
+"""Which patches a model's features hang on, and whether that is true.
 
-- *deletion*: the mean answer while the most important patches go first; the lower the better.
-- *insertion*: the mean answer while they come first into an image without any; the higher the better.
-- *SaCo* (Wu et al., CVPR 2024): of groups of patches, whether those that are said to matter more do: 1 always, 0 as by
-  chance, -1 never; pairs count by how much more is claimed.
+*Integrated gradients* (Sundararajan et al., ICML 2017) give every pixel its part of how far the answer moves while the
+image fades in from its own mean colour; a patch weighs as much as the sum of its pixels' parts, whatever the sign. The
+answer is the cosine of the features to those of the whole image.
 
+*SaCo* (Wu et al., CVPR 2024) judges: of groups of patches, each filled with the mean colour, whether those that are
+said to matter more change the answer more: 1 always, 0 as by chance, -1 never; pairs count by how much more is claimed.
 Two explanations that know nothing of the image stand beside: patches in any order, and the explanation itself at
 another place (`elsewhere`). Patches from everywhere hurt a model more than a hole of the same size, so an order that
 begins with one region has to be compared with one that does too.
-
-The answer is the cosine of what is explained (the features, or one patch's token) to that of the whole image. What is
-taken away is filled with the image's mean colour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.evaluate.extract import images_together
-from sparsifiner_edge.explained import Faithful
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.ops.torch_native import native_kernels
@@ -30,35 +27,50 @@ from sparsifiner_edge.sparse.outputs import tokens_of
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
+GRADIENTS = 4
+"""Of the way from the mean colour: twelve are no truer by SaCo on development photographs."""
 GROUPS = 10
 """Of patches, most important first; as in SaCo's own experiments."""
 _MANY = 1024
 """Patches beyond which half of the groups have to do: an answer takes long there."""
-AnswerOf = Callable[[Sequence[Pixels]], Array]
-"""Images uint8 [H,W,3] -> what is explained of each [n,C]."""
+AnswerOf = Callable[[Tensor], Tensor]
+"""Pixels 0 to 255, float [1,H,W,3] -> what is explained [C]."""
 
 
-def answer_of(student: Student, place: tuple[int, int] | None = None) -> AnswerOf:
-    """What a student gives: its features, or its token of the patch at a row and column."""
-    backbone = student.backbone
-    together = images_together(backbone)
+def answer_of(student: Student) -> AnswerOf:
+    """A student's features."""
+    backbone, model = student.backbone, student.model.eval()
 
-    @torch.no_grad()
-    def answer(images: Sequence[Pixels]) -> Array:
-        rows = []
-        with native_kernels(available_cores()):
-            for start in range(0, len(images), together):
-                some = np.stack(images[start : start + together])
-                pixels = normalise(torch.from_numpy(some), student.normalisation)
-                tokens = tokens_of(student.model, pixels)  # A decoder may take as long as all else.
-                index = 0 if place is None else backbone.prefix + place[0] * backbone.grid[1] + place[1]
-                rows.append(backbone.heads(tokens)["features"] if place is None else tokens[:, index])
-        return np.asarray(torch.cat(rows).numpy())
+    def answer(pixels: Tensor) -> Tensor:
+        tokens = tokens_of(model, normalise(pixels, student.normalisation))  # A decoder may take as long as all else.
+        return backbone.heads(tokens)["features"][0]
 
     return answer
 
 
-def groups_of(grid: tuple[int, int]) -> int:
+def importance_of(answer: AnswerOf, image: Pixels, grid: tuple[int, int]) -> Array:
+    """Of each patch [rows,columns] how much the answer to an image uint8 [H,W,3] hangs on it; the sum is 1."""
+    start, end = (torch.from_numpy(x)[None].float() for x in (_filler(image), image))
+    with torch.no_grad():
+        whole = answer(end)
+    total = torch.zeros_like(end)
+    for step in range(GRADIENTS):
+        between = (start + (step + 0.5) / GRADIENTS * (end - start)).requires_grad_()
+        near = torch.nn.functional.cosine_similarity(answer(between), whole, dim=0)
+        total += torch.autograd.grad(near, between)[0]
+    pixels = ((end - start) * total)[0].sum(-1).numpy()
+    (height, width), (rows, columns) = pixels.shape, grid
+    parts = np.abs(pixels.reshape(rows, height // rows, columns, width // columns).sum((1, 3)))
+    return np.asarray(parts / max(float(parts.sum()), 1e-30))
+
+
+def _filler(image: Pixels) -> Pixels:
+    """The image's mean colour, as large as it is."""
+    filler: Pixels = np.broadcast_to(image.reshape(-1, 3).mean(0).round().astype(np.uint8), image.shape).copy()
+    return filler
+
+
+def groups_of(grid: tuple[int, ...]) -> int:
     """How many groups the patches of a grid are taken away in."""
     return GROUPS if grid[0] * grid[1] <= _MANY else GROUPS // 2
 
@@ -70,32 +82,18 @@ def elsewhere(values: Array, random: np.random.Generator) -> Array:
     return np.asarray(rolled[:, ::-1] if random.random() < 0.5 else rolled)
 
 
-def faithfulness(answer: AnswerOf, image: Pixels, maps: Mapping[str, Array]) -> dict[str, Faithful]:
-    """Explanations [rows,columns] of one image, by name, beside each other."""
-    filler = np.broadcast_to(image.reshape(-1, 3).mean(0).round().astype(np.uint8), image.shape)
-    whole = answer([image])[0]
-    found = {}
-    for name, values in maps.items():
-        rows, columns = values.shape
-        groups = groups_of((rows, columns))
-        order = np.argsort(-values.ravel(), kind="stable")
-        parts = [_mask(part, values.shape, image.shape) for part in np.array_split(order, groups)]
-        shown = np.cumsum(parts, 0).astype(bool)
-        # Without the first group, and with all but the last, stand among those that lack one.
-        images = [
-            *(np.where(part[..., None], filler, image) for part in parts),
-            *(np.where(part[..., None], filler, image) for part in shown[1:-1]),
-            *(np.where(part[..., None], image, filler) for part in shown[:-2]),
-        ]
-        answers = np.asarray(cosine(answer(images), whole[None]))
-        alone, without, given = np.split(answers, [groups, 2 * groups - 2])
-        without, given = np.append(alone[0], without), np.append(given, alone[-1])
-        importance = np.array([values.ravel()[part].sum() for part in np.array_split(order, groups)])
-        found[name] = Faithful(
-            saco=saco(importance, 1 - alone), deletion=float(without.mean()), insertion=float(given.mean()),
-            curve=without.tolist(), gained=given.tolist(),
-        )  # fmt: skip
-    return found
+@torch.no_grad()
+def faithfulness(answer: AnswerOf, image: Pixels, values: Array) -> tuple[float, Array]:
+    """SaCo of an explanation [rows,columns] of an image; and what the answer loses without each group of patches, those
+    first that are said to matter most.
+    """
+    filler = _filler(image)
+    groups = np.array_split(np.argsort(-values.ravel(), kind="stable"), groups_of(values.shape))
+    without = [np.where(_mask(group, values.shape, image.shape)[..., None], filler, image) for group in groups]
+    with native_kernels(available_cores()):
+        whole, *answers = (answer(torch.from_numpy(x)[None].float()).numpy() for x in (image, *without))
+    drop = 1 - np.asarray(cosine(np.stack(answers), whole[None]))
+    return saco(np.array([values.ravel()[group].sum() for group in groups]), drop), drop
 
 
 def saco(importance: Array, drop: Array) -> float:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
+import collections
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.corruptions import Condition, corrupt, moved
+from sparsifiner_edge.corruptions import moved
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.evaluate.classes import Predictor
+from sparsifiner_edge.evaluate.classes import Predictor, required_output
 from sparsifiner_edge.evaluate.extract import Extractor
-from sparsifiner_edge.evaluate.labelled import Labelled
-from sparsifiner_edge.images import SUFFIXES, load_image, load_mask
+from sparsifiner_edge.evaluate.reading import Feed, Labelled, read_images
+from sparsifiner_edge.images import SUFFIXES, load_mask
 from sparsifiner_edge.judge import (
     MAPS,
     THRESHOLD,
@@ -30,34 +30,19 @@ from sparsifiner_edge.judge import (
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.progress import Progress
 
-JUDGED = ("subject", "teacher")
-
-
-class Task(NamedTuple):
-    """What is judged.
-
-    Attributes:
-        name: `MAPS`, or "package.module:object", a user's `TaskMetric` or what makes one.
-        output: of a map, its name; None: the only one there is. masks: folder of true masks, named as the images.
-        threshold: of maps from 0 to 1, above which a pixel belongs to the mask.
-    """
-
-    name: str = MAPS
-    output: str | None = None
-    masks: Path | None = None
-    threshold: float = THRESHOLD
+COMPARED = ("subject", "teacher")
 
 
 class JudgedImage(NamedTuple):
     """An image as both models saw it.
 
     Attributes:
-        number: of the image. condition: how it was corrupted; None: not at all. subject, teacher: what they answered.
-        clean: what the teacher answered to the clean image.
+        number: of the image. condition: its corruption and how severe that is; None: it is clean.
+        subject, teacher: what they answered. clean: what the teacher answered to the clean image.
     """
 
     number: int
-    condition: Condition | None
+    condition: tuple[str, int] | None
     subject: Prediction
     teacher: Prediction
     clean: Prediction
@@ -67,20 +52,14 @@ class Judge:
     """Scores both models' answers to images, which are files.
 
     Attributes:
-        truth: what scores are held against, for people. images: their names. lower: names of scores that are the better
-            the lower they are.
+        truth: what scores are held against, for people. lower: names of scores that are the better the lower they are.
     """
 
     truth: str
     lower: frozenset[str] = frozenset()
 
     def __init__(self, files: Sequence[Path], size: ImageSize) -> None:
-        self._files, self._size = files, size
-        self.images = [path.name for path in files]
-
-    def load(self, number: int) -> Pixels:
-        """One of the images, clean."""
-        return load_image(self._files[number], self._size)
+        self.files, self.size = files, size
 
     def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """The subject's and the teacher's."""
@@ -101,22 +80,21 @@ class Judge:
 
 
 def answers(
-    judge: Judge, subject: Extractor, teacher: Extractor, conditions: Sequence[Condition], progress: Progress | None,
-    stage: str,
-) -> Iterator[JudgedImage]:  # fmt: skip
-    """Image by image, clean and then under each condition."""
-    steps, total = itertools.count(1), len(judge.images) * (len(conditions) + 1)
-    for number in range(len(judge.images)):
-        image = judge.load(number)
-        shown = [image, *(corrupt(image, *condition, seed=number) for condition in conditions)]
-        clean: Prediction | None = None
-        pairs = zip((None, *conditions), subject.each(shown), teacher.each(shown), strict=True)
-        for condition, own, dense in pairs:
-            answer = Prediction(dense, teacher.prefix)
-            clean = clean or answer
-            yield JudgedImage(number, condition, Prediction(own, subject.prefix), answer, clean)
+    judge: Judge, subject: Extractor, teacher: Extractor, reading: Feed, progress: Progress | None
+) -> Iterator[JudgedImage]:
+    """Image by image, clean and then under each corruption."""
+    conditions = (None, *((name, reading.severity) for name in reading.corruptions))
+    for numbers, pixels in read_images(judge.files, reading, max(subject.together, teacher.together)):
+        pairs = zip(subject.each(pixels), teacher.each(pixels), strict=True)
+        for number in numbers:
+            clean: Prediction | None = None
+            for condition in conditions:
+                own, dense = next(pairs)
+                answer, expected = Prediction(own, subject.prefix), Prediction(dense, teacher.prefix)
+                clean = clean or expected
+                yield JudgedImage(number, condition, answer, expected, clean)
             if progress:
-                progress(stage, next(steps), total)
+                progress("images", number + 1, len(judge.files))
 
 
 class FeatureJudge(Judge):
@@ -145,17 +123,30 @@ class FeatureJudge(Judge):
 
 def require_comparable(got: Outputs, expected: Outputs) -> None:
     """Refuse a teacher that is no teacher of the subject."""
-    for name, outputs in zip(JUDGED, (got, expected), strict=True):
+    for role, outputs in zip(COMPARED, (got, expected), strict=True):
         if "features" not in outputs:
-            raise ConfigError(f"The {name} gives {', '.join(outputs)}.", "Cosines need features: take another metric.")
+            raise ConfigError(f"The {role} gives {', '.join(outputs)}.", "Cosines need features: take another metric.")
     if POSITIONS in expected:
         raise ConfigError("The teacher prunes tokens.", "Compare with a model that keeps all of them.")
-    for name in ("features", "tokens") if POSITIONS not in got else ("features",):
-        if name in got and name in expected and got[name].shape != expected[name].shape:
-            raise ConfigError(
-                f"The subject's {name} have shape {list(got[name].shape)}, the teacher's {list(expected[name].shape)}.",
-                "Give the model that the subject was made from.",
-            )
+    name = "tokens" if "tokens" in got and "tokens" in expected and POSITIONS not in got else "features"
+    if got[name].shape != expected[name].shape:
+        shapes = f"{list(got[name].shape)}, the teacher's {list(expected[name].shape)}"
+        raise ConfigError(
+            f"The subject's {name} have shape {shapes}.", "Give the model that the subject was made from."
+        )
+
+
+class Task(NamedTuple):
+    """What is judged.
+
+    Attributes:
+        name: `MAPS`, or a user's metric: see `OwnMetric`.
+        output: of a map, its name; None: the only one there is. masks: folder of true masks, named as the images.
+    """
+
+    name: str = MAPS
+    output: str | None = None
+    masks: Path | None = None
 
 
 class MapJudge(Judge):
@@ -167,7 +158,7 @@ class MapJudge(Judge):
 
     def __init__(self, task: Task, files: Sequence[Path], size: ImageSize, measures: Sequence[str]) -> None:
         super().__init__(files, size)
-        self._task, self._output, self._measures = task, task.output, measures
+        self._folder, self._output, self._measures = task.masks, task.output, measures
         self._masks = [] if task.masks is None else masks_of(task.masks, files)
         self.truth = "true masks" if self._masks else "the dense model's map of the clean image"
 
@@ -179,20 +170,19 @@ class MapJudge(Judge):
                 f"The subject's map has shape {list(own.shape)}, the teacher's {list(dense.shape)}.",
                 "Give the model that the subject was made from.",
             )
-        apart = map_scores(own, dense, self._task.threshold, self._measures)
+        apart = map_scores(own, dense, THRESHOLD, self._measures)
         return apart | super().clean(seen) if self._masks else apart
 
     def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
-        mask = load_mask(self._masks[seen.number], self._size) if self._masks else self._mask_of(seen.clean)
+        mask = load_mask(self._masks[seen.number], self.size) if self._masks else self._mask_of(seen.clean)
         true = mask if seen.condition is None else moved(mask, *seen.condition, seed=seen.number)
-        own, dense = (map_scores(x, true, self._task.threshold, self._measures) for x in self._maps(seen))
+        own, dense = (map_scores(x, true, THRESHOLD, self._measures) for x in self._maps(seen))
         return own, dense
 
     def said(self) -> dict[str, Any]:
         """See `Judge`."""
-        masks = None if self._task.masks is None else str(self._task.masks)
-        return {"output": self._output, "threshold": self._task.threshold, "masks": masks}
+        return {"output": self._output, "masks": None if self._folder is None else str(self._folder)}
 
     def _maps(self, seen: JudgedImage) -> tuple[Array, Array]:
         self._output, own = map_in(seen.subject.outputs, self._output, "subject")
@@ -205,7 +195,7 @@ class MapJudge(Judge):
                 f"{name} has values from {dense.min():.3g} to {dense.max():.3g}; masks are cut from maps from 0 to 1.",
                 "Write a metric of your own: --task package.module:object.",
             )
-        return matching(dense > self._task.threshold, height_width(self._size))
+        return matching(dense > THRESHOLD, height_width(self.size))
 
 
 def masks_of(folder: Path, images: Sequence[Path]) -> list[Path]:
@@ -225,57 +215,39 @@ class OwnJudge(Judge):
     def __init__(self, task: str, files: Sequence[Path], size: ImageSize) -> None:
         super().__init__(files, size)
         self.truth = task
-        self._metrics: dict[tuple[str, Condition | None], OwnMetric] = {
-            (role, None): OwnMetric(task) for role in JUDGED
-        }
-        self._higher = self._metrics[JUDGED[0], None].higher_is_better
+        self._metrics = collections.defaultdict[Any, OwnMetric](lambda: OwnMetric(task))
+        self._higher = self._metrics["subject", None].higher_is_better
         self.lower = frozenset() if self._higher else frozenset({"score"})
 
     def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
         own, dense = (
-            Scores(score=self._metric(role, seen.condition).score(answer.outputs, self._files[seen.number]))
-            for role, answer in zip(JUDGED, (seen.subject, seen.teacher), strict=True)
+            Scores(score=self._metrics[role, seen.condition].score(answer.outputs, self.files[seen.number]))
+            for role, answer in zip(COMPARED, (seen.subject, seen.teacher), strict=True)
         )
         return own, dense
 
     def said(self) -> dict[str, Any]:
         """See `Judge`."""
-        results = {role: self._metrics[role, None].result() for role in JUDGED}
+        results = {role: self._metrics[role, None].result() for role in COMPARED}
         missing = [role for role, value in results.items() if value is None]
         if missing:
             raise ConfigError(f"The metric's result for the {missing[0]} is None.", "Let result return a number.")
         return {"higher_is_better": self._higher, "results": results}
-
-    def _metric(self, role: str, condition: Condition | None) -> OwnMetric:
-        if (role, condition) not in self._metrics:
-            self._metrics[role, condition] = OwnMetric(self.truth)
-        return self._metrics[role, condition]
-
-
-def task_judge(task: Task, files: Sequence[Path], size: ImageSize, measures: Sequence[str]) -> Judge:
-    """What judges a task; measures: of maps, some of `MAP_MEASURES`."""
-    return MapJudge(task, files, size, measures) if task.name == MAPS else OwnJudge(task.name, files, size)
 
 
 class ClassJudge(Judge):
     """ "accuracy": of classifiers, or of neighbours or linear probes that learnt from clean images; one by model."""
 
     def __init__(self, queries: Labelled, metric: str, size: ImageSize, predictors: Sequence[Predictor]) -> None:
-        super().__init__((), size)
-        self._queries, self._predictors, self.truth = queries, predictors, f"classes, by {metric}"
-        self.images = [f"{queries.name} {number}" for number in range(len(queries))]
-
-    def load(self, number: int) -> Pixels:
-        """See `Judge`."""
-        return self._queries.load(number, self._size)
+        super().__init__(queries.files, size)
+        self._labels, self._predictors, self.truth = queries.labels, predictors, f"classes, by {metric}"
 
     def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
-        right = []
-        for predictor, answer in zip(self._predictors, (seen.subject, seen.teacher), strict=True):
-            if predictor.output not in answer.outputs:
-                raise ConfigError(f"A model gives no {predictor.output}.", "Choose another metric, or a classifier.")
-            found = predictor.predict(answer.outputs[predictor.output])[0]
-            right.append(Scores(accuracy=float(found == self._queries.labels[seen.number])))
-        return right[0], right[1]
+        own, dense = (
+            Scores(accuracy=float(predictor.predict(rows)[0] == self._labels[seen.number]))
+            for role, predictor, answer in zip(COMPARED, self._predictors, (seen.subject, seen.teacher), strict=True)
+            for rows in (required_output(answer.outputs, predictor.output, f"The {role}"),)
+        )
+        return own, dense

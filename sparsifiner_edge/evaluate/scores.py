@@ -1,20 +1,15 @@
-"""Answers to clean images beside the dense teacher's: cosines of features, dense maps, a user's own metric."""
+"""What clean images say: cosines of features, dense maps, a user's own metric, and accuracies, beside the teacher."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import msgspec
+import numpy as np
 
-from sparsifiner_edge.bounds import size_text
-from sparsifiner_edge.evaluate.extract import TeacherComparison, open_both, with_roles
-from sparsifiner_edge.evaluate.judges import FeatureJudge, Task, answers, task_judge
-from sparsifiner_edge.images import centre_text
-from sparsifiner_edge.judge import MAP_MEASURES
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.evaluate.judges import Judge, JudgedImage
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.runtime.session import Runtime
 
@@ -33,7 +28,6 @@ class ScoresMethod(msgspec.Struct, frozen=True, kw_only=True):
     metric: str | None = None
     task: str | None = None
     output: str | None = None
-    threshold: float | None = None
     masks: str | None = None
     higher_is_better: bool | None = None
     results: dict[str, float] | None = None
@@ -56,27 +50,61 @@ class ScoresResult(Declared, frozen=True):
     statistics: dict[str, ScoreFigure]
 
 
-def evaluate_scores(
-    compared: TeacherComparison, images: Sequence[Path], task: Task | None, progress: Progress | None
-) -> ScoresResult:
-    """See `evaluate_student`. task: None: cosines."""
+class Accuracies(msgspec.Struct, frozen=True, kw_only=True):
+    """In percent, and the mean difference of the pairs with Student's t interval."""
+
+    subject_percent: float
+    teacher_percent: float
+    difference_points: Estimate
+    queries: int
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True):
+    """Of each query, whether the predicted class was right: 1 or 0."""
+
+    subject_right: list[int]
+    teacher_right: list[int]
+
+
+class ClassMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was compared; runtime by role."""
+
+    metric: str
+    queries: str
+    gallery: str
+    classes: list[str]
+    classes_from: str
+    preprocessing: str
+    runtime: dict[str, Runtime]
+
+
+class ClassResult(Declared, frozen=True):
+    """Of kind "evaluation"."""
+
+    method: ClassMethod
+    samples: Answered
+    statistics: Accuracies
+
+
+def clean_scores(
+    judge: Judge, seen: Iterable[JudgedImage], least: bool
+) -> tuple[dict[str, list[float | None]], dict[str, ScoreFigure]]:
+    """Samples and statistics of a `ScoresResult`; least: also the least of each score."""
     samples: dict[str, list[float | None]] = {}
-    with contextlib.ExitStack() as stack:
-        subject, teacher = open_both(compared, stack)
-        size = subject.size
-        judge = FeatureJudge(images, size) if task is None else task_judge(task, images, size, tuple(MAP_MEASURES))
-        for seen in answers(judge, subject, teacher, (), progress, "images"):
-            for name, value in judge.clean(seen).items():
-                samples.setdefault(name, []).append(value)
-    method = ScoresMethod(
-        metric="cosine similarity per image, student or bundle against dense teacher" if task is None else None,
-        task=None if task is None else task.name, images=judge.images,
-        preprocessing=f"{centre_text(size)}, bicubic to {size_text(size)} px",
-        runtime={"subject": subject.runtime, "teacher": teacher.runtime}, **judge.said(),
-    )  # fmt: skip
+    for image in seen:
+        for name, value in judge.clean(image).items():
+            samples.setdefault(name, []).append(value)
     known = {name: [x for x in values if x is not None] for name, values in samples.items()}
-    statistics = {
-        name: ScoreFigure(stats.small_sample_mean(x), len(x), min(x) if task is None else None)
+    return samples, {
+        name: ScoreFigure(stats.small_sample_mean(x), len(x), min(x) if least else None)
         for name, x in known.items() if x
     }  # fmt: skip
-    return ScoresResult("evaluation", with_roles(subject, teacher), method, samples, statistics)
+
+
+def accuracies(subject: Sequence[int] | Array, teacher: Sequence[int] | Array) -> Accuracies:
+    """Of answers to the same queries, each right or not."""
+    right = 100 * np.array([subject, teacher], float)
+    return Accuracies(
+        subject_percent=float(right[0].mean()), teacher_percent=float(right[1].mean()),
+        difference_points=stats.small_sample_mean(right[0] - right[1]), queries=right.shape[1],
+    )  # fmt: skip

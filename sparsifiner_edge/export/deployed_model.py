@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.metrics import POSITIONS
-from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.sparse.calibrate import observed
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
-from sparsifiner_edge.sparse.novelty import Novelty, NoveltyScore, tokens_after
 from sparsifiner_edge.sparse.outputs import ALONE, outputs_of
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import brief
@@ -30,20 +28,18 @@ class DeployedModel(nn.Module):
         output_names: of a vision transformer alone "logits" and "features" if it is a classifier, "tokens" too where
             asked; else "features" and "tokens"; where tokens are pruned, "token_positions" follows "tokens". Of other
             modules as named, or their own (see `outputs_of`), and tokens behind them where asked.
-            Last "novelty", where the student was calibrated on images.
-        folded: whether normalisation is. prunes: whether the model removes tokens. novelty: what makes that score.
+        folded: whether normalisation is. prunes: whether the model removes tokens.
     """
 
     def __init__(
-        self, model: nn.Module, pre: Normalisation, tokens: bool = False, names: Sequence[str] | None = None,
-        novelty: Novelty | None = None,
-    ) -> None:  # fmt: skip
+        self, model: nn.Module, pre: Normalisation, tokens: bool = False, names: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval().float()
         backbone = backbone_of(self.model)
         backbone.settle()
         backbone.fold_layer_scale()
-        self.names, self.tokens, self.pre, self._early = names, tokens, pre, 0
+        self.names, self.tokens, self.pre = names, tokens, pre
         self.mean, self.std = (nn.Buffer(torch.tensor(x)[:, None, None], persistent=False) for x in (pre.mean, pre.std))
         self.eval()
         alone = backbone.module is self.model
@@ -52,26 +48,12 @@ class DeployedModel(nn.Module):
         self.folded = alone or self._reads_pixels_alone(backbone)
         if self.folded:
             fold_normalisation(backbone, pre)
-        self.novelty: NoveltyScore | None = None
-        if novelty is not None:
-            self._add(novelty)
-
-    def _add(self, novelty: Novelty) -> None:
-        if NOVELTY in self.output_names:
-            raise ConfigError(f"The module has an output {NOVELTY!r} of its own.", "Rename it, or give --no-novelty.")
-        self.novelty, self._early = NoveltyScore(novelty.density), novelty.layer
-        self.output_names = [*self.output_names, NOVELTY]
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """uint8 [B,H,W,3] -> the outputs, in the order of `output_names`."""
         pixels = image.float().permute(0, 3, 1, 2)
         pixels = pixels if self.folded else self._normalised(pixels)
-        if self.novelty is None:
-            outputs = self._outputs(pixels)
-        else:
-            with tokens_after(backbone_of(self.model), self._early) as seen:
-                outputs = self._outputs(pixels)
-            outputs[NOVELTY] = self.novelty(seen[0])
+        outputs = self._outputs(pixels)
         if POSITIONS in outputs:
             outputs[POSITIONS] = outputs[POSITIONS].int()
         return tuple(outputs[name] for name in self.output_names)
@@ -128,7 +110,7 @@ def _names_alone(backbone: Backbone, tokens: bool, prunes: bool) -> list[str]:
 
 def deploy(student: Student, tokens: bool = False) -> DeployedModel:
     """A student's model as it is exported."""
-    return DeployedModel(student.model, student.normalisation, tokens, student.outputs, student.novelty)
+    return DeployedModel(student.model, student.normalisation, tokens, student.outputs)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_number
-from sparsifiner_edge.bundle.entries import Check, NoveltyFit
+from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.bundle.manifest import (
     BUNDLE_SCHEMA,
     MODEL_FILE,
@@ -90,7 +89,6 @@ def export_bundle(
     measure: Execution | None = None,
     boards: Sequence[str | Path] = (),
     inline: bool = False,
-    novelty: bool = True,
     trust: Sequence[str] = (),
     normalise: Normalise = None,
     progress: Progress | None = None,
@@ -117,8 +115,6 @@ def export_bundle(
             of float16; the student gets the tile and cells that suit them if those pass the gate (`student_changes`).
         inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
             no kernels of ours can take them there.
-        novelty: also give the score `novelty` [B,1] (see `sparsifiner_edge.novelty`), if the student was calibrated on
-            images of this size.
         trust: see `load_student`. normalise: for a model, what it expects of pixels; see `sparsify`.
         progress: for int8; see `Progress`.
 
@@ -135,7 +131,6 @@ def export_bundle(
     numbers = _numbers(precision, int8_target, calibrate, bool(tile or probe or boards), inline)
     wanted = _boards(boards, numbers)
     student = _load(source, weights, img_size, keep, token_keep, merge, trust, Normalisation.given(normalise))
-    student = student if novelty else dataclasses.replace(student, novelty=None)
     student, changes = changed(student, tile, probe, measure, numbers.images, bool(wanted))
     file = _file(student, deploy(student, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
@@ -364,7 +359,7 @@ def _manifest(
 ) -> Manifest:
     size = student.img_size
     # Keys, tokens that stay, or pairs that merge.
-    backbone, fit = student.backbone, student.novelty
+    backbone = student.backbone
     shape = model_shape(student.model)
     plan = plan_of(student.sparsity, shape.depth, shape.patches)
     selects = not plan.is_dense
@@ -390,7 +385,6 @@ def _manifest(
         },
         check=check,
         provenance=write_record(student.provenance),
-        novelty=None if fit is None else NoveltyFit(fit.images, fit.false_alarms),
         tools={name: version(name) for name in (*_TOOLS, backbone.library)},
     )
 

@@ -6,7 +6,7 @@
     what goes into int8 products and comes out of them                float16
     sums and softmax of token scores                                  float32
     selection scores, softmax inside the bodies                       float32 (the bodies cast by themselves)
-    outputs, and all that makes the score novelty                     float32
+    outputs                                                           float32
 
 One walk over the graph decides each node's type and puts a Cast where two meet. `onnxruntime.transformers.float16`
 does this for standard operators, but gives ours float16 sizes, and would rank the scores of a pruned model in float16,
@@ -30,7 +30,6 @@ from sparsifiner_edge.bundle.entries import Float16
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.int8 import LEAST_OWN_COSINE, mean_cosines, rows_alike
 from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
-from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 SINGLE, HALF = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
@@ -162,8 +161,6 @@ class _Walk:
         return [name for name, kind in self.types.items() if kind == HALF and name not in fixed]
 
     def _kind(self, node: onnx.NodeProto, floats: Sequence[str]) -> int:
-        if node.name.startswith(f"{NOVELTY}."):
-            return SINGLE  # Small differences of large numbers, squared.
         if node.domain == DOMAIN or node.op_type in _IN_HALF:
             return HALF
         present = {self.types[name] for name in floats if name in self.types}

@@ -16,7 +16,6 @@ from torch import nn
 
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.graph import gets_merged
@@ -159,8 +158,8 @@ def _name_nodes(graph: onnx.GraphProto, names: _Names) -> None:
 def _module(node: onnx.NodeProto, names: _Names) -> str:
     """The innermost module that a node comes from, such as "blocks.3.mlp.fc1"; "" for the model itself."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
-    modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith(("model.", NOVELTY))]
-    return "" if not modules else NOVELTY if modules[-1] == NOVELTY else names.own(modules[-1])
+    modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith("model.")]
+    return names.own(modules[-1]) if modules else ""
 
 
 def add_bodies(model: onnx.ModelProto) -> None:

@@ -25,7 +25,6 @@ from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.metrics import aligned, row_cosines
-from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.progress import Progress
 
@@ -168,7 +167,7 @@ def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     source.CopyFrom(model)
     weights = {tensor.name: tensor for tensor in source.graph.initializer}
     products = [n for n in source.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
-    linear = {node.output[0]: node.name for node in products if not node.name.startswith(f"{NOVELTY}.")}
+    linear = {node.output[0]: node.name for node in products}
     seen: set[str] = set()
     for node in source.graph.node:
         if node.output[0] in linear:

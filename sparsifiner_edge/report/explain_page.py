@@ -1,4 +1,4 @@
-"""The page of an explanation: each image with what its layers read, merged and averaged, and what reached the output.
+"""The page of an explanation: each image with what its layers read and merged, and what the features hang on.
 
 One file without a script, which asks for nothing.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.explained import OURS, Explained, ExplainMethod
-from sparsifiner_edge.files import write_bytes, write_text
+from sparsifiner_edge.explained import Explained, ExplainMethod
+from sparsifiner_edge.files import write_text
 from sparsifiner_edge.report.texts import Texts, templates
 from sparsifiner_edge.report.values import clean
 
@@ -29,33 +29,25 @@ def write_explanation(images: Sequence[Explained], method: ExplainMethod, output
     Raises:
         ConfigError: no such language. MissingExtraError: jinja2 is not installed. ArtifactError: the disk refuses.
     """
-    shown = [
-        (clean(image.path.name), base64.b64encode(_overview(image, "JPEG")).decode(), image.summary) for image in images
-    ]
+    shown = [(clean(image.path.name), base64.b64encode(_overview(image)).decode(), image.summary) for image in images]
     page = templates().get_template("explain.html")
     write_text(output, page.render(t=Texts(language), method=method, images=shown, version=version("sparsifiner-edge")))
     return output
 
 
-def write_overview(image: Explained, output: Path) -> Path:
-    """One picture, a PNG: the photograph; what its layers read, on average; what merged by the last layer; what reached
-    the output.
+def _overview(image: Explained) -> bytes:
+    """A JPEG: the photograph; what its layers read, on average; what merged by the last layer; what the features hang
+    on.
     """
-    write_bytes(output, _overview(image, "PNG"))
-    return output
-
-
-def _overview(image: Explained, form: str) -> bytes:
     from PIL import Image
 
-    pixels, reached = image.image, image.reached[OURS]
-    heads = [layer.heads.mean(0) / max(float(layer.heads.mean(0).max()), 1e-9) for layer in image.layers]
-    read = np.mean([share[layer.token] for share, layer in zip(heads, image.layers, strict=True)], 0)
-    merged = _mosaic(pixels, image.layers[-1].token.reshape(reached.shape))
-    panels = [pixels, _heat(pixels, read.reshape(reached.shape)), merged, _heat(pixels, reached)]
+    pixels, importance = image.image, image.importance
+    read = np.mean([(layer.read / max(float(layer.read.max()), 1e-9))[layer.token] for layer in image.layers], 0)
+    merged = _mosaic(pixels, image.layers[-1].token.reshape(importance.shape))
+    panels = [pixels, _heat(pixels, read.reshape(importance.shape)), merged, _heat(pixels, importance)]
     gap, buffer = np.full((pixels.shape[0], 6, 3), 255, np.uint8), io.BytesIO()
     drawn = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], 1)
-    Image.fromarray(drawn).save(buffer, form, quality=85)
+    Image.fromarray(drawn).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 

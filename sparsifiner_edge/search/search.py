@@ -34,7 +34,6 @@ from sparsifiner_edge.search.latency import Deployment, PlanLatency, estimated, 
 from sparsifiner_edge.search.request import Request, read_request
 from sparsifiner_edge.search.trial import FIDELITIES, Trial
 from sparsifiner_edge.search.whole import WholeModels, linked
-from sparsifiner_edge.sparse.novelty import with_novelty
 from sparsifiner_edge.sparse.student import Student, load_student, refuse_normalisation, save_student, sparsify
 from sparsifiner_edge.sparse.teacher import teacher_of
 
@@ -97,7 +96,7 @@ def search_model(
     end = time.monotonic() + 60 * minutes * (1 - RESERVED)
     request = read_request(at_least, at_most_ms, metric, backends, computes, precisions, board, data)
     folder = _new(Path(output))
-    start = start_of(source, folder, weights, img_size, teacher, request.images, trust, normalise, progress)
+    start = start_of(source, folder, weights, img_size, teacher, request.images, normalise, progress)
     student = load_student(start, trust=trust)
     require_searchable(student, start)
     # A model's weights are those that its student was made of.
@@ -215,15 +214,13 @@ def _points(plans: MeasuredPlans, latencies: Mapping[Deployment, PlanLatency]) -
 START = "start"
 START_SHARE = 0.25
 """Of keys, of the student that plans are made from: each gives its own."""
-PREDICTED, FITTED = 8, 100
-"""Images at most that predictors are calibrated with, and that the score `novelty` is fitted to: a minute or two at
-518 px each.
-"""
+PREDICTED = 8
+"""Images at most that predictors are calibrated with: a minute or two at 518 px."""
 
 
 def start_of(
     source: str | Path, folder: Path, weights: str | Path | None, img_size: ImageSize | None, teacher: str | None,
-    images: Sequence[Path], trust: Sequence[str], normalise: Normalise, progress: Progress | None,
+    images: Sequence[Path], normalise: Normalise, progress: Progress | None,
 ) -> Path:  # fmt: skip
     """The user's student, or one with a predictor in every layer, which is made in `folder`; see `search_model`.
 
@@ -239,12 +236,10 @@ def start_of(
     if teacher is not None:
         raise ConfigError("--teacher is for a student.", "Leave it out: a model is its own teacher.")
     with scratch_folder() as scratch:
-        unfitted = sparsify(
-            str(source), scratch / START, weights=weights, img_size=img_size, keep=START_SHARE,
+        return sparsify(
+            str(source), folder / START, weights=weights, img_size=img_size, keep=START_SHARE,
             calibrate=linked(scratch / "images", evenly(images, PREDICTED)), normalise=normalise, progress=progress,
         )  # fmt: skip
-        student = with_novelty(load_student(unfitted, trust=trust), evenly(images, FITTED), progress)
-        return save_student(student, folder / START)
 
 
 def require_searchable(student: Student, start: Path) -> None:

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 from torch import nn
@@ -21,9 +21,6 @@ from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
 from sparsifiner_edge.sparse.student_file import HostKind, Provenance, Weights
 from sparsifiner_edge.sparse.weights import brief
-
-if TYPE_CHECKING:
-    from sparsifiner_edge.sparse.novelty import Novelty
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -41,7 +38,6 @@ class Student:
         provenance: where weights and projections came from.
         labels: names of a classifier's classes, where its own are known.
         outputs: names for what it gives (see `outputs_of`); None: its own.
-        novelty: what images it was calibrated on, for the score of that name.
     """
 
     model: Any
@@ -52,7 +48,6 @@ class Student:
     labels: tuple[str, ...] = ()
     outputs: tuple[str, ...] | None = None
     kind: HostKind = "timm"
-    novelty: Novelty | None = None
 
     @property
     def backbone(self) -> Backbone:

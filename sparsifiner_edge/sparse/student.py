@@ -26,7 +26,6 @@ from sparsifiner_edge.sparse.defaults import SparsityOptions, config_of, fit_to_
 from sparsifiner_edge.sparse.hosts import backbone_of, for_size, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import create
 from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
-from sparsifiner_edge.sparse.novelty import read_novelty, with_novelty, write_novelty
 from sparsifiner_edge.sparse.patch import make_model_sparse, require_supported, restore_backbone, set_budget
 from sparsifiner_edge.sparse.source import Student as Student  # noqa: PLC0414
 from sparsifiner_edge.sparse.source import load_source, made_by
@@ -93,8 +92,7 @@ def sparsify(
         output: folder to write; an earlier student there is replaced.
         weights: for timm's names: .safetensors or .pth with its key names; None lets timm download them.
         img_size: pixels: a square's side, or height and width; None takes the model's own.
-        calibrate: folder of images to learn the predictor from; None takes the weights alone. Eight or more also make
-            the score `novelty` (see `sparsifiner_edge.novelty`).
+        calibrate: folder of images to learn the predictor from; None takes the weights alone.
         normalise: what the model expects of pixels / 255: (mean, std), three numbers each; False: nothing, it
             normalises inside; None: what is recorded for a model of timm's or transformers', or what your own declares
             as `image_mean` and `image_std`.
@@ -117,10 +115,8 @@ def sparsify(
     student = make_student(dense, fit_to_model(sparsity, dense.backbone, options))
     tools = {name: version(name) for name in ("sparsifiner-edge", student.backbone.library, "torch")}
     student = dataclasses.replace(student, provenance=replace(student.provenance, tools=tools))
-    if calibrate is not None:
-        if sparse_layers(student.model):
-            student = calibrate_student(student, Path(calibrate), progress)
-        student = with_novelty(student, list_images(Path(calibrate)), progress)
+    if calibrate is not None and sparse_layers(student.model):
+        student = calibrate_student(student, Path(calibrate), progress)
     return save_student(student, target)
 
 
@@ -148,7 +144,6 @@ def save_student(student: Student, output: Path) -> Path:
             sparsity=student.sparsity.to_dict(),
             provenance=student.provenance,
             weights_sha256=sha256(folder / WEIGHTS_FILE),
-            novelty=None if student.novelty is None else write_novelty(student.novelty, folder),
         )
         (folder / STUDENT_FILE).write_text(dump_json(write_record(config)), encoding="utf-8")
     return output
@@ -196,10 +191,6 @@ def load_student(
         model, config.model, config.normalisation, sparsity, config.provenance, config.labels, config.outputs,
         config.host,
     )  # fmt: skip
-    # Statistics are of images of this size.
-    if config.novelty is not None and not another_size:
-        novelty = read_novelty(config.novelty, folder, student.backbone)
-        student = dataclasses.replace(student, novelty=novelty)
     return with_budget(student, keep, token_keep)
 
 
@@ -284,7 +275,7 @@ def load_dense(
 def dense_twin(student: Student) -> Student:
     """The student's own weights in its library's untouched model: its teacher, as long as nothing was trained."""
     dense = restore_backbone(copy.deepcopy(student.model))
-    return dataclasses.replace(student, model=dense, sparsity=SparsityConfig(keep=1), labels=(), novelty=None)
+    return dataclasses.replace(student, model=dense, sparsity=SparsityConfig(keep=1), labels=())
 
 
 def refuse_normalisation(given: object) -> None:

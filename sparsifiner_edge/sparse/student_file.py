@@ -63,19 +63,6 @@ class Provenance(msgspec.Struct, frozen=True):
     training: Any = None
 
 
-class NoveltyConfig(msgspec.Struct, frozen=True):
-    """What a student's score `novelty` was fitted to; its numbers lie in `novelty.safetensors`, of this SHA-256.
-
-    Attributes:
-        layer: after which tokens are looked at. images: how many. false_alarms: share of them that may score above 1.
-    """
-
-    layer: Annotated[int, Meta(ge=0)]
-    images: int
-    false_alarms: float
-    sha256: str
-
-
 class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A student's file.
 
@@ -84,7 +71,7 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
             function as "package.module:function".
         img_size: pixels, one number for a square. sparsity: see `SparsityConfig.from_dict`.
         normalisation: what the model expects of pixels. outputs: names for what it gives; None: its own.
-        weights_sha256: of the file beside it. novelty: None: nothing was calibrated on images.
+        weights_sha256: of the file beside it.
     """
 
     schema_version: int = STUDENT_SCHEMA
@@ -99,7 +86,6 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
     sparsity: Any
     provenance: Provenance
     weights_sha256: str | None = None
-    novelty: NoveltyConfig | None = None
 
 
 def read_config(folder: Path) -> StudentConfig:

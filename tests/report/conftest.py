@@ -32,7 +32,7 @@ def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> d
             "profile": profile_bundle(dense, seconds=0.2, threads=1, layers=False, power=False),
             "evaluation": evaluate_student(tiny_bundle, pictures, against=dense),
             "estimate": estimate_bundle(tiny_bundle, "jetson-orin-nano-8gb"),
-            "robustness": evaluate_student(tiny_bundle, pictures, against=dense, corruptions="fog,rain", severity="3"),
+            "robustness": evaluate_student(tiny_bundle, pictures, against=dense, corruptions="fog,snow"),
         }
         for name, result in results.items():
             write_result(folder / f"{name}.json", result)

@@ -21,7 +21,6 @@ from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.config import keep_text, merge_text, parse_merge
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.images import list_images
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.records import Unavailable
@@ -32,7 +31,7 @@ from sparsifiner_edge.search import search, whole
 from sparsifiner_edge.search.front import Candidate, SearchResult
 from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.search.request import read_request
-from sparsifiner_edge.search.search import prepare, start_of
+from sparsifiner_edge.search.search import prepare
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import dense_twin, load_student
 from tests.commands import assert_refused, call, handlers_kept
@@ -149,15 +148,6 @@ def test_a_board_is_estimated_and_its_page_says_so(
         assert words in page
         assert {"en": "estimated and not measured", "ja": "推定値、未測定"}[language] in page
         assert answer.merge in page
-
-
-def test_the_score_novelty_is_fitted_to_more_images_than_predictors(
-    photographs: Path, tiny_weights: Path, tmp_path: Path
-) -> None:
-    made = start_of(TINY, tmp_path, tiny_weights, None, None, list_images(photographs), (), None, None)
-    found = load_student(made)
-    assert found.novelty is not None
-    assert (found.novelty.images, found.provenance.calibration.images) == (10, 8)
 
 
 @pytest.mark.everything

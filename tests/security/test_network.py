@@ -78,7 +78,7 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
         "sparsify": ["sparsify", TINY, "--weights", tiny_weights, "--img-size", "160", "-o", tmp_path / "student"],
         "distill": ["distill", tiny_student, "--data", pictures, "--set", "distil.steps=1", "-o", tmp_path / "better"],
         "evaluate": ["evaluate", tiny_student, "--data", pictures],
-        "explain": ["explain", tiny_student, "--data", pictures, "--images", "1", "-o", tmp_path / "explained"],
+        "explain": ["explain", tiny_student, "--data", pictures, "--images", "1", "-o", tmp_path / "explained.html"],
         "export": ["export", tiny_student, "-o", tmp_path / "exported"],
         "build": ["build", bundle],
         "build openvino": ["build", bundle, "--backend", "openvino"],

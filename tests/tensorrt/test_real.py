@@ -21,7 +21,7 @@ from sparsifiner_edge.runtime.tensorrt import build as tensorrt_build
 from sparsifiner_edge.runtime.tensorrt.build import build_engine_file
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
 from tests.everything import first
-from tests.models import student, with_density
+from tests.models import student
 from tests.tensorrt.engine_kernels import compiled_kernels
 from tests.tiny import make_bundle
 
@@ -77,10 +77,9 @@ def test_an_engine_is_built(trt, model):
 
 @pytest.mark.parametrize("keep", first([1.0, 0.2]))
 def test_a_model_that_merges_is_parsed_and_built(trt, keep):
-    """With novelty, for a range of batches; dense attention over merged tokens is one fused kernel a layer."""
+    """For a range of batches; dense attention over merged tokens is one fused kernel a layer."""
     sparsity = SparsityConfig(keep=keep, cells=4, channels=8, merge=(12, 2))
-    deployed = deploy(with_density(student(sparsity=sparsity, depth=2)))
-    assert deployed.output_names[-1] == "novelty"
+    deployed = deploy(student(sparsity=sparsity, depth=2))
     model = convert(export_graph(deployed, 160, None, deployed.output_names)).model.SerializeToString()
     content, details = build(trt, model)
     assert details.layers > 500
