@@ -34,14 +34,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/model_cpu.py
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/profile_checks.py
-	$(BIN)/python benchmarks/sampling.py --sensor files
 	$(BIN)/python benchmarks/estimate.py
-	$(BIN)/python benchmarks/boards_expected.py
 	$(BIN)/python benchmarks/engines_rtx.py
 	$(BIN)/python benchmarks/kernels_static.py
-	$(BIN)/python benchmarks/gpu_published.py
-	$(BIN)/python benchmarks/gpu_rounds.py
-	$(BIN)/python benchmarks/gpu_bound.py
 	$(BIN)/python -m tests.fuzz --full --kills 500 -o profiles/results/fuzz
 
 # On a machine with an NVIDIA GPU, a torch for CUDA and Triton in this environment: parity, memory errors, speed.

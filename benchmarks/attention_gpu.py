@@ -8,8 +8,7 @@ drawn anew. The rival gets q, k and v apart and contiguous, which costs it nothi
 projection and writes heads side by side. "attend" is given its key lists, "select" makes them, "both" is what a layer
 does: three launches. Dense rivals: every backend of torch's scaled_dot_product_attention, and flash-attn where it is
 installed. "flex" is FlexAttention, compiled, masked to the same lists (it reads whole blocks of keys, and no cells).
-Beside each time stands what the roofline of `gpu_bound.py` says of an H100. Without a CUDA device this ends with exit
-code 2.
+Without a CUDA device this ends with exit code 2.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_bound import bound
 from gpu_engines import Run, by_backend, energy_joules, fastest, flash_attn, graph, ratio, require_gpu, time_in_turn
-from gpu_roofline import gpu
 from summary import write_summary
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -102,7 +99,6 @@ def measure(tokens: int, dtype: torch.dtype, tile: int, rounds: int) -> tuple[di
         "refused_backends": refused,
         "median_ms": {name: float(np.median(x)) for name, x in times.items()},
         "times_faster_than_dense": {name: ratio(dense, x) for name, x in times.items() if x is not dense},
-        "roofline_h100": {f"both {keep:g}": bound(gpu("h100"), tokens, keep, BATCH, tile) for keep in KEEPS},
         "joules_a_call": {name: energy_joules(runs[name]) for name in (f"dense {rival}", f"both {KEEPS[-1]:g}")},
     }
     return {name: x.tolist() for name, x in times.items()}, statistics

@@ -147,7 +147,7 @@ def cpu_ratio(point: Point, values: Values) -> float:
 def body_passes(values: Values) -> float:
     """Passes at which function bodies are as much slower than the dense model as `portable_cpu.py` recorded."""
     shape = ModelShape(12, 6, 384, 1536, 1, 37 * 37, 14)
-    sparse = Workload(shape, SparsityConfig(keep=0.1, cells=25), portable=True)
+    sparse = Workload(shape, SparsityConfig(keep=0.1, cells=25), kernels="bodies")
     dense = Workload(shape, DENSE, materialised=True)
     wanted = 1 / _statistics("portable_cpu_518.json")["comparison"]["ratio"]["value"]
     board = msgspec.structs.replace(recorded()[0].board, bandwidth_gb_s=values["gb_s"])

@@ -1,9 +1,8 @@
-"""What can be said of the CUDA kernels without a GPU: registers, spills, shared memory, occupancy, instructions.
+"""What can be said of the CUDA kernels without a GPU: registers, spills, shared memory, occupancy.
 
     python benchmarks/kernels_static.py [--capability 87 ...] [--docs] [-o FOLDER]
 
-Kernels are compiled ahead of time by Triton. `--docs` renews the table of docs/gpu.md from the result. What time they
-may take is `gpu_bound.py`'s.
+Kernels are compiled ahead of time by Triton. `--docs` renews the table of docs/gpu.md from the result.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any
 
 import click
 from occupancy import occupancy
-from sass import counts, main_loop, read
 from summary import write_summary
 
 from sparsifiner_edge.artifacts import sha256
@@ -41,14 +39,13 @@ def layer(dtype: str, width: int, tile: int) -> Plan:
 
 
 def describe(dtype: str, width: int, tile: int, made: Compiled) -> dict[str, Any]:
-    body, (registers, spilled) = main_loop(read(made.cubin)), resources(made)
+    registers, spilled = resources(made)
     resident = occupancy(made.capability, made.launch.warps, registers, made.shared)
     return {
         "capability": made.capability, "kernel": made.launch.kernel, "dtype": dtype, "head_dimension": width,
         "tile": tile, "warps": made.launch.warps, "registers": registers, "spilled_bytes": spilled,
         "shared_bytes": made.shared, "resident_blocks": resident.blocks, "occupancy": resident.share,
-        "limited_by": resident.limit, "cubin_bytes": len(made.cubin), "main_loop": len(body),
-        "main_loop_by_kind": dict(counts(body)),
+        "limited_by": resident.limit, "cubin_bytes": len(made.cubin),
     }  # fmt: skip
 
 
@@ -111,8 +108,7 @@ def main(capabilities: tuple[int, ...], docs: bool, output: Path | None) -> None
             "what": "static: compiled ahead of time, never run", "triton": package_version("triton"),
             "patches": PATCHES, "keys": KEYS,
         }  # fmt: skip
-        short = [{name: x for name, x in row.items() if name != "main_loop_by_kind"} for row in rows]
-        result = Result("evaluation", subjects, method, {"kernels": rows}, {"kernels": short})
+        result = Result("evaluation", subjects, method, {}, {"kernels": rows})
         write_summary(output / "kernels_static.json", result)
 
 

@@ -26,7 +26,7 @@ from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.profiles import profile_bundle
+from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result
 from sparsifiner_edge.sparse.student import sparsify

@@ -6,7 +6,6 @@
 2. `profile` against a plain ONNX Runtime loop in a process of its own, which imports nothing of this package and is
    timed around whole stretches of queries: within 3 %. Both in turn, round by round.
 
-What reading sensors costs the latency is measured by benchmarks/sampling.py.
 Run it on an idle machine. Without --bundle, DINOv2 ViT-S/14 at 224 px is exported with keep .25.
 """
 
@@ -29,7 +28,8 @@ from summary import write_summary
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.profiles import profile_bundle, stats
+from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result
 from sparsifiner_edge.runtime.processor import native_library
@@ -69,7 +69,7 @@ def same_on_both_sides(bundle: Path, runs: int, seconds: float, threads: int, te
     found = []
     for run in range(runs):
         tell(f"the same on both sides, {run + 1} of {runs}")
-        result = profile_bundle(bundle, against=bundle, seconds=seconds, threads=threads, seed=run, layers=False)
+        result = profile_bundle(bundle, against=bundle, seconds=seconds, threads=threads, layers=False)
         marks = {flag.flag for figures in result.statistics.sides() for flag in figures.flags}
         found.append({**write_record(result.statistics.comparison), "flags": sorted(marks)})
     return found

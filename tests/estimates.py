@@ -48,10 +48,5 @@ def changed(folder: Path, change: dict[str, Any]) -> Path:
     return folder
 
 
-def merged(patches: int = 1369, rate: int = 160, keep: Any = 1.0) -> Workload:
-    shape = dataclasses.replace(VIT_S, patches=patches)
-    return Workload(shape, SparsityConfig(keep=keep, merge=(rate, 0)), merging="bodies")
-
-
 def total(work: Workload, board: Board, precision: str = "fp16") -> float:
     return roofline.seconds(roofline.costs(work, board, precision, GPU_FIT if board.kind == "gpu" else CPU_FIT))

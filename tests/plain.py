@@ -18,12 +18,12 @@ def _plain(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-profile_bundle = _plain("profiles", "profile_bundle")
+profile_bundle = _plain("profiles.profile", "profile_bundle")
 estimate_bundle = _plain("profiles.estimate", "estimate_bundle")
 evaluate_student = _plain("evaluate.evaluate", "evaluate_student")
 write_report = _plain("report", "write_report")
-energy = _plain("profiles.sensors", "energy")
-conditions = _plain("profiles.sensors", "conditions")
+energy = _plain("profiles.sensors.energy", "energy")
+conditions = _plain("profiles.sensors.conditions", "conditions")
 read_memory = _plain("profiles.measure.memory", "read_memory")
 read_result = _plain("results", "read_result")
 machine = _plain("machine", "machine")

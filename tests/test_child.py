@@ -17,7 +17,6 @@ from msgspec import to_builtins
 from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.process import read_message, write_message
-from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage
 from sparsifiner_edge.profiles.measure.side import start_worker
 from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.runtime.child import Child, start_child
@@ -78,7 +77,7 @@ def test_an_error_keeps_its_class_and_its_message(tmp_path: Path) -> None:
             worker.ask("block", 60, dict, queries=1, rewarm=0)
         with pytest.raises(ArtifactError, match=r"not a folder"):
             worker.ask("load", 60, dict, **to_builtins(Load(bundle=str(tmp_path / "none"), execution=Execution())))
-        assert worker.ask("usage", 60, ProcessUsage).cpu_s > 0  # It lives on.
+        assert worker.ask("processor_s", 60, float) > 0  # It lives on.
         with pytest.raises(BackendError, match=r"(?s)exit status 1 during 'nonsense'.*KeyError"):
             worker.ask("nonsense", 60, object)
 
@@ -86,11 +85,11 @@ def test_an_error_keeps_its_class_and_its_message(tmp_path: Path) -> None:
 def test_one_that_hangs_is_killed() -> None:
     with start_worker() as worker:
         assert isinstance(worker, Child)
-        worker.ask("usage", 60, ProcessUsage)
+        worker.ask("processor_s", 60, float)
         os.kill(worker.pid, signal.SIGSTOP)
         start = time.monotonic()
-        with pytest.raises(BackendError, match="gave no reply to 'usage' within 1 s"):
-            worker.ask("usage", 1, ProcessUsage)
+        with pytest.raises(BackendError, match="gave no reply to 'processor_s' within 1 s"):
+            worker.ask("processor_s", 1, float)
         assert time.monotonic() - start < 30
     assert not Path(f"/proc/{worker.pid}").exists()
 
@@ -119,7 +118,7 @@ def test_it_ends_with_its_parent(number: signal.Signals) -> None:
     code = (
         "import time\nfrom sparsifiner_edge.profiles.measure.side import start_worker\n"
         "with start_worker() as worker:\n"
-        "    worker.ask('usage', 60, dict)\n    print(worker.pid, flush=True)\n    time.sleep(600)"
+        "    worker.ask('processor_s', 60, float)\n    print(worker.pid, flush=True)\n    time.sleep(600)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -12,12 +12,10 @@ import pytest
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.measure import observe as observation
-from sparsifiner_edge.profiles.measure.worker import _Worker
-from sparsifiner_edge.profiles.rules import make_rules
-from sparsifiner_edge.profiles.sensors import PowerSensor, Reading
+from sparsifiner_edge.profiles.measure.side import make_rules
+from sparsifiner_edge.profiles.sensors import PowerSensor
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.runtime.child import Child
-from sparsifiner_edge.runtime.cuda import Times
 from tests.plain import profile_bundle
 from tests.tiny import make_bundle
 
@@ -38,11 +36,11 @@ flicker = itertools.cycle((0.99, 1.01))
 
 
 def steady():
-    return Reading({"VDD_IN": WATTS * next(flicker)})
+    return {"VDD_IN": WATTS * next(flicker)}
 
 
 def made_up(read, averaging_s=0.0):
-    return PowerSensor("made up", "VDD_IN", ("VDD_IN",), ("VDD_IN",), 0.05, read, averaging_s=averaging_s)
+    return PowerSensor("made up", "VDD_IN", 0.02, read, averaging_s=averaging_s)
 
 
 def observed(monkeypatch, read, bundle, averaging_s=0.0, **settings):
@@ -67,7 +65,6 @@ def test_energy_is_power_times_the_time_of_ones_own_queries(monkeypatch, bundles
         assert 1.0 <= energy["window_s"] / seconds < 1.2
         assert gross == pytest.approx(WATTS * energy["window_s"] / figures["queries"], rel=0.01)
         assert energy["net_j_per_inference"]["value"] == pytest.approx(0.0, abs=0.02 * gross)
-        assert energy["inferences"] == figures["queries"]
     # Each has its own time, not the whole run's: their energies differ as their latencies do.
     gross = [statistics[role]["energy"]["gross_j_per_inference"]["value"] for role in ("subject", "against")]
     mean = [statistics[role]["latency_ms"]["mean"]["value"] for role in ("subject", "against")]
@@ -75,15 +72,14 @@ def test_energy_is_power_times_the_time_of_ones_own_queries(monkeypatch, bundles
     assert result["method"]["sensor"]["name"] == "made up"
     assert len(result["method"]["sensor"]["idle_s"]) == 2
     assert len(result["samples"]["power"]["time_s"]) == result["method"]["sensor"]["readings"]
-    assert set(result["method"]["conditions"]["subject"]) >= {"before", "during", "after", "throttled_by"}
+    assert set(result["method"]["conditions"]["subject"]) >= {"before", "during", "looks", "throttled_by"}
 
 
 def test_a_sensor_that_averages_has_a_longer_baseline_and_wants_longer_windows(monkeypatch, bundles):
-    result = observed(monkeypatch, steady, bundles["fast"], averaging_s=0.3, seconds=0.2)
+    result = observed(monkeypatch, steady, bundles["fast"], averaging_s=0.3, seconds=0.4, against=bundles["slow"])
     assert min(result["method"]["sensor"]["idle_s"]) >= 2 * 0.3 + 1
-    marks = {flag["flag"]: flag for flag in result["statistics"]["subject"]["flags"]}
-    assert "averages over 0.3 s" in marks["power-too-short"]["what"]
-    assert "at least 3 s" in marks["power-too-short"]["do"]
+    energy = result["statistics"]["subject"]["energy"]
+    assert "averages over 0.3 s" in energy["gross_j_per_inference"]["unavailable"]
 
 
 @pytest.mark.parametrize(
@@ -116,14 +112,13 @@ def test_a_sensor_that_vanishes_ends_the_energy_alone(monkeypatch, bundles):
     assert figures["latency_ms"]["p50"]["value"] > 0
     assert any("in1_input: No such file" in problem for problem in result["method"]["problems"])
     assert "cover" in figures["energy"]["gross_j_per_inference"]["unavailable"]
-    assert figures["energy"]["problems"]
 
 
 @pytest.mark.parametrize(
     "read",
     [
-        lambda: Reading({"VDD_IN": float("nan")}),
-        lambda: Reading({}, problems=("VDD_IN holds 'garbage'",)),
+        lambda: {"VDD_IN": float("nan")},
+        lambda: {},
         lambda: 1 / 0,
     ],
 )
@@ -164,24 +159,4 @@ def test_a_busy_program_beside_it_is_flagged(bundles):
     figures = result["statistics"]["subject"]
     flagged = {flag["flag"] for flag in figures["flags"]}
     assert {"other-load", "too-short"} <= flagged
-    assert figures["usage"]["other_cores"] > 0.1
-    assert figures["usage"]["cpu_s"] > 0
-
-
-def test_a_sessions_own_times_are_kept_and_flagged():
-    worker = _Worker()
-    worker.session = types.SimpleNamespace(infer=lambda _: {}, last_times=Times(2.0, 1.0, 0.1))
-    block = worker.block(queries=5, rewarm=1)
-    assert {name: block.parts_ms[name] for name in ("h2d", "compute", "d2h")} == {
-        "h2d": [2.0] * 5, "compute": [1.0] * 5, "d2h": [0.1] * 5,
-    }  # fmt: skip
-    start, end = block.window_ns
-    assert end - start >= sum(block.latency_ms) * 1e6
-    found = {flag.flag for flag in observation.flags.part_flags(block.parts_ms)}
-    assert found == {"transfer-bound"}
-
-
-def test_a_session_without_times_gives_none():
-    worker = _Worker()
-    worker.session = types.SimpleNamespace(infer=lambda _: {})
-    assert worker.block(queries=2, rewarm=0).parts_ms == {}
+    assert figures["other_cores"] > 0.1

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.measure.worker import fixed_inputs
 from sparsifiner_edge.results import check_result
-from tests.plain import profile_bundle, read_memory
+from tests.plain import profile_bundle
 from tests.tiny import make_bundle
 
 MB = 1 << 20
@@ -42,9 +41,9 @@ def test_a_profile_is_a_whole_result(bundles):
     assert len(latency) == figures["queries"] >= 64
     assert figures["latency_ms"]["p50"]["value"] == pytest.approx(np.median(latency))
     assert figures["throughput_per_s"]["value"] == pytest.approx(1000 / np.mean(latency))
-    assert min(figures["load_ms"], figures["first_inference_ms"], figures["import_ms"]) > 0
+    assert min(figures["load_ms"], figures["first_inference_ms"]) > 0
     assert result["method"]["runtime"]["subject"]["threads"] == 1
-    assert result["method"]["input"]["shapes"] == {"image": [1, 16, 16, 3]}
+    assert result["method"]["input_shapes"] == {"image": [1, 16, 16, 3]}
     assert {stage for stage, _, _ in stages} == {"loading fast", "warming up subject", "measuring"}
     assert all(0 <= done <= planned for _, done, planned in stages)
 
@@ -72,10 +71,8 @@ def test_the_faster_bundle_is_found_faster(bundles):
 @pytest.mark.everything
 def test_a_bundle_is_not_faster_than_itself(bundles):
     comparisons = [
-        profile_bundle(bundles["fast"], against=bundles["fast"], seconds=0.4, **BARE, seed=seed)["statistics"][
-            "comparison"
-        ]
-        for seed in range(3)
+        profile_bundle(bundles["fast"], against=bundles["fast"], seconds=0.4, **BARE)["statistics"]["comparison"]
+        for _ in range(3)
     ]
     # A 95 % interval may miss once in a while; twice in three would be a fault.
     assert sum(c["verdict"] == "no difference shown" for c in comparisons) >= 2
@@ -87,48 +84,18 @@ def test_peak_memory_holds_the_weights(tmp_path, bundles):
     peak = {}
     for name, folder in (("light", bundles["fast"]), ("heavy", heavy)):
         figures = profile_bundle(folder, seconds=0.1, **BARE)["statistics"]["subject"]
-        assert figures["peak_rss_bytes"] >= figures["memory"]["load"]["rss_bytes"] >= figures["rss_before_load_bytes"]
-        assert 0 < figures["pss_bytes"] <= figures["rss_bytes"]
-        peak[name] = figures["peak_rss_bytes"]
-        memory = figures["memory"]
-        for phase in ("load", "first_inference", "steady"):
-            assert memory[phase]["pss_bytes"] > 0
-            assert memory[phase]["peak_rss_bytes"]
-        # The weights are there when it loads; ONNX Runtime then folds them away, and later phases have their own peaks.
-        assert peak[name] == max(memory[phase]["peak_rss_bytes"] for phase in ("load", "first_inference", "steady"))
-        assert isinstance(memory["device_source"], str)
-        assert memory["device_bytes"]
+        memory = figures["memory"]["steady"]
+        assert memory["peak_rss_bytes"] >= memory["rss_bytes"] >= memory["pss_bytes"] > 0
+        assert memory["peak_rss_bytes"] >= figures["rss_before_load_bytes"]
+        peak[name] = memory["peak_rss_bytes"]
+        assert "other programs included" in figures["memory"]["device_source"]
     # Once the weights, at most the file beside them while it is read.
     assert 190 * MB < peak["heavy"] - peak["light"] < 450 * MB
-    assert memory["load"]["peak_rss_bytes"] > memory["steady"]["peak_rss_bytes"] + 100 * MB  # of the heavy one
-
-
-def test_memory_of_a_known_allocation():
-    code = (
-        "from tests.plain import read_memory\nimport json\n"
-        "before = read_memory()\nblock = b'x' * (400 << 20)\nheld = read_memory()\ndel block\n"
-        "print(json.dumps([before, held, read_memory()]))"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
-    before, held, after = json.loads(output)
-    for key in ("rss_bytes", "pss_bytes", "peak_rss_bytes"):
-        assert held[key] - before[key] == pytest.approx(400 * MB, rel=0.05)
-    assert after["rss_bytes"] < before["rss_bytes"] + 40 * MB
-    assert after["peak_rss_bytes"] == pytest.approx(held["rss_bytes"], rel=0.05)  # The kernel counts in batches.
-
-
-def test_unreadable_memory_has_a_reason(tmp_path):
-    (tmp_path / "status").write_text("Name: x\nVmRSS:\t 12 kB\n")
-    report = read_memory(tmp_path)
-    assert report["rss_bytes"] == 12 * 1024
-    assert "no VmHWM" in report["peak_rss_bytes"]["unavailable"]
-    assert "smaps_rollup" in report["pss_bytes"]["unavailable"]
 
 
 def test_inputs_are_the_same_every_time_and_fill_their_range():
     specs = [TensorSpec("image", "uint8", ("batch", 32, 32, 3)), TensorSpec("x", "float16", (2, 5))]
     first, second = fixed_inputs(specs), fixed_inputs(specs)
-    assert fixed_inputs(specs, batch=3)["image"].shape == (3, 32, 32, 3)
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
     assert first["image"].shape == (1, 32, 32, 3)
@@ -149,7 +116,7 @@ def test_a_users_file_does_not_take_a_librarys_place(tmp_path, monkeypatch, bund
 
 
 def test_few_queries_are_said_to_be_few(monkeypatch, bundles):
-    monkeypatch.setattr("sparsifiner_edge.profiles.rules._MAX_SECONDS", 0.2)
+    monkeypatch.setattr("sparsifiner_edge.profiles.measure.side._MAX_SECONDS", 0.2)
     result = profile_bundle(bundles["slow"], seconds=0.01, min_queries=100_000, **BARE)
     assert "100000 queries" in result["method"]["cut_short"]
     assert 1 <= result["statistics"]["subject"]["queries"] < 100_000
@@ -174,4 +141,11 @@ def test_measuring_needs_no_torch():
         "import sys\nfor name in ('torch', 'timm', 'onnx'): sys.modules[name] = None\n"
         "import sparsifiner_edge.profiles.measure.worker, sparsifiner_edge.profiles.profile"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_that_the_worker_runs_is_imported_before_it():
+    """`python -m` warns where a module's own package imports it first."""
+    module = "sparsifiner_edge.profiles.measure.worker"
+    code = f"import runpy, sys; import {module.rpartition('.')[0]}; sys.exit({module!r} in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,7 @@
 import pytest
 
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.profiles.rules import make_rules
+from sparsifiner_edge.profiles.measure.side import make_rules
 
 
 def test_a_side_needs_its_time_its_queries_and_its_blocks():

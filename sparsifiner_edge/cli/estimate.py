@@ -19,8 +19,6 @@ if TYPE_CHECKING:
               help="A board of this package (see --list), or your own (docs/boards.md).")  # fmt: skip
 @click.option("--precision", help="fp32, tf32, fp16 or int8; by default the bundle's.")
 @click.option("--power-mode", metavar="NAME|ID", help="As nvpmodel names or numbers it; by default full clocks.")
-@click.option("--kernels", default="auto", show_default=True,
-              help="auto, native or portable: what is taken to run the sparse operators.")  # fmt: skip
 @click.option("--list", "listed", is_flag=True, help="List the boards, and nothing else.")
 @common.json_option
 @common.result_option
@@ -63,12 +61,9 @@ def _print(result: EstimateResult) -> None:
     ]
     name, board = Path(str(result.subjects[0].path)).name, method.board
     common.print_table(f"ESTIMATE of {name} on {board['title']}", ["", "value", "low", "high"], rows)
-    operators = [[o.kind, f"{o.macs / 1e6:.1f}", f"{o.bytes / 1e6:.1f}", f"{o.ms:.3f}", o.bound]
-                 for o in found.operators]  # fmt: skip
-    common.print_table("Operators, over all layers", ["", "MACs, M", "moved, MB", "ms", "bound by"], operators)
     click.echo(f"Computed, not measured: {found.latency_ms.method}.")
     click.echo(f"Precision: {method.precision['linear']} in linear layers, {method.precision['other']} elsewhere.")
-    click.echo(f"Sparse operators: {method.kernels.assumed}, because {method.kernels.because}.")
+    click.echo(f"Sparse operators: {method.kernels['assumed']}, because {method.kernels['because']}.")
     click.echo(f"Fits the board's {board['memory_gb']:g} GB: {found.fits_memory}.")
     if board["unverified"]:
         click.echo(f"Not confirmed by any document: {', '.join(board['unverified'])}.")

@@ -16,8 +16,9 @@ from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
     from sparsifiner_edge.profiles.figures import Figures, ProfileResult
+    from sparsifiner_edge.profiles.sensors.conditions import Seen
 
-Cell: TypeAlias = Estimate | float | Unavailable | None
+Cell: TypeAlias = Estimate | float | str | Unavailable | None
 
 
 @click.command()
@@ -27,39 +28,32 @@ Cell: TypeAlias = Estimate | float | Unavailable | None
 @common.threads_option
 @click.option("--seconds", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
               help="Minimum measuring time per bundle.  [default: 10]")  # fmt: skip
-@click.option("--layers/--no-layers", "layers", default=None,
-              help="Print the time of each kind of layer, which JSON always has; or time none.")  # fmt: skip
 @common.json_option
 @common.result_option
-def command(
-    *,
-    bundle: Path,
-    against: Path | None,
-    layers: bool | None,
-    as_json: bool,
-    output: Path | None,
-    **options: Any,
-) -> None:
+def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any) -> None:
     """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own."""
-    from sparsifiner_edge.profiles import profile_bundle
+    from sparsifiner_edge.profiles.profile import profile_bundle
 
     with common.progress_bar("starting") as progress:
-        result = profile_bundle(bundle, against=against, layers=layers is not False, progress=progress, **options)
-    common.print_result(result, as_json, lambda found: _print(found, with_layers=bool(layers)), output)
+        result = profile_bundle(bundle, progress=progress, **options)
+    common.print_result(result, as_json, _print, output)
 
 
-def _print(result: ProfileResult, with_layers: bool) -> None:
+def _print(result: ProfileResult) -> None:
     names = [Path(str(subject.path)).name for subject in result.subjects]
-    figures = result.statistics.sides()
-    rows = _rows(figures)
-    described = [result.method.runtime[str(subject.role)] for subject in result.subjects]
-    rows.append(["backend", *(f"{_text(found.backend)} {_text(found.version)}" for found in described)])
+    figures, roles = result.statistics.sides(), [str(subject.role) for subject in result.subjects]
+    rows = [[label, *(_cell(read(figure)) for figure in figures)] for label, read in _ROWS]
+    rows += _layer_rows(figures)
+    conditions = [result.method.conditions[role] for role in roles]
+    rows += [[label, *(_cell(read(seen)) for seen in conditions)] for label, read in _CONDITIONS]
+    described = [result.method.runtime[role] for role in roles]
+    rows.append(["backend", *(f"{_cell(runtime.backend)} {_cell(runtime.version)}" for runtime in described)])
     for what in ("device", "kernels", "precision", "threads"):
-        rows.append([what, *(_text(getattr(found, what)) for found in described)])
-    common.print_table("Single stream, value (95 % interval)", ["", *names], rows)
+        rows.append([what, *(_cell(getattr(runtime, what)) for runtime in described)])
+    # No device's memory without a device, no clock where none is told.
+    known = [row for row in rows if set(row[1:]) != {"?"}]
+    common.print_table("Single stream, value (95 % interval)", ["", *names], known)
     for name, figure in zip(names, figures, strict=True):
-        if with_layers:
-            _print_layers(name, figure)
         for remark in _remarks(figure):
             click.echo(f"{shown(name)}: {shown(remark, 2000)}")
     for problem in result.method.problems:
@@ -76,40 +70,43 @@ _ROWS: tuple[tuple[str, Callable[[Figures], Cell]], ...] = (
     ("queries measured", lambda f: f.queries),
     ("load, ms", lambda f: f.load_ms),
     ("first inference, ms", lambda f: f.first_inference_ms),
-    ("peak memory of the process, MB", lambda f: _megabytes(f.peak_rss_bytes)),
+    ("peak memory of the process, MB", lambda f: _megabytes(f.memory.steady.peak_rss_bytes)),
     ("memory before loading, MB", lambda f: _megabytes(f.rss_before_load_bytes)),
     ("memory of the device, MB", lambda f: _megabytes(f.memory.device_bytes)),
     ("energy per inference, gross, J", lambda f: getattr(f.energy, "gross_j_per_inference", None)),
     ("energy per inference, net, J", lambda f: getattr(f.energy, "net_j_per_inference", None)),
     ("power while measuring, W", lambda f: getattr(f.energy, "mean_w", None)),
 )
+_CONDITIONS: tuple[tuple[str, Callable[[Seen], Cell]], ...] = (
+    ("processor's clock, MHz", lambda seen: _median(seen, "cpu_mhz")),
+    ("GPU's clock, MHz", lambda seen: _median(seen, "gpu_mhz")),
+    ("governor", lambda seen: seen.before.governor),
+    ("power mode", lambda seen: seen.before.power_mode),
+)
 
 
-def _rows(figures: list[Figures]) -> list[list[str]]:
-    """The rows that have something to show: no device's memory without a device, no energy without a sensor."""
-    rows = [[label, *(_cell(read(figure)) for figure in figures)] for label, read in _ROWS]
-    return [row for row in rows if set(row[1:]) != {"?"}]
+def _median(seen: Seen, name: str) -> float | None:
+    return seen.during[name].median if name in seen.during else None
+
+
+def _layer_rows(figures: list[Figures]) -> list[list[str]]:
+    """Milliseconds by kind of layer, and what share of all layers that is."""
+    from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS, ms_by_kind
+
+    times = [ms_by_kind(figure.layers) if isinstance(figure.layers, list) else {} for figure in figures]
+    rows = []
+    for kind in LAYER_KINDS:
+        cells = [f"{_cell(ms[kind])} ({ms[kind] / sum(ms.values()):.0%})" if ms.get(kind) else "?" for ms in times]
+        rows.append([f"layers, {kind}, ms", *cells])
+    return rows
 
 
 def _remarks(figure: Figures) -> list[str]:
     remarks = [f"{flag.flag}: {flag.what}. {flag.do}" for flag in figure.flags]
-    if isinstance(figure.energy, Unavailable):
-        reason = figure.energy.why.partition(":")[0]
-        remarks.append(f"energy {MISSING}: {reason} (--json tells what was looked for)")
+    for what, value in (("layers", figure.layers), ("energy", figure.energy)):
+        if isinstance(value, Unavailable):
+            remarks.append(f"{what} {MISSING}: {value.why.partition(':')[0]} (--json tells all)")
     return remarks
-
-
-def _print_layers(name: str, figure: Figures) -> None:
-    from sparsifiner_edge.profiles.measure.layers import ms_by_kind
-
-    rows, total, compared = figure.layers, figure.layers_total_ms, figure.layers_compared
-    if isinstance(rows, Unavailable):
-        click.echo(f"{shown(name)}: layers {MISSING}: {shown(rows.why, 2000)}")
-    elif rows is not None and isinstance(total, float) and compared and not isinstance(compared, Unavailable):
-        times = sorted(ms_by_kind(rows).items(), key=lambda item: -item[1])
-        cells = [[kind, _cell(ms), f"{ms / total:.1%}" if total else "?"] for kind, ms in times]
-        cells.append(["sum", _cell(total), f"{compared.total_over_latency:.0%} of the latency"])
-        common.print_table(f"{name}: time by kind of layer", ["", "ms", "share"], cells)
 
 
 def _megabytes(size: int | Unavailable) -> float | Unavailable:
@@ -121,10 +118,6 @@ def _cell(value: Cell) -> str:
         return f"{_cell(value.value)} ({_cell(value.low)} to {_cell(value.high)})"
     if value is None or isinstance(value, Unavailable):
         return "?"
-    if isinstance(value, int):
+    if isinstance(value, int | str):
         return str(value)
     return f"{value:.1f}" if value >= 100 else f"{value:.3g}" if value < 0.1 else f"{value:.3f}"
-
-
-def _text(value: object) -> str:
-    return "?" if isinstance(value, Unavailable) else str(value)

@@ -1,5 +1,1 @@
-"""Measuring a bundle: isolated worker processes, latency, memory, power, layers, and the comparison of two bundles."""
-
-from sparsifiner_edge.profiles.profile import profile_bundle
-
-__all__ = ["profile_bundle"]
+"""Measuring a bundle (`profile`), and estimating it for a board that is not here (`estimate`)."""

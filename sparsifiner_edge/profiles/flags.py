@@ -5,16 +5,12 @@ Every threshold stands in `THRESHOLDS`, with where it comes from.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from sparsifiner_edge.profiles.measure.resource_usage import Usage
 from sparsifiner_edge.profiles.measure.side import WarmUp
-from sparsifiner_edge.profiles.sensors import Recording, least_window_s, too_short
 from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.stats import Series, percentile, quantile_interval
 from sparsifiner_edge.records import Unavailable
@@ -29,11 +25,6 @@ THRESHOLDS: dict[str, float] = {
     "queries": 64,
     # Highest over lowest clock of the busiest core, or of the GPU, while queries ran. Our choice: as p50 moves.
     "clock": 0.05,
-    # Enqueue over compute, and transfer over compute, medians: trtexec's own (sampleReporting.cpp).
-    "enqueue": 0.8,
-    "transfer": 1.0,
-    # Page faults that waited for a disk, per query. Our choice: one in a hundred moves p99.
-    "major_faults": 0.01,
     # Cores that other programs kept busy. Our choice: an idle desktop stays below .05.
     "other_cores": 0.10,
 }
@@ -108,45 +99,12 @@ def kernel_flags(kernels: str | Unavailable) -> list[Flag]:
     return [Flag("portable-kernels", f"sparse attention ran as {kernels}", fix)] if fix else []
 
 
-def part_flags(parts_ms: Mapping[str, Sequence[float]]) -> list[Flag]:
-    """ "enqueue-bound" and "transfer-bound" of a device, from a session's times, by trtexec's rules.
-
-    Args:
-        parts_ms: times by part, "enqueue", "h2d", "compute", "d2h", one for each query; {} where a session gives none.
-    """
-    compute = parts_ms.get("compute")
-    if not compute:
+def load_flags(other_cores: float | Unavailable) -> list[Flag]:
+    """ "other-load" where other programs ran beside the measurement."""
+    if isinstance(other_cores, Unavailable) or other_cores <= THRESHOLDS["other_cores"]:
         return []
-    middle = {name: statistics.median(times) for name, times in parts_ms.items() if times}
-    found = []
-    if middle.get("enqueue", 0.0) > THRESHOLDS["enqueue"] * middle["compute"]:
-        what = f"enqueueing takes {middle['enqueue']:.3g} ms, computing {middle['compute']:.3g} ms"
-        found.append(Flag("enqueue-bound", what, "Use CUDA graphs, or a larger batch: the GPU waits for the host."))
-    for name, way in (("h2d", "to"), ("d2h", "from")):
-        if middle.get(name, 0.0) >= THRESHOLDS["transfer"] * middle["compute"]:
-            what = f"copying {way} the device takes {middle[name]:.3g} ms, computing {middle['compute']:.3g} ms"
-            found.append(Flag("transfer-bound", what, "Keep inputs and outputs on the device, or in pinned memory."))
-    return found
-
-
-def usage_flags(usage: Usage, queries: int) -> list[Flag]:
-    """ "swapping" and "other-load"."""
-    found = []
-    if usage.major_faults >= max(1.0, THRESHOLDS["major_faults"] * queries):
-        what = f"{usage.major_faults} page faults waited for the disk in {queries} queries"
-        found.append(Flag("swapping", what, "Free memory, or take a smaller model."))
-    if isinstance(usage.other_cores, float) and usage.other_cores > THRESHOLDS["other_cores"]:
-        what = f"other programs kept {usage.other_cores:.2f} of {usage.allowed_cores} cores busy"
-        found.append(Flag("other-load", what, "Close other programs, and measure again."))
-    return found
-
-
-def power_flags(recording: Recording, windows: Sequence[tuple[int, int]]) -> list[Flag]:
-    """ "power-too-short" where there is a power sensor and the windows of the queries were too short for it."""
-    short = too_short(recording, windows) if recording.sensor.available else ""
-    least_s = least_window_s(recording.sensor)
-    do = f"For energy, measure one bundle alone, for at least {least_s:.2g} s (--seconds)."
-    return [Flag("power-too-short", short, do)] if short else []
+    what = f"other programs kept {other_cores:.2f} of a core busy"
+    return [Flag("other-load", what, "Close other programs, and measure again.")]
 
 
 def condition_flags(conditions: Seen, on: str) -> list[Flag]:

@@ -12,12 +12,10 @@ from msgspec.structs import replace
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.profiles import flags, stats
+from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.figures import (
     Comparison,
     Figures,
-    Input,
-    LayersCompared,
     Method,
     ProfileResult,
     Samples,
@@ -30,12 +28,13 @@ from sparsifiner_edge.profiles.measure.side import (
     LOAD_TIMEOUT_S,
     MeasuredSide,
     OnStage,
+    Rules,
+    make_rules,
     open_side,
     stage_progress,
     start_worker,
 )
 from sparsifiner_edge.profiles.measure.worker import Load
-from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Subject
@@ -54,7 +53,6 @@ def profile_bundle(
     kernels: str = "auto",
     seconds: float | None = None,
     min_queries: int | None = None,
-    seed: int = 0,
     layers: bool = True,
     power: bool = True,
     progress: Progress | None = None,
@@ -68,7 +66,6 @@ def profile_bundle(
         threads: threads inside one operator; None takes the cores that this process may run on.
         seconds, min_queries: least time measured and least number of queries, per bundle; None takes 10 s and
             64. It takes at most twice `seconds`, or 60 s.
-        seed: of the order.
         layers: also time each layer, afterwards and in another process.
         power: also read power, where there is a sensor; False spares the idle baselines.
         progress: called now and then.
@@ -81,26 +78,27 @@ def profile_bundle(
         BackendError: unknown backend, the backend rejects the model, or a process died or hung.
         ConfigError: a number is out of range.
     """
-    settings = make_rules(seconds, min_queries, seed)
+    rules = make_rules(seconds, min_queries)
     execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels, threads=threads)
     check_choices(execution)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     bundles = {role: open_bundle(path) for role, path in folders.items()}
-    on_stage = stage_progress(progress, len(bundles) * (settings.seconds + 1.0))
+    on_stage = stage_progress(progress, len(bundles) * (rules.seconds + 1.0))
     with contextlib.ExitStack() as stack:
         sides = []
         for role, path in folders.items():
             on_stage(f"loading {path.name}")
             request = Load(bundle=str(path.resolve()), execution=execution)
             sides.append(stack.enter_context(open_side(role, request)))
-        seen = observe(sides, settings, on_stage, power)
+        seen = observe(sides, rules, on_stage, power)
         described = {side.role: _described(side) for side in sides}
-    return _result(bundles, sides, seen, described, on_stage if layers else None)
+    return _result(bundles, sides, rules, seen, described, on_stage if layers else None)
 
 
 def _result(
     bundles: dict[str, Bundle],
     sides: list[MeasuredSide],
+    rules: Rules,
     seen: Observation,
     described: dict[str, Description],
     on_layers: OnStage | None,
@@ -113,11 +111,11 @@ def _result(
         for side in sides:
             on_layers(f"timing the layers of {side.role}")
             figures[side.role] = _with_layers(figures[side.role], side)
-    samples = {side.role: SideSamples(side.latency_ms, side.parts_ms or None) for side in sides}
+    samples = {side.role: SideSamples(side.latency_ms) for side in sides}
     return ProfileResult(
         "profile" if compared is None else "comparison",
         subjects,
-        _method(sides, seen, described),
+        _method(sides, rules, seen, described),
         Samples(**samples, power=seen.recording.samples() or None),
         Statistics(**figures, comparison=compared),
     )
@@ -140,26 +138,21 @@ def _with_layers(figures: Figures, side: MeasuredSide) -> Figures:
             found = worker.ask("layers", LOAD_TIMEOUT_S, LayerTimes, **to_builtins(side.request), query_ms=p50)
     except SparsifinerError as error:
         why = Unavailable(error.what)
-        return replace(figures, layers=why, layers_total_ms=why, layers_compared=why)
-    total = found.layers_total_ms
-    compared = LayersCompared(latency_p50_ms=p50, total_over_latency=total / p50)
-    return replace(figures, layers=found.layers, layers_total_ms=total, layers_compared=compared)
+        return replace(figures, layers=why, layers_total_ms=why)
+    return replace(figures, layers=found.layers, layers_total_ms=found.layers_total_ms)
 
 
-def _method(sides: list[MeasuredSide], seen: Observation, described: dict[str, Description]) -> Method:
-    two = len(sides) == 2
+def _method(sides: list[MeasuredSide], rules: Rules, seen: Observation, described: dict[str, Description]) -> Method:
     return Method(
-        rules=seen.rules,
-        input=Input("uniform random, seed 0, made once", sides[0].loaded.input_shapes),
+        rules=rules,
+        input_shapes=sides[0].loaded.input_shapes,
         runtime=described,
         warm_up={side.role: side.warm_up for side in sides},
         block_queries={side.role: len(side.blocks[0]) for side in sides},
         sensor=seen.recording.described(),
-        conditions={side.role: seen.conditions(side) for side in sides},
+        conditions={side.role: seen.recording.conditions(side.windows) for side in sides},
         problems=seen.recording.told(),
-        flag_thresholds=flags.THRESHOLDS,
-        ratio="median over rounds of: against's median latency over the subject's, within one round" if two else None,
-        first_in_round=seen.order if two else None,
+        first_in_round=seen.order if len(sides) == 2 else None,
         cut_short=seen.cut_short or None,
     )
 

@@ -1,29 +1,19 @@
 """The time of a transformer's operators on a device: the slower of arithmetic and memory, plus the cost of a launch.
 
 After Williams, Waterman and Patterson, "Roofline" (CACM 2009), with a share of each peak that real kernels reach. The
-shares are fitted to published and recorded measurements by `benchmarks/estimate.py`. How sparse attention in our CUDA
-kernels compares with dense attention on a GPU is read from a table (`profiles/boards/gpu_attention.json`), which
-`benchmarks/gpu_bound.py --table` makes from the kernels' machine code, six heads of 64 at tile 64: nothing of it was
-measured; `build` measures instead.
+shares are fitted to published and recorded measurements by `benchmarks/estimate.py`. Of our CUDA kernels nothing was
+measured: what they reach is judged from their machine code, and `build` measures instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.resources
-import json
-import math
-from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs, layers
 from sparsifiner_edge.profiles.boards.board import Board
 
-_HEADS = 6
-"""Of the table's layers."""
 SIZES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}
 """Bytes of an element in memory."""
 SPARSE_KINDS = ("predictor", "cells", "attention")
@@ -75,6 +65,11 @@ CPU_FIT = RooflineFit(
 judged, since peaks are seldom known as well."""
 
 
+KERNEL_SHARE = {80: 0.25, 86: 0.7, 87: 0.4, 89: 0.5, 90: 0.15, 100: 0.15, 110: 0.14, 120: 0.4}
+"""How fast our CUDA kernels' arithmetic is beside dense attention's, by SM: judged, for some thousand tokens and a
+tenth of the keys. They gather, and matrix units that outrun all else (90, 110) wait for it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OperatorWork:
     """Work of one kind in one layer, for one inference of a whole batch.
@@ -82,7 +77,8 @@ class OperatorWork:
     Attributes:
         layer: from 0; -1: before the layers.
         kind: as in `sparsifiner_edge.costs.MAC_KINDS`, or "embedding".
-        engine: which share of `RooflineFit` holds: "linear", "attention" or "predictor".
+        engine: which share of `RooflineFit` holds: "linear", "attention" or "predictor"; "kernels": attention's, times
+            `KERNEL_SHARE`.
         macs: multiply-accumulates.
         weights, activations: elements moved, at the operator's precision.
         scores: elements moved at four bytes, whatever the precision. body: the same, once for each of `body_passes`.
@@ -102,12 +98,11 @@ class OperatorWork:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Seconds of an operator, and what takes them: "compute", "memory" or "launch"."""
+    """Seconds of an operator, and those of its launches alone."""
 
     operator: OperatorWork
-    moved_bytes: float
     seconds: float
-    bound: str
+    launch_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,17 +112,21 @@ class Workload:
     Attributes:
         shape, sparsity: of the model.
         batch: images at once.
-        portable: sparse layers run as function bodies, which keep scores and gathered keys in memory.
+        kernels: what runs sparse layers and merges, a key of `MERGE_LAUNCHES`; "bodies" keep scores and gathered keys
+            in memory.
         materialised: dense attention does so too, as in ONNX Runtime on a CPU.
-        merging: what runs MatchTokens and MergeTokens, a key of `MERGE_LAUNCHES`.
     """
 
     shape: ModelShape
     sparsity: SparsityConfig
     batch: int = 1
-    portable: bool = False
+    kernels: str = "native"
     materialised: bool = False
-    merging: str = "native"
+
+    @property
+    def portable(self) -> bool:
+        """Whether sparse layers run as function bodies."""
+        return self.kernels == "bodies"
 
 
 def operators(work: Workload) -> list[OperatorWork]:
@@ -136,21 +135,18 @@ def operators(work: Workload) -> list[OperatorWork]:
     costs = layer_costs(shape, work.sparsity)
     for number, (here, share, left) in enumerate(layers(shape, work.sparsity)):
         found += _layer(number, costs[number], here, work, share)
-        found += _merging(number, here, here.patches - left, work)
+        if here.patches > left and work.sparsity.merge:
+            found.append(_merging(number, here, here.patches - left, work))
     return found
 
 
-def _merging(number: int, shape: ModelShape, merged: int, work: Workload) -> list[OperatorWork]:
+def _merging(number: int, shape: ModelShape, merged: int, work: Workload) -> OperatorWork:
     """What `merged` pairs cost beside the arithmetic and keys that `_layer` counts as "pruning": old tokens read, new
     ones written, launches; as bodies the keys of all partners in a seeker's window, float32, written and read.
     """
-    if not merged or not work.sparsity.merge:
-        return []
-    old = shape.prefix + shape.patches
-    moved = work.batch * shape.width * (2 * old - merged)
-    partners = 2 * work.batch * partner_elements(shape, work.sparsity) if work.merging == "bodies" else 0
-    launches = MERGE_LAUNCHES[work.merging]
-    return [OperatorWork(number, "pruning", "attention", 0, 0, moved, launches, scores=partners)]
+    moved = work.batch * shape.width * (2 * (shape.prefix + shape.patches) - merged)
+    partners = 2 * work.batch * partner_elements(shape, work.sparsity) if work.portable else 0
+    return OperatorWork(number, "pruning", "attention", 0, 0, moved, MERGE_LAUNCHES[work.kernels], scores=partners)
 
 
 def partner_elements(shape: ModelShape, sparsity: SparsityConfig) -> int:
@@ -181,8 +177,10 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sh
     if costs.pruning:
         found.append(dataclasses.replace(operator("pruning", "attention", 0), scores=6))
     if share < 1:
-        found += [operator("predictor", "predictor", 2), operator("attention", "attention", 1)]
-        found.append(operator("cells", "attention", 1 if costs.cells else 0))
+        ours = work.kernels == "kernels"
+        found.append(operator("predictor", "kernels" if ours else "predictor", 2))
+        found.append(operator("attention", "kernels" if ours else "attention", 1))
+        found.append(operator("cells", "kernels" if ours else "attention", 1 if costs.cells else 0))
         return [*found, *_bodies(number, shape, work, share)] if work.portable else found
     found.append(operator("attention", "attention", 1))
     if work.materialised:
@@ -211,110 +209,60 @@ def other_precision(precision: str, board: Board) -> str:
 
 
 def cost(operator: OperatorWork, board: Board, precision: str, fit: RooflineFit) -> Cost:
-    """Time of one operator; with `IDEAL` as `fit`, what no program can beat at these peaks.
+    """Time of one operator.
 
     Raises:
         ConfigError: the board has no arithmetic for the precision.
     """
     chosen = precision if operator.engine == "linear" else other_precision(precision, board)
-    peak = board.peak(chosen) * getattr(fit, operator.engine) * (fit.int8 if chosen == "int8" else 1.0)
+    kernels = operator.engine == "kernels"
+    share = fit.attention * KERNEL_SHARE.get(board.sm, 1.0) if kernels else getattr(fit, operator.engine)
+    peak = board.peak(chosen) * share * (fit.int8 if chosen == "int8" else 1.0)
     moved = (operator.weights + operator.activations) * SIZES[chosen]
     moved += 4 * (operator.scores + operator.body * fit.body_passes)
-    parts = {
-        "compute": 2 * operator.macs / peak,
-        "memory": moved / (board.bandwidth_gb_s * 1e9 * fit.bandwidth),
-        "launch": operator.launches * fit.launch_us * 1e-6,
-    }
-    seconds = max(parts["compute"], parts["memory"]) + parts["launch"]
-    return Cost(operator, moved, seconds, max(parts, key=lambda name: parts[name]))
-
-
-IDEAL = RooflineFit(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0)
-"""Every peak reached, and no launch costs anything."""
+    memory_s = moved / (board.bandwidth_gb_s * 1e9 * fit.bandwidth)
+    launch_s = operator.launches * fit.launch_us * 1e-6
+    return Cost(operator, max(2 * operator.macs / peak, memory_s) + launch_s, launch_s)
 
 
 def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> list[Cost]:
-    """Times of all operators of an inference; where kernels run sparse layers on a GPU, theirs by `times_faster`.
+    """Times of all operators of an inference.
 
     Raises:
         ConfigError: see `cost`.
     """
-    found = [cost(operator, board, precision, fit) for operator in operators(work)]
-    if work.portable or fit is IDEAL or work.sparsity.preset == "paper":
-        return found
-    return _by_kernels(work, board, precision, fit, found)
+    return [cost(operator, board, precision, fit) for operator in operators(work)]
 
 
-def _by_kernels(work: Workload, board: Board, precision: str, fit: RooflineFit, found: Sequence[Cost]) -> list[Cost]:
-    """Sparse operators as long as kernels take, shared out by arithmetic; the rest as it is."""
-    shape, taken = work.shape, dict[int, float]()
-    for number, (seen, keep, _) in enumerate(layers(shape, work.sparsity)):
-        if keep == 1:
-            continue
-        here = dataclasses.replace(seen, depth=1)
-        faster = times_faster(board, here.prefix + here.patches, keep, work.batch * shape.heads, launches=False)
-        if faster is not None:
-            dense = operators(dataclasses.replace(work, shape=here, sparsity=SparsityConfig(keep=1)))
-            whole = [cost(o, board, precision, fit) for o in dense if o.kind == "attention"]
-            macs = sum(c.operator.macs for c in found if c.operator.layer == number and c.operator.kind in SPARSE_KINDS)
-            taken[number] = sum(c.seconds - _launch_seconds(c.operator, fit) for c in whole) / faster / macs
-    return [
-        dataclasses.replace(c, seconds=c.operator.macs * taken[c.operator.layer] + _launch_seconds(c.operator, fit))
-        if c.operator.layer in taken and c.operator.kind in SPARSE_KINDS else c
-        for c in found
-    ]  # fmt: skip
-
-
-def _launch_seconds(operator: OperatorWork, fit: RooflineFit) -> float:
-    return operator.launches * fit.launch_us * 1e-6
-
-
-def seconds(found: Sequence[Cost]) -> float:
+def seconds(spent: Sequence[Cost]) -> float:
     """Their sum."""
-    return sum(c.seconds for c in found)
+    return sum(c.seconds for c in spent)
 
 
-@functools.cache
-def _table() -> dict[str, Any]:
-    file = importlib.resources.files("sparsifiner_edge.boards").joinpath("gpu_attention.json")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+_KERNELS = SparsityConfig(tile=64, probe=16)
+"""As `export --board` takes it where its gate lets it."""
 
 
-def times_faster(board: Board, tokens: int, keep: float, lanes: int, *, launches: bool = True) -> float | None:
+def times_faster(board: Board, tokens: int, keep: float, lanes: int) -> float | None:
     """How often a layer's sparse attention, its choice of keys included, fits into the time of dense attention.
 
-    Between the table's sizes, rates and batches it is interpolated, beyond them it is the nearest's.
-
     Args:
-        lanes: batch x heads.
-        launches: what launches cost by themselves, of three against one, counts too.
+        lanes: batch x heads, of 64.
 
     Returns:
-        None for a board that the table has no row of.
+        None for a board that there are no kernels for.
     """
-    rows = _table()["whole" if launches else "busy"].get(board.name)
-    if rows is None:
+    if board.sm not in KERNEL_SHARE:
         return None
-    grid = _table()["grid"]
-    by_batch = [
-        _between(grid["keep"], keep, [_between(grid["tokens"], tokens, row) for row in rates]) for rates in rows
+    shape = ModelShape(1, lanes, 64 * lanes, 1, 1, tokens - 1, 1)
+    ms = [
+        seconds([c for c in costs(work, board, "fp16", GPU_FIT) if c.operator.kind in SPARSE_KINDS])
+        for work in (Workload(shape, dataclasses.replace(_KERNELS, keep=k), kernels="kernels") for k in (1.0, keep))
     ]
-    return _between(grid["batch"], lanes / _HEADS, by_batch)
+    return ms[0] / ms[1]
 
 
 def crossing(board: Board, keep: float, lanes: int) -> int | None:
-    """The least number of tokens, of the table's, from which on sparse attention is faster; None if there is none."""
-    sizes = _table()["grid"]["tokens"]
-    slower = [n for n in sizes if (times_faster(board, n, keep, lanes) or 0) < 1]
-    return min((n for n in sizes if n > max(slower, default=0)), default=None)
-
-
-def _between(axis: Sequence[float], at: float, values: Sequence[float]) -> float:
-    """By powers of the axis."""
-    place = bisect_right(axis, at)
-    if place in (0, len(axis)):
-        return values[min(place, len(axis) - 1)]
-    low, high = axis[place - 1], axis[place]
-    share = math.log(at / low) / math.log(high / low)
-    return float(values[place - 1] ** (1 - share) * values[place] ** share)
+    """About the least number of tokens from which on sparse attention is faster; None if there is none to 16,384."""
+    sizes = [1 << k for k in range(8, 15)]
+    return next((n for n in sizes if (times_faster(board, n, keep, lanes) or 0) > 1), None)

@@ -14,7 +14,7 @@ from sparsifiner_edge.artifacts import MAX_TOML, parse_toml, read_toml
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.export.board import _toolkit
-from sparsifiner_edge.profiles.boards.board import load_board, parse_board, read_board
+from sparsifiner_edge.profiles.boards.board import load_board, parse_board
 from tests.commands import assert_refused, process
 from tests.fuzz.mutate import mutated_toml
 
@@ -28,9 +28,9 @@ def test_files_that_have_no_end_or_no_beginning(tmp_path: Path, bundle: Path) ->
     link.symlink_to("/dev/zero")
     large.write_text(BOARD + "#" * MAX_TOML)
     assert_refused(process("estimate", bundle, "--board", pipe, timeout=120), "pipe.toml", "not a regular file")
-    for path in (pipe, link, large, Path("/dev/zero"), tmp_path):
+    for path in (pipe, link, large):
         with pytest.raises(ConfigError, match="cannot be read"):
-            read_board(path)
+            load_board(path)
         with pytest.raises(ConfigError, match=r"cannot be read|There is no recipe"):
             read_recipe(str(path))
 

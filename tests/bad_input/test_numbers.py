@@ -15,7 +15,7 @@ from sparsifiner_edge.config import SparsityConfig, parse_token_keep
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
-from sparsifiner_edge.profiles.rules import make_rules
+from sparsifiner_edge.profiles.measure.side import make_rules
 from sparsifiner_edge.sparse.hosts.timm import create
 from tests.commands import Outcome, assert_refused, call
 from tests.models import TINY

@@ -69,8 +69,8 @@ def bundle(good: Path) -> None:
 def results(good: Path) -> None:
     """One result of each kind."""
     from sparsifiner_edge.evaluate.evaluate import evaluate_student
-    from sparsifiner_edge.profiles import profile_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle
+    from sparsifiner_edge.profiles.profile import profile_bundle
     from sparsifiner_edge.results import write_result
 
     made = {

@@ -159,7 +159,7 @@ USAGES = (
         "--threads --top --threshold --stall --metrics --frames",
     ),
     ("profile {good}/plain", "--threads --batch --seconds"),
-    ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode --kernels --batch"),
+    ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode --batch"),
     ("build {good}/plain --backend tensorrt-rtx", "--compute-capability --timeout --batch --kernels"),
     ("report {good}/results/profile.json -o {work}/page.html", "--lang"),
     (

@@ -21,8 +21,8 @@ def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> d
     """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle."""
     from sparsifiner_edge.evaluate.evaluate import evaluate_student
     from sparsifiner_edge.export.export import export_bundle
-    from sparsifiner_edge.profiles import profile_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle
+    from sparsifiner_edge.profiles.profile import profile_bundle
     from tests.models import TINY
 
     def make(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsifiner_edge.profiles.sensors import PowerSensor, Reading, Recording
+from sparsifiner_edge.profiles.sensors import PowerSensor, Recording
 
 Array = np.ndarray
 SECOND = 1_000_000_000
@@ -59,13 +59,11 @@ def busy_between(idle: float, power: Power, begin: float, end: float) -> Power:
     return Power(watts, joules)
 
 
-def sensor_of(
-    rails: tuple[str, ...] = (RAIL,), total: tuple[str, ...] = (RAIL,), period_s: float = 0.1, **settings: object
-) -> PowerSensor:
-    def read() -> Reading:
+def sensor_of(period_s: float = 0.1, **settings: object) -> PowerSensor:
+    def read() -> dict[str, float]:
         raise AssertionError("recordings made here are not read")
 
-    return PowerSensor("synthetic", "synthetic", rails, total, period_s, read, **settings)
+    return PowerSensor("synthetic", "synthetic", period_s, read, **settings)
 
 
 def sample_times(seconds: float, period_s: float, seed: int, jitter: float = 0.3) -> Array:
@@ -80,20 +78,19 @@ def record_power(power: Power, times: Array, sensor: PowerSensor | None = None, 
     """Readings of the moment, or of the mean over the last `average_s` seconds."""
     past = np.maximum(times - average_s, -10.0)
     values = (power.joules(times) - power.joules(past)) / average_s if average_s else power.watts(times)
-    readings = [Reading(watts={RAIL: float(v)}) for v in values]
+    readings = [{RAIL: float(v)} for v in values]
     return recording(times, readings, sensor or sensor_of(averaging_s=average_s))
 
 
 def record_counter(power: Power, times: Array, wrap: float | None = None, start: float = 0.0) -> Recording:
     values = power.joules(times) + start
     values = values % wrap if wrap else values
-    sensor = sensor_of(wraps_j={RAIL: wrap} if wrap else {}, averaging_s=0.001)
-    return recording(times, [Reading(joules={RAIL: float(v)}) for v in values], sensor)
+    sensor = sensor_of(counts=True, wraps_j={RAIL: wrap} if wrap else {}, averaging_s=0.001)
+    return recording(times, [{RAIL: float(v)} for v in values], sensor)
 
 
-def recording(times: Array, readings: list[Reading], sensor: PowerSensor) -> Recording:
-    moments = [int(t * SECOND) for t in times]
-    return Recording(sensor, 0, int(times[-1] * SECOND) if len(times) else 0, moments, readings)
+def recording(times: Array, readings: list[dict[str, float]], sensor: PowerSensor) -> Recording:
+    return Recording(sensor, 0, [int(t * SECOND) for t in times], readings)
 
 
 def often(sensor: PowerSensor) -> PowerSensor:

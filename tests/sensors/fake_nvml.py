@@ -10,9 +10,9 @@ import pynvml
 FUNCTIONS = (
     "nvmlInit", "nvmlShutdown", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID",
     "nvmlDeviceGetName", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetClockInfo",
-    "nvmlDeviceGetTemperature", "nvmlDeviceGetPerformanceState", "nvmlDeviceGetEnforcedPowerLimit",
+    "nvmlDeviceGetTemperature", "nvmlDeviceGetEnforcedPowerLimit",
     "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons",
-    "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses",
+    "nvmlDeviceGetMemoryInfo",
 )  # fmt: skip
 
 
@@ -20,7 +20,7 @@ class FakeNvml:
     """One or more cards. What is set to an exception is raised.
 
     Attributes:
-        power_mw, energy_mj, processes, used: what the functions return; `broken`: raised by every call once set.
+        power_mw, energy_mj, used: what the functions return; `broken`: raised by every call once set.
     """
 
     NVMLError = pynvml.NVMLError
@@ -35,7 +35,6 @@ class FakeNvml:
         self.asked: list[Any] = []
         self.power_mw: Any = 70_123
         self.energy_mj: Any = 5_000_000
-        self.processes: Any = []
         self.used: Any = 1 << 30
         self.throttle: Any = 0
         self.broken: Exception | None = None
@@ -85,9 +84,6 @@ class FakeNvml:
     def nvmlDeviceGetTemperature(self, card: Any, sensor: int) -> int:
         return self._give(61)
 
-    def nvmlDeviceGetPerformanceState(self, card: Any) -> int:
-        return self._give(2)
-
     def nvmlDeviceGetEnforcedPowerLimit(self, card: Any) -> int:
         return self._give(200_000)
 
@@ -99,6 +95,3 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, card: Any) -> Any:
         return SimpleNamespace(used=self._give(self.used))
-
-    def nvmlDeviceGetComputeRunningProcesses(self, card: Any) -> Any:
-        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self._give(self.processes)]

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from sparsifiner_edge.profiles.sensors import Reading, least_window_s
 from tests.plain import energy
 from tests.sensors import curves
 from tests.sensors.curves import RAIL, SECOND, record_counter, record_power, recording, sample_times, sensor_of, window
@@ -54,8 +53,7 @@ def test_energy_of_known_integrals_is_within_one_percent(shape, kind):
         assert figures["net_j_per_inference"]["value"] == pytest.approx(net, rel=0.015)
         assert figures["idle_w"] == pytest.approx(IDLE_W, rel=0.01)
         assert figures["mean_w"] == pytest.approx(gross * INFERENCES / (END - BEGIN), rel=0.01)
-        assert figures["samples"] == pytest.approx(300, abs=5)
-        assert figures["covered"] == pytest.approx(1.0)
+        assert figures["readings"] == pytest.approx(300, abs=5)
 
 
 def uneven(seed, mean=20.0, deviation=4.0):
@@ -98,10 +96,10 @@ def test_net_intervals_widen_with_the_drift_of_the_baseline():
         drifting = curves.Power(lambda t: np.where(t > END, after, power.watts(t)), power.joules)
         figures = judged(record_power(drifting, sample_times(TOTAL, 0.1, 0)))
         estimate = figures["net_j_per_inference"]
-        return estimate["high"] - estimate["low"], figures["idle_after_w"], figures["idle_w"]
+        return estimate["high"] - estimate["low"], figures["idle_w"]
 
     quiet, drifted = width(5.0), width(7.0)
-    assert drifted[1:] == (pytest.approx(7.0), pytest.approx(6.0))
+    assert drifted[1] == pytest.approx(6.0)
     # Half of two watts, over 30 seconds, either side.
     assert drifted[0] - quiet[0] == pytest.approx(2 * 1.0 * 30 / INFERENCES, rel=0.3)
 
@@ -141,24 +139,12 @@ def test_two_programs_in_turn_are_told_apart(counted):
             assert figures["mean_w"] == pytest.approx(level, rel=0.03)
 
 
-def test_overlapping_windows_count_once():
-    figures = judged(record_power(scene("constant"), sample_times(TOTAL, 0.1, 0)), [window(10, 30), window(20, 40)])
-    assert figures["window_s"] == pytest.approx(30.0)
-    assert figures["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
-
-
 @pytest.mark.parametrize("start", [0.0, 262000.0, 262143.0])
 def test_a_counter_that_wraps(start):
     power = scene("sine")
     wrap = 262143.328850
     figures = judged(record_counter(power, sample_times(TOTAL, 0.1, 0), wrap, start))
     assert figures["gross_j_per_inference"]["value"] == pytest.approx(truth(power)[0], rel=0.01)
-    assert not any("reset" in p for p in figures["problems"])
-
-
-def test_a_small_counter_that_wraps_many_times():
-    figures = judged(record_counter(scene("constant"), sample_times(TOTAL, 0.1, 0), wrap=40.0))
-    assert figures["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
 
 
 @pytest.mark.parametrize("wrap", [None, 262143.328850])
@@ -166,60 +152,26 @@ def test_a_counter_that_is_reset_leaves_a_gap_and_no_nonsense(wrap):
     power, times = scene("constant"), sample_times(TOTAL, 0.1, 0)
     recorded = record_counter(power, times, wrap, start=90000.0)
     at = int(np.searchsorted(times, 25.0))
-    base = recorded.readings[at].joules[RAIL]
+    base = recorded.readings[at][RAIL]
     for n in range(at, len(times)):
-        recorded.readings[n] = Reading(joules={RAIL: recorded.readings[n].joules[RAIL] - base})
+        recorded.readings[n] = {RAIL: recorded.readings[n][RAIL] - base}
     figures = judged(recorded)
     assert figures["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
-    assert figures["covered"] < 1
-    assert any("reset" in p for p in figures["problems"])
-
-
-def test_a_total_and_its_parts_are_never_added():
-    rails = ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")
-    times = sample_times(TOTAL, 0.1, 0)
-    watts = scene("constant").watts(times)
-    readings = [Reading(watts={"VDD_IN": float(w), "VDD_CPU_GPU_CV": w * 0.5, "VDD_SOC": w * 0.2}) for w in watts]
-    figures = judged(recording(times, readings, sensor_of(rails, ("VDD_IN",))))
-    assert figures["mean_w"] == pytest.approx(20.0, rel=0.01)
 
 
 def test_a_sum_is_the_sum_of_all_its_rails():
-    rails = ("VDD_GPU_SOC", "VDD_CPU_CV")
     times = sample_times(TOTAL, 0.1, 0)
-    readings = [Reading(watts={"VDD_GPU_SOC": 3.0, "VDD_CPU_CV": 1.5 + 0.01 * (n % 2)}) for n in range(len(times))]
-    assert judged(recording(times, readings, sensor_of(rails, rails)))["mean_w"] == pytest.approx(4.505, rel=0.01)
+    readings = [{"VDD_GPU_SOC": 3.0, "VDD_CPU_CV": 1.5 + 0.01 * (n % 2)} for n in range(len(times))]
+    assert judged(recording(times, readings, sensor_of()))["mean_w"] == pytest.approx(4.505, rel=0.01)
 
 
 def test_counters_that_are_read_together_add_up():
-    rails = ("package-0", "package-1")
     times = sample_times(TOTAL, 0.1, 0)
     joules = scene("sine").joules(times)
-    readings = [Reading(joules={"package-0": float(j % 500), "package-1": float(2 * j % 800)}) for j in joules]
-    sensor = sensor_of(rails, rails, wraps_j={"package-0": 500.0, "package-1": 800.0})
+    readings = [{"package-0": float(j % 500), "package-1": float(2 * j % 800)} for j in joules]
+    sensor = sensor_of(counts=True, wraps_j={"package-0": 500.0, "package-1": 800.0})
     figures = judged(recording(times, readings, sensor))
     assert figures["gross_j_per_inference"]["value"] == pytest.approx(3 * truth(scene("sine"))[0], rel=0.01)
-
-
-def test_counters_bridge_a_reading_that_one_of_them_missed():
-    times = sample_times(TOTAL, 0.1, 0)
-    joules = scene("sine").joules(times)
-    readings = [
-        Reading(joules={"a": float(j)} if 20 < t < 22 else {"a": float(j), "b": float(j)})
-        for t, j in zip(times, joules, strict=True)
-    ]
-    figures = judged(recording(times, readings, sensor_of(("a", "b"), ("a", "b"))))
-    assert figures["gross_j_per_inference"]["value"] == pytest.approx(2 * truth(scene("sine"))[0], rel=0.01)
-    assert figures["covered"] == pytest.approx(1.0)
-
-
-def test_a_sum_lacks_a_reading_wherever_one_of_its_rails_does():
-    rails = ("a", "b")
-    times = sample_times(TOTAL, 0.1, 0)
-    readings = [Reading(watts={"a": 3.0} if 20 < t < 22 else {"a": 3.0, "b": 4.0}) for t in times]
-    figures = judged(recording(times, readings, sensor_of(rails, rails)))
-    assert figures["mean_w"] == pytest.approx(7.0)
-    assert figures["covered"] == pytest.approx(28 / 30, abs=0.02)
 
 
 def test_readings_that_end_early_give_what_is_known_or_say_that_it_is_too_little():
@@ -227,19 +179,10 @@ def test_readings_that_end_early_give_what_is_known_or_say_that_it_is_too_little
     times = sample_times(TOTAL, 0.1, 0)
     mostly = judged(record_power(power, times[times < 37]))
     assert mostly["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
-    assert mostly["covered"] == pytest.approx(0.9, abs=0.01)
-    assert "cover" in mostly["idle_after_w"]["unavailable"]
     barely = judged(record_power(power, times[times < 25]))
     assert "50%" in barely["gross_j_per_inference"]["unavailable"]
     assert "50%" in barely["mean_w"]["unavailable"]
-    assert barely["idle_before_w"] == pytest.approx(IDLE_W)
-
-
-def test_a_gap_in_the_middle_is_not_bridged():
-    times = sample_times(TOTAL, 0.1, 0)
-    figures = judged(record_power(scene("constant"), times[(times < 20) | (times > 24)]))
-    assert figures["covered"] == pytest.approx(26 / 30, abs=0.01)
-    assert any("no readings" in p for p in figures["problems"])
+    assert barely["idle_w"] == pytest.approx(IDLE_W)
 
 
 @pytest.mark.parametrize(
@@ -250,18 +193,6 @@ def test_an_empty_window_or_no_inference_has_no_figure(windows, inferences):
     figures = judged(record_power(scene("constant"), sample_times(TOTAL, 0.1, 0)), windows, inferences)
     for name in ("gross_j_per_inference", "net_j_per_inference", "mean_w"):
         assert "nothing to divide" in figures[name]["unavailable"]
-
-
-def test_a_window_outside_the_recording():
-    figures = judged(record_power(scene("constant"), sample_times(TOTAL, 0.1, 0)), [window(100, 110)])
-    assert "0%" in figures["gross_j_per_inference"]["unavailable"]
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_too_few_readings(count):
-    times = sample_times(TOTAL, 0.1, 0)[:count]
-    figures = judged(record_power(scene("constant"), times))
-    assert "cover 0%" in figures["gross_j_per_inference"]["unavailable"]
 
 
 def test_without_idle_there_is_no_net():
@@ -278,8 +209,8 @@ def test_windows_shorter_than_the_sensors_average_have_no_figure():
     recorded = record_power(power, sample_times(TOTAL, 0.1, 0), average_s=1.0)
     figures = judged(recorded, blocks)
     assert "averages over 1 s" in figures["gross_j_per_inference"]["unavailable"]
-    # A pause that the sensor cannot see does not make a window short.
-    close = [window(10 + n, 10.95 + n) for n in range(30)]
+    # Blocks of one process, one right after another, are one window.
+    close = [window(10 + n, 10.99 + n) for n in range(30)]
     assert (
         "value"
         in judged(record_power(scene("constant"), sample_times(TOTAL, 0.1, 0), average_s=1.0), close)[
@@ -291,12 +222,7 @@ def test_windows_shorter_than_the_sensors_average_have_no_figure():
 def test_a_sensor_that_reads_the_same_idle_and_at_work_has_no_net():
     figures = judged(record_power(curves.constant(5.7), sample_times(TOTAL, 0.1, 0)))
     assert figures["mean_w"] == pytest.approx(5.7)
-    assert "frozen" in figures["net_j_per_inference"]["unavailable"]
-
-
-def test_how_long_to_measure():
-    assert least_window_s(sensor_of(period_s=0.1)) == pytest.approx(2.0)
-    assert least_window_s(sensor_of(period_s=0.1, averaging_s=1.0)) == pytest.approx(10.0)
+    assert "hangs" in figures["net_j_per_inference"]["unavailable"]
 
 
 def test_times_are_kept_to_the_nanosecond_for_machines_that_have_run_long():

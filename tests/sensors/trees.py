@@ -28,7 +28,6 @@ def hwmon_ina3221(address: str, number: int, rails: dict[str, tuple[int, int]]) 
     for channel, (label, (millivolts, milliamperes)) in enumerate(rails.items(), 1):
         files |= {
             f"{folder}/in{channel}_label": label.strip(),
-            f"{folder}/in{channel}_enable": 1,
             f"{folder}/in{channel}_input": millivolts,
             f"{folder}/curr{channel}_input": milliamperes,
             f"{folder}/in{channel + 3}_input": milliamperes * 2 // 1000,
@@ -47,35 +46,27 @@ def jetson(release: str, revision: str, mode: str, conf: dict[int, str]) -> dict
     }
 
 
-def cpu(policies: dict[int, tuple[int, int]], governor: str = "schedutil") -> dict[str, object]:
-    """Clock and limit in kHz by policy."""
+def cpu(*kilohertz: int, governor: str = "schedutil") -> dict[str, object]:
+    """Of each policy."""
+    folder = "sys/devices/system/cpu/cpufreq/policy"
+    clocks = {f"{folder}{number}/scaling_cur_freq": now for number, now in enumerate(kilohertz)}
+    return clocks | {f"{folder}{number}/scaling_governor": governor for number in range(len(kilohertz))}
+
+
+def devfreq(name: str, now: int) -> dict[str, object]:
+    return {f"sys/class/devfreq/{name}/cur_freq": now}
+
+
+def thermal(kind: str, file: str, values: dict[str, int]) -> dict[str, object]:
+    """Zones and `temp` in thousandths of a degree, or cooling devices and `cur_state`."""
     files: dict[str, object] = {}
-    for number, (now, limit) in policies.items():
-        folder = f"sys/devices/system/cpu/cpufreq/policy{number}"
-        files |= {f"{folder}/scaling_cur_freq": now, f"{folder}/scaling_max_freq": limit}
-        files[f"{folder}/scaling_governor"] = governor
+    for number, (name, value) in enumerate(values.items()):
+        files |= {f"sys/class/thermal/{kind}{number}/type": name, f"sys/class/thermal/{kind}{number}/{file}": value}
     return files
-
-
-def devfreq(name: str, now: int, limit: int, governor: str = "nvhost_podgov") -> dict[str, object]:
-    folder = f"sys/class/devfreq/{name}"
-    return {f"{folder}/cur_freq": now, f"{folder}/max_freq": limit, f"{folder}/governor": governor}
 
 
 def zones(millicelsius: dict[str, int]) -> dict[str, object]:
-    files: dict[str, object] = {}
-    for number, (name, value) in enumerate(millicelsius.items()):
-        files |= {f"sys/class/thermal/thermal_zone{number}/type": name}
-        files |= {f"sys/class/thermal/thermal_zone{number}/temp": value}
-    return files
-
-
-def cooling(states: dict[str, int]) -> dict[str, object]:
-    files: dict[str, object] = {}
-    for number, (name, state) in enumerate(states.items()):
-        files |= {f"sys/class/thermal/cooling_device{number}/type": name}
-        files |= {f"sys/class/thermal/cooling_device{number}/cur_state": state}
-    return files
+    return thermal("thermal_zone", "temp", millicelsius)
 
 
 def orin_nano(root: Path) -> Path:
@@ -84,11 +75,11 @@ def orin_nano(root: Path) -> Path:
         root,
         hwmon_ina3221("1-0040", 1, ORIN_NANO_RAILS)
         | jetson("36", "4.7", "pmode:0002", {0: "15W", 1: "25W", 2: "MAXN_SUPER", 3: "7W"})
-        | cpu({0: (729600, 1728000), 4: (1344000, 1728000)})
-        | devfreq("17000000.gpu", 305000000, 1020000000)
+        | cpu(729600, 1344000)
+        | devfreq("17000000.gpu", 305000000)
         | {"sys/kernel/debug/bpmp/debug/clk/emc/rate": 2133000000}
         | zones({"cpu-thermal": 46531, "gpu-thermal": 46093, "cv0-thermal": -256000, "soc0-thermal": 45406})
-        | cooling({"pwm-fan": 1, "cpu-throttle-alert": 0, "gpu-throttle-alert": 0, "hot-surface-alert": 0})
+        | thermal("cooling_device", "cur_state", {"pwm-fan": 1, "cpu-throttle-alert": 0, "gpu-throttle-alert": 0})
         | {f"sys/class/hwmon/hwmon3/oc{n}_event_cnt": 0 for n in (1, 2, 3)},
     )
 
@@ -99,7 +90,7 @@ def agx_orin(root: Path) -> Path:
         hwmon_ina3221("1-0040", 3, AGX_ORIN_RAILS)
         | hwmon_ina3221("1-0041", 4, AGX_ORIN_MEMORY)
         | jetson("35", "4.1", "pmode:0000", {0: "MAXN", 1: "MODE_15W", 2: "MODE_30W", 3: "MODE_50W"})
-        | devfreq("17000000.ga10b", 407000000, 1300500000),
+        | devfreq("17000000.ga10b", 407000000),
     )
 
 
@@ -112,23 +103,8 @@ def thor(root: Path) -> Path:
         | {f"{folder}/name": "ina238", f"{folder}/power1_input": 19780000, f"{folder}/in1_input": 20100}
         | {f"{folder}/curr1_input": 984}
         | jetson("38", "2.0", "pmode:0001", {0: "MAXN", 1: "120W", 2: "90W", 3: "70W"})
-        | devfreq("gpu-gpc-0", 314000000, 1575000000)
-        | devfreq("bwmgr", 4266000000, 4266000000, "userspace"),
-    )
-
-
-def xavier_nx(root: Path) -> Path:
-    rails = {"VDD_IN": (4960, 900), "VDD_CPU_GPU_CV": (4960, 150), "VDD_SOC": (4960, 240)}
-    return write_tree(root, hwmon_ina3221("7-0040", 6, rails) | devfreq("17000000.gv11b", 114750000, 1109250000))
-
-
-def nano(root: Path) -> Path:
-    """JetPack 4, which its 4 GB model ends with."""
-    return write_tree(
-        root,
-        jetson("32", "7.1", "pmode:0000 fmode:fanNull", {0: "MAXN", 1: "5W"})
-        | devfreq("57000000.gpu", 76800000, 921600000)
-        | {"sys/kernel/debug/clk/emc/clk_rate": 1600000000},
+        | devfreq("gpu-gpc-0", 314000000)
+        | devfreq("bwmgr", 4266000000),
     )
 
 
@@ -150,4 +126,4 @@ def x86(root: Path) -> Path:
     throttle = "sys/devices/system/cpu/cpu0/thermal_throttle"
     files |= {f"{throttle}/core_throttle_count": 0, f"{throttle}/package_throttle_count": 7}
     files |= zones({"x86_pkg_temp": 51000, "acpitz": 27800})
-    return write_tree(root, files | cpu({0: (800000, 4700000), 1: (4700000, 4700000)}, "powersave"))
+    return write_tree(root, files | cpu(800000, 4700000, governor="powersave"))

@@ -15,8 +15,6 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.text import shown
 
-SUM = "sum"
-"""As `rails.total`: no rail carries all, the total is the sum of those that are named."""
 Text = Annotated[str, Meta(pattern=r"\S")]
 Version = Annotated[str, Meta(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){0,3}$")]
 Gigahertz = Annotated[float, Meta(ge=0.05, le=10)]
@@ -53,34 +51,19 @@ class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     python: Text
 
 
-class Rails(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Power rails that can be read.
-
-    Attributes:
-        names: as the sensor labels them.
-        total: the rail that carries everything, or `SUM`.
-    """
-
-    names: tuple[Text, ...]
-    total: Text
-
-
 class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A device. Peaks are dense (no structured sparsity), counted as two operations per multiply-accumulate.
 
     Attributes:
         name: as `--board` takes it. title: as people say it.
         kind: "gpu" or "cpu".
-        sm: CUDA compute capability times ten, such as 87; 0 for a CPU.
-        cuda_cores, tensor_cores: of the GPU; 0 for a CPU. cores: of a CPU board; 0 for a GPU.
+        sm: CUDA compute capability times ten, such as 87; 0 for a CPU. cuda_cores: of the GPU; 0 for a CPU.
         clock_ghz: highest clock (boost), at which the peaks hold.
         fp32_tflops: of plain float32 arithmetic. tf32_tflops: of float32 rounded to 19 bits in tensor cores; 0: none.
-        fp16_tflops: products of float16, summed in float32; 0: none. fp16_fast_tflops: summed in float16, where that is
-            faster; 0: it is not. int8_tops: 0: none.
-        memory_gb, bandwidth_gb_s: 1e9 bytes. unified_memory: shared by CPU and GPU.
-        dla: deep-learning accelerators. tdp_w: most power, of the module or card.
-        idle_w: power at rest; 0: not known.
-        power_modes, jetpack, rails: empty or None where the device has none.
+        fp16_tflops: products of float16, summed in float32; 0: none. int8_tops: 0: none.
+        memory_gb, bandwidth_gb_s: 1e9 bytes.
+        tdp_w: most power, of the module or card. idle_w: power at rest; 0: not known.
+        power_modes, jetpack: empty where the device has none.
         sources: a public document, or the computation, by key; one key for each value or list of values above.
         unverified: keys whose value no document confirmed.
     """
@@ -92,22 +75,16 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     fp32_tflops: Annotated[float, Meta(ge=1e-4, le=1e4)]
     memory_gb: Annotated[float, Meta(ge=0.1, le=1e4)]
     bandwidth_gb_s: Bandwidth
-    unified_memory: bool
     tdp_w: Watts
     sources: dict[str, Text]
     sm: Annotated[int, Meta(ge=0, le=200)] = 0
     cuda_cores: Cores = 0
-    tensor_cores: Annotated[int, Meta(ge=0, le=20_000)] = 0
-    cores: Annotated[int, Meta(ge=0, le=1024)] = 0
-    tf32_tflops: Annotated[float, Meta(ge=0, le=1e4)] = 0.0
+    tf32_tflops: Peak = 0.0
     fp16_tflops: Peak = 0.0
-    fp16_fast_tflops: Peak = 0.0
     int8_tops: Peak = 0.0
-    dla: Annotated[int, Meta(ge=0, le=16)] = 0
     idle_w: Annotated[float, Meta(ge=0, le=5000)] = 0.0
     power_modes: tuple[PowerMode, ...] = ()
     jetpack: tuple[JetPack, ...] = ()
-    rails: Rails | None = None
     unverified: tuple[Text, ...] = ()
 
     def peak(self, precision: str) -> float:
@@ -127,8 +104,7 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return precision in self._peaks()
 
     def _peaks(self) -> dict[str, float]:
-        stated = {"fp32": self.fp32_tflops, "tf32": self.tf32_tflops, "fp16": self.fp16_tflops, "int8": self.int8_tops}
-        return {name: peak for name, peak in stated.items() if peak}
+        return {name: getattr(self, field) for name, field in _PEAKS.items() if getattr(self, field)}
 
     def in_mode(self, mode: str) -> Board:
         """The same board with clocks, peaks, bandwidth and power of a power mode, given by name or number.
@@ -139,26 +115,21 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         for found in self.power_modes:
             name = found.name.casefold()
             if mode.strip().casefold() in (name, name.removeprefix("mode_"), str(found.id)):
-                return _limited(self, found)
+                share = (found.gpu_ghz or self.clock_ghz) / self.clock_ghz
+                share *= found.cuda_cores / self.cuda_cores if found.cuda_cores else 1.0
+                return msgspec.structs.replace(
+                    self,
+                    clock_ghz=found.gpu_ghz or self.clock_ghz,
+                    bandwidth_gb_s=found.bandwidth_gb_s or self.bandwidth_gb_s,
+                    tdp_w=found.cap_w or self.tdp_w,
+                    **{name: getattr(self, name) * share for name in _PEAKS.values()},
+                )
         known = ", ".join(f"{m.id} ({m.name})" for m in self.power_modes)
         fix = f"Choose one of: {known}." if known else "Leave --power-mode out: the board has none."
         raise ConfigError(f"{self.name} has no power mode {mode!r}.", fix)
 
 
-def _limited(board: Board, mode: PowerMode) -> Board:
-    clock = mode.gpu_ghz or board.clock_ghz
-    share = clock / board.clock_ghz * (mode.cuda_cores / board.cuda_cores if mode.cuda_cores else 1.0)
-    peaks = ("fp32_tflops", "tf32_tflops", "fp16_tflops", "fp16_fast_tflops", "int8_tops")
-    return msgspec.structs.replace(
-        board,
-        clock_ghz=clock,
-        cuda_cores=mode.cuda_cores or board.cuda_cores,
-        bandwidth_gb_s=mode.bandwidth_gb_s or board.bandwidth_gb_s,
-        tdp_w=mode.cap_w or board.tdp_w,
-        **{name: getattr(board, name) * share for name in peaks},
-    )
-
-
+_PEAKS = {"fp32": "fp32_tflops", "tf32": "tf32_tflops", "fp16": "fp16_tflops", "int8": "int8_tops"}
 _FOLDER = "sparsifiner_edge.boards"
 """Where `profiles/boards` is installed."""
 _BARE = {"name", "title", "sources", "unverified"}
@@ -180,23 +151,12 @@ def load_board(name_or_path: str | Path) -> Board:
     Raises:
         ConfigError: no such board, no TOML, or a key is unknown, missing, mistyped, out of range or without source.
     """
-    name = str(name_or_path)
-    if name in board_names():
-        folder = importlib.resources.files(_FOLDER)
-        return parse_board(folder.joinpath(f"{name}.toml").read_text("utf-8"), name)
-    if Path(name_or_path).suffix != ".toml":
-        known = ", ".join(board_names())
-        raise ConfigError(f"There is no board {name!r}.", f"Choose one of: {known}; or give a TOML file.")
-    return read_board(Path(name_or_path))
-
-
-def read_board(path: Path) -> Board:
-    """A board from the user's own TOML file.
-
-    Raises:
-        ConfigError: see `load_board`.
-    """
-    return _board(read_toml(path, f"Give a TOML file in UTF-8. {_DOCUMENT}"), str(path))
+    name, names = str(name_or_path), board_names()
+    if name in names:
+        return parse_board((importlib.resources.files(_FOLDER) / f"{name}.toml").read_text("utf-8"), name)
+    if Path(name).suffix != ".toml":
+        raise ConfigError(f"There is no board {name!r}.", f"Choose one of: {', '.join(names)}; or give a TOML file.")
+    return _board(read_toml(Path(name), f"Give a TOML file in UTF-8. {_DOCUMENT}"), name)
 
 
 def parse_board(text: str, origin: str) -> Board:
@@ -223,8 +183,8 @@ def _refuse(origin: str, problem: str, fix: str = _DOCUMENT) -> None:
 
 def _board(content: Mapping[str, Any], origin: str) -> Board:
     board = read_record(_harmless(content), Board, origin, _DOCUMENT, ConfigError)
-    for name in ("sm", "cuda_cores") if board.kind == "gpu" else ("cores",):
-        if not getattr(board, name):
+    for name in ("sm", "cuda_cores"):
+        if board.kind == "gpu" and not getattr(board, name):
             _refuse(origin, f"{name} is missing, for a board of kind {board.kind!r}")
     for name in sorted(content.keys() - _BARE - board.sources.keys()):
         _refuse(origin, f"{name} has no source", f"Add it to the section [sources]. {_DOCUMENT}")
@@ -232,21 +192,17 @@ def _board(content: Mapping[str, Any], origin: str) -> Board:
         for name, own in (("cuda_cores", "cuda_cores"), ("gpu_ghz", "clock_ghz"), ("bandwidth_gb_s", "bandwidth_gb_s")):
             if getattr(mode, name) > getattr(board, own):
                 _refuse(origin, f"power mode {mode.name}: {name} exceeds the board's")
-    if board.rails and board.rails.total not in (SUM, *board.rails.names):
-        _refuse(origin, f"rails.total is {board.rails.total!r}", f'Name one of the rails, or "{SUM}".')
     return board
 
 
 BOARD_COLUMNS = (
-    "board", "SM", "GHz", "fp32", "fp16", "int8", "memory, GB", "GB/s", "W", "power modes", "total power", "JetPack",
+    "board", "SM", "GHz", "fp32", "fp16", "int8", "memory, GB", "GB/s", "W", "power modes", "JetPack",
 )  # fmt: skip
 _FIGURES = ("sm", "clock_ghz", "fp32_tflops", "fp16_tflops", "int8_tops", "memory_gb", "bandwidth_gb_s", "tdp_w")
 
 
 def board_row(board: Board) -> list[str]:
-    """A board under `BOARD_COLUMNS`; a star after what no document confirmed."""
-    texts = {name: f"{getattr(board, name):g}" if getattr(board, name) else "" for name in _FIGURES}
-    texts["power_modes"] = ", ".join(f"{mode.id} {mode.name}" for mode in board.power_modes)
-    texts["rails"] = board.rails.total if board.rails else ""
-    cells = [f"{text}*" if text and name in board.unverified else text or "-" for name, text in texts.items()]
-    return [board.name, *cells, ", ".join(entry.version for entry in board.jetpack) or "-"]
+    """A board under `BOARD_COLUMNS`."""
+    cells = [f"{getattr(board, name):g}" if getattr(board, name) else "-" for name in _FIGURES]
+    modes = ", ".join(f"{mode.id} {mode.name}" for mode in board.power_modes)
+    return [board.name, *cells, modes or "-", ", ".join(entry.version for entry in board.jetpack) or "-"]

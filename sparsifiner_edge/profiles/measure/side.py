@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 from msgspec import to_builtins
 
-from sparsifiner_edge.profiles.measure.memory import MemoryPhases
+from sparsifiner_edge.bounds import MOST_COUNT, finite_number
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.profiles.measure.memory import DeviceMemory
 from sparsifiner_edge.profiles.measure.worker import Load, Loaded, QueryBlock
-from sparsifiner_edge.profiles.rules import MIN_BLOCKS, Rules
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.child import Child, start_child
 
@@ -31,6 +32,44 @@ data."""
 
 OnStage = Callable[[str], None]
 """Called with what is going on."""
+MIN_BLOCKS = 20
+"""Blocks are what a comparison pairs and what drift is seen in."""
+
+_SECONDS, _QUERIES, _MAX_SECONDS = 10.0, 64, 60.0
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """When a side has been measured enough.
+
+    Attributes:
+        seconds: least time in queries. min_queries: least number of them; both must be reached.
+        max_seconds: most wall time, whatever is reached by then. blocks: least number of them.
+    """
+
+    seconds: float
+    min_queries: int
+    max_seconds: float
+    blocks: int = MIN_BLOCKS
+
+    def enough(self, seconds: float, queries: int, blocks: int, wall_s: float = 0.0) -> bool:
+        """Whether a side with so much measured, in so much wall time, is done."""
+        done = seconds >= self.seconds and queries >= self.min_queries and blocks >= self.blocks
+        return done or wall_s >= self.max_seconds
+
+
+def make_rules(seconds: float | None = None, min_queries: int | None = None) -> Rules:
+    """Ten seconds and 64 queries, or what is given in their place; in at most twice that time, or a minute.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    if seconds is not None and finite_number(seconds, "seconds") == 0:
+        raise ConfigError(f"seconds is {seconds}.", "Give a number above 0.")
+    if min_queries is not None and not 1 <= min_queries <= MOST_COUNT:
+        raise ConfigError(f"min_queries is {min_queries}.", f"Give from 1 to {MOST_COUNT}.")
+    seconds = seconds or _SECONDS
+    # Twice, because a comparison also spends time on unrecorded queries.
+    return Rules(seconds, min_queries or _QUERIES, max(2 * seconds, _MAX_SECONDS))
 
 
 def start_worker() -> contextlib.AbstractContextManager[Child]:
@@ -54,26 +93,24 @@ class MeasuredSide:
     Attributes:
         role: "subject" or "against".
         worker: its process. request: what it was asked to load.
-        loaded: what loading reported. first_ms: of the first inference. memory: its phases so far.
-        warm_up: how warm-up went. query_ms: a query's time after it.
+        loaded: what loading reported. device: what it takes of the device's memory.
+        warm_up: how warm-up went. query_ms: a query's time, the first one's before it.
         blocks: latencies in ms, block by block. windows: start and end of each block, CLOCK_MONOTONIC nanoseconds.
-        parts_ms: times by part of each query, where the session gives them.
-        seconds, queries: how much was recorded.
+        seconds, queries: how much was recorded. wall_s: how long that took, unrecorded queries included.
     """
 
     role: str
     worker: Child
     request: Load
     loaded: Loaded
-    first_ms: float
-    memory: MemoryPhases
+    device: DeviceMemory
     warm_up: WarmUp = dataclasses.field(default_factory=WarmUp)
     query_ms: float = 0.0
     blocks: list[list[float]] = dataclasses.field(default_factory=list)
     windows: list[tuple[int, int]] = dataclasses.field(default_factory=list)
-    parts_ms: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     queries: int = 0
+    wall_s: float = 0.0
 
     @property
     def latency_ms(self) -> list[float]:
@@ -82,18 +119,18 @@ class MeasuredSide:
 
     def run(self, queries: int, rewarm: int = 0) -> QueryBlock:
         """Run one block. A hundredfold slowdown is still waited for; a hang is not."""
-        timeout = 60 + 0.1 * (queries + rewarm) * (self.query_ms or self.first_ms)
+        timeout = 60 + 0.1 * (queries + rewarm) * self.query_ms
         return self.worker.ask("block", timeout, QueryBlock, queries=queries, rewarm=rewarm)
 
     def record(self, queries: int, rewarm: int) -> None:
         """Run one block and keep it."""
+        start = time.monotonic()
         block = self.run(queries, rewarm)
         self.blocks.append(block.latency_ms)
+        self.windows.append(block.window_ns)
         self.seconds += sum(block.latency_ms) / 1000
         self.queries += queries
-        self.windows.append(block.window_ns)
-        for name, times in block.parts_ms.items():
-            self.parts_ms.setdefault(name, []).extend(times)
+        self.wall_s += time.monotonic() - start
 
 
 def stage_progress(progress: Progress | None, planned_s: float) -> OnStage:
@@ -110,14 +147,11 @@ def stage_progress(progress: Progress | None, planned_s: float) -> OnStage:
 
 @contextlib.contextmanager
 def open_side(role: str, request: Load) -> Iterator[MeasuredSide]:
-    """A bundle loaded into a worker of its own and run once, its memory followed."""
+    """A bundle loaded into a worker of its own and run once."""
     with start_worker() as worker:
-        memory = MemoryPhases(worker.pid)
+        device = DeviceMemory()
         loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **to_builtins(request))
-        memory.end("load")
-        first = worker.ask("first", LOAD_TIMEOUT_S, float)
-        memory.end("first_inference")
-        yield MeasuredSide(role, worker, request, loaded, first, memory)
+        yield MeasuredSide(role, worker, request, loaded, device, query_ms=loaded.first_ms)
 
 
 def warm_up(side: MeasuredSide, on_stage: OnStage) -> None:
@@ -139,20 +173,15 @@ def warm_up(side: MeasuredSide, on_stage: OnStage) -> None:
 def measure_blocks(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, stage: str = "measuring") -> list[str]:
     """Fill every side's blocks; returns who was first in each round, such as ["subject", "against"]."""
     block_ms = min(_BLOCK_MS, rules.seconds * 1000 / MIN_BLOCKS)
-    sizes = {side.role: max(1, round(block_ms / side.query_ms)) for side in sides}
-    rewarm = {side.role: math.ceil(_REWARM_MS / side.query_ms) for side in sides}
-    random = np.random.default_rng(rules.seed)
-    order: list[str] = []
+    random, order = np.random.default_rng(), list[str]()
     before: MeasuredSide | None = sides[0] if len(sides) == 1 else None
-    wall = dict.fromkeys(sizes, 0.0)
-    while not all(rules.enough(s.seconds, s.queries, len(s.blocks), wall[s.role]) for s in sides):
+    while not all(rules.enough(s.seconds, s.queries, len(s.blocks), s.wall_s) for s in sides):
         first = sides[::-1] if random.integers(2) else sides
         for turn in (first, first[::-1]):  # ABBA or BAAB: each side is first as often as second.
             for side in turn:
-                start = time.monotonic()
-                side.record(sizes[side.role], 0 if side is before else rewarm[side.role])
+                rewarm = 0 if side is before else math.ceil(_REWARM_MS / side.query_ms)
+                side.record(max(1, round(block_ms / side.query_ms)), rewarm)
                 before = side
-                wall[side.role] += time.monotonic() - start
                 on_stage(stage)
             order.append(turn[0].role)
     return order

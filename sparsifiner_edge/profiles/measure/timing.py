@@ -7,14 +7,11 @@ import time
 from collections.abc import Callable
 
 
-def call_ms(
-    call: Callable[[], object], runs: int, *, least_s: float = 0.0, warm_up: int = 0,
-    after: Callable[[], None] | None = None,
-) -> list[float]:  # fmt: skip
+def call_ms(call: Callable[[], object], runs: int, *, least_s: float = 0.0, warm_up: int = 0) -> list[float]:
     """Milliseconds of each call, one after the other.
 
     Args:
-        runs, least_s: so many at least, and for so long. warm_up: calls before, not timed. after: each call, not timed.
+        runs, least_s: so many at least, and for so long. warm_up: calls before, not timed.
     """
     for _ in range(warm_up):
         call()
@@ -25,8 +22,6 @@ def call_ms(
             start = clock()
             call()
             times.append(clock() - start)
-            if after is not None:
-                after()
     finally:
         gc.enable()
     return [ns / 1e6 for ns in times]

@@ -11,22 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, SensorDescription, UnavailableError, why
 from sparsifiner_edge.profiles.sensors.conditions import Conditions, Seen, conditions, summarise_conditions
-from sparsifiner_edge.profiles.sensors.nvml import nvml_device
-from sparsifiner_edge.records import MISSING
+from sparsifiner_edge.profiles.sensors.nvml import open_card
+from sparsifiner_edge.profiles.sensors.power import PowerSensor, SensorDescription, UnavailableError, why
 
 Window = tuple[int, int]
 """Start and end, nanoseconds of CLOCK_MONOTONIC (`time.monotonic_ns()`), which all processes of a machine share."""
 
-Columns = dict[str, list[float | str]]
-"""Of a table, by name."""
-_RETRY_S = 1.0
 _JOIN_S = 5.0
 
 
@@ -36,54 +31,46 @@ class Recording:
 
     Attributes:
         sensor: what was read.
-        start_ns, end_ns: from entering the recorder's block to leaving it.
-        times_ns: when each reading arrived, ascending.
-        readings: the readings, one for each time.
+        start_ns: of the recorder's block.
+        times_ns: when each reading arrived, ascending. readings: of `sensor.read`, one for each time.
         idle: the idle baselines, in order.
-        before, after: `conditions` on entering and leaving.
-        during: time and `conditions`, taken now and then in between.
+        looks: time and `conditions`: on entering, now and then, and on leaving.
         problems: what went wrong, with how often.
     """
 
     sensor: PowerSensor
     start_ns: int
-    end_ns: int = 0
     times_ns: list[int] = dataclasses.field(default_factory=list)
-    readings: list[Reading] = dataclasses.field(default_factory=list)
+    readings: list[Mapping[str, float]] = dataclasses.field(default_factory=list)
     idle: list[Window] = dataclasses.field(default_factory=list)
-    before: Conditions | None = None
-    during: list[tuple[int, Conditions]] = dataclasses.field(default_factory=list)
-    after: Conditions | None = None
+    looks: list[tuple[int, Conditions]] = dataclasses.field(default_factory=list)
     problems: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
-    def series(self, rails: Sequence[str], kind: Literal["watts", "joules"]) -> tuple[Array, Array]:
-        """Times [n] in ns and values [n, rails] of the readings that hold all of `rails`."""
-        values = [[getattr(reading, kind).get(rail, math.nan) for rail in rails] for reading in self.readings]
-        table = np.array(values, dtype=np.float64).reshape(len(values), len(rails))
-        known = np.isfinite(table).all(axis=1) & bool(rails)
-        return np.array(self.times_ns, dtype=np.int64)[known], table[known]
+    def seconds(self) -> Array:
+        """When each reading arrived, since the start [n]."""
+        return (np.array(self.times_ns, dtype=np.int64) - self.start_ns) / 1e9
 
-    def samples(self) -> Columns:
-        """Every reading: `time_s` since the start, and by rail `<rail>_w` or `<rail>_j`; a gap is `MISSING`."""
+    def samples(self) -> dict[str, list[float]]:
+        """Every reading: `time_s` since the start, and by rail `<rail>_w` or `<rail>_j`."""
         if not self.readings:
             return {}
-        columns: Columns = {"time_s": [(moment - self.start_ns) / 1e9 for moment in self.times_ns]}
-        for kind, unit in (("watts", "w"), ("joules", "j")):
-            names = {rail: None for reading in self.readings for rail in getattr(reading, kind)}
-            for rail in names:
-                columns[f"{rail}_{unit}"] = [getattr(r, kind).get(rail, MISSING) for r in self.readings]
-        return columns
+        unit = "j" if self.sensor.counts else "w"
+        columns = {f"{rail}_{unit}": [reading[rail] for reading in self.readings] for rail in self.readings[0]}
+        return {"time_s": self.seconds().tolist(), **columns}
 
     def described(self) -> SensorDescription:
         """The sensor, the idle baselines, and how many readings there are."""
-        return self.sensor.describe([(end - start) / 1e9 for start, end in self.idle], len(self.readings))
+        sensor, idle = self.sensor, [(end - start) / 1e9 for start, end in self.idle]
+        return SensorDescription(
+            name=sensor.name, total=sensor.total, period_s=sensor.period_s, averaging_s=sensor.averaging_s,
+            not_used=dict(sensor.not_used), idle_s=idle, readings=len(self.readings),
+        )  # fmt: skip
 
     def conditions(self, windows: Sequence[Window]) -> Seen:
         """Before, during (within `windows`) and after. Once the recorder's block is left."""
-        assert self.before is not None
-        assert self.after is not None
-        during = [look for moment, look in self.during if any(start <= moment <= end for start, end in windows)]
-        return summarise_conditions(self.before, during, self.after)
+        (_, before), *between, (_, after) = self.looks
+        during = [look for moment, look in between if any(start <= moment <= end for start, end in windows)]
+        return summarise_conditions(before, during, after)
 
     def told(self) -> list[str]:
         """The problems, each with its count."""
@@ -91,7 +78,7 @@ class Recording:
 
 
 class Recorder:
-    """Reads a sensor in a thread for as long as its block lasts. Give every recorder a sensor of its own: it closes it.
+    """Reads a sensor in a thread for as long as its block lasts.
 
     Args:
         sensor: from `find_sensor`.
@@ -101,20 +88,16 @@ class Recorder:
 
     def __init__(self, sensor: PowerSensor, root: Path = Path("/"), *, conditions_period_s: float = 2.0) -> None:
         self.recording = Recording(sensor, time.monotonic_ns())
-        self._sensor = sensor
-        self._root = root
-        self._period_s = sensor.period_s
-        self._conditions_period_s = conditions_period_s
+        self._sensor, self._root, self._conditions_period_s = sensor, root, conditions_period_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="power sensor", daemon=True)
-        self._held = contextlib.ExitStack()
-        self._held.callback(sensor.close)
+        self._card = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
         # Opening NVML may take a second where no daemon keeps the driver awake: once, not at each look.
         with contextlib.suppress(UnavailableError):
-            self._held.enter_context(nvml_device())
-        self.recording.before = conditions(self._root)
+            self._card.enter_context(open_card())
+        self._look()
         self.recording.start_ns = time.monotonic_ns()
         self._thread.start()
         return self
@@ -123,15 +106,12 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join(_JOIN_S + self._period_s)
+        self._thread.join(_JOIN_S + self._sensor.period_s)
         if self._thread.is_alive():
             self._tell(f"the sensor did not answer for {_JOIN_S:g} s at the end: its last reading is missing")
-        self.recording.end_ns = time.monotonic_ns()
-        self.recording.after = conditions(self._root)
-        try:
-            self._held.close()
-        except Exception as failure:  # Whatever a driver does when it is let go of, the figures stand.
-            self._tell(f"closing the sensor: {why(failure)}")
+        self._look()
+        with contextlib.suppress(UnavailableError):
+            self._card.close()
 
     def idle(self, seconds: float) -> None:
         """Wait, and mark the time as idle: call it before and after the inferences, with the model loaded."""
@@ -142,6 +122,9 @@ class Recorder:
     def _tell(self, problem: str) -> None:
         self.recording.problems[problem] += 1
 
+    def _look(self) -> None:
+        self.recording.looks.append((time.monotonic_ns(), conditions(self._root)))
+
     def _run(self) -> None:
         try:
             self._sample()
@@ -149,36 +132,27 @@ class Recorder:
             self._tell(f"the sampling thread died: {type(error).__name__}: {why(error)}")
 
     def _sample(self) -> None:
-        deadline = time.monotonic()
-        next_conditions = deadline + self._conditions_period_s
+        deadline, period_s = time.monotonic(), self._sensor.period_s
+        next_look = deadline + self._conditions_period_s
         while not self._stop.is_set():
-            wait_s = self._period_s if self._read() else max(self._period_s, _RETRY_S)
-            if time.monotonic() >= next_conditions:
-                self.recording.during.append((time.monotonic_ns(), conditions(self._root)))
-                next_conditions = time.monotonic() + self._conditions_period_s
+            self._read()
+            if time.monotonic() >= next_look:
+                self._look()
+                next_look = time.monotonic() + self._conditions_period_s
             # Deadlines, so that reading's own time does not stretch the period; after a delay none is caught up on.
-            deadline = max(deadline + wait_s, time.monotonic())
+            deadline = max(deadline + period_s, time.monotonic())
             self._stop.wait(deadline - time.monotonic())
 
-    def _read(self) -> bool:
-        """Take one reading; False when the sensor gave none, so that a lost one is not asked at full rate."""
-        if not self._sensor.available:
-            return True
+    def _read(self) -> None:
+        """Take one reading."""
         try:
-            reading = self._sensor.read()
+            reading, moment = self._sensor.read(), time.monotonic_ns()
         except (OSError, ValueError, UnavailableError) as error:
             self._tell(why(error))
-            return False
-        moment = time.monotonic_ns()
-        for problem in reading.problems:
-            self._tell(problem)
-        self.recording.readings.append(Reading(self._checked(reading.watts), self._checked(reading.joules)))
-        self.recording.times_ns.append(moment)
-        return True
-
-    def _checked(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Without values that cannot be."""
-        kept = {rail: value for rail, value in values.items() if 0 <= value < math.inf}
-        for rail in values.keys() - kept.keys():
-            self._tell(f"{rail} reads below zero, or no number: those readings were dropped")
-        return kept
+            return
+        odd = [rail for rail, value in reading.items() if not 0 <= value < math.inf]
+        if odd:
+            self._tell(f"{', '.join(odd)} below zero, or no number: those readings were dropped")
+        elif reading:
+            self.recording.times_ns.append(moment)
+            self.recording.readings.append(reading)
