@@ -42,7 +42,7 @@ sparsifiner-edge evaluate student/ --data labelled/ --gallery labelled/ --metric
 sparsifiner-edge evaluate student/ --data images/ --corruptions fog,snow -o stability.json
 sparsifiner-edge explain student/ --data images/ -o explained.html
 sparsifiner-edge profile both-bundle/ --backend openvino --seconds 1 --json
-sparsifiner-edge profile sparse/ --layers --seconds 1 --json
+sparsifiner-edge profile sparse/ --seconds 1 --json
 sparsifiner-edge run both-bundle/ --source images/ --backend openvino
 sparsifiner-edge package sparse/ --for deepstream -o deepstream/
 sparsifiner-edge package sparse/ --for triton -o triton/

@@ -314,13 +314,14 @@ def test_kernels_share_what_a_generation_reaches() -> None:
     shape = ModelShape(2, 6, 384, 1536, 1, 5476, 14)
 
     def arithmetic(board: str, kernels: str) -> float:
-        operators = roofline.costs(Workload(shape, EDGE, kernels=kernels), load_board(board), "fp16", GPU_FIT)
+        work = Workload(shape, dataclasses.replace(EDGE, tile=64, probe=16), kernels=kernels)
+        operators = roofline.costs(work, load_board(board), "fp16", GPU_FIT)
         return sum(c.seconds - c.launch_s for c in operators if c.operator.kind == "attention")
 
     orin, thor = load_board("jetson-orin-nano-8gb-super"), load_board("jetson-agx-thor")
     assert {load_board(name).sm for name in board_names() if load_board(name).sm >= 80} <= set(KERNEL_SHARE)
     slower = arithmetic("jetson-orin-nano-8gb-super", "kernels") / arithmetic("jetson-orin-nano-8gb-super", "native")
-    assert slower == pytest.approx(1 / KERNEL_SHARE[87], rel=0.01)
+    assert 1.5 < slower <= 1 / KERNEL_SHARE[87]  # Beside memory, which does not know it.
     assert (times_faster(orin, 5477, 0.1, 6) or 0) > 2 > (times_faster(thor, 5477, 0.1, 6) or 0)
     assert (times_faster(orin, 257, 0.1, 6) or 2) < 1
     tokens = crossing(orin, 0.1, 6)

@@ -118,7 +118,7 @@ def condition_flags(conditions: Seen, on: str) -> list[Flag]:
     if isinstance(throttled, list) and throttled:
         what = f"slowed down by {', '.join(throttled)}"
         found.append(Flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
-    clocks = {"cpu_mhz.highest": "the processor's clock"} | ({"gpu_mhz": "the GPU's clock"} if on == "gpu" else {})
+    clocks = {"cpu_mhz": "the processor's clock"} | ({"gpu_mhz": "the GPU's clock"} if on == "gpu" else {})
     for key, name in clocks.items():
         clock = conditions.during.get(key)
         if clock and clock.lowest > 0 and clock.highest / clock.lowest - 1 > THRESHOLDS["clock"]:

@@ -189,7 +189,7 @@ def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
 
     def costs(patches: int, sparsity: SparsityConfig) -> list[Cost]:
         one = dataclasses.replace(shape, depth=1, patches=patches)
-        work = Workload(one, sparsity, portable=gpu, merging="bodies" if gpu else "native")
+        work = Workload(one, sparsity, kernels="bodies" if gpu else "native")
         return roofline.costs(work, board, precision, GPU_FIT if gpu else CPU_FIT)
 
     def merging(patches: int) -> list[Cost]:

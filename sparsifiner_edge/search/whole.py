@@ -14,9 +14,15 @@ from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
-from sparsifiner_edge.profiles.measure.side import MeasuredSide, measure_blocks, open_side, stage_progress, warm_up
+from sparsifiner_edge.profiles.measure.side import (
+    MeasuredSide,
+    make_rules,
+    measure_blocks,
+    open_side,
+    stage_progress,
+    warm_up,
+)
 from sparsifiner_edge.profiles.measure.worker import Load
-from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.stats import medians_in_turn
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Estimate

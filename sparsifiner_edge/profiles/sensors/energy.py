@@ -121,7 +121,9 @@ def _power(recording: Recording) -> _Power:
     """
     sensor, moments = recording.sensor, recording.seconds()
     rails = list(recording.readings[0]) if recording.readings else []
-    table = np.array([[reading[rail] for rail in rails] for reading in recording.readings]).reshape(len(moments), -1)
+    table = np.array([[reading[rail] for rail in rails] for reading in recording.readings]).reshape(
+        len(moments), len(rails)
+    )
     since = moments - sensor.averaging_s  # What is read may be as old.
     if not sensor.counts:
         return _Power(since, moments, table.sum(axis=1))
