@@ -1,10 +1,10 @@
 """TensorRT-RTX engines of DINOv2 ViT-S/14, built ahead of time without a GPU: does every one build, and how fast.
 
-    python benchmarks/engines_rtx.py [--bundles DIR] [--kind KIND ...] [-o profiles/results]
+    python benchmarks/engines_rtx.py [--bundles DIR] [-o profiles/results]
 
 Dense; sparse with keep .25 at 224 px and .10 at 518 px; merged, with dense attention; and merged and sparse in some
 layers; float16 and int8 (QDQ, target tensorrt), for compute capabilities 8.6, 8.9 and 12.0. Bundles that DIR does not
-hold yet are exported into it first; that is not timed. Rows of kinds that are not asked for stay as they were recorded.
+hold yet are exported into it first; that is not timed.
 Seconds on a busy machine say little: seconds of processor time stand beside them.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.results import Result, Subject, read_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.sparse.student import sparsify
@@ -48,7 +47,6 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 """Pixels -> kind -> settings of the student; none: no student. Those that merge are budgets of `merging.py`."""
-KINDS = tuple(SETTINGS[224])
 CAPABILITIES = ("8.6", "8.9", "12.0")
 LIMIT_S = 60.0
 IMAGES = 3
@@ -122,52 +120,34 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def kind_of(name: str) -> str:
-    """Of a bundle by its name, such as "dense224_fp16"."""
-    return next(kind for kind in KINDS if name.startswith(kind))
-
-
-def recorded(path: Path, kinds: Collection[str]) -> tuple[list[Subject], list[dict[str, Any]], dict[str, str]]:
-    """Subjects and rows of other kinds in an earlier result, and when each of those was recorded."""
-    if not path.exists() or set(kinds) == set(KINDS):
-        return [], [], {}
-    before = read_result(path)
-    subjects = [s for s in before.subjects if kind_of(str(s.path)) not in kinds]
-    rows = [r for r in before.statistics["rows"] if kind_of(r["bundle"]) not in kinds]
-    known = before.method.get("recorded", {})
-    return subjects, rows, {k: known.get(k, before.created) for k in map(kind_of, (r["bundle"] for r in rows))}
-
-
 @click.command(help=__doc__)
 @click.option(
     "--bundles", type=click.Path(path_type=Path), help="Where bundles are, or are put; by default a new place."
 )
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("profiles/results"), show_default=True)
-def main(*, bundles: Path | None, kinds: tuple[str, ...], output: Path) -> None:
-    subjects, rows, earlier = recorded(output / "engines_rtx.json", kinds)
+def main(*, bundles: Path | None, output: Path) -> None:
+    subjects, rows = list[Subject](), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as fresh:
         root = bundles or Path(fresh)
         root.mkdir(parents=True, exist_ok=True)
-        for size in SETTINGS:
+        for size, kinds in SETTINGS.items():
             for precision in ("fp16", "int8"):
                 for kind in kinds:
                     folder = bundle(root, kind, size, precision)
                     subjects.append(subject(folder))
                     rows += measure(folder)
-                    save(output, subjects, rows, earlier)
+                    save(output, subjects, rows)
     cells = [[row["bundle"], row["compute_capability"], *(f"{row[name]:.1f}" for name in KEPT[:2]),
               f"{row['bytes'] / 1e6:.1f}", str(row.get("kernels", ""))] for row in rows if row["built"]]  # fmt: skip
     print_table("Built ahead of time", ["bundle", "compute capability", *KEPT[:2], "MB", "kernels"], cells)
 
 
-def save(output: Path, subjects: list[Subject], rows: list[dict[str, Any]], earlier: dict[str, str]) -> None:
+def save(output: Path, subjects: list[Subject], rows: list[dict[str, Any]]) -> None:
     method = {
         "backend": "tensorrt-rtx",
         "version": str(find_backend(Execution(backend="tensorrt-rtx")).load().__version__),
         "what": "built ahead of time, in a process each, without a GPU; none of the engines was run",
         "settings": {str(size): kinds for size, kinds in SETTINGS.items()},
-        "recorded": earlier,
     }
     write_summary(
         output / "engines_rtx.json", Result("evaluation", subjects, method, {}, summary(rows) | {"rows": rows})

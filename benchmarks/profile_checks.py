@@ -1,6 +1,6 @@
 """Whether `sparsifiner-edge profile` can be believed, on this machine.
 
-    python benchmarks/profile_checks.py [--bundle FOLDER] [--runs 20] [--seconds 5] [-o FOLDER]
+    python benchmarks/profile_checks.py [--bundle FOLDER] [-o FOLDER]
 
 1. The same bundle on both sides: no verdict in at least 19 of 20 runs.
 2. `profile` against a plain ONNX Runtime loop in a process of its own, which imports nothing of this package and is
@@ -35,6 +35,8 @@ from sparsifiner_edge.results import Result
 from sparsifiner_edge.runtime.processor import native_library
 
 REQUIRED = {"no_verdict_share": 0.95, "agreement": 0.03}
+RUNS, ROUNDS, SECONDS = 20, 10, 5.0
+"""Comparisons of a bundle with itself, rounds against a plain loop, least seconds of each side."""
 Tell = Callable[[str], None]
 
 LOOP = """
@@ -153,27 +155,24 @@ def export(folder: Path) -> Path:
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="A bundle; by default DINOv2 ViT-S/14 is exported.")
-@click.option("--runs", default=20, show_default=True, help="Comparisons of the bundle with itself.")
-@click.option("--rounds", default=10, show_default=True, help="Rounds of profile against a plain loop.")
-@click.option("--seconds", default=5.0, show_default=True, help="Least time measured per side, run and round.")
-@click.option("--threads", default=available_cores())
 @output_option("Folder for profile_checks.json.", required=False)
-def main(bundle: Path | None, runs: int, rounds: int, seconds: float, threads: int, output: Path | None) -> None:
+def main(bundle: Path | None, output: Path | None) -> None:
+    threads = available_cores()
     with contextlib.ExitStack() as stack:
         status = stack.enter_context(err_console.status("exporting"))
         if bundle is None:
             bundle = export(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         subject = replace(open_bundle(bundle).subject("subject"), path=bundle.name)
-        same = same_on_both_sides(bundle, runs, seconds, threads, status.update)
-        plain = against_a_plain_loop(bundle, rounds, seconds, threads, status.update)
+        same = same_on_both_sides(bundle, RUNS, SECONDS, threads, status.update)
+        plain = against_a_plain_loop(bundle, ROUNDS, SECONDS, threads, status.update)
     quiet = sum(one["verdict"] == "no difference shown" for one in same)
     statistics = {
-        "same": {"runs": runs, "no_verdict": quiet},
+        "same": {"runs": RUNS, "no_verdict": quiet},
         "agreement": ratio(plain),
     }
     met = show(statistics)
     if output:
-        method = {"threads": threads, "seconds": seconds, "rounds": rounds, "required": REQUIRED}
+        method = {"threads": threads, "seconds": SECONDS, "rounds": ROUNDS, "required": REQUIRED}
         samples = {"same": same, "agreement": plain}
         result = Result("comparison", [subject], method, samples, statistics)
         write_summary(output / "profile_checks.json", result)

@@ -18,7 +18,7 @@ from sparsifiner_edge.runtime.session import Description
 
 
 class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """The process's after all queries, and what it takes of the device's, with its source."""
+    """The process's after all queries, and what its first inference left taken of the device's, with its source."""
 
     steady: Memory
     device_bytes: Bytes

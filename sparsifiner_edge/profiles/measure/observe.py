@@ -81,8 +81,8 @@ def _processor_s(sides: list[MeasuredSide]) -> float:
 
 
 def _memory(side: MeasuredSide) -> MeasuredMemory:
-    process, device = read_memory(Path(f"/proc/{side.worker.pid}")), side.device
-    return MeasuredMemory(steady=process, device_bytes=device.taken(), device_source=device.source)
+    process, (device_bytes, source) = read_memory(Path(f"/proc/{side.worker.pid}")), side.device
+    return MeasuredMemory(steady=process, device_bytes=device_bytes, device_source=source)
 
 
 def side_figures(side: MeasuredSide, seen: Observation, kernels: str | Unavailable) -> Figures:

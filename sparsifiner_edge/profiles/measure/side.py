@@ -15,7 +15,7 @@ from msgspec import to_builtins
 
 from sparsifiner_edge.bounds import MOST_COUNT, finite_number
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.profiles.measure.memory import DeviceMemory
+from sparsifiner_edge.profiles.measure.memory import Bytes, DeviceMemory
 from sparsifiner_edge.profiles.measure.worker import Load, Loaded, QueryBlock
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.child import Child, start_child
@@ -93,7 +93,7 @@ class MeasuredSide:
     Attributes:
         role: "subject" or "against".
         worker: its process. request: what it was asked to load.
-        loaded: what loading reported. device: what it takes of the device's memory.
+        loaded: what loading reported. device: bytes that it took of the device's memory, and who tells.
         warm_up: how warm-up went. query_ms: a query's time, the first one's before it.
         blocks: latencies in ms, block by block. windows: start and end of each block, CLOCK_MONOTONIC nanoseconds.
         seconds, queries: how much was recorded. wall_s: how long that took, unrecorded queries included.
@@ -103,7 +103,7 @@ class MeasuredSide:
     worker: Child
     request: Load
     loaded: Loaded
-    device: DeviceMemory
+    device: tuple[Bytes, str]
     warm_up: WarmUp = dataclasses.field(default_factory=WarmUp)
     query_ms: float = 0.0
     blocks: list[list[float]] = dataclasses.field(default_factory=list)
@@ -149,8 +149,9 @@ def stage_progress(progress: Progress | None, planned_s: float) -> OnStage:
 def open_side(role: str, request: Load) -> Iterator[MeasuredSide]:
     """A bundle loaded into a worker of its own and run once."""
     with start_worker() as worker:
-        device = DeviceMemory()
+        memory = DeviceMemory()
         loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **to_builtins(request))
+        device = memory.taken(), memory.source  # Before another side takes any.
         yield MeasuredSide(role, worker, request, loaded, device, query_ms=loaded.first_ms)
 
 
