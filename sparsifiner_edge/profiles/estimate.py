@@ -33,7 +33,7 @@ from sparsifiner_edge.results import Declared
 UNFITTED = 1.5
 """Widens the bounds for a GPU precision that no measurement was fitted for."""
 FITTED = ("fp16", "int8")
-JUDGED = {"kernels": (0.5, 2.5), "bodies": (0.3, 4.0)}
+UNMEASURED = {"kernels": (0.5, 2.5), "bodies": (0.3, 4.0)}
 """Least and most that sparse layers' own operators, and merging, may take on a GPU, as factors: no one published it."""
 IDLE_SHARE = (0.1, 0.25)
 """Power at rest as a share of the most, where a board does not state it: least, taken."""
@@ -204,7 +204,7 @@ def _latency(plan: _Plan, spent: Sequence[Cost]) -> Bounded:
     for cost in spent:
         sparse = cost.operator.layer in sparse_layers and cost.operator.kind in SPARSE_KINDS
         judged = gpu and (sparse or (work.sparsity.merge and cost.operator.kind == "pruning"))
-        few, many = JUDGED[work.kernels] if judged else (1.0, 1.0)
+        few, many = UNMEASURED[work.kernels] if judged else (1.0, 1.0)
         least, most = least + cost.seconds * few / spread, most + cost.seconds * many * spread
     value, method = roofline.seconds(spent), f"roofline; factor {spread:.3g} either way"
     return Bounded(value=value * 1e3, low=least * 1e3, high=most * 1e3, method=method)

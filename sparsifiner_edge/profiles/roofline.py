@@ -254,7 +254,7 @@ def times_faster(board: Board, tokens: int, keep: float, lanes: int) -> float | 
     """
     if board.sm not in KERNEL_SHARE:
         return None
-    shape = ModelShape(1, lanes, 64 * lanes, 1, 1, tokens - 1, 1)
+    shape = ModelShape(1, lanes, 64 * lanes, 1, 1, max(tokens - 1, _KERNELS.tile), 1)
     ms = [
         seconds([c for c in costs(work, board, "fp16", GPU_FIT) if c.operator.kind in SPARSE_KINDS])
         for work in (Workload(shape, dataclasses.replace(_KERNELS, keep=k), kernels="kernels") for k in (1.0, keep))

@@ -24,7 +24,10 @@ CLOCKS: dict[str, tuple[Any, ...]] = {
 }
 """The factor to MHz and files, by clock; of several files, as of cores, the greatest counts."""
 GOVERNORS = "sys/devices/system/cpu/cpufreq/policy*/scaling_governor"
-COUNTERS = ("sys/class/hwmon/hwmon*/oc*_event_cnt", "sys/devices/system/cpu/cpu0/thermal_throttle/*_throttle_count")
+THROTTLE_COUNTERS = (
+    "sys/class/hwmon/hwmon*/oc*_event_cnt",
+    "sys/devices/system/cpu/cpu0/thermal_throttle/*_throttle_count",
+)
 """Counters of throttling: Jetson's over-current events, and an x86 package's thermal events."""
 _MILLI, _COLDEST_C = 1e-3, -100.0  # A zone that is switched off tells -256.
 _NOT_PASSIVE = re.compile("(?i)fan|intel_powerclamp")
@@ -86,7 +89,7 @@ def conditions(root: Path = Path("/")) -> Conditions:
         temperature_c={name: celsius for name, celsius in zones if celsius > _COLDEST_C},
         throttled_by=[kind for kind, state in devices if state and not _NOT_PASSIVE.search(kind)]
         if devices else Unavailable("the kernel names no cooling device"),
-        throttle_counts=dict(_read(root, lambda file: (file.name, int(read_number(file))), *COUNTERS)),
+        throttle_counts=dict(_read(root, lambda file: (file.name, int(read_number(file))), *THROTTLE_COUNTERS)),
         governor=", ".join(dict.fromkeys(_read(root, read_text, GOVERNORS))) or None,
         power_mode=_power_mode(root),
     )  # fmt: skip
