@@ -5,7 +5,14 @@ import pytest
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS, Row, measure_layers, ms_by_kind, place_of, read_trace
+from sparsifiner_edge.profiles.measure.layers import (
+    LAYER_KINDS,
+    Row,
+    measure_layers,
+    ms_by_kind,
+    node_place,
+    read_trace,
+)
 from sparsifiner_edge.profiles.measure.worker import fixed_inputs
 from sparsifiner_edge.records import write_record
 from tests.plain import profile_bundle
@@ -153,4 +160,4 @@ def test_a_trace_that_tells_nothing_is_refused(trace):
     ],
 )
 def test_a_name_says_where_a_node_belongs(name, place):
-    assert place_of(name) == place
+    assert node_place(name) == place

@@ -17,7 +17,7 @@ from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.images import Normalisation
-from sparsifiner_edge.profiles.measure.layers import place_of
+from sparsifiner_edge.profiles.measure.layers import node_place
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts import backbone_of
 from tests.everything import first
@@ -61,7 +61,7 @@ def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, A
     assert manifest.costs["total_macs"] < manifest.dense_costs["total_macs"] or not settings
     assert manifest.plan is not None
     assert manifest.plan.merge == ((4,) * 4 if settings else (0,) * 4)
-    places = [place_of(node.name) for node in bundle.model().graph.node]
+    places = [node_place(node.name) for node in bundle.model().graph.node]
     assert {place.layer for place in places} == {None, 0, 1, 2, 3}
     assert {"projections", "mlp", "norms"} <= {place.kind for place in places if place.layer == 3}
     with open_session(bundle.folder) as session:
@@ -84,7 +84,7 @@ def test_depth_anything(tmp_path: Path) -> None:
     assert here > beside + 0.1
     bundle = open_bundle(se.export_model(made, x, tmp_path / "bundle", normalise=SEEN))
     assert [(output.name, output.shape) for output in bundle.manifest.outputs] == [("predicted_depth", (1, 140, 140))]
-    places = {node.name: place_of(node.name) for node in bundle.model().graph.node}
+    places = {node.name: node_place(node.name) for node in bundle.model().graph.node}
     assert {place.kind for place in places.values() if place.layer is None} == {"decoder", "other"}
     assert any(name.startswith("decoder.neck.") for name in places)
     assert {place.layer for place in places.values()} == {None, 0, 1, 2, 3}

@@ -149,7 +149,7 @@ def read_trace(trace: Trace, queries: int) -> dict[str, float]:
     }
 
 
-def place_of(name: str) -> Place:
+def node_place(name: str) -> Place:
     """Where a node of an exported file belongs."""
     name = name.partition("/")[0]
     if name.startswith(_INLINED):
@@ -180,7 +180,7 @@ def _rows(times: Mapping[str, float]) -> LayerTimes:
     rows: dict[tuple[int | None, str], Row] = {}
     before = None
     for name, ms in times.items():
-        layer, kind, op = place_of(name)
+        layer, kind, op = node_place(name)
         before = layer = before if layer is None and kind != "decoder" else layer
         key = layer, op if name.startswith(_INLINED) else name
         row = rows.get(key) or Row(layer=layer, name=key[1], op=op, kind=kind, nodes=0, ms=0.0)
