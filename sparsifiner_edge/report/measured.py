@@ -84,8 +84,6 @@ _LATENCY: dict[str, Callable[[Side], Figure]] = {
 }
 _MEMORY: dict[str, Callable[[Side], Figure]] = {
     "before": lambda side: side.figures.rss_before_load_bytes,
-    "load": lambda side: side.figures.memory.load.peak_rss_bytes,
-    "first": lambda side: side.figures.memory.first_inference.peak_rss_bytes,
     "peak": lambda side: side.figures.memory.steady.peak_rss_bytes,
     "device": lambda side: side.figures.memory.device_bytes,
 }
@@ -140,7 +138,7 @@ def _energy(side: Side, name: str) -> Any:
 
 
 def memory_section(data: ReportData) -> Section:
-    """Peak memory of the process at each stage, and memory of the device."""
+    """Memory of the process before loading and at its peak, and of the device."""
     rows = {data.texts(f"memory.{name}"): list(map(read, data.sides)) for name, read in _MEMORY.items()}
     return Section("memory", [_table(data.texts("memory.chart"), rows, data, 1e-6)] if data.sides else [])
 

@@ -211,11 +211,10 @@ def conditions_of(side: Side) -> dict[str, str]:
     memory = machine.memory_bytes
     # Whole gibibytes, since every kernel takes a little of it for itself.
     size = "?" if isinstance(memory, Unavailable) else f"{memory / 2**30:.0f} GiB"
-    mode = before.power_mode
     watts = "?" if before.power_limit_mw is None else f"{before.power_limit_mw / 1000:g} W"
     return {
         "machine": _joined([machine.board, machine.cpu_model, f"{machine.logical_cores} cores", size], ", "),
-        "power_mode": _joined([mode if isinstance(mode, Unavailable) else mode.name, watts, machine.governor], " / "),
+        "power_mode": _joined([before.power_mode, watts, machine.governor], " / "),
         "device": _joined([runtime.device], ""),
         "threads": f"{_joined([runtime.threads], '')} / {machine.affinity_cores}",
         "backend": _joined([runtime.backend, runtime.version, runtime.provider], " "),
