@@ -182,14 +182,6 @@ def riding(x: Tensor) -> CarriedTokens:
     return cast(CarriedTokens, known)
 
 
-def carried(x: Tensor, prefix: int) -> CarriedTokens:
-    """What a layer gave, sparse or its host's own: `prefix` tokens, then patches in whatever order."""
-    known, _ = getattr(x, _RIDER, (None, None))
-    if known is not None:
-        return cast(CarriedTokens, known)
-    return CarriedTokens(x, None, None, torch.arange(x.shape[1] - prefix, device=x.device).expand(x.shape[0], -1))
-
-
 def _version(x: Tensor) -> int | None:
     """How often a tensor was changed in place; nobody counts that of inference tensors."""
     return None if x.is_inference() else x._version
