@@ -18,6 +18,10 @@ WIDER = (
     "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') && "
     "e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.tagName)"
 )
+PLACES = """[...document.querySelectorAll('.strip > i, .strip > span')].map(e => {
+  const mark = e.getBoundingClientRect(), strip = e.parentElement.getBoundingClientRect();
+  return (mark.left + mark.width / 2 - strip.left) / strip.width; })"""
+"""Of marks and ticks, as shares of their charts' widths."""
 BACKGROUND = "getComputedStyle(document.body).backgroundColor"
 
 
@@ -50,6 +54,10 @@ def test_it_renders(page: Browser, pages: Path, name: str, scheme: str, width: i
     assert page.value(WIDER) == []
     assert page.value("[...document.images].every(image => image.complete && image.naturalWidth)")
     assert page.value("document.images.length + document.querySelectorAll('polygon').length") >= 2
+    # Marks and ticks stand where their values are: apart from each other, inside their chart.
+    places = page.value(PLACES)
+    assert name.startswith("explain") or (len(places) >= 6 and all(-0.01 <= place <= 1.01 for place in places))
+    assert name.startswith("explain") or len(set(places)) >= 5
     red = int(page.value(BACKGROUND).removeprefix("rgb(").partition(",")[0])
     assert red < 60 if scheme == "dark" else red > 200
     assert page.picture(pages / f"{name}-{scheme}-{width}.png").stat().st_size > 30_000
