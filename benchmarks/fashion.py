@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sparsifiner_edge.errors import ImageError
-from sparsifiner_edge.images import evenly, resized
+from sparsifiner_edge.images import evenly
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = (
@@ -38,7 +39,8 @@ class Clothes:
 
     def load(self, number: int, size: int) -> Any:
         """uint8 [size,size,3]."""
-        return resized(self.images[number], size)
+        image = Image.fromarray(self.images[number]).convert("RGB")
+        return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def fashion_mnist(split: str) -> Clothes:

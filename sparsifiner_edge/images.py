@@ -187,13 +187,6 @@ def centre_text(size: ImageSize) -> str:
     return "centre square" if height == width else "centre rectangle"
 
 
-def resized(pixels: npt.NDArray[np.uint8], size: int) -> Pixels:
-    """A square of pixels, grey [s,s] or RGB [s,s,3], resized bicubically: uint8 RGB [size, size, 3]."""
-    image_module = _pillow()
-    image = image_module.fromarray(pixels).convert("RGB")
-    return np.array(image.resize((size, size), image_module.Resampling.BICUBIC))
-
-
 def open_image(path: Path) -> Any:
     """An image as Pillow's RGB image, read whole.
 

@@ -22,7 +22,6 @@ from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Runtime
-from sparsifiner_edge.sparse.hosts import Backbone
 from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, refuse_normalisation
 from sparsifiner_edge.sparse.student_file import Weights
@@ -153,17 +152,13 @@ def _torch(student: Student, path: str, digest: str, compared: TeacherComparison
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )
-    together = images_together(backbone, GPU_TOKENS_TOGETHER if device.type == "cuda" else TOKENS_TOGETHER)
+    tokens = GPU_TOKENS_TOGETHER if device.type == "cuda" else TOKENS_TOGETHER
+    together = max(1, tokens // (backbone.prefix + backbone.patches))
     about, named = (
         Subject(name=student.name, path=path, sha256=digest),
         student.name if student.kind == "timm" else None,
     )
     return Extractor(extract, student.img_size, backbone.prefix, about, runtime, student.labels, together, named)
-
-
-def images_together(backbone: Backbone, tokens: int = TOKENS_TOGETHER) -> int:
-    """How many images a model in torch takes at once: of so many tokens."""
-    return max(1, tokens // (backbone.prefix + backbone.patches))
 
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
