@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import importlib
 import os
 import re
 import shutil
 import signal
 import stat
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from sparsifiner_edge.errors import ArtifactError, MissingExtraError
+from sparsifiner_edge.errors import ArtifactError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -310,25 +308,3 @@ def is_locked(path: Path) -> bool:
         return not lock(handle)
     finally:
         os.close(handle)
-
-
-def import_matplotlib(extra: str) -> None:
-    """Import matplotlib, so that no settings of the working directory (`matplotlibrc`) are read: they come first there.
-
-    Args:
-        extra: of this package, that brings it.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    if sys.modules.get("matplotlib") is not None:
-        return
-    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
-    try:
-        os.chdir("/")
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", extra) from error
-    finally:
-        os.fchdir(here)
-        os.close(here)

@@ -19,13 +19,13 @@ JETSON = ("jetson", "cpu", "camera", "openvino", "report", "sign", "triton")
 WHEELS = {
     "3.10": {
         "av": "17.1.0", "click": "8.5.1", "cryptography": "50.0.2", "cuda-python": "12.9.10", "jinja2": "3.1.6",
-        "matplotlib": "3.10.9", "msgspec": "0.22.0", "numpy": "2.2.6", "onnx": "1.23.2", "onnxruntime": "1.23.2",
+        "msgspec": "0.22.0", "numpy": "2.2.6", "onnx": "1.23.2", "onnxruntime": "1.23.2",
         "openvino": "2026.4.1", "pillow": "12.3.0", "rich": "15.0.0", "tomli": "2.5.0",
         "triton": "3.8.0",
     },
     "3.12": {
         "av": "18.1.0", "click": "8.5.1", "cryptography": "50.0.2", "cuda-python": "12.9.10", "jinja2": "3.1.6",
-        "matplotlib": "3.11.2", "msgspec": "0.22.0", "numpy": "2.4.6", "onnx": "1.23.2", "onnxruntime": "1.32.0",
+        "msgspec": "0.22.0", "numpy": "2.4.6", "onnx": "1.23.2", "onnxruntime": "1.32.0",
         "openvino": "2026.4.1", "pillow": "13.0.0", "rich": "15.0.0", "triton": "3.9.0",
     },
 }  # fmt: skip

@@ -83,21 +83,6 @@ def test_no_file_of_the_working_directory_runs(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["a file", "a pipe"])
-def test_no_settings_of_the_working_directory_are_read(kind: str, tmp_path: Path) -> None:
-    if kind == "a pipe":
-        os.mkfifo(tmp_path / "matplotlibrc")
-    else:
-        (tmp_path / "matplotlibrc").write_text("axes.facecolor: red\n")
-    code = (
-        "import os; from sparsifiner_edge.files import import_matplotlib; import_matplotlib('report'); "
-        "import matplotlib; print(matplotlib.rcParams['axes.facecolor'], os.getcwd())"
-    )
-    start = [sys.executable, "-c", code]
-    done = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.split() == ["white", str(tmp_path)]
-
-
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
