@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import random
 import re
 import shutil
 import signal
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -67,22 +67,34 @@ def command(*arguments: Any, codes: tuple[int, ...] = (0, 1, 2)) -> tuple[int, s
     Raises:
         FailureError: another exit code, a traceback, characters that a terminal obeys, or JSON that is none.
     """
-    out, err = io.StringIO(), io.StringIO()
-    with handlers_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as left:
-            code = left.code
-    said = out.getvalue() + err.getvalue()
+    out, err = _file(), _file()  # What a command writes may go past Python, to the descriptor.
+    with out, err:
+        with handlers_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main([str(argument) for argument in arguments])
+            except SystemExit as left:
+                code = left.code
+        printed, complained = _content(out), _content(err)
+    said = printed + complained
     if not isinstance(code, int) or code not in codes:
-        raise FailureError(f"exit code {code}: {err.getvalue()[:300]}")
+        raise FailureError(f"exit code {code}: {complained[:300]}")
     if "Traceback" in said:
         raise FailureError(said[-500:])
     if found := _RAW.search(said):
         raise FailureError(f"raw {found[0]!r} in {said[max(0, found.start() - 60) : found.end() + 20]!r}")
     if "--json" in map(str, arguments) and code == 0:
-        strict_json(out.getvalue())
-    return code, out.getvalue(), err.getvalue()
+        strict_json(printed)
+    return code, printed, complained
+
+
+def _file() -> Any:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def _content(file: Any) -> str:
+    file.flush()
+    file.seek(0)
+    return str(file.read())
 
 
 def strict_json(text: str) -> Any:

@@ -158,8 +158,8 @@ USAGES = (
         "run {good}/plain --source {good}/images",
         "--threads --top --threshold --stall --metrics --frames",
     ),
-    ("profile {good}/plain", "--threads --batch --seconds"),
-    ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode --batch"),
+    ("profile {good}/plain", "--threads --seconds"),
+    ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode"),
     ("build {good}/plain --backend tensorrt-rtx", "--compute-capability --timeout --batch --kernels"),
     ("report {good}/results/profile.json -o {work}/page.html", "--lang"),
     (
@@ -169,9 +169,9 @@ USAGES = (
     ("export {good}/student -o {work}/made", "--keep --tile --probe --batch --merge --precision --board"),
     (
         "evaluate {good}/student --data {good}/images",
-        "--keep --token-keep --metric --gallery --crop-pct --batch --workers",
+        "--keep --token-keep --metric --gallery --queries --workers",
     ),
-    ("distill {good}/student --data {good}/images -o {work}/made", "--set --recipe --keep"),
+    ("distill {good}/student --data {good}/images -o {work}/made", "--set --recipe --held-out"),
     ("bundle verify {good}/plain", "--public-key --backend"),
     ("bundle sign {good}/plain", "--key"),
 )

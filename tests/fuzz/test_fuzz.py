@@ -11,6 +11,7 @@ import pytest
 from sparsifiner_edge.cli import main as program
 from tests.fuzz import materials
 from tests.fuzz.harness import LIMIT_S, FailureError, Target, Try, attempt, command, strict_json
+from tests.fuzz.others import USAGES
 from tests.fuzz.targets import TARGETS
 from tests.once import Once
 
@@ -80,3 +81,14 @@ def test_errors_and_hangs_are_failures(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("tests.fuzz.harness.LIMIT_S", 1)
     assert "took more than" in str(attempt(Target(1, hangs), one))
     assert LIMIT_S > 1
+
+
+def test_the_options_that_are_tried_exist() -> None:
+    for line, options in USAGES:
+        command: click.Command | None = program.cli
+        for word in line.split():
+            if isinstance(command, click.Group):
+                command = command.get_command(click.Context(command), word)
+        assert command is not None
+        known = {name for parameter in command.params for name in parameter.opts}
+        assert set(options.split()) <= known, line
