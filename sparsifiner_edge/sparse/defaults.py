@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 from sparsifiner_edge.config import Keep, SparsityConfig
 from sparsifiner_edge.sparse.hosts import Backbone
 
-MOST_CELLS = 49
+DEFAULT_CELLS = 49
 _BY_LAYER: tuple[tuple[int, tuple[float, ...]], ...] = (
     (3000, (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0)),
     (600, (0.1, 0.1, 0.2, 1.0)),
@@ -64,8 +64,8 @@ def fit_to_model(sparsity: SparsityConfig, backbone: Backbone, options: Sparsity
 
 
 def default_cells(patches: int) -> int:
-    """Background cells that suit `patches` patches: 1.5 times their square root, at most `MOST_CELLS`."""
-    return min(MOST_CELLS, patches, max(1, round(1.5 * math.sqrt(patches))))
+    """Background cells that suit `patches` patches: 1.5 times their square root, at most `DEFAULT_CELLS`."""
+    return min(DEFAULT_CELLS, patches, max(1, round(1.5 * math.sqrt(patches))))
 
 
 def default_keep(patches: int, depth: int) -> Keep:
