@@ -31,7 +31,7 @@ THROTTLE_COUNTERS = (
 """Counters of throttling: Jetson's over-current events, and an x86 package's thermal events."""
 _MILLI, _COLDEST_C = 1e-3, -100.0  # A zone that is switched off tells -256.
 _NOT_PASSIVE = re.compile("(?i)fan|intel_powerclamp")
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -98,7 +98,7 @@ def conditions(root: Path = Path("/")) -> Conditions:
     return here
 
 
-def _read(root: Path, read: Callable[[Path], Value], *patterns: str) -> Iterator[Value]:
+def _read(root: Path, read: Callable[[Path], _Value], *patterns: str) -> Iterator[_Value]:
     """Of every file that can be read; memory clocks and some counters are root's alone, a unit that is off refuses."""
     for file in (file for pattern in patterns for file in sorted(root.glob(pattern))):
         with contextlib.suppress(OSError, ValueError):
