@@ -17,10 +17,8 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.openvino import session as session_module
-from sparsifiner_edge.runtime.openvino.operators import output_shape
 from sparsifiner_edge.runtime.openvino.session import import_openvino
 from sparsifiner_edge.runtime.verify import verify_bundle
 from sparsifiner_edge.sparse.student import save_student
@@ -29,7 +27,6 @@ from tests.everything import first
 from tests.models import TINY, student
 from tests.native.test_replay import BF16_SETS
 from tests.once import Once
-from tests.ops.matrix import cases, run_reference
 from tests.seal import seal_bundle
 from tests.tiny import make_bundle
 
@@ -157,13 +154,6 @@ def test_an_inlined_file_runs_without_us(
 def test_a_precision_that_the_processor_lacks_is_refused(bundles: dict[str, Path]) -> None:
     with pytest.raises(BackendError, match=r"(?s)no fp16 arithmetic \(OpenVINO: .*FP32.*Leave --precision out"):
         open_session(bundles["edge"], "openvino", precision="fp16")
-
-
-@pytest.mark.parametrize("name", [name for name in OPERATORS if not name.endswith("LandmarkKeySelect")])
-def test_shapes_are_the_operators(name: str) -> None:
-    for case in cases(name):
-        inputs = case.inputs()
-        assert output_shape(name, case.attributes, [x.shape for x in inputs]) == list(run_reference(case, inputs).shape)
 
 
 def test_runs_of_several_threads_take_turns(bundles: dict[str, Path]) -> None:

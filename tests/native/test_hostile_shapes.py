@@ -93,7 +93,7 @@ TABLE = [
             ("KeySelect", [[2, 4, 2], [2, 4, 2]], ({"num_heads": 2, "probe": 3}, {"num_heads": 2, "scale": NAN})),
             ("SparseAttention", [[1, 2, 4, 5]], ({"num_heads": 2, "tile": 16, "prefix_keys": 0}, {"num_heads": 7})),
             ("DenseAttention", [], ({"num_heads": 0}, {"num_heads": -1}, {"scale": NAN})),
-            ("MatchTokens", [], ({"merged": 0}, {"window": 0}, {"window": 3})),
+            ("MatchTokens", [], ({"merged": 0}, {"merged": 2**31}, {"merged": -1}, {"window": 0}, {"window": 3})),
         )
         for change in changes
     ),

@@ -112,9 +112,7 @@ class Operators:
         Raises:
             BackendError: attributes, types and shapes are not those of the operator's schema, or it lacks memory.
         """
-        reasons = _refusals(op, tuple(attributes.items()), *(x.shape for x in inputs))
-        if reasons:
-            raise _refused(op, "; ".join(reasons))
+        require_allowed(op, attributes, [x.shape for x in inputs])
         kinds = [tensor.dtypes for tensor in (*OPERATORS[op].inputs, OPERATORS[op].output)]
         tensors = [_tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
         call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
@@ -128,6 +126,16 @@ class Operators:
         if pool:
             self._library.sparsifiner_hold_memory(-1)
             self._library.sparsifiner_pool_destroy(pool)
+
+
+def require_allowed(op: str, attributes: Mapping[str, float], shapes: Sequence[Sequence[int]]) -> None:
+    """Refuse what the operator's schema does.
+
+    Raises:
+        BackendError: attributes or shapes of inputs are not allowed; says which.
+    """
+    if reasons := _refusals(op, tuple(attributes.items()), *map(tuple, shapes)):
+        raise _refused(op, "; ".join(reasons))
 
 
 def _refused(op: str, reason: str) -> BackendError:

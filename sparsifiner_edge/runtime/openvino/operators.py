@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.ops.native.interface import Operators
+from sparsifiner_edge.ops.native.interface import Operators, require_allowed
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 
@@ -59,9 +58,13 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
             sizes = [[axis.get_length() if axis.is_static else None for axis in shape] for shape in shapes]
             whole = OPERATORS[self.operator].output.dtypes == ("int32",)
             kind = openvino.Type.i32 if whole else openvino.Type.f32
-            shape = output_shape(self.operator, self.settings, sizes)
+            shape = self.output_axes(sizes)
             axes = [openvino.Dimension() if n is None else openvino.Dimension(n) for n in shape]
             self.set_output_type(0, kind, openvino.PartialShape(axes))
+
+        def output_axes(self, shapes: Any) -> Any:
+            require_allowed(self.operator, self.settings, [[1 if n is None else n for n in shape] for shape in shapes])
+            return OPERATORS[self.operator].output_shape(self.settings, shapes)
 
         def clone_with_new_inputs(self, inputs: Any) -> Any:
             return type(self)(inputs, self.settings)
@@ -77,34 +80,11 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
             # By index: these lists end an iteration with an exception in C++, tens of microseconds each.
             given = [inputs[i].data for i in range(len(inputs))]
             output = outputs[0]
-            output.shape = output_shape(self.operator, self.settings, [x.shape for x in given])
+            output.shape = self.output_axes([x.shape for x in given])
             operators.run(self.operator, self.settings, given, output.data)
             return True
 
     return SparsifinerOp
-
-
-def output_shape(name: str, attributes: dict[str, float], shapes: Sequence[Sequence[Any]]) -> list[Any]:
-    """Axes of an operator's output (docs/operators.md); the batch, and no other, may be None: open.
-
-    Raises:
-        BackendError: an input has too few or too many axes.
-    """
-    for tensor, shape in zip(OPERATORS[name].inputs, shapes, strict=True):
-        if len(shape) != len(tensor.axes):
-            raise BackendError(
-                f"sparsifiner::{name}: {tensor.name} must have axes {list(tensor.axes)}, got {list(shape)}.",
-                "Export the bundle again.",
-            )
-    batch, tokens, last = shapes[0]
-    if name == "KeySelect":
-        patches, tile = tokens - int(attributes["num_prefix"]), int(attributes["tile"])
-        return [batch, int(attributes["num_heads"]), -(-patches // tile), int(attributes["keys"])]
-    if name == "MatchTokens":
-        return [batch, tokens - int(attributes["merged"]), 2]
-    if name == "MergeTokens":
-        return [batch, shapes[2][1], last]
-    return [batch, tokens, last // 3]
 
 
 def without_bodies(model: Any, names: Sequence[str]) -> Any:
