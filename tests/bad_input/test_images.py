@@ -56,11 +56,11 @@ def test_folders_without_images(
     assert_refused(sparsify("--calibrate", folder), said)
 
 
-def test_one_bad_image_among_good_ones(bundle: Path, pictures: Path, tmp_path: Path, capsys: Capsys) -> None:
+def test_one_bad_image_among_good_ones(bundle: Path, pictures: Path, tmp_path: Path, capfd: Capsys) -> None:
     source, lines = Path(shutil.copytree(pictures, tmp_path / "source")), tmp_path / "lines"
     BAD_IMAGES["text.png"](source / "picture1_bad.png")
     for to_file in (False, True):
-        outcome = call(capsys, "run", bundle, "--source", source, *(["--output", lines] if to_file else []))
+        outcome = call(capfd, "run", bundle, "--source", source, *(["--output", lines] if to_file else []))
         assert outcome.code == 2
         assert outcome.err == "error: 1 of 4 images could not be read; their lines say why.\n"
         records = [json.loads(line) for line in (lines.read_text() if to_file else outcome.out).splitlines()]

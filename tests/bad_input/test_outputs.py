@@ -107,12 +107,12 @@ def test_errors_anywhere_become_messages(error: Exception, monkeypatch: Any, tmp
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("sparsifiner_edge.camera.model.Model", fail)
+    monkeypatch.setattr("sparsifiner_edge.camera.service.Model", fail)
     assert_refused(call(capsys, "run", tmp_path, "--source", tmp_path))
 
 
 def test_a_bug_stays_a_traceback(monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr("sparsifiner_edge.camera.model.Model", lambda *_: 1 / 0)
+    monkeypatch.setattr("sparsifiner_edge.camera.service.Model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["run", str(tmp_path), "--source", str(tmp_path)])
 
@@ -144,8 +144,7 @@ def open_hash(path: Path) -> str:
 
 
 @needs_mounts
-@pytest.mark.parametrize("command", ["profile", "run"])
-@pytest.mark.parametrize("state", ["full", "read-only"])
+@pytest.mark.parametrize(("command", "state"), [("profile", "full"), ("profile", "read-only"), ("run", "read-only")])
 def test_results_on_a_full_or_read_only_disk(
     command: str, state: str, bundle: Path, pictures: Path, tmp_path: Path
 ) -> None:
