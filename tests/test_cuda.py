@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.runtime.cuda import StreamBuffers, Times, driver, open_driver, probe
+from sparsifiner_edge.runtime.cuda import StreamBuffers, StreamTimes, driver, open_driver, probe
 from sparsifiner_edge.runtime.cuda.driver import fail
 from tests.fakes import cuda_modules
 from tests.fakes.cuda_modules import cuda_bindings
@@ -64,7 +64,7 @@ def test_buffers_copy_compute_and_give_all_back(monkeypatch, package, integrated
     np.testing.assert_array_equal(second, [10, 12, 14, 16])
     assert taken == {"stream": 1, "event": 4, "host": 2} | ({} if integrated else {"device": 2})
     assert gpu.live() == {}
-    assert times == (Times(0.0, 1.0, 0.0) if integrated else Times(0.25, 1.0, 0.25))
+    assert times == (StreamTimes(0.0, 1.0, 0.0) if integrated else StreamTimes(0.25, 1.0, 0.25))
 
 
 def test_a_repeated_run_is_recorded_once_and_launched(monkeypatch):

@@ -38,7 +38,7 @@ class BatchRange(msgspec.Struct, frozen=True):
         return str(self.best) if self.least == self.most else f"{self.least}-{self.best}-{self.most}"
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+class EngineCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """One way of carrying out sparse attention (`BODIES`, ..); see `runtime.build`.
 
     Attributes:
@@ -72,7 +72,7 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
     cpu_seconds: float | None = None
     bytes: int | None = None
     kernels: str | None = None
-    candidates: dict[str, Candidate] = {}
+    candidates: dict[str, EngineCandidate] = {}
     golden: Known[Golden] | None = None
 
 

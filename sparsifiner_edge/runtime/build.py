@@ -17,9 +17,9 @@ import msgspec
 from sparsifiner_edge.artifacts import ENGINE_FOLDER, sha256
 from sparsifiner_edge.bundle.engines import (
     BatchRange,
-    Candidate,
     Details,
     Engine,
+    EngineCandidate,
     Golden,
     parse_capability,
 )
@@ -197,7 +197,7 @@ def build_fastest(job: Job, planned: Planned, timeout_s: float, progress: Progre
     Raises:
         SparsifinerError: not one of them could be built, or not one gives the golden output.
     """
-    tried: dict[str, Candidate] = {}
+    tried: dict[str, EngineCandidate] = {}
     built: dict[str, Details] = {}
     failures: list[SparsifinerError] = []
     for name in planned.candidates:
@@ -207,13 +207,13 @@ def build_fastest(job: Job, planned: Planned, timeout_s: float, progress: Progre
             tried |= built[name].candidates
         except SparsifinerError as error:
             failures.append(error)
-            tried[name] = Candidate(failed=error.what)
+            tried[name] = EngineCandidate(failed=error.what)
     passed = {name: tried[name].compute_ms or 0.0 for name in built if not isinstance(tried[name].golden, str)}
     if not passed:
         raise failures[0] if failures else GateError(str(tried[planned.candidates[0]].golden), "Export it again.")
     best = min(passed, key=passed.__getitem__)
     _keep(Path(job.output), best, built)
-    tried |= {name: Candidate(failed=f"not built: {why}") for name, why in planned.left_out.items()}
+    tried |= {name: EngineCandidate(failed=f"not built: {why}") for name, why in planned.left_out.items()}
     golden = tried[best].golden
     checked = golden if isinstance(golden, dict) else Unavailable(tried[best].failed or "")
     return msgspec.structs.replace(built[best], candidates=tried, golden=checked)

@@ -41,7 +41,7 @@ class Bound(NamedTuple):
         return fidelity >= self.value if self.by_fidelity else ms <= self.value
 
 
-class Request(NamedTuple):
+class SearchRequest(NamedTuple):
     """What is searched for, in which engines, with which images.
 
     Attributes:
@@ -63,7 +63,7 @@ class Request(NamedTuple):
 def read_request(
     least: float | None, most_ms: float | None, metric: str, backends: Sequence[str], computes: Sequence[str],
     precisions: Sequence[str], board: str | Path | None, data: str | Path,
-) -> Request:  # fmt: skip
+) -> SearchRequest:  # fmt: skip
     """See `search_model`.
 
     Raises:
@@ -82,12 +82,14 @@ def read_request(
     for precision in precisions:
         require(precision in {*known, "fp32"}, f"precision is {precision!r}.", f"Choose of: {', '.join(known)}, fp32.")
     if device is None:
-        return Request(bound, metric, None, *_engines_here(backends, computes, precisions or known), *_split(data))
+        return SearchRequest(
+            bound, metric, None, *_engines_here(backends, computes, precisions or known), *_split(data)
+        )
     plain = not backends and not computes
     require(plain, "A board's latency is estimated for no backend.", "Leave one of the two out.")
     stored = precisions or [precision for precision in known if device.has_peak(precision)]
     engines = [Deployment(device.name, precision) for precision in stored]
-    return Request(bound, metric, device, engines, {}, *_split(data))
+    return SearchRequest(bound, metric, device, engines, {}, *_split(data))
 
 
 def _engines_here(

@@ -31,7 +31,7 @@ from sparsifiner_edge.search.front import (
     plan_text,
 )
 from sparsifiner_edge.search.latency import Deployment, PlanLatency, estimated, measured
-from sparsifiner_edge.search.request import Request, read_request
+from sparsifiner_edge.search.request import SearchRequest, read_request
 from sparsifiner_edge.search.trial import FIDELITIES, Trial
 from sparsifiner_edge.search.whole import WholeModels, linked
 from sparsifiner_edge.sparse.student import Student, load_student, refuse_normalisation, save_student, sparsify
@@ -132,7 +132,7 @@ def _new(folder: Path) -> Path:
 
 
 def prepare(
-    request: Request, student: Student, dense_model: Student, whole: WholeModels, progress: Progress | None
+    request: SearchRequest, student: Student, dense_model: Student, whole: WholeModels, progress: Progress | None
 ) -> Search:
     """The dense model judged and timed in every engine, and every engine's parts.
 
@@ -176,7 +176,7 @@ def _keep_answer(bundle: Path, start: Path, plan: LayerPlan, folder: Path, trust
 
 
 def _result(
-    subject: Subject, request: Request, search: Search, finalists: list[Candidate], dense: list[Candidate],
+    subject: Subject, request: SearchRequest, search: Search, finalists: list[Candidate], dense: list[Candidate],
     checked: tuple[Checked, list[float]] | None,
 ) -> SearchResult:  # fmt: skip
     bound, plans = request.bound, search.plans

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.bundle.engines import Candidate, Details
+from sparsifiner_edge.bundle.engines import Details, EngineCandidate
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError, SparsifinerError
 from sparsifiner_edge.export.check import smooth_images
@@ -171,8 +171,8 @@ def test_both_are_built_where_their_gpu_is(
         layers[job.candidate] = details.layers or 0
         return details
 
-    def timed(session: Any, _bundle: Any) -> Candidate:
-        return Candidate(golden={}, compute_ms=1.0 if session == faster else 2.0, runs=1)
+    def timed(session: Any, _bundle: Any) -> EngineCandidate:
+        return EngineCandidate(golden={}, compute_ms=1.0 if session == faster else 2.0, runs=1)
 
     monkeypatch.setattr("sparsifiner_edge.runtime.build.run_job", build)
     monkeypatch.setattr("sparsifiner_edge.runtime.tensorrt.backend.EngineSession", lambda *a: a[3].details.kernels)

@@ -15,7 +15,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.cuda.driver import Driver
 
 
-class Times(NamedTuple):
+class StreamTimes(NamedTuple):
     """Milliseconds of one run by the device's clock; copies are 0 where device and processor share memory."""
 
     h2d_ms: float
@@ -46,7 +46,7 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
     def __init__(self, driver: Driver, sizes: Mapping[str, int]) -> None:
         self._driver = driver
         self.zero_copy = driver.device.integrated
-        self.last_times: Times | None = None
+        self.last_times: StreamTimes | None = None
         self.why_no_graph = None if driver.graphs else f"{driver.package} has no CUDA graphs"
         self._launch: Callable[[], None] | None = None
         self._recorded: Hashable | None = None
@@ -104,7 +104,7 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
         h2d, computing, d2h = (
             float(self._driver.call("to read events", "cudaEventElapsedTime", *span)) for span in spans
         )
-        self.last_times = Times(0.0, computing, 0.0) if self.zero_copy else Times(h2d, computing, d2h)
+        self.last_times = StreamTimes(0.0, computing, 0.0) if self.zero_copy else StreamTimes(h2d, computing, d2h)
         return {name: result.copy() for name, result in results.items()}
 
     def _record(self, number: int) -> None:

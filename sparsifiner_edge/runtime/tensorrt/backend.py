@@ -13,9 +13,9 @@ import msgspec
 from sparsifiner_edge.bundle.engines import (
     BODIES,
     BatchRange,
-    Candidate,
     Details,
     Engine,
+    EngineCandidate,
     EngineDevice,
     fitting_engine,
     mismatches,
@@ -116,7 +116,7 @@ class TensorRtBackend(Backend):
         tell("checking", 0, 1)
         seconds, processor = time.monotonic() - start, time.process_time()
         why = self.why_not_here(job.engine)
-        timed = Candidate(failed=why)
+        timed = EngineCandidate(failed=why)
         if why is None:
             engine = msgspec.structs.replace(job.engine, details=Details(kernels=job.candidate))
             timed = time_engine(EngineSession(self.load(), path, content, engine, bundle.manifest), bundle)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsifiner_edge.bundle.engines import Candidate
+from sparsifiner_edge.bundle.engines import EngineCandidate
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import GateError
@@ -37,7 +37,7 @@ def has_kernel_operators(bundle: Bundle) -> bool:
     return any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in TRITON.operators)
 
 
-def time_engine(session: EngineSession, bundle: Bundle) -> Candidate:
+def time_engine(session: EngineSession, bundle: Bundle) -> EngineCandidate:
     """Median milliseconds that the device computes, at the batch size that the engine is tuned for, and the gate.
 
     Args:
@@ -58,7 +58,7 @@ def time_engine(session: EngineSession, bundle: Bundle) -> Candidate:
                 times.append(session.last_times.compute_ms)
         why = session.description.why_no_graph
     warning = f"runs are not recorded: {why}" if why else None
-    return Candidate(golden=golden, compute_ms=statistics.median(times), runs=len(times), warning=warning)
+    return EngineCandidate(golden=golden, compute_ms=statistics.median(times), runs=len(times), warning=warning)
 
 
 def dense_model(content: bytes) -> bytes:

@@ -78,7 +78,7 @@ class TensorRt(TensorRtBackend):
             if job.candidate == DENSE:
                 model = dense_model(model)
             if job.candidate == PLUGIN:
-                model = plugin.prepare(trt, model, bundle, driver.device)
+                model = plugin.with_plugins(trt, model, bundle, driver.device)
             return build_engine_file(trt, model, driver.device, free, job.engine.batch)
 
 

@@ -56,7 +56,7 @@ def _capability(device: CudaDevice) -> int:
     return 10 * device.sm[0] + device.sm[1]
 
 
-def prepare(trt: Any, content: bytes, bundle: Bundle, device: CudaDevice) -> bytes:
+def with_plugins(trt: Any, content: bytes, bundle: Bundle, device: CudaDevice) -> bytes:
     """Register the plugins of a bundle for a device, where `why_not` has no reason; returns the model that uses them.
 
     Args:

@@ -16,7 +16,7 @@ from sparsifiner_edge.bundle.engines import DENSE, PLUGIN, Engine
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import precision_text
-from sparsifiner_edge.runtime.cuda import StreamBuffers, Times, open_driver
+from sparsifiner_edge.runtime.cuda import StreamBuffers, StreamTimes, open_driver
 from sparsifiner_edge.runtime.session import Description, Session
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error
 
@@ -134,7 +134,7 @@ class EngineSession(Session):
         )
 
     @property
-    def last_times(self) -> Times | None:
+    def last_times(self) -> StreamTimes | None:
         """Of the latest run, by the device's clock: copy in, compute, copy out."""
         return self._buffers.last_times
 
