@@ -142,6 +142,7 @@ def distill_student(
             provenance = replace(learner.provenance, training=write_record(summary))
             save_student(dataclasses.replace(learner, provenance=provenance), target)
             (folder / checkpoint.CHECKPOINT).unlink()
+        accelerator.wait_for_everyone()  # Whoever leaves first must not take the group from one that still writes.
         accelerator.end_training()
     return summary
 
