@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import sparsifiner_edge
+from sparsifiner_edge.sparse.defaults import SparsityOptions
 
 THREE = {"mean", "std", "no_normalise"}
 """Options that are one argument."""
@@ -52,4 +53,5 @@ def test_options_are_arguments(name: str) -> None:
     if passed >= THREE:
         passed = passed - THREE | {"normalise"}
     assert passed
-    assert passed <= set(inspect.signature(TAKES[name]).parameters)
+    taken = inspect.signature(TAKES[name]).parameters
+    assert passed <= {*taken, *(SparsityOptions.__annotations__ if "options" in taken else ())}

@@ -60,7 +60,7 @@ def test_a_jetson_has_wheels_of_all_that_is_wanted(python: str) -> None:
 def test_the_page_for_jetsons_brings_no_tensorrt_and_no_newer_cuda() -> None:
     page = (ROOT / "docs" / "jetson.md").read_text(encoding="utf-8")
     commands = [line for line in page.splitlines() if line.startswith("    ") and "pip install" in line]
-    assert len(commands) == 2
+    assert commands
     for command in commands:
         (extras,) = NAMED.findall(command)
         packages = wanted(*extras.split(","))

@@ -44,7 +44,7 @@ def occupied(folder: Path, tiny_student: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how", ["file", "link", "dangling link", "foreign", "another's", "damaged", "student and more"]
 )
-@pytest.mark.parametrize("command", ["sparsify", "export", "demo"])
+@pytest.mark.parametrize("command", ["sparsify", "export"])
 def test_an_output_that_is_not_ours_is_left_alone(
     command: str, how: str, tiny_student: Path, tiny_weights: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
@@ -54,7 +54,6 @@ def test_an_output_that_is_not_ours_is_left_alone(
     start = {
         "sparsify": ["sparsify", TINY, "--weights", tiny_weights],
         "export": ["export", tiny_student],
-        "demo": ["demo"],
     }
     assert_refused(call(capsys, *start[command], "-o", folder), str(folder), "hoose another")
     assert snapshot(tmp_path) == before
