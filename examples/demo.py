@@ -79,10 +79,12 @@ def main(arguments: list[str] | None = None) -> Found:
 
 def begin(output: Path) -> None:
     """Refuse a folder that holds something else; drop what an earlier demonstration left."""
-    if output.exists() and any(output.iterdir()) and not (output / MARK).exists():
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MARK).exists())):
         sys.exit(f"{output} exists and holds no demonstration. Choose another -o.")
     for name in ("dense", "default", "found"):
         shutil.rmtree(output / name, ignore_errors=True)
+    for old in (*output.glob("*-task.json"), *output.glob("*-speed.json"), output / "report.html", output / "maps.png"):
+        old.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / MARK).touch()
 
@@ -154,4 +156,7 @@ def answers(bundle: Path, photographs: list[Path]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except se.SparsifinerError as error:
+        sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import height_width
@@ -100,6 +101,13 @@ class Model:
             low, high = float(heat.min()), float(heat.max())
             return heat if low >= 0 and high <= 1 else (heat - low) / max(high - low, 1e-12)
         return None
+
+    def frame_answer(self, outputs: dict[str, Array]) -> Answer:
+        """The same of a frame: of features also how far they are from those of the frames before."""
+        answer = self.answer(outputs)
+        if answer.features is None or (change := self.change(outputs)) is None:
+            return answer
+        return replace(answer, change=round(change, 6))
 
     def change(self, outputs: dict[str, Array]) -> float | None:
         """How far a scene's features are from those of the frames before: 1 - cosine to a mean that forgets.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import asdict, replace
+from msgspec.structs import asdict
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.camera.answers import FrameRecord
@@ -153,10 +153,8 @@ def _answered(model: Model, source: Source, frame: Frame, status: Status) -> tup
     began = time.monotonic_ns()
     outputs = model.infer(frame.image)
     inferred = time.monotonic_ns()
-    answer = model.answer(outputs)
+    answer = model.frame_answer(outputs)
     status.count("not_finite", answer.not_finite or 0)
-    if answer.features is not None and (change := model.change(outputs)) is not None:
-        answer = replace(answer, change=round(change, 6))
     times, done = frame.times, time.monotonic_ns()
     record = FrameRecord(
         source=source.shown,

@@ -119,7 +119,7 @@ def _changes(manifest: Manifest) -> Iterator[str]:
     """What another tile, int8 and float16 cost."""
     found = manifest.retiled
     if found and found.refused:
-        yield f"tile {found.before.tile} is kept, although GPUs want 64: {found.refused}"
+        yield f"the layout that suits GPUs (tile 64, fewer cells) is not taken whole: {found.refused}"
     if found and found.before != found.after:
         pairs = zip(("tile", "probe", "cells"), astuple(found.before), astuple(found.after), strict=True)
         sizes = ", ".join(f"{name} {before} -> {after}" for name, before, after in pairs if before != after)

@@ -24,7 +24,7 @@ from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.metrics import aligned, row_cosines
+from sparsifiner_edge.metrics import POSITIONS, aligned, row_cosines
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.progress import Progress
 
@@ -35,6 +35,8 @@ LEAST_MEAN_COSINE = 0.99
 """Gate: mean cosine of every output's rows to the float32 file, over images that were not calibrated on."""
 LEAST_OWN_COSINE = 0.98
 """The same where the file's own matches decide what merges."""
+OTHER_PATCHES = 0.1
+"""Share of the patches that a file may keep in the place of others, where tokens are pruned."""
 LEAST_WEIGHT = 1e-5
 """Share of a layer's largest weight below which a channel counts as not read when channels are evened out."""
 GOAL_COSINE = 0.997
@@ -295,10 +297,19 @@ def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str
 
 
 def rows_alike(got: dict[str, Array], wanted: dict[str, Array]) -> dict[str, Array]:
-    """Cosine of each row of each output, of pruned tokens where both files keep them; NaN where something is NaN."""
+    """Cosine of each row of each output; NaN where something is NaN. Where tokens are pruned, of those that both files
+    keep, as long as no more than `OTHER_PATCHES` are others: then those count as lost.
+    """
     outputs, _ = aligned(got, wanted)
     with np.errstate(all="ignore"):  # What overflowed is found by a gate.
-        return {name: row_cosines(name, x, wanted[name]).ravel() for name, x in outputs.items()}
+        rows = {name: row_cosines(name, x, wanted[name]).ravel() for name, x in outputs.items()}
+    if POSITIONS in got and POSITIONS in wanted and "tokens" in rows:
+        both = np.stack([np.isin(own, other) for own, other in zip(wanted[POSITIONS], got[POSITIONS], strict=True)])
+        prefix = wanted["tokens"].shape[1] - both.shape[1]
+        kept = np.pad(both, ((0, 0), (prefix, 0)), constant_values=True).ravel()
+        few = 1 - both.mean() <= OTHER_PATCHES
+        rows["tokens"] = rows["tokens"][kept] if few else np.where(kept, rows["tokens"], 0.0)
+    return rows
 
 
 def mean_cosines(compared: Sequence[dict[str, Array]]) -> dict[str, float]:

@@ -102,7 +102,7 @@ def with_layout(student: Student, layout: Tiling, images: Sequence[Path]) -> tup
     if own.token_keep:
         raise ConfigError(
             "A student that prunes tokens keeps different tokens with another tile, so the two cannot be compared.",
-            "Choose the tile with `sparsify --tile`.",
+            "Choose the tile with `sparsify --set tile=64`.",
         )
     if not images:
         raise ConfigError("Another tile, or fewer cells, require images to judge by.", "Give some: --calibrate DIR.")

@@ -113,6 +113,11 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
     )  # fmt: skip
     kind = "classifier" if outputs == [deepstream.PROBABILITIES] else "tensors"
     (folder / "config_infer.txt").write_text(config + template(f"deepstream/{kind}.txt"), encoding="utf-8")
+    if kind == "classifier":
+        classes = bundle.manifest.outputs[0].shape[-1]
+        if not isinstance(classes, int) or len(labels) not in (0, classes):
+            raise ConfigError(f"{bundle.folder} has {len(labels)} labels for {classes!r:.40} classes.", AGAIN)
+        labels = labels or [f"class {number}" for number in range(classes)]
     if labels:  # One line, with semicolons between.
         line = ";".join(label.replace(";", ",").strip() or "-" for label in labels)
         (folder / LABELS_FILE).write_text(f"{line}\n", encoding="utf-8")

@@ -141,7 +141,7 @@ def estimate_bundle(
         raise ArtifactError(f"{checked.folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)
     size = (checked.folder / MODEL_FILE).stat().st_size * SIZES[chosen] / SIZES.get(stored, 4)
     cpu = device.kind == "cpu"
-    kernels = "bodies" if assumed == "portable" else "native" if cpu else "kernels"
+    kernels = ("native" if cpu else "kernels") if assumed == "native" else "bodies"
     work = Workload(shape, sparsity, batch, kernels, materialised=cpu and assumed == "none")
     plan = _Plan(device, work, chosen, size)
     method = EstimateMethod(

@@ -8,7 +8,7 @@ from typing import Any
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report.blocks import BarCell, Block, Note, Section, Strip, Strips, Table
 from sparsifiner_edge.report.reading import ReportData, ResultFile, Side
-from sparsifiner_edge.report.records import ClassEvaluation, ScoreEvaluation
+from sparsifiner_edge.report.records import ClassEvaluation, Robustness, ScoreEvaluation, SearchRecord
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import Figure, clean, exact, interval
 
@@ -20,7 +20,7 @@ def accuracy_section(data: ReportData) -> Section:
     """Of every evaluation a table, with the latency of bundles whose latency is known."""
     files: list[Evaluation] = [*data.of(ClassEvaluation), *cosine_files(data)]
     blocks: list[Block] = [_accuracy_table(data, file) for file in files]
-    if data.sides and not files:
+    if data.sides and not files and not any(map(data.of, (ScoreEvaluation, SearchRecord, Robustness))):
         blocks.append(Note(data.texts("not_measured", how=EVALUATE), True))
     return Section("accuracy", blocks)
 

@@ -194,14 +194,20 @@ def _labelled(sides: Sequence[Side], differences: Container[str]) -> list[Side]:
     """With what tells one apart from another: its folder, its file, the conditions in which they differ."""
     shas: dict[str, set[str]] = {}
     for side in sides:
-        shas.setdefault(side.label, set()).add(side.sha)
+        for name in (side.label, _in_folder(side)):
+            shas.setdefault(name, set()).add(side.sha)
     times, labelled = Counter(side.sha for side in sides), []
     for side in sides:
-        folder = f", {clean(Path(str(side.subject.path)).name)}" if len(shas[side.label]) > 1 else ""
+        folder = _in_folder(side)[len(side.label) :] if len(shas[side.label]) > 1 else ""
+        folder += f" #{side.sha[:6]}" if len(shas[_in_folder(side)]) > 1 else ""
         parts = [side.label + folder, *([side.file.name] if times[side.sha] > 1 else [])]
         parts += [value for field, value in conditions_of(side).items() if field in differences]
         labelled.append(dataclasses.replace(side, label=" · ".join(parts)))
     return labelled
+
+
+def _in_folder(side: Side) -> str:
+    return f"{side.label}, {clean(Path(str(side.subject.path)).name)}"
 
 
 def conditions_of(side: Side) -> dict[str, str]:

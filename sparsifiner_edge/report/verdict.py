@@ -8,7 +8,7 @@ from sparsifiner_edge.profiles.figures import Comparison
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report.measured import Evaluation, cosine_files, metric_name
 from sparsifiner_edge.report.others import ALL, task_files
-from sparsifiner_edge.report.reading import ReportData, ResultFile, Side
+from sparsifiner_edge.report.reading import ReportData, ResultFile, Side, conditions_of
 from sparsifiner_edge.report.records import ClassEvaluation, Robustness, ScoreEvaluation, SearchRecord
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import Interval, clean, exact, interval, plain
@@ -21,7 +21,8 @@ def verdict_sentences(data: ReportData) -> list[str]:
     compared = data.compared()
     for subject, against, comparison in compared:
         sentences.append(_compared(subject, against, comparison, texts))
-    for side in () if compared else data.sides:
+    told = [conditions_of(subject) for subject, _, _ in compared]
+    for side in (side for side in data.sides if conditions_of(side) not in told):
         latency = texts.figure(exact(side.figures.latency_ms.p50), "ms")
         sentences.append(texts("verdict.alone", subject=side.label, latency=latency))
     accuracies: list[Evaluation] = [*data.of(ClassEvaluation), *cosine_files(data)]

@@ -76,7 +76,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             image = self._image(buffer)
             begun = time.monotonic()
             outputs = self._model.infer(image)
-            self._tell(buffer, self._model.answer(outputs), (time.monotonic() - begun) * 1e3)
+            elapsed_ms = (time.monotonic() - begun) * 1e3
+            self._tell(buffer, self._model.frame_answer(outputs), elapsed_ms)
         except Exception as error:  # It would vanish in the binding.
             self._fail(str(error))
             return Gst.FlowReturn.ERROR

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ def measure_layers(bundle: str, execution: Execution, make_inputs: MakeInputs, q
     kernels = "native" if str(ran.kernels).startswith("native") else "portable"
     options = session_options(execution.cores, execution.precision == "bf16")
     trace = _run_profiled(checked.read(MODEL_FILE), options, kernels, inputs, queries + _WARM_UP)
-    return _rows(read_trace(trace, queries))
+    return _rows(read_trace(trace, queries), {node.name for node in checked.model().graph.node})
 
 
 def _run_profiled(model: bytes, options: Any, kernels: str, inputs: Mapping[str, Array], queries: int) -> Trace:
@@ -175,13 +175,16 @@ def _kind_of_module(parts: list[str]) -> str:
     return {"mlp": "mlp", "pruning": "selection", "merging": "selection"}.get(parts[0], "other")
 
 
-def _rows(times: Mapping[str, float]) -> LayerTimes:
-    """Rows from names and times in the order of execution; what is of one function's body becomes one."""
+def _rows(times: Mapping[str, float], named: Collection[str]) -> LayerTimes:
+    """Rows from names and times in the order of execution; what is of one function's body becomes one. What the file
+    does not name, ONNX Runtime put in: it belongs to the layer before.
+    """
     rows: dict[tuple[int | None, str], Row] = {}
     before = None
     for name, ms in times.items():
         layer, kind, op = node_place(name)
-        before = layer = before if layer is None and kind != "decoder" else layer
+        layer = before if layer is None and kind != "decoder" and name not in named else layer
+        before = layer
         key = layer, op if name.startswith(_INLINED) else name
         row = rows.get(key) or Row(layer=layer, name=key[1], op=op, kind=kind, nodes=0, ms=0.0)
         rows[key] = msgspec.structs.replace(row, nodes=row.nodes + 1, ms=row.ms + ms)
