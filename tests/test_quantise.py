@@ -20,7 +20,7 @@ from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import INT8_TARGETS, quantise
 from sparsifiner_edge.export.sessions import file_runner, processor_run, with_matches, with_outputs
-from sparsifiner_edge.metrics import cosine
+from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of
@@ -187,6 +187,13 @@ def test_no_number_fails_the_gate(place: Path) -> None:
     wrong["tokens"][0, 3] = np.nan
     assert module.mean_cosines([module.rows_alike(wrong, wanted)])["tokens"] == -1
     assert module.mean_cosines([module.rows_alike(wanted, wanted)])["tokens"] == pytest.approx(1)
+
+
+def test_of_pruned_tokens_those_that_both_keep_are_judged_and_many_others_are_lost() -> None:
+    wanted = {"tokens": np.eye(21, dtype=np.float32)[None], POSITIONS: np.arange(20)[None]}
+    for moved, mean in ((2, 1.0), (3, 18 / 21)):
+        got = wanted | {POSITIONS: np.concatenate([np.arange(20 - moved), 90 + np.arange(moved)])[None]}
+        assert module.mean_cosines([module.rows_alike(got, wanted)])["tokens"] == pytest.approx(mean)
 
 
 def test_layers_that_hurt_stay_in_float32(place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import random
@@ -15,7 +16,15 @@ import msgspec
 
 from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import ImageSize
-from sparsifiner_edge.camera.decoder_protocol import Decoded, End, FrameTimes, ProtocolError, Request, receive
+from sparsifiner_edge.camera.decoder_protocol import (
+    SHOWN_REASON,
+    Decoded,
+    End,
+    FrameTimes,
+    ProtocolError,
+    Request,
+    receive,
+)
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.process import StalledError, start_python
@@ -159,7 +168,7 @@ class Capture:
         # Not as an argument, which every user of the machine can read: an address may hold a password.
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(msgspec.json.encode(request))
+            stdin.write(json.dumps(msgspec.to_builtins(request)).encode())  # msgspec writes no name that is not UTF-8.
         return self._process
 
     def _kill(self) -> None:
@@ -178,7 +187,7 @@ class Capture:
             self._status.count("bad_packets", max(0, message.times.bad_packets - bad))
             bad = message.times.bad_packets
             message = receive(handle, self._size, self._stall_s)
-        return None if message.reason is None else self._source.clean(message.reason)
+        return None if message.reason is None else self._source.clean(message.reason)[:SHOWN_REASON]
 
     def _enter(self, state: str, reason: str | None = None) -> None:
         """A night without a camera is no reason to fill a log: after four attempts only some are told."""

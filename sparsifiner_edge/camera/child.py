@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import pkgutil
 import socket
@@ -35,7 +36,7 @@ def main() -> None:
     """Standard input: a `Request`; until it comes, which may be a while, all is imported."""
     starter = os.getppid()
     import_decoder()
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    request = msgspec.convert(json.loads(sys.stdin.buffer.read()), Request)
     parent = os.dup(1)
     os.dup2(2, 1)  # Whatever a library prints must not end up between the messages.
     reason = None

@@ -98,10 +98,11 @@ def _may_change_user() -> bool:
     if sys.platform != "linux" or os.geteuid() != 0:
         return False
     held = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
-    for table in ("uid_map", "gid_map"):
-        first, _, count = map(int, Path("/proc/self", table).read_text(encoding="utf-8").split()[:3])
-        if not first <= _USERS.start < _USERS.stop <= first + count:
-            return False
+    with contextlib.suppress(FileNotFoundError):  # A kernel without namespaces of users has all of them.
+        for table in ("uid_map", "gid_map"):
+            rows = (map(int, row.split()) for row in Path("/proc/self", table).read_text(encoding="utf-8").splitlines())
+            if not any(first <= _USERS.start < _USERS.stop <= first + count for first, _, count in rows):
+                return False
     return held is not None and int(held[1], 16) & _CAPABILITIES == _CAPABILITIES
 
 

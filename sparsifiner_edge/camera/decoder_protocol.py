@@ -18,8 +18,9 @@ from sparsifiner_edge.process import read_message, receive_bytes, write_message
 from sparsifiner_edge.text import shown
 
 _MAX_HEADER = 1 << 16
-MAX_REASON = 300
-"""Characters."""
+MAX_REASON = 10_000
+"""Characters on the way; `SHOWN_REASON` are shown, once what is secret in the whole is out."""
+SHOWN_REASON = 300
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Seconds = Annotated[float, msgspec.Meta(ge=-(1 << 34), le=1 << 34)]
 """At most some centuries, which NaN is not."""

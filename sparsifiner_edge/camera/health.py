@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import socket
 import socketserver
 import threading
@@ -17,10 +18,12 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.text import dump_json
 
 LOOPBACK = "127.0.0.1"
-MOST_CONNECTIONS = 32
+MOST_CONNECTIONS = 8
 """Open at a time; one more is closed at once."""
 DEADLINE_S = 5.0
 """From a connection's beginning to its end, however busy its client is."""
+_MOST_REQUEST = 8192
+"""Bytes."""
 
 
 def parse_host_port(text: str) -> tuple[str, int]:
@@ -75,17 +78,23 @@ class HealthServer(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection on, or close it where too many are open."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # No thread is to be had.
+            self._free.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer, within the deadline: a client that sends a byte now and then is never silent."""
         deadline = threading.Timer(DEADLINE_S, _end, (request,))
-        deadline.start()
         try:
+            deadline.start()
             super().process_request_thread(request, client_address)
+        except RuntimeError:  # No thread is to be had.
+            self.shutdown_request(request)
         finally:
             deadline.cancel()
             self._free.release()
@@ -110,14 +119,27 @@ class _Handler(BaseHTTPRequestHandler):
     server: HealthServer
     server_version, sys_version = "sparsifiner-edge", ""
 
+    def parse_request(self) -> bool:
+        """Read the lines of a request, of no more than `_MOST_REQUEST` bytes: the standard library takes megabytes."""
+        head = b""
+        while (line := self.rfile.readline(_MOST_REQUEST)) not in (b"", b"\r\n", b"\n"):
+            head += line
+            if len(head) + len(self.raw_requestline) > _MOST_REQUEST:
+                self.requestline, self.request_version, self.command = "", "HTTP/1.0", ""
+                self.send_error(431)
+                return False
+        self.rfile = io.BytesIO(head + b"\r\n")
+        return super().parse_request()
+
     def do_GET(self) -> None:
         """Answer, and close."""
-        code, kind, content = self.server.page(self.path.partition("?")[0])
+        code, kind, text = self.server.page(self.path.partition("?")[0])
+        content = text.encode()
         self.send_response(code)
         for name, value in (("Content-Type", kind), ("Content-Length", str(len(content)))):
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content.encode())
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         """Requests are no events."""

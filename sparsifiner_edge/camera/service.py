@@ -75,7 +75,7 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
                 count, failed = count + 1, failed + (record.error is not None)
                 if stop.is_set():
                     break
-    if failed:
+    if failed and not stop.is_set():
         raise ImageError(f"{failed} of {count} images could not be read; their lines say why.")
 
 

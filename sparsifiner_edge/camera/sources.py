@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import read_bytes
+from sparsifiner_edge.images import list_images
 
 VIDEO_SUFFIXES = frozenset(
     {".264", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov"}
@@ -85,7 +86,9 @@ def parse_source(text: str) -> Source:
     """
     if text.startswith("@"):  # A command line is seen by every user of the machine.
         lines = read_bytes(Path(text[1:]), _MAX_SOURCE).decode(errors="surrogateescape").splitlines()
-        text = lines[0] if lines else ""
+        if not lines or not lines[0].strip():
+            raise ConfigError(f"{text[1:]} names no source in its first line.", "Write one there.")
+        text = lines[0]
     if rate := re.fullmatch(r"test(?::([1-9][0-9]{0,2}))?", text):
         return Source("test", rate[1] or _TEST_FPS, True, "test")
     if text.isdecimal() or re.fullmatch(r"/dev/video\d+", text):
@@ -112,12 +115,16 @@ def require_other_file(path: Path, source: Source, bundle: Path) -> None:
     """Refuse an output that would overwrite what is read.
 
     Raises:
-        ArtifactError: `path` is the source, or lies in the bundle.
+        ArtifactError: `path` is the source or one of its images, or lies in the bundle.
     """
     if bundle.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
         raise ArtifactError(f"{path} is in the bundle, which is left as it is.", "Give the output another place.")
-    if source.kind in ("file", "images") and path.exists() and path.samefile(source.location):
-        raise ArtifactError(f"{path} is the source itself.", "Give the output another name.")
+    if source.kind in ("file", "images") and path.is_file() and os.path.exists(source.location):  # noqa: PTH110
+        for read in list_images(Path(source.location)):
+            if path.samefile(read):
+                raise ArtifactError(
+                    f"{path} is what is read: the source, or one of its images.", "Give the output another name."
+                )
 
 
 def require_decoder(source: Source) -> None:

@@ -117,7 +117,7 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
         classes = bundle.manifest.outputs[0].shape[-1]
         if not isinstance(classes, int) or len(labels) not in (0, classes):
             raise ConfigError(f"{bundle.folder} has {len(labels)} labels for {classes!r:.40} classes.", AGAIN)
-        labels = labels or [f"class {number}" for number in range(classes)]
+        labels = labels or [f"class_{number}" for number in range(classes)]
     if labels:  # One line, with semicolons between.
         line = ";".join(label.replace(";", ",").strip() or "-" for label in labels)
         (folder / LABELS_FILE).write_text(f"{line}\n", encoding="utf-8")

@@ -8,6 +8,7 @@ recorded.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import msgspec
 
 from sparsifiner_edge.artifacts import ENGINE_FOLDER, sha256
 from sparsifiner_edge.bundle.engines import (
+    DENSE,
     BatchRange,
     Details,
     Engine,
@@ -208,10 +210,11 @@ def build_fastest(job: Job, planned: Planned, timeout_s: float, progress: Progre
         except SparsifinerError as error:
             failures.append(error)
             tried[name] = EngineCandidate(failed=error.what)
-    passed = {name: tried[name].compute_ms or 0.0 for name in built if not isinstance(tried[name].golden, str)}
+    passed = [name for name in built if not isinstance(tried[name].golden, str)]
     if not passed:
         raise failures[0] if failures else GateError(str(tried[planned.candidates[0]].golden), "Export it again.")
-    best = min(passed, key=passed.__getitem__)
+    # What was not run, for the GPU was lost meanwhile, stands behind whatever was.
+    best = min(passed, key=lambda name: math.inf if (ms := tried[name].compute_ms) is None else ms)
     _keep(Path(job.output), best, built)
     tried |= {name: EngineCandidate(failed=f"not built: {why}") for name, why in planned.left_out.items()}
     golden = tried[best].golden
@@ -239,8 +242,11 @@ def verdict(details: Details) -> list[str]:
         took = f"{one.compute_ms:.3f} ms" if one.compute_ms is not None else str(one.failed)
         refused = f"; not kept: {one.golden}" if isinstance(one.golden, str) else ""
         lines.append(f"{name}: {took}{refused}{f' ({one.warning})' if one.warning else ''}")
-    timed = details.kernels and details.candidates[details.kernels].compute_ms is not None
-    return [*lines, f"kept: {details.kernels}, {'the fastest of those' if timed else 'nothing was measured'}"]
+    own = details.candidates[details.kernels].compute_ms if details.kernels else None
+    others = [name for name, one in details.candidates.items() if (one.compute_ms or math.inf) < (own or 0.0)]
+    why = f"though {' and '.join(others)} took less" if others else "the fastest of those"
+    advice = "; for dense attention export the student with --keep 1" if DENSE in others else ""
+    return [*lines, f"kept: {details.kernels}, {'nothing was measured' if own is None else why + advice}"]
 
 
 def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> Details:

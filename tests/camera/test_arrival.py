@@ -50,6 +50,13 @@ def test_sources(text: str, kind: str, live: bool, shown: str, tmp_path: Path) -
         assert (source.kind, source.live, source.shown) == (kind, live, shown)
 
 
+@pytest.mark.parametrize("content", ["", " ", "\nfilm.mp4"])
+def test_a_file_that_names_no_source(content: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_text(content)
+    with pytest.raises(ConfigError, match="names no source in its first line"):
+        parse_source(f"@{tmp_path / 'source'}")
+
+
 def test_a_video_is_known_by_its_ending(video: Path) -> None:
     source = parse_source(str(video))
     assert (source.kind, source.live, source.location) == ("file", False, str(video))

@@ -43,12 +43,13 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("source", "output", "said"),
     [
-        ("album/a.png", "album/a.png", "is the source itself"),
-        ("album/a.png", "link", "is the source itself"),
+        ("album/a.png", "album/a.png", "is what is read"),
+        ("album/a.png", "link", "is what is read"),
+        ("album", "album/a.png", "is what is read"),
         ("album", "bundle/model.onnx", "is in the bundle"),
         ("album", "bundle/new/lines.jsonl", "is in the bundle"),
         ("copy.mp4", "bundle/manifest.json", "is in the bundle"),
-        ("copy.mp4", "copy.mp4", "is the source itself"),
+        ("copy.mp4", "copy.mp4", "is what is read"),
         ("test", "bundle/lines.jsonl", "is in the bundle"),
     ],
 )

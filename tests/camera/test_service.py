@@ -179,7 +179,7 @@ def test_an_overlay(suffix: str, cells: Path, video: Path, tmp_path: Path) -> No
 def test_overlays_that_are_refused(cells: Path, video: Path, tmp_path: Path, pictures: Path) -> None:
     copy = Path(shutil.copy(video, tmp_path / "copy.mp4"))
     before = copy.read_bytes()
-    assert_refused(process("run", cells, "--source", copy, "--overlay", copy), "is the source itself")
+    assert_refused(process("run", cells, "--source", copy, "--overlay", copy), "is what is read")
     assert copy.read_bytes() == before
     assert_refused(process("run", cells, "--source", copy, "--overlay", tmp_path / "a.txt"), "is no video's name")
     assert_refused(

@@ -61,6 +61,7 @@ def test_too_many_connections_are_closed_and_those_that_dribble_end(port: int) -
     [
         ([b"GET /" + b"x" * 90_000 + b"\r\n\r\n"], b"414"),
         ([b"GET /healthz HTTP/1.1\r\n" + b"A: b\r\n" * 2000], b"431"),
+        ([b"GET /healthz HTTP/1.1\r\nA: " + b"x" * 60_000 + b"\r\n\r\n"], b"431"),
         ([b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\n"], b"400"),
         ([b"POST /metrics HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n"], b"501"),
         ([b"GET /../../etc/passwd HTTP/1.1\r\n\r\n"], b"404"),

@@ -234,6 +234,18 @@ def test_what_deepstream_gets(name: str, tmp_path: Path, request: pytest.Fixture
     assert np.abs(answer - expected).max() < 1e-3 * max(1.0, float(np.ptp(expected)))
 
 
+def test_a_classifier_without_labels_has_numbers_and_with_too_few_is_refused(
+    tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = altered(tiny_bundle)
+    (folder / "labels.txt").unlink()
+    package_bundle(reseal(folder), "deepstream", tmp_path / "out")
+    assert (tmp_path / "out" / nvinfer(tmp_path / "out")["labelfile-path"]).read_text().startswith("class_0;class_1;")
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    with pytest.raises(ConfigError, match="has 2 labels for 10 classes"):
+        package_bundle(reseal(folder), "deepstream", tmp_path / "other")
+
+
 def test_labels_are_one_line(tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path) -> None:
     folder = altered(tiny_bundle)
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in ["a;b", "", "é", *"defghij"]))

@@ -123,6 +123,18 @@ def test_the_verdict(changed, tmp_path, verdict, ratio, text):
     assert "accuracy" in summary["verdict"][-1]
 
 
+def test_two_bundles_of_one_name_in_folders_of_one_name_are_told_apart(changed, tmp_path):
+    def change(result):
+        for subject in result["subjects"]:
+            subject |= {"name": "vit", "path": f"{subject['sha256'][:2]}/bundle"}
+
+    summary, _ = written([changed("comparison", change)], tmp_path / "r.html")
+    subjects = json.loads((tmp_path / "changed.json").read_text())["subjects"]
+    names = {f"vit, bundle #{one['sha256'][:6]}" for one in subjects}
+    assert len(names) == 2
+    assert all(name in summary["verdict"][0] for name in names)
+
+
 def test_accuracies_in_percent(changed, tmp_path):
     points = {"value": -0.5, "low": -1.25, "high": 0.25, "confidence": 0.95, "interval": "x"}
 

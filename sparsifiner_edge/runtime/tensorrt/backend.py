@@ -142,13 +142,15 @@ class TensorRtBackend(Backend):
         Raises:
             BackendError: says which package it is, and what to do.
         """
-        name, takes = f"{self.name}-cu13", major(device.driver_version)
-        if takes < 13 and isinstance(package_version(name), str):
-            raise BackendError(
-                f"{name} needs a driver for CUDA 13, and this one takes CUDA {device.driver_version} at most.",
-                f"Update the driver, or install a {self.name} for CUDA {takes} in its place; "
-                "sparsifiner-edge doctor says which extra fits.",
-            )
+        takes = major(device.driver_version)
+        for cuda in (12, 13):
+            name = f"{self.name}-cu{cuda}"
+            if takes < cuda and isinstance(package_version(name), str):
+                raise BackendError(
+                    f"{name} needs a driver for CUDA {cuda}, and this one takes CUDA {device.driver_version} at most.",
+                    f"Update the driver, or install a {self.name} for CUDA {takes} in its place; "
+                    "sparsifiner-edge doctor says which extra fits.",
+                )
 
     def why_not_here(self, engine: Engine) -> str | None:
         """Why an engine cannot be run on this machine, such as "CUDA finds no device."; None where it can."""
