@@ -29,7 +29,7 @@ from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.attention import HeadGeometry
 from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.outputs import seen_by
-from sparsifiner_edge.sparse.patch import make_model_sparse
+from sparsifiner_edge.sparse.patch import make_model_sparse, set_budget
 from sparsifiner_edge.sparse.prune import Pruning
 from sparsifiner_edge.sparse.student import load_student, save_student, with_budget
 from tests.commands import manifest_of
@@ -195,3 +195,11 @@ def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
     assert parse_token_keep(" 3:.7, 6:.5 ") == ((3, 0.7), (6, 0.5))
     with pytest.raises(ConfigError, match="require a student"):
         export_bundle(TINY, tmp_path / "x", keep=0.5)
+
+
+def test_maps_of_layers_are_refused_while_tokens_are_pruned() -> None:
+    made, image = student(sparsity=PRUNED).model, torch.zeros(1, 3, 160, 160)
+    with pytest.raises(ConfigError, match="no maps of its layers"):
+        made.forward_intermediates(image)
+    set_budget(made, dataclasses.replace(PRUNED, token_keep=()))
+    assert made.forward_intermediates(image, indices=1)[1][0].shape[-2:] == (10, 10)

@@ -120,11 +120,11 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "sparsifiner-edge", ""
 
     def parse_request(self) -> bool:
-        """Read the lines of a request, of no more than `_MOST_REQUEST` bytes: the standard library takes megabytes."""
+        """Take no more than `_MOST_REQUEST` bytes of header lines: the standard library takes megabytes."""
         head = b""
         while (line := self.rfile.readline(_MOST_REQUEST)) not in (b"", b"\r\n", b"\n"):
             head += line
-            if len(head) + len(self.raw_requestline) > _MOST_REQUEST:
+            if len(head) > _MOST_REQUEST:
                 self.requestline, self.request_version, self.command = "", "HTTP/1.0", ""
                 self.send_error(431)
                 return False

@@ -73,7 +73,8 @@ def save(folder: Path, state: TrainingState, tensors: Mapping[str, Tensor]) -> N
     copies = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     try:
         with replaced_file(path) as scratch:
-            safetensors.torch.save_file(copies, scratch, {_STATE: msgspec.json.encode(state).decode()})
+            # Not by `save_file`, which writes to a file of its own first: a kill would leave that beside ours.
+            scratch.write_bytes(safetensors.torch.save(copies, {_STATE: msgspec.json.encode(state).decode()}))
     except (ArtifactError, safetensors.SafetensorError) as error:  # The latter with words of its own.
         what = error.what if isinstance(error, ArtifactError) else f"{path} cannot be written: {brief(error)}."
         raise ArtifactError(what, "Free space; go on with --resume.") from error

@@ -160,8 +160,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         ema: decay of the averaged weights, which are those that are judged and kept; 0: the weights themselves.
         freeze_decoder: whether what is around the backbone stays as it is.
         precision: "no" (float32), or "bf16" autocast.
-        best: what decides which weights are kept: "cosine" to the teacher's tokens, or "top1" of the held-out images,
-            averaged weights and those themselves beside each other; without labels that is the cosine, too.
+        best: what decides which weights are kept: "cosine" to the teacher's tokens, or "top1" of the held-out images;
+            without labels that is the cosine, too.
         check_every: steps between judgements on the held-out images. save_every: steps between checkpoints.
         reconstruct: first, the predictor alone, while all attention is dense. distil: then everything.
         budgets: each step takes one of them; none: the student's own.

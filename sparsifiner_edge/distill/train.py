@@ -202,7 +202,9 @@ class Training:
 
     def budget(self, step: int) -> SparsityConfig:
         """The budget of one step, drawn from the seed and the step alone."""
-        return random.Random(1_000_003 * self.recipe.seed + step).choice(self.budgets)  # noqa: S311
+        # What reads all keys gives predictors nothing to learn.
+        selecting = [budget for budget in self.budgets if budget.keep != 1] if step < self.phases[0][1] else []
+        return random.Random(1_000_003 * self.recipe.seed + step).choice(selecting or self.budgets)  # noqa: S311
 
     def _step(self, step: int, stream: Iterator[Batch]) -> dict[str, float]:
         """One step of the optimiser; mean losses over processes."""

@@ -5,6 +5,7 @@ become a student's classifier.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.evaluate.extract import Extractor
 from sparsifiner_edge.evaluate.reading import Feed, Labelled, labelled, read_images
 from sparsifiner_edge.judge import Outputs
@@ -50,6 +51,8 @@ def gallery_of(metric: str, folder: str | Path | None, queries: Labelled) -> Lab
         if folder is not None:
             raise ConfigError("--metric top1 uses the classifier itself.", "Leave --gallery out, or use knn or linear.")
         return None
+    if importlib.util.find_spec("sklearn") is None:  # Before hours of images.
+        raise MissingExtraError("scikit-learn", "train")
     if folder is None:
         raise ConfigError("Neighbours and probes require labelled images.", "Give some: --gallery DIR.")
     if len(queries.classes) < 2:

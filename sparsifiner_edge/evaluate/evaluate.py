@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsifiner_edge.bounds import MOST_WORKERS
 from sparsifiner_edge.config import Keep
 from sparsifiner_edge.corruptions import parse_corruptions
 from sparsifiner_edge.errors import ConfigError
@@ -115,12 +116,12 @@ def evaluate_student(
         Normalisation.given(normalise), "logits" if metric == "top1" else None,
     )  # fmt: skip
     chosen = Task(task or MAPS, map_name, Path(masks) if masks else None)
-    _require_sense(metric, chosen, gallery, head, corruptions, severity)
+    _require_sense(metric, chosen, gallery, head, corruptions, severity, workers)
     names = () if corruptions is None else parse_corruptions(corruptions)
     with contextlib.ExitStack() as stack:
         models = open_both(compared, stack)
         preparation = preparation_of(models[0].timm_name if metric == "top1" else None, models[0].size)
-        reading = Feed(preparation, workers, names, severity or SEVERITY)
+        reading = Feed(preparation, workers, names, SEVERITY if severity is None else severity)
         compare = _Comparison(models, reading, metric, progress)
         if metric not in METRICS:
             files = data if isinstance(data, list) else list_images(Path(data))
@@ -206,7 +207,7 @@ class _Comparison(NamedTuple):
 
 def _require_sense(
     metric: str, task: Task, gallery: str | Path | None, head: str | Path | None, corruptions: str | None,
-    severity: int | None,
+    severity: int | None, workers: int | None,
 ) -> None:  # fmt: skip
     """Refuse arguments that have no meaning beside each other."""
     if metric not in ("cosine", "task", *METRICS):
@@ -219,5 +220,7 @@ def _require_sense(
         raise ConfigError("Images to learn from require another metric.", f"Choose: {', '.join(METRICS)}.")
     if head is not None and (metric != "linear" or corruptions is not None):
         raise ConfigError("A head is written by the metric linear, on clean images.", "Use that, or leave --head out.")
+    if workers is not None and not 0 <= workers <= MOST_WORKERS:
+        raise ConfigError(f"workers is {workers}.", f"Give a whole number from 0 to {MOST_WORKERS}.")
     if severity is not None and corruptions is None:
         raise ConfigError("A severity is that of corruptions.", "Name them: --corruptions all.")

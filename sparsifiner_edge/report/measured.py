@@ -20,7 +20,8 @@ def accuracy_section(data: ReportData) -> Section:
     """Of every evaluation a table, with the latency of bundles whose latency is known."""
     files: list[Evaluation] = [*data.of(ClassEvaluation), *cosine_files(data)]
     blocks: list[Block] = [_accuracy_table(data, file) for file in files]
-    if data.sides and not files and not any(map(data.of, (ScoreEvaluation, SearchRecord, Robustness))):
+    others = [*data.of(ScoreEvaluation), *data.of(SearchRecord), *data.of(Robustness)]
+    if data.sides and not files and not others:
         blocks.append(Note(data.texts("not_measured", how=EVALUATE), True))
     return Section("accuracy", blocks)
 

@@ -139,8 +139,11 @@ class PackedAttention(nn.Module):
         return None if all(norm is None or isinstance(norm, nn.Identity) for norm in norms) else norms
 
     def rotated(self, x: Tensor, table: Tensor) -> Tensor:
-        """Heads [B,P,H,d] of the patches turned to their places; see the function `rotated`."""
-        return rotated(x, table, getattr(self, "rotate_half", True))
+        """Heads [B,P,H,d] of the patches turned to their places; see the function `rotated`.
+
+        timm's attention, which has `qkv`, says whether by halves (not, where it says nothing); transformers' always is.
+        """
+        return rotated(x, table, getattr(self, "rotate_half", not hasattr(self, "qkv")))
 
     def joined(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's input x [B,N,D] and heads' results [B,N,C] -> [B,N,D]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -83,7 +83,20 @@ def restore_backbone(model: AnyModule) -> AnyModule:
             restore_layer(layer)
             restore_attention(attention)
         backbone.module.__dict__.pop("sparsity", None)
+        _offer_maps(backbone.module, True)
     return model
+
+
+def _offer_maps(module: nn.Module, possible: bool) -> None:
+    """Let timm's ways to maps of layers be, or refuse them: of too few tokens they make maps of nothing."""
+    for name in ("forward_intermediates", "get_intermediate_layers"):
+        module.__dict__.pop(name, None)
+        if not possible and hasattr(module, name):
+            module.__dict__[name] = _no_maps
+
+
+def _no_maps(*_: Any, **__: Any) -> Any:
+    raise ConfigError("A model that prunes tokens has no maps of its layers.", "Leave --token-keep out: token_keep=().")
 
 
 def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool = False) -> None:
@@ -133,3 +146,4 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
         elif counts[number + 1] != counts[number]:
             layer.pruning = Pruning(counts[number + 1], prefix)
     backbone.module.sparsity = sparsity
+    _offer_maps(backbone.module, not sparsity.token_keep)
