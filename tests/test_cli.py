@@ -165,7 +165,7 @@ def test_a_rectangle_the_whole_way(
     succeeded(call(capsys, "estimate", bundle, "--board", "t4"))
     succeeded(call(capsys, "profile", bundle, "--seconds", 0.1, "-o", result))
     succeeded(call(capsys, "report", result, "-o", tmp_path / "page.html"))
-    records = [json.loads(line) for line in succeeded(call(capsys, "run", bundle, "--source", pictures)).splitlines()]
+    records = [json.loads(line) for line in succeeded(process("run", bundle, "--source", pictures)).splitlines()]
     assert [len(record["top"]) for record in records] == [5, 5, 5]
 
 

@@ -315,7 +315,7 @@ def test_other_precisions(precision: str, tmp_path: Path, pictures: Path) -> Non
 def test_the_command_line_merges(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = ["sparsify", TINY, "--weights", tiny_weights, "--set", "cells=4", "-o", tmp_path / "s"]
     assert_refused(call(capsys, *plain, "--merge", "many"), "merge is 'many'", "160..0")
-    assert_refused(call(capsys, *plain, "--merge", "8", "--set", "merge-window=0"), "merge_window is 0")
+    assert_refused(call(capsys, *plain, "--merge", "8", "--set", "merge_window=0"), "merge_window is 0")
     assert_refused(call(capsys, *plain, "--merge", "8", "--token-keep", "1:.5"), "cannot be combined")
     assert_refused(call(capsys, *plain, "--img-size", "96", "--merge", "200"), f"{LEAST_PATCHES} are left")
     assert not (tmp_path / "s").exists()

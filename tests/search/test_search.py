@@ -34,7 +34,7 @@ from sparsifiner_edge.search.request import read_request
 from sparsifiner_edge.search.search import prepare
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import dense_twin, load_student
-from tests.commands import assert_refused, call, handlers_kept
+from tests.commands import assert_refused, call, handlers_kept, process
 from tests.models import TINY
 from tests.once import Once
 
@@ -116,7 +116,7 @@ def test_the_command_says_what_it_found_and_what_is_nearest_to_a_bound_that_noth
     assert "On 2 images kept for this" in said
     program, *following = said.splitlines()[-1].removeprefix("Next: ").split()
     assert (program, following.pop()) == ("sparsifiner-edge", "IMAGES/")
-    ran = call(capsys, *following, photographs)
+    ran = process(*following, photographs)
     assert (ran.code, len(ran.out.splitlines())) == (0, 10), ran.err
     asked = ("search", TINY, "--weights", tiny_weights, "--data", photographs, *PLAIN, "-o", tmp_path / "other")
     done = call(capsys, *asked, "--at-most-ms", "0.0001")
