@@ -18,7 +18,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.text import dump_json
 
 LOOPBACK = "127.0.0.1"
-MOST_CONNECTIONS = 8
+MOST_CONNECTIONS = 32
 """Open at a time; one more is closed at once."""
 DEADLINE_S = 5.0
 """From a connection's beginning to its end, however busy its client is."""
