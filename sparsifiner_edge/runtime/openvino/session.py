@@ -149,8 +149,11 @@ class OpenVinoSession(Session):
         """
         if self._spread:
             return f"int8, run in {wanted}: this processor's products of int8 saturate"
-        info = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ops()]
-        layers = [(one["layerType"].astype(str), one["runtimePrecision"].astype(str)) for one in info]
+        # Node by node: what a node says of itself lies in it, and is no more where the node is gone.
+        layers = []
+        for node in self._compiled.get_runtime_model().get_ops():
+            kind, computed = (node.get_rt_info()[name].astype(str) for name in ("layerType", "runtimePrecision"))
+            layers.append((kind, computed))
         names = {hint: name for name, hint in _HINTS.items()} | {"u8": "int8", "i8": "int8"}
         linear = Counter(names.get(precision, precision) for kind, precision in layers if kind in _LINEAR)
         runs = [name for name, _ in linear.most_common()]
