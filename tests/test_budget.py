@@ -9,13 +9,13 @@ from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tr
 
 BUDGET = {
     "base": 2823, "ops": 2065, "native": 4192, "triton": 1903, "sparse": 3138, "distill": 1557,
-    "export": 2263, "bundle": 1413, "runtime": 3299, "profiles": 2944, "evaluate": 1898, "search": 1673,
+    "export": 2263, "bundle": 1413, "runtime": 3321, "profiles": 2944, "evaluate": 1898, "search": 1673,
     "report": 1193, "camera": 2208, "package": 353, "cli": 1638, "demo, doctor": 390,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.169
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 28159, "benchmarks": 5959}
+BESIDE = {"tests": 28180, "benchmarks": 5959}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,7 +102,8 @@ class OpenVinoSession(Session):
         self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
         try:
-            self._compiled = self._compile(openvino, graph, ours, threads, precision)
+            with _own_signal_stack():
+                self._compiled = self._compile(openvino, graph, ours, threads, precision)
             ran = self._precision(precision, stored)
         except BackendError:
             self.close()
@@ -178,6 +182,21 @@ class OpenVinoSession(Session):
             self._request = self._compiled = None
             if self._operators is not None:
                 self._operators.close()
+
+
+@contextlib.contextmanager
+def _own_signal_stack() -> Iterator[None]:
+    """Afterwards this thread's signal handlers run where they did before.
+
+    With AMX, OpenVINO gives the thread a stack for them, and frees it with the plugin: the next signal that Python
+    handles, such as Ctrl-C or the end of a child, would end the process.
+    """
+    libc, before = ctypes.CDLL(None), ctypes.create_string_buffer(24)  # stack_t: its place, flags and size
+    libc.sigaltstack(None, before)
+    try:
+        yield
+    finally:
+        libc.sigaltstack(before, None)
 
 
 def _spec(port: Any, names: set[str]) -> TensorSpec:
