@@ -31,15 +31,15 @@ from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.board import board_files
-from sparsifiner_edge.export.check import MAPS_OTHERS, OTHERS, SAME, check_export, smooth_images
+from sparsifiner_edge.export.check import check_export, smooth_images
 from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
-from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_ROW_COSINE_INT8, to_fp16
+from sparsifiner_edge.export.fp16 import LEAST_ROW_COSINE_INT8, to_fp16
 from sparsifiner_edge.export.graph import DYNAMIC, BatchSize, export_graph, set_metadata
 from sparsifiner_edge.export.int8 import INT8_TARGETS, held_out, quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.export.student_changes import changed
+from sparsifiner_edge.export.tolerances import tolerances_of
 from sparsifiner_edge.images import Normalisation, Normalise, centre_text, evenly, list_images, load_image
-from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.profiles.boards.board import Board, load_board
@@ -48,7 +48,7 @@ from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, class_labels
 from sparsifiner_edge.sparse.in_memory import require_images
-from sparsifiner_edge.sparse.outputs import ALONE, checked_names
+from sparsifiner_edge.sparse.outputs import checked_names
 from sparsifiner_edge.sparse.source import declared
 from sparsifiner_edge.sparse.student import (
     MAX_CALIBRATION_IMAGES,
@@ -62,12 +62,6 @@ from sparsifiner_edge.text import shown
 
 _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
 EXPORT_PRECISIONS = ("fp32", "fp16", "int8")
-INT8_TOLERANCE = 5e-2
-"""Greatest difference of a session's outputs from the golden ones, of their range: processors round int8 otherwise."""
-INT8_HALF_TOLERANCE = 2e-1
-"""The same where the rest is float16: two versions of ONNX Runtime differ by .11 on a sparse DINOv2."""
-FREE_TOLERANCE = 2e-2
-"""The same in fp32, where keys or tokens are chosen."""
 
 
 def export_bundle(
@@ -237,7 +231,7 @@ def _file(
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
     labels = [shown(label) for label in student.labels or _own_labels(student.model)]
     set_metadata(model, _metadata(student, deployed, labels))
-    manifest = _manifest(student, deployed, model, check, numbers)
+    manifest = _manifest(student, model, check, numbers)
     manifest = msgspec.structs.replace(manifest, quantisation=quantisation, float16=float16)
     return _File(model, golden, labels, manifest)
 
@@ -354,9 +348,7 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
     return entries | {name: f"sparsifiner-edge-{name}" for name in deployed.output_names}
 
 
-def _manifest(
-    student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, numbers: _Numbers
-) -> Manifest:
+def _manifest(student: Student, model: onnx.ModelProto, check: Check, numbers: _Numbers) -> Manifest:
     size = student.img_size
     # Keys, tokens that stay, or pairs that merge.
     backbone = student.backbone
@@ -378,34 +370,11 @@ def _manifest(
         plan=plan,
         costs=summary(shape, student.sparsity),
         dense_costs=summary(shape, SparsityConfig(keep=1)),
-        tolerances={
-            name: max(_tolerance(numbers, selects, check), _of_map(name, check))
-            for name in deployed.output_names
-            if name != POSITIONS
-        },
+        tolerances=tolerances_of(check, numbers.precision, numbers.int8_target, selects),
         check=check,
         provenance=write_record(student.provenance),
         tools={name: version(name) for name in (*_TOOLS, backbone.library)},
     )
-
-
-def _tolerance(numbers: _Numbers, selects: bool, check: Check) -> float:
-    """Greatest difference of a session's outputs from the golden ones, relative to their range; in fp32 the wide one
-    only where the check itself met as much."""
-    if numbers.precision == "int8":
-        return INT8_HALF_TOLERANCE if numbers.int8_target == "tensorrt" else INT8_TOLERANCE
-    if numbers.precision == "fp16":
-        return HALF_TOLERANCE_FREE if selects else HALF_TOLERANCE
-    if not selects:
-        return SAME.error
-    worst = max(output.error_relative_to_range or 0.0 for output in check.outputs.values())
-    return FREE_TOLERANCE if worst <= FREE_TOLERANCE else OTHERS.error
-
-
-def _of_map(name: str, check: Check) -> float:
-    """What a decoder's map may differ by beyond the rest: as much as the check allowed it, where it met that."""
-    found = check.outputs[name].error_relative_to_range or 0.0
-    return MAPS_OTHERS.error if name not in ALONE and found > FREE_TOLERANCE else 0.0
 
 
 def _tensor(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
