@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> Found:
             return found
         say(f"the fastest at a fidelity of {AT_LEAST}, searched for {minutes:.1f} minutes")
         result = se.search_model(
-            f"{MODULE}:saliency", images, output / "found", at_least=AT_LEAST, img_size=SIZE, backends=["onnxruntime"],
-            computes=["auto"], precisions=["fp32"], minutes=minutes, trust=[MODULE],
+            student, images, output / "found", at_least=AT_LEAST, backends=["onnxruntime"], computes=["auto"],
+            precisions=["fp32"], minutes=minutes, trust=[MODULE],
         )  # fmt: skip
     if isinstance(result.statistics.answer, Unavailable):
         say(f"none was found: {result.statistics.answer.why}")
@@ -97,7 +97,7 @@ def say(text: str) -> None:
 def measured(bundle: Path, dense: Path, name: Path) -> tuple[Any, Any]:
     """Beside the dense model, on photographs that nothing was searched or calibrated with."""
     task = se.evaluate_student(bundle, split.images("shown"), against=dense, metric="task")
-    speed = se.profile_bundle(bundle, against=dense, seconds=4.0, min_queries=20, layers=False, power=False)
+    speed = se.profile_bundle(bundle, against=dense, seconds=2.0, min_queries=10, layers=False, power=False)
     write_result(name.with_name(f"{name.name}-task.json"), task)
     write_result(name.with_name(f"{name.name}-speed.json"), speed)
     return task, speed

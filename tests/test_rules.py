@@ -10,7 +10,7 @@ def test_a_side_needs_its_time_its_queries_and_its_blocks():
     assert not rules.enough(2.0, 63, 1000)
     assert not rules.enough(2.0, 64, 19)
     assert rules.enough(1.0, 64, 20)
-    assert rules.enough(0.1, 1, 1, wall_s=60.0)
+    assert rules.enough(0.1, 1, 1, wall_s=6.0)
 
 
 @pytest.mark.parametrize(

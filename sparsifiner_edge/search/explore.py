@@ -183,19 +183,19 @@ def explore(search: Search, tile: int, until: float) -> None:
     """Measure plans where the front is expected, until the answer stays as it is.
 
     Ctrl-C (or SIGTERM) ends it too, once each layer alone is known: of what was found so far answers are chosen.
-    until: `time.monotonic()` at which no round is begun any more.
+    until: `time.monotonic()` at which no round is begun any more, nor an engine calibrated.
     """
     search.plans.model()
     before = 0.0
     with stopping() as search.plans.stop, contextlib.suppress(_StoppedError):
         for number in range(ROUNDS):
-            best = _round(number, search, tile)
+            best = _round(number, search, tile, until)
             if abs(best - before) < SETTLED * best or time.monotonic() > until:
                 break
             before = best
 
 
-def _round(number: int, search: Search, tile: int) -> float:
+def _round(number: int, search: Search, tile: int, until: float) -> float:
     """Plans around the bound measured in the engines that are near the best; what the best was expected to cost."""
     plans, bound, losses = search.plans, search.bound, search.losses
     model, selects = plans.model(), plans.trial.selects
@@ -210,6 +210,8 @@ def _round(number: int, search: Search, tile: int) -> float:
         for factor in (NEAR if number else SPREAD)
     )
     plans.measure([plan for plan in chosen if not plan.is_dense], f"round {number + 1}")
+    if time.monotonic() > until:  # A whole model more takes a minute; what is chosen is measured whole anyway.
+        return best
     model = plans.model()
     for engine in followed:
         search.calibrate(engine, Solver(search.latencies[engine], model, selects, tile).at_distance(aims[engine]))

@@ -35,7 +35,9 @@ OnStage = Callable[[str], None]
 MIN_BLOCKS = 20
 """Blocks are what a comparison pairs and what drift is seen in."""
 
-_SECONDS, _QUERIES, _MAX_SECONDS = 10.0, 64, 60.0
+_SECONDS, _QUERIES = 10.0, 64
+_MOST = 6.0
+"""Of the seconds asked for, so many at most are spent: slow models have few queries in them, a comparison others between."""
 
 
 class Rules(msgspec.Struct, frozen=True):
@@ -58,7 +60,7 @@ class Rules(msgspec.Struct, frozen=True):
 
 
 def make_rules(seconds: float | None = None, min_queries: int | None = None) -> Rules:
-    """Ten seconds and 64 queries, or what is given in their place; in at most twice that time, or a minute.
+    """Ten seconds and 64 queries, or what is given in their place; in at most six times as many seconds.
 
     Raises:
         ConfigError: a number is out of range.
@@ -68,8 +70,7 @@ def make_rules(seconds: float | None = None, min_queries: int | None = None) -> 
     if min_queries is not None and not 1 <= min_queries <= MOST_COUNT:
         raise ConfigError(f"min_queries is {min_queries}.", f"Give from 1 to {MOST_COUNT}.")
     seconds = seconds or _SECONDS
-    # Twice, because a comparison also spends time on unrecorded queries.
-    return Rules(seconds, min_queries or _QUERIES, max(2 * seconds, _MAX_SECONDS))
+    return Rules(seconds, min_queries or _QUERIES, _MOST * seconds)
 
 
 def start_worker() -> contextlib.AbstractContextManager[Child]:
