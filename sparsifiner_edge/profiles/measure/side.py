@@ -37,7 +37,7 @@ MIN_BLOCKS = 20
 
 _SECONDS, _QUERIES = 10.0, 64
 _MOST = 6.0
-"""Of the seconds asked for, so many at most are spent: slow models have few queries in them, a comparison others between."""
+"""Times the seconds asked for: a side's most wall time, since comparisons also run what is not recorded."""
 
 
 class Rules(msgspec.Struct, frozen=True):
