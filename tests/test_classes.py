@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.still_images import run_images
+from sparsifiner_edge.camera.service import run_images
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.reading import labelled
 from sparsifiner_edge.evaluate.scores import ClassResult, accuracies

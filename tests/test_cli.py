@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -28,30 +29,21 @@ def modules_after(*arguments: str) -> set[str]:
         "main(sys.argv[1:])"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-    assert done.stdout
+    assert "sparsifiner_edge" in done.stderr
     return set(done.stderr.split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], *([name, "--help"] for name in COMMANDS)])
-def test_help_is_light(arguments: list[str]) -> None:
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_is_light_and_explains_every_option(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     # `export --help` and the like may load what a command file needs at its top, but no library of models or arrays.
-    allowed = set() if len(arguments) == 1 or arguments[0] != "doctor" else {"numpy", "onnx"}
-    loaded = modules_after(*arguments)
-    assert "sparsifiner_edge" in loaded
-    assert not loaded & (HEAVY - allowed)
-
-
-def test_group_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = call(capsys, "--help")
+    arguments = ("--help",) if name is None else (name, "--help")
+    allowed = {"numpy", "onnx"} if name == "doctor" else set()
+    assert not modules_after(*arguments) & (HEAVY - allowed)
+    outcome = call(capsys, *arguments)
     assert (outcome.code, outcome.err) == (0, "")
-    for name in COMMANDS:
-        assert f"  {name} " in outcome.out
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = call(capsys, name, "--help")
-    assert (outcome.code, outcome.err) == (0, "")
+    if name is None:
+        assert all(f"  {command} " in outcome.out for command in COMMANDS)
+        return
     assert f"sparsifiner-edge {name}" in outcome.out
     options = outcome.out.partition("Options:")[2].splitlines()
     starts = [number for number, line in enumerate(options) if line.startswith("  -")]
@@ -148,7 +140,7 @@ def test_a_rectangle_the_whole_way(
 ) -> None:
     student, bundle, turned, result = (tmp_path / name for name in ("student", "bundle", "turned", "result.json"))
     settings = ["--weights", tiny_weights, "--set", "cells=4", "--calibrate", pictures]
-    succeeded(call(capsys, "sparsify", TINY, "--img-size", 96, 160, *settings, "-o", student))
+    succeeded(call(capsys, "sparsify", TINY, "--img-size", "96x160", *settings, "-o", student))
     config = json.loads((student / "config.json").read_text())
     assert config["img_size"] == config["provenance"]["calibration"]["img_size"] == [96, 160]
     succeeded(call(capsys, "export", student, "--merge", 4, "-o", bundle))
@@ -169,12 +161,6 @@ def test_a_rectangle_the_whole_way(
     assert [len(record["top"]) for record in records] == [5, 5, 5]
 
 
-def test_keep_one_is_the_dense_student(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    succeeded(call(capsys, "sparsify", TINY, "--weights", tiny_weights, "--keep", 1, "-o", tmp_path / "s"))
-    succeeded(call(capsys, "export", tmp_path / "s", "-o", tmp_path / "b"))
-    assert manifest_of(tmp_path / "b")["ops"] == []
-
-
 def test_outputs_are_replaced_and_repeatable(
     tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,15 +175,6 @@ def test_outputs_are_replaced_and_repeatable(
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
-def test_a_result_can_be_written_beside_the_table(
-    tmp_path: Path, tiny_student: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "new" / "evaluation.json"
-    out = succeeded(call(capsys, "evaluate", tiny_student, "--data", pictures, "-o", path))
-    assert "patches" in out
-    assert read_result(path)["kind"] == "evaluation"
-
-
 def test_names_that_are_no_utf_8(tmp_path: Path, tiny_bundle: Path, pictures: Path) -> None:
     odd = tmp_path / "caf\udce9"
     odd.mkdir()
@@ -208,18 +185,12 @@ def test_names_that_are_no_utf_8(tmp_path: Path, tiny_bundle: Path, pictures: Pa
     assert json.loads((tmp_path / "lines").read_text("utf-8"))["source"] == str(odd / "été.png")
 
 
-def many_images(folder: Path, picture: Path, count: int) -> Path:
-    for number in range(count):
-        (folder / f"{number:04}.png").write_bytes(picture.read_bytes())
-    return folder
-
-
 def test_a_reader_that_leaves_ends_the_run_quietly(tmp_path: Path, pictures: Path) -> None:
     bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4})
-    source = many_images(tmp_path, pictures / "picture0.png", 50)
-    with subprocess.Popen(
-        [*PROGRAM, "run", bundle, "--source", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
+    for number in range(50):
+        shutil.copy(pictures / "picture0.png", tmp_path / f"{number}.png")
+    line = [*PROGRAM, "run", bundle, "--source", tmp_path]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert run.stderr is not None
         assert json.loads(run.stdout.readline())["features"]
@@ -238,15 +209,11 @@ def test_standard_output_on_a_full_disk(arguments: list[str], tmp_path: Path, pi
         )  # fmt: skip
     assert run.returncode == 2
     assert run.stderr.startswith("error: the output: No space left on device.")
-    assert "Traceback" not in run.stderr
-    assert "Exception" not in run.stderr
+    assert run.stderr.count("\n") == 2
 
 
 def test_no_standard_output_at_all(tmp_path: Path, pictures: Path) -> None:
     bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4})
-    line = '"$@" >&-'
-    done = subprocess.run(
-        ["sh", "-c", line, "sh", *PROGRAM, "run", bundle, "--source", pictures],
-        stderr=subprocess.PIPE, text=True, check=False,
-    )  # fmt: skip
+    line = ["sh", "-c", '"$@" >&-', "sh", *PROGRAM, "run", bundle, "--source", pictures]
+    done = subprocess.run(line, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.still_images import run_images
+from sparsifiner_edge.camera.service import run_images
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.scores import ScoresResult
 from sparsifiner_edge.export.check import smooth_images

@@ -10,21 +10,9 @@ import random
 import signal
 import subprocess
 import threading
-from typing import NamedTuple
 
-import msgspec
-
-from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import ImageSize
-from sparsifiner_edge.camera.decoder_protocol import (
-    SHOWN_REASON,
-    Decoded,
-    End,
-    FrameTimes,
-    ProtocolError,
-    Request,
-    receive,
-)
+from sparsifiner_edge.camera.decoder_protocol import SHOWN_REASON, End, Frame, ProtocolError, receive
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.process import StalledError, start_python
@@ -32,14 +20,6 @@ from sparsifiner_edge.process import StalledError, start_python
 FIRST_WAIT_S, MOST_WAIT_S = 0.25, 2.0
 _START_S = 20.0
 """For the process to import its decoder, which takes seconds on a small board, beside what a connection takes."""
-
-
-class Frame(NamedTuple):
-    """A frame for the model: uint8 [H,W,3], its times, and how many since the one before were dropped unseen."""
-
-    image: Pixels
-    times: FrameTimes
-    skipped: int
 
 
 class Mailbox:
@@ -50,9 +30,8 @@ class Mailbox:
         self._frames: queue.Queue[Frame] = queue.Queue(1)
         self._closed = threading.Event()
 
-    def put(self, decoded: Decoded) -> bool:
+    def put(self, frame: Frame) -> bool:
         """Leave a frame; True if that dropped another."""
-        frame = Frame(*decoded, skipped=0)
         while not self._closed.is_set():
             try:
                 self._frames.put(frame, timeout=0 if self._live else 0.5)
@@ -164,11 +143,11 @@ class Capture:
         if self._stop.wait(wait_s(self._attempts)):
             self._kill()
         self._enter("connecting")
-        request = Request(self._source.kind, self._source.location, self._size, self._stall_s)
+        request = [self._source.kind, self._source.location, self._size, self._stall_s]
         # Not as an argument, which every user of the machine can read: an address may hold a password.
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(json.dumps(msgspec.to_builtins(request)).encode())  # msgspec writes no name that is not UTF-8.
+            stdin.write(json.dumps(request).encode())
         return self._process
 
     def _kill(self) -> None:
@@ -191,6 +170,5 @@ class Capture:
 
     def _enter(self, state: str, reason: str | None = None) -> None:
         """A night without a camera is no reason to fill a log: after four attempts only some are told."""
-        attempts = self._attempts
-        quiet = attempts > 4 and attempts & (attempts - 1) != 0
-        self._status.enter(state, reason, quiet, attempts)
+        quiet = self._attempts > 4 and self._attempts & (self._attempts - 1) != 0
+        self._status.enter(state, reason, quiet, self._attempts)

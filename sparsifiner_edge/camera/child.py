@@ -18,30 +18,33 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
+import numpy as np
 from PIL import Image
 
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.camera.confine import confine
-from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, Decoded, End, FrameTimes, Request, send
+from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, End, Frame, FrameTimes, send
 from sparsifiner_edge.camera.gstreamer import read_pipeline
 from sparsifiner_edge.camera.libav import read_stream
-from sparsifiner_edge.camera.pattern import paced_images
-from sparsifiner_edge.camera.prepare import fit_pillow
+from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.sources import place_of
 from sparsifiner_edge.files import open_regular
+from sparsifiner_edge.images import centred
+from sparsifiner_edge.text import shown
 
 
 def main() -> None:
-    """Standard input: a `Request`; until it comes, which may be a while, all is imported."""
+    """Standard input: JSON, the arguments of `frames_of` but the last; until it comes, which may be a while, all is
+    imported.
+    """
     starter = os.getppid()
     import_decoder()
-    request = msgspec.convert(json.loads(sys.stdin.buffer.read()), Request)
+    kind, location, size, patience_s = json.loads(sys.stdin.buffer.read())
     parent = os.dup(1)
     os.dup2(2, 1)  # Whatever a library prints must not end up between the messages.
     reason = None
     try:
-        for frame in decoded_frames(request, starter):
+        for frame in frames_of(kind, location, size, patience_s, starter):
             send(parent, frame)
     # FFmpeg's errors are many; each means the same here: this attempt is over.
     except Exception as error:
@@ -50,12 +53,17 @@ def main() -> None:
         send(parent, End(reason))
 
 
-def decoded_frames(request: Request, starter: int) -> Iterator[Decoded]:
-    """Frames of the source, until it ends. Before the first this process, child of `starter`, is confined, for good.
+def frames_of(kind: str, location: str, size: ImageSize, patience_s: float, starter: int) -> Iterator[Frame]:
+    """Frames of the source, until it ends. Before the first this process is confined, for good.
 
     A GStreamer pipeline is the user's own command line, and is not: it caches a registry, may record, needs devices.
+
+    Args:
+        kind, location: see `sources.Source`.
+        size: of the images that the model takes.
+        patience_s: for a stream to be opened, and between its packets.
+        starter: the process that started this one.
     """
-    kind, location, size = request.kind, request.location, request.size
     if kind == "gst":
         yield from read_pipeline(location, size)
         return
@@ -65,9 +73,9 @@ def decoded_frames(request: Request, starter: int) -> Iterator[Decoded]:
             frames = _test_frames(float(location), size)
             next(frames)  # So that all is imported.
         elif kind == "file":
-            frames = read_stream(opened.enter_context(open_regular(Path(location))), size, request.patience_s)
+            frames = read_stream(opened.enter_context(open_regular(Path(location))), size, patience_s)
         else:
-            frames = read_stream(location, size, request.patience_s)
+            frames = read_stream(location, size, patience_s)
             host, port = place_of(location)
             socket.getaddrinfo(host, port)  # So that the system's libraries for names are loaded.
         confine(starter, port)
@@ -87,11 +95,16 @@ def import_decoder() -> None:
                     importlib.import_module(module.name)
 
 
-def _test_frames(fps: float, size: ImageSize) -> Iterator[Decoded]:
-    for number, due, pixels in paced_images(fps):
+def _test_frames(fps: float, size: ImageSize) -> Iterator[Frame]:
+    """The moving pattern, each frame when it is due; those that nobody was there for are left out."""
+    start, number = time.monotonic_ns(), 0
+    while True:
+        due = start + round(number * 1e9 / fps)
+        time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
         at = time.monotonic_ns()
-        image = fit_pillow(Image.fromarray(pixels), size)
-        yield Decoded(image, FrameTimes(due, due, at, time.monotonic_ns(), number / fps))
+        image = np.asarray(centred(Image.fromarray(draw_pattern(number)), size))
+        yield Frame(image, FrameTimes(due, due, at, time.monotonic_ns(), number / fps))
+        number = max(number + 1, int((time.monotonic_ns() - start) * fps / 1e9))
 
 
 def reason_of(error: Exception) -> str:
@@ -99,8 +112,7 @@ def reason_of(error: Exception) -> str:
     if type(error).__name__ == "ExitError":  # How PyAV says that the time is over.
         return "it gave nothing in time"
     what = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
-    text = " ".join(str(what).split()).rstrip(".")
-    return "".join(c if c.isprintable() else "?" for c in text)[:MAX_REASON]
+    return shown(" ".join(str(what).split()).rstrip("."), MAX_REASON)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What passes between the decoding process and its parent: one request, then messages: a JSON header, and after that of
-a frame the image's pixels.
+"""What the decoding process tells its parent: messages, each a JSON header, and after that of a frame its pixels.
 
 Whoever reads trusts nothing: what decodes hostile input may have been taken over by it.
 """
@@ -7,7 +6,7 @@ Whoever reads trusts nothing: what decodes hostile input may have been taken ove
 from __future__ import annotations
 
 import time
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -24,21 +23,6 @@ SHOWN_REASON = 300
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Seconds = Annotated[float, msgspec.Meta(ge=-(1 << 34), le=1 << 34)]
 """At most some centuries, which NaN is not."""
-
-
-class Request(msgspec.Struct, frozen=True):
-    """What the decoding process shall do: JSON on its standard input.
-
-    Attributes:
-        kind, location: see `sources.Source`.
-        size: of the images that the model takes.
-        patience_s: for a stream to be opened, and between its packets.
-    """
-
-    kind: str
-    location: str
-    size: ImageSize
-    patience_s: float
 
 
 class FrameTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="frame"):
@@ -62,22 +46,22 @@ class End(msgspec.Struct, frozen=True, tag_field="kind", tag="end"):
             raise ValueError("a reason that cannot be")
 
 
-Header: TypeAlias = FrameTimes | End
-_HEADERS = msgspec.json.Decoder(Header)
+_HEADERS = msgspec.json.Decoder(FrameTimes | End)
 
 
-class Decoded(NamedTuple):
-    """A frame: the model's input, uint8 [H,W,3], and its times."""
+class Frame(NamedTuple):
+    """A frame: the model's input, uint8 [H,W,3], its times, and how many since the one before were dropped unseen."""
 
     image: Pixels
     times: FrameTimes
+    skipped: int = 0
 
 
 class ProtocolError(Exception):
     """The other side sent what is no message, or crashed before it was whole."""
 
 
-def send(handle: int, message: Decoded | End) -> None:
+def send(handle: int, message: Frame | End) -> None:
     """Write one message; waits while the reader is busy."""
     if isinstance(message, End):
         write_message(handle, msgspec.json.encode(message))
@@ -86,7 +70,7 @@ def send(handle: int, message: Decoded | End) -> None:
         write_message(handle, msgspec.json.encode(message.times), pixels)
 
 
-def receive(handle: int, size: ImageSize, seconds: float) -> Decoded | End:
+def receive(handle: int, size: ImageSize, seconds: float) -> Frame | End:
     """Read one message, with an image of `size` if it is a frame.
 
     Raises:
@@ -105,4 +89,4 @@ def receive(handle: int, size: ImageSize, seconds: float) -> Decoded | End:
         raise ProtocolError(f"the decoder sent what is no message: {shown(error, 100)}") from error
     if header is None or pixels is None:
         raise ProtocolError("the decoder crashed")
-    return Decoded(np.frombuffer(pixels, np.uint8).reshape(shape), header)
+    return Frame(np.frombuffer(pixels, np.uint8).reshape(shape), header)

@@ -6,6 +6,7 @@ older ones stands between. GStreamer's own delay before that queue is not seen: 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shlex
@@ -19,10 +20,11 @@ from typing import BinaryIO
 import numpy as np
 
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.camera.decoder_protocol import Decoded, FrameTimes
+from sparsifiner_edge.camera.decoder_protocol import Frame, FrameTimes
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
+"""The last so many errors of all that is remarked; of a line without end a part."""
 
 
 def launch_line(pipeline: str, size: ImageSize, handle: int) -> list[str]:
@@ -38,7 +40,7 @@ def launch_line(pipeline: str, size: ImageSize, handle: int) -> list[str]:
     return ["gst-launch-1.0", "-q", *shlex.split(pipeline), *shlex.split(tail)]
 
 
-def read_pipeline(pipeline: str, size: ImageSize) -> Iterator[Decoded]:
+def read_pipeline(pipeline: str, size: ImageSize) -> Iterator[Frame]:
     """Frames of a pipeline until it ends.
 
     Raises:
@@ -51,8 +53,11 @@ def read_pipeline(pipeline: str, size: ImageSize) -> Iterator[Decoded]:
     )  # fmt: skip
     os.close(theirs)
     errors: deque[bytes] = deque(maxlen=_ERRORS)
+    assert launched.stderr is not None
+    lines = iter(functools.partial(launched.stderr.readline, _LONGEST), b"")
+    said = (line for line in lines if b"ERROR" in line or b"erroneous" in line)
     # Read all the time: GStreamer would wait for ever for room in a full pipe.
-    listener = threading.Thread(target=_listen, args=(launched.stderr, errors), name="remarks", daemon=True)
+    listener = threading.Thread(target=errors.extend, args=(said,), name="remarks", daemon=True)
     listener.start()
     with launched, os.fdopen(ours, "rb", buffering=1 << 20) as pixels:
         try:
@@ -65,17 +70,10 @@ def read_pipeline(pipeline: str, size: ImageSize) -> Iterator[Decoded]:
         raise ValueError(errors[0].decode("utf-8", "replace") if errors else "the pipeline failed")
 
 
-def _images(pixels: BinaryIO, size: ImageSize) -> Iterator[Decoded]:
+def _images(pixels: BinaryIO, size: ImageSize) -> Iterator[Frame]:
     height, width = height_width(size)
     row = -(-width * 3 // 4) * 4  # GStreamer pads rows to four bytes.
     while len(data := pixels.read(row * height)) == row * height:
         at = time.monotonic_ns()
         image = np.frombuffer(data, np.uint8).reshape(height, row)[:, : width * 3].reshape(height, width, 3)
-        yield Decoded(image, FrameTimes(at, at, at, time.monotonic_ns()))
-
-
-def _listen(remarks: BinaryIO, errors: deque[bytes]) -> None:
-    """Keep the last errors of all that is remarked; of a line without end a part."""
-    for line in iter(lambda: remarks.readline(_LONGEST), b""):
-        if b"ERROR" in line or b"erroneous" in line:
-            errors.append(line)
+        yield Frame(image, FrameTimes(at, at, at, time.monotonic_ns()))

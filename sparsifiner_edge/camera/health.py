@@ -7,6 +7,7 @@ import io
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
@@ -55,18 +56,17 @@ class HealthServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, address: tuple[str, int], status: Status, stale_s: float) -> None:
         self._status, self._stale_s = status, stale_s
-        self._free = threading.Semaphore(MOST_CONNECTIONS)
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._ends: dict[socket.socket, float] = {}
+        """When each connection that is open has had its time."""
+        host, port = address
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__(address, _Handler)
         except (OSError, TypeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"Metrics cannot be served on {address[0]:.100}:{address[1]}: {reason}.",
-                "Choose another port or host.",
-            ) from error
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        self.url = f"http://{host}:{self.server_address[1]}/metrics"
+            said = f"Metrics cannot be served on {host:.100}:{port}: {reason}."
+            raise ConfigError(said, "Choose another port or host.") from error
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/metrics"
 
     def __enter__(self) -> HealthServer:
         threading.Thread(target=self.serve_forever, args=(0.1,), name="health", daemon=True).start()
@@ -76,31 +76,27 @@ class HealthServer(socketserver.ThreadingTCPServer):
         self.shutdown()
         self.server_close()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection on, or close it where too many are open."""
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # No thread is to be had.
-            self._free.release()
-            raise
+    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
+        """Whether a connection is taken on: not where too many are open."""
+        if len(self._ends) >= MOST_CONNECTIONS:
+            return False
+        self._ends[request] = time.monotonic() + DEADLINE_S
+        return True
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, within the deadline: a client that sends a byte now and then is never silent."""
-        deadline = threading.Timer(DEADLINE_S, _end, (request,))
-        try:
-            deadline.start()
-            super().process_request_thread(request, client_address)
-        except RuntimeError:  # No thread is to be had.
-            self.shutdown_request(request)
-        finally:
-            deadline.cancel()
-            self._free.release()
+    def service_actions(self) -> None:
+        """Every tenth of a second: a client that sends a byte now and then is never silent."""
+        for request, ends in list(self._ends.items()):
+            if time.monotonic() > ends:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        """It is answered, or was never taken on."""
+        self._ends.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, *_: Any) -> None:
-        """A client that leaves in the middle is none of the service's troubles."""
+        """A client that leaves in the middle is none of the service's troubles; nor that no thread is to be had."""
 
     def page(self, path: str) -> tuple[int, str, str]:
         """Status, media type and content of a path."""
@@ -120,34 +116,24 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "sparsifiner-edge", ""
 
     def parse_request(self) -> bool:
-        """Take no more than `_MOST_REQUEST` bytes of header lines: the standard library takes megabytes."""
+        """Take little more than `_MOST_REQUEST` bytes of header lines: the standard library takes megabytes."""
         head = b""
-        while (line := self.rfile.readline(_MOST_REQUEST)) not in (b"", b"\r\n", b"\n"):
+        while len(head) < _MOST_REQUEST and (line := self.rfile.readline(_MOST_REQUEST)).strip():
             head += line
-            if len(head) > _MOST_REQUEST:
-                self.requestline, self.request_version, self.command = "", "HTTP/1.0", ""
-                self.send_error(431)
-                return False
-        self.rfile = io.BytesIO(head + b"\r\n")
+        self.rfile = io.BytesIO(head)
         return super().parse_request()
 
     def do_GET(self) -> None:
         """Answer, and close."""
         code, kind, text = self.server.page(self.path.partition("?")[0])
-        content = text.encode()
         self.send_response(code)
-        for name, value in (("Content-Type", kind), ("Content-Length", str(len(content)))):
-            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(text.encode())
 
     def log_message(self, *_: object) -> None:
         """Requests are no events."""
-
-
-def _end(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _metrics(status: Status) -> Iterator[str]:
@@ -156,20 +142,17 @@ def _metrics(status: Status) -> Iterator[str]:
         yield from _metric(f"{name}_total", "counter", what, {"": status.counts[name]})
     states = {f'{{state="{name}"}}': name == status.state for name in STATES}
     yield from _metric("state", "gauge", "1 for the state that the source is in.", states)
-    for name, what, value in (
-        ("silent_seconds", "Since the last answer.", status.silent_s()),
-        ("last_outage_seconds", "How long the source was lost the last time.", status.recovered_s),
-    ):
-        if value is not None:
-            yield from _metric(name, "gauge", what, {"": value})
-    for name, times in status.times.items():
+    gauges = {"silent": status.silent_s(), "last_outage": status.recovered_s}
+    for name, what in (("silent", "Since the last answer."), ("last_outage", "How long the source was lost at last.")):
+        if (value := gauges[name]) is not None:
+            yield from _metric(f"{name}_seconds", "gauge", what, {"": value})
+    for name, counts in status.times.items():
         limits = [f'_bucket{{le="{limit}"}}' for limit in (*UP_TO_S, "+Inf")]
-        counts = list(accumulate(times.counts))
-        parts = dict(zip(limits, counts, strict=True)) | {"_sum": times.sum_s, "_count": counts[-1]}
+        below = list(accumulate(counts))
+        parts = dict(zip(limits, below, strict=True)) | {"_sum": status.sums_s[name], "_count": below[-1]}
         yield from _metric(f"{name}_seconds", "histogram", f"{name}_ms of the records.", parts)
 
 
 def _metric(name: str, kind: str, what: str, values: Mapping[str, float]) -> list[str]:
     head = [f"# HELP sparsifiner_{name} {what}", f"# TYPE sparsifiner_{name} {kind}"]
-    lines = (f"sparsifiner_{name}{part} {float(value)}" for part, value in values.items())
-    return head + [line.replace(" inf", " +Inf") for line in lines]
+    return head + [f"sparsifiner_{name}{part} {float(value)}" for part, value in values.items()]

@@ -55,7 +55,13 @@ class LineWriter:
     def __init__(self, output: Path | TextIO | None, live: bool, stop: threading.Event | None = None) -> None:
         self.dropped, self.errors = 0, 0
         self._path = output if isinstance(output, Path) else None
-        self._handle = open_output(output, append=live) if isinstance(output, Path) else _duplicate(output)
+        if isinstance(output, Path):
+            self._handle = open_output(output, append=live)
+        elif output is None:
+            self._handle = os.open(os.devnull, os.O_WRONLY)
+        else:
+            output.flush()
+            self._handle = os.dup(output.fileno())
         self._live, self._stop = live, stop or threading.Event()
         self._lock = threading.Lock()
         self._line, self._written = b"", 0
@@ -79,7 +85,7 @@ class LineWriter:
             ArtifactError, OSError: the disk refused, of a source that is not live.
         """
         line = line_of(content)
-        with self._lock, self._disk_errors():
+        with self._lock, self._errors():
             if self._flushed():
                 self._line, self._written = line, 0
                 self._flushed()
@@ -88,7 +94,7 @@ class LineWriter:
 
     def close(self) -> None:
         """Write what waits, for at most 2 s where nothing is waited for, and close. Raises as `write`."""
-        with self._lock, self._disk_errors():
+        with self._lock, self._errors():
             ends = time.monotonic() + _DRAIN_S
             try:
                 while not self._flushed() and time.monotonic() < ends:
@@ -97,14 +103,17 @@ class LineWriter:
             finally:
                 os.close(self._handle)
 
-    def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._path is None else io_errors(self._path)
 
     def _flushed(self) -> bool:
         """Write as much as there is room for; whether that was all."""
         most = len(self._line) if self._is_file else select.PIPE_BUF
         while self._written < len(self._line):
-            if not self._has_room():
+            waits = not (self._live or self._stop.is_set())
+            if not self._room.poll(_TURN_MS if waits else 0):
+                if waits:
+                    continue
                 return False
             try:
                 self._written += os.write(self._handle, self._line[self._written : self._written + most])
@@ -112,12 +121,6 @@ class LineWriter:
                 continue
             except OSError as error:
                 self._give_up(error)
-        return True
-
-    def _has_room(self) -> bool:
-        while not self._room.poll(0 if self._live or self._stop.is_set() else _TURN_MS):
-            if self._live or self._stop.is_set():
-                return False
         return True
 
     def _give_up(self, error: OSError) -> None:
@@ -130,14 +133,6 @@ class LineWriter:
         self._line, self._written = b"", 0
         if not self._live or isinstance(error, BrokenPipeError):
             raise error
-
-
-def _duplicate(stream: TextIO | None) -> int:
-    """A file descriptor of our own."""
-    if stream is None:
-        return os.open(os.devnull, os.O_WRONLY)
-    stream.flush()
-    return os.dup(stream.fileno())
 
 
 def open_output(path: Path, append: bool) -> int:
@@ -158,15 +153,10 @@ def open_output(path: Path, append: bool) -> int:
         if not lock(handle):
             os.close(handle)
             raise ArtifactError(f"{path} is written by another run.", "Give another file, or end that run.")
-        if append:
-            _end_line(handle)
-        else:
+        size = os.fstat(handle).st_size
+        if not append:
             os.ftruncate(handle, 0)
+        elif size and os.pread(handle, 1, size - 1) != b"\n":  # The power was cut.
+            with contextlib.suppress(OSError):
+                os.write(handle, b"\n")
     return handle
-
-
-def _end_line(handle: int) -> None:
-    size = os.fstat(handle).st_size
-    if size and os.pread(handle, 1, size - 1) != b"\n":  # The power was cut.
-        with contextlib.suppress(OSError):
-            os.write(handle, b"\n")

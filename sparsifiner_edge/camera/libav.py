@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from sparsifiner_edge.arrays import Pixels
-from sparsifiner_edge.bounds import ImageSize
-from sparsifiner_edge.camera.decoder_protocol import Decoded, FrameTimes
-from sparsifiner_edge.camera.prepare import cropped, scaled_size
+import numpy as np
+
+from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.camera.decoder_protocol import Frame, FrameTimes
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
@@ -29,7 +29,6 @@ MAX_ASPECT = 16
 _JUMP_NS, _DRIFT = 5_000_000_000, 2_000
 """A camera's clock that was set; and clocks that run apart by one part in so many."""
 _BEHIND_S, _CAUGHT_UP_S = 0.3, 0.1
-_MAX_BAD_PACKETS = 1000
 
 
 def require_sane_size(width: int, height: int) -> None:
@@ -44,7 +43,15 @@ def require_sane_size(width: int, height: int) -> None:
         raise ValueError(f"frames of {width} x {height} px, longer than {MAX_ASPECT} times their width")
 
 
-def read_stream(source: BinaryIO | str, size: ImageSize, patience_s: float) -> Iterator[Decoded]:
+def scaled_size(width: int, height: int, size: ImageSize) -> tuple[int, int]:
+    """Width and height of the resized frame before it is cropped: no smaller than `size`, one side as long."""
+    rows, columns = height_width(size)
+    if width * rows <= height * columns:
+        return columns, round(height * columns / width)
+    return round(width * rows / height), rows
+
+
+def read_stream(source: BinaryIO | str, size: ImageSize, patience_s: float) -> Iterator[Frame]:
     """Frames until the source ends.
 
     Args:
@@ -111,7 +118,7 @@ class _Reader:
         self._arrived: dict[int | None, int] = {}
         self.bad, self.count = 0, 0
 
-    def frames(self, packet: Any) -> Iterator[Decoded]:
+    def frames(self, packet: Any) -> Iterator[Frame]:
         import av
 
         arrived = time.monotonic_ns()
@@ -120,35 +127,30 @@ class _Reader:
             del self._arrived[next(iter(self._arrived))]
         try:
             decoded = packet.decode()
-        except av.error.InvalidDataError as error:  # A damaged packet; the next key frame repairs.
+        except av.error.InvalidDataError:  # A damaged packet; the next key frame repairs.
             self.bad += 1
-            if self.bad > _MAX_BAD_PACKETS and not self._live:
-                raise ValueError(f"more than {_MAX_BAD_PACKETS} damaged packets") from error
             return
         for frame in decoded:
             yield self._ready(frame, self._arrived.get(frame.pts, arrived))
 
-    def _ready(self, frame: Any, arrived: int) -> Decoded:
+    def _ready(self, frame: Any, arrived: int) -> Frame:
         at = time.monotonic_ns()
+        require_sane_size(frame.width, frame.height)
         stamp = None if frame.pts is None else int(frame.pts * frame.time_base * 1_000_000_000)
         if stamp is not None and abs(stamp) >= 1 << 63:  # Of a damaged file; no clock goes there.
             stamp = None
         captured = self._clock.captured_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
-        image = self._resized(frame)
-        self.count += 1
-        pts_s = None if stamp is None else stamp / 1e9
-        return Decoded(image, FrameTimes(captured, arrived, at, time.monotonic_ns(), pts_s, self.bad))
-
-    def _resized(self, frame: Any) -> Pixels:
-        require_sane_size(frame.width, frame.height)
         width, height = scaled_size(frame.width, frame.height, self._size)
         scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-        return cropped(scaled, self._size)
+        rows, columns = height_width(self._size)
+        top, left = (height - rows) // 2, (width - columns) // 2
+        image = np.ascontiguousarray(scaled[top : top + rows, left : left + columns])
+        self.count += 1
+        pts_s = None if stamp is None else stamp / 1e9
+        return Frame(image, FrameTimes(captured, arrived, at, time.monotonic_ns(), pts_s, self.bad))
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""
-        if self._live and behind_s > _BEHIND_S:
-            self._stream.codec_context.skip_frame = "NONKEY"
-        elif self._live and behind_s < _CAUGHT_UP_S:
-            self._stream.codec_context.skip_frame = "DEFAULT"
+        if self._live and (behind_s > _BEHIND_S or behind_s < _CAUGHT_UP_S):
+            self._stream.codec_context.skip_frame = "NONKEY" if behind_s > _BEHIND_S else "DEFAULT"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from msgspec.structs import replace
 
@@ -24,39 +22,32 @@ _FOLLOW = 0.05
 """How far the reference that a change is measured against moves with each frame: it forgets in some twenty."""
 
 
-class ModelOptions(msgspec.Struct, frozen=True):
-    """How a bundle is opened and what it says.
+class Model:
+    """A bundle, open. A context manager.
 
-    Attributes:
+    Args:
+        folder: the bundle.
         execution: how it is run.
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
-    """
-
-    execution: Execution = Execution()
-    top: int = 5
-    threshold: float = 0.0
-    public_key: Path | None = None
-
-
-class Model:
-    """A bundle, open. A context manager.
 
     Raises:
         ConfigError: the bundle takes a fixed batch above 1.
         SparsifinerError: the bundle or backend is unusable.
     """
 
-    def __init__(self, folder: Path, options: ModelOptions | None = None) -> None:
-        options = options or ModelOptions()
-        bundle = checked_bundle(folder, options.public_key)
+    def __init__(
+        self, folder: Path, execution: Execution | None = None, top: int = 5, threshold: float = 0.0,
+        public_key: Path | None = None,
+    ) -> None:  # fmt: skip
+        bundle = checked_bundle(folder, public_key)
         _require_centre(bundle)
         self.size = bundle.image_size
         self.labels = bundle.labels()
-        self._options = options
+        self._top, self._threshold = top, threshold
         self._reference: Array | None = None
-        self.session: Session = open_checked(bundle, options.execution)
+        self.session: Session = open_checked(bundle, execution or Execution())
         try:
             _require_image(self.session, bundle)
         except SparsifinerError:
@@ -103,44 +94,30 @@ class Model:
         return None
 
     def frame_answer(self, outputs: dict[str, Array]) -> Answer:
-        """The same of a frame: of features also how far they are from those of the frames before."""
-        answer = self.answer(outputs)
-        if answer.features is None or (change := self.change(outputs)) is None:
-            return answer
-        return replace(answer, change=round(change, 6))
-
-    def change(self, outputs: dict[str, Array]) -> float | None:
-        """How far a scene's features are from those of the frames before: 1 - cosine to a mean that forgets.
-
-        None without features, and where one of them is NaN or infinite: the mean would never forget that.
+        """The same of a frame. Of features also how far they are from those of the frames before: 1 - cosine to a mean
+        that forgets; not where one is NaN or infinite, which the mean would never forget.
         """
-        features = outputs.get("features", np.full((1, 1), np.nan))[0].astype(np.float64)
-        if not np.isfinite(features).all():
-            return None
-        if self._reference is None or self._reference.shape != features.shape:
-            self._reference = features
-            return 0.0
-        found = float(1 - cosine(features, self._reference))
-        self._reference = self._reference + _FOLLOW * (features - self._reference)
-        return max(0.0, found)
+        answer = self.answer(outputs)
+        if answer.features is None or answer.not_finite:
+            return answer
+        features = outputs["features"][0].astype(np.float64)
+        before = features if self._reference is None else self._reference
+        self._reference = before + _FOLLOW * (features - before)
+        return replace(answer, change=round(max(0.0, float(1 - cosine(features, before))), 6))
 
     def _classes(self, logits: Array) -> list[Class]:
         weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
-        best = np.argsort(-probabilities, kind="stable")[: self._options.top]
+        best = np.argsort(-probabilities, kind="stable")[: self._top]
         names = self.labels if len(self.labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
-        least = self._options.threshold
-        return [Class(int(i), names[i], float(probabilities[i])) for i in best if probabilities[i] >= least]
+        probable = (i for i in best if probabilities[i] >= self._threshold)
+        return [Class(int(i), names[i], float(probabilities[i])) for i in probable]
 
 
 def dense_maps(outputs: dict[str, Array]) -> dict[str, Array]:
     """Outputs for one image that are maps of one channel, [rows, columns]."""
-    return {name: np.squeeze(values) for name, values in outputs.items() if _is_map(name, values.shape)}
-
-
-def _is_map(name: str, shape: Sequence[int | str | None]) -> bool:
-    """Of an output for one image, batch in front."""
-    return name != "tokens" and len(shape) > 2 and sum(size != 1 for size in shape[1:]) == 2
+    maps = {name: np.squeeze(values) for name, values in outputs.items() if name != "tokens" and values.ndim > 2}
+    return {name: values for name, values in maps.items() if values.ndim == 2}
 
 
 def _summary(name: str, values: Array) -> MapSummary:

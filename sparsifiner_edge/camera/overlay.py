@@ -18,13 +18,14 @@ from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import io_errors, require_file_path
+from sparsifiner_edge.text import shown
 
 _LEAST_SIDE = 480
 """Pixels along the longer side: smaller images are enlarged, so that text can be read."""
 _SUFFIXES = (".mkv", ".mp4")
 _CODEC = "libx264"
 _FAST = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
-_TEXT, _LINE, _MARGIN, _TEXT_WIDTH = 16, 20, 8, 44
+_TEXT, _MARGIN, _TEXT_WIDTH = 16, 8, 44
 
 
 def require_overlay_path(path: Path) -> None:
@@ -40,17 +41,6 @@ def require_overlay_path(path: Path) -> None:
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"The overlay {path} is no video's name.", f"Let it end with {' or '.join(_SUFFIXES)}.")
     require_file_path(path)
-
-
-@contextlib.contextmanager
-def _as_os_errors() -> Iterator[None]:
-    """FFmpeg's errors are many, and not all of them are the system's."""
-    import av
-
-    try:
-        yield
-    except (av.error.FFmpegError, ValueError) as error:
-        raise OSError(0, getattr(error, "strerror", None) or str(error)) from error
 
 
 class Overlay:
@@ -70,7 +60,7 @@ class Overlay:
     def __init__(self, path: Path, model_size: ImageSize, live: bool, status: Status) -> None:
         import av
 
-        self._path, self._live, self._status = path, live, status
+        self._path, self._live, self._status = path, False, status  # What cannot be begun is an error of any source.
         height, width = height_width(model_size)
         times = max(1, -(-_LEAST_SIDE // max(height, width)))
         self._size = width * times // 2 * 2, height * times // 2 * 2  # Encoders take no odd ones.
@@ -79,12 +69,13 @@ class Overlay:
         self._answered_at: deque[float] = deque(maxlen=26)
         self._lost = False
         options = {"movflags": "frag_keyframe+empty_moov"} if path.suffix.lower() == ".mp4" else {}
-        with io_errors(path), _as_os_errors():
+        with self._failures():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = cast("Any", av.open(f"file:{path.absolute()}", "w", options=options))
             self._stream = self._file.add_stream(_CODEC, rate=25, options=_FAST)
         self._stream.width, self._stream.height = self._size
         self._stream.pix_fmt, self._stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+        self._live = live
 
     def __enter__(self) -> Overlay:
         return self
@@ -122,18 +113,22 @@ class Overlay:
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
-        """Told once."""
+        """FFmpeg's errors are many, and not all of them are the system's. The first alone is raised, or told."""
+        import av
+
         try:
-            with io_errors(self._path), _as_os_errors():
-                yield
+            with io_errors(self._path):
+                try:
+                    yield
+                except (av.error.FFmpegError, ValueError) as error:
+                    raise OSError(0, getattr(error, "strerror", None) or str(error)) from error
         except ArtifactError as error:
-            if self._lost:
-                return
-            self._lost = True
-            if not self._live:
+            told, self._lost = self._lost, True
+            if not self._live and not told:
                 raise
-            self._status.count("overlay_errors")
-            self._status.event("overlay_lost", reason=error.what)
+            if not told:
+                self._status.count("overlay_errors")
+                self._status.event("overlay_lost", reason=error.what)
 
     def _drawn(self, pixels: Pixels, lines: list[str], heat: Array | None) -> Pixels:
         from PIL import Image, ImageDraw, ImageFont
@@ -141,28 +136,23 @@ class Overlay:
         image = Image.fromarray(pixels).resize(self._size)
         if heat is not None:
             mask = Image.fromarray((heat * 170).astype(np.uint8)).resize(self._size, Image.Resampling.BILINEAR)
-            image.paste(Image.new("RGB", self._size, (255, 40, 0)), (0, 0), mask)
-        draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(_TEXT)
-        width = max((draw.textlength(line, font=font) for line in lines), default=0)
-        draw.rectangle((0, 0, width + 2 * _MARGIN, len(lines) * _LINE + _MARGIN), fill=(0, 0, 0, 150))
-        for number, line in enumerate(lines):
-            draw.text((_MARGIN, _MARGIN // 2 + number * _LINE), line, fill=(255, 255, 255, 255), font=font)
+            image.paste((255, 40, 0), mask=mask)
+        draw, text, font = ImageDraw.Draw(image, "RGBA"), "\n".join(lines), ImageFont.load_default(_TEXT)
+        place = (_MARGIN, _MARGIN)
+        _, _, right, bottom = draw.multiline_textbbox(place, text, font)
+        draw.rectangle((0, 0, right + _MARGIN, bottom + _MARGIN), (0, 0, 0, 150))
+        draw.multiline_text(place, text, (255, 255, 255), font)
         return np.asarray(image)
 
 
 def text_lines(record: FrameRecord, rate: float) -> list[str]:
     """What is written into a frame."""
-    lines = [f"{_short(top.label)}  {top.probability:.0%}" for top in record.top or []]
+    lines = [f"{shown(top.label, _TEXT_WIDTH)}  {top.probability:.0%}" for top in record.top or []]
     if record.change is not None:
         lines.append(f"change {record.change:.3f}")
     for summary in record.maps or []:
         area = f"mean {summary.mean:.3g}" if summary.area is None else f"{summary.area:.0%} of the image"
-        lines.append(f"{_short(summary.output)}  {area}")
+        lines.append(f"{shown(summary.output, _TEXT_WIDTH)}  {area}")
     age = record.frame_age_ms
     lines.append(f"{rate:.1f} fps   " + (f"model {record.infer_ms:.0f} ms" if age is None else f"age {age:.0f} ms"))
     return lines
-
-
-def _short(label: str) -> str:
-    shown = "".join(c if c.isprintable() else "?" for c in label)
-    return shown if len(shown) <= _TEXT_WIDTH else shown[: _TEXT_WIDTH - 1] + "\u2026"

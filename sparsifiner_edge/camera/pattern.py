@@ -6,8 +6,6 @@ number, 8 of its check. Servers in tests draw such images, too, with a Python th
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,18 +38,3 @@ def draw_pattern(number: int, width: int = 640, height: int = 480) -> Pixels:
         y, x = top + place // GRID * cell, left + place % GRID * cell
         image[y : y + cell, x : x + cell] = 255 if white else 0
     return image
-
-
-def paced_images(fps: float) -> Iterator[tuple[int, int, Pixels]]:
-    """Frames at `fps`: number, nanoseconds of the monotonic clock when it was due, image. Late ones are left out."""
-    start, period, number = time.monotonic_ns(), 1e9 / fps, 0
-    while True:
-        due = start + round(number * period)
-        late = time.monotonic_ns() - due
-        if late > period:
-            number += int(late // period)
-            continue
-        if late < 0:
-            time.sleep(-late / 1e9)
-        yield number, due, draw_pattern(number)
-        number += 1

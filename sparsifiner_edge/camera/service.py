@@ -15,18 +15,20 @@ import msgspec
 from msgspec.structs import asdict
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.camera.answers import FrameRecord
-from sparsifiner_edge.camera.capture import Capture, Frame, Mailbox
+from sparsifiner_edge.camera.answers import FrameRecord, ImageRecord
+from sparsifiner_edge.camera.capture import Capture, Mailbox
 from sparsifiner_edge.camera.confine import confinement
+from sparsifiner_edge.camera.decoder_protocol import Frame
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.json_lines import LineWriter
-from sparsifiner_edge.camera.model import Model, ModelOptions
+from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.overlay import Overlay, require_overlay_path
-from sparsifiner_edge.camera.sources import Source, require_decoder, require_other_file
+from sparsifiner_edge.camera.sources import KNOWN, Source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status, notify_systemd
-from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.files import require_file_path
+from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import write_record
 
@@ -34,11 +36,11 @@ _TICK_S = 0.1
 _PIPELINE = {"missing": ["A GStreamer pipeline is your own command line, and is not confined."]}
 
 
-class RunOptions(msgspec.Struct, frozen=True):
+class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run.
 
     Attributes:
-        model: how the bundle is opened, and what it says.
+        execution, top, threshold, public_key: see `Model`.
         output: file for the records, added to by a live source; None is standard output.
         overlay: video file to draw into.
         frames: where to stop.
@@ -46,12 +48,19 @@ class RunOptions(msgspec.Struct, frozen=True):
         stall_s: a source that gives nothing for so long is taken for dead.
     """
 
-    model: ModelOptions = ModelOptions()
+    execution: Execution = Execution()
+    top: int = 5
+    threshold: float = 0.0
+    public_key: Path | None = None
     output: Path | None = None
     overlay: Path | None = None
     frames: int | None = None
     metrics: tuple[str, int] | None = None
     stall_s: float = 3.0
+
+    def open_model(self, bundle: Path) -> Model:
+        """The bundle, opened so."""
+        return Model(bundle, self.execution, self.top, self.threshold, self.public_key)
 
 
 def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
@@ -60,13 +69,19 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
     SIGTERM and SIGINT end it after the image at hand.
 
     Raises:
+        ConfigError: options that are for videos and cameras.
         ImageError: the source cannot be read, or some of its images, which have lines that say why.
         ArtifactError: the output cannot be written.
         SparsifinerError: the bundle, backend or options are unusable.
     """
+    if not os.path.exists(source.location):  # noqa: PTH110  (of a name that is too long, too)
+        raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
+    for name in ("overlay", "metrics", "frames"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} cannot be combined with images.", "Give a video or a camera, or leave it out.")
     _require_outputs(bundle, source, options)
     count, failed = 0, 0
-    with Model(bundle, options.model) as model, stopping() as stop:
+    with options.open_model(bundle) as model, stopping() as stop:
         records = run_images(model, Path(source.location))
         first = next(records)  # Before the file: a bad bundle is an error before anything is written.
         with LineWriter(options.output or sys.stdout, live=False, stop=stop) as lines:
@@ -77,6 +92,32 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
                     break
     if failed and not stop.is_set():
         raise ImageError(f"{failed} of {count} images could not be read; their lines say why.")
+
+
+def run_images(model: Model, source: Path) -> Iterator[ImageRecord]:
+    """Run a bundle on an image, or on every image below a folder.
+
+    Yields:
+        Per image its record; of one in a folder that cannot be read, why.
+
+    Raises:
+        ImageError: `source` itself is unusable.
+        SparsifinerError: so is what the model gives.
+    """
+    images = list_images(source)
+    for path in images:
+        start = time.monotonic_ns()
+        try:
+            image = load_image(path, model.size)
+        except ImageError as error:
+            if len(images) == 1:
+                raise
+            yield ImageRecord(str(path), error=error.what)
+            continue
+        ready = time.monotonic_ns()
+        outputs = model.infer(image)
+        times = (ready - start) / 1e6, (time.monotonic_ns() - ready) / 1e6
+        yield ImageRecord(str(path), *times, **asdict(model.answer(outputs)))
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
@@ -93,7 +134,7 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
     require_decoder(source)
     _require_outputs(bundle, source, options)
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(Model(bundle, options.model))
+        model = stack.enter_context(options.open_model(bundle))
         events = LineWriter(sys.stderr, live=True)
         stack.callback(_close_quietly, events)
         status = Status(source.shown, events.write)
@@ -106,8 +147,11 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
         stop = stack.enter_context(stopping())
         failure = _run(model, source, options, status, stop)
         status.event("done", **status.counts)
-    if not stop.is_set():
-        _require_frames(source, status, failure)
+    if failure is not None and not stop.is_set():
+        raise ImageError(f"{source.shown} cannot be read as a video: {failure}.", "Replace or repair it.")
+    if status.counts["processed"] == 0 and not stop.is_set():
+        reason = f": {status.last_reason}" if status.last_reason else ""
+        raise ImageError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")
 
 
 def _run(model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event) -> str | None:
@@ -199,11 +243,3 @@ def _require_outputs(bundle: Path, source: Source, options: RunOptions) -> None:
         require_other_file(path, source, bundle)
     if options.overlay and options.output and os.path.realpath(options.output) == os.path.realpath(options.overlay):
         raise ConfigError(f"{options.output} cannot hold records and overlay.", "Give two names.")
-
-
-def _require_frames(source: Source, status: Status, failure: str | None) -> None:
-    if failure is not None:
-        raise ImageError(f"{source.shown} cannot be read as a video: {failure}.", "Replace or repair it.")
-    if status.counts["processed"] == 0:
-        reason = f": {status.last_reason}" if status.last_reason else ""
-        raise ImageError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")

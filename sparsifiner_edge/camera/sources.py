@@ -66,14 +66,16 @@ def place_of(address: str) -> tuple[str, int]:
     """Host and port of an RTSP address.
 
     Raises:
-        ValueError: it is none. The message holds nothing of it.
+        ConfigError: it is none. The message holds nothing of it.
     """
     found = _ADDRESS.fullmatch(address)
-    if found is None or not address.isprintable():
-        raise ValueError("it is no address")
-    port = int(found["port"] or (322 if found["scheme"].lower() == "rtsps" else 554))
-    if not 0 < port < 1 << 16:
-        raise ValueError("its port cannot be")
+    port = int((found and found["port"]) or (322 if address[:5].lower() == "rtsps" else 554))
+    if found is None or not address.isprintable() or not 0 < port < 1 << 16:
+        raise ConfigError(
+            "The address of the camera cannot be read.",
+            "Give rtsp://user:password@host:port/path, with @ / ? # % and : in user and password as %40 %2F %3F %23 "
+            "%25 and %3A, and @ behind the host as %40.",
+        )
     return found["host"].strip("[]"), port
 
 
@@ -99,7 +101,8 @@ def parse_source(text: str) -> Source:
         return _pipeline(text)
     scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*)(:/{0,2})", text)
     if scheme and scheme[1].lower() in ("rtsp", "rtsps"):
-        return _camera(text)
+        place_of(text)
+        return Source("rtsp", text, True, shown_address(text))
     if scheme and scheme[2] == "://":
         raise ConfigError(f"{scheme[1]}:// is an unknown scheme.", f"Give {KNOWN}.")
     path = Path(text)
@@ -154,15 +157,3 @@ def _pipeline(text: str) -> Source:
     names = [word for before, word in zip(["!", *words], words, strict=False) if before == "!"]
     shown = " ! ".join(name if _ELEMENT.fullmatch(name) else "***" for name in names)
     return Source("gst", shlex.join(words), True, f"gst:{shown}")
-
-
-def _camera(text: str) -> Source:
-    try:
-        place_of(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"The address of the camera cannot be read: {error}.",
-            "Give rtsp://user:password@host:port/path, with @ / ? # % and : in user and password as %40 %2F %3F %23 "
-            "%25 and %3A, and @ behind the host as %40.",
-        ) from None  # The text is in no traceback either.
-    return Source("rtsp", text, True, shown_address(text))

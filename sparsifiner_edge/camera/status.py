@@ -30,18 +30,7 @@ COUNTERS = {
 TIMES = ("capture", "preprocess", "wait", "infer", "postprocess", "end_to_end", "frame_age")
 """Of a record, without _ms."""
 UP_TO_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-
-
-class Times:
-    """How often a time lay below each of `UP_TO_S` but not below the one before, or above all; and the sum of all."""
-
-    def __init__(self) -> None:
-        self.counts, self.sum_s = [0] * (len(UP_TO_S) + 1), 0.0
-
-    def add(self, seconds: float) -> None:
-        """One more."""
-        self.counts[bisect_left(UP_TO_S, seconds)] += 1
-        self.sum_s += seconds
+"""Limits of the histograms' buckets."""
 
 
 class Status:
@@ -63,8 +52,8 @@ class Status:
         self._lock = threading.Lock()
         self._lost_at: float | None = None
         self._processed_at: float | None = None
-        """Of the last frame, where the bundle gives it."""
-        self.times = {name: Times() for name in TIMES}
+        self.times = {name: [0] * (len(UP_TO_S) + 1) for name in TIMES}
+        self.sums_s = dict.fromkeys(TIMES, 0.0)
 
     def count(self, name: str, by: int = 1) -> None:
         """Add to a counter."""
@@ -99,9 +88,10 @@ class Status:
         """A frame's answer is ready."""
         self.count("processed")
         self._processed_at = time.monotonic()
-        for name, times in self.times.items():
+        for name, counts in self.times.items():
             if (taken_ms := getattr(record, f"{name}_ms")) is not None:
-                times.add(taken_ms / 1000)
+                counts[bisect_left(UP_TO_S, taken_ms / 1000)] += 1
+                self.sums_s[name] += taken_ms / 1000
 
     def silent_s(self) -> float | None:
         """Seconds since the last answer; None before the first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -45,30 +46,6 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-class SizedCommand(click.Command):
-    """A command whose `--img-size` takes a height and a width as well as one value.
-
-    A second number after the option counts as the width, so a folder that is named by a number goes before it.
-    """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """`--img-size 294 518` is read as `--img-size 294x518`: no option of click takes one value or two."""
-        words = list(args)
-        for place, word in enumerate(words):
-            if word == "--":
-                break
-            sides = words[place + 1 : place + 3]
-            if word == "--img-size" and len(sides) == 2 and all(s.isascii() and s.isdigit() for s in sides):
-                words[place + 1 : place + 3] = ["x".join(sides)]
-        return super().parse_args(ctx, words)
-
-
-def img_size_option(whose: str) -> Callable[[Command], Command]:
-    """`--img-size`, of a `SizedCommand`; `whose`: where the size comes from without it."""
-    what = f"Pixels: a square's side, or height and width; by default the {whose}'s own."
-    return click.option("--img-size", callback=parse_size, metavar="SIDE|HEIGHT WIDTH", help=what)
-
-
 def output_option(what: str, required: bool = True) -> Callable[[Command], Command]:
     """`-o/--output FOLDER`."""
     return click.option("-o", "--output", type=PATH, required=required, help=what)
@@ -80,19 +57,9 @@ def _require_file(_: click.Context, __: click.Parameter, value: Path | None) -> 
     return value
 
 
-def parse_pruning(_: click.Context, __: click.Parameter, value: str | None) -> Any:
-    """What `--token-keep` says, by layer."""
-    return None if value is None else parse_token_keep(value)
-
-
-def parse_merging(_: click.Context, __: click.Parameter, value: str | None) -> Any:
-    """What `--merge` says, by layer."""
-    return None if value is None else parse_merge(value)
-
-
-def parse_keeping(_: click.Context, __: click.Parameter, value: str | None) -> Any:
-    """What `--keep` says, by layer."""
-    return None if value is None else parse_keep(value)
+def read_by(read: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """A callback for an option: what `read` makes of its text; None where it is not given."""
+    return lambda _context, _option, text: None if text is None else read(text)
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> ImageSize | None:
@@ -103,15 +70,12 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) ->
     """
     if value is None:
         return None
-    try:
-        sides = [int(side) for side in value.split("x")]
-    except ValueError:  # No number, or one of thousands of digits.
-        sides = []
-    if len(sides) not in (1, 2):
+    if not re.fullmatch(r"[0-9]{1,18}(x[0-9]{1,18})?", value):
         said = f"{value!r:.80} is neither a side nor a height and a width, such as 518 or 294x518."
         raise click.BadParameter(said, ctx, param)
-    height, width = (click.IntRange(1, MOST_SIDE).convert(side, param, ctx) for side in (sides[0], sides[-1]))
-    return size_of(height, width)
+    height, _, width = value.partition("x")
+    limits = click.IntRange(1, MOST_SIDE)
+    return size_of(*(limits.convert(int(side), param, ctx) for side in (height, width or height)))
 
 
 bundle_argument = click.argument("bundle", type=PATH)
@@ -137,20 +101,22 @@ def execution_options(command: Command) -> Command:
     return command
 
 
+img_size_option = click.option("--img-size", callback=parse_size, metavar="SIDE|HEIGHTxWIDTH",
+    help="Pixels: a square's side, or height and width; by default the model's own.")  # fmt: skip
 threads_option = click.option("--threads", type=click.IntRange(1, MOST_THREADS),
                               help="Threads; by default the cores this process may use.")  # fmt: skip
 weights_option = click.option("--weights", type=PATH,
     help="For timm's names: weights (.safetensors or .pth); without it, timm downloads them.")  # fmt: skip
-keep_option = click.option("--keep", callback=parse_keeping, metavar="SHARE|SHARE,...",
-    help="Share of keys that each tile reads, or shares of the layers from the first, such as .1,.1,.25,1; "
-         "by default the student's own.")  # fmt: skip
-merge_option = click.option("--merge", callback=parse_merging, metavar="N|FIRST..LAST",
-    help="Tokens that each layer merges: one rate, FIRST..LAST layer's, or a list; by default the student's own.",
+keep_option = click.option("--keep", callback=read_by(parse_keep), metavar="SHARE|SHARE,...",
+    help="Share of keys that each tile reads, 1 is dense; or shares of the layers from the first, such as .1,.1,.25,1: "
+         "the last goes on. By default the student's own; of a new one 0.25, with --merge what suits the size.",
 )  # fmt: skip
-token_keep_option = click.option("--token-keep", callback=parse_pruning, metavar="LAYER:SHARE,...",
+merge_option = click.option("--merge", callback=read_by(parse_merge), metavar="N|FIRST..LAST",
+    help="Tokens that each layer merges with their like: one rate, FIRST..LAST layer's, or a list; by default the "
+         "student's own, of a new one none.",
+)  # fmt: skip
+token_keep_option = click.option("--token-keep", callback=read_by(parse_token_keep), metavar="LAYER:SHARE,...",
     help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.')  # fmt: skip
-
-
 trust_option = click.option("--trust", multiple=True, metavar="MODULE",
     help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
 

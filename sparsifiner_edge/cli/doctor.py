@@ -19,17 +19,11 @@ def command(as_json: bool) -> None:
         common.print_json(msgspec.to_builtins(findings))
         return
     common.print_table("Parts", ["part", "available", "version", "remark"], _parts(findings))
-    extras = [
-        [
-            extra if number == 0 else "",
-            name,
-            _text(version),
-            f'pip install "sparsifiner-edge[{extra}]"' if missing else "",
-        ]
-        for extra, packages in findings.extras.items()
-        for number, (name, version) in enumerate(packages.items())
-        for missing in [isinstance(version, Unavailable)]
-    ]
+    extras = []
+    for extra, packages in findings.extras.items():
+        for number, (name, version) in enumerate(packages.items()):
+            install = f'pip install "sparsifiner-edge[{extra}]"' if isinstance(version, Unavailable) else ""
+            extras.append([extra if number == 0 else "", name, _text(version), install])
     common.print_table("Extras", ["extra", "package", "version", "install"], extras)
     fields = msgspec.structs.asdict(findings.machine) | {"python": findings.environment.python}
     fields |= findings.environment.packages | findings.environment.variables
@@ -43,17 +37,19 @@ def _text(value: object) -> str:
 
 
 def _parts(findings: doctor.Findings) -> list[list[str]]:
-    rows = [
-        [name, "yes" if state.available else "no", _text(state.version), state.reason]
-        for name, state in (*findings.backends.items(), ("triton", findings.triton))
-    ]
     device, missing, support = findings.cuda, findings.decoding.missing, findings.cuda_support
-    jetson = f"Jetson Linux {support.jetson}; " if support.jetson else ""
-    rows.append(["CUDA driver", "", _text(support.driver), jetson + support.install])
-    known = not isinstance(device, Unavailable)
     named = device.why if isinstance(device, Unavailable) else f"{device.name}, {device.compute_capability}"
-    rows.append(["CUDA device", "yes" if known else "no", "", named])
-    rows.append(["decoding confined", "no" if missing else "yes", "", "; ".join(missing)])
-    rows.append(["telemetry", "", "", findings.telemetry["onnxruntime"]])
-    available = "yes" if findings.native_library else "no"
-    return [*rows, ["native library", available, "", findings.native_library_reason]]
+    jetson = f"Jetson Linux {support.jetson}; " if support.jetson else ""
+    states = {**findings.backends, "triton": findings.triton}
+    return [
+        *([name, _yes(one.available), _text(one.version), one.reason] for name, one in states.items()),
+        ["CUDA driver", "", _text(support.driver), jetson + support.install],
+        ["CUDA device", _yes(not isinstance(device, Unavailable)), "", named],
+        ["decoding confined", _yes(not missing), "", "; ".join(missing)],
+        ["telemetry", "", "", findings.telemetry["onnxruntime"]],
+        ["native library", _yes(findings.native_library is not None), "", findings.native_library_reason],
+    ]
+
+
+def _yes(available: bool) -> str:
+    return "yes" if available else "no"

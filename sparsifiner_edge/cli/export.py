@@ -31,10 +31,10 @@ def _execution(_context: click.Context, _option: click.Parameter, text: str | No
     return Execution(backend=backend, precision=precision or "auto")
 
 
-@click.command(cls=common.SizedCommand)
+@click.command()
 @click.argument("source", metavar="STUDENT|MODEL")
 @common.weights_option
-@common.img_size_option("source")
+@common.img_size_option
 @common.keep_option
 @common.merge_option
 @common.trust_option

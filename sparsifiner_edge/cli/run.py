@@ -2,101 +2,48 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.execution import Execution
-
-if TYPE_CHECKING:
-    from sparsifiner_edge.camera.service import RunOptions
-    from sparsifiner_edge.camera.sources import Source
 
 
 @click.command()
 @common.bundle_argument
-@click.option(
-    "--source",
-    metavar="URI",
-    required=True,
-    help="An image, a folder of images, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test; @FILE reads "
-    "it from a file, so that a password is in no list of processes.",
-)
+@click.option("--source", metavar="URI", required=True,
+              help="An image, a folder of images, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test; "
+                   "@FILE reads it from a file, so that a password is in no list of processes.")  # fmt: skip
 @common.execution_options
 @common.threads_option
-@click.option(
-    "--output",
-    metavar="FILE",
-    type=common.PATH,
-    help="Write the JSON lines to this file instead: a live source appends to it, another empties it first.",
-)
+@click.option("--output", metavar="FILE", type=common.PATH,
+              help="Write the JSON lines to this file instead: a live source appends, another empties it first.",
+)  # fmt: skip
 @click.option("--overlay", type=common.PATH, help="Also draw the answers into this video (.mp4, .mkv).")
-@click.option(
-    "--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True, help="Most classes per answer."
-)
+@click.option("--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True,
+              help="Most classes per answer.")  # fmt: skip
 @click.option("--threshold", type=common.FiniteRange(0, 1), default=0.0, help="Leave out less probable classes.")
 @click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after so many frames.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
-@click.option(
-    "--stall",
-    "stall_s",
-    type=common.FiniteRange(0.1, MOST_SECONDS),
-    default=3.0,
-    show_default=True,
-    help="Seconds without a frame after which a live source is reopened.",
-)
-@click.option(
-    "--require-signature",
-    "public_key",
-    metavar="KEY.pub",
-    type=common.PATH,
-    help="Refuse a bundle that the holder of this key did not sign, or that was altered since.",
-)
-def command(
-    *,
-    bundle: Path,
-    source: str,
-    metrics: str | None,
-    top: int,
-    threshold: float,
-    public_key: Path | None,
-    output: Path | None,
-    overlay: Path | None,
-    frames: int | None,
-    stall_s: float,
-    **execution: Any,
-) -> None:
+@click.option("--stall", "stall_s", type=common.FiniteRange(0.1, MOST_SECONDS), default=3.0, show_default=True,
+              help="Seconds without a frame after which a live source is reopened.")  # fmt: skip
+@click.option("--require-signature", "public_key", metavar="KEY.pub", type=common.PATH,
+              help="Refuse a bundle that the holder of this key did not sign, or that was altered since.")  # fmt: skip
+def command(*, bundle: Path, source: str, metrics: str | None, **options: Any) -> None:
     """Run BUNDLE on images, a video or a camera; one JSON line per image or frame.
 
     A live source is waited for, and opened again when it is lost; events of it go to standard error, one JSON line
     each. SIGTERM and Ctrl-C end the run after the current image or frame, with exit code 0.
     """
     from sparsifiner_edge.camera.health import parse_host_port
-    from sparsifiner_edge.camera.model import ModelOptions
     from sparsifiner_edge.camera.service import RunOptions, run_service, run_stills
     from sparsifiner_edge.camera.sources import parse_source
 
     parsed = parse_source(source)
-    model = ModelOptions(Execution(**execution), top, threshold, public_key)
+    execution = Execution(**{name: options.pop(name) for name in Execution.__struct_fields__})
     address = None if metrics is None else parse_host_port(metrics)
-    options = RunOptions(model, output, overlay, frames, address, stall_s)
-    if parsed.kind == "images":
-        _require_stills(parsed, options)
-        run_stills(bundle, parsed, options)
-    else:
-        run_service(bundle, parsed, options)
-
-
-def _require_stills(source: Source, options: RunOptions) -> None:
-    from sparsifiner_edge.camera.sources import KNOWN
-
-    if not os.path.exists(source.location):  # noqa: PTH110  (of a name that is too long, too)
-        raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
-    for name in ("overlay", "metrics", "frames"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"--{name} cannot be combined with images.", "Give a video or a camera, or leave it out.")
+    run = run_stills if parsed.kind == "images" else run_service
+    run(bundle, parsed, RunOptions(execution=execution, metrics=address, **options))

@@ -19,7 +19,7 @@ TOLD_DRIFT = 0.1
 """Of the logarithm of the dense model's time."""
 
 
-@click.command(cls=common.SizedCommand)
+@click.command()
 @click.argument("source", metavar="MODEL|STUDENT")
 @click.option("--data", type=common.PATH, required=True, help="Folder of images like those that the model will see.")
 @click.option("--at-least", type=float, metavar="FIDELITY", help="The fastest that is as near to the dense model.")
@@ -28,7 +28,7 @@ TOLD_DRIFT = 0.1
               help="Fidelity: patches or class (cosine of these tokens), maps (IoU of a decoder's map), or a metric of "
                    "your own, package.module:class.")  # fmt: skip
 @common.weights_option
-@common.img_size_option("model")
+@common.img_size_option
 @click.option("--teacher", metavar="MODEL", help="The dense model of a student that was trained.")
 @click.option("--backend", "backends", multiple=True, type=click.Choice(ON_PROCESSOR),
               help="Repeatable; by default all that run here.")  # fmt: skip

@@ -23,24 +23,14 @@ def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     return {name: whole_number(number, name) for name, number in pairs}
 
 
-@click.command(cls=common.SizedCommand)
+@click.command()
 @click.argument("model")
 @common.weights_option
-@common.img_size_option("model")
+@common.img_size_option
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="edge", show_default=True, help="Kind of sparsity.")
-@click.option("--keep", callback=common.parse_keeping, metavar="SHARE|SHARE,...",
-              help="Share of keys each tile reads, 1 is dense; or shares of the layers from the first, such as "
-                   ".1,.1,.25,1: the last goes on. By default 0.25, with --merge what suits the size.")  # fmt: skip
-@click.option("--token-keep", default="", callback=common.parse_pruning, metavar="LAYER:SHARE,...",
-              help="Prune tokens, such as 3:.7,6:.7,9:.7.")  # fmt: skip
-@click.option(
-    "--merge",
-    default="0",
-    show_default=True,
-    callback=common.parse_merging,
-    metavar="N|FIRST..LAST",
-    help="Tokens that each layer merges with their like: one rate, the first and the last layer's, or a list.",
-)
+@common.keep_option
+@common.token_keep_option
+@common.merge_option
 @click.option("--set", "settings", multiple=True, callback=_settings, metavar="NAME=NUMBER",
               help="A size that is seldom set: tile, probe, channels, cells, merge_window (docs/selection.md).",
 )  # fmt: skip

@@ -1,8 +1,9 @@
-"""What is made wrong."""
+"""What is made wrong, and how."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,18 @@ from tests.models import TINY
 from tests.tiny import make_bundle
 
 Capsys = pytest.CaptureFixture[str]
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -48,12 +61,7 @@ def counted(tmp_path: Path) -> Path:
     """A small bundle whose manifest says what a sparse ViT-S costs."""
     shape, sparsity = ModelShape(12, 6, 384, 1536, 1, 256, 14), SparsityConfig(keep=0.1, cells=16)
     return make_bundle(
-        tmp_path / "counted",
-        batch=1,
-        shape=dataclasses.asdict(shape),
-        tokens={"prefix": 1, "grid": [16, 16]},
-        sparsity=sparsity.to_dict(),
-        ops=["sparsifiner::KeySelect"],
-        costs=summary(shape, sparsity),
+        tmp_path / "counted", batch=1, shape=dataclasses.asdict(shape), tokens={"prefix": 1, "grid": [16, 16]},
+        sparsity=sparsity.to_dict(), ops=["sparsifiner::KeySelect"], costs=summary(shape, sparsity),
         dense_costs=summary(shape, SparsityConfig(keep=1)),
-    )
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Bundles that were changed or damaged."""
+"""Bundles that were changed or damaged, and manifests that speak of no model. Those changed at random: tests.fuzz."""
 
 from __future__ import annotations
 
@@ -15,56 +15,36 @@ import pytest
 from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError
-from tests.bad_input.damage import edit_json, flip
+from tests.bad_input.conftest import edit_json, flip
 from tests.commands import assert_refused, call, process
-from tests.seal import seal_bundle
+from tests.package.reseal import reseal
+from tests.plain import estimate_bundle
 from tests.tiny import make_bundle
 
 Capsys = pytest.CaptureFixture[str]
-
-
-def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    edit_json(folder / BUNDLE_FILE, change)
-
-
-def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
-    """Hashes that match what lies there now."""
-    manifest = json.loads((folder / BUNDLE_FILE).read_text())
-    (folder / BUNDLE_FILE).unlink()
-    del manifest["files"]
-    change(manifest)
-    seal_bundle(folder, manifest)
+Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.mark.parametrize(
-    ("change", "texts"),
+    ("change", "said"),
     [
-        (lambda m: m.pop("schema_version"), ["has no schema_version"]),
-        (lambda m: m.update(schema_version=2), ["schema 2; this version reads 3 alone", "sparsifiner-edge export"]),
-        (lambda m: m.update(kind="student"), ["is not a bundle's manifest", "Export the bundle again"]),
-        (lambda m: m.pop("files"), ["is not a bundle's manifest"]),
-        (lambda m: m["files"].pop("model.onnx"), ["is not a bundle's manifest"]),
-        (lambda m: m["files"].update({"model.onnx": None}), ["an entry of files is not str"]),
-        (lambda m: m["files"].update({"gone.bin": "0"}), ["gone.bin is missing"]),
-        (lambda m: m["files"].update({"x" * 300: "0"}), ["File name too long"]),
-        (lambda m: m.pop("preprocessing"), ["preprocessing is missing"]),
-        (lambda m: m.update(preprocessing={"size": "4"}), ['preprocessing.size is "4", not int']),
-        (
-            lambda m: m.update(preprocessing={"size": 5}),
-            ["takes image (uint8 [batch, 4, 4, 3])", "[B, 5, 5, 3] is needed"],
-        ),
-        (lambda m: m.update(preprocessing={"size": [4, 0]}), ["preprocessing.size[1] is 0"]),
-        (
-            lambda m: m.update(preprocessing={"size": 4, "resize": "centre rectangle, bicubic"}),
-            ["preprocessing.resize is 'centre rectangle, bicubic'; known is centre square"],
-        ),
+        (lambda m: m.pop("schema_version"), "has no schema_version"),
+        (lambda m: m.update(schema_version=2), "schema 2; this version reads 3 alone"),
+        (lambda m: m.update(kind="student"), "is not a bundle's manifest"),
+        (lambda m: m.pop("files"), "is not a bundle's manifest"),
+        (lambda m: m["files"].pop("model.onnx"), "is not a bundle's manifest"),
+        (lambda m: m["files"].update({"model.onnx": None}), "an entry of files is not str"),
+        (lambda m: m["files"].update({"gone.bin": "0"}), "gone.bin is missing"),
+        (lambda m: m["files"].update({"x" * 300: "0"}), "File name too long"),
+        (lambda m: m.pop("preprocessing"), "preprocessing is missing"),
+        (lambda m: m.update(preprocessing={"size": "4"}), 'preprocessing.size is "4", not int'),
+        (lambda m: m.update(preprocessing={"size": 5}), "takes image (uint8 [batch, 4, 4, 3])"),
+        (lambda m: m.update(preprocessing={"size": [4, 0]}), "preprocessing.size[1] is 0"),
     ],
 )
-def test_a_bundle_with_another_manifest(
-    change: Callable[[dict[str, Any]], object], texts: list[str], bundle: Path, pictures: Path, capsys: Capsys
-) -> None:
-    change_manifest(bundle, change)
-    assert_refused(call(capsys, "run", bundle, "--source", pictures), *texts)
+def test_a_bundle_with_another_manifest(change: Change, said: str, bundle: Path, pictures: Path, capsys: Any) -> None:
+    edit_json(bundle / BUNDLE_FILE, change)
+    assert_refused(call(capsys, "run", bundle, "--source", pictures), said)
 
 
 def drop_outputs(folder: Path) -> None:
@@ -74,36 +54,25 @@ def drop_outputs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "texts"),
+    ("damage", "said"),
     [
-        (lambda b: (b / BUNDLE_FILE).write_text("{"), ["manifest.json cannot be read", "Export the bundle again"]),
-        (lambda b: (b / BUNDLE_FILE).unlink(), ["manifest.json does not exist"]),
-        (lambda b: flip(b / "model.onnx"), ["model.onnx does not match its SHA-256"]),
-        (lambda b: (b / "model.onnx").unlink(), ["model.onnx is missing"]),
-        (
-            lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)),
-            ["model.onnx is not an ONNX file", "Export the bundle"],
-        ),
-        (lambda b: ((b / "model.onnx").write_bytes(b""), reseal(b)), ["ONNX Runtime rejects"]),
-        (lambda b: (drop_outputs(b), reseal(b)), ["gives other; needed are logits, features"]),
-        (shutil.rmtree, ["is not a folder", "sparsifiner-edge export"]),
-        (lambda b: (shutil.rmtree(b), b.write_text("x")), ["is not a folder"]),
+        (lambda b: (b / BUNDLE_FILE).write_text("{"), "manifest.json cannot be read"),
+        (lambda b: (b / BUNDLE_FILE).unlink(), "manifest.json does not exist"),
+        (lambda b: flip(b / "model.onnx"), "model.onnx does not match its SHA-256"),
+        (lambda b: (b / "model.onnx").unlink(), "model.onnx is missing"),
+        (lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)), "model.onnx is not an ONNX file"),
+        (lambda b: ((b / "model.onnx").write_bytes(b""), reseal(b)), "ONNX Runtime rejects"),
+        (lambda b: (drop_outputs(b), reseal(b)), "gives other; needed are logits, features"),
+        (lambda b: (shutil.rmtree(b), b.write_text("x")), "is not a folder"),
     ],
 )
-@pytest.mark.parametrize("command", ["run", "evaluate"])
 def test_a_damaged_bundle(
-    command: str, damage: Callable[[Path], object], texts: list[str], bundle: Path, pictures: Path, capsys: Capsys
+    damage: Callable[[Path], object], said: str, bundle: Path, pictures: Path, capsys: Capsys
 ) -> None:
     damage(bundle)
-    if command == "run":
-        assert_refused(call(capsys, "run", bundle, "--source", pictures), *texts)
-    elif "gives other" not in texts[0]:
+    assert_refused(call(capsys, "run", bundle, "--source", pictures), said)
+    if "needed are" not in said:
         assert_refused(call(capsys, "evaluate", bundle, "--against", bundle, "--data", pictures))
-
-
-def instead(path: Path, make: Callable[[Path], object]) -> None:
-    path.unlink()
-    make(path)
 
 
 @pytest.mark.parametrize("entry", ["check", "retiled", "measured", "quantisation", "float16"])
@@ -128,47 +97,61 @@ def test_what_is_for_people_may_lack_anything_and_hold_more(entry: str, tmp_path
 )
 def test_a_manifest_that_would_never_end(make: Callable[[Path], object], said: str, bundle: Path) -> None:
     """In a process of its own, since a reader of a pipe waits."""
-    instead(bundle / BUNDLE_FILE, make)
+    (bundle / BUNDLE_FILE).unlink()
+    make(bundle / BUNDLE_FILE)
     outcome = process("package", bundle, "--for", "triton", "-o", bundle.parent / "out", timeout=60)
     assert_refused(outcome, "manifest.json", said)
     assert not (bundle.parent / "out").exists()
 
 
-def test_a_link_out_of_a_bundle(bundle: Path, tmp_path: Path, pictures: Path, capsys: Capsys) -> None:
-    (bundle / "model.onnx").rename(tmp_path / "elsewhere.onnx")
-    (bundle / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
-    assert_refused(call(capsys, "run", bundle, "--source", pictures), "'model.onnx' outside itself")
-
-
-def test_labels_that_the_manifest_does_not_name_or_that_are_too_few(
-    tiny_bundle: Path, tmp_path: Path, pictures: Path
-) -> None:
+def test_labels_that_are_too_few(tiny_bundle: Path, tmp_path: Path, pictures: Path) -> None:
     folder = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
     (folder / "labels.txt").write_bytes(b"only one \xff\n")
     reseal(folder)
     outcome = process("run", folder, "--source", pictures / "picture0.png")
     assert outcome.code == 0
     assert json.loads(outcome.out)["top"][0]["label"].startswith("class_")
-    edit_json(folder / BUNDLE_FILE, lambda m: m["files"].pop("labels.txt"))
-    (folder / "labels.txt").write_text("cat\n" * 10)
-    assert "cat" not in process("run", folder, "--source", pictures / "picture0.png").out
 
 
-def test_a_bundle_needs_a_named_teacher(tiny_bundle: Path, pictures: Path, capsys: Capsys) -> None:
-    outcome = call(capsys, "evaluate", tiny_bundle, "--data", pictures)
-    assert_refused(outcome, "A bundle does not hold its teacher", "--against MODEL")
-
-
-@pytest.mark.parametrize("arguments", [["--against", "resnet18"], ["--against", "nowhere/"]])
-def test_what_is_no_teacher(arguments: list[str], tiny_student: Path, pictures: Path, capsys: Capsys) -> None:
-    outcome = call(capsys, "evaluate", tiny_student, "--data", pictures, *arguments)
-    assert_refused(outcome, arguments[1].strip("/"))
-
-
-def test_bundles_that_take_other_batches_or_sizes(
+def test_what_is_no_teacher_or_takes_other_batches_or_sizes(
     tmp_path: Path, bundle: Path, tiny_student: Path, pictures: Path, capsys: Capsys
 ) -> None:
     four = make_bundle(tmp_path / "four", batch=4, preprocessing={"size": 4})
     assert_refused(call(capsys, "run", four, "--source", pictures), "takes batches of 4", "--batch 1 or dynamic")
-    outcome = call(capsys, "evaluate", tiny_student, "--against", bundle, "--data", pictures)
-    assert_refused(outcome, "The subject takes 160 px, the teacher 4 px")
+    for teacher, said in (("resnet18", "resnet18"), ("nowhere/", "nowhere"), (bundle, "takes 160 px, the teacher 4")):
+        outcome = call(capsys, "evaluate", tiny_student, "--data", pictures, "--against", teacher)
+        assert_refused(outcome, said)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.update(inputs=3), "inputs is 3, not list"),
+        (lambda m: m.pop("inputs"), "inputs is missing"),
+        (lambda m: m["inputs"][0].update(shape={"0": 1}), 'inputs[0].shape is {"0": 1}, not list'),
+        (lambda m: m["inputs"][0].update(shape=[1.5]), "inputs[0].shape[0] is 1.5, not int or str or null"),
+        (lambda m: m["inputs"][0].update(shape=[2**40]), "an input's shape is"),
+        (lambda m: m.update(ops=[]), "names no operators for its sparse layers"),
+        (lambda m: m.update(precision=["fp16"]), 'precision is ["fp16"], not str or null'),
+        (lambda m: m.update(name={"a": ["\x1b"]}), 'name is {"a": ["\\u001b"]}, not str'),
+        (lambda m: m["shape"].update(patches=16.5), "shape.patches is 16.5, not int"),
+        (lambda m: m["shape"].update(depth=0), "shape.depth is 0, not int >= 1"),
+        (lambda m: m["shape"].update(depth=1025), "shape.depth is 1025, not int <= 1024"),
+        (lambda m: m["shape"].update(depth=10**300), "shape.depth is 1000000"),
+        (lambda m: m["shape"].update(patches=255), "costs are not those of its model"),
+        (lambda m: m["shape"].pop("hidden"), "shape.hidden is missing"),
+        (lambda m: m["tokens"].update(grid=[-16, -16]), "tokens.grid[0] is -16, not int >= 1"),
+        (lambda m: m["tokens"].update(grid=[256]), "tokens.grid is [256], not list of length 2"),
+        (lambda m: m["costs"].update(predictor_macs=10**4000), "costs are not those of its model"),
+        (lambda m: m["dense_costs"].update(attention_macs=1e300), "not int"),
+        (lambda m: m["sparsity"].update(value_power=10**400), "value_power is 1000"),
+        (lambda m: m["sparsity"].update(keep=float("nan")), "sparsity.keep is nan"),
+        (lambda m: m.update(more=float("inf")), "more is inf"),
+    ],
+)
+def test_a_manifest_of_no_model(change: Change, said: str, counted: Path, tmp_path: Path, capsys: Capsys) -> None:
+    assert estimate_bundle(counted, "t4", precision="fp16")["statistics"]["latency_ms"]["value"] > 0
+    edit_json(counted / BUNDLE_FILE, change)
+    outcome = call(capsys, "estimate", counted, "--board", "t4", "--precision", "fp16", "-o", tmp_path / "e.json")
+    assert_refused(outcome, said)
+    assert not (tmp_path / "e.json").exists()

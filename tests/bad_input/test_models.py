@@ -24,7 +24,6 @@ Capsys = pytest.CaptureFixture[str]
         ("vit_smal_patch16_224", ["'vit_smal_patch16_224'", "Did you mean vit_small_patch16_224"]),
         ("nonsense", ["timm has no model 'nonsense'", "list_models"]),
         ("test_vit.no_such_tag", ["test_vit.no_such_tag", "Check the model's name"]),
-        ("hf-hub:timm/test_vit.r160_in1k", ["timm has no model 'hf-hub:timm/test_vit.r160_in1k'"]),
         ("swin_tiny_patch4_window7_224", ["is a SwinTransformer, not a VisionTransformer", "Choose a ViT"]),
         ("test_vit_relpos", ["is a VisionTransformerRelPos", "Choose a ViT"]),
     ],
@@ -37,37 +36,6 @@ def test_no_weights_and_no_net(tmp_path: Path) -> None:
     outcome = process("sparsify", "vit_tiny_patch16_224", "-o", tmp_path / "s", env={"HF_HOME": str(tmp_path / "hf")})
     assert_refused(outcome, "The weights of 'vit_tiny_patch16_224' could not be downloaded", "--weights")
     assert not (tmp_path / "s").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "texts"),
-    [
-        (["--keep", "0"], ["keep is 0.0, outside (0, 1]", "such as 0.25"]),
-        (["--keep", "1.5"], ["keep is 1.5"]),
-        (["--keep", "nan"], ["keep is nan"]),
-        (["--keep", "half"], ["keep is 'half'", "such as 0.25"]),
-        (["--set", "tile=0"], ["tile is 0"]),
-        (["--set", "heads=4"], ["none of tile, probe"]),
-        (["--set", "tile=10", "--set", "probe=4"], ["tile 10 is not a multiple of probe 4", "divides the tile"]),
-        (["--set", "tile=128"], ["tile 128 exceeds the 100 patches", "smaller tile"]),
-        (["--set", "cells=101"], ["101 cells exceed the 100 patches", "fewer cells"]),
-        (["--set", "cells=-1"], ["cells is -1"]),
-        (["--set", "channels=33"], ["channels 33 exceed the head dimension 32", "at most 32"]),
-        (["--preset", "paper", "--set", "channels=33"], ["channels 33 exceed the head dimension 32"]),
-        (["--preset", "paper", "--set", "tile=16"], ["tile is 16, but the preset 'paper' has 1"]),
-        (["--preset", "paper", "--img-size", "64"], ["requires one class token and 8 landmarks", "2 landmarks"]),
-        (["--img-size", "161"], ["161 is not a multiple of the patch size 16", "Use 160"]),
-        (["--img-size", "0"], ["--img-size", "0 is not in the range"]),
-        (["--img-size", "96", "170"], ["image width 170 is not a multiple of the patch size 16", "Use 96x176"]),
-        (["--img-size", "8x160"], ["image height 8 is not a multiple of the patch size 16", "Use 16x160"]),
-        (["--img-size", "96x9000"], ["--img-size", "9000 is not in the range"]),
-        (["--img-size", "96x"], ["'96x' is neither a side nor a height and a width", "294x518"]),
-        (["--img-size", "96", "160", "3"], ["unexpected extra argument", "3"]),
-        (["--calibrate", "nowhere"], ["nowhere does not exist", "folder of images"]),
-    ],
-)
-def test_settings_that_do_not_fit(arguments: list[str], texts: list[str], sparsify: Callable[..., Outcome]) -> None:
-    assert_refused(sparsify(*arguments), *texts)
 
 
 class Evil:
@@ -111,9 +79,7 @@ def truncated_pth(path: Path) -> None:
     ("name", "write", "texts"),
     [
         ("w.safetensors", lambda p: None, ["does not exist"]),
-        ("w.safetensors", lambda p: p.mkdir(), ["does not exist"]),
         ("w.safetensors", lambda p: p.write_bytes(b""), ["cannot be read as weights"]),
-        ("w.safetensors", lambda p: p.write_text("Not Found\n" * 100), ["cannot be read as weights"]),
         ("w.safetensors", lambda p: p.write_bytes(struct.pack("<Q", 1 << 62) + b"{}"), ["cannot be read as weights"]),
         ("w.safetensors", truncated, ["cannot be read as weights", "make it again"]),
         ("w.safetensors", weights_of_another_architecture, ["does not fit this model", "the same architecture"]),
@@ -121,7 +87,6 @@ def truncated_pth(path: Path) -> None:
         ("w.safetensors", weights_with(lambda s: s.pop("cls_token")), ["missing cls_token; left over nothing"]),
         ("w.safetensors", weights_with(lambda s: s.update(more=torch.ones(1))), ["missing nothing; left over more"]),
         ("w.safetensors", weights_with(lambda s: s.update({"head.weight": torch.ones(())})), ["does not fit"]),
-        ("w.safetensors", weights_with(lambda s: s.update({"pos_embed": torch.ones(7)})), ["does not fit"]),
         ("w.safetensors", weights_with(lambda s: s.update({"cls_token": torch.ones(3)})), ["cls_token has shape [3]"]),
         ("w.safetensors", weights_with(lambda s: s["norm.bias"].fill_(torch.nan)), ["norm.bias holds NaN"]),
         ("w.pth", lambda p: p.write_text("Not Found"), ["damaged, or a pickle that holds more than tensors"]),

@@ -18,8 +18,6 @@ from tests.commands import PROGRAM, snapshot
 from tests.everything import first
 from tests.models import TINY
 
-Capsys = pytest.CaptureFixture[str]
-
 
 def wait_for(condition: Callable[[], object], run: subprocess.Popen[str]) -> bool:
     deadline = time.monotonic() + 120
@@ -43,14 +41,9 @@ def importing(pid: int) -> bool:
 @pytest.mark.parametrize("number", first([signal.SIGINT, signal.SIGTERM]))
 @pytest.mark.parametrize("command", first(["sparsify", "export"]))
 def test_a_signal_at_any_moment(
-    command: str,
-    number: signal.Signals,
-    moment: str,
-    tiny_student: Path,
-    tiny_bundle: Path,
-    tiny_weights: Path,
+    command: str, number: signal.Signals, moment: str, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path,
     tmp_path: Path,
-) -> None:
+) -> None:  # fmt: skip
     target = tmp_path / "target"
     shutil.copytree(tiny_student if command == "sparsify" else tiny_bundle, target)
     before = snapshot(target)
@@ -107,7 +100,7 @@ def test_nohup_is_respected(bundle: Path, pictures: Path) -> None:
         "import os, signal, sys\n"
         "from sparsifiner_edge.cli.main import main\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "import sparsifiner_edge.camera.still_images as stills\n"
+        "import sparsifiner_edge.camera.service as stills\n"
         "run = stills.run_images\n"
         "stills.run_images = lambda *a: (os.kill(os.getpid(), signal.SIGHUP), run(*a))[1]\n"
         "main(['run', sys.argv[1], '--source', sys.argv[2]])"

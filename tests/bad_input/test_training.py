@@ -8,14 +8,10 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 
-from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE, sha256
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import TrainingState
 from sparsifiner_edge.distill.data import folder_source
@@ -24,13 +20,11 @@ from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
-from tests.bad_input.damage import edit_json
 from tests.commands import assert_refused, call
 from tests.fuzz.mutate import json_text
 from tests.models import student as make_student
 
 SHORT = ("distil.steps=4", "batch=2", "check_every=2", "save_every=2", "images.held_out=2", "ema=0.9")
-Content = dict[str, Any]
 NORM = "student/norm.weight"
 
 
@@ -49,16 +43,11 @@ def begun(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     place = tmp_path_factory.mktemp("begun")
     save_student(make_student(num_classes=2), place / "start")
     shutil.copytree(folder, place / "data")
-    with contextlib.chdir(place) if hasattr(contextlib, "chdir") else _inside(place), pytest.raises(Stop):
-        distill_student("start", "data", "out", overrides=SHORT, progress=stop_after_three)
-    return place
-
-
-@contextlib.contextmanager
-def _inside(place: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        yield
+        with pytest.raises(Stop):
+            distill_student("start", "data", "out", overrides=SHORT, progress=stop_after_three)
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -92,44 +81,6 @@ def test_outputs_that_are_no_folder_of_their_own(
     assert_refused(outcome, "names no folder of its own")
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (lambda c: c.update(labels=1e308), "labels is 1e+308, not list"),
-        (lambda c: c.update(labels=[3] * 10), "labels[0] is 3, not str"),
-        (lambda c: c.update(labels=["a"] * 9 + ["\ud800"]), "labels[9] is"),
-        (lambda c: c.update(labels=["a"] * 9 + ["x" * 100_000]), 'labels[9] is "xxx'),
-        (lambda c: c.update(labels=["a"] * 9 + [""]), 'labels[9] is ""'),
-        (lambda c: c.update(labels=["a"]), "names 1 labels for 10 classes"),
-        (lambda c: c["provenance"].update(x=[float("nan")]), "provenance.x[0] is nan"),
-        (lambda c: c["provenance"].update(x=1e999), "provenance.x is inf"),
-        (lambda c: c["provenance"].update(x=json.loads("[" * 200 + "]" * 200)), "nested deeper than 64 levels"),
-        (lambda c: c.update(img_size=64_000), "image size 64000 is too large"),
-        (lambda c: c.update(img_size=16 * 2**60), "image size 18446744073709551616 is too large"),
-        (lambda c: c.update(num_classes=10**9), "num_classes is 1000000000"),
-        (lambda c: c.update(num_classes=-1), "num_classes is -1"),
-        (lambda c: c.update(model="vit_giant_patch14_dinov2.lvd142m"), "not a multiple of the patch size 14"),
-        (lambda c: c.update(model="x" * 100_000), "timm has no model"),
-        (lambda c: c["sparsity"].update(tile=2**62, probe=1), "tile is 4611686018427387904"),
-    ],
-)
-def test_a_student_of_nothing(change: Callable[[Content], object], text: str, student: Path) -> None:
-    edit_json(student / STUDENT_FILE, change)
-    with pytest.raises(SparsifinerError) as caught:
-        load_student(student)
-    assert text in caught.value.what
-
-
-@pytest.mark.parametrize("kind", [torch.float8_e5m2, torch.int32, torch.complex64, torch.bool])
-def test_weights_of_another_kind(kind: torch.dtype, student: Path) -> None:
-    state = safetensors.torch.load_file(student / WEIGHTS_FILE)
-    state["norm.weight"] = torch.full_like(state["norm.weight"], torch.nan).to(kind)
-    safetensors.torch.save_file(state, student / WEIGHTS_FILE)
-    edit_json(student / STUDENT_FILE, lambda c: c.update(weights_sha256=sha256(student / WEIGHTS_FILE)))
-    with pytest.raises(SparsifinerError, match=r"norm\.weight (is|holds)"):
-        load_student(student)
-
-
 FOREIGN = "does not belong to this training"
 
 
@@ -138,12 +89,10 @@ FOREIGN = "does not belong to this training"
     [
         (lambda s, _: setattr(s, "step", -1), "steps do not belong to this training"),
         (lambda s, _: setattr(s, "step", 99), "steps do not belong to this training"),
-        (lambda s, _: setattr(s, "best_step", 1), "steps do not belong to this training"),
         (lambda s, _: setattr(s, "fidelity", {}), "steps do not belong to this training"),
         (lambda s, _: s.each.update({0: [0.5]}), "steps do not belong to this training"),
         (lambda s, _: s.fingerprint.update(seed=7), "began with other seed: 7, now 0"),
         (lambda _, t: t.pop("best/norm.weight"), f"'best/norm.weight' {FOREIGN}"),
-        (lambda _, t: t.pop("average/norm.weight"), f"'average/norm.weight' {FOREIGN}"),
         (lambda _, t: t.update(x=torch.zeros(1)), f"'x' {FOREIGN}"),
         (lambda _, t: t.update({NORM: torch.zeros(3)}), f"{NORM!r} {FOREIGN}"),
         (lambda _, t: t.update({NORM: t[NORM].half()}), f"{NORM!r} {FOREIGN}"),
@@ -192,9 +141,3 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     with disk_of(100_000), pytest.raises(ArtifactError, match=r"checkpoint\.safetensors cannot be written: .*File too"):
         checkpoint.save(tmp_path, TrainingState(), {"x": torch.zeros(1_000_000)})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_full_disk_takes_no_history(tmp_path: Path) -> None:
-    (tmp_path / checkpoint.HISTORY).write_bytes(b" " * 3000)
-    with disk_of(3000), pytest.raises(ArtifactError, match=r"history\.jsonl cannot be written: File too large"):
-        checkpoint.append_history(tmp_path, 1)

@@ -1,9 +1,12 @@
-"""Bundles and videos that several tests of the camera share."""
+"""Bundles, videos, services and what they say, as several tests of the camera have them."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.pattern import draw_pattern
-from tests.camera.cells import make_cells_bundle
-from tests.commands import PROGRAM
+from tests.camera.cells import make_cells_bundle, number_of
+from tests.commands import PROGRAM, Outcome
 from tests.once import Once
 
 av = pytest.importorskip("av", reason="the extra camera is not installed")
+needs_gst = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="gst-launch-1.0 is not installed")
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +46,46 @@ def encode(path: Path, pictures: list[np.ndarray[Any, Any]], codec: str = "libx2
             file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         file.mux(stream.encode(None))
     return path
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    """Whole lines of JSON as others read it: without NaN."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.split("\n")[:-1]]
+
+
+def records_of(outcome: Outcome) -> list[dict[str, Any]]:
+    assert outcome.code == 0, outcome.err
+    return lines(outcome.out)
+
+
+def numbers_of(records: list[dict[str, Any]]) -> list[int | None]:
+    return [number_of(record["features"]) for record in records]
+
+
+def record(**fields: Any) -> FrameRecord:
+    times = ("monotonic_s", "capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
+    known = {"source": "x", "frame": 3, "skipped": 0, "pts_s": None, "frame_age_ms": None} | dict.fromkeys(times, 1.0)
+    return FrameRecord(**known | fields)
+
+
+def get(address: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def metric(address: str, name: str) -> float:
+    """The value of one of the metrics."""
+    values = dict(line.rsplit(" ", 1) for line in get(address)[1].splitlines() if not line.startswith("#"))
+    return float(values[f"sparsifiner_{name}"])
 
 
 class Service:
@@ -76,9 +121,7 @@ class Service:
         self.process.terminate()
         out, err = self.process.communicate(timeout=seconds)
         assert "Traceback" not in err
-        return self.process.returncode, *(
-            [json.loads(line) for line in (text or "").splitlines()] for text in (out, err)
-        )
+        return self.process.returncode, lines(out or ""), lines(err)
 
 
 @pytest.fixture

@@ -22,10 +22,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.camera.pattern import BITS
@@ -34,8 +33,9 @@ from tests.camera.cells import make_cells_bundle, number_of
 
 SERVER = Path(__file__).resolve().parent / "rtsp_server.py"
 PYTHONS = ("/usr/bin/python3", sys.executable)
-RECONNECT_S, AGE_MS, MEMORY_PERCENT = 5.0, 200.0, 5.0
+GOALS = {"reconnect_s": 5.0, "age_ms": 200.0, "memory_growth_percent": 5.0}
 _PROBE = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
+_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 def python_with_rtsp() -> str | None:
@@ -47,41 +47,27 @@ def python_with_rtsp() -> str | None:
     return None
 
 
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 class Server:
-    """The RTSP server, to be killed and started again."""
+    """The RTSP server on a port that was free, to be killed and started again."""
 
-    def __init__(self, python: str, port: int, *arguments: Any) -> None:
+    def __init__(self, python: str, *arguments: Any) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            port = one.getsockname()[1]
         self.address = f"rtsp://127.0.0.1:{port}/camera"
-        self._line = [python, str(SERVER), str(port), *map(str, arguments)]
-        self._process: subprocess.Popen[str] | None = None
+        self._start, self._arguments = [python, str(SERVER), str(port)], arguments
 
     def start(self, *arguments: Any) -> float:
-        """Start it, with other arguments after the port if given; the monotonic time at which it listens."""
-        line = [*self._line[:3], *map(str, arguments)] if arguments else self._line
-        self._process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
+        """Start it, with other arguments if given; the monotonic time at which it listens."""
+        line = [*self._start, *map(str, arguments or self._arguments)]
+        self.process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
         return time.monotonic()
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process that runs, or ran last."""
-        return None if self._process is None else self._process.pid
 
     def kill(self) -> None:
         """SIGKILL."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
+        self.process.kill()
+        self.process.communicate()
 
     def __enter__(self) -> Server:
         self.start()
@@ -89,42 +75,6 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-
-
-class Seen(NamedTuple):
-    """One record: when it was answered, and how old its frame was by the image and by the service's own word."""
-
-    at_s: float
-    age_ms: float
-    told_ms: float
-
-
-class Reader(threading.Thread):
-    """Collects what the service says."""
-
-    def __init__(self, service: subprocess.Popen[str]) -> None:
-        super().__init__(daemon=True)
-        self.seen: list[Seen] = []
-        self.unread = 0
-        self._service = service
-        self.start()
-
-    def run(self) -> None:
-        assert self._service.stdout is not None
-        for line in self._service.stdout:
-            record = json.loads(line)
-            number = number_of(record["features"])
-            if number is None:
-                self.unread += 1
-                continue
-            age = (round(record["monotonic_s"] * 1000) - number) % (1 << BITS)
-            self.seen.append(Seen(record["monotonic_s"], float(age), record["frame_age_ms"]))
-
-
-def start_service(bundle: Path, address: str, *arguments: Any) -> subprocess.Popen[str]:
-    """`sparsifiner-edge run` on an RTSP address."""
-    line = [sys.executable, "-m", "sparsifiner_edge", "run", bundle, "--source", address, "--threads", 1, *arguments]
-    return subprocess.Popen([str(x) for x in line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def resident_kb(pid: int) -> int:
@@ -142,76 +92,66 @@ def resident_kb(pid: int) -> int:
 
 def soak(python: str, bundle: Path, seconds: float, every_s: float, down_s: float = 3.0) -> dict[str, Any]:
     """Run the service for `seconds`, killing the server every `every_s`."""
-    with Server(python, free_port()) as server, start_service(bundle, server.address) as service:
-        reader, back, memory = Reader(service), [time.monotonic()], []
-        events: list[str] = []
-        assert service.stderr is not None
-        threading.Thread(target=lambda: events.extend(service.stderr or []), daemon=True).start()
-        wait_for_frames(reader, back[0], 30)
-        began = time.monotonic()
-        while time.monotonic() - began < seconds:
-            due = time.monotonic() + every_s - down_s
-            while time.monotonic() < min(due, began + seconds):
-                memory.append((time.monotonic() - began, resident_kb(service.pid)))
-                time.sleep(0.5)
-            if time.monotonic() - began < seconds - every_s / 2:
-                server.kill()
-                time.sleep(down_s)
-                back.append(server.start())
-        service.terminate()
-        code = service.wait(20)
-    return _summary(reader, back, memory, code, events)
+    with Server(python) as server, tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "e").open("w+") as events:
+        lines, memory, back = Path(scratch) / "lines", [], [time.monotonic()]
+        run = [sys.executable, "-m", "sparsifiner_edge", "run", bundle, "--source", server.address, "--threads", 1]
+        with subprocess.Popen([str(x) for x in (*run, "--output", lines)], stderr=events) as service:
+            while not (lines.exists() and lines.stat().st_size):
+                assert time.monotonic() < back[0] + 30, "no frame came"
+                time.sleep(0.05)
+            began = time.monotonic()
+            while time.monotonic() - began < seconds:
+                due = min(time.monotonic() + every_s - down_s, began + seconds)
+                while time.monotonic() < due:
+                    memory.append((time.monotonic() - began, resident_kb(service.pid)))
+                    time.sleep(0.5)
+                if time.monotonic() - began < seconds - every_s / 2:
+                    server.kill()
+                    time.sleep(down_s)
+                    back.append(server.start())
+            service.terminate()
+            service.wait(20)
+        events.seek(0)
+        told = [json.loads(line) for line in events if '"lost_s"' in line or '"done"' in line]
+        records = [json.loads(line) for line in lines.read_text().splitlines()]
+    return {"exit_code": service.returncode, "events": told} | _summary(records, back, memory)
 
 
-def wait_for_frames(reader: Reader, since: float, seconds: float) -> None:
-    """Until a frame was answered after `since`."""
-    deadline = time.monotonic() + seconds
-    while not any(s.at_s > since for s in reader.seen[-1:]):
-        if time.monotonic() > deadline:
-            raise SystemExit("no frame came")
-        time.sleep(0.05)
-
-
-def _summary(reader: Reader, back: list[float], memory: list[Any], code: int, events: list[str]) -> dict[str, Any]:
-    firsts = [next((s.at_s for s in reader.seen if s.at_s > at), None) for at in back]
-    settled = [
-        s
-        for first, end in zip(firsts, [*back[1:], float("inf")], strict=True)
-        for s in reader.seen
-        if first is not None and first <= s.at_s < end
-    ]
-    ages = sorted(s.age_ms for s in settled)
+def _summary(records: list[dict[str, Any]], back: list[float], memory: list[tuple[float, int]]) -> dict[str, Any]:
+    """What is judged; the age that a frame has by the time in its image is beside what the service says of it."""
+    seen = []
+    for record in records:
+        if (number := number_of(record["features"])) is not None:
+            age = (round(record["monotonic_s"] * 1000) - number) % (1 << BITS)
+            seen.append((record["monotonic_s"], age, age - record["frame_age_ms"]))
+    firsts = [next((at for at, _, _ in seen if at > since), None) for since in back]
+    ages, less = sorted(age for _, age, _ in seen), sorted(less for _, _, less in seen)
     settling = min(60.0, memory[-1][0] / 3)
     base = max([kb for at, kb in memory if at <= settling] or [memory[0][1]])
     later = max([kb for at, kb in memory if at > settling] or [base])
     return {
-        "exit_code": code,
         "kills": len(back) - 1,
-        "frames": len(reader.seen),
-        "unread": reader.unread,
+        "frames": len(seen),
+        "unread": len(records) - len(seen),
         "reconnect_s": [None if f is None else round(f - at, 3) for f, at in zip(firsts, back, strict=True)][1:],
         "age_ms": {name: ages[int(share * (len(ages) - 1))] for name, share in _QUANTILES.items()},
-        "told_less_ms": sorted(s.age_ms - s.told_ms for s in settled)[len(settled) // 2],
-        "older_than_200_ms": sum(age > AGE_MS for age in ages),
+        "told_less_ms": less[len(less) // 2],
+        "older_than_200_ms": sum(age > GOALS["age_ms"] for age in ages),
         "memory_at_first_kb": base,
         "memory_later_kb": later,
         "memory_growth_percent": round(100 * (later / base - 1), 2),
-        "events": [json.loads(line) for line in events if '"lost_s"' in line or '"done"' in line],
     }
-
-
-_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
     """What misses its goal."""
     missed = [f"exit code {found['exit_code']}"] if found["exit_code"] else []
     for number, seconds in enumerate(found["reconnect_s"]):
-        if seconds is None or seconds > RECONNECT_S:
+        if seconds is None or seconds > GOALS["reconnect_s"]:
             missed.append(f"kill {number + 1}: back after {seconds} s")
     if found["older_than_200_ms"]:
-        missed.append(f"{found['older_than_200_ms']} frames older than {AGE_MS:.0f} ms")
-    if found["memory_growth_percent"] > MEMORY_PERCENT:
+        missed.append(f"{found['older_than_200_ms']} frames older than 200 ms")
+    if found["memory_growth_percent"] > GOALS["memory_growth_percent"]:
         missed.append(f"memory grew by {found['memory_growth_percent']} %")
     return missed
 
@@ -233,8 +173,7 @@ def main() -> None:
     print(json.dumps(found | {"missed": missed}, indent=2))
     if given.output is not None:
         statistics = {name: x for name, x in found.items() if name != "events"} | {"missed": missed}
-        goals = {"reconnect_s": RECONNECT_S, "age_ms": AGE_MS, "memory_growth_percent": MEMORY_PERCENT}
-        method = {"minutes": given.minutes, "kill_every_s": given.every, "fps": 25, "goals": goals}
+        method = {"minutes": given.minutes, "kill_every_s": given.every, "fps": 25, "goals": GOALS}
         method |= {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[1]}
         write_result(given.output, Result("evaluation", [subject], method, {}, statistics))
     raise SystemExit(1 if missed else 0)

@@ -59,27 +59,18 @@ def test_a_process_that_runs_out_of_descriptors() -> None:
     assert frame.image.shape == (6, 10, 3)
 
 
-def test_a_file_whose_decoder_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def popen(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    monkeypatch.setattr(capture, "start_python", popen)
-    with Capture(Source("file", str(tmp_path / "v.mp4"), False, "v.mp4"), 8, 3, Status("x", print)) as running:
-        wait_until(lambda: running.mailbox.is_over)
-    assert running.failure == "the decoder cannot be started: Cannot allocate memory"
-
-
 def fake_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """A process that does something else in the place of the decoding one."""
     path = tmp_path / "decoder"
-    path.write_text(f"#!{sys.executable}\n{script}\n")
+    names = "import numpy as np\nfrom sparsifiner_edge.camera.decoder_protocol import End, Frame, FrameTimes, send\n"
+    path.write_text(f"#!{sys.executable}\n{names if 'send' in script else ''}{script}\n")
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
+    monkeypatch.setattr(capture, "MOST_WAIT_S", 0.001)
 
 
 def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_decoder(tmp_path, monkeypatch, "raise SystemExit(1)")
-    monkeypatch.setattr(capture, "MOST_WAIT_S", 0.001)
     events: list[dict[str, Any]] = []
     status = Status("test", events.append)
     with Capture(parse_source("test"), 8, 3, status):
@@ -92,22 +83,16 @@ def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [("End(None)", "the stream ended"), ("End('no route')", "no route"),
-     ("Decoded(np.zeros((3, 3, 3), np.uint8), FrameTimes(-1, 0, 0, 0))", "the decoder sent what is no message: ")],
+     ("Frame(np.zeros((3, 3, 3), np.uint8), FrameTimes(-1, 0, 0, 0))", "the decoder sent what is no message: ")],
 )  # fmt: skip
 def test_no_word_of_a_decoder_ends_a_live_source(
     sent: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_decoder(
-        tmp_path,
-        monkeypatch,
-        "import numpy as np\n"
-        "from sparsifiner_edge.camera.decoder_protocol import Decoded, End, FrameTimes, send\n"
-        f"send(1, {sent})",
-    )
+    fake_decoder(tmp_path, monkeypatch, f"send(1, {sent})")
     events: list[dict[str, Any]] = []
     status = Status("test", events.append)
     with Capture(parse_source("test"), 8, 3, status) as running:
-        wait_until(lambda: len([event for event in events if event["state"] == "lost"]) == 2)
+        wait_until(lambda: len([event for event in events if event["state"] == "lost"]) >= 2)
         assert not running.mailbox.is_over
     assert str(status.last_reason).startswith(reason)
     assert bool(status.counts["crashes"]) == reason.startswith("the decoder")
@@ -118,8 +103,7 @@ def test_the_mailbox_is_closed_whatever_becomes_of_the_events(tmp_path: Path, mo
         raise RuntimeError if event["state"] == "ended" else BrokenPipeError
 
     monkeypatch.setattr(capture.threading, "excepthook", lambda _: None)
-    script = "from sparsifiner_edge.camera.decoder_protocol import End, send\nsend(1, End('x'))"
-    fake_decoder(tmp_path, monkeypatch, script)
+    fake_decoder(tmp_path, monkeypatch, "send(1, End('x'))")
     with Capture(Source("file", "v.mp4", False, "v.mp4"), 8, 3, Status("x", tell)) as running:
         wait_until(lambda: running.mailbox.is_over)
     assert running.failure == "x"

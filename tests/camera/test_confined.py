@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.records import write_record
-from tests.camera.test_service import records_of
+from tests.camera.conftest import records_of
 from tests.commands import process
 
 ROOT = Path(__file__).parents[2]
@@ -44,17 +45,11 @@ FILES = {
 }  # fmt: skip
 REFUSED = FILES | {"write its memory", "trace", "bind", "connect", "become root"}
 ALLOWED = {"its one port", "look up a host"}
-DONE: dict[tuple[int | None, int | None], dict[str, Any]] = {}
 
 
+@functools.cache
 def tried(user: int | None, landlock: int | None) -> dict[str, Any]:
     """What each try came to; made once."""
-    if (user, landlock) not in DONE:
-        DONE[user, landlock] = _try_all(user, landlock)
-    return DONE[user, landlock]
-
-
-def _try_all(user: int | None, landlock: int | None) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     try:
@@ -163,11 +158,6 @@ def test_the_decoding_process_is_confined(cells: Path, service: Any) -> None:
     fields = dict(re.findall(r"^(NoNewPrivs|CapEff|Threads):\s+(\w+)$", status, re.MULTILINE))
     assert fields == {"NoNewPrivs": "1", "CapEff": "0" * 16, "Threads": "1"}
     assert run.finish()[0] == 0
-
-
-def test_a_pipeline_is_told_not_to_be_confined(cells: Path, service: Any) -> None:
-    run = service(cells, "--source", "gst:videotestsrc is-live=true")
-    assert "not confined" in run.event(event="decoding")["missing"][0]
 
 
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

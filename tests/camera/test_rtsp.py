@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.camera.cells import number_of
-from tests.camera.soak import Server, free_port, python_with_rtsp, soak, verdict
+from tests.camera.soak import Server, python_with_rtsp, soak, verdict
 from tests.once import WORKER
 
 PYTHON = python_with_rtsp()
@@ -41,7 +40,7 @@ def test_a_server_that_is_killed_again_and_again(cells: Path) -> None:
 @pytest.mark.parametrize(("password", "served"), [("p%20ss%3A%2F", True), ("wrong", False)])
 def test_a_server_that_asks_for_a_password(way: str, password: str, served: bool, cells: Path, service: Any) -> None:
     assert PYTHON is not None
-    with Server(PYTHON, free_port(), way) as server:
+    with Server(PYTHON, way) as server:
         address = server.address.replace("127.0.0.1", f"us%40er:{password}@localhost")
         run = service(cells, "--source", address)
         if served:
@@ -53,7 +52,7 @@ def test_a_server_that_asks_for_a_password(way: str, password: str, served: bool
 
 def test_a_server_that_returns_with_another_size(cells: Path, service: Any) -> None:
     assert PYTHON is not None
-    with Server(PYTHON, free_port(), 25, 640, 480) as server:
+    with Server(PYTHON, 25, 640, 480) as server:
         run = service(cells, "--source", server.address)
         assert number_of(run.record()["features"]) is not None
         server.kill()
@@ -70,13 +69,12 @@ def test_a_server_that_returns_with_another_size(cells: Path, service: Any) -> N
 def test_a_server_that_hangs(cells: Path, service: Any) -> None:
     """The connection stays, nothing comes: it is given up and made anew."""
     assert PYTHON is not None
-    with Server(PYTHON, free_port()) as server:
+    with Server(PYTHON) as server:
         run = service(cells, "--source", server.address, "--stall", 1)
         run.record()
-        assert server.pid is not None
-        os.kill(server.pid, signal.SIGSTOP)
+        server.process.send_signal(signal.SIGSTOP)
         assert run.event(state="lost")["reason"]
-        os.kill(server.pid, signal.SIGCONT)
+        server.process.send_signal(signal.SIGCONT)
         since = time.monotonic()
         run.event(state="streaming")
         assert time.monotonic() - since < 5

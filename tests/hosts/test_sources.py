@@ -281,14 +281,14 @@ def test_folders_that_are_refused(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most + (1 << 20), "a gigabyte was taken"
 
 
-def refused_size(capsys: pytest.CaptureFixture[str], folder: Path, *size: str) -> Outcome:
-    return call(capsys, "sparsify", folder, "--img-size", *size, "-o", folder.parent / "out")
+def refused_size(capsys: pytest.CaptureFixture[str], folder: Path, size: str) -> Outcome:
+    return call(capsys, "sparsify", folder, "--img-size", size, "-o", folder.parent / "out")
 
 
 def test_sizes_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], dinov2: Path) -> None:
     assert_refused(refused_size(capsys, dinov2, "150"), "150 is not a multiple of the patch size 14", "Use 154")
     clip = saved(model("CLIP"), tmp_path / "clip")
-    assert_refused(refused_size(capsys, clip, "96", "160"), "CLIP takes squares alone")
+    assert_refused(refused_size(capsys, clip, "96x160"), "CLIP takes squares alone")
 
 
 @pytest.mark.everything

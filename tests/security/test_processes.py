@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -18,13 +17,14 @@ from sparsifiner_edge.bundle.sign import sign_bundle
 from tests.camera.conftest import encode
 from tests.tiny import make_bundle
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(sys.executable).with_name("sparsifiner-edge")
 PLANTED = ("numpy", "json", "av", "PIL", "onnxruntime", "runpy", "ctypes", "subprocess", "sparsifiner_edge", "timm")
 
-STARTING = ("test", "video", "profile", "build")
-"""Commands that start processes, and so hand PYTHONPATH on to them."""
-PATHS = (None, "", ":/nowhere", ".", "./:/nowhere")
-"""All start them by one function: the first command is tried with each of these, the others with two."""
+PATHS = (None, "", ":/nowhere", "./:/nowhere")
+"""Of PYTHONPATH, which commands hand on to the processes that they start, all by one function: the first command is
+tried with each of these, the others with one.
+"""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def bundle(tmp_path: Path, keys: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "path"),
     [
-        *itertools.product(STARTING[:1], PATHS), *itertools.product(STARTING[1:], ("", "./:/nowhere")),
+        *(("test", path) for path in PATHS), *((name, "./:/nowhere") for name in ("video", "profile", "build")),
         ("image", None), ("verify", None),
     ],
 )  # fmt: skip
@@ -71,12 +71,10 @@ def test_no_file_of_the_working_directory_runs(
         "build": ["build", str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "8.6"],
         "verify": ["bundle", "verify", str(bundle)],
     }[command]
-    # The parent's own PYTHONPATH is cleared by -I; what it hands on to its children is what is tested.
-    start = [sys.executable, "-I", str(SCRIPT)]
     environment = os.environ | ({} if path is None else {"PYTHONPATH": path})
-    done = subprocess.run(
-        [*start, *arguments], cwd=hostile, env=environment, capture_output=True, text=True, check=False
-    )
+    # The parent's own PYTHONPATH is cleared by -I; what it hands on to its children is what is tested.
+    line = [sys.executable, "-I", str(SCRIPT), *arguments]
+    done = subprocess.run(line, cwd=hostile, env=environment, capture_output=True, text=True, check=False)
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -103,8 +101,7 @@ def test_a_process_that_hangs_ends_with_its_parent(kind: str) -> None:
         "print(child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root) as parent:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert alive(pid)
@@ -125,11 +122,7 @@ def test_children_are_limited_and_quiet() -> None:
         "print(start_python('tests.security.tell', stdout=subprocess.PIPE).communicate()[0].decode())\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.endswith("TELEMETRY")}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env=environment
-    )
-    told = json.loads(done.stdout)
+    told = json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment))
     assert told["telemetry"] == "1"
     assert told["core"] == 0
     assert told["files"] <= 4096

@@ -50,10 +50,10 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
     def do_start(self) -> bool:
         """Open the bundle."""
         try:
-            from sparsifiner_edge.camera.model import Model, ModelOptions
+            from sparsifiner_edge.camera.model import Model
 
             key = Path(self.public_key) if self.public_key else None
-            self._model = Model(Path(self.bundle), ModelOptions(public_key=key))
+            self._model = Model(Path(self.bundle), public_key=key)
         except Exception as error:  # Whatever it is, the pipeline must hear of it.
             return self._fail(f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else str(error))
         return True
@@ -85,9 +85,10 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
 
     def _image(self, buffer: Any) -> Any:
         """The frame as the model takes it, uint8 [H,W,3]."""
+        import numpy as np
         from PIL import Image
 
-        from sparsifiner_edge.camera.prepare import fit_pillow
+        from sparsifiner_edge.images import centred
 
         meta = GstVideo.buffer_get_video_meta(buffer)
         offset, stride = (meta.offset[0], meta.stride[0]) if meta else (self._info.offset[0], self._info.stride[0])
@@ -96,7 +97,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             raise RuntimeError("The frame cannot be read.")
         try:
             size, pixels = (self._info.width, self._info.height), bytes(mapped.data[offset:])
-            return fit_pillow(Image.frombuffer("RGB", size, pixels, "raw", "RGB", stride, 1), self._model.size)
+            frame = Image.frombuffer("RGB", size, pixels, "raw", "RGB", stride, 1)
+            return np.asarray(centred(frame, self._model.size))
         finally:
             buffer.unmap(mapped)
 

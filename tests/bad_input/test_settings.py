@@ -1,0 +1,146 @@
+"""Settings that do not fit, and numbers that are none or larger than anything that is counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.bounds import MOST_DEPTH, flaw, is_number, whole_number
+from sparsifiner_edge.config import SparsityConfig, parse_token_keep
+from sparsifiner_edge.distill.recipe import read_recipe
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.images import load_image
+from sparsifiner_edge.profiles.measure.side import make_rules
+from sparsifiner_edge.sparse.hosts.timm import create
+from tests.commands import Outcome, assert_refused, call
+from tests.models import TINY
+
+Capsys = pytest.CaptureFixture[str]
+DIGITS = "9" * 5000
+"""More than Python's own reader takes."""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--keep 1.5", "keep is 1.5, outside (0, 1]"),
+        ("--keep nan", "keep is nan"),
+        ("--keep half", "keep is 'half'"),
+        ("--set heads=4", "none of tile, probe"),
+        ("--set tile=10 --set probe=4", "tile 10 is not a multiple of probe 4"),
+        ("--set tile=128", "tile 128 exceeds the 100 patches"),
+        ("--set cells=101", "101 cells exceed the 100 patches"),
+        ("--set cells=-1", "cells is -1"),
+        (f"--set tile={'9' * 30}", "tile is 999"),
+        ("--set channels=33", "channels 33 exceed the head dimension 32"),
+        ("--preset paper --set tile=16", "tile is 16, but the preset 'paper' has 1"),
+        ("--preset paper --img-size 64", "requires one class token and 8 landmarks"),
+        ("--token-keep 3:nan", "token_keep holds '3:nan'"),
+        (f"--token-keep {DIGITS}:.7", "token_keep holds '999"),
+        ("--img-size 161", "161 is not a multiple of the patch size 16"),
+        ("--img-size 96x170", "image width 170 is not a multiple of the patch size 16"),
+        ("--img-size 0", "0 is not in the range"),
+        ("--img-size 96x64000", "64000 is not in the range"),
+        ("--img-size 96x", "'96x' is neither a side nor a height and a width"),
+        ("--calibrate nowhere", "nowhere does not exist"),
+    ],
+)
+def test_settings_that_do_not_fit(options: str, said: str, sparsify: Callable[..., Outcome]) -> None:
+    assert_refused(sparsify(*options.split()), said)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("build --timeout nan", "nan"),
+        ("build --timeout 1e300", "is not in the range"),
+        ("build --batch 2147483648", "--batch is 2147483648"),
+        ("build --batch 1,2", "neither a size nor three"),
+        ("profile --seconds inf", "inf"),
+        ("profile --threads 2147483648", "is not in the range"),
+    ],
+)
+def test_numbers_that_no_command_takes(command: str, said: str, bundle: Path, capsys: Capsys) -> None:
+    name, *options = command.split()
+    assert_refused(call(capsys, name, bundle, *options), options[0], said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--batch 0", "batch is '0'"),
+        ("--batch ²", "batch is '²'"),
+        (f"--batch {DIGITS}", "batch is '99"),
+        ("--precision int3", "'int3'"),
+        ("--img-size 96x100", "image width 100 is not a multiple of the patch size 16"),
+        ("--weights w.safetensors", "--weights cannot be combined with a student"),
+    ],
+)
+def test_exports_that_cannot_be(options: str, said: str, tiny_student: Path, tmp_path: Path, capsys: Capsys) -> None:
+    assert_refused(call(capsys, "export", tiny_student, "-o", tmp_path / "bundle", *options.split()), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["batch", "distil.epochs", "budgets"])
+@pytest.mark.parametrize("value", [DIGITS, "٣", "nan", "[" * 5000, "1e999", "9223372036854775808"])
+def test_overrides_that_are_no_numbers(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        read_recipe("cpu", (f"{name}={value}",))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"keep": True}, {"value_power": 10**400}, {"value_power": 1e308}, {"token_keep": [[True, 0.5]]},
+        {"tile": 2**40, "probe": 1}, {"keep": 10**400},
+    ],
+)  # fmt: skip
+def test_settings_that_are_no_numbers(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        SparsityConfig.from_dict(fields)
+    found = SparsityConfig.from_dict({"value_power": 7, "basis_threshold": 1})  # As operators take them.
+    assert [type(x) for x in (found.value_power, found.basis_threshold)] == [float, float]
+
+
+def test_the_same_from_python(tmp_path: Path) -> None:
+    for wrong in ((math.nan, None), (1e300, None), (None, 2**31)):
+        with pytest.raises(ConfigError, match=r"seconds is|min_queries is"):
+            make_rules(wrong[0], wrong[1])
+    with pytest.raises(ConfigError, match="num_classes is 1000000000"):
+        create(TINY, num_classes=10**9)
+    with pytest.raises(ConfigError, match="Images of 8x64000 px"):
+        load_image(tmp_path / "none.png", (8, 64000))
+    with pytest.raises(ConfigError, match="image size 96x64000 is too large"):
+        create(TINY, (96, 64000))
+    for size in ("160", (96, 160, 3), (96.0, 160.0), (96, None)):
+        with pytest.raises(ConfigError, match=r"The image size is .*\n.*height and width"):
+            create(TINY, size)
+    assert create(TINY, [96, np.int64(160)]).patch_embed.grid_size == (6, 10)
+
+
+def test_what_a_number_is() -> None:
+    assert parse_token_keep("3:.7, 6:5e-1,9:1.5E-1") == ((3, 0.7), (6, 0.5), (9, 0.15))
+    assert whole_number(" 7 ", "x") == 7
+    for text in ("", "1e9999", "0x1", "1_0", "infinity", "٣", "1" * 400):
+        with pytest.raises(ConfigError, match="token_keep holds"):
+            parse_token_keep(f"3:{text}")
+    assert [is_number(x) for x in (1, 1.5, -0.0, 10**300)] == [True] * 4
+    assert not any(map(is_number, (True, None, "1", math.nan, -math.inf, 10**400, [1])))
+
+
+def test_what_is_wrong_with_content_is_told_with_its_place() -> None:
+    assert flaw({"a": [1, {"b": "x"}], "c": None}) is None
+    assert flaw({"a": [1, {"b": math.nan}]}) == "a[1].b is nan"
+    assert flaw({"a": [math.inf]}, finite=False) is None
+    deep: Any = 1
+    for _ in range(100_000):
+        deep = [deep]
+    found = flaw({"samples": deep})
+    assert found is not None
+    assert found.startswith("samples[0][0]")
+    assert found.endswith(f"is nested deeper than {MOST_DEPTH} levels")

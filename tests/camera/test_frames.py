@@ -1,0 +1,350 @@
+"""How a frame arrives, and what is said of it: sources, fitting, waiting, clocks, messages of the decoder, answers."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.camera import child
+from sparsifiner_edge.camera.answers import Class, ImageRecord
+from sparsifiner_edge.camera.capture import Mailbox
+from sparsifiner_edge.camera.decoder_protocol import End, Frame, FrameTimes, ProtocolError, receive, send
+from sparsifiner_edge.camera.gstreamer import _images, launch_line, read_pipeline
+from sparsifiner_edge.camera.json_lines import line_of
+from sparsifiner_edge.camera.libav import StreamClock, require_sane_size, scaled_size
+from sparsifiner_edge.camera.model import Model
+from sparsifiner_edge.camera.overlay import Overlay, text_lines
+from sparsifiner_edge.camera.pattern import BITS, cells_of, draw_pattern
+from sparsifiner_edge.camera.sources import parse_source, require_decoder
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
+from sparsifiner_edge.images import centre_box, centred, load_image
+from sparsifiner_edge.process import StalledError
+from tests.camera.cells import number_of
+from tests.camera.conftest import record
+from tests.tiny import make_bundle
+
+# Sources.
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "live", "shown"),
+    [
+        ("0", "gst", True, "/dev/video0"),
+        ("/dev/video12", "gst", True, "/dev/video12"),
+        ("test:50", "test", True, "test"),
+        ("rtsp://user:secret@h:554/x?y=1", "rtsp", True, "rtsp://h:554"),
+        ("gst:videotestsrc pattern=ball ! video/x-raw,width=64 ! identity", "gst", True,
+         "gst:videotestsrc ! *** ! identity"),
+        ("missing.mp4", "images", False, "missing.mp4"),
+    ],
+)  # fmt: skip
+def test_sources(text: str, kind: str, live: bool, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_text(f"{text}\nmore")
+    for given in (text, f"@{tmp_path / 'source'}"):
+        source = parse_source(given)
+        assert (source.kind, source.live, source.shown) == (kind, live, shown)
+    (tmp_path / "source").write_text(f"\n{text}")
+    with pytest.raises(ConfigError, match="names no source in its first line"):
+        parse_source(f"@{tmp_path / 'source'}")
+
+
+def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[camera\]"):
+        require_decoder(parse_source(str(video)))
+    with pytest.raises(ConfigError, match=r"apt-get install gstreamer1\.0-tools"):
+        require_decoder(parse_source("0"))
+    require_decoder(parse_source("test"))
+
+
+def test_what_is_added_to_a_pipeline() -> None:
+    line = launch_line("videotestsrc pattern=ball ! video/x-raw,width=64", (294, 518), 7)
+    assert line[:5] == ["gst-launch-1.0", "-q", "videotestsrc", "pattern=ball", "!"]
+    assert "aspectratiocrop aspect-ratio=37/21 !" in " ".join(line)
+    assert "width=518,height=294," in " ".join(line)
+    assert line[-2:] == ["fd=7", "sync=false"]
+
+
+def test_rows_of_a_rectangle_from_a_pipeline() -> None:
+    pixels = np.arange(2 * 3 * 7 * 3, dtype=np.uint8).reshape(2, 3, 7, 3)
+    padded = np.pad(pixels.reshape(2, 3, 21), ((0, 0), (0, 0), (0, 3)))  # to four bytes
+    frames = [frame.image for frame in _images(io.BytesIO(padded.tobytes() + b"a part"), (3, 7))]
+    assert np.array_equal(frames, pixels)
+
+
+def test_a_pipeline_that_remarks_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that nobody reads would be full after 64 KiB, and the pipeline would wait for ever."""
+    (tmp_path / "gst-launch-1.0").write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys\n"
+        "fd = int(next(word for word in sys.argv if word.startswith('fd='))[3:])\n"
+        "for number in range(5):\n"
+        "    os.write(2, b'WARNING: a late frame\\n' * 10_000)\n"
+        "    os.write(fd, bytes([number]) * 48)\n"
+        "os.write(2, b'ERROR: from element x: it is gone\\nERROR: and more\\n' + b'x' * 1_000_000)\n"
+        "sys.exit(1)\n"
+    )
+    (tmp_path / "gst-launch-1.0").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    seen, before = [], threading.active_count()
+    with pytest.raises(ValueError, match=r"^ERROR: from element x: it is gone\n$"):
+        seen.extend(frame.image[0, 0, 0] for frame in read_pipeline("a", 4))
+    assert seen == list(range(5))
+    assert threading.active_count() == before
+
+
+# Images.
+
+
+def test_the_number_in_an_image() -> None:
+    for number in (0, 1, 12345, (1 << BITS) - 1, 1 << BITS):
+        cells = [255.0 if cell else 0.0 for cell in cells_of(number)]
+        assert number_of(cells) == number % (1 << BITS)
+        cells[5] = 255 - cells[5]
+        assert number_of(cells) is None
+    for level in (0.0, 128.0, 255.0):
+        assert number_of([level] * 64) is None
+    square = np.asarray(centred(Image.fromarray(draw_pattern(777)), 64))
+    assert number_of(square.reshape(8, 8, 8, 8, 3).mean((1, 3, 4)).ravel().tolist()) == 777
+
+
+@pytest.mark.parametrize("model", [50, (30, 50), (7, 112)])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (33, 500), (1, 16)])
+def test_a_frame_is_resized_to_what_covers_the_model(size: tuple[int, int], model: ImageSize) -> None:
+    height, width = height_width(model)
+    scaled = scaled_size(*size, model)
+    assert scaled[0] >= width
+    assert scaled[1] >= height
+    assert scaled[0] == width or scaled[1] == height
+    assert scaled[0] / scaled[1] == pytest.approx(size[0] / size[1], rel=0.6 / min(scaled))
+
+
+@pytest.mark.parametrize(
+    ("frame", "model", "box"),
+    [
+        ((640, 480), 224, (80, 0, 560, 480)),
+        ((480, 641), 224, (0, 80, 480, 560)),
+        ((640, 480), (294, 518), (0, 58, 640, 421)),
+        ((1920, 1080), (294, 518), (8, 0, 1911, 1080)),
+        ((3, 1000), (16, 160), (0, 499, 3, 500)),
+        ((1, 1), (14, 140), (0, 0, 1, 1)),
+    ],
+)
+def test_the_largest_box_of_a_shape(
+    frame: tuple[int, int], model: ImageSize, box: tuple[int, ...], tmp_path: Path
+) -> None:
+    assert centre_box(*frame, model) == box
+    pixels = np.random.default_rng(0).integers(0, 256, (frame[1], frame[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    height, width = height_width(model)
+    expected = Image.fromarray(pixels).crop(box).resize((width, height), Image.Resampling.BICUBIC)
+    assert np.array_equal(load_image(tmp_path / "image.png", model), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (-1, 4), (100_000, 100_000), (40_000, 2), (16, 273)])
+def test_absurd_sizes(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="frames of"):
+        require_sane_size(*size)
+
+
+# Time.
+
+
+def test_a_backlog_is_part_of_a_frames_age() -> None:
+    clock, second = StreamClock(), 1_000_000_000
+    assert clock.captured_ns(5 * second, 100 * second) == 100 * second
+    # Half a second late: taken when due, not when it came.
+    assert clock.captured_ns(6 * second, 101 * second + second // 2) == pytest.approx(101 * second, abs=second // 1000)
+    assert clock.captured_ns(7 * second, 102 * second - 1000) == 102 * second - 1000
+    # The camera's clock jumps by an hour: a new beginning.
+    assert clock.captured_ns(3607 * second, 103 * second) == 103 * second
+    assert clock.captured_ns(None, 104 * second) == 104 * second
+
+
+def test_clocks_that_run_apart_add_no_age() -> None:
+    clock, second = StreamClock(), 1_000_000_000
+    for at in range(3600):  # 200 ppm: 0.7 s in an hour.
+        arrived = at * second + at * second // 5000
+        assert arrived - clock.captured_ns(at * second, arrived) < 0.02 * second
+
+
+def test_no_clock_that_can_be_set_is_read() -> None:
+    """A jump of the wall clock then changes nothing."""
+    for path in Path(child.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
+                assert node.attr in ("monotonic", "monotonic_ns", "sleep"), (path, node.attr)
+            assert not (isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime")), path
+
+
+def frame(number: int) -> Frame:
+    return Frame(np.full((2, 2, 3), number, np.uint8), FrameTimes(number, number, number, number))
+
+
+def test_the_newest_frame_and_the_count_of_the_others() -> None:
+    box = Mailbox(live=True)
+    assert [box.put(frame(n)) for n in range(4)] == [False, True, True, True]
+    taken = box.take(0)
+    assert taken is not None
+    assert (taken.times.captured_ns, taken.skipped) == (3, 3)
+    assert box.take(0.01) is None
+    assert box.put(frame(9)) is False
+    box.close()
+    assert box.put(frame(10)) is False
+    taken = box.take(0)
+    assert taken is not None
+    assert (taken.times.captured_ns, taken.skipped) == (9, 0)
+
+
+def test_every_frame_of_a_file_waits_its_turn() -> None:
+    box, seen = Mailbox(live=False), []
+    writer = threading.Thread(target=lambda: [box.put(frame(n)) for n in range(20)])
+    writer.start()
+    while len(seen) < 20:
+        taken = box.take(1)
+        assert taken is not None
+        seen.append(taken.times.captured_ns)
+    writer.join(5)
+    assert seen == list(range(20))
+
+
+# Messages of the decoder.
+
+TIMES = dict.fromkeys(("captured_ns", "arrived_ns", "decoded_ns", "ready_ns"), 1)
+
+
+def test_messages_arrive_whole() -> None:
+    ours, theirs = os.pipe()
+    picture = np.arange(300 * 400 * 3, dtype=np.uint32).astype(np.uint8).reshape(300, 400, 3)
+    sent = Frame(picture, FrameTimes(**TIMES, bad_packets=2, pts_s=-0.5))
+    writer = threading.Thread(target=send, args=(theirs, sent))
+    writer.start()
+    message = receive(ours, (300, 400), 5)
+    writer.join()
+    assert isinstance(message, Frame)
+    assert message.times == sent.times
+    np.testing.assert_array_equal(message.image, picture)
+    send(theirs, End("why"))
+    assert receive(ours, 8, 5) == End("why")
+    with pytest.raises(StalledError):
+        receive(ours, 8, 0.05)
+    os.write(theirs, b"\x10")
+    os.close(theirs)
+    with pytest.raises(ProtocolError, match="crashed"):
+        receive(ours, 8, 1)
+    os.close(ours)
+
+
+def message(**fields: Any) -> bytes:
+    header = json.dumps(fields).encode()
+    return len(header).to_bytes(4, "little") + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xff\xff\xff", b"\x02\0\0\0{}", b"\x02\0\0\0[]", b"\x04\0\0\0\xff\xfe\xfd\xfc",
+        *(message(kind="frame", **TIMES | {name: value}) for name in ("captured_ns", "ready_ns")
+          for value in (-1, 1 << 63, -(10**400), 1.0, True, "1", None)),
+        *(message(kind="frame", **TIMES, bad_packets=value) for value in (-1, 1 << 63, 0.5, "x", None, [])),
+        *(message(kind="frame", **TIMES, pts_s=value) for value in (float("nan"), 1e300, 10**400, {}, "1", True)),
+        *(message(kind="end", reason=value) for value in (5, {}, "x" * 10_001, "\x1b[2J", "a\nb")),
+        *(message(kind=value) for value in ("other", None, 5, ["frame"], {})),
+    ],
+)  # fmt: skip
+def test_no_field_of_a_message_is_believed(content: bytes) -> None:
+    ours, theirs = os.pipe()
+    os.write(theirs, content + bytes(3))
+    os.close(theirs)
+    with os.fdopen(ours), pytest.raises(ProtocolError):
+        receive(ours, 1, 1)
+
+
+# Answers.
+
+
+@pytest.mark.parametrize("value", ["stretch", 5, None])
+def test_a_manifest_that_resizes_otherwise(value: Any, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4, "resize": value})
+    with pytest.raises(ArtifactError, match=r"preprocessing\.resize is"):
+        Model(bundle)
+
+
+def test_a_scene_that_stays_does_not_change(cells: Path) -> None:
+    with Model(cells) as model:
+        picture, other = (np.asarray(centred(Image.fromarray(draw_pattern(n)), model.size)) for n in (1, 123456))
+        found = [model.frame_answer(model.infer(p)).change for p in (picture, picture, other, picture)]
+    assert found[:2] == [0, 0]
+    assert found[2] is not None
+    assert found[3] is not None
+    assert found[2] > 0.05 > found[3]
+
+
+def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
+    mask = np.zeros((1, 4, 8), np.float32)
+    mask[0, 1:3, 6:] = 0.9
+    depth = np.linspace(2, 5, 16, dtype=np.float32).reshape(1, 1, 4, 4)
+    with Model(cells) as model:
+        answer = model.answer({"mask": mask, "depth": depth, "tokens": mask})
+        assert answer.maps is not None
+        first, second = answer.maps
+        assert (first.output, first.area, first.centroid) == ("mask", 4 / 32, (7 / 8, 0.5))
+        assert first.greatest == pytest.approx(0.9)
+        assert (second.output, second.least, second.greatest, second.area) == ("depth", 2, 5, None)
+        heat = model.heat({"depth": depth})
+        assert heat is not None
+        assert (heat.min(), heat.max()) == (0, 1)
+        assert np.array_equal(model.heat({"mask": mask, "depth": depth}), mask[0])
+        mask[0, 0, 0] = np.nan
+        broken = model.answer({"mask": mask})
+        assert (broken.maps, broken.not_finite) == ([], 1)
+        with pytest.raises(ArtifactError, match="needed are logits, features or a dense map"):
+            model.answer({"mask": np.zeros((1, 2, 4, 8), np.float32)})
+    said = text_lines(record(maps=list(answer.maps), infer_ms=3.2), 25.0)
+    assert said == ["mask  12% of the image", "depth  mean 3.5", "25.0 fps   model 3 ms"]
+
+
+def test_text_in_the_overlay() -> None:
+    said = text_lines(record(top=[Class(1, "a\x00b" + "x" * 99, 0.5)], change=0.1, frame_age_ms=33.4), 5)
+    assert said[1:] == ["change 0.100", "5.0 fps   age 33 ms"]
+    assert said[0].startswith("a\\x00bx")
+    assert said[0].endswith("x  50%")
+    assert len(said[0]) < 60
+
+
+def test_what_a_model_sees_and_says_is_drawn(tmp_path: Path) -> None:
+    heat = np.zeros((2, 4))
+    heat[:, 2:] = 1
+    with Overlay(tmp_path / "o.mp4", (30, 60), False, Status("x", print)) as overlay:
+        for at_s in (5.0, 5.2):
+            overlay.write(np.zeros((30, 60, 3), np.uint8), record(infer_ms=3.0), heat, at_s)
+    with av.open(str(tmp_path / "o.mp4")) as file:
+        frames = list(file.decode(video=0))
+    assert [round(float(frame.time or 0), 3) for frame in frames] == [0, 0.2]
+    pixels = frames[0].to_ndarray(format="rgb24").astype(int)
+    assert pixels.shape == (240, 480, 3)
+    assert pixels[100:, 360:, 0].min() > 100
+    assert pixels[100:, :120, 0].max() < 60
+    assert pixels[:24, :200].max() > 200  # Text.
+
+
+def test_a_line_begins_with_its_source_and_leaves_out_what_is_none() -> None:
+    said = json.loads(line_of(record(top=[Class(1, "a", 0.5)])))
+    assert list(said)[:4] == ["source", "frame", "skipped", "monotonic_s"]
+    assert list(said)[-2:] == ["end_to_end_ms", "top"]
+    assert said["top"] == [{"class": 1, "label": "a", "probability": 0.5}]
+    assert json.loads(line_of(ImageRecord("x", error="no"))) == {"source": "x", "error": "no"}
