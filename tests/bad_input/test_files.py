@@ -109,12 +109,15 @@ def test_folders_without_images(
     assert_refused(sparsify("--calibrate", folder), f"{folder} {said}")
 
 
-def test_one_bad_image_among_good_ones(
-    bundle: Path, pictures: Path, tmp_path: Path, sparsify: Callable[..., Outcome], capfd: Capsys
-) -> None:
+def test_a_bad_image_stops_calibration(pictures: Path, tmp_path: Path, sparsify: Callable[..., Outcome]) -> None:
+    source = Path(shutil.copytree(pictures, tmp_path / "source"))
+    BAD_IMAGES["truncated.png"](source / "a.png")
+    assert_refused(sparsify("--calibrate", source), f"{source / 'a.png'} cannot be read")
+
+
+def test_one_bad_image_among_good_ones(bundle: Path, pictures: Path, tmp_path: Path, capfd: Capsys) -> None:
     source, lines = Path(shutil.copytree(pictures, tmp_path / "source")), tmp_path / "lines"
     BAD_IMAGES["text.png"](source / "picture1_bad.png")
-    assert_refused(sparsify("--calibrate", source), f"{source / 'picture1_bad.png'} cannot be read")
     for to_file in (False, True):
         outcome = call(capfd, "run", bundle, "--source", source, *(["--output", lines] if to_file else []))
         assert outcome.code == 2
