@@ -32,7 +32,7 @@ from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result
-from sparsifiner_edge.runtime.processor import native_library
+from sparsifiner_edge.runtime.backend import native_library
 
 REQUIRED = {"no_verdict_share": 0.95, "agreement": 0.03}
 RUNS, ROUNDS, SECONDS = 20, 10, 5.0

@@ -12,7 +12,7 @@ from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 
 LEFT_OF_MERGING = 5
-"""Kernels of a layer that merges beside MatchTokens and MergeTokens: sizes and places. `test_real.py` counts them."""
+"""Kernels of a layer that merges beside MatchTokens and MergeTokens: sizes and places. `test_rtx.py` counts them."""
 
 
 def merging_model(keep: float = 1.0, merge: Any = (12, 0), depth: int = 2, batch: int | None = None) -> Any:

@@ -16,10 +16,10 @@ import pytest
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import BACKENDS
-from sparsifiner_edge.runtime.cuda import support
+from sparsifiner_edge.runtime.cuda import probe, support
 from sparsifiner_edge.runtime.tensorrt import full
-from tests.fakes.gpu import Gpu
-from tests.fakes.install import install_cuda, install_driver, install_tensorrt
+from tests.fakes.gpu import Gpu, install_cuda, install_driver
+from tests.fakes.tensorrt import install_tensorrt
 from tests.plain import examine
 
 Patch = pytest.MonkeyPatch
@@ -132,7 +132,7 @@ def test_a_tensorrt_for_a_newer_cuda_than_the_driver_is_refused(tmp_path: Path, 
     entry = examine()["backends"]["tensorrt"]
     assert (entry["available"], said in entry["reason"]) == (False, True)
     with pytest.raises(BackendError, match=said):
-        full.TensorRt().device()
+        full.TensorRt().require_driver(probe())
     gpu.driver = 13000
     assert examine()["backends"]["tensorrt"]["available"]
 
@@ -159,7 +159,7 @@ def test_tables_are_for_people(tmp_path: Path) -> None:
 def test_a_bare_environment_is_enough() -> None:
     heavy = (
         "onnxruntime", "torch", "timm", "PIL", "matplotlib", "safetensors", "tensorrt", "tensorrt_rtx", "triton",
-        "cuda", "pycuda", "openvino",
+        "cuda", "openvino",
     )  # fmt: skip
     run = command("--json", before=f"sys.modules.update(dict.fromkeys({heavy}))")
     assert (run.returncode, run.stderr) == (0, "")

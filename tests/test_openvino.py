@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, MissingExtraError
+from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.machine import has_int8_products
@@ -29,8 +28,6 @@ from tests.everything import first
 from tests.models import TINY, student
 from tests.native.test_replay import BF16_SETS
 from tests.once import Once
-from tests.seal import seal_bundle
-from tests.tiny import make_bundle
 
 KNOWN = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 STUDENTS: dict[str, tuple[SparsityConfig, dict[str, Any]]] = {
@@ -120,7 +117,9 @@ def test_bf16_is_what_really_runs(bundles: dict[str, Path], name: str) -> None:
         image = np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)
         wanted, got = exact.infer({"image": image}), session.infer({"image": image})
         assert session.description.precision == ("int8, rest bf16" if name == "int8" else "fp32, run in bf16")
-        assert session.description.backend == "openvino"
+        if name != "dense":
+            attention = f", attention in {'bfloat16' if native.target() in BF16_SETS else 'float32'}"
+            assert session.description.kernels == f"native, {native.target()}{attention}"
     # Random weights have close calls among keys and pairs.
     assert all(cosine(got[output], value) > 0.9 for output, value in wanted.items())
     assert any((got[output] != value).any() for output, value in wanted.items())
@@ -209,21 +208,12 @@ def test_nothing_compiled_is_kept(bundles: dict[str, Path], tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_missing_or_wrong_is_said(
-    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_missing_is_said(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_FILE", "no-such.so")
     with open_session(bundles["edge"], "openvino") as session:
         assert "function bodies (the native library is not built" in str(session.description.kernels)
     with pytest.raises(BackendError, match="The native library is not built"):
         open_session(bundles["edge"], "openvino", kernels="native")
-    damaged = make_bundle(tmp_path / "damaged")
-    content = json.loads((damaged / BUNDLE_FILE).read_text())
-    (damaged / "model.onnx").write_bytes(b"no model")
-    (damaged / BUNDLE_FILE).unlink()
-    seal_bundle(damaged, {key: value for key, value in content.items() if key != "files"})
-    with pytest.raises(ArtifactError, match="is not an ONNX file"):
-        open_session(damaged, "openvino")
 
     def missing(*_: Any) -> None:
         raise MissingExtraError("openvino", "openvino")
@@ -234,9 +224,7 @@ def test_what_is_missing_or_wrong_is_said(
 
 
 @pytest.mark.everything
-def test_every_command_takes_it(
-    bundles: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_takes_it(bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     verify_bundle(bundles["merged"], backend="openvino", kernels="portable")
     built = call(capsys, "build", bundles["merged"], "--backend", "openvino", "--json")
     assert built.code == 0, built.err
@@ -266,13 +254,3 @@ def test_export_measures_in_the_backend_that_will_run_the_file(bundles: dict[str
     with pytest.raises(ConfigError, match="tensorrt-rtx does not run on the processor"):
         export_bundle(source, tmp_path / "none", measure=Execution(backend="tensorrt-rtx"))
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
-def test_attention_in_bfloat16_is_told(bundles: dict[str, Path]) -> None:
-    precision = "bfloat16" if native.target() in BF16_SETS else "float32"
-    said = f"native, {native.target()}, attention in {precision}"
-    with open_session(bundles["merged"], "openvino", kernels="native", precision="bf16") as session:
-        assert session.description.kernels == said
-    with open_session(bundles["merged"], "openvino") as session:
-        assert session.description.kernels == f"native, {native.target()}"

@@ -16,8 +16,7 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.onnxruntime.session import CUDA, FALLBACK, OnnxRuntime
-from tests.fakes.gpu import Gpu
-from tests.fakes.install import install_cuda
+from tests.fakes.gpu import Gpu, install_cuda
 from tests.tiny import make_bundle
 
 BACKEND = OnnxRuntime(Execution(provider="cuda"))
@@ -100,7 +99,7 @@ def test_standard_output_stays_clean(bundle):
         "from sparsifiner_edge.execution import Execution\n"
         "from sparsifiner_edge.runtime.onnxruntime import session\n"
         "from sparsifiner_edge.runtime.cuda import CudaDevice\n"
-        "session.probe = lambda: CudaDevice('x', (8, 7), 1, True, '12.6')\n"
+        "session.probe = lambda: CudaDevice('x', '8.7', 1, True, '12.6')\n"
         "from pathlib import Path\n"
         "from sparsifiner_edge.bundle.store import open_bundle\n"
         "try: session.OnnxRuntime(Execution(provider='cuda')).open(open_bundle(Path(sys.argv[1])))\n"

@@ -19,7 +19,7 @@ from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.sessions import file_runner, with_outputs
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, Agreement, agreement, aligned
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.processor import native_library
+from sparsifiner_edge.runtime.backend import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.merge import Merging

@@ -23,8 +23,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
-from sparsifiner_edge.runtime.backend import cache_folder
-from sparsifiner_edge.runtime.processor import native_library
+from sparsifiner_edge.runtime.backend import cache_folder, native_library
 from sparsifiner_edge.text import dump_json
 
 TABLE_SCHEMA = 1

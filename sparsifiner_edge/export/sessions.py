@@ -12,9 +12,9 @@ import onnx
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.runtime.backend import ProcessorBackend, holds_float16, usable_kernels
 from sparsifiner_edge.runtime.onnxruntime.session import inference_session, session_options
 from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.runtime.processor import ProcessorBackend, holds_float16, usable_kernels
 
 
 def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:

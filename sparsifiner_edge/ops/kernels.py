@@ -1,8 +1,8 @@
 """The kernels that there are: which operators they run, on what, and why not here.
 
 What no kernel takes runs by the function body in the file, or in PyTorch. ONNX Runtime and OpenVINO take the native
-ones (`runtime.processor.native_library`), PyTorch those in Triton (`ops.triton.kernels_for`), and TensorRT those
-in Triton that export compiled into the bundle, where they are the fastest (`runtime.tensorrt.candidates`).
+ones (`runtime.backend.native_library`), PyTorch those in Triton (`ops.triton.kernels_for`), and TensorRT those
+in Triton that export compiled into the bundle, where they are the fastest (`runtime.build`).
 """
 
 from __future__ import annotations

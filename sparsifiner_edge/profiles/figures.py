@@ -14,7 +14,7 @@ from sparsifiner_edge.profiles.sensors.power import SensorDescription
 from sparsifiner_edge.profiles.stats import Summary
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Declared, Estimate
-from sparsifiner_edge.runtime.session import Description
+from sparsifiner_edge.runtime.session import Runtime
 
 
 class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +90,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     isolation: str = "one process per bundle"
     rules: Rules
     input_shapes: dict[str, list[int]]
-    runtime: dict[str, Description]
+    runtime: dict[str, Runtime]
     warm_up: dict[str, WarmUp]
     block_queries: dict[str, int]
     sensor: SensorDescription

@@ -85,7 +85,7 @@ def warm_up_flags(warm_up: WarmUp) -> list[Flag]:
     return [Flag("not-warmed-up", what, "Close other programs, or fix the clocks, and measure again.")]
 
 
-def kernel_flags(kernels: str | Unavailable) -> list[Flag]:
+def kernel_flags(kernels: object) -> list[Flag]:
     """ "portable-kernels" where function bodies stand in for kernels that could not be used.
 
     Args:
@@ -95,7 +95,7 @@ def kernel_flags(kernels: str | Unavailable) -> list[Flag]:
         "(the native library": "Repair the native library: sparsifiner-edge doctor says what it lacks.",
         "not the CUDA kernels": "This is a fallback: build an engine with --backend tensorrt and profile that.",
     }
-    fix = None if isinstance(kernels, Unavailable) else next((fixes[part] for part in fixes if part in kernels), None)
+    fix = next((fixes[part] for part in fixes if part in kernels), None) if isinstance(kernels, str) else None
     return [Flag("portable-kernels", f"sparse attention ran as {kernels}", fix)] if fix else []
 
 

@@ -39,7 +39,7 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import check_choices
-from sparsifiner_edge.runtime.session import Description
+from sparsifiner_edge.runtime.session import Runtime
 
 
 def profile_bundle(
@@ -100,7 +100,7 @@ def _result(
     sides: list[MeasuredSide],
     rules: Rules,
     seen: Observation,
-    described: dict[str, Description],
+    described: dict[str, Runtime],
     on_layers: OnStage | None,
 ) -> ProfileResult:
     """The result of what was measured; where `on_layers` is given, layers are timed first."""
@@ -121,13 +121,13 @@ def _result(
     )
 
 
-def _described(side: MeasuredSide) -> Description:
+def _described(side: MeasuredSide) -> Runtime:
     """What ran. Reading the model once more may fail where memory is short; the figures stand all the same."""
     try:
-        return side.worker.ask("describe", LOAD_TIMEOUT_S, Description)
+        return side.worker.ask("describe", LOAD_TIMEOUT_S, Runtime)
     except SparsifinerError as error:
         why = Unavailable(error.what)
-        return Description(backend=why, version=why, provider=why, device=why, precision=why, kernels=why, threads=why)
+        return Runtime(backend=why, version=why, provider=why, device=why, precision=why, kernels=why, threads=why)
 
 
 def _with_layers(figures: Figures, side: MeasuredSide) -> Figures:
@@ -142,7 +142,7 @@ def _with_layers(figures: Figures, side: MeasuredSide) -> Figures:
     return replace(figures, layers=found.layers, layers_total_ms=found.layers_total_ms)
 
 
-def _method(sides: list[MeasuredSide], rules: Rules, seen: Observation, described: dict[str, Description]) -> Method:
+def _method(sides: list[MeasuredSide], rules: Rules, seen: Observation, described: dict[str, Runtime]) -> Method:
     return Method(
         rules=rules,
         input_shapes=sides[0].loaded.input_shapes,

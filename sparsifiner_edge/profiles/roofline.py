@@ -23,7 +23,7 @@ SCORE_PASSES = 6
 MERGE_LAUNCHES = {"native": 8, "kernels": 10, "bodies": 25}
 """Kernels of a layer that merges, sizes and places of its tokens included: as bodies so many are in an engine of
 TensorRT-RTX (`benchmarks/engines_rtx.py`). 5 are left there without MatchTokens and MergeTokens
-(`tests/tensorrt/test_real.py`), and CUDA kernels are four and one. native: a CPU's library."""
+(`tests/tensorrt/test_rtx.py`), and CUDA kernels are four and one. native: a CPU's library."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sparsifiner_edge.report.records import ClassEvaluation, Robustness, ScoreEv
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean
 from sparsifiner_edge.results import MEASURE_AGAIN, RESULT_SCHEMA, Declared, Result, Subject, check_result
-from sparsifiner_edge.runtime.session import Description
+from sparsifiner_edge.runtime.session import Runtime
 
 PROGRAM = "sparsifiner-edge"
 FORMS: dict[str, type[Declared]] = {
@@ -78,7 +78,7 @@ class Side:
     subject: Subject
     figures: Figures
     samples: LatencySamples
-    runtime: Description
+    runtime: Runtime
 
     @property
     def sha(self) -> str:

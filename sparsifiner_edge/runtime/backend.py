@@ -1,4 +1,7 @@
-"""What a backend is: one class each; `open.find_backend` gives the one of a name. Importing this loads none."""
+"""What a backend is: one class each; `open.find_backend` gives the one of a name. Importing this loads none.
+
+Those that run a bundle's model on the processor share how its operators are carried out: native kernels or bodies.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,26 @@ import abc
 import importlib
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.onnx_file import all_nodes, read_model
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.kernels import NATIVE, described
+from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.session import Session
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+_FLOAT16 = 10
+"""TensorProto.FLOAT16."""
+BF16_TOLERANCE, BF16_TOLERANCE_FREE = 5e-2, 1e-1
+"""Greatest difference from golden outputs, relative to their range, in bf16 and fp16: dense, and where keys are chosen.
+Measured on DINOv2 in bf16: .008 and .084."""
 
 
 def cache_folder() -> Path:
@@ -35,7 +52,7 @@ def import_package(module: str, package: str, extra: str, fix: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name not in (module, f"{module}_bindings", f"{module}_libs"):
+        if error.name not in (module, module.partition(".")[0], f"{module}_bindings", f"{module}_libs"):
             raise BackendError(f"{module} lacks the module {error.name}.", f"Reinstall {package}.") from error
         raise MissingExtraError(package, extra) from error
     except Exception as error:  # Its libraries may be missing, or be those of another version.
@@ -82,3 +99,115 @@ def require_stored(precision: str, stored: str, name: str) -> None:
             "Leave --precision out"
             + (f", or export with --precision {precision}." if precision in ("fp32", "fp16") else "."),
         )
+
+
+class ProcessorBackend(Backend):
+    """A backend that runs the model itself, on the processor: `build` writes nothing, and runs the golden pair.
+
+    Attributes:
+        computes: precisions (`execution.PRECISIONS`) that it may run a float32 file in.
+    """
+
+    computes: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def session(self, model: Path, content: bytes | str, stored: str | None = None) -> Session:
+        """A session on a file's content, or on the path of a copy that nobody changes.
+
+        Args:
+            model: where it is from, for messages. stored: the bundle's own word for its precision.
+        """
+
+    def open(self, bundle: Bundle) -> Session:
+        """See `Backend.open`."""
+        with bundle.sealed_copy(MODEL_FILE) as copy:
+            return self.session(bundle.folder / MODEL_FILE, copy, bundle.manifest.precision)
+
+
+class CpuOperators(NamedTuple):
+    """The operators of the domain `sparsifiner` in a file, and what runs them here.
+
+    Attributes:
+        names: those in the file. float16: its weights are, all that are not int8.
+        kernels: one of `KERNEL_CHOICES`, "portable" for function bodies. library: the native one; None for bodies.
+    """
+
+    names: set[str]
+    float16: bool
+    kernels: str
+    library: Path | None
+
+    def text(self, precision: str | None = None) -> str:
+        """For people; what was not chosen is said, since function bodies are several times slower.
+
+        Args:
+            precision: of attention in the native library, where that is worth a word.
+        """
+        reason = why_portable(self.kernels) if self.kernels == "auto" else None
+        return described(self.names, self.library is not None, reason, precision)
+
+
+def read_operators(content: bytes | str, model: Path, kernels: str) -> tuple[ModelProto, CpuOperators]:
+    """A file, and what will run its operators.
+
+    Args:
+        content: of the file, or a path. model: where it is from, for messages. kernels: one of `KERNEL_CHOICES`.
+
+    Raises:
+        ArtifactError: it is no ONNX file, or needs another file.
+        BackendError: the kernels cannot be had of this file, or not here.
+    """
+    graph = read_model(content if isinstance(content, bytes) else Path(content).read_bytes(), model)
+    names = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
+    float16 = holds_float16(graph)
+    kernels = usable_kernels(float16, kernels)
+    return graph, CpuOperators(names, float16, kernels, native_library(kernels))
+
+
+def holds_float16(model: ModelProto) -> bool:
+    """Whether a file's weights are float16, all that are not int8."""
+    return any(tensor.data_type == _FLOAT16 for tensor in model.graph.initializer)
+
+
+def usable_kernels(float16: bool, kernels: str) -> str:
+    """What a choice of kernels means for a file: one of float16, which the native ones do not take, runs by its bodies.
+
+    Raises:
+        BackendError: it cannot be.
+    """
+    if not float16 or "float16" in NATIVE.dtypes:
+        return kernels
+    if kernels == "native":
+        raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
+    return "portable"
+
+
+def native_library(kernels: str) -> Path | None:
+    """The library to register for a choice of kernels (`KERNEL_CHOICES`); None for function bodies.
+
+    Raises:
+        BackendError: "native" where it cannot be used, or the variable `SPARSIFINER_TARGET` names no instruction set.
+    """
+    reason = why_portable(kernels)
+    if reason is not None and kernels == "native":
+        raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
+    return native.library_path() if reason is None else None
+
+
+def why_portable(kernels: str) -> str | None:
+    """Why a choice of kernels (`KERNEL_CHOICES`) means function bodies here; None where the native library runs.
+
+    Raises:
+        BackendError: the variable `SPARSIFINER_TARGET` names no instruction set.
+    """
+    if kernels == "portable":
+        return "was not asked for"
+    try:
+        return NATIVE.why_missing()
+    except ValueError as error:
+        raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
+
+
+def as_line(error: Exception) -> str:
+    """What a runtime says, as one line of a message."""
+    return " ".join(str(error).split())[:500]

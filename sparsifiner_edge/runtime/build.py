@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,12 +31,13 @@ from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle,
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.files import io_errors
+from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.progress import Progress, prefixed
 from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.runtime.child import serve, start_child
 from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.runtime.session import Description
-from sparsifiner_edge.runtime.tensorrt.backend import Job, Planned, TensorRtBackend
+from sparsifiner_edge.runtime.session import Runtime
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 
 DEFAULT_BATCH = BatchRange(1, 1, 8)
 """For a bundle of dynamic batch: a camera gives one image at a time."""
@@ -60,7 +61,7 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     version: str
     engines: tuple[Engine, ...] = ()
-    description: Description | None = None
+    description: Runtime | None = None
     golden: Golden | None = None
     seconds: float
 
@@ -88,7 +89,7 @@ def build_engine(
             pair run.
         compute_capabilities: such as ("8.6", "8.9"), one engine each; none: this machine's GPU.
         batch: least, best and greatest batch size, for a bundle of dynamic batch; None: `DEFAULT_BATCH`.
-        timeout_s: seconds that one candidate of an engine may take; None: 600, on a board that shares memory 1800.
+        timeout_s: seconds that one candidate of an engine may take; None: 600, on a Jetson 1800.
         precision, provider: what runs the golden pair on the processor; see `open_session`. An engine computes in what
             the file stores.
         kernels: of an engine "auto" is the fastest of all, "native" the CUDA kernels of this project, "portable" the
@@ -106,9 +107,9 @@ def build_engine(
     if isinstance(found, TensorRtBackend):
         capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
         planned = found.plan(checked, capabilities, batch_range(checked, batch))
-        limit = found.default_timeout_s() if timeout_s is None else timeout_s
-        engines = _build_all(checked, planned, limit, progress)
-        result = msgspec.structs.replace(result, engines=engines)
+        if timeout_s is None:
+            timeout_s = 600.0 if jetson_release() is None else 1800.0  # A Jetson's processor is a small one.
+        result = msgspec.structs.replace(result, engines=_build_all(checked, planned, timeout_s, progress))
     else:
         if compute_capabilities or batch:
             raise ConfigError(
@@ -149,21 +150,15 @@ def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRang
 
 
 def _build_all(
-    bundle: Bundle, planned: Sequence[Planned], timeout_s: float, progress: Progress | None
+    bundle: Bundle, planned: Sequence[Engine], timeout_s: float, progress: Progress | None
 ) -> tuple[Engine, ...]:
     engines: list[Engine] = []
     with bundle_scratch(bundle.folder) as scratch:
         files: dict[str, Path] = {}
-        for number, one in enumerate(planned):
-            engine, path = one.engine, scratch / f"{one.engine.name}.engine"
-            job = Job(
-                bundle=str(bundle.folder.resolve()),
-                model_sha256=bundle.manifest.files[MODEL_FILE],
-                output=str(path.resolve()),
-                engine=engine,
-            )
+        for number, engine in enumerate(planned):
+            path = scratch.resolve() / f"{engine.name}.engine"
             prefix = f"{number + 1} of {len(planned)}, compute capability {engine.compute_capability}: "
-            details = build_fastest(job, one, timeout_s, progress and prefixed(progress, prefix))
+            details = build_fastest(engine, bundle, path, timeout_s, progress and prefixed(progress, prefix))
             # The hash in the name keeps an earlier engine of this kind whole until the manifest is replaced.
             place = f"{ENGINE_FOLDER}/{engine.name}-{sha256(path)[:8]}.engine"
             engines.append(msgspec.structs.replace(engine, file=place, details=details))
@@ -187,11 +182,11 @@ def _with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundl
     return msgspec.structs.replace(manifest, files=files, engines=(*kept, *engines))
 
 
-def build_fastest(job: Job, planned: Planned, timeout_s: float, progress: Progress | None) -> Details:
-    """Build every candidate, and leave the fastest that gives the golden output at `job.output`.
+def build_fastest(engine: Engine, bundle: Bundle, output: Path, timeout_s: float, progress: Progress | None) -> Details:
+    """Build every candidate, and leave the fastest that gives the golden output at `output`.
 
     Args:
-        timeout_s: seconds that each candidate may take.
+        engine: as planned (`TensorRtBackend.plan`). timeout_s: seconds that each candidate may take.
 
     Returns:
         What is known of the one that is kept; under `candidates` all of them, those left out too.
@@ -199,38 +194,39 @@ def build_fastest(job: Job, planned: Planned, timeout_s: float, progress: Progre
     Raises:
         SparsifinerError: not one of them could be built, or not one gives the golden output.
     """
-    tried: dict[str, EngineCandidate] = {}
+    tried = dict(engine.details.candidates)
+    names = [name for name, one in tried.items() if one.failed is None]
     built: dict[str, Details] = {}
     failures: list[SparsifinerError] = []
-    for name in planned.candidates:
-        one = msgspec.structs.replace(job, candidate=name, output=f"{job.output}.{name}")
+    for number, name in enumerate(names):
+        if progress:
+            progress(f"building {name}", number, len(names))
+        one = msgspec.structs.replace(engine, details=Details(kernels=name))
         try:
-            built[name] = run_job(one, timeout_s, progress and prefixed(progress, f"{name}: "))
+            built[name] = build_candidate(one, bundle.folder.resolve(), _place(output, name), timeout_s)
             tried |= built[name].candidates
         except SparsifinerError as error:
             failures.append(error)
             tried[name] = EngineCandidate(failed=error.what)
     passed = [name for name in built if not isinstance(tried[name].golden, str)]
     if not passed:
-        raise failures[0] if failures else GateError(str(tried[planned.candidates[0]].golden), "Export it again.")
+        raise failures[0] if failures else GateError(str(tried[names[0]].golden), "Export it again.")
     # What was not run, for the GPU was lost meanwhile, stands behind whatever was.
     best = min(passed, key=lambda name: math.inf if (ms := tried[name].compute_ms) is None else ms)
-    _keep(Path(job.output), best, built)
-    tried |= {name: EngineCandidate(failed=f"not built: {why}") for name, why in planned.left_out.items()}
+    if not _place(output, best).is_file():
+        raise ArtifactError(f"{output} vanished while it was built.", "Leave the bundle in place and build again.")
+    with io_errors(output):
+        _place(output, best).replace(output)
+        for name in built.keys() - {best}:
+            _place(output, name).unlink(missing_ok=True)
     golden = tried[best].golden
     checked = golden if isinstance(golden, dict) else Unavailable(tried[best].failed or "")
     return msgspec.structs.replace(built[best], candidates=tried, golden=checked)
 
 
-def _keep(output: Path, best: str, names: Iterable[str]) -> None:
-    """Of the files of candidates one becomes the engine's, the others go."""
-    files = {name: output.with_name(f"{output.name}.{name}") for name in names}
-    if not files[best].is_file():
-        raise ArtifactError(f"{output} vanished while it was built.", "Leave the bundle in place and build again.")
-    with io_errors(output):
-        files.pop(best).replace(output)
-        for path in files.values():
-            path.unlink(missing_ok=True)
+def _place(output: Path, candidate: str) -> Path:
+    """Of a candidate's file."""
+    return output.with_name(f"{output.name}.{candidate}")
 
 
 def verdict(details: Details) -> list[str]:
@@ -249,26 +245,28 @@ def verdict(details: Details) -> list[str]:
     return [*lines, f"kept: {details.kernels}, {'nothing was measured' if own is None else why + advice}"]
 
 
-def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> Details:
+def build_candidate(engine: Engine, folder: Path, output: Path, timeout_s: float) -> Details:
     """Build one candidate in a fresh process, which is killed when this returns or raises.
 
     Args:
+        engine, folder, output: see `TensorRtBackend.build`; the paths are absolute.
         timeout_s: seconds after which the builder counts as hung.
 
     Raises:
         SparsifinerError: what the backend's `build` raised.
         BackendError: the process died, was killed, or took too long; the end of its log is in the message.
     """
-    with start_child(__name__, f"The builder of {job.engine.backend}", _FIX) as child:
-        return child.ask("build", timeout_s, Details, progress, job=write_record(job))
+    with start_child(__name__, f"The builder of {engine.backend}", _FIX) as child:
+        given = {"engine": write_record(engine), "folder": str(folder), "output": str(output)}
+        return child.ask("build", timeout_s, Details, **given)
 
 
-def _build(tell: Progress, job: object) -> Details:
-    """Carry out a job in this process."""
-    read = read_record(job, Job, "The job", "Report this.")
-    backend = find_backend(Execution(backend=read.engine.backend))
+def _build(engine: object, folder: str, output: str) -> Details:
+    """Build one candidate in this process."""
+    read = read_record(engine, Engine, "The engine", "Report this.")
+    backend = find_backend(Execution(backend=read.backend))
     assert isinstance(backend, TensorRtBackend)
-    return backend.build(read, tell)
+    return backend.build(read, Path(folder), Path(output))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Processes of ours that work for this one, since native code may abort or hang: asked, heard, and always ended.
 
 Both sides speak JSON, one message at a time, on a pipe of their own: what a library prints in the child, on either
-output, is kept for messages and mixes with nothing. A request is one of the child's operations with its arguments;
-steps of progress may come back, then its result, or the error of this package that it raised.
+output, is kept for messages and mixes with nothing. A request is one of the child's operations with its arguments; its
+result comes back, or the error of this package that it raised.
 """
 
 from __future__ import annotations
@@ -22,23 +22,21 @@ import msgspec
 
 from sparsifiner_edge.errors import BackendError, SparsifinerError, rebuilt
 from sparsifiner_edge.process import StalledError, read_message, start_python, write_message
-from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
 
 _TAIL_BYTES = 2000
 _MOST_BYTES = 1 << 30
 _PIPE = "SPARSIFINER_PIPE"
 """Variable of the child's environment: the number of its end of the pipe."""
-_EVERY_S, _ENDING_S = 0.05, 5.0
+_ENDING_S = 5.0
 _REPORT = "Report this as a bug."
 _KINDS = {kind.__name__: kind for kind in SparsifinerError.__subclasses__()}
 _Result = TypeVar("_Result")
 
 
-class Reply(msgspec.Struct, frozen=True):
-    """How far an operation is (stage, done, total), its error (class, what, fix), or else its result, JSON-ready."""
+class _Reply(msgspec.Struct, frozen=True):
+    """The error of an operation (class, what, fix), or else its result, JSON-ready."""
 
-    step: tuple[str, float, float] | None = None
     error: tuple[str, str, str] | None = None
     result: Any = None
 
@@ -50,10 +48,7 @@ class Child:
         self.pid = process.pid
         self._name, self._fix, self._process, self._pipe, self._log = name, fix, process, pipe, log
 
-    def ask(
-        self, operation: str, timeout_s: float, form: type[_Result], progress: Progress | None = None,
-        **arguments: object,
-    ) -> _Result:  # fmt: skip
+    def ask(self, operation: str, timeout_s: float, form: type[_Result], **arguments: object) -> _Result:
         """Have an operation carried out.
 
         Args:
@@ -66,24 +61,20 @@ class Child:
         deadline = time.monotonic() + timeout_s
         with contextlib.suppress(OSError):  # That it is gone is seen when it is read from.
             write_message(self._pipe, json.dumps({"operation": operation, **arguments}).encode())
-        while True:
-            try:
-                message = read_message(self._pipe, deadline, _MOST_BYTES)
-                content = None if message is None else json.loads(message)
-            except StalledError as error:
-                raise self._lost(f"gave no reply to {operation!r} within {timeout_s:g} s and was ended") from error
-            except (OSError, ValueError):  # Cut off, or overwritten by what goes wrong there.
-                content = None
-            if content is None:
-                raise self._lost(f"{self._ended()} during {operation!r}")
-            reply = read_record(content, Reply, self._name, _REPORT, BackendError)
-            if reply.error is not None:
-                kind, what, fix = reply.error
-                raise rebuilt(_KINDS.get(kind, BackendError), what, fix)
-            if reply.step is None:
-                return read_record(reply.result, form, self._name, _REPORT, BackendError)
-            if progress:
-                progress(*reply.step)
+        try:
+            message = read_message(self._pipe, deadline, _MOST_BYTES)
+            content = None if message is None else json.loads(message)
+        except StalledError as error:
+            raise self._lost(f"gave no reply to {operation!r} within {timeout_s:g} s and was ended") from error
+        except (OSError, ValueError):  # Cut off, or overwritten by what goes wrong there.
+            content = None
+        if content is None:
+            raise self._lost(f"{self._ended()} during {operation!r}")
+        reply = read_record(content, _Reply, self._name, _REPORT, BackendError)
+        if reply.error is not None:
+            kind, what, fix = reply.error
+            raise rebuilt(_KINDS.get(kind, BackendError), what, fix)
+        return read_record(reply.result, form, self._name, _REPORT, BackendError)
 
     def end(self) -> None:
         """Kill it and reap it: nothing in it is worth saving, and what hangs hears nothing gentler."""
@@ -131,7 +122,7 @@ def serve(operations: Mapping[str, Callable[..., Any]]) -> None:
     """The child's side: carry out what the parent asks for, until it closes the pipe.
 
     Args:
-        operations: by name; each is called with a `Progress` and a request's arguments, and returns a record.
+        operations: by name; each is called with a request's arguments, and returns a record.
     """
     pipe = int(os.environ.pop(_PIPE))
     os.set_inheritable(pipe, False)  # Programs that a library starts must not hold the pipe open.
@@ -140,20 +131,7 @@ def serve(operations: Mapping[str, Callable[..., Any]]) -> None:
             request = json.loads(message)
             operation = operations[request.pop("operation")]
             try:
-                reply = Reply(result=write_record(operation(_telling(pipe), **request)))
+                reply = _Reply(result=write_record(operation(**request)))
             except SparsifinerError as error:
-                reply = Reply(error=(type(error).__name__, error.what, error.fix))
+                reply = _Reply(error=(type(error).__name__, error.what, error.fix))
             write_message(pipe, json.dumps(write_record(reply)).encode())
-
-
-def _telling(pipe: int) -> Progress:
-    """Tells the parent of progress, not too often: some phases have thousands of steps."""
-    last = ("", 0.0)
-
-    def tell(stage: str, done: float, total: float) -> None:
-        nonlocal last
-        if stage != last[0] or time.monotonic() - last[1] > _EVERY_S:
-            last = (stage, time.monotonic())
-            write_message(pipe, json.dumps(write_record(Reply(step=(stage, done, total)))).encode())
-
-    return tell

@@ -58,26 +58,21 @@ def find_backend(execution: Execution) -> Backend:
     check_choices(execution)
     if execution.backend in BACKENDS:
         module, _, name = BACKENDS[execution.backend].partition(":")
-        kind = getattr(importlib.import_module(f"sparsifiner_edge.runtime.{module}"), name)
-    else:
-        kind = _load(_others()[execution.backend])
-    backend: Backend = kind(execution)
-    return backend
-
-
-def _others() -> dict[str, EntryPoint]:
-    """Backends of other packages that are installed, by name; none of them is imported."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-
-
-def _load(point: EntryPoint) -> type[Backend]:
+        ours: type[Backend] = getattr(importlib.import_module(f"sparsifiner_edge.runtime.{module}"), name)
+        return ours(execution)
+    point = _others()[execution.backend]
     try:
         kind = point.load()
     except Exception as error:  # It is anybody's code.
         raise BackendError(f"{point.value} cannot be imported: {error}.", f"Reinstall {point.name}.") from error
     if not (isinstance(kind, type) and issubclass(kind, Backend)):
         raise BackendError(f"{point.value} is no class of Backend.", f"Report it to the authors of {point.name}.")
-    return kind
+    return kind(execution)
+
+
+def _others() -> dict[str, EntryPoint]:
+    """Backends of other packages that are installed, by name; none of them is imported."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 def open_session(
@@ -95,11 +90,8 @@ def open_session(
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
         backend: one of `BACKENDS`, or another package's (`ENTRY_POINTS`).
-        threads: threads inside one operator; None takes the cores that this process may run on.
-        kernels: one of `KERNEL_CHOICES`; the session's `description` says what runs.
+        threads, kernels, precision, provider: see `Execution`.
         public_key: the bundle must be signed by this key; see `sign.require_signature`.
-        precision: one of `PRECISIONS`: what is computed in of all that the file does not hold in int8.
-        provider: one of `PROVIDERS`, of ONNX Runtime.
 
     Raises:
         ArtifactError: not a bundle, altered, of another version, or not signed by that key.

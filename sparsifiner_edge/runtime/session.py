@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,14 +21,14 @@ RANKS = {"logits": 2, "features": 2, "tokens": 3}
 
 
 class Runtime(msgspec.Struct, frozen=True, kw_only=True):
-    """What ran a model, torch or a backend.
+    """What really ran a model: a backend, which says all that it has, or torch.
 
     Attributes:
         precision: of the model. threads: inside one operator.
         provider: ONNX Runtime's word; "TensorRT" or "TensorRT-RTX" of an engine. device: for people.
         kernels: "native, <instruction set>", "function bodies", "none (standard operators)", or an engine's.
-        cuda, graph, zero_copy: of an engine: package and driver, whether runs are recorded, whether memory is shared.
-        why_no_graph: why runs are not recorded; it may be known from the second one on.
+        cuda: package and driver of an engine. why_no_graph: why its runs are not recorded, which may be known from the
+            second one on; None: they are.
     """
 
     backend: str | Unavailable
@@ -39,18 +39,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     device: str | Unavailable | None = None
     kernels: str | Unavailable | None = None
     cuda: str | None = None
-    graph: bool | None = None
     why_no_graph: str | None = None
-    zero_copy: bool | None = None
-
-
-class Description(Runtime, frozen=True, kw_only=True):
-    """What really runs of a bundle."""
-
-    version: str | Unavailable
-    provider: str | Unavailable
-    device: str | Unavailable
-    kernels: str | Unavailable
 
 
 class Session(abc.ABC):
@@ -71,20 +60,27 @@ class Session(abc.ABC):
     least_tolerance = 0.0
     least_batch = golden_runs = 1
     in_place_of_sparse = False
-    _description: Description
+    _description: Runtime
 
     @property
-    def description(self) -> Description:
+    def description(self) -> Runtime:
         """What really runs."""
         return self._description
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
-        """Check names, types and shapes.
+        """Check names, types, ranks, sizes, and that axes of one name have one size.
 
         Raises:
             BackendError: names the input, what it got and what it expected.
         """
-        validate_inputs(self.inputs, inputs)
+        expected = ", ".join(f"{spec.name} ({spec})" for spec in self.inputs)
+        for name in inputs.keys() - {spec.name for spec in self.inputs}:
+            raise BackendError(f"Unknown input {name!r}.", f"The model's inputs: {expected}.")
+        bound: dict[str, int] = {}
+        for spec in self.inputs:
+            if spec.name not in inputs:
+                raise BackendError(f"Input {spec.name!r} is missing.", f"The model's inputs: {expected}.")
+            _validate_one(spec, inputs[spec.name], bound)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model once.
@@ -126,24 +122,6 @@ class Session(abc.ABC):
 
     def __exit__(self, *_error: object) -> None:
         self.close()
-
-
-def validate_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> None:
-    """Check arrays against `specs`: names, types, ranks, sizes, and that axes of one name have one size.
-
-    Raises:
-        BackendError: names the input, what it got and what it expected.
-    """
-    expected = ", ".join(f"{spec.name} ({spec})" for spec in specs)
-    names = {spec.name for spec in specs}
-    for name in inputs:
-        if name not in names:
-            raise BackendError(f"Unknown input {name!r}.", f"The model's inputs: {expected}.")
-    bound: dict[str, int] = {}
-    for spec in specs:
-        if spec.name not in inputs:
-            raise BackendError(f"Input {spec.name!r} is missing.", f"The model's inputs: {expected}.")
-        _validate_one(spec, inputs[spec.name], bound)
 
 
 def _validate_one(spec: TensorSpec, value: object, bound: dict[str, int]) -> None:

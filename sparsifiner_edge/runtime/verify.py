@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,19 +137,16 @@ def _onnx(model: Any) -> str:
 
 def _interface(bundle: Bundle, graph: Any) -> str:
     """Names, types and shapes of inputs and outputs."""
-
-    def compare(key: str, specs: Iterable[TensorSpec], values: Any) -> str:
+    counts, manifest = [], bundle.manifest
+    for key, specs, values in (("input", manifest.inputs, graph.input), ("output", manifest.outputs, graph.output)):
         stated = [TensorSpec(spec.name, spec.dtype, spec.shape) for spec in specs]
         present = [_tensor(value) for value in values]
         if stated != present:
             wrong = [entry for entry in (*stated, *present) if not (entry in stated and entry in present)]
             difference = f"{wrong[0].name} {wrong[0]}" if wrong else "their order"
-            raise GateError(f"{key}: manifest and model differ in {difference}")
-        return f"{len(present)} {key[:-1] if len(present) == 1 else key}"
-
-    manifest = bundle.manifest
-    inputs = compare("inputs", manifest.inputs, graph.input)
-    return f"{inputs} and {compare('outputs', manifest.outputs, graph.output)} as the manifest says"
+            raise GateError(f"{key}s: manifest and model differ in {difference}")
+        counts.append(f"{len(present)} {key}{'' if len(present) == 1 else 's'}")
+    return f"{' and '.join(counts)} as the manifest says"
 
 
 def _tensor(value: Any) -> TensorSpec:

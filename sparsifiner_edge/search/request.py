@@ -12,8 +12,8 @@ from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution
 from sparsifiner_edge.images import list_images
 from sparsifiner_edge.profiles.boards.board import Board, load_board
+from sparsifiner_edge.runtime.backend import ProcessorBackend
 from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.trial import FIDELITIES
 

@@ -1,4 +1,4 @@
-"""A GPU that is not there: memory, streams, events and graphs with the rules of the real ones, and a count of all.
+"""A GPU that is not there, and cuda-python on it: memory, streams, events and graphs with the rules of the real ones.
 
 Device memory is memory of this process, so engines of the fake TensorRT compute real results in it. What is put into a
 stream runs at once, or is recorded while the stream is captured. Errors are put in by name of the function of CUDA's
@@ -9,10 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import enum
 import itertools
+import sys
+import types
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+
+import pytest
+
+from sparsifiner_edge.runtime.cuda import support
+
+_CODES = {
+    "cudaSuccess": 0, "cudaErrorInvalidValue": 1, "cudaErrorMemoryAllocation": 2, "cudaErrorInsufficientDriver": 35,
+    "cudaErrorNoDevice": 100, "cudaErrorInvalidResourceHandle": 400, "cudaErrorIllegalAddress": 700,
+    "cudaErrorLaunchFailure": 719,
+}  # fmt: skip
 
 
 class CudaError(Exception):
@@ -32,20 +45,18 @@ class Gpu:
     fail: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.lost = False
-        self.used = 0
+        self.lost, self.used, self.clock = False, 0, 0.0
         self.calls: Counter[str] = Counter()
         self._numbers = itertools.count(1000)
-        self._blocks: dict[int, tuple[Any, int, str]] = {}
+        self.blocks: dict[int, tuple[Any, int, str]] = {}
         self._live: dict[int, str] = {}
         self._graphs: dict[int, list[Callable[[], None]]] = {}
         self._recording: dict[int, list[Callable[[], None]]] = {}
-        self._clock = 0.0
         self._stamps: dict[int, float] = {}
 
     def live(self) -> dict[str, int]:
         """What is taken and not given back, by kind; empty when all is."""
-        return dict(Counter([kind for _, _, kind in self._blocks.values()] + list(self._live.values())))
+        return dict(Counter([kind for _, _, kind in self.blocks.values()] + list(self._live.values())))
 
     def check(self, function: str) -> None:
         """Count a call, and fail it where it shall fail."""
@@ -63,17 +74,14 @@ class Gpu:
             raise CudaError("cudaErrorMemoryAllocation")
         block = (ctypes.c_uint8 * max(size, 1))()
         self.used += size
-        self._blocks[ctypes.addressof(block)] = (block, size, kind)
+        self.blocks[ctypes.addressof(block)] = (block, size, kind)
         return ctypes.addressof(block)
 
     def free(self, pointer: int, kind: str) -> None:
         """Give memory back; what is not taken, or of another kind, is an error."""
-        if pointer not in self._blocks or self._blocks[pointer][2] != kind:
+        if pointer not in self.blocks or self.blocks[pointer][2] != kind:
             raise CudaError("cudaErrorInvalidValue")
-        self.used -= self._blocks.pop(pointer)[1]
-
-    def block(self, pointer: int) -> Any:
-        return self._blocks[pointer][0]
+        self.used -= self.blocks.pop(pointer)[1]
 
     def make(self, kind: str) -> int:
         """A stream, event, graph, engine or context."""
@@ -87,12 +95,12 @@ class Gpu:
         del self._live[number]
         self._graphs.pop(number, None)
 
-    def put(self, stream: int, work: Callable[[], None], milliseconds: float = 1.0) -> None:
+    def put(self, stream: int, work: Callable[[], object], milliseconds: float = 1.0) -> None:
         """Put work into a stream."""
 
         def run() -> None:
             work()
-            self._clock += milliseconds
+            self.clock += milliseconds
 
         if stream in self._recording:
             self._recording[stream].append(run)
@@ -102,35 +110,96 @@ class Gpu:
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         """Copy between two blocks; sizes beyond either are an error."""
         for pointer in (target, source):
-            if pointer not in self._blocks or size > self._blocks[pointer][1]:
+            if pointer not in self.blocks or size > self.blocks[pointer][1]:
                 raise CudaError("cudaErrorInvalidValue")
-        self.put(stream, lambda: ctypes.memmove(target, source, size) and None, 0.25)
-
-    def stamp(self, event: int) -> None:
-        self._stamps[event] = self._clock
-
-    def between(self, start: int, end: int) -> float:
-        if start not in self._stamps or end not in self._stamps:
-            raise CudaError("cudaErrorInvalidResourceHandle")
-        return self._stamps[end] - self._stamps[start]
+        self.put(stream, lambda: ctypes.memmove(target, source, size), 0.25)
 
     def captures(self, stream: int) -> bool:
         return stream in self._recording
 
-    def begin(self, stream: int) -> None:
-        self._recording[stream] = []
-
-    def end(self, stream: int) -> int:
-        """End recording; returns a graph."""
-        graph = self.make("graph")
-        self._graphs[graph] = self._recording.pop(stream)
-        return graph
-
-    def instantiate(self, graph: int) -> int:
-        executable = self.make("executable graph")
-        self._graphs[executable] = self._graphs[graph]
-        return executable
+    def graph(self, kind: str, steps: list[Callable[[], None]]) -> int:
+        number = self.make(kind)
+        self._graphs[number] = steps
+        return number
 
     def launch(self, executable: int, stream: int) -> None:
         for step in self._graphs[executable]:
             self.put(stream, step, 0.0)
+
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """CUDA's, by name, with the parameters that cuda-python gives them."""
+        about = {"totalGlobalMem": self.memory, "integrated": int(self.integrated)}
+        return {
+            "cudaDriverGetVersion": lambda: self.driver,
+            "cudaGetDeviceCount": lambda: self.count,
+            "cudaSetDevice": lambda device: None,
+            "cudaGetDeviceProperties": lambda device: types.SimpleNamespace(
+                name=self.name.encode() + b"\0" * 8, major=self.sm[0], minor=self.sm[1], **about
+            ),
+            "cudaMemGetInfo": lambda: (self.memory - self.used, self.memory),
+            "cudaMalloc": lambda size: self.allocate(size, "device"),
+            "cudaFree": lambda devPtr: self.free(devPtr, "device"),
+            "cudaHostAlloc": lambda size, flags: self.allocate(size, "host"),
+            "cudaFreeHost": lambda ptr: self.free(ptr, "host"),
+            "cudaHostGetDevicePointer": lambda pHost, flags: pHost,
+            "cudaStreamCreateWithFlags": lambda flags: self.make("stream"),
+            "cudaStreamDestroy": lambda stream: self.drop(stream, "stream"),
+            "cudaStreamSynchronize": lambda stream: None,
+            "cudaEventCreate": lambda: self.make("event"),
+            "cudaEventDestroy": lambda event: self.drop(event, "event"),
+            "cudaEventRecord": lambda event, stream: self._stamps.update({event: self.clock}),
+            "cudaEventElapsedTime": lambda start, end: self._stamps[end] - self._stamps[start],
+            "cudaMemcpyAsync": lambda dst, src, count, kind, stream: self.copy(dst, src, count, stream),
+            "cudaStreamBeginCapture": lambda stream, mode: self._recording.update({stream: []}),
+            "cudaStreamEndCapture": lambda stream: self.graph("graph", self._recording.pop(stream)),
+            "cudaGraphInstantiate": lambda graph, flags: self.graph("executable graph", self._graphs[graph]),
+            "cudaGraphDestroy": lambda graph: self.drop(graph, "graph"),
+            "cudaGraphExecDestroy": lambda graphExec: self.drop(graphExec, "executable graph"),
+            "cudaGraphLaunch": lambda graphExec, stream: self.launch(graphExec, stream),  # noqa: PLW0108 - patched
+        }
+
+
+def cuda_bindings(gpu: Gpu) -> types.ModuleType:
+    """A module like `cuda.bindings.runtime`: functions give a status and, where there is one, a result."""
+    module = types.ModuleType("cuda.bindings.runtime")
+    module.cudaError_t = error = enum.IntEnum("cudaError_t", _CODES)
+    module.cudaHostAllocMapped, module.cudaStreamNonBlocking = 2, 1
+    module.cudaMemcpyKind = enum.IntEnum("cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})
+    module.cudaStreamCaptureMode = enum.IntEnum("cudaStreamCaptureMode", {"cudaStreamCaptureModeThreadLocal": 1})
+    module.cudaGetErrorString = lambda status: (error.cudaSuccess, f"text of {status.name}".encode())
+
+    def function(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            try:
+                gpu.check(name)
+                result = body(*arguments)
+            except CudaError as failed:
+                return (error[str(failed)],)
+            return (error.cudaSuccess, *(result if isinstance(result, tuple) else () if result is None else (result,)))
+
+        return call
+
+    for name, body in gpu.functions().items():
+        setattr(module, name, function(name, body))
+    return module
+
+
+def install_cuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, release: str = "12.6.2") -> types.ModuleType:
+    """The fake of cuda-python for one test, of this release."""
+    made, parent = cuda_bindings(gpu), types.ModuleType("cuda.bindings")
+    parent.__version__ = release
+    for name, module in (("cuda", types.ModuleType("cuda")), (parent.__name__, parent), (made.__name__, made)):
+        monkeypatch.setitem(sys.modules, name, module)
+    return made
+
+
+def install_driver(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A driver's library that supports CUDA up to `number`, such as 12060."""
+
+    def version(pointer: Any) -> int:
+        pointer._obj.value = number
+        return 0
+
+    library = types.SimpleNamespace(cuDriverGetVersion=version)
+    ours = types.SimpleNamespace(c_int=ctypes.c_int, byref=ctypes.byref, CDLL=lambda _: library)
+    monkeypatch.setattr(support, "ctypes", ours)

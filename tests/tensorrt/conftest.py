@@ -6,13 +6,12 @@ import json
 
 import pytest
 
-from sparsifiner_edge.bundle.engines import Details
+from sparsifiner_edge.bundle.engines import Details, Engine
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime import build
-from sparsifiner_edge.runtime.tensorrt.backend import Job
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
-from tests.fakes.gpu import Gpu
-from tests.fakes.install import install_cuda, install_tensorrt
+from tests.fakes.gpu import Gpu, install_cuda
+from tests.fakes.tensorrt import install_tensorrt
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +28,15 @@ def sent(record, kind):
 def machine(monkeypatch):
     """A function that makes a machine, where builds run in this process."""
 
-    def make(version="10.3", behaviour=None, package="cuda-python", **device):
+    def make(version="10.3", behaviour=None, **device):
         gpu = Gpu(**device)
-        install_cuda(monkeypatch, gpu, package)
+        install_cuda(monkeypatch, gpu)
         trt = install_tensorrt(monkeypatch, gpu, version, behaviour)
 
-        def run(job, timeout, progress=None):
-            job = sent(job, Job)
-            return sent(TensorRt().build(job, progress or (lambda *_: None)), Details)
+        def run(engine, folder, output, timeout_s):
+            return sent(TensorRt().build(sent(engine, Engine), folder, output), Details)
 
-        monkeypatch.setattr(build, "run_job", run)
+        monkeypatch.setattr(build, "build_candidate", run)
         return gpu, trt
 
     return make

@@ -17,21 +17,20 @@ from tests.test_runtime import spoil_golden
 from tests.tiny import make_bundle
 
 
-def test_only_the_batch_may_be_dynamic(tmp_path, machine):
+def test_what_cannot_be_built_is_refused(tmp_path, machine):
+    machine(behaviour=Behaviour(refuse=("ReduceMean", "Double")))
+    folder = make_bundle(tmp_path / "b", function=True)
+    with pytest.raises(ConfigError, match=r"(?s)Orin, 8.7\), not for 8.9.*tensorrt-rtx, which builds ahead of time"):
+        build_engine(folder, "tensorrt", compute_capabilities=["8.7", "8.9"])
+    with pytest.raises(UnsupportedModelError, match=r"\(Double\) in SparseAttention.*; node .*ReduceMean.*registered"):
+        build_engine(folder, "tensorrt")
     machine()
-    folder = make_bundle(tmp_path / "b")
     model = onnx.load(folder / "model.onnx")
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "height"
     onnx.save(model, folder / "model.onnx")
     reseal(folder)
     with pytest.raises(ConfigError, match=r"shape \[-1, -1, 4, 3\]: only the batch may be dynamic"):
         build_engine(folder, "tensorrt")
-
-
-def test_another_gpu_is_refused(tmp_path, machine):
-    machine()
-    with pytest.raises(ConfigError, match=r"(?s)Orin, 8.7\), not for 8.9.*tensorrt-rtx, which builds ahead of time"):
-        build_engine(make_bundle(tmp_path / "b"), "tensorrt", compute_capabilities=["8.7", "8.9"])
 
 
 @pytest.mark.parametrize(
@@ -57,12 +56,6 @@ def test_a_build_that_fails_is_translated_and_changes_nothing(tmp_path, machine,
     assert gpu.live() == {}
 
 
-def test_the_parser_names_the_nodes(tmp_path, machine):
-    machine(behaviour=Behaviour(refuse=("ReduceMean", "Double")))
-    with pytest.raises(UnsupportedModelError, match=r"\(Double\) in SparseAttention.*; node .*ReduceMean.*registered"):
-        build_engine(make_bundle(tmp_path / "b", function=True), "tensorrt")
-
-
 def test_a_wrong_result_is_not_kept(tmp_path, machine):
     gpu, _ = machine()
     folder = make_bundle(tmp_path / "b")
@@ -74,7 +67,7 @@ def test_a_wrong_result_is_not_kept(tmp_path, machine):
 
 
 def test_the_timing_cache_is_kept_by_device_and_version(tmp_path, machine):
-    """What is damaged or of another device counts as none, and a disk that refuses costs no build."""
+    """What is damaged counts as none, and a disk that refuses costs no build."""
     behaviour = Behaviour()
     machine(behaviour=behaviour)
     folder = make_bundle(tmp_path / "b")

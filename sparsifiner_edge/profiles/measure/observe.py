@@ -85,7 +85,7 @@ def _memory(side: MeasuredSide) -> MeasuredMemory:
     return MeasuredMemory(steady=process, device_bytes=device_bytes, device_source=source)
 
 
-def side_figures(side: MeasuredSide, seen: Observation, kernels: str | Unavailable) -> Figures:
+def side_figures(side: MeasuredSide, seen: Observation, kernels: object) -> Figures:
     """A side's part of `statistics`, layers apart; `kernels` as its session describes them."""
     latency, recording = side.latency_ms, seen.recording
     joules: Known[Energy] = Unavailable(recording.sensor.total.removeprefix(f"{MISSING}: "))

@@ -18,7 +18,7 @@ from sparsifiner_edge.profiles.measure.memory import Bytes, read_memory
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.runtime.child import serve
 from sparsifiner_edge.runtime.open import checked_bundle, find_backend, open_checked
-from sparsifiner_edge.runtime.session import Description, Session
+from sparsifiner_edge.runtime.session import Runtime, Session
 
 if TYPE_CHECKING:
     from sparsifiner_edge.profiles.measure.layers import LayerTimes
@@ -101,7 +101,7 @@ class _Worker:
     def processor_s(self) -> float:
         return time.process_time()
 
-    def describe(self) -> Description:  # Costs memory: asked last.
+    def describe(self) -> Runtime:  # Costs memory: asked last.
         return self._loaded().description
 
     def layers(self, query_ms: float, **given: Any) -> LayerTimes:  # Of a worker that loaded nothing.
@@ -119,11 +119,7 @@ class _Worker:
 def operations() -> dict[str, Callable[..., Any]]:
     """Those of a fresh worker; see `runtime.child.serve`."""
     worker = _Worker()
-
-    def of(method: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda _tell, **arguments: method(**arguments)
-
-    return {name: of(getattr(worker, name)) for name in ("load", "block", "processor_s", "describe", "layers")}
+    return {name: getattr(worker, name) for name in ("load", "block", "processor_s", "describe", "layers")}
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
-"""CUDA's runtime API on the first device: by cuda-python, or where that is not installed by pycuda (`pycuda.py`).
+"""CUDA's runtime API on the first device, by cuda-python.
 
-No object of TensorRT may exist before `open_driver` or `probe` has succeeded: without a driver TensorRT's own objects
-come up all the same and end the process when they are used.
+No object of TensorRT may exist before a `Driver` does, or `probe` has succeeded: without NVIDIA's driver TensorRT's own
+objects come up all the same and end the process when they are used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
-import importlib.util
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.machine import jetson_release
+from sparsifiner_edge.runtime.backend import import_package
 
 OLDEST_CUDA = "12.6"
 """The oldest release of cuda-python, and of CUDA on a Jetson, that is supported."""
@@ -30,64 +29,53 @@ class CudaDevice(msgspec.Struct, frozen=True):
     """CUDA's first device; `CUDA_VISIBLE_DEVICES` says which one that is.
 
     Attributes:
-        name: such as "NVIDIA L4" or "Orin". sm, compute_capability: such as (8, 7), and the same as text, "8.7".
+        name: such as "NVIDIA L4" or "Orin". compute_capability: such as "8.7".
         memory_bytes: its memory; on an integrated device that of the whole board.
         integrated: it shares the processor's memory, as on a Jetson.
         driver_version: the newest CUDA that the driver supports, such as "12.6".
     """
 
     name: str
-    sm: tuple[int, int]
+    compute_capability: str
     memory_bytes: int
     integrated: bool
     driver_version: str
-    compute_capability: str = ""
-
-    def __post_init__(self) -> None:
-        msgspec.structs.force_setattr(self, "compute_capability", f"{self.sm[0]}.{self.sm[1]}")
-
-
-class PinnedBuffer(NamedTuple):
-    """Page-locked bytes of the processor, and a device address: of these bytes, or of what they are copied to."""
-
-    host: Array
-    pointer: int
 
 
 class Driver:
-    """What running an engine needs of CUDA, on one device.
-
-    Every method raises BackendError with CUDA's name of the error.
-
-    Args:
-        package: its name, such as "cuda-python". release: its version.
+    """What running an engine needs of CUDA, on one device. Methods raise BackendError with CUDA's name of the error.
 
     Attributes:
-        runtime: CUDA's functions and constants: the module `cuda.bindings.runtime`, or what stands for it.
-        package: package and version, such as "cuda-python 13.4.4". device: the device that everything lives on.
-        graphs: this package can capture CUDA graphs.
+        runtime: CUDA's functions and constants: the module `cuda.bindings.runtime`.
+        package: such as "cuda-python 13.4.4". device: the device that everything lives on.
+
+    Raises:
+        MissingExtraError: cuda-python is not installed.
+        BackendError: no driver, one too old, no device, or CUDA fails; says which.
     """
 
-    graphs = True
-
-    def __init__(self, runtime: Any, package: str, release: str) -> None:
-        self.runtime = runtime
-        self.package = f"{package} {release}".strip()
+    def __init__(self) -> None:
+        extra, fix = "gpu" if jetson_release() is None else "jetson", "Reinstall cuda-python."
+        release = str(getattr(import_package("cuda.bindings", "cuda-python", extra, fix), "__version__", ""))
+        self.runtime = import_package("cuda.bindings.runtime", "cuda-python", extra, fix)
+        self.package = f"cuda-python {release}".strip()
+        reason = "CUDA gives 0 as its version"
         try:
             version = int(self.call("to read the driver's version", "cudaDriverGetVersion"))
         except RuntimeError as error:  # cuda-python up to 12.8 and from its path finder on: no libcuda.so.
-            no_driver(self.package, str(error))
-        if version == 0:  # How the runtime says that there is no driver.
-            no_driver(self.package, "CUDA gives 0 as its version")
-        if package == "cuda-python" and (unfit := too_new(release, version_text(version))):
+            version, reason = 0, " ".join(str(error).split())[:200]
+        if version == 0:
+            raise BackendError(f"No NVIDIA driver ({self.package}: {reason}).", _FIXES["InsufficientDriver"])
+        if unfit := too_new(release, version_text(version)):
             raise BackendError(*unfit)
         if int(self.call("to count devices", "cudaGetDeviceCount")) < 1:
-            raise BackendError("CUDA finds no device.", _FIXES["NODEVICE"])
+            raise BackendError("CUDA finds no device.", _FIXES["NoDevice"])
         self.use()
         found = self.call("to describe the device", "cudaGetDeviceProperties", 0)
         name = found.name.decode("utf-8", "replace") if isinstance(found.name, bytes) else found.name
-        sm, memory = (int(found.major), int(found.minor)), int(found.totalGlobalMem)
-        self.device = CudaDevice(str(name).strip("\0 "), sm, memory, bool(found.integrated), version_text(version))
+        capability, memory = f"{int(found.major)}.{int(found.minor)}", int(found.totalGlobalMem)
+        shared = bool(found.integrated)
+        self.device = CudaDevice(str(name).strip("\0 "), capability, memory, shared, version_text(version))
 
     def call(self, action: str, function: str, *arguments: Any) -> Any:
         """Call a function of CUDA; returns what it gives beside its status. `action`: such as "to free memory"."""
@@ -95,7 +83,9 @@ class Driver:
         if int(status) != 0:
             meaning = self.runtime.cudaGetErrorString(status)[1]
             name = str(getattr(status, "name", status))
-            fail(self.package, action, name, meaning.decode() if isinstance(meaning, bytes) else "")
+            said = f", {meaning.decode()}" if isinstance(meaning, bytes) else ""
+            fix = next(fix for part, fix in _FIXES.items() if re.search(part, name))
+            raise BackendError(f"CUDA ({self.package}) failed {action}: {name}{said}.", fix)
         return values[0] if len(values) == 1 else tuple(values)
 
     def take(self, stack: ExitStack, what: str, function: str, *arguments: Any, free: str) -> int:
@@ -112,14 +102,16 @@ class Driver:
         """Device memory that is free now."""
         return int(self.call("to read free memory", "cudaMemGetInfo")[0])
 
-    def pinned(self, size: int, stack: ExitStack) -> PinnedBuffer:
-        """Page-locked memory of `size` bytes, which is an integrated device's too; for another as much of its own."""
+    def pinned(self, size: int, stack: ExitStack) -> tuple[Array, int]:
+        """Page-locked bytes of the processor, and a device address: an integrated device's of the same bytes, another's
+        of as many of its own, which they are copied to.
+        """
         flags = self.runtime.cudaHostAllocMapped
-        host = self.take(stack, f"{size} pinned bytes", "cudaHostAlloc", size, flags, free="cudaFreeHost")
+        place = self.take(stack, f"{size} pinned bytes", "cudaHostAlloc", size, flags, free="cudaFreeHost")
+        host: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(place))
         if self.device.integrated:
-            return PinnedBuffer(bytes_at(host, size), int(self.call("to map", "cudaHostGetDevicePointer", host, 0)))
-        device = self.take(stack, f"{size} bytes of the device", "cudaMalloc", size, free="cudaFree")
-        return PinnedBuffer(bytes_at(host, size), device)
+            return host, int(self.call("to map", "cudaHostGetDevicePointer", place, 0))
+        return host, self.take(stack, f"{size} bytes of the device", "cudaMalloc", size, free="cudaFree")
 
     def capture(self, stream: int, compute: Callable[[], None], stack: ExitStack) -> Callable[[], None]:
         """Record what `compute` puts into the stream; returns what launches the recording, a CUDA graph, there."""
@@ -140,52 +132,14 @@ class Driver:
         stack.callback(self.call, "to free a graph", "cudaGraphExecDestroy", executable)
         return lambda: self.call("to launch a graph", "cudaGraphLaunch", executable, stream)
 
-    def close(self) -> None:
-        """Let go of the device; the runtime API's context stays with the process."""
-
-
-def bytes_at(pointer: int, size: int) -> Array:
-    """Memory of this process as an array of bytes."""
-    view: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
-    return view
-
-
-def open_driver() -> Driver:
-    """The driver, by cuda-python, or where that is not installed by pycuda.
-
-    Raises:
-        MissingExtraError: neither package is installed.
-        BackendError: no driver, one too old, no device, or CUDA fails; says which.
-    """
-    if installed("cuda.bindings"):
-        try:
-            bindings, runtime = (importlib.import_module(f"cuda.bindings{name}") for name in ("", ".runtime"))
-        except Exception as error:  # Its loader has errors of its own.
-            raise BackendError(f"cuda-python cannot be imported: {error}.", "Reinstall cuda-python.") from error
-        return Driver(runtime, "cuda-python", str(getattr(bindings, "__version__", "")))
-    if installed("pycuda"):
-        from sparsifiner_edge.runtime.cuda.pycuda import PyCudaDriver
-
-        return PyCudaDriver()
-    raise MissingExtraError("cuda-python or pycuda", "gpu" if jetson_release() is None else "jetson")
-
-
-def installed(module: str) -> bool:
-    """Whether a module can be found; it is not imported."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
 
 def probe() -> CudaDevice:
     """The CUDA device, after CUDA itself has answered.
 
     Raises:
-        MissingExtraError, BackendError: see `open_driver`.
+        MissingExtraError, BackendError: see `Driver`.
     """
-    with contextlib.closing(open_driver()) as driver:
-        return driver.device
+    return Driver().device
 
 
 def version_text(number: int) -> str:
@@ -211,30 +165,14 @@ def too_new(version: str, driver: str) -> tuple[str, str] | None:
     return what, f'pip install "cuda-python>={OLDEST_CUDA},<{major(driver) + 1}"'
 
 
+_DRIVER = "Install or update NVIDIA's driver (a Jetson's comes with JetPack); `sparsifiner-edge doctor` says what fits."
 _FIXES = {
-    "INSUFFICIENTDRIVER|SYSTEMDRIVERMISMATCH|STUBLIBRARY":
-        "Install or update NVIDIA's driver (a Jetson's comes with JetPack); `sparsifiner-edge doctor` says what fits.",
-    "NODEVICE": "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
-    "MEMORYALLOCATION|OUTOFMEMORY":
-        "The device is out of memory: end other programs on it, or take a smaller batch or image.",
-    "ILLEGALADDRESS|LAUNCHFAIL|LAUNCHTIMEOUT|ECCUNCORRECTABLE|HARDWARESTACK|CONTEXTISDESTROYED|ASSERT|MISALIGNED|"
-    "INVALIDPC|ILLEGALINSTRUCTION|INVALIDUNKNOWNERRORCODE|DEVICEUNAVAILABLE":
+    "InsufficientDriver": _DRIVER, "SystemDriverMismatch|StubLibrary": _DRIVER,
+    "NoDevice": "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
+    "MemoryAllocation": "The device is out of memory: end other programs on it, or take a smaller batch or image.",
+    "IllegalAddress|LaunchFail|LaunchTimeout|ECCUncorrectable|HardwareStack|ContextIsDestroyed|Assert|Misaligned|"
+    "InvalidPc|IllegalInstruction|DeviceUnavailable|Unknown":
         "The device is lost to this process: start it again; if it happens again, build the engine again.",
     "": "Start again; if it stays, report it with the output of `sparsifiner-edge doctor`.",
 }  # fmt: skip
-"""What to do, by a part of the error's name in capitals; the first that is found counts."""
-
-
-def fail(package: str, action: str, name: str, meaning: str = "") -> NoReturn:
-    """Raise the BackendError for an error of CUDA, by its name."""
-    what = f"CUDA ({package}) failed {action}: {name}{f', {meaning}' if meaning else ''}."
-    letters = re.sub(r"[^A-Z]", "", name.upper())  # cudaErrorNoDevice, CUDA_ERROR_NO_DEVICE and "no device" alike.
-    raise BackendError(what, next(fix for part, fix in _FIXES.items() if re.search(part, letters)))
-
-
-def no_driver(package: str, reason: str) -> NoReturn:
-    """Raise the BackendError for a machine without NVIDIA's driver."""
-    raise BackendError(
-        f"No NVIDIA driver ({package}: {' '.join(reason.split())[:200]}).",
-        "Install NVIDIA's driver (a Jetson's comes with JetPack); `sparsifiner-edge doctor` shows what is found.",
-    )
+"""What to do, by a part of the error's name; the first that is found counts."""

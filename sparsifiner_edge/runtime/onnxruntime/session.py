@@ -15,23 +15,23 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, TensorSpec
-from sparsifiner_edge.bundle.store import Bundle
+from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.runtime.backend import import_package, require_stored
-from sparsifiner_edge.runtime.cuda import CudaDevice, probe
-from sparsifiner_edge.runtime.processor import (
+from sparsifiner_edge.runtime.backend import (
     BF16_TOLERANCE_FREE,
     ProcessorBackend,
     as_line,
+    import_package,
     native_library,
     read_operators,
+    require_stored,
 )
-from sparsifiner_edge.runtime.session import Description, Session
+from sparsifiner_edge.runtime.cuda import CudaDevice, probe
+from sparsifiner_edge.runtime.session import Runtime, Session
 
 _ERRORS_ONLY = 3
 _TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
@@ -63,7 +63,17 @@ class OnnxRuntime(ProcessorBackend):
         """See `Backend.load`."""
         ort = import_onnxruntime()
         if self.execution.provider == "cuda":
-            _require_cuda(ort)
+            offered = ort.get_available_providers()
+            if CUDA not in offered:
+                gpu = package_version("onnxruntime-gpu")
+                installed = f"onnxruntime-gpu {gpu}" if isinstance(gpu, str) else f"onnxruntime {ort.__version__}"
+                raise BackendError(
+                    f"{installed} has no {CUDA}; it offers {', '.join(offered)}.",
+                    'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "sparsifiner-edge[gpu]" '
+                    "(the two packages overwrite one another; on a Jetson see docs/jetson.md).",
+                )
+            if self.execution.kernels == "native":
+                raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or --provider.")
         elif self.execution.precision == "bf16":
             native_library("native")
             if not native.has_bfloat16():
@@ -71,41 +81,16 @@ class OnnxRuntime(ProcessorBackend):
         return ort
 
     def session(self, model: Path, content: bytes | str, stored: str | None = None) -> OrtSession:
-        """See `ProcessorBackend.session`."""
-        self.load()
-        return OrtSession(model, content, self.execution, stored)
-
-    def open(self, bundle: Bundle) -> Session:
-        """See `Backend.open`. On a GPU, after CUDA has answered.
-
-        Raises:
-            BackendError: no such provider, no device, or the provider does not start.
-        """
+        """See `ProcessorBackend.session`. On a GPU, after CUDA has answered."""
+        ort = self.load()
         if self.execution.provider == "cpu":
-            return super().open(bundle)
-        if self.execution.kernels == "native":
-            raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or --provider.")
-        ort, device = self.load(), probe()
+            return OrtSession(model, content, self.execution, stored)
+        device = probe()
         # ONNX Runtime prints what it misses and why it falls back, and standard output is for results.
         with contextlib.redirect_stdout(sys.stderr):
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
-            with bundle.sealed_copy(MODEL_FILE) as copy:
-                path, stored = bundle.folder / MODEL_FILE, bundle.manifest.precision
-                return OrtSession(path, copy, self.execution, stored, device)
-
-
-def _require_cuda(ort: Any) -> None:
-    """Refuse a build without the provider; see `Backend.load`."""
-    offered = ort.get_available_providers()
-    if CUDA not in offered:
-        gpu = package_version("onnxruntime-gpu")
-        installed = f"onnxruntime-gpu {gpu}" if isinstance(gpu, str) else f"onnxruntime {ort.__version__}"
-        raise BackendError(
-            f"{installed} has no {CUDA}; it offers {', '.join(offered)}.",
-            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "sparsifiner-edge[gpu]" '
-            "(the two packages overwrite one another; on a Jetson see docs/jetson.md).",
-        )
+            return OrtSession(model, content, self.execution, stored, device)
 
 
 class OrtSession(Session):
@@ -132,11 +117,11 @@ class OrtSession(Session):
         self,
         model: Path,
         source: bytes | str,
-        execution: Execution | None = None,
+        execution: Execution,
         stored: str | None = None,
         device: CudaDevice | None = None,
     ) -> None:
-        execution, on_cpu = execution or Execution(), device is None
+        on_cpu = device is None
         self.backend, self.model = execution.backend, model
         bfloat16 = execution.precision == "bf16" and on_cpu
         if bfloat16 and execution.kernels == "portable":
@@ -170,7 +155,7 @@ class OrtSession(Session):
         if not on_cpu:
             text = FALLBACK if operators.names else f"{text}, with pageable copies"
         precision = precision_text(stored, computed) + (", attention bf16" if bfloat16 else "")
-        self._description = Description(
+        self._description = Runtime(
             backend=self.backend,
             version=str(import_onnxruntime().__version__),
             provider=running[0],

@@ -21,16 +21,16 @@ from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
-from sparsifiner_edge.runtime.backend import import_package
-from sparsifiner_edge.runtime.openvino.operators import converters, without_bodies
-from sparsifiner_edge.runtime.processor import (
+from sparsifiner_edge.runtime.backend import (
     BF16_TOLERANCE,
     BF16_TOLERANCE_FREE,
     ProcessorBackend,
     as_line,
+    import_package,
     read_operators,
 )
-from sparsifiner_edge.runtime.session import Description, Session
+from sparsifiner_edge.runtime.openvino.operators import converters, without_bodies
+from sparsifiner_edge.runtime.session import Runtime, Session
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 """Of the linear layers, by OpenVINO's names; int8 layers of a file stay int8 in each."""
@@ -117,7 +117,7 @@ class OpenVinoSession(Session):
         self.inputs = [_spec(port, names) for port in self._compiled.inputs]
         self.outputs = [_spec(port, names) for port in self._compiled.outputs]
         said = self._operators.precision if self._operators is not None and precision == "bf16" else None
-        self._description = Description(
+        self._description = Runtime(
             backend=self.backend,
             version=str(openvino.__version__).partition("-")[0],
             provider="CPU",

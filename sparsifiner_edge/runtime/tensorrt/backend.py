@@ -1,17 +1,25 @@
-"""What TensorRT and TensorRT-RTX do alike as backends: open engines, say why they cannot, and finish a build."""
+"""What TensorRT and TensorRT-RTX do alike as backends: build engines, time them, open them, and say why they cannot.
+
+Sparse attention and merging are built in the ways that TensorRT can have them: `bodies` are the standard operators in
+the file, `plugin` the project's CUDA kernels, `dense` ordinary attention, which computes something else: it is kept
+where it is faster and its outputs are close to the bundle's (`bundle.golden.LEAST_DENSE_COSINE`).
+"""
 
 from __future__ import annotations
 
 import abc
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import msgspec
+import numpy as np
+import onnx
+from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.engines import (
-    BODIES,
+    DENSE,
     BatchRange,
     Details,
     Engine,
@@ -19,71 +27,32 @@ from sparsifiner_edge.bundle.engines import (
     EngineDevice,
     fitting_engine,
     mismatches,
+    system,
 )
+from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
-from sparsifiner_edge.errors import ArtifactError, BackendError, SparsifinerError
+from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.ops.bodies import Structure, function_body
+from sparsifiner_edge.ops.graph import drop_unused, gets_merged
+from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import Backend, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.cuda.driver import major
-from sparsifiner_edge.runtime.tensorrt.candidates import time_engine
+from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, rejected_model
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
-
-class Planned(NamedTuple):
-    """One engine to build.
-
-    Attributes:
-        engine: what it will be, without file and details.
-        candidates: what may carry out sparse attention in it (`bundle.engines.BODIES`, ..), the one that always works
-            first. left_out: others -> why they are not built.
-    """
-
-    engine: Engine
-    candidates: tuple[str, ...]
-    left_out: Mapping[str, str]
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One candidate of an engine to build, as it goes to the process that builds it.
-
-    Attributes:
-        bundle: its folder. model_sha256: of its model when the engine was planned.
-        output: path of the engine to write.
-        engine: as planned: no file, no details.
-        candidate: what shall carry out sparse attention: one of `Planned.candidates`.
-    """
-
-    bundle: str
-    model_sha256: str
-    output: str
-    engine: Engine
-    candidate: str = BODIES
-
-    def checked_bundle(self) -> Bundle:
-        """The bundle, opened in this process.
-
-        Raises:
-            ArtifactError: it is damaged, or its model is another by now.
-        """
-        bundle = open_bundle(Path(self.bundle))
-        if bundle.manifest.files[MODEL_FILE] != self.model_sha256:
-            raise ArtifactError(f"{self.bundle} was exported anew while the engines were built.", "Build them again.")
-        return bundle
+WARM_UP, RUNS = 10, 30
+_SPARSE, _DENSE = "SparseAttention", "DenseAttention"
 
 
 class TensorRtBackend(Backend):
     """Either of them; `load` gives its module."""
 
-    def default_timeout_s(self) -> float:
-        """Seconds that building one candidate may take."""
-        return 600.0
-
     @abc.abstractmethod
-    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Planned]:
+    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Engine]:
         """What is to be built; what cannot be is rejected before anything is. Kernels "portable" are the bodies alone,
         "native" the project's CUDA kernels.
 
@@ -91,16 +60,32 @@ class TensorRtBackend(Backend):
             capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
             batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
 
+        Returns:
+            Engines without a file. Under `details.candidates` stands what may carry out sparse attention in each, the
+            one that always works first, and with the reason under `failed` what is not built.
+
         Raises:
             SparsifinerError: says what, and what to do.
         """
 
     @abc.abstractmethod
-    def compile(self, job: Job, bundle: Bundle) -> tuple[bytes, Details]:
-        """The content of one candidate of an engine, and what is known of its build."""
+    def compile(self, model: bytes, engine: Engine, bundle: Bundle) -> tuple[bytes, Details]:
+        """The content of an engine of an ONNX file (the bundle's, or `dense_model` of it), and what is known of it."""
 
-    def build(self, job: Job, tell: Progress) -> Details:
+    def engine(
+        self, bundle: Bundle, capability: str, batch: BatchRange, kernels: Sequence[str], left_out: Mapping[str, str]
+    ) -> Engine:
+        """An engine as `plan` gives it; `left_out`: candidates that are not built, and why."""
+        candidates = {name: EngineCandidate() for name in kernels}
+        candidates |= {name: EngineCandidate(failed=f"not built: {why}") for name, why in left_out.items()}
+        version, details = str(self.load().__version__), Details(candidates=candidates)
+        return Engine(self.name, version, capability, *system(), bundle.precision, batch, details)
+
+    def build(self, engine: Engine, folder: Path, output: Path) -> Details:
         """Build one candidate of an engine; called in a worker process that may die.
+
+        Args:
+            engine: as planned; `details.kernels` says which candidate. folder: the bundle. output: file to write.
 
         Returns:
             What is known of it; under `candidates` what its runs gave, or why it was not run here.
@@ -108,36 +93,25 @@ class TensorRtBackend(Backend):
         Raises:
             SparsifinerError: reaches the caller of `build_engine`.
         """
-        start, bundle, path = time.monotonic(), job.checked_bundle(), Path(job.output)
-        tell("building", 0, 1)
-        content, details = self.compile(job, bundle)
-        with io_errors(path):
-            path.write_bytes(content)
-        tell("checking", 0, 1)
+        start, bundle, kernels = time.monotonic(), open_bundle(folder), str(engine.details.kernels)
+        model = bundle.read(MODEL_FILE)
+        content, details = self.compile(dense_model(model) if kernels == DENSE else model, engine, bundle)
+        with io_errors(output):
+            output.write_bytes(content)
         seconds, processor = time.monotonic() - start, time.process_time()
-        why = self.why_not_here(job.engine)
+        why = self.why_not_here(engine)
         timed = EngineCandidate(failed=why)
         if why is None:
-            engine = msgspec.structs.replace(job.engine, details=Details(kernels=job.candidate))
-            timed = time_engine(EngineSession(self.load(), path, content, engine, bundle.manifest), bundle)
-        return msgspec.structs.replace(
-            details, kernels=job.candidate, candidates={job.candidate: timed}, bytes=len(content),
-            build_seconds=seconds, cpu_seconds=processor,
+            session = EngineSession(self.load(), output, content, engine, bundle.manifest)
+            timed = time_engine(session, bundle, engine.batch.best)
+        return replace(
+            details, kernels=kernels, candidates={kernels: timed}, bytes=len(content), build_seconds=seconds,
+            cpu_seconds=processor,
         )  # fmt: skip
 
-    def device(self) -> CudaDevice:
-        """The device, after CUDA has answered, where its driver takes this TensorRT.
-
-        Raises:
-            MissingExtraError, BackendError: see `probe` and `require_driver`.
-        """
-        found = probe()
-        self.require_driver(found)
-        return found
-
-    def require_driver(self, device: CudaDevice) -> None:
-        """Refuse a TensorRT for a newer CUDA than the driver takes: it makes its objects all the same, and ends the
-        process on use.
+    def require_driver(self, device: CudaDevice) -> CudaDevice:
+        """The device, where its driver takes this TensorRT: one for a newer CUDA makes its objects all the same, and
+        ends the process on use.
 
         Raises:
             BackendError: says which package it is, and what to do.
@@ -151,6 +125,7 @@ class TensorRtBackend(Backend):
                     f"Update the driver, or install a {self.name} for CUDA {takes} in its place; "
                     "sparsifiner-edge doctor says which extra fits.",
                 )
+        return device
 
     def why_not_here(self, engine: Engine) -> str | None:
         """Why an engine cannot be run on this machine, such as "CUDA finds no device."; None where it can."""
@@ -161,7 +136,7 @@ class TensorRtBackend(Backend):
 
     def _this_machine(self) -> EngineDevice:
         """What an engine must fit to run here, after CUDA has answered."""
-        found = self.device()
+        found = self.require_driver(probe())
         return EngineDevice(str(self.load().__version__), found.compute_capability, found.name)
 
     def open(self, bundle: Bundle) -> EngineSession:
@@ -181,3 +156,87 @@ class TensorRtBackend(Backend):
         fitting_engine(engines, self.name, EngineDevice(str(trt.__version__)), folder)
         engine = fitting_engine(engines, self.name, self._this_machine(), folder)
         return EngineSession(trt, folder / engine.file, bundle.read(engine.file), engine, bundle.manifest)
+
+
+def has_sparse_attention(bundle: Bundle) -> bool:
+    """Whether dense attention can take the place of nodes in a bundle's file."""
+    return f"{DOMAIN}::{_SPARSE}" in bundle.manifest.ops
+
+
+def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineCandidate:
+    """Median milliseconds that the device computes, and the gate.
+
+    Args:
+        session: on the engine; it is closed. batch: the size that it is tuned for.
+    """
+    with session:
+        try:
+            golden: Any = check_golden(session, bundle)
+        except GateError as error:
+            golden = error.what
+        spec = session.inputs[0]
+        shape = [batch, *(size for size in spec.shape[1:] if isinstance(size, int))]
+        image = np.random.default_rng(0).integers(0, 256, shape).astype(spec.dtype)
+        times = []
+        for _ in range(WARM_UP + RUNS):
+            session.infer({spec.name: image})
+            times.append(session.compute_ms)
+        why = session.description.why_no_graph
+    warning = f"runs are not recorded: {why}" if why else None
+    return EngineCandidate(golden=golden, compute_ms=statistics.median(times[WARM_UP:]), runs=RUNS, warning=warning)
+
+
+def dense_model(content: bytes) -> bytes:
+    """An ONNX file with dense attention, in standard operators, where it had sparse; tokens merge as they did."""
+    model = onnx.load_from_string(content)
+    for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type == _SPARSE:
+            kept = [a for a in node.attribute if a.name in ("num_heads", "scale")]
+            made = onnx.helper.make_node(_DENSE, node.input[:2], node.output, node.name, domain=DOMAIN)
+            made.attribute.extend(kept)
+            node.CopyFrom(made)
+    drop_unused(model)
+    dense = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type == _DENSE]
+    for function in [function for function in model.functions if function.name == _DENSE]:
+        model.functions.remove(function)
+    if dense:
+        merged = any(gets_merged(model, node) for node in dense)
+        model.functions.append(function_body(_DENSE, Structure(merged=merged)))
+    return bytes(model.SerializeToString())
+
+
+def prepare_build(trt: Any, model: bytes, batch: BatchRange, name: str) -> tuple[Any, Any, Any, Messages]:
+    """A builder, a strongly typed network of an ONNX file (every type comes from there, int8 through its QDQ nodes), a
+    configuration that keeps its precision and takes its batches, and where TensorRT's messages go.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`; CUDA must have answered where it is the former. name: its name and
+            version, for messages.
+
+    Raises:
+        UnsupportedModelError: the parser rejects the model; its nodes are named.
+        ConfigError: an axis other than the batch is dynamic.
+    """
+    messages = make_logger(trt)
+    builder = trt.Builder(messages)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, messages)
+    if not parser.parse(model):
+        raise rejected_model(parser, name)
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    # TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    dynamic = False  # A model whose axes are all fixed needs no profile.
+    for number in range(network.num_inputs):
+        tensor = network.get_input(number)
+        shape = tuple(tensor.shape)
+        if -1 in shape[1:]:
+            raise ConfigError(
+                f"Input {tensor.name!r} has shape {list(shape)}: only the batch may be dynamic.", "Export it again."
+            )
+        if shape[:1] == (-1,):
+            dynamic = True
+            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in (batch.least, batch.best, batch.most)))
+    if dynamic:
+        config.add_optimization_profile(profile)
+    return builder, network, config, messages

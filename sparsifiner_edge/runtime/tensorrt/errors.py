@@ -30,21 +30,20 @@ class Messages:
         return " ".join(" ".join(self.errors).split())[:800] or "TensorRT gave no reason"
 
 
-def make_logger(trt: Any, messages: Messages) -> Any:
-    """A logger of TensorRT's that fills `messages` and prints nothing."""
+def make_logger(trt: Any) -> Messages:
+    """A logger of TensorRT's that keeps errors and warnings, and prints nothing."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and warnings."""
-
+    class Logger(trt.ILogger, Messages):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            Messages.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
             """Called by TensorRT, from any of its threads."""
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                messages.errors.append(msg)
+                self.errors.append(msg)
             elif severity == trt.ILogger.WARNING:
-                messages.warnings.append(msg)
+                self.warnings.append(msg)
 
     return Logger()
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import BODIES, DENSE, PLUGIN, BatchRange, Details, Engine, system
-from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.artifacts import MAX_FILE
+from sparsifiner_edge.bundle.engines import BODIES, DENSE, PLUGIN, BatchRange, Details, Engine
 from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, MissingExtraError
+from sparsifiner_edge.files import read_bytes, write_bytes
 from sparsifiner_edge.machine import jetson_release
-from sparsifiner_edge.runtime.backend import import_package, require_stored
-from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver, probe
+from sparsifiner_edge.ops.kernels import TRITON
+from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.runtime.backend import cache_folder, import_package, require_stored
+from sparsifiner_edge.runtime.cuda import CudaDevice, Driver, probe
 from sparsifiner_edge.runtime.tensorrt import plugin
-from sparsifiner_edge.runtime.tensorrt.backend import Job, Planned, TensorRtBackend
-from sparsifiner_edge.runtime.tensorrt.build import build_engine_file
-from sparsifiner_edge.runtime.tensorrt.candidates import (
-    dense_model,
-    has_kernel_operators,
-    has_sparse_attention,
-)
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, has_sparse_attention, prepare_build
+from sparsifiner_edge.runtime.tensorrt.errors import build_error
 
 OLDEST = (10, 3)
 
@@ -51,10 +50,10 @@ class TensorRt(TensorRtBackend):
             )
         return trt
 
-    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Planned]:
+    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Engine]:
         """See `TensorRtBackend.plan`."""
         require_stored(self.execution.precision, bundle.manifest.float_precision, self.name)
-        trt, device = self.load(), self.device()
+        trt, device = self.load(), self.require_driver(probe())
         others = [c for c in capabilities if c != device.compute_capability]
         if others:
             raise ConfigError(
@@ -62,32 +61,36 @@ class TensorRt(TensorRtBackend):
                 f"not for {', '.join(others)}.",
                 "Build on a machine that has that GPU, or use --backend tensorrt-rtx, which builds ahead of time.",
             )
-        version = str(trt.__version__)
-        engine = Engine(self.name, version, device.compute_capability, *system(), bundle.precision, batch)
-        return [Planned(engine, *_candidates(trt, bundle, device, batch, self.execution.kernels))]
+        candidates = _candidates(trt, bundle, device, batch, self.execution.kernels)
+        return [self.engine(bundle, device.compute_capability, batch, *candidates)]
 
-    def default_timeout_s(self) -> float:
-        """See `TensorRtBackend.default_timeout_s`; three times that on a Jetson, whose processor is a small one."""
-        return super().default_timeout_s() * (3 if probe().integrated else 1)
-
-    def compile(self, job: Job, bundle: Bundle) -> tuple[bytes, Details]:
+    def compile(self, model: bytes, engine: Engine, bundle: Bundle) -> tuple[bytes, Details]:
         """See `TensorRtBackend.compile`."""
-        trt = self.load()
-        with contextlib.closing(open_driver()) as driver:  # Stays open while TensorRT has objects.
-            model, free = bundle.read(MODEL_FILE), driver.free_bytes()
-            if job.candidate == DENSE:
-                model = dense_model(model)
-            if job.candidate == PLUGIN:
-                model = plugin.with_plugins(trt, model, bundle, driver.device)
-            return build_engine_file(trt, model, driver.device, free, job.engine.batch)
+        trt, driver = self.load(), Driver()
+        device, free, version = driver.device, driver.free_bytes(), str(trt.__version__)
+        if engine.details.kernels == PLUGIN:
+            model = plugin.with_plugins(trt, model, bundle, device)
+        builder, network, config, messages = prepare_build(trt, model, engine.batch, f"TensorRT {version}")
+        # Of the free memory an integrated GPU leaves half to the system.
+        workspace = free // 4 * (2 if device.integrated else 3)
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+        times = _timing_cache(device, version)
+        _load_times(config, times)
+        serialised = builder.build_serialized_network(network, config)
+        if serialised is None:
+            raise build_error(messages, workspace, free)
+        _save_times(config, times)
+        warnings = tuple(messages.warnings)[:10]
+        return bytes(serialised), Details(layers=int(network.num_layers), device=device.name, warnings=warnings)
 
 
 def _candidates(
     trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange, kernels: str
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """What is built of the choice `kernels`, and why other candidates are not."""
+    # There are CUDA kernels for sparse attention, and for tokens that merge.
+    operators = any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in TRITON.operators)
     reason: str | None = "the model has no sparse attention, and no tokens merge"
-    operators = has_kernel_operators(bundle)
     if operators:
         reason = plugin.why_not(trt, bundle, device, batch)
     if kernels == "native":
@@ -98,3 +101,30 @@ def _candidates(
         return (BODIES,), {}
     dense = (DENSE,) if has_sparse_attention(bundle) else ()
     return ((BODIES, *dense), {PLUGIN: reason}) if reason else ((BODIES, PLUGIN, *dense), {})
+
+
+def _load_times(config: Any, path: Path) -> None:
+    """Give TensorRT the times of kernels that earlier builds measured, or an empty cache."""
+    content = b""
+    with contextlib.suppress(ArtifactError):
+        content = read_bytes(path, MAX_FILE)
+    for attempt in dict.fromkeys((content, b"")):  # A damaged file is as good as none.
+        cache = config.create_timing_cache(attempt)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
+
+
+def _save_times(config: Any, path: Path) -> None:
+    """Keep what TensorRT has measured; a disk that fails costs the next build some time, no more."""
+    cache = config.get_timing_cache()
+    if cache is not None:
+        with contextlib.suppress(ArtifactError):
+            write_bytes(path, bytes(cache.serialize()))
+
+
+def _timing_cache(device: CudaDevice, version: str) -> Path:
+    """Where the times of a device and a version are kept: not in the bundle, since native code reads them and they grow
+    with every model built there.
+    """
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-").lower()
+    return cache_folder() / f"tensorrt-{version}-sm{device.compute_capability.replace('.', '')}-{name}.cache"

@@ -12,12 +12,13 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+import onnx
+
 from sparsifiner_edge.bundle.engines import BatchRange
 from sparsifiner_edge.bundle.kernels import (
     MOST_SHARED_BYTES,
     NAMESPACE,
     CompiledLaunch,
-    KernelTable,
     code_file,
     kernel_model,
     read_table,
@@ -53,7 +54,8 @@ def why_not(trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange | No
 
 
 def _capability(device: CudaDevice) -> int:
-    return 10 * device.sm[0] + device.sm[1]
+    """As files are named by it: 87 of "8.7"."""
+    return int(device.compute_capability.replace(".", ""))
 
 
 def with_plugins(trt: Any, content: bytes, bundle: Bundle, device: CudaDevice) -> bytes:
@@ -65,31 +67,19 @@ def with_plugins(trt: Any, content: bytes, bundle: Bundle, device: CudaDevice) -
     Raises:
         ArtifactError: the table does not fit the model.
     """
-    import onnx
-
-    table = read_table(bundle, _capability(device))
+    table, trtp = read_table(bundle, _capability(device)), importlib.import_module(f"{trt.__name__}.plugin")
     assert table is not None
-    register(trt, table, bundle, _capability(device))
+    for name, launch in table.launches.items():
+        identifier = f"{NAMESPACE}::{name}"
+        if identifier not in _registered:
+            ptx = bundle.read(code_file(_capability(device), name)).decode("utf-8", "replace")
+            trtp.register(identifier)(_describe(trt, trtp, launch))
+            trtp.aot_impl(identifier)(_implement(trtp, launch, ptx))
+            _registered.add(identifier)
     return bytes(kernel_model(onnx.load_from_string(content), table).SerializeToString())
 
 
-def register(trt: Any, table: KernelTable, bundle: Bundle, capability: int) -> list[str]:
-    """Register a plugin for every launch of a table; returns their identifiers, those known before included."""
-    trtp = importlib.import_module(f"{trt.__name__}.plugin")
-    identifiers = []
-    for name, launch in table.launches.items():
-        identifier = f"{NAMESPACE}::{name}"
-        identifiers.append(identifier)
-        if identifier in _registered:
-            continue
-        ptx = bundle.read(code_file(capability, name)).decode("utf-8", "replace")
-        trtp.register(identifier)(describe(trt, trtp, launch))
-        trtp.aot_impl(identifier)(implement(trtp, launch, ptx))
-        _registered.add(identifier)
-    return identifiers
-
-
-def describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
+def _describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
     """The function that tells shapes and types of a launch's outputs; the batch is that of its first input."""
 
     def description(*inputs: Any) -> Any:
@@ -101,7 +91,7 @@ def describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
     return _signed(description, inputs, _tensors(trtp, launch.outputs))
 
 
-def implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
+def _implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
     """The function that gives a launch's kernel, grid and block; the grid's third axis is the batch."""
 
     def implementation(*arguments: Any) -> Any:

@@ -7,25 +7,20 @@ and the faster one kept, where the GPU of the engine is here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparsifiner_edge.bundle.engines import BODIES, DENSE, BatchRange, Details, Engine, system
+import onnx
+
+from sparsifiner_edge.bundle.engines import BODIES, DENSE, BatchRange, Details, Engine
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.runtime.backend import import_package, require_stored
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.tensorrt.backend import Job, Planned, TensorRtBackend
-from sparsifiner_edge.runtime.tensorrt.build import prepare_build
-from sparsifiner_edge.runtime.tensorrt.candidates import dense_model, has_sparse_attention
-
-if TYPE_CHECKING:
-    import onnx
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, has_sparse_attention, prepare_build
 
 ARCHITECTURES = {"8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}
 """Compute capability -> its name in `tensorrt_rtx.ComputeCapability`."""
-_UINT8 = 2
-"""TensorProto.UINT8."""
 
 
 class TensorRtRtx(TensorRtBackend):
@@ -37,12 +32,11 @@ class TensorRtRtx(TensorRtBackend):
         """The module `tensorrt_rtx`; see `Backend.load`."""
         return import_package("tensorrt_rtx", "tensorrt-rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
 
-    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Planned]:
+    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Engine]:
         """See `TensorRtBackend.plan`."""
         require_stored(self.execution.precision, bundle.manifest.float_precision, self.name)
         if self.execution.kernels == "native":
             raise ConfigError("TensorRT-RTX takes no CUDA kernels of others.", "Leave --kernels out, or say portable.")
-        version = str(self.load().__version__)
         capabilities = capabilities or (probe().compute_capability,)
         for capability in capabilities:
             if capability not in ARCHITECTURES:
@@ -52,28 +46,24 @@ class TensorRtRtx(TensorRtBackend):
                     "--backend tensorrt.",
                 )
         _refuse_uint8(bundle.model())
-        engines = [Engine(self.name, version, one, *system(), bundle.precision, batch) for one in capabilities]
-        return [Planned(engine, *self._candidates(bundle, engine)) for engine in engines]
-
-    def _candidates(self, bundle: Bundle, engine: Engine) -> tuple[tuple[str, ...], dict[str, str]]:
-        """Where the engine's GPU is not here nothing can be compared, and sparse is built."""
+        engines = [self.engine(bundle, one, batch, (BODIES,), {}) for one in capabilities]
         if self.execution.kernels == "portable" or not has_sparse_attention(bundle):
-            return (BODIES,), {}
+            return engines
+        return [self._with_dense(bundle, engine) for engine in engines]
+
+    def _with_dense(self, bundle: Bundle, engine: Engine) -> Engine:
+        """Where the engine's GPU is not here nothing can be compared, and sparse is built alone."""
         why = self.why_not_here(engine)
         if why is None:
-            return (BODIES, DENSE), {}
+            return self.engine(bundle, engine.compute_capability, engine.batch, (BODIES, DENSE), {})
         reason = f"nothing can be timed here ({why.rstrip('.')}); on a machine with that GPU build compares the two"
-        return (BODIES,), {DENSE: reason}
+        return self.engine(bundle, engine.compute_capability, engine.batch, (BODIES,), {DENSE: reason})
 
-    def compile(self, job: Job, bundle: Bundle) -> tuple[bytes, Details]:
+    def compile(self, model: bytes, engine: Engine, _bundle: Bundle) -> tuple[bytes, Details]:
         """See `TensorRtBackend.compile`."""
-        import onnx
-
-        trt, capability, model = self.load(), job.engine.compute_capability, bundle.model()
-        if job.candidate == DENSE:
-            model = onnx.load_from_string(dense_model(model.SerializeToString()))
-        content, name = model.SerializeToString(), f"TensorRT-RTX {trt.__version__}"
-        builder, network, config, messages = prepare_build(trt, content, job.engine.batch, name)
+        trt, capability = self.load(), engine.compute_capability
+        name = f"TensorRT-RTX {trt.__version__}"
+        builder, network, config, messages = prepare_build(trt, model, engine.batch, name)
         config.num_compute_capabilities = 1
         kind = getattr(trt.ComputeCapability, ARCHITECTURES[capability], None)
         if kind is None or not config.set_compute_capability(kind, 0):
@@ -96,7 +86,7 @@ def _refuse_uint8(model: onnx.ModelProto) -> None:
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in all_nodes(model):
         quantises = node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
-        if quantises and types.get(node.input[2]) == _UINT8:
+        if quantises and types.get(node.input[2]) == onnx.TensorProto.UINT8:
             raise BackendError(
                 f"TensorRT-RTX takes int8 with zero point 0, and {node.name} is of uint8.",
                 "Export it again with --int8-target tensorrt, or run it with --backend onnxruntime.",

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.engines import DENSE, PLUGIN, Engine
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import precision_text
-from sparsifiner_edge.runtime.cuda import StreamBuffers, StreamTimes, open_driver
-from sparsifiner_edge.runtime.session import Description, Session
-from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error
+from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers
+from sparsifiner_edge.runtime.session import Runtime, Session
+from sparsifiner_edge.runtime.tensorrt.errors import make_logger, run_error
 
 Shape = tuple[int, ...]
 _AGAIN = "Build the engine again on this machine."
@@ -47,14 +48,11 @@ class EngineSession(Session):
     def __init__(self, trt: Any, path: Path, content: bytes, engine: Engine, manifest: Manifest) -> None:
         start = time.perf_counter_ns()
         self.backend = engine.backend
-        self._trt, self._engine_info, self.model = trt, engine, path
+        self._trt, self.model, self._messages = trt, path, make_logger(trt)
         self.least_batch, self.in_place_of_sparse = engine.batch.least, engine.details.kernels == DENSE
-        self._precision = precision_text(engine.precision, manifest.float_precision)
-        self._messages = Messages()
         self._bound: dict[str, Shape] = {}
         with contextlib.ExitStack() as stack:
-            self._driver = open_driver()
-            stack.callback(self._driver.close)
+            self._driver = Driver()
             self._engine = self._deserialise(content)
             stack.callback(self._drop)
             self._context = self._engine.create_execution_context()
@@ -63,15 +61,28 @@ class EngineSession(Session):
             self.inputs, self.outputs = self._specs(manifest)
             shapes = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
             self._ranges = {name: (tuple(least), tuple(most)) for name, (least, _, most) in shapes.items()}
-            self._buffers = stack.enter_context(self._make_buffers())
+            self._bind({name: most for name, (_, most) in self._ranges.items()})
+            self._buffers = StreamBuffers(self._driver, {
+                spec.name: math.prod(self._context.get_tensor_shape(spec.name)) * np.dtype(spec.dtype).itemsize
+                for spec in (*self.inputs, *self.outputs)
+            }, stack)  # fmt: skip
             for spec in (*self.inputs, *self.outputs):
                 self._context.set_tensor_address(spec.name, self._buffers.pointer(spec.name))
             self._stack = stack.pop_all()
-        self.load_ms = (time.perf_counter_ns() - start) / 1e6
+        self.load_ms, device = (time.perf_counter_ns() - start) / 1e6, self._driver.device
+        self._description = Runtime(
+            backend=self.backend,
+            version=str(trt.__version__),
+            provider="TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
+            device=f"{device.name} (compute capability {device.compute_capability})",
+            precision=precision_text(engine.precision, manifest.float_precision),
+            kernels=_KERNELS.get(str(engine.details.kernels), "function bodies"),
+            threads=1,
+            cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",
+        )
 
     def _deserialise(self, content: bytes) -> Any:
-        self._logger = make_logger(self._trt, self._messages)
-        runtime = self._trt.Runtime(self._logger)
+        runtime = self._trt.Runtime(self._messages)
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
             fix = "It was built by another version or is damaged: build it again on this machine."
@@ -99,14 +110,6 @@ class EngineSession(Session):
         except TypeError as error:
             raise BackendError(f"{name!r} has type {kind}, which NumPy lacks.", "Export with another type.") from error
 
-    def _make_buffers(self) -> StreamBuffers:
-        """Buffers for the greatest shapes."""
-        self._bind({name: most for name, (_, most) in self._ranges.items()})
-        return StreamBuffers(self._driver, {
-            spec.name: math.prod(self._context.get_tensor_shape(spec.name)) * np.dtype(spec.dtype).itemsize
-            for spec in (*self.inputs, *self.outputs)
-        })  # fmt: skip
-
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
         if shapes == self._bound:
             return
@@ -116,32 +119,14 @@ class EngineSession(Session):
         self._bound = dict(shapes)
 
     @property
-    def description(self) -> Description:
+    def description(self) -> Runtime:
         """See `Session.description`."""
-        device = self._driver.device
-        return Description(
-            backend=self.backend,
-            version=str(self._trt.__version__),
-            provider="TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
-            device=f"{device.name} (compute capability {device.compute_capability})",
-            precision=self._precision,
-            kernels=_KERNELS.get(str(self._engine_info.details.kernels), "function bodies"),
-            threads=1,
-            cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",
-            graph=self._buffers.why_no_graph is None,
-            why_no_graph=self._buffers.why_no_graph,
-            zero_copy=self._buffers.zero_copy,
-        )
+        return replace(self._description, why_no_graph=self._buffers.why_no_graph)
 
     @property
-    def last_times(self) -> StreamTimes | None:
-        """Of the latest run, by the device's clock: copy in, compute, copy out."""
-        return self._buffers.last_times
-
-    @property
-    def best_batch(self) -> int:
-        """The size that it is tuned for."""
-        return self._engine_info.batch.best
+    def compute_ms(self) -> float:
+        """Of the latest run, by the device's clock, copies excluded."""
+        return self._buffers.compute_ms
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """See `Session.validate`; sizes must also be in the range that the engine was built for."""
