@@ -19,7 +19,7 @@ from onnx.reference.op_run import OpRun
 
 from sparsifiner_edge.bundle.kernels import NAMESPACE, CompiledLaunch, kernel_model
 from sparsifiner_edge.export import board
-from sparsifiner_edge.ops.triton.kernels import KERNELS
+from sparsifiner_edge.ops.triton.compile import kernel
 from tests.tables import table_of
 
 
@@ -37,7 +37,7 @@ def operator(name: str, plan: Any, launch: Any, entry: CompiledLaunch) -> type[O
                 raw = np.zeros((batch, *declared.shape), declared.dtype)
             tensors[n] = torch.from_numpy(np.array(raw, buffer.dtype))
         names = {a: None if b is None else tensors[b] for a, b in launch.arguments.items()}
-        KERNELS[launch.kernel][(*entry.grid, batch)](**names, **launch.constants, num_warps=launch.warps)
+        kernel(launch.kernel)[(*entry.grid, batch)](**names, **launch.constants, num_warps=launch.warps)
         return tuple(tensors[n].numpy().reshape(batch, *entry.tensors[n].shape) for n in entry.outputs)
 
     return type(name, (OpRun,), {"op_domain": NAMESPACE, "_run": _run})

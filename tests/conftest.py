@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.made import draw_classes, draw_pictures, make_keys, save_weights
 from tests.once import WORKER, Once, make_once, turn
 
 if WORKER:
@@ -120,40 +121,24 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     return make_once(tmp_path_factory)
 
 
-def _save_weights(path: Path, classes: int) -> None:
-    import safetensors.torch
-
-    from tests.models import vit
-
-    safetensors.torch.save_file(vit(num_classes=classes).state_dict(), path)
-
-
 @pytest.fixture(scope="session")
 def tiny_weights(once: Once) -> Path:
     """A classifier of 10 classes."""
-    return (
-        once("weights", lambda folder: _save_weights(folder / "classifier.safetensors", 10)) / "classifier.safetensors"
-    )
+    name = "classifier.safetensors"
+    return once("weights", lambda folder: save_weights(folder / name, 10)) / name
 
 
 @pytest.fixture(scope="session")
 def feature_weights(once: Once) -> Path:
     """The same without classifier."""
-    return once("features", lambda folder: _save_weights(folder / "features.safetensors", 0)) / "features.safetensors"
+    name = "features.safetensors"
+    return once("features", lambda folder: save_weights(folder / name, 0)) / name
 
 
 @pytest.fixture(scope="session")
 def pictures(once: Once) -> Path:
     """A folder of three small images."""
-    import numpy as np
-    from PIL import Image
-
-    def draw(folder: Path) -> None:
-        for number in range(3):
-            pixels = np.random.default_rng(number).integers(0, 256, (60 + number, 80, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"picture{number}.png")
-
-    return once("pictures", draw)
+    return once("pictures", draw_pictures)
 
 
 @pytest.fixture(scope="session")
@@ -174,22 +159,10 @@ def tiny_bundle(once: Once, tiny_student: Path) -> Path:
 @pytest.fixture(scope="session")
 def folder(once: Once) -> Path:
     """Twelve smooth images in two classes."""
-    import numpy as np
-    from PIL import Image
-
-    def draw(root: Path) -> None:
-        for number in range(12):
-            coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-            path = root / ("cats" if number % 2 else "dogs") / f"{number:02d}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(coarse).resize((180, 170), Image.Resampling.BICUBIC).save(path)
-
-    return once("training", draw)
+    return once("training", draw_classes)
 
 
 @pytest.fixture(scope="session")
 def keys(once: Once) -> Path:
     """key.pem, key.pub, other.pem, other.pub."""
-    from sparsifiner_edge.bundle.sign import generate_key
-
-    return once("keys", lambda folder: [generate_key(folder / f"{name}.pem") for name in ("key", "other")])
+    return once("keys", make_keys)

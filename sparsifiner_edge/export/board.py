@@ -70,7 +70,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         MissingExtraError: Triton is not installed.
         BackendError: a kernel does not compile.
     """
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in TRITON.operators]
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in TRITON]
     if board.sm < LEAST_CAPABILITY:
         raise ConfigError(
             f"{board.name} has no GPU that the kernels are for.", "Leave --board out: the bundle runs there without."

@@ -42,19 +42,9 @@ def run_means(x: Array, run: int, sizes: Array) -> Array:
 
 
 def key_scores(
-    qkv: Array,
-    sizes: Array,
-    proj_q: Array,
-    proj_k: Array,
-    *,
-    num_heads: int,
-    num_prefix: int,
-    probe: int,
-    tile: int,
-    cell: int,
-    scale: float,
-    value_power: float,
-) -> Array:
+    qkv: Array, sizes: Array, proj_q: Array, proj_k: Array, *, num_heads: int, num_prefix: int, probe: int, tile: int,
+    cell: int, scale: float, value_power: float,
+) -> Array:  # fmt: skip
     """Selection scores [B,H,T,P] of KeySelect."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
     patches = sizes[:, num_prefix:].astype(np.float64)
@@ -85,19 +75,9 @@ def key_select(qkv: Array, *others: Array, keys: int, **settings: Any) -> Array:
 
 
 def landmark_scores(
-    qkv: Array,
-    proj_q: Array,
-    bias_q: Array,
-    proj_k: Array,
-    bias_k: Array,
-    down: Array,
-    up: Array,
-    *,
-    num_heads: int,
-    scale: float,
-    top_coefficients: int,
-    basis_threshold: float,
-) -> Array:
+    qkv: Array, proj_q: Array, bias_q: Array, proj_k: Array, bias_k: Array, down: Array, up: Array, *, num_heads: int,
+    scale: float, top_coefficients: int, basis_threshold: float,
+) -> Array:  # fmt: skip
     """Selection scores [B,H,N-1,N] of LandmarkKeySelect."""
     q, k, _ = split_heads(qkv, num_heads)
     projected_q = q[:, :, 1:] @ proj_q.astype(np.float64).T + bias_q
@@ -116,17 +96,9 @@ def landmark_key_select(qkv: Array, *weights: Array, keys: int, **settings: Any)
 
 
 def sparse_attention(
-    qkv: Array,
-    sizes: Array,
-    indices: Array,
-    *,
-    num_heads: int,
-    num_prefix: int,
-    tile: int,
-    cell: int,
-    scale: float,
+    qkv: Array, sizes: Array, indices: Array, *, num_heads: int, num_prefix: int, tile: int, cell: int, scale: float,
     prefix_keys: int = 1,
-) -> Array:
+) -> Array:  # fmt: skip
     """SparseAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
     counts = sizes.astype(np.float64)

@@ -25,11 +25,9 @@ _TILE = Attribute("tile", int, 1, (16, 8, 64), "consecutive patch queries that s
 _CELL = Attribute("cell", int, 0, (55, 0, 7), "consecutive patches that make one background cell; 0: none")
 _SCALE = Attribute("scale", float, 0.0, (0.125,), "factor of the logits, normally d ** -0.5")
 _SIZES = Tensor(
-    "sizes",
-    ("float32",),
-    ("B", "N"),
+    "sizes", ("float32",), ("B", "N"),
     "patches that each token stands for, at least 1: merged ones for several; of the prefix 1",
-)
+)  # fmt: skip
 _INDICES = Tensor(
     "indices", ("int32",), ("B", "H", "T", "K"), "patch keys read by each tile, counted from 0, strictly ascending"
 )
@@ -112,7 +110,7 @@ SPARSE_ATTENTION = Operator(
         (a["prefix_keys"] not in (0, 1), f"prefix_keys must be 0 or 1, got {a['prefix_keys']}"),
         (a["prefix_keys"] == 0 and (a["tile"] != 1 or a["cell"] != 0), "prefix_keys 0 goes with tile 1 and cell 0"),
         (
-            sizes["K"] > (sizes["P"] if a["prefix_keys"] else sizes["N"]),
+            sizes["K"] > sizes["P" if a["prefix_keys"] else "N"],
             f"indices list {sizes['K']} keys of {sizes['P']} patches",
         ),
     ],

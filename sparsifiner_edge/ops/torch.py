@@ -2,7 +2,7 @@
 
 Shapes, symbols and attributes are those of `schema.py`. Under `torch.onnx.export` each operator becomes one bare node;
 `ops.bodies` gives the exported file the function body that runs it. On a CUDA GPU they run as Triton kernels where
-those can (`ops.triton.kernels_for` says which runs, and why), on the processor as native ones within
+those can (`ops.triton.why_not_triton` says why not), on the processor as native ones within
 `ops.torch_native.native_kernels`.
 
 Where no token was merged, `sizes` are None here: nothing is computed of them. An exported node has them all the same.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsifiner_edge.ops.operator import Attributes
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, OPERATORS, VERSION
-from sparsifiner_edge.ops.torch_native import native_result, runs_natively, single_sizes
+from sparsifiner_edge.ops.torch_native import native_result, single_sizes
 from sparsifiner_edge.ops.torch_triton import triton_result
 
 LARGEST_MASK = 1 << 28
@@ -49,10 +49,10 @@ def run(name: str, in_torch: Callable[..., Tensor], inputs: Sequence[Tensor | No
             f"{DOMAIN}::{name}", tuple(tensors), ordered, dtype=dtype, shape=shape, version=VERSION
         )
         return node
-    if runs_natively(name, inputs):
-        return native_result(name, attributes, *output())
-    by_triton = triton_result(name, attributes, *inputs)
-    return in_torch(*inputs, **attributes) if by_triton is None else by_triton
+    result = native_result(name, attributes, inputs, output)
+    if result is None:
+        result = triton_result(name, attributes, *inputs)
+    return in_torch(*inputs, **attributes) if result is None else result
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,19 +109,9 @@ def value_deviation(v: Tensor, cell: int, sizes: Tensor | None = None) -> Tensor
 
 @torch.no_grad()
 def key_scores(
-    qkv: Tensor,
-    proj_q: Tensor,
-    proj_k: Tensor,
-    *,
-    num_heads: int,
-    num_prefix: int,
-    probe: int,
-    tile: int,
-    cell: int,
-    scale: float,
-    value_power: float,
-    sizes: Tensor | None = None,
-) -> Tensor:
+    qkv: Tensor, proj_q: Tensor, proj_k: Tensor, *, num_heads: int, num_prefix: int, probe: int, tile: int, cell: int,
+    scale: float, value_power: float, sizes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Selection scores of KeySelect: float32 [B,H,T,P]."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
     sizes = None if sizes is None else sizes[:, num_prefix:]

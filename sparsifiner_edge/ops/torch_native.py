@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -47,20 +46,26 @@ def single_sizes(x: Tensor) -> Tensor:
     return x.new_ones(x.shape[:2], dtype=torch.float32)
 
 
-def runs_natively(name: str, inputs: Sequence[Tensor | None]) -> bool:
-    """Whether the native kernels are asked for an operator of these inputs."""
-    if not within_native_kernels() or name not in ("KeySelect", "SparseAttention"):
-        return False
-    tensors = [x for x in inputs if x is not None]
-    floats = tensors[0].dtype == torch.float32 and tensors[0].device.type == "cpu"
-    return floats and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-
-
 def native_result(
-    name: str, attributes: Attributes, inputs: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[int]
-) -> Tensor:
-    """What the native kernels make of an operator's inputs."""
-    output = torch.empty(tuple(shape), dtype=dtype)
-    arrays = [x.detach().contiguous().numpy() for x in inputs]
-    cast(Operators, _OPERATORS.get()).run(name, attributes, arrays, output.numpy())
-    return output
+    name: str,
+    attributes: Attributes,
+    inputs: Sequence[Tensor | None],
+    output: Callable[[], tuple[list[Tensor], torch.dtype, list[int]]],
+) -> Tensor | None:
+    """What the native kernels make of an operator's inputs; None where they are not asked for it, or cannot run it.
+
+    Args:
+        output: gives all inputs, and the type and shape of the output.
+    """
+    operators = None if torch.compiler.is_compiling() else _OPERATORS.get()
+    if operators is None or name not in ("KeySelect", "SparseAttention"):
+        return None
+    given = [x for x in inputs if x is not None]
+    if given[0].dtype != torch.float32 or given[0].device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return None
+    tensors, dtype, shape = output()
+    result = torch.empty(tuple(shape), dtype=dtype)
+    operators.run(name, attributes, [x.detach().contiguous().numpy() for x in tensors], result.numpy())
+    return result

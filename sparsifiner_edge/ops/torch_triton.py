@@ -1,4 +1,4 @@
-"""The operators on a CUDA GPU: kernels in Triton where they can run (`ops.triton.kernels_for` says which, and why).
+"""The operators on a CUDA GPU: kernels in Triton where they can run (`ops.triton.why_not_triton` says why not).
 
 Where a gradient may follow, PyTorch runs: the kernels have none.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsifiner_edge.ops.operator import Attributes
 from sparsifiner_edge.ops.torch_native import within_native_kernels
-from sparsifiner_edge.ops.triton import kernels_for
+from sparsifiner_edge.ops.triton import why_not_triton
 
 
 def triton_result(name: str, attributes: Attributes, *inputs: Tensor | None) -> Tensor | None:
@@ -50,7 +50,7 @@ def triton_layer(
 
 def _runs(name: str, attributes: Attributes, x: Tensor, *others: Tensor) -> bool:
     """Others: what follows x and the sizes."""
-    return kernels_for(name, attributes, (x.shape, x.shape[:2], *(y.shape for y in others)), x).name == "triton"
+    return not why_not_triton(name, attributes, (x.shape, x.shape[:2], *(y.shape for y in others)), x)
 
 
 def _needs_gradient(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.kernels import NATIVE, described
+from sparsifiner_edge.ops.kernels import described
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.session import Session
 
@@ -175,7 +175,7 @@ def usable_kernels(float16: bool, kernels: str) -> str:
     Raises:
         BackendError: it cannot be.
     """
-    if not float16 or "float16" in NATIVE.dtypes:
+    if not float16:
         return kernels
     if kernels == "native":
         raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
@@ -203,7 +203,7 @@ def why_portable(kernels: str) -> str | None:
     if kernels == "portable":
         return "was not asked for"
     try:
-        return NATIVE.why_missing()
+        return native.why_unusable()
     except ValueError as error:
         raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
 

@@ -49,48 +49,54 @@ def main() -> int:
         report = run_classes(names, good, work, given)
         if given.kills or given.only == ["kills"]:
             report["kills"] = run_kills(good, work / "kills", given.kills or given.tries or 50, given.seed)
-    failures = sum(entry["failures"] for entry in report.values())
-    tries = sum(entry["tries"] for entry in report.values())
+    for name, entry in report.items():
+        print(f"{name}: {entry['tries']} tries, {entry['failures']} failures, {entry['seconds']:.0f} s")
     if given.output:
         write(given.output / "fuzz.json", report)
+    tries, failures = total(report)
     print(f"{tries} tries, {failures} failures")
     return 1 if failures else 0
+
+
+def total(report: dict[str, Any]) -> tuple[int, int]:
+    """Tries and failures of all classes."""
+    return sum(entry["tries"] for entry in report.values()), sum(entry["failures"] for entry in report.values())
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
     """What this run found, in the place of what an earlier one found of the same classes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     classes = (json.loads(path.read_text())["classes"] if path.exists() else {}) | report
-    content: dict[str, Any] = {name: sum(entry[name] for entry in classes.values()) for name in ("tries", "failures")}
+    content: dict[str, Any] = dict(zip(("tries", "failures"), total(classes), strict=True))
     content |= {"classes": classes, "machine": write_record(machine()), "environment": write_record(environment())}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def run_classes(names: list[str], good: Path, work: Path, given: argparse.Namespace) -> dict[str, Any]:
     """A try of each class in turn, until each has had its number or the time is over."""
-    report: dict[str, Any] = {name: {"tries": 0, "failures": 0, "seconds": 0.0, "found": []} for name in names}
-    planned = {
-        name: given.tries or (TARGETS[name].tries if given.full else 1 << 30 if given.seconds else 20) for name in names
-    }
+    report = {name: new_entry() for name in names}
     for name in names:
         materials.make(good, TARGETS[name].needs)
         (work / name).mkdir(parents=True)
     deadline = time.monotonic() + given.seconds if given.seconds else float("inf")
-    number = given.seed
-    while time.monotonic() < deadline and any(number - given.seed < planned[name] for name in names):
-        for name in names:
-            if number - given.seed >= planned[name] or time.monotonic() >= deadline:
-                continue
-            entry, start = report[name], time.monotonic()
+    tries = given.tries or (None if given.full else 1 << 30 if given.seconds else 20)
+    left, number = list(names), given.seed
+    while left := [name for name in left if number - given.seed < (tries or TARGETS[name].tries)]:
+        for name in left:
+            if time.monotonic() >= deadline:
+                return report
+            start = time.monotonic()
             failure = attempt(TARGETS[name], Try(random.Random(f"{name}{number}"), number, good, work / name))
-            entry["tries"] += 1
-            entry["seconds"] = round(entry["seconds"] + time.monotonic() - start, 3)
+            report[name]["tries"] += 1
+            report[name]["seconds"] = round(report[name]["seconds"] + time.monotonic() - start, 3)
             if failure is not None:
-                record(entry, name, number, failure)
+                record(report[name], name, number, failure)
         number += 1
-    for name, entry in report.items():
-        print(f"{name}: {entry['tries']} tries, {entry['failures']} failures, {entry['seconds']:.0f} s")
     return report
+
+
+def new_entry() -> dict[str, Any]:
+    return {"tries": 0, "failures": 0, "seconds": 0.0, "found": []}
 
 
 def record(entry: dict[str, Any], name: str, number: int, failure: str) -> None:
@@ -104,24 +110,20 @@ def run_kills(good: Path, work: Path, tries: int, seed: int) -> dict[str, Any]:
     """Each command in turn, ended; at last each runs to its end, and nothing hidden may be left."""
     materials.make(good, kills.NEEDS)
     kills.prepare(good, work)
-    entry: dict[str, Any] = {"tries": 0, "failures": 0, "found": []}
+    entry, start, names = new_entry(), time.monotonic(), list(kills.VERBS)
     temporary = work.parent / "tmp"
     temporary.mkdir(exist_ok=True)
     os.environ["TMPDIR"] = str(temporary)
-    start = time.monotonic()
     for number in range(seed, seed + tries):
-        name = list(kills.VERBS)[number % len(kills.VERBS)]
-        for failure in kills.end_one(kills.VERBS[name], good, work, random.Random(f"kill{number}")):
+        name = names[number % len(names)]
+        for failure in kills.end_one(name, good, work, random.Random(f"kill{number}")):
             record(entry, name, number, failure)
         entry["tries"] += 1
-        for path in (work / "k.pem", work / "k.pub"):
-            path.unlink(missing_ok=True)
-    for name, verb in kills.VERBS.items():
-        for failure in kills.left_over(verb, good, work, temporary):
+    for name in names:
+        for failure in kills.left_over(name, good, work):
             record(entry, name, -1, failure)
     del os.environ["TMPDIR"]
     entry["seconds"] = round(time.monotonic() - start, 1)
-    print(f"kills: {entry['tries']} tries, {entry['failures']} failures, {entry['seconds']:.0f} s")
     return entry
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.cli.main import main
-from sparsifiner_edge.errors import SparsifinerError
 from tests.commands import handlers_kept
 
 LIMIT_S = 30
@@ -61,22 +60,26 @@ class Target(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
-def command(*arguments: Any, codes: tuple[int, ...] = (0, 1, 2)) -> tuple[int, str, str]:
-    """The command line in this process: exit code, standard output, standard error.
+def words(line: str, good: Path, work: Path) -> list[str]:
+    """Arguments of a command, with the folder of good examples and its own in the places of {good} and {work}."""
+    return [word.replace("{good}", str(good)).replace("{work}", str(work)) for word in line.split()]
+
+
+def command(*arguments: Any) -> tuple[int, str]:
+    """The command line in this process: exit code, and standard output.
 
     Raises:
         FailureError: another exit code, a traceback, characters that a terminal obeys, or JSON that is none.
     """
-    out, err = _file(), _file()  # What a command writes may go past Python, to the descriptor.
-    with out, err:
+    with _file() as out, _file() as err:
         with handlers_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 main([str(argument) for argument in arguments])
             except SystemExit as left:
                 code = left.code
-        printed, complained = _content(out), _content(err)
+        printed, complained = (_content(file) for file in (out, err))
     said = printed + complained
-    if not isinstance(code, int) or code not in codes:
+    if not isinstance(code, int) or code not in (0, 1, 2):
         raise FailureError(f"exit code {code}: {complained[:300]}")
     if "Traceback" in said:
         raise FailureError(said[-500:])
@@ -84,10 +87,11 @@ def command(*arguments: Any, codes: tuple[int, ...] = (0, 1, 2)) -> tuple[int, s
         raise FailureError(f"raw {found[0]!r} in {said[max(0, found.start() - 60) : found.end() + 20]!r}")
     if "--json" in map(str, arguments) and code == 0:
         strict_json(printed)
-    return code, printed, complained
+    return code, printed
 
 
 def _file() -> Any:
+    """What a command writes may go past Python, to the descriptor."""
     return tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape", newline="")
 
 
@@ -111,15 +115,6 @@ def strict_json(text: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except ValueError as error:
         raise FailureError(f"no JSON ({error}): {text[:200]}") from error
-
-
-def refused(call: Callable[[], Any]) -> bool:
-    """Whether a function of ours refuses with an error that is meant for people."""
-    try:
-        call()
-    except SparsifinerError:
-        return True
-    return False
 
 
 def copied(one: Try, name: str, to: str = "subject") -> Path:

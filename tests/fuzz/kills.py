@@ -6,126 +6,40 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.results import read_result
-from tests.fuzz.harness import strict_json
-from tests.fuzz.materials import SHORT
+from tests.fuzz.harness import strict_json, words
+from tests.fuzz.materials import SHORT_OPTIONS
 
 PROGRAM = str(Path(sys.executable).with_name("sparsifiner-edge"))
 GONE_S = 2.0
 """How long what a command started may outlive it."""
 _MARK = "SPARSIFINER_KILLED"
 _SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-class Verb(NamedTuple):
-    """A command to end.
-
-    Attributes:
-        line: its arguments, given the folder of good examples and its own.
-        whole: raises where what it left is torn.
-        seconds: about how long it runs.
-    """
-
-    line: Callable[[Path, Path], list[Any]]
-    whole: Callable[[Path], object]
-    seconds: float
-
-
-def _bundle(name: str) -> Callable[[Path], object]:
-    return lambda work: (work / name).exists() and open_bundle(work / name)
-
-
-def _student(name: str) -> Callable[[Path], object]:
-    def whole(work: Path) -> None:
-        if (work / name).exists():
-            assert {path.name for path in (work / name).iterdir()} == {"config.json", "model.safetensors"}
-            strict_json((work / name / "config.json").read_text())
-
-    return whole
-
-
-def _result(name: str) -> Callable[[Path], object]:
-    return lambda work: (work / name).exists() and read_result(work / name)
-
-
-def _page(work: Path) -> None:
-    if (work / "page.html").exists():
-        assert (work / "page.html").read_text().rstrip().endswith("</html>")
-
-
-def _lines(work: Path) -> None:
-    """Of images all lines or none; of a live source whole lines."""
-    for name in ("images.jsonl", "test.jsonl"):
-        if (work / name).exists():
-            content = (work / name).read_text()
-            assert not content or content.endswith("\n"), content[-80:]
-            for line in content.splitlines():
-                json.loads(line)
-
-
-def _package(work: Path) -> None:
-    if (work / "package").exists():
-        assert (work / "package" / "README.md").is_file()
-        shutil.rmtree(work / "package")
-
-
-def _keys(work: Path) -> None:
-    if (work / "k.pem").exists():
-        assert (work / "k.pem").read_text().rstrip().endswith("-----END PRIVATE KEY-----")
-
-
-def _distill(good: Path, work: Path) -> list[Any]:
-    """Goes on where the one before was ended, if that had got so far."""
-    overrides = [part for override in SHORT for part in ("--set", override)]
-    resume = ["--resume"] if (work / "better.training" / "checkpoint.safetensors").exists() else []
-    return ["distill", good / "start", "--data", good / "data", "-o", work / "better", *resume, *overrides]
-
-
-VERBS: dict[str, Verb] = {
-    "sparsify": Verb(
-        lambda g, w: ["sparsify", "test_vit", "--weights", g / "weights.safetensors", "-o", w / "student"],
-        _student("student"),
-        4,
-    ),
-    "export": Verb(lambda g, w: ["export", g / "student", "-o", w / "bundle"], _bundle("bundle"), 7),
-    "distill": Verb(_distill, _student("better"), 9),
-    "evaluate": Verb(
-        lambda g, w: ["evaluate", g / "student", "--data", g / "images", "-o", w / "evaluation.json"],
-        _result("evaluation.json"),
-        5,
-    ),
-    "profile": Verb(
-        lambda g, w: ["profile", g / "plain", "--seconds", "1", "-o", w / "profile.json"], _result("profile.json"), 3
-    ),
-    "build": Verb(
-        lambda g, w: ["build", w / "built", "--backend", "tensorrt-rtx", "--compute-capability", "8.6"],
-        _bundle("built"),
-        4,
-    ),
-    "run images": Verb(
-        lambda g, w: ["run", g / "plain", "--source", g / "images", "--output", w / "images.jsonl"], _lines, 1
-    ),
-    "run test": Verb(lambda g, w: ["run", g / "plain", "--source", "test", "--output", w / "test.jsonl"], _lines, 2),
-    "report": Verb(lambda g, w: ["report", g / "results" / "comparison.json", "-o", w / "page.html"], _page, 2),
-    "estimate": Verb(
-        lambda g, w: ["estimate", g / "bundle", "--board", "jetson-orin-nano-8gb", "-o", w / "estimate.json"],
-        _result("estimate.json"),
-        1,
-    ),
-    "package": Verb(lambda g, w: ["package", g / "plain", "--for", "triton", "-o", w / "package"], _package, 1.5),
-    "sign": Verb(lambda g, w: ["bundle", "sign", w / "signed", "--key", g / "keys" / "key.pem"], _bundle("signed"), 1),
-    "keygen": Verb(lambda g, w: ["bundle", "keygen", "-o", w / "k.pem"], _keys, 0.8),
+VERBS = {
+    "sparsify": ("sparsify test_vit --weights {good}/weights.safetensors -o {work}/student", 4),
+    "export": ("export {good}/student -o {work}/bundle", 7),
+    "distill": ("distill {good}/start --data {good}/data -o {work}/better " + SHORT_OPTIONS, 9),
+    "evaluate": ("evaluate {good}/student --data {good}/images -o {work}/evaluation.json", 5),
+    "profile": ("profile {good}/plain --seconds 1 -o {work}/profile.json", 3),
+    "build": ("build {work}/built --backend tensorrt-rtx --compute-capability 8.6", 4),
+    "run images": ("run {good}/plain --source {good}/images --output {work}/images.jsonl", 1),
+    "run test": ("run {good}/plain --source test --output {work}/test.jsonl", 2),
+    "report": ("report {good}/results/comparison.json -o {work}/page.html", 2),
+    "estimate": ("estimate {good}/bundle --board jetson-orin-nano-8gb -o {work}/estimate.json", 1),
+    "package": ("package {good}/plain --for triton -o {work}/package", 1.5),
+    "sign": ("bundle sign {work}/signed --key {good}/keys/key.pem", 1),
+    "keygen": ("bundle keygen -o {work}/k.pem", 0.8),
 }
+"""Commands, and about how many seconds they run."""
 NEEDS = ("student", "bundle", "plain", "keys", "images", "results", "training")
 
 
@@ -136,16 +50,46 @@ def prepare(good: Path, work: Path) -> None:
         shutil.copytree(good / "plain", work / name)
 
 
-def end_one(verb: Verb, good: Path, work: Path, rng: random.Random) -> list[str]:
+def arguments(name: str, good: Path, work: Path) -> list[str]:
+    """A command's; a training goes on where the one before was ended, if that had got so far."""
+    begun = name == "distill" and (work / "better.training" / "checkpoint.safetensors").exists()
+    return [*words(VERBS[name][0], good, work), *["--resume"] * begun]
+
+
+def require_whole(path: Path) -> None:
+    """Raise where what a command left is torn; what is not there is whole."""
+    if not path.exists():
+        return
+    if path.is_dir() and path.name == "package":
+        assert (path / "README.md").is_file()
+        shutil.rmtree(path)
+    elif path.is_dir() and path.name in ("student", "better"):
+        assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors"}
+        strict_json((path / "config.json").read_text())
+    elif path.is_dir():
+        open_bundle(path)
+    elif path.suffix == ".json":
+        read_result(path)
+    elif path.suffix == ".jsonl":  # of images all lines or none; of a live source whole lines
+        content = path.read_text()
+        assert not content or content.endswith("\n"), content[-80:]
+        for line in content.splitlines():
+            json.loads(line)
+    else:
+        assert (
+            path.read_text().rstrip().endswith({".html": "</html>", ".pem": "-----END PRIVATE KEY-----"}[path.suffix])
+        )
+
+
+def end_one(name: str, good: Path, work: Path, rng: random.Random) -> list[str]:
     """Start a command, end it at some moment, and look at what is left; what is wrong with that."""
-    mark = f"{os.getpid()}-{rng.random()}"
-    line = [PROGRAM, *map(str, verb.line(good, work))]
-    environment = os.environ | {_MARK: mark, "OMP_NUM_THREADS": "1"}
+    (line, seconds), mark = VERBS[name], f"{os.getpid()}-{rng.random()}"
     with subprocess.Popen(
-        line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+        [PROGRAM, *arguments(name, good, work)], env=os.environ | {_MARK: mark, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.random() * verb.seconds)
+            process.wait(rng.random() * seconds)
         chosen = rng.choice(_SIGNALS)
         process.send_signal(chosen)
         try:
@@ -165,9 +109,12 @@ def end_one(verb: Verb, good: Path, work: Path, rng: random.Random) -> list[str]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     try:
-        verb.whole(work)
+        for target in re.findall(r"\{work\}/(\S+)", line):
+            require_whole(work / target)
     except Exception as error:
         wrong.append(f"torn after {chosen.name}: {type(error).__name__}: {str(error)[:200]}")
+    for key in (work / "k.pem", work / "k.pub"):
+        key.unlink(missing_ok=True)
     return wrong
 
 
@@ -182,16 +129,10 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def left_over(verb: Verb, good: Path, work: Path, temporary: Path) -> list[str]:
+def left_over(name: str, good: Path, work: Path) -> list[str]:
     """Run the command to its end: hidden and temporary files that still lie there."""
-    (work / "k.pem").unlink(missing_ok=True)
-    (work / "k.pub").unlink(missing_ok=True)
-    line = [PROGRAM, *map(str, verb.line(good, work))]
-    if "test" in line:
-        line += ["--frames", "2"]
-    done = subprocess.run(
-        line, capture_output=True, text=True, check=False, env=os.environ | {"TMPDIR": str(temporary)}
-    )
+    line = [PROGRAM, *arguments(name, good, work), *["--frames", "2"] * (name == "run test")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         return [f"the next run fails: {done.stderr[-300:]}"]
     hidden = [path for path in work.rglob("*") if path.name.startswith(".") or path.name.endswith((".part", ".tmp"))]

@@ -6,22 +6,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+from tests.made import draw_classes, draw_pictures, make_keys, save_weights
 
 SHORT = (
     "distil.steps=6", "batch=2", "check_every=3", "save_every=2", "images.held_out=2", "ema=0.9",
     'budgets=[{keep="0.1"},{keep="0.2"}]',
 )  # fmt: skip
 """Overrides of a training of a second."""
+SHORT_OPTIONS = " ".join(f"--set {override}" for override in SHORT)
 
 
 def images(good: Path) -> None:
-    from PIL import Image
-
-    for number in range(3):
-        pixels = np.random.default_rng(number).integers(0, 256, (60 + number, 80, 3), dtype=np.uint8)
-        (good / "images").mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(good / "images" / f"image{number}.png")
+    draw_pictures(good / "images")
 
 
 def plain(good: Path) -> None:
@@ -36,10 +32,7 @@ def plain(good: Path) -> None:
 
 
 def keys(good: Path) -> None:
-    from sparsifiner_edge.bundle.sign import generate_key
-
-    for name in ("key", "other"):
-        generate_key(good / "keys" / f"{name}.pem")
+    make_keys(good / "keys")
 
 
 def signed(good: Path) -> None:
@@ -50,12 +43,10 @@ def signed(good: Path) -> None:
 
 
 def student(good: Path) -> None:
-    import safetensors.torch
-
     from sparsifiner_edge.sparse.student import sparsify
-    from tests.models import TINY, vit
+    from tests.models import TINY
 
-    safetensors.torch.save_file(vit(num_classes=10).state_dict(), good / "weights.safetensors")
+    save_weights(good / "weights.safetensors", 10)
     sparsify(TINY, good / "student", weights=good / "weights.safetensors", cells=4)
 
 
@@ -85,17 +76,11 @@ def results(good: Path) -> None:
 
 def training(good: Path) -> None:
     """A training that was cut short, with its checkpoint and history."""
-    from PIL import Image
-
     from sparsifiner_edge.distill.distill import distill_student
     from sparsifiner_edge.sparse.student import save_student
     from tests.models import student as make
 
-    for number in range(12):
-        coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        path = good / "data" / ("cats" if number % 2 else "dogs") / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(coarse).resize((180, 170), Image.Resampling.BICUBIC).save(path)
+    draw_classes(good / "data")
     save_student(make(num_classes=2), good / "start")
 
     class StopError(Exception):

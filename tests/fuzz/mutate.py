@@ -1,4 +1,4 @@
-"""Seeded mutations of what is read from outside: objects, JSON, TOML, bytes, zip archives.
+"""Seeded mutations of what is read from outside: objects, JSON, TOML, bytes, zip archives; and values to put there.
 
 Pure functions of a good example and a `random.Random`, so that a seed tells a try again. They know nothing of commands.
 """
@@ -12,20 +12,76 @@ import math
 import random
 import re
 import struct
+import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.fuzz.generators import HUGE, key, near, text, value
-
+HUGE = 10**5000
+"""A whole number of more digits than Python reads or writes by itself."""
+NESTED = 200
+"""Levels of `nested`: more than any file of ours has, few enough for every writer."""
+NUMBERS: tuple[Any, ...] = (
+    0, -1, 1, 2, 3, 7, 255, 1023, 65_536, 2**31 - 1, 2**31, -(2**31) - 1, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**64),
+    10**30, 10**400, HUGE, -HUGE,
+    0.0, -0.0, 0.5, 1e-9, 5e-324, 1e-300, -1e-300, 1e15, 1e16, 1e100, 1e308, -1e308, math.nan, math.inf, -math.inf,
+)  # fmt: skip
+TEXTS = (
+    "", " ", "0", "-1", "1e9", "nan", "true", "null", "٣", "²", "x" * 100_000, "a\nb", "a\r\nb", "a\tb", "a\0b",
+    "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x9b31m", "\u202egnp.exe", "\u2066\u2069", "\u200b", "\ufeff",
+    "\ud800", "\udfff\ud800", "\udc80", "é", "日本語", "😀", "a" + "\u0301" * 500,
+    "<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "' onload='alert(1)", "]]>", "{{ 7 * 7 }}",
+    "{0.__class__}", "%s%n", "$(id)", "`id`", "[/red]", "[bold]", "| a | b |", "../../etc/passwd", "/dev/zero",
+    "/etc/passwd", "C:\\x", "a/b", ".", "..", "\\", "'", '"', "x" * 256,
+)  # fmt: skip
+"""Texts that are seldom one: empty, 100 kB, escapes, markup, halves of characters."""
+KEYS = (*TEXTS[:12], "__class__", "unavailable", "value", "schema_version", "kind", "name", "path", "\ud800", "a.b")
+"""Names of entries."""
 _DIGITS = "9" * 5000
 _NUMBER = re.compile(rb"(?<![A-Za-z_\"-])-?\d+(\.\d+)?")
+_TOML_VALUE = re.compile(r'"[^"\n]*"|-?\d+(\.\d+)?')
 TOML_VALUES = (
     "0", "-1", "1e308", "nan", "inf", "-inf", "9223372036854775808", _DIGITS, "1_000", "0xff", "true", '""', '" "',
     '"a\\nb"', '"\\u001b[31m"', '"\\u202e"', "[]", "{}", "[[1]]", "1979-05-27", "07:32:00", "'", '"""', "[" * 2000,
     "{a=" * 500, '"\\ud800"', "٣", "²", '"' + "x" * 100_000 + '"', ".".join("a" * 3000) + " = 1",
 )  # fmt: skip
+
+
+def nested(levels: int = NESTED) -> Any:
+    """Lists and objects in turn, one in the other."""
+    found: Any = 1
+    for level in range(levels):
+        found = [found] if level % 2 else {"a": found}
+    return found
+
+
+def value(rng: random.Random) -> Any:
+    """Anything that JSON can say, and NaN and infinity, which Python's reader takes too."""
+    kind = rng.randrange(10)
+    if kind < 4:
+        return rng.choice(NUMBERS)
+    if kind < 7:
+        return rng.choice(TEXTS)
+    if kind == 7:
+        return rng.choice([None, True, False])
+    if kind == 8:
+        return rng.choice([[], {}, [[]], [{}], [None], [0] * 1000, {"unavailable": "x"}, {"value": 1e308}, nested()])
+    return [value(rng) for _ in range(rng.randrange(4))] if rng.random() < 0.5 else {rng.choice(KEYS): value(rng)}
+
+
+def near(content: Any, rng: random.Random) -> Any:
+    """Something of the same type as `content`, or nearly: what a damaged or older file would hold."""
+    if isinstance(content, bool):
+        return rng.choice([not content, int(content), str(content)])
+    if isinstance(content, (int, float)):
+        small = content if abs(content) < 1e100 else 1
+        return rng.choice([-small, 0, small + 1, small * 1000, small / 3, str(small), [small], True, -1, 1 << 40])
+    if isinstance(content, str):
+        return rng.choice([content[: len(content) // 2], content * 2, content.upper(), [content], {content[:9]: 1}, 0])
+    if isinstance(content, (list, tuple)):
+        items = list(content)
+        return rng.choice([items[:-1], items * 2, items[::-1], [items], [], dict(zip("abc", items, strict=False))])
+    return value(rng)
 
 
 class Pairs(list[tuple[str, Any]]):
@@ -74,7 +130,7 @@ def _change(holder: Any, name: Any, places: list[tuple[Any, Any]], rng: random.R
         if place in other if isinstance(other, dict) else place < len(other):
             holder[name] = copy.deepcopy(other[place])
     elif isinstance(holder, dict):
-        holder[key(rng)] = value(rng)
+        holder[rng.choice(KEYS)] = value(rng)
     else:
         holder.insert(rng.randrange(len(holder) + 1), value(rng))
 
@@ -84,29 +140,24 @@ def mutated_json(content: Any, rng: random.Random) -> bytes:
     kind = rng.randrange(20)
     if kind == 0:
         return mutated_bytes(json_text(content), rng)
-    if kind == 1:
-        return _spliced(json_text(content), rng)
+    if kind == 1:  # In the place of a number what no object in memory could be.
+        odd = (b"[" * 100_000, b'{"a":' * 100_000, b"1e999", b"-1e999", b"01", b"1" * 5000, b"\xff", b"+1", b"")
+        return _replaced(json_text(content), _NUMBER, rng.choice(odd), rng)
     changed = mutated_object(content, rng)
     if kind == 2 and isinstance(changed, dict) and changed:
-        twice = rng.choice(list(changed))
-        return json_text(Pairs([*changed.items(), (twice, value(rng))]))
+        return json_text(Pairs([*changed.items(), (rng.choice(list(changed)), value(rng))]))
     return json_text(changed)
 
 
-def _spliced(written: bytes, rng: random.Random) -> bytes:
-    """Something in the place of one of the text's numbers that no object in memory could be."""
-    found = list(_NUMBER.finditer(written))
-    what = rng.choice(
-        [b"[" * 100_000, b'{"a":' * 100_000, b"1e999", b"-1e999", b"01", b"1" * 5000, b"\xff", b"+1", b""]
-    )
-    if not found:
-        return what
-    match = rng.choice(found)
-    return written[: match.start()] + what + written[match.end() :]
+def _replaced(written: Any, pattern: re.Pattern[Any], new: Any, rng: random.Random) -> Any:
+    """Another text in the place of one match, or of everything where there is none."""
+    found = [match.span() for match in pattern.finditer(written)] or [(0, len(written))]
+    start, end = rng.choice(found)
+    return written[:start] + new + written[end:]
 
 
 def json_text(content: Any) -> bytes:
-    """JSON of everything that `generators.value` gives: huge numbers and halves of characters included."""
+    """JSON of everything that `value` gives: huge numbers and halves of characters included."""
     if isinstance(content, Pairs):
         return b"{" + b",".join(json_text(name) + b":" + json_text(child) for name, child in content) + b"}"
     if isinstance(content, dict):
@@ -122,97 +173,80 @@ def json_text(content: Any) -> bytes:
 
 def mutated_bytes(content: bytes, rng: random.Random) -> bytes:
     """Cut, flipped, zeroed, doubled, appended, swapped, or other bytes altogether."""
-    changed = bytearray(content)
-    size = max(1, len(changed))
-    start = rng.randrange(size)
-    end = min(len(changed), start + rng.choice((1, 4, 16, 256, 4096)))
+    if not content:
+        return rng.randbytes(8)
+    start = rng.randrange(len(content))
+    end = min(len(content), start + rng.choice((1, 4, 16, 256, 4096)))
+    before, some, after = content[:start], content[start:end], content[end:]
+    flipped = bytes([content[start] ^ (1 << rng.randrange(8))])
     operations: list[Callable[[], bytes]] = [
-        lambda: bytes(changed[:start]),
-        lambda: bytes(changed[start:]),
-        lambda: bytes(changed[:start] + changed[end:]),
-        lambda: bytes(changed[:start] + bytes([changed[start] ^ (1 << rng.randrange(8))]) + changed[start + 1 :]),
-        lambda: bytes(changed[:start] + bytes(end - start) + changed[end:]),
-        lambda: bytes(changed[:start] + b"\xff" * (end - start) + changed[end:]),
-        lambda: bytes(changed[:end] + changed[start:end] * 3 + changed[end:]),
-        lambda: bytes(changed + rng.randbytes(64)),
-        lambda: bytes(changed[:start] + rng.randbytes(end - start) + changed[end:]),
+        lambda: before,
+        lambda: some + after,
+        lambda: before + after,
+        lambda: before + flipped + content[start + 1 :],
+        lambda: before + bytes(len(some)) + after,
+        lambda: before + b"\xff" * len(some) + after,
+        lambda: before + some * 4 + after,
+        lambda: content + rng.randbytes(64),
+        lambda: before + rng.randbytes(len(some)) + after,
         lambda: rng.choice([b"", b"\0", b"\n", b"{}", b"[]", b"null", b"PK\x03\x04", rng.randbytes(100)]),
     ]
-    return rng.choice(operations)() if content else rng.randbytes(8)
+    return rng.choice(operations)()
 
 
 def mutated_toml(content: str, rng: random.Random) -> bytes:
     """TOML text with another value or name, a line less, twice, elsewhere, or damaged bytes."""
     lines = content.splitlines()
-    numbers = [number for number, line in enumerate(lines) if "=" in line]
-    if rng.random() < 0.15 or not numbers:
+    if rng.random() < 0.15 or "=" not in content:
         return mutated_bytes(content.encode("utf-8"), rng)
     for _ in range(rng.choice((1, 1, 2))):
-        place = rng.choice([n for n in numbers if n < len(lines)] or [0])
+        place = rng.choice([n for n, line in enumerate(lines) if "=" in line] or [0])
         name, _, old = lines[place].partition("=")
-        new = rng.choice(TOML_VALUES) if rng.random() < 0.7 else json.dumps(text(rng), ensure_ascii=rng.random() < 0.5)
+        new = (
+            rng.choice(TOML_VALUES)
+            if rng.random() < 0.7
+            else json.dumps(rng.choice(TEXTS), ensure_ascii=rng.random() < 0.5)
+        )
         changes: list[list[str]] = [
-            [f"{name}= {new}"], [f"{name}= {new}"], [f"{name}= {new}"],
-            [f"{name}= {_near_toml(old, rng)}"], [f"{name}= {_near_toml(old, rng)}"],
+            *[[f"{name}= {new}"]] * 3,
+            *[[f"{name}= {_replaced(old, _TOML_VALUE, rng.choice(TOML_VALUES), rng)}"]] * 2,
             [],
             [lines[place]] * 2,
-            [f"{json.dumps(key(rng), ensure_ascii=True)} = {new}", lines[place]],
+            [f"{json.dumps(rng.choice(KEYS))} = {new}", lines[place]],
             [f"x.{name}= {new}"],
             [rng.choice(["[", "[[x]]", "[a.b]", "[sources]", "[[power_modes]]"]), lines[place]],
-        ]  # fmt: skip
+        ]
         lines[place : place + 1] = rng.choice(changes)
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
 
 
-def _near_toml(old: str, rng: random.Random) -> str:
-    """One of the numbers or texts in a value changed, the rest as it was."""
-    found = list(re.finditer(r'"[^"]*"|-?\d+(\.\d+)?', old))
-    if not found:
-        return rng.choice(TOML_VALUES)
-    match = rng.choice(found)
-    return old[: match.start()] + rng.choice(TOML_VALUES) + old[match.end() :]
-
-
 def mutated_zip(content: bytes, rng: random.Random) -> bytes:
     """A zip archive, such as .npz or .pt, whose members are changed, missing, renamed, twice, or wrongly described."""
-    if rng.random() < 0.3:
+    how = rng.random()
+    if how < 0.3:
         return mutated_bytes(content, rng)
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = {info.filename: archive.read(info) for info in archive.infolist()}
-    name = rng.choice(list(members) or [""])
-    if rng.random() < 0.4:
+    if how < 0.6:
         return _misdescribed(content, rng)
-    kind = rng.randrange(7)
-    if kind < 3:
-        members[name] = mutated_bytes(members.get(name, b""), rng)
-    elif kind == 3:
-        members.pop(name, None)
-    elif kind == 4:
-        members[rng.choice([f"../{name}", f"/{name}", name.upper(), "x", f"{name}/", name + "\u202e"])] = members.pop(
-            name, b""
-        )
-    elif kind == 5:
-        members[f"more{rng.randrange(9)}.npy"] = rng.choice([b"", b"\0" * 4_000_000, rng.randbytes(50)])
-    else:
-        members[name] = members[rng.choice(list(members))] if members else b""
-    return _zipped(members, rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)), twice=kind == 6)
-
-
-def _zipped(members: dict[str, bytes], compression: int, twice: bool) -> bytes:
-    """Written by hand: `zipfile` would warn of names that come twice."""
-    body, directory = bytearray(), bytearray()
-    entries = list(members.items()) * (2 if twice else 1)
-    for name, data in entries:
-        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-        packed = data if compression == zipfile.ZIP_STORED else packer.compress(data) + packer.flush()
-        written = name.encode("utf-8")
-        common = struct.pack("<HHHHIIIHH", 0x800, compression, 0, 0x21, zlib.crc32(data), len(packed), len(data),
-                             len(written), 0)  # fmt: skip
-        directory += b"PK\x01\x02" + struct.pack("<HH", 20, 20) + common
-        directory += struct.pack("<HHHII", 0, 0, 0, 0, len(body)) + written
-        body += b"PK\x03\x04" + struct.pack("<H", 20) + common + written + packed
-    end = struct.pack("<HHHHIIH", 0, 0, len(entries), len(entries), len(directory), len(body), 0)
-    return bytes(body + directory + b"PK\x05\x06" + end)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    place = rng.randrange(len(members))
+    name, data = members[place]
+    names = (f"../{name}", f"/{name}", name.upper(), "x", f"{name}/", name + "\u202e")
+    more = (f"more{rng.randrange(9)}.npy", rng.choice([b"", b"\0" * 4_000_000, rng.randbytes(50)]))
+    kinds: list[list[tuple[str, bytes]]] = [
+        *[[(name, mutated_bytes(data, rng))]] * 3,
+        [],
+        [(rng.choice(names), data)],
+        [(name, data), more],
+        [(name, rng.choice(members)[1])] * 2,
+    ]
+    members[place : place + 1] = rng.choice(kinds)
+    packed = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(packed, "w", rng.choice((0, zipfile.ZIP_DEFLATED))) as archive:
+        warnings.simplefilter("ignore")  # of names that come twice
+        for name, data in members:
+            archive.writestr(zipfile.ZipInfo(name), data, archive.compression)
+    return packed.getvalue()
 
 
 def _misdescribed(content: bytes, rng: random.Random) -> bytes:

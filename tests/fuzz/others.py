@@ -1,24 +1,28 @@
-"""Tries with what else a stranger may hand over: results, students, checkpoints, weights, settings, options, videos."""
+"""Tries with what else a stranger may hand over: results, students, checkpoints, weights, settings, options, videos,
+and requests to the metrics server.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from tests.fuzz.generators import TEXTS
-from tests.fuzz.harness import FailureError, Try, command, copied, refused
-from tests.fuzz.materials import SHORT
-from tests.fuzz.mutate import (
-    TOML_VALUES,
-    mutated_bytes,
-    mutated_json,
-    mutated_toml,
-)
+from sparsifiner_edge.camera.health import HealthServer
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.errors import SparsifinerError
+from tests.fuzz.harness import FailureError, Try, command, copied, words
+from tests.fuzz.materials import SHORT_OPTIONS
+from tests.fuzz.mutate import TEXTS, TOML_VALUES, mutated_bytes, mutated_json, mutated_toml
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,8 +75,8 @@ def checkpoint(one: Try) -> None:
         lines[place] = mutated_json(json.loads(lines[place]), one.rng).decode("utf-8", "surrogateescape")
         written = "\n".join(lines).encode("utf-8", "surrogateescape")
         history.write_bytes(mutated_bytes(written, one.rng) if one.number % 3 == 0 else written)
-    overrides = [part for override in SHORT for part in ("--set", override)]
-    command("distill", one.good / "start", "--data", one.good / "data", "-o", one.work / "out", "--resume", *overrides)
+    line = f"distill {{good}}/start --data {{good}}/data -o {{work}}/out --resume {SHORT_OPTIONS}"
+    command(*words(line, one.good, one.work))
 
 
 def _spoil_checkpoint(path: Path, rng: Any) -> None:
@@ -112,103 +116,84 @@ def weights(one: Try) -> None:
 
 def settings(one: Try) -> None:
     """Boards and recipes."""
-    if one.number % 2:
-        board = one.work / "board.toml"
-        board.write_bytes(
-            mutated_toml(one.rng.choice(sorted((ROOT / "profiles" / "boards").glob("*.toml"))).read_text(), one.rng)
-        )
+    kind, folder = ("board", "profiles/boards") if one.number % 2 else ("recipe", "export/recipes")
+    path = one.work / f"{kind}.toml"
+    path.write_bytes(mutated_toml(one.rng.choice(sorted((ROOT / folder).glob("*.toml"))).read_text(), one.rng))
+    if kind == "board":
         more = one.rng.choice(([], ["--json"]))
-        command("estimate", one.good / "bundle", "--board", board, "--precision", "fp32", *more)
+        command("estimate", one.good / "bundle", "--board", path, "--precision", "fp32", *more)
         return
     from sparsifiner_edge.distill.recipe import read_recipe
     from sparsifiner_edge.records import write_record
 
-    recipe = one.work / "recipe.toml"
-    recipe.write_bytes(
-        mutated_toml(one.rng.choice(sorted((ROOT / "export" / "recipes").glob("*.toml"))).read_text(), one.rng)
-    )
     name = one.rng.choice(["batch", "distil.steps", "budgets", "ema", "x", "", "distil"])
     overrides = [f"{name}={one.rng.choice(TOML_VALUES)}"] if one.number % 3 == 0 else []
-    refused(lambda: json.dumps(write_record(read_recipe(str(recipe), overrides))))
+    with contextlib.suppress(SparsifinerError):
+        json.dumps(write_record(read_recipe(str(path), overrides)))
 
 
 NUMBERS = (
-    "nan",
-    "inf",
-    "-inf",
-    "1e999",
-    "-1",
-    "0",
-    "2147483648",
-    "9" * 5000,
-    "٣",
-    "²",
-    "0x10",
-    "1_0",
-    "",
-    " ",
-    "1e308",
-    "x",
+    "nan", "inf", "-inf", "1e999", "-1", "0", "2147483648", "9" * 5000, "٣", "²", "0x10", "1_0", "", " ", "1e308", "x",
     "\u202e1",
-)
-
-
-USAGES = (
-    (
-        "run {good}/plain --source {good}/images",
-        "--threads --top --threshold --stall --metrics --frames",
-    ),
-    ("profile {good}/plain", "--threads --seconds"),
-    ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode"),
-    ("build {good}/plain --backend tensorrt-rtx", "--compute-capability --timeout --batch --kernels"),
-    ("report {good}/results/profile.json -o {work}/page.html", "--lang"),
-    (
-        "sparsify test_vit --weights {good}/weights.safetensors -o {work}/made",
-        "--keep --set --token-keep --img-size",
-    ),
-    ("export {good}/student -o {work}/made", "--keep --tile --probe --batch --merge --precision --board"),
-    (
-        "evaluate {good}/student --data {good}/images",
-        "--keep --token-keep --metric --gallery --queries --workers",
-    ),
-    ("distill {good}/student --data {good}/images -o {work}/made", "--set --recipe --held-out"),
-    ("bundle verify {good}/plain", "--public-key --backend"),
-    ("bundle sign {good}/plain", "--key"),
-)
+)  # fmt: skip
+USAGES = {
+    "run {good}/plain --source {good}/images": "--threads --top --threshold --stall --metrics --frames",
+    "profile {good}/plain": "--threads --seconds",
+    "estimate {good}/plain --board jetson-orin-nano-8gb": "--precision --power-mode",
+    "build {good}/plain --backend tensorrt-rtx": "--compute-capability --timeout --batch --kernels",
+    "report {good}/results/profile.json -o {work}/page.html": "--lang",
+    "sparsify test_vit --weights {good}/weights.safetensors -o {work}/made": "--keep --set --token-keep --img-size",
+    "export {good}/student -o {work}/made": "--keep --tile --probe --batch --merge --precision --board",
+    "evaluate {good}/student --data {good}/images": "--keep --token-keep --metric --gallery --queries --workers",
+    "distill {good}/student --data {good}/images -o {work}/made": "--set --recipe --held-out",
+    "bundle verify {good}/plain": "--public-key --backend",
+    "bundle sign {good}/plain": "--key",
+}
 """Commands, and options of theirs that take a value."""
 
 
 def usage(one: Try) -> None:
     """Options with values that are none."""
     rng = one.rng
-    line, options = rng.choice(USAGES)
-    name = rng.choice(options.split())
-    chosen = [word.format(good=one.good, work=one.work) for word in line.split()]
+    line = rng.choice(list(USAGES))
+    name = rng.choice(USAGES[line].split())
     shutil.rmtree(one.work / "made", ignore_errors=True)
-    shutil.rmtree(one.work / "out", ignore_errors=True)
-    text = rng.choice((*NUMBERS, *NUMBERS, *TEXTS))
-    value = text.replace("\0", "").encode(
-        "utf-8", "surrogateescape" if not any("\ud7ff" < c < "\udc80" for c in text) else "replace"
-    )
+    text = rng.choice((*NUMBERS, *NUMBERS, *TEXTS)).replace("\0", "")
+    value = text.encode("utf-8", "replace").decode()
     if name == "--seconds" or (name == "--set" and len(value) < 40):
-        value = rng.choice([b"nan", b"-1", b"inf", b"x", b"0", b"9" * 5000])
-    command(*chosen, name, value.decode("utf-8", "replace"))
+        value = rng.choice(["nan", "-1", "inf", "x", "0", "9" * 5000])
+    command(*words(line, one.good, one.work), name, value)
 
 
 def videos(one: Try) -> None:
     """Damaged files through the real decoding process."""
     path = one.work / "video.mp4"
     path.write_bytes(mutated_bytes((one.good / "video.mp4").read_bytes(), one.rng))
-    line = [sys.executable, "-m", "sparsifiner_edge", "run", one.good / "plain", "--source", path]
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False, timeout=25)
+    line = [sys.executable, "-m", "sparsifiner_edge", "run", str(one.good / "plain"), "--source", str(path)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=25)
     if done.returncode not in (0, 2) or "Traceback" in done.stderr:
         raise FailureError(f"exit code {done.returncode}: {done.stderr[-300:]}")
 
 
-def allocations(one: Try) -> None:
-    """A hundred allocations of the native library that fail, in a process of their own."""
-    line = [sys.executable, "-m", "tests.native.allocation", "100", str(one.number)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=28, cwd=ROOT)
-    found = json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
-    if found.get("failures") != 0:
-        raise FailureError(f"{found or done.returncode}: {done.stderr[-300:]}")
+def http(one: Try) -> None:
+    """Hostile clients of the metrics server, none of which ends one of its threads."""
+    request = b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\nUser-Agent: x\r\n\r\n"
+    lost, status = list[Any](), Status("test", lambda _: None)
+    watched = mock.patch.object(threading, "excepthook", lost.append)
+    with watched, HealthServer(("127.0.0.1", 0), status, 2.0) as server:
+        address = "127.0.0.1", int(re.findall(r":(\d+)/", server.url)[0])
+        for _ in range(8):
+            with contextlib.suppress(OSError), socket.create_connection(address, 5) as client:
+                client.sendall(mutated_bytes(request * one.rng.choice((1, 1, 3)), one.rng))
+                if one.rng.random() < 0.5:
+                    client.shutdown(socket.SHUT_WR)
+                client.settimeout(0.15)
+                client.recv(1 << 16)
+        with socket.create_connection(address, 5) as client:
+            client.settimeout(2)
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = client.recv(1 << 16)
+    if lost:
+        raise FailureError(f"a thread ended with {lost[0].exc_type.__name__}: {lost[0].exc_value}")
+    if b" 503 " not in answer.partition(b"\r\n")[0]:
+        raise FailureError(f"health answers {answer[:100]!r}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from tests.fuzz import bundles, network, others
+from tests.fuzz import bundles, others
 from tests.fuzz.harness import Target
 
 TARGETS = {
     "golden": Target(105, bundles.golden, ("plain",)),
     "model": Target(308, bundles.hostile_model, ("plain", "images", "keys")),
-    "external": Target(18, bundles.external, ("plain", "images")),
     "signature": Target(53, bundles.signature, ("signed", "images")),
-    "swapped": Target(150, bundles.swapped, ("keys",)),
     "manifest": Target(5694, bundles.manifest, ("plain", "bundle", "images", "keys")),
     "injection": Target(195, bundles.injection, ("plain",)),
     "report": Target(2100, others.report, ("results",)),
@@ -20,6 +18,5 @@ TARGETS = {
     "settings": Target(560, others.settings, ("bundle",)),
     "usage": Target(601, others.usage, ("plain", "student", "results", "images")),
     "video": Target(328, others.videos, ("plain", "video")),
-    "allocation": Target(20, others.allocations),
-    "http": Target(200, network.http),
+    "http": Target(200, others.http),
 }

@@ -4,7 +4,7 @@ In each of many trials a new session of a new thread is made and run while one a
 ONNX Runtime must raise an error, or give the right answer where the memory was not needed after all. The next run must
 give the right answer, to the bit. A crash or a hang is a failure.
 
-`python -m tests.native.allocation TRIALS SEED` prints what came of so many as JSON.
+`python -m tests.native.allocation LIBRARY TRIALS SEED`, where failing.c is preloaded, prints what came of them as JSON.
 """
 
 from __future__ import annotations
@@ -18,87 +18,51 @@ import platform
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.schema import OPERATORS
-from tests.native.hostile import bare_model
+from tests.ops.matrix import Case, feed, one_node
 
 HERE = Path(__file__).parent
 LIMIT_S = 0.5
 """Seconds that a trial may take, on average; a good one takes some milliseconds."""
-CHANNELS = 5
 SUPPORTED = (
     tuple(map(int, (platform.libc_ver()[1] or "0.0").split("."))) >= (2, 35) and platform.libc_ver()[0] == "glibc"
 )
 """Whether failing.c can be built and used here."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """One node, with all that decides which way the kernel takes."""
-
-    op: str
-    tokens: int
-    heads: int
-    width: int
-    attributes: dict[str, Any]
-    keys: int = 0
-    merged: bool = False
-
-    def inputs(self) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng(0)
-        made = {"qkv": rng.normal(size=(1, self.tokens, 3 * self.heads * self.width)).astype(np.float32)}
-        made["sizes"] = rng.integers(1, 9 if self.merged else 2, (1, self.tokens)).astype(np.float32)
-        if self.op == "KeySelect":
-            for name in ("proj_q", "proj_k"):
-                made[name] = rng.normal(size=(self.heads, self.width, CHANNELS)).astype(np.float32)
-        if self.op == "SparseAttention":
-            patches = self.tokens - self.attributes["num_prefix"]
-            tiles = -(-patches // self.attributes["tile"])
-            lists = [np.sort(rng.permutation(patches)[: self.keys]) for _ in range(self.heads * tiles)]
-            made["indices"] = np.stack(lists).reshape(1, self.heads, tiles, self.keys).astype(np.int32)
-        return made
-
-    def model(self, inputs: dict[str, np.ndarray]) -> bytes:
-        """The node alone: without a function body only the library can run it."""
-        known = {attribute.name for attribute in OPERATORS[self.op].attributes}
-        settings = {"num_heads": self.heads, "scale": 0.2, **self.attributes}
-        attributes = {name: value for name, value in settings.items() if name in known}
-        return bare_model(self.op, attributes, list(inputs.values()), False)
+def case_of(op: str, patches: int = 300, *, width: int = 16, sized: bool = False, **attributes: Any) -> Case:
+    """One node, with all that decides which way the kernel takes; sized: over merged tokens."""
+    known = {attribute.name for attribute in OPERATORS[op].attributes}
+    settings = {"num_heads": 2, "scale": 0.2, "num_prefix": 1, **attributes}
+    return Case(OPERATORS[op], {k: v for k, v in settings.items() if k in known}, patches, merged=sized, width=width)
 
 
-def _select(tile: int, probe: int, cell: int, power: float) -> dict[str, Any]:
-    return {"num_prefix": 1, "tile": tile, "probe": probe, "cell": cell, "keys": 7, "value_power": power}
-
-
-def _attend(tile: int, cell: int, prefix_keys: int = 1) -> dict[str, Any]:
-    return {"num_prefix": 1, "tile": tile, "cell": cell, "prefix_keys": prefix_keys}
-
-
+SELECT = {"tile": 16, "probe": 8, "cell": 20, "keys": 7, "value_power": 2.0}
+ATTEND = {"tile": 16, "cell": 20, "prefix_keys": 1}
 # MergeTokens takes no memory of its own.
 SUBJECTS = {
-    "select": Subject("KeySelect", 301, 2, 16, _select(16, 8, 0, 0.0)),
-    "select, cells": Subject("KeySelect", 301, 2, 16, _select(16, 8, 20, 2.0)),
-    "select, many probes": Subject("KeySelect", 301, 2, 16, _select(64, 1, 20, 2.0)),
-    "attend, cells": Subject("SparseAttention", 301, 2, 16, _attend(16, 20), 50),
-    "attend, no cells": Subject("SparseAttention", 301, 2, 16, _attend(16, 0), 50),
-    "attend, tile 1": Subject("SparseAttention", 301, 2, 16, _attend(1, 0, 0), 50),
-    "attend, odd width": Subject("SparseAttention", 301, 2, 20, _attend(16, 20), 50),
-    "attend, packed": Subject("SparseAttention", 2050, 1, 16, _attend(64, 100), 50),
-    "dense": Subject("DenseAttention", 301, 2, 16, {}),
-    "select, merged": Subject("KeySelect", 301, 2, 16, _select(16, 8, 20, 2.0), merged=True),
-    "attend, merged": Subject("SparseAttention", 301, 2, 16, _attend(16, 20), 50, merged=True),
-    "dense, merged": Subject("DenseAttention", 301, 2, 16, {}, merged=True),
-    "match": Subject("MatchTokens", 301, 2, 16, {"num_prefix": 1, "window": 16, "merged": 40}),
+    "select": case_of("KeySelect", **SELECT | {"cell": 0, "value_power": 0.0}),
+    "select, cells": case_of("KeySelect", **SELECT),
+    "select, many probes": case_of("KeySelect", **SELECT | {"tile": 64, "probe": 1}),
+    "attend, cells": case_of("SparseAttention", **ATTEND),
+    "attend, no cells": case_of("SparseAttention", **ATTEND | {"cell": 0}),
+    "attend, tile 1": case_of("SparseAttention", tile=1, cell=0, prefix_keys=0),
+    "attend, odd width": case_of("SparseAttention", width=20, **ATTEND),
+    "attend, packed": case_of("SparseAttention", 2049, num_heads=1, tile=64, cell=100, prefix_keys=1),
+    "dense": case_of("DenseAttention"),
+    "select, merged": case_of("KeySelect", sized=True, **SELECT),
+    "attend, merged": case_of("SparseAttention", sized=True, **ATTEND),
+    "dense, merged": case_of("DenseAttention", sized=True),
+    "match": case_of("MatchTokens", window=16, merged=40),
 }
 
 
@@ -128,15 +92,18 @@ def build_shim(folder: Path) -> Path:
 class Bench:
     """Runs trials in this process; without `shim` just sessions."""
 
-    def __init__(self, library: str, subjects: Mapping[str, Subject] = SUBJECTS, shim: bool = True) -> None:
+    def __init__(self, library: str, subjects: Mapping[str, Case] = SUBJECTS, shim: bool = True) -> None:
         self.library = library
         if shim:
             self.shim = ctypes.CDLL(None)
             self.shim.failing_arm.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
             self.shim.failing_counted.restype = self.shim.failing_failed.restype = ctypes.c_long
-        feeds = {name: subject.inputs() for name, subject in subjects.items()}
-        self.models = {name: (subjects[name].model(feed), feed) for name, feed in feeds.items()}
-        self.expected = {name: self.session(name, 1).run(None, feed)[0].tobytes() for name, feed in feeds.items()}
+        self.models, self.expected = {}, {}
+        for name, case in subjects.items():
+            inputs = case.inputs()
+            fed = feed(case.op.name, inputs)
+            self.models[name] = one_node(case.op.name, case.attributes, inputs), fed
+            self.expected[name] = self.session(name, 1).run(None, fed)[0].tobytes()
 
     def session(self, subject: str, threads: int) -> Any:
         return self.open(self.models[subject][0], threads)
@@ -208,7 +175,7 @@ def measure(library: str, count: int, seed: int) -> dict[str, Any]:
 
 def measured(shim: Path, count: int, seed: int) -> dict[str, Any]:
     """The same, of a process of its own."""
-    command = [sys.executable, "-m", "tests.native.allocation", "--within", str(native.library_path())]
+    command = [sys.executable, "-m", "tests.native.allocation", str(native.library_path())]
     done = subprocess.run(
         [*command, str(count), str(seed)], env={**os.environ, "LD_PRELOAD": str(shim)}, cwd=HERE.parents[1],
         capture_output=True, text=True, check=False, timeout=60 + LIMIT_S * count,
@@ -219,8 +186,4 @@ def measured(shim: Path, count: int, seed: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--within":
-        print(json.dumps(measure(sys.argv[2], *map(int, sys.argv[3:]))))
-        sys.exit()
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measured(build_shim(Path(folder)), *map(int, sys.argv[1:]))))
+    print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))

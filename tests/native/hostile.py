@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
+from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 
 LIMIT, ROOM = 6 << 30, 400 << 20
 MOST = 2**31 - 1
@@ -102,27 +102,10 @@ def model(case: Case) -> bytes:
         value = helper.make_tensor("value", helper.np_dtype_to_tensor_dtype(np.dtype(kind)), [1], [0])
         initializers.append(helper.make_tensor(f"{name} shape", TensorProto.INT64, [len(shape)], shape))
         nodes.append(helper.make_node("ConstantOfShape", [f"{name} shape"], [name], value=value))
-    nodes.append(helper.make_node(case.op, names, ["output"], domain="sparsifiner", scale=1.0, **case.attributes))
+    nodes.append(helper.make_node(case.op, names, ["output"], domain=DOMAIN, scale=1.0, **case.attributes))
     kind = TensorProto.INT32 if case.op == "KeySelect" else TensorProto.FLOAT
     output = helper.make_tensor_value_info("output", kind, None)
     graph = helper.make_graph(nodes, "hostile", [], [output], initializers)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", VERSION)]
-    made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    return made
-
-
-def bare_model(op: str, attributes: dict[str, Any], inputs: list[np.ndarray], open_axes: bool) -> bytes:
-    """A node of the library's own, without a body."""
-    names = [tensor.name for tensor in OPERATORS[op].inputs]
-    values = [
-        helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(x.dtype), [None] * x.ndim if open_axes else x.shape
-        )
-        for name, x in zip(names, inputs, strict=True)
-    ]
-    kind = TensorProto.INT32 if OPERATORS[op].output.dtypes == ("int32",) else TensorProto.FLOAT
-    node = helper.make_node(op, names, ["result"], domain=DOMAIN, **attributes)
-    graph = helper.make_graph([node], "bare", values, [helper.make_tensor_value_info("result", kind, None)])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     return made

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,54 +25,53 @@ from sparsifiner_edge.sparse.student import save_student
 from tests.commands import process
 from tests.models import TINY, student
 from tests.native.test_replay import BF16_SETS
-from tests.ops import matrix
-from tests.ops.matrix import Case, cases, check, run_native
-from tests.ops.test_parity import PAPER
+from tests.ops.matrix import PAPER, cases, check, run_native
 
 LACKING = native.why_unusable() is None and native.target() not in BF16_SETS
 pytestmark = [pytest.mark.skipif(LACKING, reason="the processor multiplies no bfloat16")]
-ATTENTION = ("SparseAttention", "DenseAttention")
 
 
-def held(case: Case) -> Case:
-    """The case, held to what the schema allows bfloat16."""
-    return dataclasses.replace(case, dtype="bfloat16")
+@pytest.fixture(scope="module")
+def halves() -> Iterator[Operators]:
+    """In bfloat16, on one thread."""
+    with contextlib.closing(Operators(1, True)) as operators:
+        yield operators
+
+
+@pytest.fixture(scope="module")
+def exact() -> Iterator[Operators]:
+    with contextlib.closing(Operators(1)) as operators:
+        yield operators
 
 
 @pytest.mark.parametrize("width", [8, 64, 20, 72, 17])
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", ["SparseAttention", "DenseAttention"])
 def test_agrees_with_the_reference_on_any_number_of_threads(
-    name: str, width: int, monkeypatch: pytest.MonkeyPatch
+    name: str, width: int, halves: Operators, exact: Operators
 ) -> None:
-    monkeypatch.setattr(matrix, "HEAD_DIM", width)
-    one, five, exact = Operators(1, True), Operators(5, True), Operators(1)
-    assert (one.precision, exact.precision) == ("bfloat16", "float32")
+    assert (halves.precision, exact.precision) == ("bfloat16", "float32")
     rounded = False
-    for seed, case in enumerate(cases(name, full=True)[::3] if width == 64 else cases(name)):
-        inputs = case.inputs(seed)
-        got = run_native(case, inputs, one)
-        check(held(case), inputs, got)
-        assert got.tobytes() == run_native(case, inputs, five).tobytes(), case
-        rounded |= got.tobytes() != run_native(case, inputs, exact).tobytes()
+    with contextlib.closing(Operators(5, True)) as five:
+        for seed, case in enumerate(cases(name, full=width == 64, width=width)[:: 3 if width == 64 else 1]):
+            inputs = case.inputs(seed)
+            got = run_native(case, inputs, halves)
+            check(dataclasses.replace(case, dtype="bfloat16"), inputs, got)
+            assert got.tobytes() == run_native(case, inputs, five).tobytes(), case
+            rounded |= got.tobytes() != run_native(case, inputs, exact).tobytes()
     assert rounded
-    for operators in (one, five, exact):
-        operators.close()
 
 
-def test_what_is_not_finite_stays_where_it_is_read() -> None:
+def test_what_is_not_finite_stays_where_it_is_read(halves: Operators) -> None:
     case = next(c for c in cases("DenseAttention") if c.batch == 2)
     qkv, sizes = case.inputs()
-    operators = Operators(1, True)
-    fine = run_native(case, [qkv, sizes], operators)
+    fine = run_native(case, [qkv, sizes], halves)
     qkv[0] = np.nan
-    got = run_native(case, [qkv, sizes], operators)
+    got = run_native(case, [qkv, sizes], halves)
     assert np.isnan(got[0]).all()
     np.testing.assert_array_equal(got[1], fine[1])
-    operators.close()
 
 
-def test_lists_of_one_query_and_prefix_rows_stay_float32() -> None:
-    halves, exact = Operators(1, True), Operators(1)
+def test_lists_of_one_query_and_prefix_rows_stay_float32(halves: Operators, exact: Operators) -> None:
     single = PAPER[0]
     assert (single.attributes["tile"], single.attributes["cell"]) == (1, 0)
     tiles = next(c for c in cases("SparseAttention") if c.attributes["num_prefix"] and c.attributes["tile"] > 1)
@@ -80,8 +81,6 @@ def test_lists_of_one_query_and_prefix_rows_stay_float32() -> None:
     got, wanted = run_native(tiles, inputs, halves), run_native(tiles, inputs, exact)
     np.testing.assert_array_equal(got[:, :prefix], wanted[:, :prefix])
     assert (got[:, prefix:] != wanted[:, prefix:]).any()
-    for operators in (halves, exact):
-        operators.close()
 
 
 def test_a_lesser_instruction_set_says_float32() -> None:

@@ -5,29 +5,41 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
+import torch
 
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
+from sparsifiner_edge.ops.torch_native import native_kernels
 from tests.everything import first
-from tests.ops import matrix
-from tests.ops.matrix import Case, body_model, cases, check, run_body, run_native, run_reference, run_torch
-from tests.ops.test_parity import PAPER
+from tests.ops.matrix import (
+    PAPER,
+    Case,
+    body_model,
+    cases,
+    check,
+    feed,
+    run_body,
+    run_native,
+    run_reference,
+    run_torch,
+)
 from tests.plain import examine
 
 SETS = ("AVX3", "AVX2", "SSE2") if os.uname().machine == "x86_64" else ("NEON",)
+WIDTHS = (8, 64, 20, 72)
+"""Channels of a head: less than a vector, the usual, and two that leave remainders."""
+OUTSIDE = (-1, 130, 2**31 - 1, -(2**31))
 
 
 def session(case: Case, inputs: list[np.ndarray]) -> Callable[[], np.ndarray]:
@@ -35,17 +47,9 @@ def session(case: Case, inputs: list[np.ndarray]) -> Callable[[], np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     options.register_custom_ops_library(str(native.library_path()))
-    model = body_model(case, inputs).SerializeToString()
-    ours = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    feed = dict(zip([t.name for t in case.op.inputs], inputs, strict=True))
-    return lambda: ours.run(None, feed)[0]
-
-
-@pytest.fixture(params=(8, 64, 20, 72))
-def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Channels of a head: less than a vector, the usual, and two that leave remainders."""
-    monkeypatch.setattr(matrix, "HEAD_DIM", request.param)
-    return request.param
+    ours = onnxruntime.InferenceSession(body_model(case, inputs), options, providers=["CPUExecutionProvider"])
+    fed = feed(case.op.name, inputs)
+    return lambda: ours.run(None, fed)[0]
 
 
 def test_the_library_was_built_and_doctor_says_so() -> None:
@@ -56,10 +60,12 @@ def test_the_library_was_built_and_doctor_says_so() -> None:
     assert native.target() in found["native_library_reason"]
 
 
-@pytest.mark.parametrize("name", NATIVE.operators)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", NATIVE)
 def test_agrees_with_the_reference_on_any_number_of_threads(name: str, width: int) -> None:
-    chosen = cases(name) + cases(name, full=True)[:: 3 if width == 8 else 30]
-    made = [(case, case.inputs(seed)) for seed, case in enumerate(chosen + PAPER * (name == "SparseAttention"))]
+    chosen = cases(name, width=width) + cases(name, full=True, width=width)[:: 3 if width == 8 else 30]
+    chosen += [dataclasses.replace(case, width=width) for case in PAPER * (name == "SparseAttention")]
+    made = [(case, case.inputs(seed)) for seed, case in enumerate(chosen)]
     found = []
     for threads in (1, 2, 5):
         with contextlib.closing(Operators(threads)) as operators:
@@ -70,7 +76,7 @@ def test_agrees_with_the_reference_on_any_number_of_threads(name: str, width: in
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("name", NATIVE.operators)
+@pytest.mark.parametrize("name", NATIVE)
 def test_onnx_runtime_calls_the_same_kernels(name: str) -> None:
     case = next(c for c in cases(name) if c.batch == 2)
     inputs = case.inputs()
@@ -86,9 +92,8 @@ def test_every_instruction_set_agrees(target: str) -> None:
         "from tests.ops import matrix\n"
         "assert native.target() == sys.argv[1], native.target()\n"
         "for width in (64, 20):\n"
-        "    matrix.HEAD_DIM = width\n"
-        "    for name in NATIVE.operators:\n"
-        "        for seed, case in enumerate(matrix.cases(name)):\n"
+        "    for name in NATIVE:\n"
+        "        for seed, case in enumerate(matrix.cases(name, width=width)):\n"
         "            inputs = case.inputs(seed)\n"
         "            matrix.check(case, inputs, matrix.run_native(case, inputs))\n"
     )
@@ -117,7 +122,7 @@ def test_tokens_that_are_equal_or_nan_match_the_first() -> None:
 def test_of_pairs_as_close_the_smaller_merges() -> None:
     case = next(c for c in cases("MatchTokens") if c.patches == 37)
     case = dataclasses.replace(case, attributes={**case.attributes, "merged": 1})
-    prefix = case.attributes["num_prefix"]
+    prefix = case.prefix
     qkv, sizes = case.inputs()
     qkv[:, prefix:] = qkv[:, prefix, None]
     turned = qkv[:, prefix] * np.where(np.arange(qkv.shape[-1]) % 2, 1, -1)
@@ -147,27 +152,22 @@ def test_ties_infinities_and_nan() -> None:
     np.testing.assert_array_equal(run_native(case, inputs), expected)
 
 
-@pytest.mark.parametrize("wrong", [-1, 130, 2**31 - 1, -(2**31)])
-def test_indices_outside_touch_nothing_outside(wrong: int) -> None:
-    case = next(c for c in cases("SparseAttention") if c.patches == 130 and c.attributes["cell"])
+@pytest.mark.parametrize("wrong", OUTSIDE)
+@pytest.mark.parametrize("merged", [False, True])
+def test_indices_outside_touch_nothing_outside(wrong: int, merged: bool) -> None:
+    case = next(c for c in cases("SparseAttention", merged=merged) if c.patches == 130 and c.attributes["cell"])
     qkv, sizes, lists = case.inputs()
     fine = run_native(case, [qkv, sizes, lists])
-    spoiled = lists.copy()
-    spoiled[:, 0, 0] = wrong
-    got = run_native(case, [qkv, sizes, spoiled])
-    assert got.shape == fine.shape
-    rows = slice(case.prefix + case.attributes["tile"], None)
-    np.testing.assert_array_equal(got[:, rows], fine[:, rows])  # other tiles are as they were
     unsorted = np.ascontiguousarray(lists[..., ::-1])
     np.testing.assert_allclose(run_native(case, [qkv, sizes, unsorted]), fine, atol=1e-5)
-
-
-@pytest.mark.parametrize("wrong", [-1, 130, 2**31 - 1, -(2**31)])
-def test_merged_tokens_outside_touch_nothing_outside(wrong: int) -> None:
-    attend = next(c for c in cases("SparseAttention", merged=True) if c.patches == 130 and c.attributes["cell"])
-    qkv, sizes, lists = attend.inputs()
     lists[:, 0, 0] = wrong
-    assert run_native(attend, [qkv, sizes, lists]).shape == (*qkv.shape[:2], qkv.shape[2] // 3)
+    rows = slice(case.prefix + case.attributes["tile"], None)
+    got = run_native(case, [qkv, sizes, lists])
+    np.testing.assert_array_equal(got[:, rows], fine[:, rows])  # other tiles are as they were
+
+
+@pytest.mark.parametrize("wrong", OUTSIDE)
+def test_pairs_outside_touch_nothing_outside(wrong: int) -> None:
     merge = next(c for c in cases("MergeTokens") if c.patches == 130)
     x, sizes, pairs = merge.inputs()
     fine = run_native(merge, [x, sizes, pairs])
@@ -178,7 +178,7 @@ def test_merged_tokens_outside_touch_nothing_outside(wrong: int) -> None:
 def test_sessions_and_callers_in_parallel() -> None:
     operators = Operators(3)
     jobs: list[tuple[Callable[[], np.ndarray], bytes]] = []
-    for name in NATIVE.operators:
+    for name in NATIVE:
         for case in cases(name)[:3]:
             inputs = case.inputs()
             ours, shared = session(case, inputs), functools.partial(run_native, case, inputs, operators)
@@ -197,41 +197,41 @@ def test_sessions_and_callers_in_parallel() -> None:
     assert failures == []
 
 
+@pytest.mark.parametrize("name", ["KeySelect", "SparseAttention"])
+def test_torch_runs_them_where_it_is_told_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    plain = Operators.run
+    monkeypatch.setattr(Operators, "run", lambda self, op, *rest: (ran.append(op), plain(self, op, *rest))[1])
+    call = ops.key_select if name == "KeySelect" else ops.sparse_attention
+    for seed, case in enumerate(cases(name)):
+        inputs = case.inputs(seed)
+        first_one, sizes, *rest = (torch.from_numpy(x) for x in inputs)
+        options = {**case.attributes, "sizes": sizes if case.merged else None}
+        with native_kernels(2):
+            got = call(first_one, *rest, **options)
+            assert ran == [name]
+            if name.endswith("Attention"):
+                again = call(first_one.clone().requires_grad_(), *rest, **options)
+                assert again.requires_grad
+                torch.testing.assert_close(again.detach(), got, rtol=1e-4, atol=1e-5)
+        check(case, inputs, got.numpy())
+        call(first_one, *rest, **options)
+        assert ran == [name]
+        ran.clear()
+
+
 @pytest.mark.everything
 def test_many_calls_do_not_grow() -> None:
     script = (
-        "import json, resource, sys\n"
-        "from tests.native.test_kernels import growing_session\n"
-        "run = growing_session()\n"
+        "from tests.native.test_kernels import cases, session\n"
+        "case = next(c for c in cases('SparseAttention') if c.patches == 37)\n"
+        "run = session(case, case.inputs())\n"
         "def resident():\n"
         "    return int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])\n"
         "for _ in range(2000): run()\n"
         "before = resident()\n"
-        "for _ in range(int(sys.argv[1])): run()\n"
-        "print(json.dumps(resident() - before))\n"
+        "for _ in range(1000000): run()\n"
+        "print(resident() - before)\n"
     )
-    calls = "1000000"
-    done = subprocess.run([sys.executable, "-c", script, calls], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) < 2048, f"grew by {done.stdout} kB"
-
-
-def growing_session() -> Callable[[], Any]:
-    """One small SparseAttention, bound for many calls."""
-    case = next(c for c in cases("SparseAttention") if c.patches == 37)
-    return session(case, case.inputs())
-
-
-def test_the_native_node_itself_runs(tmp_path: Any) -> None:
-    case = cases("DenseAttention")[0]
-    inputs = case.inputs()
-    kinds = {}
-    for registered in (True, False):
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-        if registered:
-            options.register_custom_ops_library(str(native.library_path()))
-        onnxruntime.InferenceSession(body_model(case, inputs).SerializeToString(), options)
-        kinds[registered] = {n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node}
-    assert kinds[True] == {"DenseAttention"}
-    assert "Softmax" in kinds[False]
-    assert "DenseAttention" not in kinds[False]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2048, f"grew by {done.stdout} kB"

@@ -8,15 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from sparsifiner_edge.ops import native
 from tests.native import allocation, hostile
-from tests.native.allocation import Subject
 from tests.native.test_replay import SOURCES
+from tests.ops.matrix import feed, one_node
 
 pytestmark = pytest.mark.everything
 
@@ -79,12 +78,11 @@ def test_memory_is_given_back_with_the_last_session() -> None:
     """Some 100 MB of answers and logits, kept from call to call, and then no more."""
     script = (
         "import sys\n"
-        "import numpy as np\n"
-        "from tests.native.allocation import Bench, Subject, SUBJECTS\n"
+        "from tests.native.allocation import SELECT, SUBJECTS, Bench, case_of\n"
         "def resident():\n"
         "    return int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1]) // 1024\n"
-        "attributes = {**SUBJECTS['select'].attributes, 'tile': 2**21, 'probe': 2**21}\n"
-        "large = Subject('KeySelect', 2**21 + 1, 1, 1, attributes)\n"
+        "changes = SELECT | {'tile': 2**21, 'probe': 2**21, 'cell': 0, 'value_power': 0.0}\n"
+        "large = case_of('KeySelect', 2**21, width=1, num_heads=1, **changes)\n"
         "bench = Bench(sys.argv[1], {'small': SUBJECTS['select'], 'large': large}, shim=False)\n"
         "other, session, feed = bench.session('small', 1), bench.session('large', 2), bench.models['large'][1]\n"
         "before = resident()\n"
@@ -93,8 +91,7 @@ def test_memory_is_given_back_with_the_last_session() -> None:
         "del session\n"
         "kept = resident()\n"
         "del other\n"
-        "after = resident()\n"
-        "print(before, during, kept, after)\n"
+        "print(before, during, kept, resident())\n"
     )
     before, during, kept, after = map(int, run(script).split())
     assert during > before + 30
@@ -102,14 +99,12 @@ def test_memory_is_given_back_with_the_last_session() -> None:
     assert after < before + 10
 
 
-def outcomes(library: Path | None) -> list[list[Any]]:
+def require_told(library: Path | None) -> None:
+    """Each absurd case ends as it says, in a process with little memory."""
     command = [sys.executable, "-m", "tests.native.hostile", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} {done.stderr[-2000:]}"
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def assert_told(told: list[list[Any]]) -> None:
+    told = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(told) == len(hostile.CASES)
     for case, size, expected, got in told:
         assert size < 800
@@ -117,7 +112,7 @@ def assert_told(told: list[list[Any]]) -> None:
 
 
 def test_absurd_sizes_end_with_an_error_or_an_empty_answer() -> None:
-    assert_told(outcomes(LIBRARY))
+    require_told(LIBRARY)
 
 
 def test_absurd_sizes_are_reckoned_without_undefined_behaviour(tmp_path: Path) -> None:
@@ -130,7 +125,7 @@ def test_absurd_sizes_are_reckoned_without_undefined_behaviour(tmp_path: Path) -
         assert done.returncode == 0, done.stdout + done.stderr
     library = tmp_path / "libsparsifiner_ops.so"
     assert b"__ubsan_handle" in library.read_bytes()
-    assert_told(outcomes(library))
+    require_told(library)
 
 
 @pytest.mark.parametrize("beyond", [1, 5])
@@ -141,9 +136,9 @@ def test_keys_beyond_two_to_the_24_are_found_exactly(beyond: int) -> None:
     qkv[..., 0] = 1
     qkv[0, [third, -2, -1], 1] = 3, 4, 5
     one = np.ones((1, 1, 1), np.float32)
-    settings = {"num_prefix": 0, "tile": 2**31 - 1, "probe": 2**31 - 1, "cell": 0, "keys": 3, "value_power": 0.0}
-    subject = Subject("KeySelect", patches, 1, 1, settings)
-    bench = allocation.Bench(str(LIBRARY), {}, shim=False)
-    given = {"qkv": qkv, "sizes": np.ones((1, patches), np.float32), "proj_q": one, "proj_k": one}
-    got = bench.open(subject.model(given), 2).run(None, given)[0]
+    settings = {"num_heads": 1, "num_prefix": 0, "tile": 2**31 - 1, "probe": 2**31 - 1, "cell": 0, "keys": 3,
+                "scale": 0.2, "value_power": 0.0}  # fmt: skip
+    inputs = [qkv, np.ones((1, patches), np.float32), one, one]
+    session = allocation.Bench(str(LIBRARY), {}, shim=False).open(one_node("KeySelect", settings, inputs), 2)
+    got = session.run(None, feed("KeySelect", inputs))[0]
     np.testing.assert_array_equal(got, [[[[third, patches - 2, patches - 1]]]])

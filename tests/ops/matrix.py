@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import helper
+from onnx import TensorProto, helper
 
 from sparsifiner_edge.ops import reference, torch_landmarks, torch_merge
 from sparsifiner_edge.ops import torch as torch_ops
@@ -24,19 +24,21 @@ from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
 
 PATCHES = (130, 37, 64, 1)
 BATCHES = (1, 2)
-HEAD_DIM, CHANNELS, LANDMARKS = 8, 4, 12
+LANDMARKS = 12
 
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the matrix."""
+    """One point of the matrix; width: channels of a head, channels: of the predictor."""
 
     op: Operator
     attributes: dict[str, Any]
     patches: int
-    batch: int
+    batch: int = 1
     dtype: str = "float32"
     merged: bool = True
+    width: int = 8
+    channels: int = 4
 
     def __str__(self) -> str:
         values = "-".join(f"{k}{v:g}" for k, v in self.attributes.items() if k != "scale")
@@ -47,18 +49,17 @@ class Case:
         rng = np.random.default_rng(seed)
         if self.op.name == "MergeTokens":
             return self._merge_inputs(rng)
-        heads, prefix = self.attributes["num_heads"], self.prefix
-        tokens = self.patches + prefix
-        qkv = rng.normal(size=(self.batch, tokens, 3, heads, HEAD_DIM)) + rng.normal(size=(3, heads, HEAD_DIM))
+        heads, width, tokens = self.attributes["num_heads"], self.width, self.patches + self.prefix
+        qkv = rng.normal(size=(self.batch, tokens, 3, heads, width)) + rng.normal(size=(3, heads, width))
         qkv[:, :: max(tokens // 5, 1)] *= 3
         packed = qkv.reshape(self.batch, tokens, -1).astype(self.dtype)
         first = [packed, self._sizes(rng, tokens)]
         if self.op.name == "KeySelect":
-            return [*first, *(rng.normal(size=(heads, HEAD_DIM, CHANNELS)).astype(self.dtype) for _ in range(2))]
+            return [*first, *(rng.normal(size=(heads, width, self.channels)).astype(self.dtype) for _ in range(2))]
         if self.op.name == "SparseAttention":
             return [*first, self._lists(rng, heads, tokens)]
         if self.landmarks:
-            shapes = [(CHANNELS, HEAD_DIM), (CHANNELS,)] * 2 + [(tokens, LANDMARKS)] * 2
+            shapes = [(self.channels, width), (self.channels,)] * 2 + [(tokens, LANDMARKS)] * 2
             # The published basis is drawn with deviation .02, so that its threshold of .02 drops two thirds.
             scales = [1, 1, 1, 1, 0.3, 0.02]
             weights = [s * rng.normal(size=shape) for s, shape in zip(scales, shapes, strict=True)]
@@ -74,7 +75,7 @@ class Case:
     def _merge_inputs(self, rng: np.random.Generator) -> list[np.ndarray]:
         """Tokens, sizes, and pairs of which a third are single."""
         tokens = self.patches + 1
-        x = rng.normal(size=(self.batch, tokens, 3 * HEAD_DIM)).astype(self.dtype)
+        x = rng.normal(size=(self.batch, tokens, 3 * self.width)).astype(self.dtype)
         pairs = np.sort(rng.integers(0, tokens, (self.batch, max(tokens * 2 // 3, 1), 2)), 1).astype(np.int32)
         pairs[:, ::3, 1] = pairs[:, ::3, 0]
         return [x, self._sizes(rng, tokens), pairs]
@@ -97,29 +98,31 @@ class Case:
         return np.sort(np.stack(choose), -1).reshape(self.batch, heads, tiles, count).astype(np.int32)
 
 
-def cases(op_name: str, full: bool = False, dtype: str = "float32", merged: bool | None = None) -> list[Case]:
+PAPER = [
+    Case(OPERATORS["SparseAttention"], a, patches, batch, merged=merged)
+    for patches, batch, merged in ((37, 1, False), (64, 2, False), (64, 2, True))
+    for a in [{"num_heads": 3, "num_prefix": 1, "tile": 1, "cell": 0, "scale": 0.125, "prefix_keys": 0}]
+]
+"""A prefix that is only attended to where it is listed needs tile 1 and cell 0: no single departure."""
+
+
+def cases(op_name: str, full: bool = False, merged: bool | None = None, **more: Any) -> list[Case]:
     """Allowed points: the schema's tested values all combined, or (default) one departure at a time from the first;
-    over merged tokens and single ones (None: both, where the operator's way depends on it).
+    over merged tokens and single ones (None: both, where the operator's way depends on it). more: fields of `Case`.
     """
     if merged is None and op_name in ("KeySelect", "SparseAttention", "DenseAttention"):
-        return [case for each in (False, True) for case in cases(op_name, full, dtype, each)]
+        return [case for each in (False, True) for case in cases(op_name, full, each, **more)]
     op = OPERATORS[op_name]
     options = [a.tested for a in op.attributes] + [PATCHES, BATCHES]
-    points: Iterator[tuple[Any, ...]] = itertools.product(*options) if full else iter(_one_departure(options))
+    points: Iterable[tuple[Any, ...]] = itertools.product(*options)
+    if not full:
+        base = tuple(values[0] for values in options)
+        points = [base] + [
+            (*base[:axis], value, *base[axis + 1 :]) for axis, values in enumerate(options) for value in values[1:]
+        ]
     names = [a.name for a in op.attributes]
-    made = [
-        Case(op, dict(zip(names, p, strict=False)), *p[-2:], dtype=dtype, merged=merged is not False) for p in points
-    ]
+    made = (Case(op, dict(zip(names, p, strict=False)), *p[-2:], merged=merged is not False, **more) for p in points)
     return [case for case in made if allowed(case)]
-
-
-def _one_departure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    base = [o[0] for o in options]
-    points = [tuple(base)]
-    for axis, values in enumerate(options):
-        points += [(*base[:axis], value, *base[axis + 1 :]) for value in values[1:]]
-    # prefix_keys 0 is only allowed with tile 1 and cell 0, which no single departure reaches.
-    return points
 
 
 def allowed(case: Case) -> bool:
@@ -168,14 +171,16 @@ def output_type(case: Case) -> type[np.generic]:
 
 def run_body(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
     """The function body, in ONNX Runtime, from a file with dynamic batch."""
-    session = onnxruntime.InferenceSession(
-        body_model(case, inputs).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    names = [t.name for t in case.op.inputs]
-    return session.run(None, dict(zip(names, inputs, strict=True)))[0]
+    session = onnxruntime.InferenceSession(body_model(case, inputs), providers=["CPUExecutionProvider"])
+    return session.run(None, feed(case.op.name, inputs))[0]
 
 
-def body_model(case: Case, inputs: list[np.ndarray]) -> onnx.ModelProto:
+def feed(op: str, inputs: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs by name, as a session takes them."""
+    return dict(zip([tensor.name for tensor in OPERATORS[op].inputs], inputs, strict=True))
+
+
+def body_model(case: Case, inputs: list[np.ndarray]) -> bytes:
     """A model of one node and its body."""
     structure = Structure(
         prefix=case.attributes.get("num_prefix", 0) > 0,
@@ -183,26 +188,33 @@ def body_model(case: Case, inputs: list[np.ndarray]) -> onnx.ModelProto:
         prefix_keys=bool(case.attributes.get("prefix_keys", 1)),
         merged=case.merged,
     )
-    node = helper.make_node(
-        case.op.name, [t.name for t in case.op.inputs], [case.op.output.name], domain=DOMAIN, **case.attributes
-    )
-    types = [helper.np_dtype_to_tensor_dtype(x.dtype) for x in inputs]
-    values = [
-        helper.make_tensor_value_info(
-            t.name, kind, ["batch" if axis == "B" else n for axis, n in zip(t.axes, x.shape, strict=True)]
-        )
-        for t, x, kind in zip(case.op.inputs, inputs, types, strict=True)
+    shapes = [
+        ["batch" if axis == "B" else n for axis, n in zip(t.axes, x.shape, strict=True)]
+        for t, x in zip(case.op.inputs, inputs, strict=True)
     ]
-    only = case.op.output.dtypes
-    out_type = helper.np_dtype_to_tensor_dtype(np.dtype(only[0])) if len(only) == 1 else types[0]
-    output = helper.make_tensor_value_info(case.op.output.name, out_type, None)
+    return one_node(case.op.name, case.attributes, inputs, shapes, [function_body(case.op.name, structure)])
+
+
+def one_node(
+    name: str, attributes: dict[str, Any], inputs: list[np.ndarray], shapes: list[Any] | None = None,
+    functions: list[onnx.FunctionProto] | None = None,
+) -> bytes:  # fmt: skip
+    """A model of one node, which without a body the library alone can run; shapes: what the file says of the inputs."""
+    op = OPERATORS[name]
+    kinds = [helper.np_dtype_to_tensor_dtype(x.dtype) for x in inputs]
+    values = [
+        helper.make_tensor_value_info(t.name, kind, shape)
+        for t, kind, shape in zip(op.inputs, kinds, shapes or [x.shape for x in inputs], strict=True)
+    ]
+    kind = TensorProto.INT32 if op.output.dtypes == ("int32",) else kinds[0]
+    output = helper.make_tensor_value_info(op.output.name, kind, None)
+    node = helper.make_node(name, [t.name for t in op.inputs], [op.output.name], domain=DOMAIN, **attributes)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     graph = helper.make_graph([node], "one_node", values, [output])
-    return helper.make_model(
-        graph,
-        functions=[function_body(case.op.name, structure)],
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        ir_version=10,
-    )
+    made: bytes = helper.make_model(
+        graph, functions=functions or [], opset_imports=opsets, ir_version=10
+    ).SerializeToString()
+    return made
 
 
 def check(case: Case, inputs: list[np.ndarray], got: np.ndarray) -> None:

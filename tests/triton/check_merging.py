@@ -104,35 +104,28 @@ def test_matching_takes_what_is_no_number(value: float) -> None:
     assert {int(b) for a, b in pairs if a != b} <= set(range(1, 41, 2))
 
 
-def merging_plan(name: str, **changes: Any) -> tuple[Case, Plan, dict[str, torch.Tensor]]:
-    case = case_of(name, 45, batch=2, **changes)
+@pytest.mark.parametrize(
+    ("case", "make"),
+    [(case_of("MatchTokens", 45, batch=2, merged=22), plan_match), (case_of("MergeTokens", 45, batch=2), plan_merge)],
+)
+def test_merging_stays_within_its_tensors(case: Case, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch is NaN before it is written, programs run in a random order, and wild pairs are brought into range."""
     given = tensors(case, 24)
-    make = plan_match if name == "MatchTokens" else plan_merge
-    return case, make([x.shape for x in given.values()], case.attributes, "float16"), given
-
-
-@pytest.mark.parametrize(("name", "output"), [("MatchTokens", "pairs"), ("MergeTokens", "output")])
-def test_merging_stays_within_its_tensors(name: str, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scratch is NaN before it is written, and programs run in a random order."""
-    case, plan, given = merging_plan(name, **({"merged": 22} if name == "MatchTokens" else {}))
+    plan = make([x.shape for x in given.values()], case.attributes, "float16")
     expected = run(case, given)
-    inside, guards = guarded(plan, given)
     orders = shuffled(monkeypatch)
-    assert torch.equal(launch(plan, inside)[output], expected)
+    inside, guards = guarded(plan, given)
+    assert torch.equal(launch(plan, inside)[case.op.output.name], expected)
     assert untouched(guards)
     assert orders
-
-
-def test_wild_pairs_touch_nothing_outside() -> None:
-    """They are brought into range, as lists are."""
-    case, plan, given = merging_plan("MergeTokens")
-    wild = torch.randint(-(2**31), 2**31 - 1, given["pairs"].shape, dtype=torch.int32)
-    wild[:, 0], wild[:, 1, 0], wild[:, 1, 1] = 2**31 - 1, -(2**31), 46
-    inside, guards = guarded(plan, given | {"pairs": wild})
-    got = launch(plan, inside)["output"]
-    assert untouched(guards)
-    assert torch.equal(got, run(case, given | {"pairs": wild.clamp(0, 45)}))
-    assert torch.equal(got[:, 0], given["x"][:, 45])
+    if "pairs" in given:
+        wild = torch.randint(-(2**31), 2**31 - 1, given["pairs"].shape, dtype=torch.int32)
+        wild[:, 0], wild[:, 1, 0], wild[:, 1, 1] = 2**31 - 1, -(2**31), 46
+        inside, guards = guarded(plan, given | {"pairs": wild})
+        got = launch(plan, inside)["output"]
+        assert untouched(guards)
+        assert torch.equal(got, run(case, given | {"pairs": wild.clamp(0, 45)}))
+        assert torch.equal(got[:, 0], given["x"][:, 45])
 
 
 def test_a_single_token_stays_as_it_is() -> None:

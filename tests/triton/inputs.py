@@ -26,14 +26,9 @@ def case_of(name: str, patches: int, batch: int = 1, sized: bool | None = None, 
     return dataclasses.replace(base, attributes={**base.attributes, **changes}, patches=patches, batch=batch)
 
 
-def tensors(case: Case, width: int = matrix.HEAD_DIM, dtype: str = "float16", device: str = "cpu") -> dict[str, Tensor]:
+def tensors(case: Case, width: int = 8, dtype: str = "float16", device: str = "cpu") -> dict[str, Tensor]:
     """Inputs of a case by name, as the kernels take them: tokens in `dtype`, without sizes where all are 1."""
-    whole = matrix.HEAD_DIM
-    try:
-        matrix.HEAD_DIM = width
-        arrays = case.inputs()
-    finally:
-        matrix.HEAD_DIM = whole
+    arrays = dataclasses.replace(case, width=width).inputs()
     found = {x.name: torch.from_numpy(a).to(device) for x, a in zip(case.op.inputs, arrays, strict=True)}
     first = case.op.inputs[0].name
     found[first] = found[first].to(DTYPES[dtype])
@@ -47,7 +42,7 @@ def plan_of(case: Case, given: dict[str, Tensor]) -> Plan:
 
 
 def run(case: Case, given: dict[str, Tensor]) -> Tensor:
-    """MatchTokens or MergeTokens, as public operators: which kernels run them is `kernels_for`'s choice."""
+    """MatchTokens or MergeTokens, as public operators, which choose their kernels."""
     function: Any = torch_merge.merge_tokens if case.op.name == "MergeTokens" else torch_merge.match_tokens
     result: Tensor = function(*given.values(), **case.attributes)
     return result

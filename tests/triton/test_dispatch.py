@@ -1,4 +1,4 @@
-"""Which kernels run an operator, without a GPU: the choice and its reasons, limits, and life without Triton."""
+"""Which kernels run an operator, without a GPU: the reasons against them, limits, and life without Triton."""
 
 from __future__ import annotations
 
@@ -11,38 +11,31 @@ from typing import Any
 import pytest
 import torch
 
-from sparsifiner_edge.ops.triton import Choice, kernels_for
-from sparsifiner_edge.ops.triton.plan import refusals
+from sparsifiner_edge.ops.triton import why_not_triton
+from sparsifiner_edge.ops.triton.plan import Plan, refusals
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
-from tests.triton.inputs import DTYPES, NAMES, case_of, plan_of, tensors
+from tests.triton.inputs import NAMES, case_of, plan_of, tensors
 
-SELECT = case_of("KeySelect", 40)
 QKV, SIZES = (1, 41, 24), (1, 41)
 PROJECTIONS = [(1, 8, 4)] * 2
 
 
-def choose(case: Any = SELECT, device: str = "cuda", dtype: str = "float16") -> Choice:
-    qkv = SimpleNamespace(device=SimpleNamespace(type=device), dtype=f"torch.{dtype}")
-    return kernels_for(case.op.name, case.attributes, [x.shape for x in case.inputs()], qkv)
+def reasons(dtype: str = "float16", **changes: Any) -> list[str]:
+    case = case_of("KeySelect", 400, cell=40, **changes)
+    qkv = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=f"torch.{dtype}")
+    return why_not_triton(case.op.name, case.attributes, [x.shape for x in case.inputs()], qkv)
 
 
-def test_on_a_cpu_torch_runs_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_runs_triton_where_it_can_and_else_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    qkv = torch.zeros(1, 2, 3)
-    assert kernels_for("KeySelect", {}, [], qkv) == Choice("torch", ("the tensors are on cpu, not on a CUDA GPU",))
-
-
-def test_a_gpu_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose() == Choice("torch", ("triton is not installed",))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the extra `triton` is not installed")
-def test_a_gpu_runs_triton_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 7))
-    assert choose() == choose(dtype="bfloat16") == Choice("triton")
-    assert choose(dtype="float32") == Choice("torch", ("qkv must be float16 or bfloat16, got float32",))
-    assert choose(case_of("KeySelect", 400, tile=200, cell=40)) == Choice("torch", ("tile 200 exceeds 128",))
+    assert why_not_triton("KeySelect", {}, [], torch.zeros(1)) == ["the tensors are on cpu, not on a CUDA GPU"]
+    if importlib.util.find_spec("triton") is not None:
+        assert reasons() == reasons("bfloat16") == []
+        assert reasons("float32") == ["qkv must be float16 or bfloat16, got float32"]
+        assert reasons(tile=200) == ["tile 200 exceeds 128"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert reasons() == ["triton is not installed"]
 
 
 @pytest.mark.parametrize(
@@ -89,24 +82,21 @@ def test_torch_runs_without_triton() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("changes", [{}, {"num_prefix": 0}], ids=str)
-def test_a_layer_is_three_launches_on_the_buffers_of_its_plan(dtype: str, changes: dict[str, Any]) -> None:
-    case = case_of("KeySelect", 1024, **{"num_heads": 6, "tile": 64, "probe": 8, "cell": 41, "keys": 103, **changes})
-    plan = plan_of(case, tensors(case, 64, dtype))
-    assert [launch.kernel for launch in plan.launches] == ["summarise", "select", "attend"]
+def kernels_of(plan: Plan) -> list[str]:
+    """Names in order; launches take the plan's buffers, all of them."""
     used = {buffer for launch in plan.launches for buffer in launch.arguments.values()}
     assert used - {None} == set(plan.buffers)
+    return [launch.kernel for launch in plan.launches]
 
 
-def test_merging_is_four_launches_and_one() -> None:
-    for name, make, kernels in (
-        ("MatchTokens", plan_match, ["metric", "partners", "suitors", "pairs"]),
-        ("MergeTokens", plan_merge, ["merge"]),
-    ):
-        case = case_of(name, 40)
+def test_a_layer_is_three_launches_and_merging_four_and_one() -> None:
+    for prefix, dtype in ((0, "float16"), (1, "bfloat16")):
+        changes = {"num_heads": 6, "tile": 64, "probe": 8, "cell": 41, "keys": 103, "num_prefix": prefix}
+        case = case_of("KeySelect", 1024, **changes)
+        assert kernels_of(plan_of(case, tensors(case, 64, dtype))) == ["summarise", "select", "attend"]
+    for make, kernels in ((plan_match, ["metric", "partners", "suitors", "pairs"]), (plan_merge, ["merge"])):
+        case = case_of("MatchTokens" if make is plan_match else "MergeTokens", 40)
         plan = make([x.shape for x in tensors(case).values()], case.attributes, "float16")
-        assert [launch.kernel for launch in plan.launches] == kernels
-        assert {buffer for launch in plan.launches for buffer in launch.arguments.values()} == set(plan.buffers)
+        assert kernels_of(plan) == kernels
         inputs = [buffer.name for buffer in plan.buffers.values() if buffer.role == "input"]
         assert sorted(inputs) == sorted(x.name for x in case.op.inputs)

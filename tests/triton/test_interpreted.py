@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 ROOT = Path(__file__).parent.parent.parent
 CHECKS = [str(Path(__file__).with_name(f"check_{name}.py")) for name in ("interpreted", "merging")]
-EACH = "kernels_that_run or (agrees_at_every and 64) or ties_go or taken_again or wild or (merging_at_every and 24)"
+EACH = "that_run or (agrees_at_every and 64) or ties_go or taken_again or wild or stays_within or (at_every and 24)"
 """Some ten cases: each operator, and what is special in it."""
 
 

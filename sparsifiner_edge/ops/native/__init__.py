@@ -66,9 +66,7 @@ def has_bfloat16() -> bool:
         ValueError, OSError: see `target`.
     """
     target()  # The variable counts for the library as soon as it is loaded.
-    library = ctypes.CDLL(str(library_path()))
-    # A library that was built before this function came has none.
-    return hasattr(library, "sparsifiner_has_bfloat16") and bool(library.sparsifiner_has_bfloat16())
+    return bool(ctypes.CDLL(str(library_path())).sparsifiner_has_bfloat16())
 
 
 @functools.cache

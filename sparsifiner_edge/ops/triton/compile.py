@@ -112,6 +112,17 @@ def resources(made: Compiled) -> tuple[int, int]:
     return int(registers[1]) if registers else 0, int(spilled[1]) if spilled else 0
 
 
+def kernel(name: str) -> Any:
+    """A kernel by the name of `plan.Launch.kernel`. torch it does not need.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    from sparsifiner_edge.ops.triton import attend, merge, select, summarise
+
+    return next(found for x in (attend, merge, select, summarise) if (found := getattr(x, f"{name}_kernel", None)))
+
+
 def _function(name: str, capability: int) -> Any:
     if capability < LEAST_CAPABILITY:
         raise BackendError(
@@ -119,9 +130,9 @@ def _function(name: str, capability: int) -> Any:
             f"They need {LEAST_CAPABILITY / 10} or more.",
         )
     try:
-        from sparsifiner_edge.ops.triton.kernels import KERNELS
+        function = kernel(name)
     except ImportError as error:
         raise MissingExtraError("triton", "triton") from error
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise BackendError("TRITON_INTERPRET=1 interprets kernels and cannot compile them.", "Unset it.")
-    return KERNELS[name]
+    return function

@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from sparsifiner_edge.ops.kernels import TRITON
-from sparsifiner_edge.ops.operator import AttributeValue
+from sparsifiner_edge.ops.kernels import TRITON, TRITON_TYPES
+from sparsifiner_edge.ops.operator import Attributes
 from sparsifiner_edge.ops.schema import OPERATORS
 
 SHORT_BLOCKS = {("select", 10), ("attend", 12)}
@@ -53,7 +53,7 @@ class Launch:
     """One kernel launch.
 
     Attributes:
-        kernel: name of the function without `_kernel`; see `kernels.py`.
+        kernel: name of the function without `_kernel`; see `compile.kernel`.
         grid: blocks in x, y, z.
         arguments: the kernel's pointer parameters in order, each with the buffer it gets, or None where a variant of
             the kernel has no such parameter.
@@ -76,11 +76,6 @@ class Plan:
     buffers: dict[str, Buffer]
     launches: tuple[Launch, ...]
 
-    @classmethod
-    def of(cls, buffers: Sequence[Buffer], launches: Sequence[Launch]) -> Plan:
-        """From buffers in their order."""
-        return cls({buffer.name: buffer for buffer in buffers}, tuple(launches))
-
 
 def fitted(launch: Launch, capability: int) -> Launch:
     """A launch as it is for a compute capability (times ten): in blocks half as long where `SHORT_BLOCKS` says so."""
@@ -96,11 +91,7 @@ def shortened(launch: Launch) -> Launch:
 
 
 def refusals(
-    name: str,
-    attributes: Mapping[str, AttributeValue],
-    shapes: Sequence[Sequence[int]],
-    dtype: str,
-    capability: int,
+    name: str, attributes: Attributes, shapes: Sequence[Sequence[int]], dtype: str, capability: int
 ) -> list[str]:
     """Reasons why the Triton kernels cannot run an operator; empty when they can.
 
@@ -112,17 +103,17 @@ def refusals(
     """
     if name == "SparseAttention":
         return ["it runs together with the KeySelect whose lists it reads"]
-    if name not in TRITON.operators:
+    if name not in TRITON:
         return [f"there is no Triton kernel for {name}"]
     reasons = OPERATORS[name].refusals(attributes, shapes)
-    if dtype not in TRITON.dtypes:
-        reasons.append(f"{OPERATORS[name].inputs[0].name} must be {' or '.join(TRITON.dtypes)}, got {dtype}")
+    if dtype not in TRITON_TYPES:
+        reasons.append(f"{OPERATORS[name].inputs[0].name} must be {' or '.join(TRITON_TYPES)}, got {dtype}")
     if capability < LEAST_CAPABILITY:
         reasons.append(f"compute capability {capability / 10} is below {LEAST_CAPABILITY / 10}")
     return reasons or _size_refusals(name, attributes, shapes)
 
 
-def _size_refusals(name: str, attributes: Mapping[str, AttributeValue], shapes: Sequence[Sequence[int]]) -> list[str]:
+def _size_refusals(name: str, attributes: Attributes, shapes: Sequence[Sequence[int]]) -> list[str]:
     batch, tokens, packed = shapes[0]
     reasons = []
     if tokens * packed >= _OFFSET_LIMIT:

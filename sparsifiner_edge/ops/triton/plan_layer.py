@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from statistics import NormalDist
 
@@ -36,8 +35,8 @@ def plan_layer(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
         shapes, attributes: of KeySelect, as `refusals` takes them; shapes of sizes only where tokens were merged.
         dtype: "float16" or "bfloat16".
     """
-    s = _Sizes.of(shapes, attributes, dtype)
-    return Plan.of(_buffers(s, shapes), (_summarise(s), _select(s), _attend(s)))
+    s = _Sizes(shapes, attributes, dtype)
+    return Plan(_buffers(s, shapes), (_summarise(s), _select(s), _attend(s)))
 
 
 def make_a_layer(selection: Attributes, attention: Attributes) -> bool:
@@ -46,81 +45,35 @@ def make_a_layer(selection: Attributes, attention: Attributes) -> bool:
     return attention["prefix_keys"] == 1 and all(selection[name] == attention[name] for name in same)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Sizes that the launches share; symbols as in `schema.py`. merged: whether sizes are read, as some are not 1."""
+    """Sizes that the launches share, by the names of the kernels' constants; symbols as in `schema.py`.
 
-    batch: int
-    tokens: int
-    heads: int
-    width: int
-    prefix: int
-    tile: int
-    keys: int
-    cell: int
-    scale: float
-    dtype: str
-    merged: bool
-    probe: int
-    channels: int
-    value_power: float
+    Attributes:
+        merged: whether sizes are read, as some are not 1. patches: tokens that are no prefix. tiles: that share a list.
+        cells: of the background, and programs of `summarise` that have patches. asking: probes; per_tile: of a tile.
+        depth: from one row of what is projected to the next: its channels, in pieces of 16 bytes.
+        summed: type of the sums of cells. Without sizes a cell's float16 mean is as exact as its keys and values are.
+        unit: of these sums: in float16 they are no greater in it than what is summed.
+    """
 
-    @classmethod
-    def of(cls, shapes: Shapes, a: Attributes, dtype: str) -> _Sizes:
-        batch, tokens, packed = shapes[0]
-        return cls(
-            batch=batch, tokens=tokens, heads=int(a["num_heads"]), width=packed // (3 * int(a["num_heads"])),
-            prefix=int(a["num_prefix"]), tile=int(a["tile"]), keys=int(a["keys"]), cell=int(a["cell"]),
-            scale=float(a["scale"]), dtype=dtype, merged=len(shapes) == 4, probe=int(a["probe"]),
-            channels=shapes[-1][2], value_power=float(a["value_power"]),
-        )  # fmt: skip
-
-    @property
-    def patches(self) -> int:
-        """Tokens that are no prefix."""
-        return self.tokens - self.prefix
-
-    @property
-    def tiles(self) -> int:
-        """Tiles that share a list each."""
-        return math.ceil(self.patches / self.tile)
-
-    @property
-    def cells(self) -> int:
-        """Cells of the background, and programs of `summarise` that have patches."""
-        return math.ceil(self.patches / self.cell)
-
-    @property
-    def asking(self) -> int:
-        """Probes."""
-        return math.ceil(self.patches / self.probe)
-
-    @property
-    def per_tile(self) -> int:
-        """Probes of a tile."""
-        return self.tile // self.probe
-
-    @property
-    def summed(self) -> str:
-        """Type of the sums of cells. Without sizes a cell's float16 mean is as exact as its keys and values are."""
-        return self.dtype if self.dtype == "float16" and not self.merged else "float32"
-
-    @property
-    def unit(self) -> float:
-        """Of the sums of cells: in float16 they are no greater in it than what is summed."""
-        return float(power_of_two(self.cell, least=1)) if self.summed == "float16" else 1.0
-
-    @property
-    def depth(self) -> int:
-        """From one row of what is projected to the next: its channels, in pieces of 16 bytes."""
-        return math.ceil(self.channels / 8) * 8
+    def __init__(self, shapes: Shapes, attributes: Attributes, dtype: str) -> None:
+        self.batch, self.tokens, packed = shapes[0]
+        names = ("num_heads", "num_prefix", "tile", "keys", "cell", "probe")
+        self.heads, self.prefix, self.tile, self.keys, self.cell, self.probe = (int(attributes[x]) for x in names)
+        self.scale, self.value_power = float(attributes["scale"]), float(attributes["value_power"])
+        self.width, self.channels, self.dtype = packed // (3 * self.heads), shapes[-1][2], dtype
+        self.merged, self.patches = len(shapes) == 4, self.tokens - self.prefix
+        self.tiles, self.cells, self.asking = (math.ceil(self.patches / x) for x in (self.tile, self.cell, self.probe))
+        self.per_tile, self.depth = self.tile // self.probe, math.ceil(self.channels / 8) * 8
+        self.summed = dtype if dtype == "float16" and not self.merged else "float32"
+        self.unit = float(power_of_two(self.cell, least=1)) if self.summed == "float16" else 1.0
 
     def constants(self, *names: str) -> dict[str, Constant]:
         """Constants of a kernel by name."""
         return {name: getattr(self, name) for name in ("tokens", "heads", "prefix", *names)}
 
 
-def _buffers(s: _Sizes, shapes: Shapes) -> list[Buffer]:
+def _buffers(s: _Sizes, shapes: Shapes) -> dict[str, Buffer]:
     lead, summed, parts = (s.batch, s.heads), s.cells + s.prefix, (s.cells, s.prefix)
     buffers: list[tuple[str, str, tuple[int, ...], str, bool]] = [
         ("qkv", s.dtype, (s.batch, s.tokens, 3 * s.heads * s.width), "input", True),
@@ -138,7 +91,7 @@ def _buffers(s: _Sizes, shapes: Shapes) -> list[Buffer]:
         ("cell_sums", s.summed, (*lead, summed, 2, s.width), "scratch", True),
         ("cell_sizes", "float32", (*lead, summed), "scratch", True),
     ]
-    return [Buffer(name, dtype, shape, role) for name, dtype, shape, role, there in buffers if there]
+    return {name: Buffer(name, dtype, shape, role) for name, dtype, shape, role, there in buffers if there}
 
 
 def _arguments(s: _Sizes, names: str) -> dict[str, str | None]:

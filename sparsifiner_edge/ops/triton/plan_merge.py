@@ -58,7 +58,7 @@ def plan_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
         *(Buffer(name, "int32", (batch, seekers), "scratch") for name in ("partner", "free")),
         *(Buffer(name, "int32", (batch, sought), "scratch") for name in ("score", "suitor", "chosen")),
     )
-    return Plan.of(buffers, launches)
+    return Plan({buffer.name: buffer for buffer in buffers}, launches)
 
 
 def plan_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Plan:
@@ -74,4 +74,5 @@ def plan_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Plan:
     block_c = power_of_two(channels, most=CHANNELS)
     programs = math.ceil(rows / BLOCK_M) * math.ceil(channels / block_c)
     constants = {"tokens": tokens, "channels": channels, "rows": rows, "block_m": BLOCK_M, "block_c": block_c}
-    return Plan.of(buffers, [Launch("merge", (programs, 1, batch), {b.name: b.name for b in buffers}, constants)])
+    launch = Launch("merge", (programs, 1, batch), {buffer.name: buffer.name for buffer in buffers}, constants)
+    return Plan({buffer.name: buffer for buffer in buffers}, (launch,))

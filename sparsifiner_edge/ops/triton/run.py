@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.ops.operator import Attributes, AttributeValue
-from sparsifiner_edge.ops.triton.compile import OPTIONS
-from sparsifiner_edge.ops.triton.kernels import KERNELS
+from sparsifiner_edge.ops.operator import Attributes, Shapes
+from sparsifiner_edge.ops.triton.compile import OPTIONS, kernel
 from sparsifiner_edge.ops.triton.plan import Plan, fitted
 
 INTERPRETED = 80
@@ -43,19 +42,14 @@ def launch(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.cuda.device_of(like):
         for step in (fitted(planned, capability(like.device)) for planned in plan.launches):
             given = {name: None if buffer is None else tensors[buffer] for name, buffer in step.arguments.items()}
-            KERNELS[step.kernel][step.grid](
+            kernel(step.kernel)[step.grid](
                 **given, **step.constants, num_warps=step.warps, num_stages=step.stages, **OPTIONS
             )
     return tensors
 
 
 @functools.lru_cache(maxsize=256)
-def _made(
-    make: Callable[..., Plan],
-    shapes: tuple[torch.Size, ...],
-    attributes: tuple[tuple[str, AttributeValue], ...],
-    dtype: str,
-) -> Plan:
+def _made(make: Callable[..., Plan], shapes: Shapes, attributes: tuple[tuple[str, float], ...], dtype: str) -> Plan:
     return make(shapes, dict(attributes), dtype)
 
 

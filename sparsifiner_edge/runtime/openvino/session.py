@@ -98,7 +98,7 @@ class OpenVinoSession(Session):
         self.least_tolerance = 0.0
         if precision != "fp32":
             self.least_tolerance = BF16_TOLERANCE_FREE if operators.names else BF16_TOLERANCE
-        ours = sorted(operators.names & set(NATIVE.operators)) if operators.library else []
+        ours = sorted(operators.names & set(NATIVE)) if operators.library else []
         self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
         try:

@@ -89,7 +89,7 @@ def _candidates(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """What is built of the choice `kernels`, and why other candidates are not."""
     # There are CUDA kernels for sparse attention, and for tokens that merge.
-    operators = any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in TRITON.operators)
+    operators = any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in TRITON)
     reason: str | None = "the model has no sparse attention, and no tokens merge"
     if operators:
         reason = plugin.why_not(trt, bundle, device, batch)
