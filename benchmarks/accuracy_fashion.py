@@ -18,13 +18,10 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime import open_session
 
-LARGEST_DROP = {"keep .10": 0.5, "keep .25, merge 8": 0.5}
-"""Points of accuracy that are allowed; of the students `edge` and `merge`."""
-
-
-def student_of(label: str) -> str:
-    """The training that a row of `LARGEST_DROP` measures."""
-    return "merge" if "merge" in label else "edge"
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "keep .10": ("edge", {"keep": 0.1}), "keep .25, merge 8": ("merge", {"keep": 0.25, "merge": (8,)}),
+}  # fmt: skip
+"""Row to the training that it measures, and its budget."""
 
 
 def fashion_bundle(work: Path, label: str) -> Path:
@@ -32,10 +29,10 @@ def fashion_bundle(work: Path, label: str) -> Path:
     if label == "teacher":
         source, name, options = material.DINOV2, "teacher", {"weights": weights_file(), "img_size": SIZE}
     else:
-        source = work / student_of(label)
+        student, options = ROWS[label]
+        source = work / student
         digest = json.loads((source / "config.json").read_text())["weights_sha256"]
         name = f"{label.replace(' ', '-').replace(',', '')}-{digest[:8]}"
-        options = {"keep": 0.25, "merge": (8,)} if "merge" in label else {"keep": 0.1}
     made = work / f"bundle-{name}"
     return made if made.exists() else export_bundle(source, made, **options)
 
@@ -57,10 +54,10 @@ def features(bundle: Path, pictures: Clothes, tell: Any) -> Any:
 
 
 def fashion(work: Path, tell: Any) -> dict[str, Any]:
-    """Neighbours and linear probe on frozen features: the teacher, and what of `LARGEST_DROP` is trained."""
+    """Neighbours and linear probe on frozen features: the teacher, and what of `ROWS` is trained."""
     gallery, queries = fashion_mnist("train").first(GALLERY), fashion_mnist("test")
     right: dict[str, dict[str, Any]] = {"knn": {}, "linear": {}}
-    for label in ("teacher", *(label for label in LARGEST_DROP if (work / student_of(label)).exists())):
+    for label in ("teacher", *(label for label, (student, _) in ROWS.items() if (work / student).exists())):
         bundle = fashion_bundle(work, label)
         known, asked = (features(bundle, pictures, tell) for pictures in (gallery, queries))
         for metric, fit in (("knn", fit_neighbours), ("linear", fit_probe)):

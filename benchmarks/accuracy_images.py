@@ -1,4 +1,4 @@
-"""The images that `accuracy.py` trains on and measures with: photographs in crops, and some of Fashion-MNIST.
+"""The images that benchmarks train on and measure with, photographs in crops and some of Fashion-MNIST; and trainings.
 
 Every sixth file of a photograph is held out with all its crops, and some of them decide which checkpoint is kept. (One
 wallpaper comes in two sizes, on both sides.)
@@ -7,15 +7,20 @@ wallpaper comes in two sizes, on both sides.)
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from fashion import fashion_mnist
 from PIL import Image
 
+from sparsifiner_edge.cli.common import progress_bar
 from sparsifiner_edge.demo import split
+from sparsifiner_edge.distill.checkpoint import CHECKPOINT
+from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.images import evenly, open_image
 
 SIZE = 224
@@ -56,6 +61,29 @@ def write_photographs(folder: Path, size: int) -> None:
             if not decides or name in names:
                 file = f"photograph{number:03d}-{name}.jpg"
                 picture.save(folder / ("held-out" if decides else "train") / file, quality=95)
+
+
+def photographs_at(folder: Path, size: int) -> Path:
+    """The folder of `write_photographs`, made once."""
+    if not folder.exists():
+        made = folder.with_suffix(".part")
+        shutil.rmtree(made, ignore_errors=True)
+        write_photographs(made, size)
+        made.rename(folder)
+    return folder
+
+
+def distilled(start: Path, pictures: Path, output: Path, held_out: Path, **options: Any) -> None:
+    """A student trained into `output`, unless it is there; goes on where a training was stopped."""
+    if output.exists():
+        return
+    began, checkpoint = time.monotonic(), output.with_name(f"{output.name}.training") / CHECKPOINT
+    with progress_bar(output.name) as progress:
+        summary = distill_student(
+            start, pictures, output, held_out=held_out, resume=checkpoint.exists(), progress=progress, **options
+        )
+    minutes = (time.monotonic() - began) / 60
+    click.echo(f"{output.name}: {minutes:.1f} minutes, {summary.start} to {summary.best}, kept {summary.kept}")
 
 
 def collect_fashion(folder: Path, others: Path) -> Path:

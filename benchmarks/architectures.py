@@ -118,27 +118,16 @@ def short(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> None:
+def table(rows: dict[str, dict[str, Any]]) -> None:
     cells = []
-    for row in rows:
-        outputs = row["check"]["outputs"].values()
-        dense, ours = row["dense_costs"], row["costs"]
-        attention = sum(ours[k] for k in ("predictor_macs", "attention_macs", "cells_macs")) / dense["attention_macs"]
-        cells.append(
-            [
-                row["name"],
-                f"{row['size']}",
-                f"{row['prefix'] + row['patches']}",
-                f"{row['sparsity']['keep']:g}",
-                f"{max(o['error_with_equal_selection'] for o in outputs):.0e}",
-                f"{min(o['least_row_cosine'] for o in outputs):.6f}",
-                f"{row['check']['differing_indices'] / row['check']['selected_indices']:.0e}",
-                f"{ours['predictor_macs'] / dense['attention_macs']:.1%}",
-                f"{attention:.1%}",
-                f"{dense['total_macs'] / 1e9:.2f}",
-                f"{ours['total_macs'] / 1e9:.2f}",
-            ]
-        )
+    for name, row in rows.items():
+        dense, attention = row["dense_attention_macs"], ("predictor_macs", "attention_macs", "cells_macs")
+        cells.append([
+            name, f"{row['size']}", f"{row['tokens']}", f"{row['keep']:g}", f"{row['error']:.0e}",
+            f"{row['least_row_cosine']:.6f}", f"{row['differing_share']:.0e}", f"{row['predictor_macs'] / dense:.1%}",
+            f"{sum(row[kind] for kind in attention) / dense:.1%}", f"{row['dense_total_macs'] / 1e9:.2f}",
+            f"{row['total_macs'] / 1e9:.2f}",
+        ])  # fmt: skip
     columns = ["", "px", "tokens", "keep", "error", "cosine", "keys off", "pred.", "attn.", "dense", "sparse"]
     print_table(
         "Exported file against torch; predictor and attention as shares of dense attention; GMACs", columns, cells
@@ -155,13 +144,13 @@ def main(models: tuple[str, ...], output: Path | None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(name, int(size), Path(folder)))
         click.echo(f"{name} done", err=True)
-    table(rows)
+    statistics = {row["name"]: short(row) for row in rows}
+    table(statistics)
     if output:
         method = {
             "weights": "random, seed 0; q, k scaled to logits of deviation 3",
             "check": "export gate, one random image",
         }
-        statistics = {row["name"]: short(row) for row in rows}
         subjects = [Subject(path=row["name"], sha256="random weights") for row in rows]
         write_summary(output / "architectures.json", Result("evaluation", subjects, method, {"rows": rows}, statistics))
 

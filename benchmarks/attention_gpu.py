@@ -17,26 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_engines import Run, by_backend, energy_joules, fastest, flash_attn, graph, ratio, require_gpu, time_in_turn
+from gpu_engines import Run, by_backend, compare, flash_attn, graph, require_gpu, show
 from summary import write_summary
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sparsifiner_edge.artifacts import sha256
-from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.cli.common import err_console
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.torch_triton import triton_layer
-from sparsifiner_edge.ops.triton import kernels_for
+from sparsifiner_edge.ops.triton import why_not_triton
 from sparsifiner_edge.results import Result, Subject
 
 BATCH, HEADS, WIDTH, CHANNELS, CELLS, SCALE = 8, 6, 64, 24, 25, 0.125
 KEEPS = (0.25, 0.10)
 TOKENS = (1025, 2305, 4097, 9217)
-REQUIRED = {2305: (1.3, 2.0), 4097: (2.0, 4.0), 9217: (3.0, 6.0)}
-"""Speed of "both" at keep .10 over the fastest backend on an H100: required, aimed at."""
 
 
 def settings(tokens: int, keep: float, tile: int) -> dict[str, Any]:
@@ -60,9 +57,9 @@ def ours(qkv: torch.Tensor, keep: float, tile: int) -> dict[str, Any]:
     """A graph of a layer of ours at one keep rate."""
     select = settings(qkv.shape[1], keep, tile)
     proj_q, proj_k = projections()
-    choice = kernels_for("KeySelect", select, [qkv.shape, qkv.shape[:2], proj_q.shape, proj_k.shape], qkv)
-    if choice.name != "triton":
-        raise SystemExit(f"Triton does not run a layer: {'; '.join(choice.reasons)}")
+    reasons = why_not_triton("KeySelect", select, [qkv.shape, qkv.shape[:2], proj_q.shape, proj_k.shape], qkv)
+    if reasons:
+        raise SystemExit(f"Triton does not run a layer: {'; '.join(reasons)}")
     return {f"both {keep:g}": graph(lambda: triton_layer(select, qkv, None, proj_q, proj_k))}
 
 
@@ -88,30 +85,14 @@ def measure(tokens: int, dtype: torch.dtype, tile: int, rounds: int) -> tuple[di
     q, k, v = (x.contiguous() for x in qkv.unflatten(-1, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4))
     rivals, refused = by_backend(lambda: F.scaled_dot_product_attention(q, k, v, scale=SCALE))
     rivals |= flash_attn(q, k, v, SCALE)
-    rival = fastest(rivals)
-    runs = {f"dense {rival}": rivals[rival]}
-    for keep in KEEPS:
-        runs |= ours(qkv, keep, tile) | {f"flex {keep:g}": flex(qkv, (q, k, v), keep, tile)}
-    times = time_in_turn(runs, rounds, 20)
-    dense = times[f"dense {rival}"]
-    statistics = {
-        "fastest_backend": rival,
-        "refused_backends": refused,
-        "median_ms": {name: float(np.median(x)) for name, x in times.items()},
-        "times_faster_than_dense": {name: ratio(dense, x) for name, x in times.items() if x is not dense},
-        "joules_a_call": {name: energy_joules(runs[name]) for name in (f"dense {rival}", f"both {KEEPS[-1]:g}")},
-    }
-    return {name: x.tolist() for name, x in times.items()}, statistics
 
+    def both() -> dict[str, Run]:
+        made: dict[str, Run] = {}
+        for keep in KEEPS:
+            made |= ours(qkv, keep, tile) | {f"flex {keep:g}": flex(qkv, (q, k, v), keep, tile)}
+        return made
 
-def show(tokens: int, found: dict[str, Any]) -> None:
-    rows = []
-    for name, ms in found["median_ms"].items():
-        against = found["times_faster_than_dense"].get(name)
-        wanted = REQUIRED.get(tokens) if name == f"both {KEEPS[-1]:g}" else None
-        bounds = f"{against['value']:.2f} ({against['least']:.2f} to {against['greatest']:.2f})" if against else ""
-        rows.append([name, f"{ms:.3f}", bounds, f"{wanted[0]:g}, aim {wanted[1]:g}" if wanted else ""])
-    print_table(f"{tokens} tokens, batch x heads {BATCH * HEADS}", ["", "ms", "times dense", "required"], rows)
+    return compare((rivals, refused), both, rounds, 20)
 
 
 @click.command()
@@ -127,17 +108,12 @@ def main(tokens: tuple[int, ...], dtype: str, tile: int, rounds: int, output: Pa
     for count in tokens:
         err_console.print(f"{count} tokens")
         samples[str(count)], statistics[str(count)] = measure(count, getattr(torch, dtype), tile, rounds)
-        show(count, statistics[str(count)])
+        show(f"{count} tokens, batch x heads {BATCH * HEADS}", statistics[str(count)])
     if output:
-        subjects = [Subject(path="sparsifiner_edge/ops/triton/attend.py", sha256=sha256(_attend_source()))]
+        path = "sparsifiner_edge/ops/triton/attend.py"
+        subjects = [Subject(path=path, sha256=sha256(Path(__file__).parents[1] / path))]
         result = Result("comparison", subjects, method, samples, statistics)
         write_summary(output / "attention_gpu.json", result)
-
-
-def _attend_source() -> Path:
-    import sparsifiner_edge.ops.triton
-
-    return Path(str(sparsifiner_edge.ops.triton.__file__)).with_name("attend.py")
 
 
 if __name__ == "__main__":

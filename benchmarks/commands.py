@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import safetensors.numpy
+from fidelity_subject import weights_file
 
 from sparsifiner_edge.demo import material, split
 
@@ -123,7 +123,7 @@ def main(output: Path, against: Path | None) -> None:
     """See the module's documentation."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        safetensors.numpy.save_file(material.dinov2_state(), place / "dinov2.safetensors")
+        shutil.copy(weights_file(), place / "dinov2.safetensors")
         photographs = split.calibration()[:8]
         for number, path in enumerate(photographs):
             few = (place / "images", place / "labelled" / "ab"[number % 2], place / "saliency" / "images")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from accuracy_images import linked
 from fidelity_subject import weights_file
 from msgspec.structs import replace
 from summary import write_summary
@@ -60,14 +61,6 @@ def compiled_kernels(engine: bytes) -> dict[str, int]:
     return {"kernels": len(re.findall(rb"__myl_[A-Za-z]+(?![A-Za-z_])", engine)) + fused, "fused_attention": fused}
 
 
-def calibration_folder(root: Path) -> Path:
-    folder = root / "calibration"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in split.calibration()[:IMAGES]:
-        shutil.copy(path, folder)
-    return folder
-
-
 def bundle(root: Path, kind: str, size: int, precision: str) -> Path:
     """The bundle of that name in `root`, exported if it is not there yet."""
     target = root / f"{kind}{size}_{precision}"
@@ -75,7 +68,7 @@ def bundle(root: Path, kind: str, size: int, precision: str) -> Path:
         return target
     options: dict[str, Any] = {"precision": precision}
     if precision == "int8":
-        options |= {"calibrate": calibration_folder(root), "int8_target": "tensorrt"}
+        options |= {"calibrate": linked(root / "calibration", split.calibration()[:IMAGES]), "int8_target": "tensorrt"}
     settings = SETTINGS[size][kind]
     if not settings:
         return export_bundle(material.DINOV2, target, weights=weights_file(), img_size=size, **options)

@@ -13,48 +13,33 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import estimate_fit as fitting
 import numpy as np
+from cpu_engines import gemm_peak, time_in_turn
 from estimate_fit import HERE, PUBLISHED, Point, Values
 from summary import RESULTS, write_summary
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.profiles.roofline import CPU_FIT
 from sparsifiner_edge.results import Result, Subject
 
-ROUNDS, BURST, PAUSE_S = 5, 3, 0.05
+ROUNDS, BURST = 5, 3
 
 
 def this_machine(threads: int) -> Values:
     """TFLOPS of a matrix product and GB/s of a triad, medians of rounds in turn."""
-    multiply, size = _matmul(threads), 1 << 24
+    (multiply, gflop), size = gemm_peak(threads), 1 << 24
     arrays = [[np.ones(size // threads, np.float32) for _ in range(3)] for _ in range(threads)]
-    rounds = [(_seconds(multiply), _seconds(lambda: _triad(arrays))) for _ in range(ROUNDS)]
-    product_s, triad_s = np.median(rounds, axis=0).tolist()
-    return {"tflops": 2 * 1024**3 / product_s / 1e12, "gb_s": 3 * 4 * size / triad_s / 1e9}
-
-
-def _matmul(threads: int) -> Callable[[], Any]:
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1024, 1024]) for name in "abc"]
-    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "matmul", values[:2], values[2:])
-    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feeds = dict.fromkeys("ab", np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32))
-    return lambda: session.run(None, feeds)
+    times = time_in_turn({"gemm": multiply, "triad": lambda: _triad(arrays)}, ROUNDS, BURST, lambda _: None)
+    product_ms, triad_ms = (float(np.median(x)) for x in times.values())
+    return {"tflops": gflop / product_ms, "gb_s": 3 * 4 * size / triad_ms / 1e6}
 
 
 def _triad(arrays: Sequence[Sequence[Any]]) -> None:
@@ -64,12 +49,6 @@ def _triad(arrays: Sequence[Sequence[Any]]) -> None:
         worker.start()
     for worker in workers:
         worker.join()
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    """Median of a burst, after a pause and one call: threads of the session before may still spin."""
-    time.sleep(PAUSE_S)
-    return float(np.median(call_ms(function, BURST, warm_up=1))) / 1e3
 
 
 @click.command()

@@ -19,7 +19,6 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.sparse import calibrate
 from sparsifiner_edge.sparse.attention import KeySelector, SparseAttention
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
@@ -81,14 +80,8 @@ class Subject:
         self._small: Subject | None = None
         self._projections: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
 
-    def reorder(self, order: np.ndarray) -> None:
-        """Lay patch tokens along another curve."""
-        curve = self.model.blocks[0].curve
-        curve.order, curve.raster = torch.from_numpy(order), torch.from_numpy(inverse(order))
-        self._projections.clear()
-
-    def configure(self, sparsity: SparsityConfig, source: str = "descent", keeps: list[float] | None = None) -> None:
-        """Set what is sparse, per layer where `keeps` is given, and projections found from `source`.
+    def configure(self, sparsity: SparsityConfig, source: str = "descent") -> None:
+        """Set what is sparse, and projections found from `source`.
 
         Args:
             source: "weights", "moments" (whitened singular vectors from images), "descent" (then refined), both at
@@ -101,8 +94,6 @@ class Subject:
             self._projections[key] = self._find(source, sparsity)
         for number, layer in enumerate(self.layers):
             layer.select.load_state_dict(self._projections[key][number])
-            if keeps:
-                self._set(layer, dataclasses.replace(sparsity, keep=keeps[number]))
 
     def _set(self, layer: SparseAttention, sparsity: SparsityConfig) -> None:
         layer.sparsity, layer.layout = sparsity, sparsity.layout(self.patches)
@@ -127,7 +118,7 @@ class Subject:
         return [{k: v.clone() for k, v in layer.select.state_dict().items()} for layer in self.layers]
 
     @torch.no_grad()
-    def measure(self, choose: Chooser | None = None, attend: Any = None, errors: bool = True) -> Fidelity:
+    def measure(self, choose: Chooser | None = None, attend: Any = None) -> Fidelity:
         """Run the photographs; `choose` and `attend` stand in for the layers' own selection and attention."""
         for layer in self.layers:
             if choose:
@@ -139,7 +130,7 @@ class Subject:
                 F.cosine_similarity(self.model.forward_features(x), t, dim=-1)[0]
                 for x, t in zip(self.photographs, self.teacher, strict=True)
             ]
-            found = self._layer_errors() if errors else []
+            found = self._layer_errors()
         finally:
             for layer in self.layers:
                 layer.__dict__.pop("indices", None)
@@ -156,12 +147,6 @@ class Subject:
                 ours = changed[number](qkv) if changed[number] else layer.attend(qkv)
                 totals[number] += float((ours - dense).norm() / dense.norm())
         return list(totals / len(self.photographs[:ERROR_IMAGES]))
-
-
-def heads_of(layer: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patch q, k, v [1,H,P,d]."""
-    q, k, v = (x[:, :, layer.num_prefix :] for x in ops.split_heads(qkv, layer.geometry.heads))
-    return q, k, v
 
 
 def from_scores(layer: SparseAttention, scores: Tensor) -> Tensor:
@@ -190,107 +175,20 @@ def local_window(model: Any) -> Chooser:
     return choose
 
 
-def true_attention(power: float | None) -> Chooser:
-    """Oracle: every query asks, at full width; the tile takes the maximum (None) or a power mean of probabilities."""
-
-    def choose(layer: SparseAttention, qkv: Tensor) -> Tensor:
-        q, k, v = heads_of(layer, qkv)
-        return from_scores(layer, _aggregate(layer, layer.geometry.scale * q @ k.mT, v, 1, power))
-
-    return choose
-
-
-def aggregated(power: float) -> Chooser:
-    """The probes' own logits, aggregated over the tile by a power mean of probabilities."""
-
-    def choose(layer: SparseAttention, qkv: Tensor) -> Tensor:
-        q, k, v = heads_of(layer, qkv)
-        select, probe = layer.select, layer.sparsity.probe
-        logits = ops.probe_logits(q, k, select.proj_q, select.proj_k, probe=probe, scale=layer.geometry.scale)
-        return from_scores(layer, _aggregate(layer, logits, v, probe, power))
-
-    return choose
-
-
-def _aggregate(layer: SparseAttention, logits: Tensor, v: Tensor, probe: int, power: float | None) -> Tensor:
-    scores = logits.log_softmax(-1)
-    per_tile = layer.sparsity.tile // probe
-    padded = F.pad(scores, (0, 0, 0, -scores.shape[2] % per_tile), value=-math.inf).unflatten(2, (-1, per_tile))
-    best = padded.amax(3) if power is None else (power * padded).logsumexp(3) / power
-    deviation = ops.value_deviation(v, layer.layout.cell).log()[:, :, None]
-    return best + layer.sparsity.value_power * deviation
-
-
-def reused(stride: int) -> Chooser:
-    """Only every `stride`-th layer chooses; the layers after it read the same keys."""
-    lists: dict[str, Tensor] = {}
-    count = 0
-
-    def choose(layer: SparseAttention, qkv: Tensor) -> Tensor:
-        nonlocal count
-        if count % stride == 0:
-            lists["last"] = SparseAttention.indices(layer, qkv)
-        count += 1
-        return lists["last"]
-
-    return choose
-
-
-def cell_means(over: str, temperature: float = 1.0) -> Callable[[SparseAttention, Tensor], Tensor]:
-    """Attention whose cells average all their tokens (over="all") or those not selected, logits over a temperature."""
-
-    def attend(layer: SparseAttention, qkv: Tensor) -> Tensor:
-        q, k, v = heads_of(layer, qkv)
-        layout, tile = layer.layout, layer.sparsity.tile
-        mask = torch.zeros(1, layer.geometry.heads, layout.tiles, layout.patches)
-        mask.scatter_(3, layer.indices(qkv).long(), 1.0)
-        logits = (layer.geometry.scale * q @ k.mT).masked_fill(
-            mask.repeat_interleave(tile, 2)[:, :, : q.shape[2]] == 0, -math.inf
-        )
-        member = F.one_hot(torch.arange(layout.patches) // layout.cell, layout.cells).float()
-        rest = (1 - mask) @ member
-        weights = (torch.ones_like(mask) if over == "all" else 1 - mask)[..., None] * member
-        weights = weights / weights.sum(3, keepdim=True).clamp_min(1)
-        keys, values = (torch.einsum("bhtpr,bhpd->bhtrd", weights, x) for x in (k, v))
-        tiles = ops._runs(q, tile)
-        cells = layer.geometry.scale * tiles @ keys.mT / temperature + rest.log()[:, :, :, None]
-        cells = cells.flatten(2, 3)[:, :, : q.shape[2]]
-        full_k, full_v = (x[:, :, : layer.num_prefix] for x in ops.split_heads(qkv, layer.geometry.heads)[1:])
-        parts = [layer.geometry.scale * q @ full_k.mT, logits, cells]
-        shares = torch.cat(parts, -1).softmax(-1).split([p.shape[-1] for p in parts], -1)
-        spread = ops._runs(shares[2], tile) @ values
-        out = shares[0] @ full_v + shares[1] @ v + spread.flatten(2, 3)[:, :, : q.shape[2]]
-        all_q, all_k, all_v = ops.split_heads(qkv, layer.geometry.heads)
-        prefix = F.scaled_dot_product_attention(
-            all_q[:, :, : layer.num_prefix], all_k, all_v, scale=layer.geometry.scale
-        )
-        return torch.cat([prefix, out], 2).transpose(1, 2).flatten(2)
-
-    return attend
-
-
-def tile_squares(height: int, width: int, side: int = 4) -> np.ndarray:
-    """Squares of side x side in raster order, raster within each: exact squares but at ragged edges."""
-    y, x = np.divmod(np.arange(height * width), width)
-    return np.lexsort((x, y, x // side, y // side))
-
-
-def raster(height: int, width: int) -> np.ndarray:
-    """Row by row."""
-    return np.arange(height * width)
-
-
-def serpentine_strips(height: int, width: int, side: int = 4) -> np.ndarray:
-    """Strips of `side` rows, walked column by column, forth and back: runs are near squares on any grid."""
-    strips = max(1, round(height / side))
-    edges = np.linspace(0, height, strips + 1).round().astype(int)
-    path = []
-    for number in range(strips):
-        rows = np.arange(edges[number], edges[number + 1])
-        columns = range(width) if number % 2 == 0 else range(width - 1, -1, -1)
-        for step, column in enumerate(columns):
-            path += [row * width + column for row in (rows if step % 2 == 0 else rows[::-1])]
-    return np.array(path)
-
-
-ORDERS = {"Hilbert": hilbert_order, "squares 4 x 4": tile_squares, "strips of 4": serpentine_strips, "raster": raster}
+def cell_means(layer: SparseAttention, qkv: Tensor) -> Tensor:
+    """Attention whose cells average all their tokens, not only those that are not selected."""
+    first, layout, tile, scale = layer.num_prefix, layer.layout, layer.sparsity.tile, layer.geometry.scale
+    all_q, all_k, all_v = ops.split_heads(qkv, layer.geometry.heads)
+    q, k, v = (x[:, :, first:] for x in (all_q, all_k, all_v))
+    mask = torch.zeros(1, layer.geometry.heads, layout.tiles, layout.patches)
+    mask.scatter_(3, layer.indices(qkv).long(), 1.0)
+    listed = mask.repeat_interleave(tile, 2)[:, :, : q.shape[2]] > 0
+    logits = (scale * q @ k.mT).masked_fill(~listed, -math.inf)
+    member = F.one_hot(torch.arange(layout.patches) // layout.cell, layout.cells).float()
+    keys, values = (ops.run_means(x, layout.cell) for x in (k, v))
+    left = ((1 - mask) @ member).log().repeat_interleave(tile, 2)[:, :, : q.shape[2]]
+    parts = [scale * q @ all_k[:, :, :first].mT, logits, scale * q @ keys.mT + left]
+    shares = torch.cat(parts, -1).softmax(-1).split([part.shape[-1] for part in parts], -1)
+    out = shares[0] @ all_v[:, :, :first] + shares[1] @ v + shares[2] @ values
+    prefix = F.scaled_dot_product_attention(all_q[:, :, :first], all_k, all_v, scale=scale)
+    return torch.cat([prefix, out], 2).transpose(1, 2).flatten(2)

@@ -34,17 +34,8 @@ import tome
 import torch
 from cpu_engines import time_in_turn
 from fidelity_subject import weights_file
-from frontier_points import (
-    Case,
-    Point,
-    Setting,
-    merging_in_first_layer,
-    ours,
-    photographs,
-    quick_engines,
-    rivals,
-)
-from summary import write_summary
+from frontier_points import Case, Point, Setting, ours, photographs, quick_engines, rivals
+from summary import said, write_summary
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import parse_keep
@@ -74,12 +65,6 @@ CASES = {
         (200, 300, 350, 400, 450), (400, 500, 600, 700, 800), (0.975, 0.98, 0.985),
     ),
 }  # fmt: skip
-REQUIRED = {(518, 0.98, "fp32"): (1.15, 1.4), (1036, 0.98, "fp32"): (1.6, 2.2)}
-"""Times the best rival: required, aimed at."""
-MOST_MERGING = (0.04, 0.02)
-"""Share of a layer's time that matching and merging may take at 518 px, and should."""
-
-
 FRONT = (0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
 """What is compared at along a front."""
 LOWER = {518: (200, 215), 1036: (850, 890)}
@@ -113,7 +98,7 @@ def fidelity(points: list[Point], size: int, photographs: list[Path], tell: Any)
         key = (point.family.partition(",")[0], point.budget, point.precision)
         if point.precision != "fp32" or key not in same:
             tell(f"fidelity of {point.name}")
-            rows = [cosine(point.tokens(x)[0], y) for x, y in zip(images, wanted, strict=True)]
+            rows = [cosine(point.tokens_of(x)[0], y) for x, y in zip(images, wanted, strict=True)]
             same[key] = {
                 "patches_cosine": [float(row[1:].mean()) for row in rows],
                 "class_cosine": [float(row[0]) for row in rows],
@@ -187,7 +172,6 @@ def measure(
     """Samples and statistics."""
     along_a_front = case.start is not None and of.int8
     points = ours(case, of, folder, tell)
-    first = merging_in_first_layer(folder / "ours-0", of)
     points += rivals(case, of, folder, tell)
     left_out: dict[str, float] = {}
     if along_a_front:
@@ -212,16 +196,7 @@ def measure(
         if of.int8:
             compared[f"{wanted}, any"] = compare(points, found, times, wanted, ("fp32", "bf16", "int8"))
     samples = {name: {**found[name], "ms": times[name].tolist()} for name in rows}
-    return samples, {
-        "points": rows,
-        "at_equal_fidelity": compared,
-        "merging_in_first_layer": first,
-        "left_out": left_out,
-    }
-
-
-def _said(ms: Any) -> str:
-    return f"{ms:.1f}" if isinstance(ms, float) else "?"
+    return samples, {"points": rows, "at_equal_fidelity": compared, "left_out": left_out}
 
 
 def show(size: int, count: int, found: dict[str, Any]) -> None:
@@ -232,22 +207,12 @@ def show(size: int, count: int, found: dict[str, Any]) -> None:
     ]  # fmt: skip
     print_table(f"{size} px, {count} photographs", ["", "G MACs", "ms", "patches", "class"], rows)
     for label, row in found["at_equal_fidelity"].items():
-        aim = REQUIRED.get((size, row["patches_cosine"], label.partition(", ")[2]))
-        estimate = row["ratio"]
-        bounds = " to ".join(f"{estimate[k]:.2f}" if isinstance(estimate[k], float) else "?" for k in ("low", "high"))
+        ms, rival_ms = (f"{x:.1f}" if isinstance(x, float) else "?" for x in (row["ours_ms"], row["rival_ms"]))
         click.echo(
-            f"at {label}: {_said(row['ours_ms'])} ms ({row['ours']}) "
-            f"against {_said(row['rival_ms'])} ({row['rival']}): "
-            f"{estimate['value']:.2f} times ({bounds})" + (f", required {aim[0]}, aim {aim[1]}" if aim else "")
+            f"at {label}: {ms} ms ({row['ours']}) against {rival_ms} ({row['rival']}): {said(row['ratio'])} times"
         )
-
     for engine, ratio in found["left_out"].items():
         click.echo(f"left out: {engine}, {ratio:.2f} times the fastest")
-    first = found["merging_in_first_layer"]
-    click.echo(
-        f"matching and merging take {first['merging_ms']:.2f} of {first['layer_ms']:.2f} ms of the first layer: "
-        f"{first['share']:.1%}, required {MOST_MERGING[0]:.0%}, aim {MOST_MERGING[1]:.0%} at 518 px"
-    )
 
 
 def draw(size: int, found: dict[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import timeit
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +13,18 @@ import numpy as np
 import onnx
 import tome
 import torch
+from accuracy_images import linked
 from cpu_engines import Run, has_bf16, openvino_run, ort_session
 from fidelity_subject import weights_file
 
 from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.costs import MAC_KINDS, layer_costs
 from sparsifiner_edge.demo import material, split
-from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export import int8 as int8_gates
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.export.int8 import quantise
 from sparsifiner_edge.images import evenly, load_image
-from sparsifiner_edge.profiles.measure.layers import measure_layers
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.student import load_student, sparsify
@@ -67,14 +67,26 @@ class Setting:
 
 @dataclasses.dataclass
 class Point:
-    """One file in one engine. family: what it is interpolated with; macs: of all layers, per image."""
+    """One file in one engine.
+
+    Attributes:
+        family: what it is interpolated with. macs: of all layers, per image.
+        infer: all outputs for images. tokens: the name or number of the tokens among them. images: what is timed.
+    """
 
     family: str
     budget: str
-    run: Run
-    tokens: Callable[[np.ndarray], np.ndarray]
+    infer: Callable[[np.ndarray], Any]
+    tokens: str | int
+    images: np.ndarray
     macs: float
     precision: str = "fp32"
+
+    def run(self) -> Any:
+        return self.infer(self.images)
+
+    def tokens_of(self, images: np.ndarray) -> np.ndarray:
+        return np.array(self.infer(images)[self.tokens])
 
     @property
     def name(self) -> str:
@@ -113,24 +125,10 @@ def quick_engines(points: list[Point], tell: Any) -> tuple[list[Point], dict[str
     return [point for point in points if ratios[point.side, point.engine] <= SLOW], out
 
 
-def merging_in_first_layer(bundle: Path, of: Setting) -> dict[str, float]:
-    """Milliseconds of all that matches and merges in the first layer, and of the whole layer."""
-    images = of.images
-    times = measure_layers(
-        str(bundle), Execution(kernels="native", threads=of.threads), lambda _: {"image": images}, 200
-    )
-    rows = [row for row in times.layers if row.layer == 0]
-    whole, merging = (sum(row.ms for row in rows if part in row.name) for part in ("", ".merging."))
-    return {"layer_ms": whole, "merging_ms": merging, "share": merging / whole}
-
-
 def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     """Our budgets."""
     tell("sparsify")
-    images = folder / "calibration"
-    images.mkdir()
-    for path in split.calibration():
-        (images / path.name).symlink_to(path)
+    images = linked(folder / "calibration", split.calibration())
     student = case.start or sparsify(
         material.DINOV2, folder / "student", weights=weights_file(), img_size=of.size, keep=0.25, cells=case.cells,
         merge=(case.constant[0],), calibrate=images,
@@ -147,10 +145,11 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
             macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
             for family, backend, computes, ran in _our_engines(of, precision):
                 if (backend, computes) == ("onnxruntime", "auto"):
-                    session = ort_session(str(bundle / "model.onnx"), of.threads)
-                    points.append(_ort_point(session, family, budget, macs, ran, of))
-                else:
-                    points.append(_our_point(bundle, family, budget, macs, (backend, computes), of, ran))
+                    points.append(_ort_point(bundle / "model.onnx", True, family, budget, macs, ran, of))
+                    continue
+                session = open_session(bundle, backend, of.threads, "native", precision=computes)
+                infer = functools.partial(lambda session, x: session.infer({"image": x}), session)
+                points.append(Point(family, budget, infer, "tokens", of.images, macs, ran))
     return points
 
 
@@ -189,7 +188,8 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
         path = tome.export(model, rates, of.size, folder / f"{kind}-{budget}.onnx")
         macs = float(tome.macs(rates, tokens, width, 4 * width))
         points += _in_engines(path, plain, budget, macs, of)
-        points.append(_torch_point(tome.ToMe(model, rates).eval(), in_torch, budget, macs, of))
+        merged = functools.partial(_in_torch, tome.ToMe(model, rates).eval())
+        points.append(Point(in_torch, budget, merged, 1, of.images, macs))
         if quantised:
             tell(f"quantise {kind}, {budget}")
             loaded = onnx.load(path)
@@ -201,66 +201,35 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     return points
 
 
+@torch.inference_mode()
+def _in_torch(module: Any, images: np.ndarray) -> Any:
+    return module(torch.from_numpy(images))
+
+
 def _in_engines(
     path: Path, families: dict[str, str], budget: str, macs: float, of: Setting, precision: str = ""
 ) -> list[Point]:
     """One file by family: OpenVINO's hint, or "" for ONNX Runtime."""
     points = []
     for family, hint in families.items():
-        if hint:
-            points.append(_openvino_point(path, family, budget, macs, hint, of, precision))
-        else:
-            session = ort_session(str(path), of.threads, False)
-            points.append(_ort_point(session, family, budget, macs, precision or "fp32", of))
+        if not hint:
+            points.append(_ort_point(path, False, family, budget, macs, precision or "fp32", of))
+            continue
+        feed = {"image": of.images}
+        run = openvino_run(str(path), feed, of.threads, hint)
+
+        def infer(x: np.ndarray, feed: dict[str, np.ndarray] = feed, run: Run = run) -> Any:
+            feed["image"] = x
+            return run()
+
+        computed = precision or ("fp32" if hint == "f32" else "bf16")
+        points.append(Point(family, budget, infer, "tokens", of.images, macs, computed))
     return points
 
 
-def _ort_point(session: Any, family: str, budget: str, macs: float, precision: str, of: Setting) -> Point:
-    images = of.images
-
-    def tokens(x: np.ndarray) -> np.ndarray:
-        return np.asarray(session.run(["tokens"], {"image": x})[0])
-
-    return Point(family, budget, lambda: session.run(None, {"image": images}), tokens, macs, precision)
-
-
-def _our_point(
-    bundle: Path, family: str, budget: str, macs: float, engine: tuple[str, str], of: Setting, precision: str
-) -> Point:
-    """engine: backend, and what it computes in."""
-    session = open_session(bundle, engine[0], of.threads, "native", precision=engine[1])
-    images = of.images
-    return Point(
-        family, budget, lambda: session.infer({"image": images}),
-        lambda x: np.asarray(session.infer({"image": x})["tokens"]), macs, precision,
-    )  # fmt: skip
-
-
-def _openvino_point(
-    path: Path, family: str, budget: str, macs: float, hint: str, of: Setting, precision: str = ""
-) -> Point:
-    images = of.images
-    feed = {"image": images}
-    run = openvino_run(str(path), feed, of.threads, hint)
-
-    def tokens(x: np.ndarray) -> np.ndarray:
-        feed["image"] = x
-        found = np.array(run()["tokens"])
-        feed["image"] = images
-        return found
-
-    return Point(family, budget, run, tokens, macs, precision or ("fp32" if hint == "f32" else "bf16"))
-
-
-def _torch_point(module: Any, family: str, budget: str, macs: float, of: Setting) -> Point:
-    images = torch.from_numpy(of.images)
-
-    def tokens(x: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return np.asarray(module(torch.from_numpy(x))[1].numpy())
-
-    def run() -> Any:
-        with torch.inference_mode():
-            return module(images)
-
-    return Point(family, budget, run, tokens, macs)
+def _ort_point(
+    path: Path, kernels: bool, family: str, budget: str, macs: float, precision: str, of: Setting
+) -> Point:  # fmt: skip
+    session = ort_session(str(path), of.threads, kernels)
+    place = [output.name for output in session.get_outputs()].index("tokens")
+    return Point(family, budget, lambda x: session.run(None, {"image": x}), place, of.images, macs, precision)

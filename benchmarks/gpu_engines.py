@@ -1,10 +1,9 @@
-"""Fair timing on a CUDA GPU: graphs, engines in turn, energy by NVML. For `attention_gpu.py` and `model_gpu.py`."""
+"""Fair timing on a CUDA GPU: graphs, engines in turn. For `attention_gpu.py` and `model_gpu.py`."""
 
 from __future__ import annotations
 
 import itertools
 import random
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,13 +12,13 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.records import Unavailable, write_record
+from sparsifiner_edge.records import write_record
 
 Run = Callable[[], Any]
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-ENERGY_S = 2.0
 
 
 def require_gpu() -> dict[str, Any]:
@@ -113,27 +112,28 @@ def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     return {"FLASH_ATTN": graph(lambda: flash_attn_func(*rows, softmax_scale=scale))}
 
 
-def fastest(runs: Mapping[str, Run]) -> str:
-    """The engine of the least median over a short burst."""
-    return min(runs, key=lambda name: float(np.median(_milliseconds(runs[name], 10))))
+def compare(
+    rivals: tuple[dict[str, Run], dict[str, str]], ours: Callable[[], dict[str, Run]], rounds: int, burst: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Samples and statistics of our engines and the fastest of the rivals; see `by_backend`."""
+    runs, refused = rivals
+    rival = min(runs, key=lambda name: float(np.median(_milliseconds(runs[name], 10))))
+    runs = {f"dense {rival}": runs[rival]} | ours()
+    times = time_in_turn(runs, rounds, burst)
+    dense = times[f"dense {rival}"]
+    return {name: x.tolist() for name, x in times.items()}, {
+        "fastest_backend": rival,
+        "refused_backends": refused,
+        "median_ms": {name: float(np.median(x)) for name, x in times.items()},
+        "times_faster_than_dense": {name: ratio(dense, x) for name, x in times.items() if x is not dense},
+    }
 
 
-def energy_joules(run: Run) -> Any:
-    """Energy of one call, from NVML's counter over at least two seconds of calls; or why it cannot be had."""
-    try:
-        import pynvml
-    except ImportError:
-        return Unavailable("nvidia-ml-py is not installed")
-    try:
-        pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-        before, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(device), 0
-        start = time.monotonic()
-        while time.monotonic() - start < ENERGY_S:
-            for _ in range(20):
-                run()
-            torch.cuda.synchronize()
-            calls += 20
-        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(device) - before) / 1000 / calls
-    except pynvml.NVMLError as error:
-        return Unavailable(f"NVML: {error}")
+def show(title: str, found: dict[str, Any]) -> None:
+    """A table of what `compare` gives."""
+    rows = []
+    for name, ms in found["median_ms"].items():
+        against = found["times_faster_than_dense"].get(name)
+        bounds = f"{against['value']:.2f} ({against['least']:.2f} to {against['greatest']:.2f})" if against else ""
+        rows.append([name, f"{ms:.3f}", bounds])
+    print_table(title, ["", "ms", "times dense"], rows)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
-from occupancy import occupancy
 from summary import write_summary
 
 from sparsifiner_edge.artifacts import sha256
@@ -27,6 +26,41 @@ ROOT = Path(__file__).parent.parent
 PATCHES, HEADS, KEYS, CELL, CHANNELS = 1024, 6, 103, 41, 24
 SHOWN = (("float16", 64, 64), ("float16", 64, 16), ("bfloat16", 64, 64))
 """Element type, head dimension and tile that are compiled."""
+
+_KIB = 1024
+LIMITS = {
+    80: (32, 64, 164), 86: (16, 48, 100), 87: (16, 48, 164), 89: (24, 48, 100), 90: (32, 64, 228),
+    100: (32, 64, 228), 110: (24, 48, 228), 120: (24, 48, 100),
+}  # fmt: skip
+"""Blocks, warps and KiB of shared memory of a multiprocessor, by compute capability times ten. Blocks and memory:
+`cuda_occupancy.h` of CUDA 13.5; warps: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+"""
+
+
+class Occupancy(NamedTuple):
+    """blocks: resident on a multiprocessor. share: of its warps, 0 to 1. limit: what allows no more blocks."""
+
+    blocks: int
+    share: float
+    limit: str
+
+
+def occupancy(capability: int, warps: int, registers: int, shared: int) -> Occupancy:
+    """Occupancy of a kernel, by warps of a block, registers of a thread, bytes of a block."""
+    blocks, most_warps, kib = LIMITS[capability]
+    fit = {
+        # 65536 in four parts, given out to warps 256 at a time; a warp cannot straddle two.
+        "registers": 16384 // _up(registers * 32, 256) * 4 // warps,
+        "shared memory": kib * _KIB // _up(shared + _KIB, 128),  # of each block's the driver keeps 1 KiB
+        "warps": most_warps // warps,
+        "blocks": blocks,
+    }
+    limit = min(fit, key=lambda name: fit[name])
+    return Occupancy(fit[limit], fit[limit] * warps / most_warps, limit)
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
 
 
 def layer(dtype: str, width: int, tile: int) -> Plan:

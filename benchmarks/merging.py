@@ -21,6 +21,7 @@ import numpy as np
 import tome
 import torch
 import torch.nn.functional as F
+from accuracy_images import linked
 from fidelity_subject import weights_file
 from frontier_points import sum_of_layers
 from summary import write_summary
@@ -176,10 +177,7 @@ def measure(size: int) -> list[dict[str, Any]]:
     rows = variants(size)
     images = Images(size)
     with tempfile.TemporaryDirectory() as scratch, progress_bar(f"{size} px") as progress:
-        calibration, students = Path(scratch) / "calibration", {}
-        calibration.mkdir()
-        for path in split.calibration():
-            (calibration / path.name).symlink_to(path)
+        calibration, students = linked(Path(scratch) / "calibration", split.calibration()), {}
         for cells in {row.cells or CELLS[size] for row in rows}:
             students[cells] = sparsify(
                 material.DINOV2, Path(scratch) / f"{cells}", weights=weights_file(), img_size=size,

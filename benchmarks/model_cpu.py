@@ -27,10 +27,11 @@ import numpy as np
 import onnx
 import tome
 import torch
+from accuracy_images import linked
 from cpu_engines import Run, has_bf16, openvino_run, ort_session, ratio, time_in_turn
 from fidelity_subject import weights_file
 from safetensors.torch import save_file
-from summary import raw_of, write_summary
+from summary import said, write_summary
 
 from sparsifiner_edge.bundle.manifest import manifest_content
 from sparsifiner_edge.bundle.store import open_bundle
@@ -69,24 +70,17 @@ ELSEWHERE = {
 """Which of our files, by which backend, in which precision."""
 DENSE, DENSE8 = "ONNX Runtime fp32", "ONNX Runtime int8"
 FP32 = (DENSE, "OpenVINO fp32", "torch fp32")
-REQUIRED = {
-    (518, "keys"): (1.15, 1.4), (518, "merge"): (1.5, 2.0), (1036, "keys"): (1.8, 2.5), (1036, "merge"): (2.5, 4.0),
-    (224, "merge"): (1.05, 1.3),
-}  # fmt: skip
-"""Ours at its best over the best dense engine, both at any precision, ViT-S/14, on a processor with AMX: required,
-aimed at; without AMX and with merging 2.3 and 3 at 518 px, 4.8 and 6 at 1036 px."""
 STAGES = (3, 6, 9)
 """Layers after which tokens are pruned."""
 
 
 class Case(NamedTuple):
-    """What is measured; see the module's documentation. kind: "keys", "tokens" or "merge"."""
+    """What is measured; see the module's documentation."""
 
     model: str
     size: int
     keep: Keep
     cells: int
-    kind: str = "keys"
     pruned: tuple[tuple[int, float], ...] = ()
     merge: tuple[int, ...] = ()
 
@@ -97,11 +91,11 @@ class Case(NamedTuple):
         if not more:
             return made
         if not more[0].startswith("merge="):
-            return made._replace(kind="tokens", pruned=tuple((layer, float(more[0])) for layer in STAGES))
+            return made._replace(pruned=tuple((layer, float(more[0])) for layer in STAGES))
         first, _, power = more[0].removeprefix("merge=").partition("^")
         depth = len(create(name, 224, 0).blocks)
         merge = tome.schedule((int(first), float(power)) if power else int(first), depth)[0]
-        return made._replace(kind="merge", merge=merge)
+        return made._replace(merge=merge)
 
 
 def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
@@ -111,10 +105,7 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
         torch.manual_seed(0)
         weights = folder / "random.safetensors"
         save_file(create(name, size, 0).state_dict(), weights)
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    for path in split.calibration():
-        (pictures / path.name).symlink_to(path)
+    pictures = linked(folder / "pictures", split.calibration())
     tell("sparsify")
     student = sparsify(
         name, folder / "student", weights=weights, img_size=size, keep=case.keep, cells=case.cells,
@@ -265,7 +256,6 @@ def measure(text: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, 
 
 
 def show(case: str, found: dict[str, Any]) -> None:
-    of = Case.parse(case)
     rows = [
         [
             label,
@@ -275,34 +265,16 @@ def show(case: str, found: dict[str, Any]) -> None:
         for label, ms in found["median_ms"].items()
     ]
     print_table(case, ["", "ms", "peak MB"], rows)
-    for label, estimate in found["ratios"].items():
-        wanted = REQUIRED.get((of.size, of.kind)) if of.model == material.DINOV2 and label.endswith("any") else None
-        aim = f" (required {wanted[0]}, aim {wanted[1]})" if wanted else ""
-        bounds = " to ".join(f"{estimate[k]:.2f}" if isinstance(estimate[k], float) else "?" for k in ("low", "high"))
-        click.echo(f"{estimate['ours']}: {estimate['value']:.2f} times {estimate['engine']}, {bounds}{aim}")
+    for estimate in found["ratios"].values():
+        click.echo(f"{estimate['ours']}: {said(estimate)} times {estimate['engine']}")
     click.echo(f"patch cosine: {found['patch_cosine']}")
-
-
-def picture(statistics: dict[str, Any], path: Path) -> None:
-    """Latency of every engine, one panel per case."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(statistics), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(statistics), squeeze=False)[0]
-    for axis, (case, found) in zip(axes, statistics.items(), strict=True):
-        labels = sorted(found["median_ms"], key=lambda x: found["median_ms"][x])
-        colours = ["C1" if label.startswith("ours") else "C0" for label in labels]
-        axis.barh(labels, [found["median_ms"][x] for x in labels], color=colours)
-        axis.invert_yaxis()
-        axis.set(xlabel="ms", title=case.replace("_patch14_dinov2.lvd142m", "/14").replace(":", " "))
-    figure.savefig(path, dpi=80)
 
 
 @click.command()
 @click.option("--case", "cases", multiple=True, default=CASES, help="MODEL:SIZE:KEEP:CELLS[:MORE]; repeatable.")
 @click.option("--threads", type=int, default=available_cores())
 @click.option("--rounds", type=int, default=9, show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for model_cpu.json and .png.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for model_cpu.json.")
 def main(cases: tuple[str, ...], threads: int, rounds: int, output: Path | None) -> None:
     samples, statistics = {}, {}
     for case in cases:
@@ -316,7 +288,6 @@ def main(cases: tuple[str, ...], threads: int, rounds: int, output: Path | None)
             subjects = [Subject(path=c, sha256="exported in this run") for c in statistics]
             result = Result("comparison", subjects, method, samples, statistics)
             write_summary(output / "model_cpu.json", result)
-            picture(statistics, raw_of(output / "model_cpu.png"))
 
 
 if __name__ == "__main__":

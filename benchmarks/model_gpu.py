@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
-from gpu_engines import Run, by_backend, energy_joules, fastest, graph, ratio, require_gpu, time_in_turn
+from gpu_engines import Run, by_backend, compare, graph, require_gpu, show
 from summary import write_summary
 
-from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.cli.common import err_console
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts.timm import create, preprocessing
@@ -50,30 +49,11 @@ def sparse_run(name: str, image: torch.Tensor, settings: dict[str, Any], tile: i
 
 def measure(name: str, size: int, batch: int, tile: int, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
     image = torch.rand(batch, 3, size, size, device="cuda", dtype=torch.float16)
-    rivals, refused = dense_runs(name, image)
-    rival = fastest(rivals)
-    runs = {f"dense {rival}": rivals[rival]} | {
-        label: sparse_run(name, image, settings, tile) for label, settings in STUDENTS.items()
-    }
-    times = time_in_turn(runs, rounds, 5)
-    dense = times[f"dense {rival}"]
-    statistics = {
-        "fastest_backend": rival,
-        "refused_backends": refused,
-        "median_ms": {label: float(np.median(x)) for label, x in times.items()},
-        "times_faster_than_dense": {label: ratio(dense, x) for label, x in times.items() if x is not dense},
-        "joules_a_call": {label: energy_joules(run) for label, run in runs.items()},
-    }
-    return {label: x.tolist() for label, x in times.items()}, statistics
 
+    def ours() -> dict[str, Run]:
+        return {label: sparse_run(name, image, settings, tile) for label, settings in STUDENTS.items()}
 
-def show(size: int, found: dict[str, Any]) -> None:
-    rows = []
-    for label, ms in found["median_ms"].items():
-        against = found["times_faster_than_dense"].get(label)
-        bounds = f"{against['value']:.2f} ({against['least']:.2f} to {against['greatest']:.2f})" if against else ""
-        rows.append([label, f"{ms:.2f}", bounds])
-    print_table(f"{size} px", ["", "ms", "times dense"], rows)
+    return compare(dense_runs(name, image), ours, rounds, 5)
 
 
 @click.command()
@@ -89,7 +69,7 @@ def main(name: str, sizes: tuple[int, ...], batch: int, tile: int, rounds: int, 
     for size in sizes:
         err_console.print(f"{size} px")
         samples[str(size)], statistics[str(size)] = measure(name, size, batch, tile, rounds)
-        show(size, statistics[str(size)])
+        show(f"{size} px", statistics[str(size)])
     if output:
         subjects = [Subject(path=name, sha256="random weights")]
         result = Result("comparison", subjects, method, samples, statistics)

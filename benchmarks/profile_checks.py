@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 from msgspec.structs import replace
-from summary import write_summary
+from summary import said, write_summary
 
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
@@ -124,7 +124,7 @@ def show(statistics: dict[str, Any]) -> bool:
     rows = [
         ("the same on both sides, no verdict", f"{same['no_verdict']} of {same['runs']}", "19 of 20",
          share >= REQUIRED["no_verdict_share"]),
-        ("profile over a plain loop", _text(agreement), "1 +- .03",
+        ("profile over a plain loop", said(agreement, 4), "1 +- .03",
          abs(agreement["value"] - 1) <= REQUIRED["agreement"]),
     ]  # fmt: skip
     print_table(
@@ -135,21 +135,14 @@ def show(statistics: dict[str, Any]) -> bool:
     return all(met for *_, met in rows)
 
 
-def _text(figure: dict[str, Any]) -> str:
-    low, high = (f"{figure[k]:.4f}" if isinstance(figure[k], float) else "?" for k in ("low", "high"))
-    return f"{figure['value']:.4f} ({low} to {high})"
-
-
 def export(folder: Path) -> Path:
-    import safetensors.numpy
+    from fidelity_subject import weights_file
 
     from sparsifiner_edge.demo import material
     from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
 
-    weights = folder / "dinov2.safetensors"
-    safetensors.numpy.save_file(material.dinov2_state(), weights)
-    student = sparsify(material.DINOV2, folder / "student", weights=weights, img_size=224, keep=0.25, cells=16)
+    student = sparsify(material.DINOV2, folder / "student", weights=weights_file(), img_size=224, keep=0.25, cells=16)
     return export_bundle(student, folder / "dinov2-224")
 
 

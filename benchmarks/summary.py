@@ -55,6 +55,14 @@ def summary_of(result: Result, name: str, *, statistics: Any = None, method: Any
     return laid_out(content) + "\n"
 
 
+def said(figure: dict[str, Any], digits: int = 2, sign: str = "") -> str:
+    """A figure and its interval, for people; "?" where rounds gave no bound."""
+    value, low, high = (
+        f"{x:{sign}.{digits}f}" if isinstance(x, float) else "?" for x in (figure[k] for k in ("value", "low", "high"))
+    )
+    return f"{value} ({low} to {high})"
+
+
 def brief(record: dict[str, Any]) -> dict[str, Any]:
     """Of a record what is short: of a profile's method not every condition, of a training not its recipe."""
     return {name: x for name, x in record.items() if len(json.dumps(x)) < 2 * SHORT}
