@@ -246,30 +246,28 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace sparsifiner {
 
+// As built for the target, where that has bfloat16: returns from the function around it.
+#if HWY_TARGETS & HWY_AVX3_ZEN4
+#define SPARSIFINER_RUN(function, ...)                                                                       \
+  using namespace N_AVX3_ZEN4;                                                                               \
+  if (Target() == kAmx) return function<TileProducts>(__VA_ARGS__);                                          \
+  if (Target() == HWY_AVX3_ZEN4) return function<DotProducts>(__VA_ARGS__)
+#elif HWY_TARGETS & HWY_NEON_BF16
+#define SPARSIFINER_RUN(function, ...)                                                                       \
+  using namespace N_NEON_BF16;                                                                               \
+  if (Target() == HWY_NEON_BF16) return function<DotProducts>(__VA_ARGS__)
+#else
+#define SPARSIFINER_RUN(function, ...)
+#endif
+
 bool SparseAttentionBf16(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
                          const Parallel& parallel) {
-#if HWY_TARGETS & HWY_AVX3_ZEN4
-  using namespace N_AVX3_ZEN4;
-  if (Target() == kAmx) return SparseAttentionTarget<TileProducts>(in, indices, settings, output, parallel);
-  if (Target() == HWY_AVX3_ZEN4) return SparseAttentionTarget<DotProducts>(in, indices, settings, output, parallel);
-#endif
-#if HWY_TARGETS & HWY_NEON_BF16
-  using namespace N_NEON_BF16;
-  if (Target() == HWY_NEON_BF16) return SparseAttentionTarget<DotProducts>(in, indices, settings, output, parallel);
-#endif
+  SPARSIFINER_RUN(SparseAttentionTarget, in, indices, settings, output, parallel);
   return SparseAttention(in, indices, settings, output, parallel);
 }
 
 bool DenseAttentionBf16(const Packed& in, float* output, const Parallel& parallel) {
-#if HWY_TARGETS & HWY_AVX3_ZEN4
-  using namespace N_AVX3_ZEN4;
-  if (Target() == kAmx) return DenseAttentionTarget<TileProducts>(in, output, parallel);
-  if (Target() == HWY_AVX3_ZEN4) return DenseAttentionTarget<DotProducts>(in, output, parallel);
-#endif
-#if HWY_TARGETS & HWY_NEON_BF16
-  using namespace N_NEON_BF16;
-  if (Target() == HWY_NEON_BF16) return DenseAttentionTarget<DotProducts>(in, output, parallel);
-#endif
+  SPARSIFINER_RUN(DenseAttentionTarget, in, output, parallel);
   return DenseAttention(in, output, parallel);
 }
 

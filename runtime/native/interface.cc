@@ -43,9 +43,10 @@ class Answer {
     return false;
   }
 
-  bool OutOfMemory() {
-    Tell(SPARSIFINER_OUT_OF_MEMORY, "out of memory");
-    return false;
+  // The answer, if the kernel is `done`, or lacked memory.
+  sparsifiner_status Of(bool done) {
+    if (!done) Tell(SPARSIFINER_OUT_OF_MEMORY, "out of memory");
+    return status_;
   }
 
   bool Whole(const char* name, int64_t value, int64_t least, size_t* number) {
@@ -217,8 +218,7 @@ sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifi
     return answer.status();
   }
   auto* to = static_cast<int32_t*>(indices.data);
-  if (!KeySelect(Attended(in), proj_q.data, proj_k.data, settings, to, Call(*call))) answer.OutOfMemory();
-  return answer.status();
+  return answer.Of(KeySelect(Attended(in), proj_q.data, proj_k.data, settings, to, Call(*call)));
 }
 
 sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv,
@@ -235,8 +235,7 @@ sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sp
   }
   const bool halves = call->precision == SPARSIFINER_BFLOAT16 && (settings.tile != 1 || settings.cell != 0);
   const auto attend = halves ? sparsifiner::SparseAttentionBf16 : sparsifiner::SparseAttention;
-  if (!attend(Attended(in), indices.data, settings, static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
-  return answer.status();
+  return answer.Of(attend(Attended(in), indices.data, settings, static_cast<float*>(output.data), Call(*call)));
 }
 
 sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv,
@@ -249,8 +248,7 @@ sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const spa
   }
   const bool halves = call->precision == SPARSIFINER_BFLOAT16;
   const auto attend = halves ? sparsifiner::DenseAttentionBf16 : sparsifiner::DenseAttention;
-  if (!attend(Attended(in), static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
-  return answer.status();
+  return answer.Of(attend(Attended(in), static_cast<float*>(output.data), Call(*call)));
 }
 
 sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* qkv,
@@ -259,13 +257,11 @@ sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsi
   Packed in{};
   sparsifiner::MatchSettings settings{};
   const bool asks = pairs.data == nullptr;
-  if (!answer.well() || !Check(*given, *qkv, asks, &answer, &in, &settings) ||
-      asks ||
+  if (!answer.well() || !Check(*given, *qkv, asks, &answer, &in, &settings) || asks ||
       !answer.Given("pairs", pairs.data, pairs.count, in.batch * (in.tokens - settings.merged) * 2, asks)) {
     return answer.status();
   }
-  if (!MatchTokens(in, settings, static_cast<int32_t*>(pairs.data), Call(*call))) answer.OutOfMemory();
-  return answer.status();
+  return answer.Of(MatchTokens(in, settings, static_cast<int32_t*>(pairs.data), Call(*call)));
 }
 
 sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const sparsifiner_pairs* given,
@@ -290,8 +286,7 @@ sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const sparsi
       !answer.Given("output", output.data, output.count, Times(left, in.channels), asks)) {
     return answer.status();
   }
-  if (!MergeTokens(in, static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
-  return answer.status();
+  return answer.Of(MergeTokens(in, static_cast<float*>(output.data), Call(*call)));
 }
 
 }  // extern "C"

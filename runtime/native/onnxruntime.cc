@@ -11,7 +11,6 @@
 #include <cstring>
 #include <new>
 
-#include "errors.h"
 #include "scratch.h"
 #include "sparsifiner.h"
 #include "tensors.h"
@@ -31,15 +30,21 @@ class SessionCall {
   SessionCall(const SessionCall&) = delete;
   SessionCall& operator=(const SessionCall&) = delete;
 
-  sparsifiner_call* call() { return &call_; }
+  // Runs an operator, run(call, output) -> status, into an output of this shape. Asks the interface first whether it will
+  // refuse, for outputs of sizes that make no sense cannot be had.
+  template <size_t kRank, typename Run>
+  bool Fill(const Tensors& tensors, const int64_t (&axes)[kRank], Run run) {
+    sparsifiner_output output{};
+    return Check(run(&call_, output)) && tensors.Output(axes, &output) && Check(run(&call_, output));
+  }
 
+ private:
   // Whether the call did what it was to do.
   bool Check(sparsifiner_status status) {
     if (status == SPARSIFINER_OK) return true;
     return status == SPARSIFINER_OUT_OF_MEMORY ? problem_->OutOfMemory() : problem_->Refuse("%s", call_.message);
   }
 
- private:
   static int ParallelFor(void* self, size_t count, void (*run)(void*, size_t), void* data) {
     auto* session = static_cast<SessionCall*>(self);
     return session->problem_->Check(
@@ -53,9 +58,8 @@ class SessionCall {
 
 int64_t Tiles(const sparsifiner_qkv& in, int64_t prefix, int64_t tile) { return (in.tokens - prefix + tile - 1) / tile; }
 
-// A kernel reads its attributes once; Compute may run on several threads at a time, and asks the interface first whether
-// it will refuse, for outputs of sizes that make no sense cannot be had. Both are false where they fail, and the problem,
-// if it is none of memory, is told.
+// A kernel reads its attributes once; Compute may run on several threads at a time. Both are false where they fail, and the
+// problem, if it is none of memory, is told.
 struct DenseKernel {
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
@@ -63,10 +67,9 @@ struct DenseKernel {
 
   bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
-    sparsifiner_output output{};
-    return tensors.Pack(&in) && session->Check(sparsifiner_dense_attention(session->call(), &in, output)) &&
-           tensors.Output({in.batch, in.tokens, in.num_heads * in.width}, &output) &&
-           session->Check(sparsifiner_dense_attention(session->call(), &in, output));
+    if (!tensors.Pack(&in)) return false;
+    return session->Fill(tensors, {in.batch, in.tokens, in.num_heads * in.width},
+                         [&](auto* call, auto to) { return sparsifiner_dense_attention(call, &in, to); });
   }
 
   sparsifiner_qkv qkv{};
@@ -92,11 +95,9 @@ struct SparseKernel {
         (attend.keys < 1 || !std::equal(expected.axes, expected.axes + 3, shape.axes))) {
       return problem->Refuse("indices must have shape %s and K, got %s", Text(expected).text, Text(shape).text);
     }
-    sparsifiner_output output{};
-    const auto asked = [&] {
-      return session->Check(sparsifiner_sparse_attention(session->call(), &in, &attend, indices, output));
-    };
-    return asked() && tensors.Output({in.batch, in.tokens, in.num_heads * in.width}, &output) && asked();
+    return session->Fill(tensors, {in.batch, in.tokens, in.num_heads * in.width}, [&](auto* call, auto to) {
+      return sparsifiner_sparse_attention(call, &in, &attend, indices, to);
+    });
   }
 
   sparsifiner_qkv qkv{};
@@ -123,14 +124,10 @@ struct SelectKernel {
                              Text(other).text);
     }
     select.channels = shape.axes[2];
-    sparsifiner_output indices{};
-    const auto asked = [&] {
-      return session->Check(sparsifiner_key_select(session->call(), &in, &select, proj_q, proj_k, indices));
-    };
-    return asked() &&
-           tensors.Output({in.batch, in.num_heads, Tiles(in, settings.num_prefix, settings.tile), settings.keys},
-                          &indices) &&
-           asked();
+    const int64_t tiles = Tiles(in, settings.num_prefix, settings.tile);
+    return session->Fill(tensors, {in.batch, in.num_heads, tiles, settings.keys}, [&](auto* call, auto to) {
+      return sparsifiner_key_select(call, &in, &select, proj_q, proj_k, to);
+    });
   }
 
   sparsifiner_qkv qkv{};
@@ -146,11 +143,9 @@ struct MatchKernel {
 
   bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
-    sparsifiner_output pairs{};
-    return tensors.Pack(&in) &&
-           session->Check(sparsifiner_match_tokens(session->call(), &in, &settings, pairs)) &&
-           tensors.Output({in.batch, in.tokens - settings.merged, 2}, &pairs) &&
-           session->Check(sparsifiner_match_tokens(session->call(), &in, &settings, pairs));
+    if (!tensors.Pack(&in)) return false;
+    return session->Fill(tensors, {in.batch, in.tokens - settings.merged, 2},
+                         [&](auto* call, auto to) { return sparsifiner_match_tokens(call, &in, &settings, to); });
   }
 
   sparsifiner_qkv qkv{};
@@ -171,9 +166,8 @@ struct MergeKernel {
       return problem->Refuse("pairs must have shape [%" PRId64 ", M, 2], got %s", in.batch, Text(shape).text);
     }
     in.merged_tokens = shape.axes[1];
-    sparsifiner_output output{};
-    const auto asked = [&] { return session->Check(sparsifiner_merge_tokens(session->call(), &in, output)); };
-    return asked() && tensors.Output({in.batch, in.merged_tokens, in.channels}, &output) && asked();
+    return session->Fill(tensors, {in.batch, in.merged_tokens, in.channels},
+                         [&](auto* call, auto to) { return sparsifiner_merge_tokens(call, &in, to); });
   }
 };
 
