@@ -1,13 +1,15 @@
-"""The CUDA layer, against a fake of cuda-python and, where no driver is, against the real one."""
+"""The CUDA layer, against fakes of its packages and, where no driver is, against the real one."""
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import inspect
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers, driver, probe
-from tests.fakes.gpu import Gpu, cuda_bindings, install_cuda
+from tests.fakes.gpu import Gpu, cuda_bindings, install_cuda, install_pycuda
 
 REAL = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
 FLOATS = {"y": (np.dtype(np.float32), (4,))}
@@ -76,6 +78,28 @@ def test_a_repeated_run_is_recorded_once_and_launched(monkeypatch):
     # a runs itself, is recorded, launched twice; b drops the recording and runs; a again runs, then is recorded.
     assert ran == list("aabaa")
     assert gpu.calls["cudaGraphLaunch"] == 4
+    assert gpu.live() == {}
+
+
+@pytest.mark.parametrize("integrated", [True, False])
+def test_pycuda_runs_without_graphs_and_in_one_thread(monkeypatch, integrated):
+    gpu = Gpu(integrated=integrated)
+    install_pycuda(monkeypatch, gpu)
+    assert (probe().name, probe().integrated) == ("Orin", integrated)
+    with ExitStack() as stack:
+        buffers = opened(stack)
+        for value in (1, 5, 7):
+            assert double(gpu, buffers, value, "a").tolist() == [2 * value] * 4
+        assert buffers.compute_ms == 1.0
+        assert "pycuda has no cudaStreamBeginCapture" in buffers.why_no_graph
+        with ThreadPoolExecutor(1) as pool, pytest.raises(BackendError, match="the thread alone that opened it"):
+            pool.submit(Driver().use).result()
+    gc.collect()
+    assert gpu.live() == {}
+    gpu.fail["cudaHostAlloc"] = "cudaErrorMemoryAllocation"
+    with ExitStack() as stack, pytest.raises(BackendError, match=r"(?s)pycuda 2026.1.*end other programs on it"):
+        opened(stack)
+    gc.collect()
     assert gpu.live() == {}
 
 

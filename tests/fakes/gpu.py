@@ -1,4 +1,4 @@
-"""A GPU that is not there, and cuda-python on it: memory, streams, events and graphs with the rules of the real ones.
+"""A GPU that is not there, and cuda-python and pycuda on it: memory, streams, events, graphs with the real ones' rules.
 
 Device memory is memory of this process, so engines of the fake TensorRT compute real results in it. What is put into a
 stream runs at once, or is recorded while the stream is captured. Errors are put in by name of the function of CUDA's
@@ -17,8 +17,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
+from sparsifiner_edge.arrays import bytes_at
 from sparsifiner_edge.runtime.cuda import support
 
 _CODES = {
@@ -191,6 +193,87 @@ def install_cuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, release: str = "12.6
     for name, module in (("cuda", types.ModuleType("cuda")), (parent.__name__, parent), (made.__name__, made)):
         monkeypatch.setitem(sys.modules, name, module)
     return made
+
+
+class PyCudaError(Exception):
+    """`pycuda.driver.Error`."""
+
+
+def install_pycuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
+    """The fake of pycuda for one test, in cuda-python's place: what it makes frees itself with its last reference."""
+    runtime = cuda_bindings(gpu)
+
+    def call(function: str, *arguments: Any) -> Any:
+        status, *values = getattr(runtime, function)(*arguments)
+        if status:
+            raise PyCudaError(f"{function} failed: {'out of memory' if status == 2 else 'unknown'}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+    class Made:
+        def __init__(self, make: str, free: str, *arguments: Any) -> None:
+            self.handle, self._free = call(make, *arguments), free
+
+        def __int__(self) -> int:
+            return self.handle
+
+        get_device_pointer = __int__
+
+        def free(self) -> None:
+            if self._free:
+                free, self._free = self._free, ""
+                call(free, self.handle)
+
+        def __del__(self) -> None:
+            if hasattr(self, "handle"):
+                self.free()
+
+    class Stream(Made):
+        def __init__(self, flags: int) -> None:
+            super().__init__("cudaStreamCreateWithFlags", "cudaStreamDestroy", flags)
+
+        def synchronize(self) -> None:
+            call("cudaStreamSynchronize", self.handle)
+
+    class Event(Made):
+        def __init__(self) -> None:
+            super().__init__("cudaEventCreate", "cudaEventDestroy")
+
+        def record(self, stream: Stream) -> None:
+            call("cudaEventRecord", self.handle, stream.handle)
+
+        def time_till(self, end: Event) -> float:
+            return call("cudaEventElapsedTime", self.handle, end.handle)
+
+    class Pinned(np.ndarray[Any, Any]):
+        base = property(lambda self: self.owner)
+
+    def pinned(size: int, dtype: Any, mem_flags: int) -> Any:
+        owner = Made("cudaHostAlloc", "cudaFreeHost", size, mem_flags)
+        array = bytes_at(owner.handle, size).view(Pinned)
+        array.owner = owner
+        return array
+
+    def device(number: int) -> Any:
+        one = call("cudaGetDeviceProperties", number)
+        return types.SimpleNamespace(
+            name=lambda: gpu.name, compute_capability=lambda: gpu.sm, total_memory=lambda: one.totalGlobalMem,
+            get_attribute=lambda _: one.integrated,
+            retain_primary_context=lambda: types.SimpleNamespace(push=lambda: None, pop=lambda: None),
+        )  # fmt: skip
+
+    device.count = lambda: call("cudaGetDeviceCount")
+    package, module = types.ModuleType("pycuda"), types.ModuleType("pycuda.driver")
+    vars(module).update(
+        Error=PyCudaError, Stream=Stream, Event=Event, Device=device, pagelocked_empty=pinned, init=lambda: None,
+        host_alloc_flags=types.SimpleNamespace(DEVICEMAP=2), device_attribute=types.SimpleNamespace(INTEGRATED=18),
+        get_driver_version=lambda: call("cudaDriverGetVersion"), mem_get_info=lambda: call("cudaMemGetInfo"),
+        mem_alloc=lambda size: Made("cudaMalloc", "cudaFree", size),
+        memcpy_htod_async=lambda dest, src, stream: gpu.copy(dest, src.ctypes.data, src.nbytes, stream.handle),
+        memcpy_dtoh_async=lambda dest, src, stream: gpu.copy(dest.ctypes.data, src, dest.nbytes, stream.handle),
+    )  # fmt: skip
+    package.VERSION_TEXT = "2026.1"
+    for name, one in (("cuda", None), ("cuda.bindings", None), (package.__name__, package), (module.__name__, module)):
+        monkeypatch.setitem(sys.modules, name, one)
 
 
 def install_driver(monkeypatch: pytest.MonkeyPatch, number: int) -> None:

@@ -1,4 +1,4 @@
-"""CUDA's runtime API on the first device, by cuda-python.
+"""CUDA's runtime API on the first device, by cuda-python, or where that is not installed by pycuda.
 
 No object of TensorRT may exist before a `Driver` does, or `probe` has succeeded: without NVIDIA's driver TensorRT's own
 objects come up all the same and end the process when they are used.
@@ -7,19 +7,19 @@ objects come up all the same and end the process when they are used.
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.arrays import Array, bytes_at
+from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.runtime.backend import import_package
+from sparsifiner_edge.runtime.cuda.pycuda import PyCuda
 
 OLDEST_CUDA = "12.6"
 """The oldest release of cuda-python, and of CUDA on a Jetson, that is supported."""
@@ -46,19 +46,16 @@ class Driver:
     """What running an engine needs of CUDA, on one device. Methods raise BackendError with CUDA's name of the error.
 
     Attributes:
-        runtime: CUDA's functions and constants: the module `cuda.bindings.runtime`.
+        runtime: CUDA's functions and constants: the module `cuda.bindings.runtime`, or what stands in its place.
         package: such as "cuda-python 13.4.4". device: the device that everything lives on.
 
     Raises:
-        MissingExtraError: cuda-python is not installed.
+        MissingExtraError: neither package is installed.
         BackendError: no driver, one too old, no device, or CUDA fails; says which.
     """
 
     def __init__(self) -> None:
-        extra, fix = "gpu" if jetson_release() is None else "jetson", "Reinstall cuda-python."
-        release = str(getattr(import_package("cuda.bindings", "cuda-python", extra, fix), "__version__", ""))
-        self.runtime = import_package("cuda.bindings.runtime", "cuda-python", extra, fix)
-        self.package = f"cuda-python {release}".strip()
+        self.runtime, self.package, release = _package()
         reason = "CUDA gives 0 as its version"
         try:
             version = int(self.call("to read the driver's version", "cudaDriverGetVersion"))
@@ -108,7 +105,7 @@ class Driver:
         """
         flags = self.runtime.cudaHostAllocMapped
         place = self.take(stack, f"{size} pinned bytes", "cudaHostAlloc", size, flags, free="cudaFreeHost")
-        host: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(place))
+        host = bytes_at(place, size)
         if self.device.integrated:
             return host, int(self.call("to map", "cudaHostGetDevicePointer", place, 0))
         return host, self.take(stack, f"{size} bytes of the device", "cudaMalloc", size, free="cudaFree")
@@ -131,6 +128,29 @@ class Driver:
             self.runtime.cudaGraphDestroy(graph)
         stack.callback(self.call, "to free a graph", "cudaGraphExecDestroy", executable)
         return lambda: self.call("to launch a graph", "cudaGraphLaunch", executable, stream)
+
+
+def _package() -> tuple[Any, str, str]:
+    """CUDA's functions, the package that gives them, and the release of it that has a CUDA of its own."""
+    extra, fix = "gpu" if jetson_release() is None else "jetson", "Reinstall cuda-python."
+    try:
+        release = str(getattr(import_package("cuda.bindings", "cuda-python", extra, fix), "__version__", ""))
+        return (
+            import_package("cuda.bindings.runtime", "cuda-python", extra, fix),
+            f"cuda-python {release}".strip(),
+            release,
+        )
+    except MissingExtraError as missing:
+        try:
+            text = str(getattr(import_package("pycuda", "pycuda", extra, ""), "VERSION_TEXT", ""))
+            module = import_package("pycuda.driver", "pycuda", extra, "Install NVIDIA's driver, or reinstall pycuda.")
+        except MissingExtraError:
+            raise missing from None
+        return _by_pycuda(module), f"pycuda {text}".strip(), ""
+
+
+_by_pycuda = functools.cache(PyCuda)
+"""One for a process: its context lives as long."""
 
 
 def probe() -> CudaDevice:
