@@ -1,6 +1,6 @@
 """CUDA's runtime API, as far as `Driver` calls it, by pycuda's objects.
 
-They live on the primary context, which TensorRT uses too, in one thread. pycuda has no CUDA graphs: each run is launched
+They live on the primary context, which TensorRT uses too, in one thread. pycuda has no CUDA graphs: runs are launched
 plainly.
 """
 
