@@ -134,33 +134,6 @@ def test_a_feature_model_the_whole_way(
     assert len(json.loads(lines.read_text())["features"]) == 64
 
 
-@pytest.mark.everything
-def test_a_rectangle_the_whole_way(
-    tmp_path: Path, tiny_weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    student, bundle, turned, result = (tmp_path / name for name in ("student", "bundle", "turned", "result.json"))
-    settings = ["--weights", tiny_weights, "--set", "cells=4", "--calibrate", pictures]
-    succeeded(call(capsys, "sparsify", TINY, "--img-size", "96x160", *settings, "-o", student))
-    config = json.loads((student / "config.json").read_text())
-    assert config["img_size"] == config["provenance"]["calibration"]["img_size"] == [96, 160]
-    succeeded(call(capsys, "export", student, "--merge", 4, "-o", bundle))
-    manifest = manifest_of(bundle)
-    assert manifest["preprocessing"]["size"] == [96, 160]
-    assert manifest["preprocessing"]["resize"] == "centre rectangle, bicubic"
-    assert (manifest["inputs"][0]["shape"], manifest["tokens"]["grid"]) == ([1, 96, 160, 3], [6, 10])
-    succeeded(call(capsys, "export", student, "--img-size", "160x96", "-o", turned))
-    assert manifest_of(turned)["inputs"][0]["shape"] == [1, 160, 96, 3]
-    teacher = ["--against", TINY, "--weights", tiny_weights]
-    found = json.loads(succeeded(call(capsys, "evaluate", bundle, *teacher, "--data", pictures, "--json")))
-    assert 0.5 < found["statistics"]["features_cosine"]["mean"]["value"] <= 1
-    succeeded(call(capsys, "bundle", "verify", bundle))
-    succeeded(call(capsys, "estimate", bundle, "--board", "t4"))
-    succeeded(call(capsys, "profile", bundle, "--seconds", 0.1, "-o", result))
-    succeeded(call(capsys, "report", result, "-o", tmp_path / "page.html"))
-    records = [json.loads(line) for line in succeeded(process("run", bundle, "--source", pictures)).splitlines()]
-    assert [len(record["top"]) for record in records] == [5, 5, 5]
-
-
 def test_outputs_are_replaced_and_repeatable(
     tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,55 +26,55 @@ from tests.plain import examine
 Patch = pytest.MonkeyPatch
 
 
-def command(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, before: str = "") -> str:
+    """What it prints."""
     code = f"import sys\n{before}\nfrom sparsifiner_edge.cli.main import main\nmain(sys.argv[1:])"
     line = [sys.executable, "-c", code, "doctor", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+    run = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    return run.stdout
 
 
 def distribution(folder: Path, name: str, version: str = "1.2.3", requires: tuple[str, ...] = ()) -> None:
     """A package's metadata as pip leaves it, and nothing else of it."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
-    lines = [
-        "Metadata-Version: 2.1",
-        f"Name: {name}",
-        f"Version: {version}",
-        *(f"Requires-Dist: {r}" for r in requires),
-    ]
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {required}" for required in requires]
     (info / "METADATA").write_text("\n".join(lines) + "\n")
+
+
+def backend(name: str) -> tuple[bool, str]:
+    """Whether it is available, and why."""
+    found = examine()["backends"][name]
+    return found["available"], found["reason"]
 
 
 def test_json_holds_every_backend() -> None:
     lesser = "AVX2" if os.uname().machine == "x86_64" else "NEON"  # As a processor without bfloat16.
-    run = command("--json", before=f"import os; os.environ['SPARSIFINER_TARGET'] = {lesser!r}")
-    assert (run.returncode, run.stderr) == (0, "")
-    found = json.loads(run.stdout)
+    found = json.loads(command("--json", before=f"import os; os.environ['SPARSIFINER_TARGET'] = {lesser!r}"))
     assert found["native_library"].endswith(".so")
     assert "loads, and uses" in found["native_library_reason"]
     assert {name.partition(" ")[0] for name in found["backends"]} == set(BACKENDS)
     # OpenVINO refuses most files in fp16, whatever the processor has: only a file can say.
     assert not any("fp16" in name for name in found["backends"])
-    ready = found["backends"]["onnxruntime"]
+    ready, bf16 = found["backends"]["onnxruntime"], found["backends"]["onnxruntime --precision bf16"]
     assert (ready["available"], ready["version"]) == (True, onnxruntime.__version__)
-    assert all(entry["reason"] for entry in (*found["backends"].values(), found["triton"]))
-    bf16 = found["backends"]["onnxruntime --precision bf16"]
     assert (bf16["available"], "has no bfloat16" in bf16["reason"]) == (False, True)
+    assert all(entry["reason"] for entry in (*found["backends"].values(), found["triton"]))
 
 
 def test_a_build_for_the_gpu_needs_a_gpu(monkeypatch: Patch) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        assert 'pip install "sparsifiner-edge[gpu]"' in examine()["backends"]["onnxruntime --provider cuda"]["reason"]
+        assert 'pip install "sparsifiner-edge[gpu]"' in backend("onnxruntime --provider cuda")[1]
     offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
     install_cuda(monkeypatch, Gpu(driver=0))
-    found = examine()
-    assert "No NVIDIA driver" in found["cuda"]["unavailable"]
-    entry = found["backends"]["onnxruntime --provider cuda"]
-    assert (entry["available"], "is built in, and No NVIDIA driver" in entry["reason"]) == (False, True)
+    available, reason = backend("onnxruntime --provider cuda")
+    assert (available, "is built in, and No NVIDIA driver" in reason) == (False, True)
     install_cuda(monkeypatch, Gpu())
-    ready = examine()["backends"]["onnxruntime --provider cuda"]
-    assert (ready["available"], "not the CUDA kernels" in ready["reason"]) == (True, True)
+    available, reason = backend("onnxruntime --provider cuda")
+    assert (available, "not the CUDA kernels" in reason) == (True, True)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +97,11 @@ def test_the_driver_says_which_extra_fits(
     assert found["install"].startswith(install)
 
 
-def test_a_cuda_python_newer_than_the_driver_is_a_warning(tmp_path: Path, monkeypatch: Patch) -> None:
-    distribution(tmp_path, "cuda-python", "13.4.4")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    install_driver(monkeypatch, 13000)
-    assert examine()["warnings"] == []
-    install_driver(monkeypatch, 12060)
-    (warning,) = examine()["warnings"]
-    assert 'pip install "cuda-python>=12.6,<13"' in warning
+def test_tensorrt_on_a_jetson_is_jetpacks(monkeypatch: Patch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for release, said in ((None, 'pip install "sparsifiner-edge[tensorrt]"'), ("36.4.3", "--system-site-packages")):
+        monkeypatch.setattr(full, "jetson_release", lambda release=release: release)
+        assert said in backend("tensorrt")[1]
 
 
 def test_tensorrt_needs_a_device_to_be_available(monkeypatch: Patch) -> None:
@@ -115,10 +113,13 @@ def test_tensorrt_needs_a_device_to_be_available(monkeypatch: Patch) -> None:
     said = "imports, builds engines, and runs them on NVIDIA L4"
     assert found["backends"]["tensorrt"] == {"available": True, "reason": said, "version": "10.9.0.34"}
     gpu.count = 0
-    entry = examine()["backends"]["tensorrt"]
-    assert (entry["available"], "CUDA finds no device" in entry["reason"]) == (False, True)
+    available, reason = backend("tensorrt")
+    assert (available, "CUDA finds no device" in reason) == (False, True)
+    if importlib.util.find_spec("tensorrt_rtx") is not None:  # It builds all the same.
+        available, reason = backend("tensorrt-rtx")
+        assert (available, "ahead of time for RTX cards, and cannot run them here" in reason) == (True, True)
     install_tensorrt(monkeypatch, gpu, "10.3").__version__ = "8.5.2"
-    assert "older than 10.3" in examine()["backends"]["tensorrt"]["reason"]
+    assert "older than 10.3" in backend("tensorrt")[1]
 
 
 def test_a_tensorrt_for_a_newer_cuda_than_the_driver_is_refused(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -129,51 +130,12 @@ def test_a_tensorrt_for_a_newer_cuda_than_the_driver_is_refused(tmp_path: Path, 
     distribution(tmp_path, "tensorrt-cu13")
     monkeypatch.syspath_prepend(str(tmp_path))
     said = "tensorrt-cu13 needs a driver for CUDA 13, and this one takes CUDA 12.6 at most."
-    entry = examine()["backends"]["tensorrt"]
-    assert (entry["available"], said in entry["reason"]) == (False, True)
+    available, reason = backend("tensorrt")
+    assert (available, said in reason) == (False, True)
     with pytest.raises(BackendError, match=said):
         full.TensorRt().require_driver(probe())
     gpu.driver = 13000
-    assert examine()["backends"]["tensorrt"]["available"]
-
-
-def test_tensorrt_rtx_builds_without_a_device(monkeypatch: Patch) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    install_cuda(monkeypatch, Gpu(count=0))
-    entry = examine()["backends"]["tensorrt-rtx"]
-    assert entry["available"]
-    assert "builds engines ahead of time for RTX cards, and cannot run them here: CUDA finds no" in entry["reason"]
-
-
-def test_tables_are_for_people(tmp_path: Path) -> None:
-    distribution(tmp_path, "sparsifiner-edge", "0.0.1", ('no-such-package; extra == "gpu"',))
-    before = f"sys.path.insert(0, {str(tmp_path)!r}); sys.modules['onnxruntime'] = None"
-    run = command(before=before)
-    assert (run.returncode, run.stderr) == (0, "")
-    for text in ("native library", "onnxruntime", "python", "CUDA device", "CUDA driver", "triton", "telemetry"):
-        assert text in run.stdout
-    assert 'pip install "sparsifiner-edge[gpu]"' in run.stdout  # With its brackets, which are no markup.
-    assert "sparsifiner-edge[cpu]" in run.stdout
-
-
-def test_a_bare_environment_is_enough() -> None:
-    heavy = (
-        "onnxruntime", "torch", "timm", "PIL", "matplotlib", "safetensors", "tensorrt", "tensorrt_rtx", "triton",
-        "cuda", "openvino",
-    )  # fmt: skip
-    run = command("--json", before=f"sys.modules.update(dict.fromkeys({heavy}))")
-    assert (run.returncode, run.stderr) == (0, "")
-    found = json.loads(run.stdout)
-    assert not any(entry["available"] for entry in (*found["backends"].values(), found["triton"]))
-    assert 'pip install "sparsifiner-edge[cpu]"' in found["backends"]["onnxruntime"]["reason"]
-    assert 'pip install "sparsifiner-edge[triton]"' in found["triton"]["reason"]
-
-
-def test_a_missing_native_library_says_what_to_install(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(native, "_FILE", "no-such.so")
-    found = examine()
-    assert found["native_library"] is None
-    assert "libhwy-dev libonnxruntime-dev" in found["native_library_reason"]
+    assert backend("tensorrt")[0]
 
 
 def test_what_does_not_import_is_said_with_its_version(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -185,12 +147,41 @@ def test_what_does_not_import_is_said_with_its_version(tmp_path: Path, monkeypat
     assert "tensorrt cannot be imported: libnvinfer.so.10" in entry["reason"]
 
 
-def test_two_packages_of_one_module_are_a_warning(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_bare_environment_is_enough(tmp_path: Path) -> None:
+    heavy = (
+        "onnxruntime", "torch", "timm", "PIL", "matplotlib", "safetensors", "tensorrt", "tensorrt_rtx", "triton",
+        "cuda", "pycuda", "openvino",
+    )  # fmt: skip
+    before = f"sys.modules.update(dict.fromkeys({heavy}))"
+    found = json.loads(command("--json", before=before))
+    assert not any(entry["available"] for entry in (*found["backends"].values(), found["triton"]))
+    assert 'pip install "sparsifiner-edge[cpu]"' in found["backends"]["onnxruntime"]["reason"]
+    assert 'pip install "sparsifiner-edge[triton]"' in found["triton"]["reason"]
+    distribution(tmp_path, "sparsifiner-edge", "0.0.1", ('no-such-package; extra == "gpu"',))
+    said = command(before=f"{before}; sys.path.insert(0, {str(tmp_path)!r})")
+    for text in ("native library", "onnxruntime", "python", "CUDA device", "CUDA driver", "triton", "telemetry"):
+        assert text in said
+    assert 'pip install "sparsifiner-edge[gpu]"' in said  # With its brackets, which are no markup.
+
+
+def test_a_missing_native_library_says_what_to_install(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(native, "_FILE", "no-such.so")
+    found = examine()
+    assert found["native_library"] is None
+    assert "libhwy-dev libonnxruntime-dev" in found["native_library_reason"]
+
+
+def test_packages_that_do_not_go_together_are_a_warning(tmp_path: Path, monkeypatch: Patch) -> None:
     assert examine()["warnings"] == []
-    distribution(tmp_path, "onnxruntime-gpu")
+    for name, version in (("onnxruntime-gpu", "1.2.3"), ("cuda-python", "13.4.4")):
+        distribution(tmp_path, name, version)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (warning,) = examine()["warnings"]
-    assert "onnxruntime and onnxruntime-gpu are both installed" in warning
+    install_driver(monkeypatch, 13000)
+    (both,) = examine()["warnings"]
+    assert "onnxruntime and onnxruntime-gpu are both installed" in both
+    install_driver(monkeypatch, 12060)
+    assert examine()["warnings"][0] == both
+    assert 'pip install "cuda-python>=12.6,<13"' in examine()["warnings"][1]
 
 
 def test_extras_come_from_the_metadata(tmp_path: Path, monkeypatch: Patch) -> None:

@@ -22,41 +22,6 @@ _START_S = 20.0
 """For the process to import its decoder, which takes seconds on a small board, beside what a connection takes."""
 
 
-class Mailbox:
-    """Room for one frame. A live source replaces what lies there; another waits until it is taken."""
-
-    def __init__(self, live: bool) -> None:
-        self._live = live
-        self._frames: queue.Queue[Frame] = queue.Queue(1)
-        self._closed = threading.Event()
-
-    def put(self, frame: Frame) -> bool:
-        """Leave a frame; True if that dropped another."""
-        while not self._closed.is_set():
-            try:
-                self._frames.put(frame, timeout=0 if self._live else 0.5)
-                break
-            except queue.Full:
-                if self._live and (before := self.take(0)) is not None:
-                    frame = frame._replace(skipped=before.skipped + 1)
-        return frame.skipped > 0
-
-    def take(self, seconds: float) -> Frame | None:
-        """The frame, as soon as there is one; None after `seconds`."""
-        with contextlib.suppress(queue.Empty):
-            return self._frames.get(timeout=seconds)
-        return None
-
-    def close(self) -> None:
-        """No frame will follow; one that lies there can still be taken."""
-        self._closed.set()
-
-    @property
-    def is_over(self) -> bool:
-        """That no frame lies there, and none will follow."""
-        return self._closed.is_set() and self._frames.empty()
-
-
 def wait_s(attempts: int) -> float:
     """Seconds to wait after so many attempts that failed: doubled with each, and drawn, so that many cameras do not
     return in step.
@@ -67,6 +32,8 @@ def wait_s(attempts: int) -> float:
 
 class Capture:
     """Runs the decoding process from a thread of its own, and another where a live source ended. A context manager.
+
+    There is room for one frame: a live source replaces what lies there, another waits until it is taken.
 
     Args:
         source: what to read.
@@ -79,10 +46,10 @@ class Capture:
     """
 
     def __init__(self, source: Source, size: ImageSize, stall_s: float, status: Status) -> None:
-        self.mailbox = Mailbox(source.live)
         self.failure: str | None = None
         self._source, self._size, self._stall_s, self._status = source, size, stall_s, status
-        self._stop = threading.Event()
+        self._frames: queue.Queue[Frame] = queue.Queue(1)
+        self._stop, self._ended = threading.Event(), threading.Event()
         self._attempts = 0
         self._process: subprocess.Popen[bytes] | None = None
         # The process dies with the thread that started it (see `process`), so one thread starts them all.
@@ -94,9 +61,19 @@ class Capture:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self.mailbox.close()
         self._kill()
         self._thread.join(5)
+
+    @property
+    def is_over(self) -> bool:
+        """That no frame lies there, and none will follow."""
+        return self._ended.is_set() and self._frames.empty()
+
+    def take(self, seconds: float) -> Frame | None:
+        """The frame, as soon as there is one; None after `seconds`."""
+        with contextlib.suppress(queue.Empty):
+            return self._frames.get(timeout=seconds)
+        return None
 
     def _run(self) -> None:
         try:
@@ -113,7 +90,7 @@ class Capture:
             self.failure = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self.mailbox.close()  # First: whatever comes of the rest, the loop learns that no frame will follow.
+            self._ended.set()  # First: whatever comes of the rest, the loop learns that no frame will follow.
             self._status.enter("ended", self.failure)
 
     def _attempt(self) -> tuple[str, str | None]:
@@ -162,11 +139,22 @@ class Capture:
             self._attempts = 0
             self._status.count("captured")
             self._status.enter("streaming")
-            self._status.count("dropped", self.mailbox.put(message))
+            self._leave(message)
             self._status.count("bad_packets", max(0, message.times.bad_packets - bad))
             bad = message.times.bad_packets
             message = receive(handle, self._size, self._stall_s)
         return None if message.reason is None else self._source.clean(message.reason)[:SHOWN_REASON]
+
+    def _leave(self, frame: Frame) -> None:
+        """A frame, to be taken."""
+        while not self._stop.is_set():
+            try:
+                self._frames.put(frame, timeout=0 if self._source.live else 0.5)
+                break
+            except queue.Full:
+                if self._source.live and (before := self.take(0)) is not None:
+                    frame = frame._replace(skipped=before.skipped + 1)
+        self._status.count("dropped", frame.skipped > 0)
 
     def _enter(self, state: str, reason: str | None = None) -> None:
         """A night without a camera is no reason to fill a log: after four attempts only some are told."""

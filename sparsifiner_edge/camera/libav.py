@@ -82,7 +82,7 @@ def read_stream(source: BinaryIO | str, size: ImageSize, patience_s: float) -> I
             raise ValueError(f"it holds no frame that can be decoded ({reader.bad} damaged packets)")
 
 
-class StreamClock:
+class _StreamClock:
     """When a frame was taken, in nanoseconds of this machine's monotonic clock.
 
     A stream's timestamps run on the camera's clock. Their offset from this machine's is the least seen, which forgets
@@ -113,7 +113,7 @@ class _Reader:
         from av.video.reformatter import VideoReformatter
 
         self._stream, self._size, self._live = stream, size, live
-        self._clock = StreamClock()
+        self._clock = _StreamClock()
         self._scaler: Any = VideoReformatter()
         self._arrived: dict[int | None, int] = {}
         self.bad, self.count = 0, 0

@@ -16,7 +16,7 @@ from msgspec.structs import asdict
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.camera.answers import FrameRecord, ImageRecord
-from sparsifiner_edge.camera.capture import Capture, Mailbox
+from sparsifiner_edge.camera.capture import Capture
 from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.camera.decoder_protocol import Frame
 from sparsifiner_edge.camera.health import HealthServer
@@ -168,7 +168,7 @@ def _run(model: Model, source: Source, options: RunOptions, status: Status, stop
         capture = stack.enter_context(Capture(source, model.size, options.stall_s, status))
         stack.callback(notify_systemd, "STOPPING=1")
         notify_systemd("READY=1")
-        for frame in _frames(capture.mailbox, stop):
+        for frame in _frames(capture, stop):
             record, outputs = _answered(model, source, frame, status)
             status.processed(record)
             lines.write(record)
@@ -181,14 +181,14 @@ def _run(model: Model, source: Source, options: RunOptions, status: Status, stop
     return capture.failure
 
 
-def _frames(mailbox: Mailbox, stop: threading.Event) -> Iterator[Frame]:
+def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
     """Until there will be none, or someone asks to stop; once a second systemd is told that the loop turns."""
     told_at = 0.0
-    while not stop.is_set() and not mailbox.is_over:
+    while not stop.is_set() and not capture.is_over:
         if time.monotonic() >= told_at + 1:
             told_at = time.monotonic()
             notify_systemd("WATCHDOG=1")
-        if (frame := mailbox.take(_TICK_S)) is not None:
+        if (frame := capture.take(_TICK_S)) is not None:
             yield frame
 
 

@@ -10,6 +10,7 @@ import click
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import shown
 
@@ -18,13 +19,11 @@ if TYPE_CHECKING:
     from sparsifiner_edge.runtime.build import BuildResult
 
 
-def _batch(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
+def _batch(text: str) -> tuple[int, int, int]:
     """ "4" -> (4, 4, 4); "1,2,8" -> (1, 2, 8)."""
-    if value is None:
-        return None
-    sizes = [whole_number(part, "--batch", most=MOST_BATCH) for part in value.split(",")]
+    sizes = [whole_number(part, "--batch", most=MOST_BATCH) for part in text.split(",")]
     if len(sizes) not in (1, 3):
-        raise click.BadParameter(f"{value!r} is neither a size nor three: LEAST,BEST,MOST.")
+        raise ConfigError(f"--batch is {text:.40}.", "Give a size, or three: LEAST,BEST,MOST.")
     return sizes[0], sizes[len(sizes) // 2], sizes[-1]
 
 
@@ -32,19 +31,13 @@ def _batch(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 @common.bundle_argument
 @click.option("--compute-capability", metavar="X.Y,...",
               help="GPUs to build for, such as 8.6,8.9; by default this machine's.")  # fmt: skip
-@click.option("--batch", metavar="SIZE|LEAST,BEST,MOST", callback=_batch,
+@click.option("--batch", metavar="SIZE|LEAST,BEST,MOST", callback=common.read_by(_batch),
               help="For a dynamic batch: sizes that an engine takes, tuned for BEST.  [default: 1,1,8]")  # fmt: skip
 @click.option("--timeout", "timeout_s", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
               help="Seconds that one candidate of an engine may take.  [600; 1800 on a Jetson]")  # fmt: skip
 @common.execution_options
 @common.json_option
-def command(
-    *,
-    bundle: Path,
-    compute_capability: str | None,
-    as_json: bool,
-    **passed: Any,
-) -> None:
+def command(*, bundle: Path, compute_capability: str | None, as_json: bool, **passed: Any) -> None:
     """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present.
 
     For onnxruntime and openvino there is no engine: the golden pair is run.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.table import Table
 from rich.text import Text
 
-from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of
+from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, whole_number
 from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS
 from sparsifiner_edge.files import require_file_path
@@ -46,41 +45,34 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-def output_option(what: str, required: bool = True) -> Callable[[Command], Command]:
+def output_option(what: str) -> Callable[[Command], Command]:
     """`-o/--output FOLDER`."""
-    return click.option("-o", "--output", type=PATH, required=required, help=what)
+    return click.option("-o", "--output", type=PATH, required=True, help=what)
 
 
-def _require_file(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None:
-        require_file_path(value)
-    return value
+def read_by(read: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A callback for an option: what `read` makes of its value; None where it is not given."""
+    return lambda _context, _option, value: None if value is None else read(value)
 
 
-def read_by(read: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    """A callback for an option: what `read` makes of its text; None where it is not given."""
-    return lambda _context, _option, text: None if text is None else read(text)
+def _file_path(path: Path) -> Path:
+    require_file_path(path)
+    return path
 
 
-def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> ImageSize | None:
-    """What `--img-size` says: a square's side, or HEIGHTxWIDTH, in pixels.
+def parse_size(text: str) -> ImageSize:
+    """ "518" -> 518; "294x518" -> (294, 518).
 
     Raises:
-        click.BadParameter: something else.
+        ConfigError: neither a square's side nor HEIGHTxWIDTH, in pixels.
     """
-    if value is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,18}(x[0-9]{1,18})?", value):
-        said = f"{value!r:.80} is neither a side nor a height and a width, such as 518 or 294x518."
-        raise click.BadParameter(said, ctx, param)
-    height, _, width = value.partition("x")
-    limits = click.IntRange(1, MOST_SIDE)
-    return size_of(*(limits.convert(int(side), param, ctx) for side in (height, width or height)))
+    sides = [whole_number(side, f"A side of --img-size {text:.40}", 1, MOST_SIDE) for side in text.split("x", 1)]
+    return size_of(sides[0], sides[-1])
 
 
 bundle_argument = click.argument("bundle", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-result_option = click.option("-o", "--output", type=PATH, callback=_require_file,
+result_option = click.option("-o", "--output", type=PATH, callback=read_by(_file_path),
                              help="Also write the result, raw samples included, to this JSON file.")  # fmt: skip
 
 
@@ -101,7 +93,7 @@ def execution_options(command: Command) -> Command:
     return command
 
 
-img_size_option = click.option("--img-size", callback=parse_size, metavar="SIDE|HEIGHTxWIDTH",
+img_size_option = click.option("--img-size", callback=read_by(parse_size), metavar="SIDE|HEIGHTxWIDTH",
     help="Pixels: a square's side, or height and width; by default the model's own.")  # fmt: skip
 threads_option = click.option("--threads", type=click.IntRange(1, MOST_THREADS),
                               help="Threads; by default the cores this process may use.")  # fmt: skip

@@ -20,10 +20,8 @@ if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
     from sparsifiner_edge.bundle.store import Bundle
 
 
-def _execution(_context: click.Context, _option: click.Parameter, text: str | None) -> Execution | None:
+def _execution(text: str) -> Execution:
     """ "openvino:bf16" -> in that backend and precision; "openvino" -> as the file stores it."""
-    if text is None:
-        return None
     backend, _, precision = text.partition(":")
     if backend not in ON_PROCESSOR or precision not in ("", *PRECISIONS):
         choices = f"{' or '.join(ON_PROCESSOR)}, then {', '.join(PRECISIONS)}"
@@ -46,7 +44,7 @@ def _execution(_context: click.Context, _option: click.Parameter, text: str | No
               help="A folder of images: int8 is calibrated with them, another tile is judged by them.")  # fmt: skip
 @click.option("--int8-target", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
               show_default=True, help="For int8: what will run it.")  # fmt: skip
-@click.option("--measure", metavar="BACKEND[:PRECISION]", callback=_execution,
+@click.option("--measure", metavar="BACKEND[:PRECISION]", callback=common.read_by(_execution),
               help="Keep layers dense where that is faster on this machine, such as in openvino:bf16.")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile float16 kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
@@ -57,9 +55,7 @@ def _execution(_context: click.Context, _option: click.Parameter, text: str | No
 @common.normalise_options
 @common.json_option
 @common.output_option("Bundle folder to write.")
-def command(
-    *, source: str, output: Path, as_json: bool, **options: Any,
-) -> None:  # fmt: skip
+def command(*, source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Export a student folder, or MODEL (see sparsify) as the dense baseline, to ONNX, checked against PyTorch."""
     import sparsifiner_edge
     from sparsifiner_edge.bundle.manifest import manifest_content

@@ -41,7 +41,7 @@ CLOSED_PIPE = 141
 """Exit code when the reader of standard output went away, as a shell would report it."""
 
 
-class LazyGroup(click.Group):
+class _LazyGroup(click.Group):
     """A group whose commands live in `sparsifiner_edge.cli.<name>`, imported when called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
@@ -69,13 +69,13 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="sparsifiner-edge")
 def cli() -> None:
     """Sparse attention for vision transformers at the edge: sparsify, export, measure, run."""
 
 
-class Interrupted(BaseException):
+class _Interrupted(BaseException):
     """A signal asks to leave. No KeyboardInterrupt: Python remembers one that passed `exec`, and kills itself later."""
 
 
@@ -115,11 +115,11 @@ def _unwind_on_signals() -> list[int]:
             threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
             return
         received.append(number)
-        raise Interrupted
+        raise _Interrupted
 
     def once_more(lost: sys.UnraisableHookArgs) -> None:
         """Python drops what is raised in some callbacks, those of its imports among them: send it again, soon."""
-        if received and isinstance(lost.exc_value, Interrupted):
+        if received and isinstance(lost.exc_value, _Interrupted):
             threading.Timer(0.05, os.kill, (os.getpid(), received[-1])).start()
         else:
             show(lost)

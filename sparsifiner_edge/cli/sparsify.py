@@ -14,7 +14,7 @@ from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_te
 _SIZES = ("tile", "probe", "channels", "cells", "merge_window")
 
 
-def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+def _settings(values: tuple[str, ...]) -> dict[str, Any]:
     """What `--set` says, by name."""
     pairs = [value.partition("=")[::2] for value in values]
     for name, _number in pairs:
@@ -31,7 +31,7 @@ def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 @common.keep_option
 @common.token_keep_option
 @common.merge_option
-@click.option("--set", "settings", multiple=True, callback=_settings, metavar="NAME=NUMBER",
+@click.option("--set", "settings", multiple=True, callback=common.read_by(_settings), metavar="NAME=NUMBER",
               help="A size that is seldom set: tile, probe, channels, cells, merge_window (docs/selection.md).",
 )  # fmt: skip
 @click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")

@@ -26,41 +26,26 @@ def make_hostile(folder: Path) -> list[Path]:
         encode(sound / f"v{suffix}", [draw_pattern(n, 64, 48) for n in range(8)], codec)
     (folder / "secret.txt").write_text(SECRET)
     for path in sorted(sound.iterdir()):
-        _truncated(folder, path)
-        _noisy(folder, path)
-        _misnamed(folder, path)
+        _damaged(folder, path)
     _garbage(folder)
     _absurd(folder, sound)
     _playlists(folder)
     return sorted(p for p in folder.iterdir() if p.is_file() and p.name != "secret.txt")
 
 
-def _truncated(folder: Path, path: Path) -> None:
+def _damaged(folder: Path, path: Path) -> None:
+    """Cut short; changed at random, and at the beginning, where sizes, counts and offsets are; a codec's name changed
+    for another's; a container under another ending.
+    """
     data = path.read_bytes()
     for number, share in enumerate((0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)):
         (folder / f"truncated{number}{path.suffix}").write_bytes(data[: int(share * len(data))])
-
-
-def _noisy(folder: Path, path: Path) -> None:
-    for number, count in enumerate((3, 10, 30, 100, 300, 1000)):
-        random = np.random.default_rng(number)
-        data = np.frombuffer(path.read_bytes(), np.uint8).copy()
-        data[random.integers(0, len(data), count)] = random.integers(0, 256, count, dtype=np.uint8)
-        (folder / f"noisy{number}{path.suffix}").write_bytes(data.tobytes())
-    # Headers are where sizes, counts and offsets are.
-    for number in range(4):
-        random = np.random.default_rng(100 + number)
-        data = np.frombuffer(path.read_bytes(), np.uint8).copy()
-        data[random.integers(0, min(400, len(data)), 12)] = random.choice([0, 127, 128, 255], 12)
-        (folder / f"headers{number}{path.suffix}").write_bytes(data.tobytes())
-
-
-def _misnamed(folder: Path, path: Path) -> None:
-    """A codec's name changed for another's, and a container under another ending."""
-    data = path.read_bytes()
-    for number, (old, new) in enumerate(
-        ((b"avc1", b"hvc1"), (b"FMP4", b"VP90"), (b"mp4v", b"av01"), (b"H264", b"HEVC"))
-    ):
+    for number, count in enumerate((3, 10, 30, 100, 300, 1000, 12, 12, 12, 12)):
+        random, changed = np.random.default_rng(number), np.frombuffer(data, np.uint8).copy()
+        places = random.integers(0, len(data) if number < 6 else min(400, len(data)), count)
+        changed[places] = random.integers(0, 256, count) if number < 6 else random.choice([0, 127, 128, 255], count)
+        (folder / f"noisy{number}{path.suffix}").write_bytes(changed.tobytes())
+    for number, (old, new) in enumerate(((b"avc1", b"hvc1"), (b"FMP4", b"VP90"), (b"mp4v", b"av01"))):
         if old in data:
             (folder / f"codec{number}{path.suffix}").write_bytes(data.replace(old, new))
     other = {".mp4": ".avi", ".mkv": ".ts", ".avi": ".h264", ".ts": ".mp4"}.get(path.suffix, ".mkv")
@@ -98,10 +83,8 @@ def _absurd(folder: Path, sound: Path) -> None:
         (folder / f"huge_{name}").write_bytes(patched)
     # A box that claims to be larger than any disk; boxes within boxes.
     (folder / "box.mp4").write_bytes(struct.pack(">I4sQ", 1, b"moov", (1 << 63) - 1) + bytes(100))
-    nested = b""
-    for _ in range(3000):
-        nested = struct.pack(">I4s", len(nested) + 8, b"moov") + nested
-    (folder / "nested.mp4").write_bytes(nested)
+    boxes = [struct.pack(">I4s", 8 * number, b"moov") for number in range(3000, 0, -1)]
+    (folder / "nested.mp4").write_bytes(b"".join(boxes))
 
 
 def _playlists(folder: Path) -> None:

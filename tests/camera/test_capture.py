@@ -49,7 +49,7 @@ def test_a_process_that_runs_out_of_descriptors() -> None:
             wait_until(lambda: len(events) >= 2)
             while held:
                 os.close(held.pop())
-            frame = running.mailbox.take(60)
+            frame = running.take(60)
     finally:
         for handle in held:
             os.close(handle)
@@ -93,7 +93,7 @@ def test_no_word_of_a_decoder_ends_a_live_source(
     status = Status("test", events.append)
     with Capture(parse_source("test"), 8, 3, status) as running:
         wait_until(lambda: len([event for event in events if event["state"] == "lost"]) >= 2)
-        assert not running.mailbox.is_over
+        assert not running.is_over
     assert str(status.last_reason).startswith(reason)
     assert bool(status.counts["crashes"]) == reason.startswith("the decoder")
 
@@ -105,5 +105,5 @@ def test_the_mailbox_is_closed_whatever_becomes_of_the_events(tmp_path: Path, mo
     monkeypatch.setattr(capture.threading, "excepthook", lambda _: None)
     fake_decoder(tmp_path, monkeypatch, "send(1, End('x'))")
     with Capture(Source("file", "v.mp4", False, "v.mp4"), 8, 3, Status("x", tell)) as running:
-        wait_until(lambda: running.mailbox.is_over)
+        wait_until(lambda: running.is_over)
     assert running.failure == "x"

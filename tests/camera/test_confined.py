@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import os
@@ -19,10 +18,6 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from sparsifiner_edge.camera import confine
 from sparsifiner_edge.camera.capture import Capture
@@ -119,23 +114,11 @@ def test_a_video_with_sound(cells: Path, tmp_path: Path) -> None:
     assert len(records_of(process("run", cells, "--source", tmp_path / "v.mkv"))) == 20
 
 
-def certify(folder: Path) -> None:
-    """A key and a certificate of its own, for two days."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=2))
-        .sign(key, hashes.SHA256())
-    )  # fmt: skip
-    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (folder / "certificate").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    (folder / "key").write_bytes(key.private_bytes(serialization.Encoding.PEM, *form))
-
-
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_an_encrypted_stream_of_a_host_by_name(tmp_path: Path) -> None:
     """Neither TLS nor the look-up needs a file that cannot be opened any more; no certificate is checked."""
-    certify(tmp_path)
+    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout key -out certificate"
+    subprocess.run(["openssl", *made.split()], cwd=tmp_path, capture_output=True, check=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
     events: list[dict[str, Any]] = []
@@ -158,11 +141,3 @@ def test_the_decoding_process_is_confined(cells: Path, service: Any) -> None:
     fields = dict(re.findall(r"^(NoNewPrivs|CapEff|Threads):\s+(\w+)$", status, re.MULTILINE))
     assert fields == {"NoNewPrivs": "1", "CapEff": "0" * 16, "Threads": "1"}
     assert run.finish()[0] == 0
-
-
-def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confine, "_landlock_version", lambda: None)
-    monkeypatch.setattr(confine, "_may_change_user", lambda: False)
-    offered = confine.confinement()
-    assert (offered.landlock, offered.own_user) == (None, False)
-    assert [sentence.split(":")[0] for sentence in offered.missing] == ["No user of its own", "No Landlock"]
