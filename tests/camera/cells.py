@@ -38,7 +38,7 @@ def make_cells_bundle(folder: Path, size: int = 224, work: int = 0) -> Path:
     Args:
         folder: to write.
         size: pixels along a side, a multiple of 8.
-        work: matrix products of 1024 x 1024 besides, that cost time as a model does.
+        work: times that the image is enlarged and made small again, which costs time as a model does.
     """
     folder.mkdir(parents=True)
     model = _model(size, work)
@@ -57,31 +57,21 @@ def _model(size: int, work: int) -> onnx.ModelProto:
     cell = size // GRID
     weights = {
         "channels": np.array([3], np.int64), "planes": np.array([1, 1, size, size], np.int64),
-        "flat": np.array([1, CELLS], np.int64),
+        "flat": np.array([1, CELLS], np.int64), "scales": np.array([1, 1, 32, 32], np.float32),
     }  # fmt: skip
     nodes = [
         helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["pixels", "channels"], ["grey"], keepdims=0),
-        helper.make_node("Reshape", ["grey", "planes"], ["plane"]),
-        helper.make_node("AveragePool", ["plane"], ["cells"], kernel_shape=[cell, cell], strides=[cell, cell]),
-        helper.make_node("Reshape", ["cells", "flat"], ["read"]),
+        helper.make_node("Reshape", ["grey", "planes"], ["plane0"]),
     ]
-    last = "read"
-    if work:
-        weights["matrix"] = (np.random.default_rng(0).normal(0, 1, (1024, 1024)) / 32).astype(np.float32)
-        weights["wide"], weights["nothing"] = np.ones((1024, CELLS), np.float32), np.zeros(1, np.float32)
-        weights["axes"] = np.array([0, 1], np.int64)
-        nodes.append(helper.make_node("MatMul", ["wide", "readcolumn"], ["w0"]))
-        nodes.insert(-1, helper.make_node("Reshape", ["read", "column"], ["readcolumn"]))
-        weights["column"] = np.array([CELLS, 1], np.int64)
-        nodes.append(helper.make_node("Mul", ["matrix", "w0"], ["x0"]))
-        for number in range(work):
-            nodes.append(helper.make_node("MatMul", [f"x{number}", "matrix"], [f"x{number + 1}"]))
-        nodes.append(helper.make_node("ReduceMean", [f"x{work}", "axes"], ["mean"], keepdims=0))
-        nodes.append(helper.make_node("Mul", ["mean", "nothing"], ["none"]))
-        nodes.append(helper.make_node("Add", ["read", "none"], ["worked"]))
-        last = "worked"
-    nodes.append(helper.make_node("Identity", [last], ["features"]))
+    for number in range(work):
+        large, small = f"large{number}", f"plane{number + 1}"
+        nodes.append(helper.make_node("Resize", [f"plane{number}", "", "scales"], [large], mode="nearest"))
+        nodes.append(helper.make_node("AveragePool", [large], [small], kernel_shape=[32, 32], strides=[32, 32]))
+    nodes += [
+        helper.make_node("AveragePool", [f"plane{work}"], ["cells"], kernel_shape=[cell, cell], strides=[cell, cell]),
+        helper.make_node("Reshape", ["cells", "flat"], ["features"]),
+    ]
     graph = helper.make_graph(
         nodes, "cells",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, [1, size, size, 3])],

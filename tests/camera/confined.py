@@ -52,14 +52,10 @@ def bind() -> None:
 def tries(folder: Path, parent: int, other: int, port: int) -> dict[str, Callable[[], Any]]:
     return {
         "create": lambda: (folder / "new").write_text(""),
-        "append": lambda: open(folder / "open", "a").close(),  # noqa: PTH123
         "truncate": lambda: os.truncate(folder / "open", 0),
         "delete": (folder / "deleted").unlink,
         "rename": lambda: (folder / "renamed").rename(folder / "elsewhere"),
-        "link": lambda: os.link(folder / "open", folder / "link"),
-        "symbolic link": lambda: (folder / "symbolic").symlink_to("open"),
         "make a folder": (folder / "made").mkdir,
-        "make a pipe": lambda: os.mkfifo(folder / "fifo"),
         "list a folder": lambda: os.listdir(folder),  # noqa: PTH208
         "read a file": (folder / "open").read_bytes,
         "read what is root's": lambda: Path("/etc/shadow").read_bytes(),
