@@ -33,9 +33,9 @@ from summary import brief, said, write_summary
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
-from sparsifiner_edge.evaluate.scores import ScoresResult
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import locked
+from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject

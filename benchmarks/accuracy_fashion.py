@@ -13,8 +13,8 @@ from fidelity_subject import weights_file
 
 from sparsifiner_edge.demo import material
 from sparsifiner_edge.evaluate.classes import fit_neighbours, fit_probe
-from sparsifiner_edge.evaluate.scores import accuracies
 from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.profiles.stats import small_sample_mean
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime import open_session
 
@@ -65,7 +65,11 @@ def fashion(work: Path, tell: Any) -> dict[str, Any]:
             right[metric][label] = fit(known, gallery.labels).predict(asked) == queries.labels
     return {
         metric: {
-            label: write_record(accuracies(ours, found["teacher"]))
+            label: {
+                "subject_percent": 100 * float(ours.mean()),
+                "teacher_percent": 100 * float(found["teacher"].mean()),
+                "difference_points": write_record(small_sample_mean(100.0 * ours - 100.0 * found["teacher"])),
+            }
             for label, ours in found.items()
             if label != "teacher"
         }

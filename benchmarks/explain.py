@@ -16,7 +16,7 @@ from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
 from sparsifiner_edge.cli.common import print_table, progress_bar
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.evaluate.explain import explain_image
-from sparsifiner_edge.explained import MOVED, OURS, RANDOM
+from sparsifiner_edge.outcomes import MOVED, OURS, RANDOM
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject

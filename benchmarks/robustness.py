@@ -37,8 +37,8 @@ import sparsifiner_edge as se
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.demo import material, split
-from sparsifiner_edge.evaluate.robustness import CLEAN, RobustnessResult
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.outcomes import ALL, CLEAN, RobustnessResult
 from sparsifiner_edge.profiles.stats import small_sample_mean
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Estimate, Result, read_result, write_result
@@ -284,9 +284,9 @@ def short(found: dict[str, RobustnessResult], macs: dict[str, float]) -> dict[st
     """Statistics for the summary: all corruptions together, and each by its extra loss."""
     rows = {}
     for label, result in found.items():
-        for score, by_name in result.statistics.stability.items():
-            each = {name: x.extra_lost for name, x in by_name.items() if name != "all"}
-            row = {"macs": macs[label], "clean": result.statistics.clean[score], "all": by_name["all"], "each": each}
+        for score, by_name in result.statistics.items():
+            each = {name: x.extra_lost for name, x in by_name.items() if name not in (CLEAN, ALL)}
+            row = {"macs": macs[label], CLEAN: by_name[CLEAN], ALL: by_name[ALL], "each": each}
             rows[f"{label}: {score}"] = write_record(row)
     return rows
 
@@ -294,11 +294,11 @@ def short(found: dict[str, RobustnessResult], macs: dict[str, float]) -> dict[st
 def show(found: dict[str, RobustnessResult], macs: dict[str, float], apart: dict[str, Estimate]) -> None:
     table = []
     for label, result in found.items():
-        for score, by_name in result.statistics.stability.items():
-            clean, every = result.statistics.clean[score], by_name["all"]
+        for score, by_name in result.statistics.items():
+            clean, every = by_name[CLEAN], by_name[ALL]
             table.append([
-                f"{label}: {score}", every.images, f"{macs[label] / 1e9:.1f}", f"{100 * clean['teacher']:.1f}",
-                f"{100 * clean['subject']:.1f}", f"{100 * every.teacher_lost.value:.1f}", in_points(every.extra_lost),
+                f"{label}: {score}", every.images, f"{macs[label] / 1e9:.1f}", f"{100 * clean.teacher:.1f}",
+                f"{100 * clean.subject:.1f}", f"{100 * every.teacher_lost.value:.1f}", in_points(every.extra_lost),
             ])  # fmt: skip
     head = ["", "images", "G MACs", "dense, clean", "clean", "dense loses", "extra loss"]
     print_table(f"Severity {SEVERITY}, points of 100", head, table)

@@ -39,13 +39,13 @@ from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.files import scratch_folder
+from sparsifiner_edge.front import Candidate, SearchResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan, plan_of
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.search.front import Candidate, SearchResult
 from sparsifiner_edge.search.latency import measured
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.search.whole import WholeModels, linked, whole_ms

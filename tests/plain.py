@@ -24,11 +24,9 @@ evaluate_student = _plain("evaluate.evaluate", "evaluate_student")
 write_report = _plain("report", "write_report")
 energy = _plain("profiles.sensors.energy", "energy")
 conditions = _plain("profiles.sensors.conditions", "conditions")
-read_memory = _plain("profiles.measure.memory", "read_memory")
 read_result = _plain("results", "read_result")
 machine = _plain("machine", "machine")
 environment = _plain("machine", "environment")
-summarise = _plain("profiles.stats", "summarise")
 estimate = _plain("profiles.stats", "estimate")
 
 

@@ -80,18 +80,6 @@ def bundle(model, tmp_path_factory):
     return folder, entry
 
 
-def test_it_is_said_where_dense_attention_would_be_faster(bundle):
-    _, entry = bundle
-    (said,) = [text for text in entry.warnings if "roofline" in text]
-    assert re.search(
-        r"faster on jetson-orin-nano-8gb in (\d+) of \1 layers: .* at \d+ tokens, and faster from some 1024", said
-    )
-    settings = {"num_heads": 6, "num_prefix": 1, "keys": 922}
-    node = onnx.helper.make_node("KeySelect", ["qkv", "sizes", "a", "b"], ["lists"], domain=DOMAIN, **settings)
-    board = load_board("jetson-orin-nano-8gb")
-    assert boards._slower_than_dense([node], {"qkv": ("float16", (1, 9217, 1152))}, board) == ()
-
-
 def test_a_board_gets_code_table_and_model(bundle):
     folder, entry = bundle
     table = table_of(folder, 87)

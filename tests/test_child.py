@@ -18,7 +18,6 @@ from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.process import read_message, write_message
 from sparsifiner_edge.profiles.measure.side import start_worker
-from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.runtime.child import Child, start_child
 
 SOURCES = {
@@ -53,7 +52,7 @@ def test_an_error_keeps_its_class_and_its_message(tmp_path: Path) -> None:
         with pytest.raises(BackendError, match="no session"):
             worker.ask("block", 60, dict, queries=1, rewarm=0)
         with pytest.raises(ArtifactError, match=r"not a folder"):
-            worker.ask("load", 60, dict, **to_builtins(Load(bundle=str(tmp_path / "none"), execution=Execution())))
+            worker.ask("load", 60, dict, bundle=str(tmp_path / "none"), execution=to_builtins(Execution()))
         assert worker.ask("processor_s", 60, float) > 0  # It lives on.
         with pytest.raises(BackendError, match=r"(?s)exit status 1 during 'nonsense'.*KeyError"):
             worker.ask("nonsense", 60, object)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.service import run_images
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.reading import labelled
-from sparsifiner_edge.evaluate.scores import ClassResult, accuracies
+from sparsifiner_edge.evaluate.scores import score_statistics
 from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call, manifest_of
@@ -66,6 +68,11 @@ def probed(once: Once, made: dict[str, Path]) -> Path:
     return once("probed", probe)
 
 
+def share(result: dict[str, Any], role: str = "subject") -> float:
+    """Of its answers that are right."""
+    return float(result["statistics"][f"{role}_accuracy"]["mean"]["value"])
+
+
 @pytest.mark.parametrize("metric", ["knn", "linear"])
 def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: dict[str, Path]) -> None:
     seen: list[tuple[int, int]] = []
@@ -74,15 +81,23 @@ def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: 
             made[subject], made["queries"], metric=metric, gallery=made["gallery"], **against,
             progress=lambda _, done, total: seen.append((done, total)),
         )  # fmt: skip
-        check_result(result, "test", ClassResult)
-        found = result["statistics"]
-        assert found["queries"] == 12
-        assert found["teacher_percent"] == 100
-        assert found["subject_percent"] == 100
-        assert found["difference_points"]["value"] == 0
-        assert len(result["samples"]["subject_right"]) == 12
+        check_result(result, "test", ScoresResult)
+        assert share(result) == share(result, "teacher") == 1
+        assert result["statistics"]["lost_accuracy"]["mean"]["value"] == 0
+        assert len(result["samples"]["subject_accuracy"]) == 12
+        assert result["method"]["gallery"] == f"45 of {made['gallery']}"
     assert (45, 45) in seen
     assert seen[-1] == (12, 12)
+
+
+def test_under_corruptions_what_learnt_from_clean_images_is_asked(made: dict[str, Path]) -> None:
+    given = {"metric": "knn", "gallery": made["gallery"], "corruptions": "contrast", "severity": 5}
+    result = evaluate_student(made["student"], made["queries"], **given)
+    check_result(result, "test", RobustnessResult)
+    rows = result["statistics"]["accuracy"]
+    assert rows["clean"]["subject"] == rows["clean"]["teacher"] == 1
+    assert rows["all"]["images"] == 12
+    assert set(result["samples"]["accuracy"]["contrast"]["subject"]) <= {0.0, 1.0}
 
 
 def test_a_head_makes_a_classifier_that_exports_with_its_labels(
@@ -93,8 +108,8 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(
     assert found.labels == tuple(COLOURS)
     assert found.model.num_classes == 3
     own = evaluate_student(head, made["queries"], metric="top1")
-    assert own["samples"]["subject_right"] == probe["samples"]["subject_right"]
-    assert own["method"]["classes_from"] == "the classifier's labels"
+    assert own["samples"]["subject_accuracy"] == probe["samples"]["subject_accuracy"]
+    assert own["method"]["classes"] == list(COLOURS)
     bundle = export_bundle(head, tmp_path / "bundle")
     assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
     assert manifest_of(bundle)["outputs"][0]["shape"] == [1, 3]
@@ -104,16 +119,9 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(
     assert record.top[0].label == "green"
 
 
-def test_accuracies_of_a_rectangle(made: dict[str, Path], tmp_path: Path) -> None:
-    subject = save_student(student(num_classes=0, img_size=(96, 160)), tmp_path / "student")
-    result = evaluate_student(subject, made["queries"], metric="knn", gallery=made["gallery"])
-    assert result["method"]["preprocessing"] == "centre rectangle, bicubic to 96x160 px"
-    assert result["statistics"]["subject_percent"] == result["statistics"]["teacher_percent"] == 100
-
-
 def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], probed: Path, tmp_path: Path) -> None:
     """A classifier's own order, which is not the alphabet's."""
-    wanted = evaluate_student(probed / "head", made["queries"], metric="top1")["statistics"]["subject_percent"]
+    wanted = share(evaluate_student(probed / "head", made["queries"], metric="top1"))
     found = load_student(probed / "head")
     turned = [2, 0, 1]
     with torch.no_grad():
@@ -124,23 +132,23 @@ def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], probed: Pa
     bundle = export_bundle(other, tmp_path / "bundle")
     for subject, options in ((other, {}), (bundle, {"against": str(bundle)})):
         got = evaluate_student(subject, made["queries"], metric="top1", **options)
-        assert got["statistics"]["subject_percent"] == wanted > 60
+        assert share(got) == wanted > 0.6
+        assert got["method"]["classes"] == list(labels)
     strange = save_student(dataclasses.replace(found, labels=("a", "b", "c")), tmp_path / "strange")
-    assert evaluate_student(strange, made["queries"], metric="top1")["method"]["classes_from"] == "folders, sorted"
+    assert evaluate_student(strange, made["queries"], metric="top1")["method"]["classes"] == list(COLOURS)
     mixed = save_student(dataclasses.replace(found, labels=(*labels[:2], "c")), tmp_path / "mixed")
     with pytest.raises(ConfigError, match="is not a class of the classifier"):
         evaluate_student(mixed, made["queries"], metric="top1")
-    shutil.copytree(made["queries"], tmp_path / "four")
     for name in COLOURS:
-        (tmp_path / "four" / name).rename(tmp_path / "four" / f"n{name}")
+        shutil.copytree(made["queries"] / name, tmp_path / "four" / f"n{name}")
     shutil.copytree(tmp_path / "four" / "nred", tmp_path / "four" / "npink")
     with pytest.raises(ConfigError, match="knows 3 classes, the images have 4"):
         evaluate_student(other, tmp_path / "four", metric="top1")
 
 
-@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("deit_tiny_distilled_patch16_224", 96)])
+@pytest.mark.parametrize(("name", "size"), [("test_vit", (96, 160)), ("deit_tiny_distilled_patch16_224", 96)])
 def test_a_head_of_two_classes_answers_as_its_probe(
-    name: str, size: int, made: dict[str, Path], tmp_path: Path
+    name: str, size: Any, made: dict[str, Path], tmp_path: Path
 ) -> None:
     for split in ("gallery", "queries"):
         for colour in ("green", "red"):
@@ -150,21 +158,19 @@ def test_a_head_of_two_classes_answers_as_its_probe(
     probe = evaluate_student(subject, tmp_path / "queries", **given, keep=0.5)
     own = evaluate_student(tmp_path / "head", tmp_path / "queries", metric="top1")
     assert load_student(tmp_path / "head").sparsity.keep == 0.5
-    assert own["samples"]["subject_right"] == probe["samples"]["subject_right"]
-    assert own["statistics"]["subject_percent"] > 60
+    assert own["samples"]["subject_accuracy"] == probe["samples"]["subject_accuracy"]
+    assert share(own) > 0.6
 
 
 def test_the_interval_is_paired() -> None:
     rng = np.random.default_rng(0)
-    teacher = rng.random(2000) < 0.7
-    subject = teacher.copy()
-    subject[:10] = False
-    lost = int(teacher[:10].sum())
-    found = accuracies(subject, teacher)
-    assert found.difference_points.value == pytest.approx(-100 * lost / 2000)
-    assert found.difference_points.high - found.difference_points.low < 1  # unpaired it would be 4
-    same = accuracies(teacher, teacher).difference_points
-    assert (same.value, same.low, same.high) == (0, 0, 0)
+    teacher = (rng.random(2000) < 0.7).astype(float)
+    subject = np.where(np.arange(2000) < 10, 0, teacher)
+    found = score_statistics({"lost_accuracy": (teacher - subject).tolist(), "none": [None]})
+    mean = found["lost_accuracy"].mean
+    assert mean.value == pytest.approx(teacher[:10].sum() / 2000)
+    assert mean.high - mean.low < 0.01  # unpaired it would be .04
+    assert "none" not in found
 
 
 def test_some_of_the_images_are_taken_evenly(made: dict[str, Path]) -> None:
@@ -176,37 +182,28 @@ def test_some_of_the_images_are_taken_evenly(made: dict[str, Path]) -> None:
 
 
 def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = ["evaluate", made["student"], "--data", made["queries"]]
-    gallery = ["--gallery", made["gallery"]]
-    assert_refused(call(capsys, *plain, "--metric", "knn"), "require labelled images", "--gallery")
-    assert_refused(call(capsys, *plain, "--metric", "top1"), "has no logits")
-    assert_refused(call(capsys, *plain, *gallery), "require another metric")
-    assert_refused(call(capsys, *plain, *gallery, "--metric", "knn", "--head", tmp_path / "h"), "by the metric linear")
-    flat = made["queries"] / "red"
-    assert_refused(
-        call(capsys, "evaluate", made["student"], "--data", flat, "--metric", "knn"), "no folder of their class"
-    )
-    other = colours(tmp_path / "other", 1, 2)
+    plain, knn = ["evaluate", made["student"], "--data", made["queries"]], ["--metric", "knn"]
+    gallery, other = ["--gallery", made["gallery"]], colours(tmp_path / "other", 1, 2)
     (other / "red").rename(other / "pink")
-    refused = call(
-        capsys, "evaluate", made["student"], "--data", made["queries"], "--metric", "knn", "--gallery", other
-    )
-    assert_refused(refused, "unknown class 'pink'")
-    shutil.rmtree(other / "pink")
-    refused = call(
-        capsys, "evaluate", made["student"], "--data", made["queries"], "--metric", "knn", "--gallery", other
-    )
-    assert_refused(refused, "no image of 'red'")
-    assert_refused(call(capsys, *plain, *gallery, "--metric", "top1"), "uses the classifier itself")
-    for own in ([], ["--against", made["bundle"]]):
-        refused = call(capsys, *plain, *gallery, *own, "--metric", "knn", "--weights", made["weights"])
-        assert_refused(refused, "none is named")
+    few = shutil.copytree(other, tmp_path / "few")
+    shutil.rmtree(few / "pink")
+    for arguments, said in (
+        (knn, "require labelled images"),
+        (["--metric", "top1"], "has no logits"),
+        (gallery, "require another metric"),
+        ([*gallery, *knn, "--head", tmp_path / "h"], "by the metric linear"),
+        ([*gallery, *knn, "--data", made["queries"] / "red"], "no folder of their class"),
+        ([*knn, "--gallery", other], "unknown class 'pink'"),
+        ([*knn, "--gallery", few], "no image of 'red'"),
+        ([*gallery, "--metric", "top1"], "uses the classifier itself"),
+        ([*gallery, *knn, "--weights", made["weights"]], "none is named"),
+    ):
+        assert_refused(call(capsys, *plain, *arguments), said)
     with pytest.raises(ConfigError, match="metric is"):
         evaluate_student(made["student"], made["queries"], metric="top5")
     config = json.loads((made["student"] / "config.json").read_text())
     config["labels"] = ["one"]
-    spoiled = tmp_path / "spoiled"
-    save_student(load_student(made["student"]), spoiled)
+    spoiled = save_student(load_student(made["student"]), tmp_path / "spoiled")
     (spoiled / "config.json").write_text(json.dumps(config))
     assert_refused(call(capsys, "export", spoiled, "-o", tmp_path / "b"), "1 labels for 0 classes")
 
@@ -219,5 +216,12 @@ def test_the_command_line_shows_both_and_the_difference(
         "--queries", 6, "--keep", 0.1,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    for text in ("subject", "teacher", "difference", "points", "6 of", "20 nearest by cosine"):
+    for text in (
+        "subject accuracy",
+        "teacher accuracy",
+        "lost accuracy",
+        "knn, 6 images",
+        "20 nearest by cosine",
+        "45 of",
+    ):
         assert text in outcome.out

@@ -27,8 +27,6 @@ from sparsifiner_edge.profiles.roofline import (
     KERNEL_SHARE,
     MERGE_LAUNCHES,
     Workload,
-    crossing,
-    times_faster,
 )
 from tests.commands import assert_refused, process
 from tests.estimates import BOARDS, DENSE, EDGE, VIT_S, changed, counted, total
@@ -39,11 +37,7 @@ from tests.plain import estimate_bundle, read_result
     "sparsity",
     [
         DENSE,
-        EDGE,
-        SparsityConfig(keep=(1, 0.25, 0.25, 1, 0.25)),
-        SparsityConfig(keep=1, token_keep=((3, 0.7), (6, 0.7))),
         SparsityConfig(keep=0.2, token_keep=((2, 0.5),)),
-        SparsityConfig(keep=1, merge=(20, 0)),
         SparsityConfig(keep=(0.1, 1.0, 0.2, 1.0), merge=(12,)),
         SparsityConfig.for_preset("paper", keep=0.25, channels=32),
     ],
@@ -104,20 +98,12 @@ def test_bad_use_is_a_message_and_exit_2(tmp_path: Path, tiny_bundle: Path) -> N
         assert_refused(process("estimate", *arguments), message)
 
 
-def test_an_altered_bundle_is_refused(tmp_path: Path) -> None:
-    altered = counted(tmp_path / "altered")
-    (altered / "model.onnx").write_bytes(b"other")
-    assert_refused(process("estimate", altered, "--board", "t4"), "does not match its SHA-256")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"costs": None}, "costs is null"),
         ({"costs": {**summary(VIT_S, DENSE), "cells_macs": 12}}, "not those of its model"),
-        ({"dense_costs": {**summary(VIT_S, DENSE), "mlp_macs": 7}}, "not those of its model"),
         ({"shape": None}, "shape is missing"),
-        ({"sparsity": EDGE.to_dict()}, "not those of its model"),
         ({"sparsity": {**EDGE.to_dict(), "tile": 100_000, "probe": 100_000}}, "exceeds the 1369 patches"),
         ({"sparsity": {"keep": 7}}, "keep is 7"),
     ],
@@ -186,12 +172,8 @@ def test_energy_and_memory_are_bounded_by_the_board(tmp_path: Path) -> None:
     assert estimate_bundle(folder, small)["statistics"]["fits_memory"] == "no"
     larger = msgspec.structs.replace(small, memory_gb=0.5)
     assert estimate_bundle(folder, larger)["statistics"]["fits_memory"] == "perhaps"
-
-
-def test_a_stated_idle_power_is_used(tmp_path: Path) -> None:
-    board = msgspec.structs.replace(load_board("cpu-generic"), idle_w=15.0)
-    figures = estimate_bundle(counted(tmp_path / "bundle"), board)["statistics"]
-    assert figures["energy_j"]["value"] == pytest.approx(15e-3 * figures["latency_ms"]["value"])
+    stated = estimate_bundle(folder, msgspec.structs.replace(load_board("cpu-generic"), idle_w=15.0))["statistics"]
+    assert stated["energy_j"]["value"] == pytest.approx(15e-3 * stated["latency_ms"]["value"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -313,19 +295,11 @@ def test_kernels_share_what_a_generation_reaches() -> None:
     """Their arithmetic takes longer by `KERNEL_SHARE`; bodies, and boards without kernels, do not know it."""
     shape = ModelShape(2, 6, 384, 1536, 1, 5476, 14)
 
-    def arithmetic(board: str, kernels: str) -> float:
+    def arithmetic(kernels: str) -> float:
         work = Workload(shape, dataclasses.replace(EDGE, tile=64, probe=16), kernels=kernels)
-        operators = roofline.costs(work, load_board(board), "fp16", GPU_FIT)
+        operators = roofline.costs(work, load_board("jetson-orin-nano-8gb-super"), "fp16", GPU_FIT)
         return sum(c.seconds - c.launch_s for c in operators if c.operator.kind == "attention")
 
-    orin, thor = load_board("jetson-orin-nano-8gb-super"), load_board("jetson-agx-thor")
     assert {load_board(name).sm for name in board_names() if load_board(name).sm >= 80} <= set(KERNEL_SHARE)
-    slower = arithmetic("jetson-orin-nano-8gb-super", "kernels") / arithmetic("jetson-orin-nano-8gb-super", "native")
+    slower = arithmetic("kernels") / arithmetic("native")
     assert 1.5 < slower <= 1 / KERNEL_SHARE[87]  # Beside memory, which does not know it.
-    assert (times_faster(orin, 5477, 0.1, 6) or 0) > 2 > (times_faster(thor, 5477, 0.1, 6) or 0)
-    assert (times_faster(orin, 257, 0.1, 6) or 2) < 1
-    tokens = crossing(orin, 0.1, 6)
-    assert tokens is not None
-    assert (times_faster(orin, tokens, 0.1, 6) or 0) > 1 > (times_faster(orin, tokens // 2, 0.1, 6) or 2)
-    assert times_faster(load_board("cpu-generic"), 1370, 0.1, 6) is None
-    assert crossing(load_board("cpu-generic"), 0.1, 6) is None

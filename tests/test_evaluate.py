@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.service import run_images
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.evaluate.scores import ScoresResult
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student

@@ -28,13 +28,11 @@ import sparsifiner_edge
 from sparsifiner_edge.distill.recipe import names
 from sparsifiner_edge.ops.native import library_path
 from sparsifiner_edge.package import template
-from sparsifiner_edge.profiles.boards.board import board_names, load_board
-from sparsifiner_edge.profiles.roofline import times_faster
-orin = load_board("jetson-orin-nano-8gb-super")
+from sparsifiner_edge.profiles.boards.board import board_names
 print(json.dumps({
     "from": str(pathlib.Path(sparsifiner_edge.__file__).parents[1]),
     "library": library_path() is not None,
-    "boards": board_names(), "recipes": names(), "faster": times_faster(orin, 1370, 0.1, 6),
+    "boards": board_names(), "recipes": names(),
     "guide": template("triton/guide.md", name="n", shape="1"),
     "element": importlib.resources.files("sparsifiner_edge.gstreamer").joinpath("python/sparsifiner.py").read_text(),
     **{name: sorted(x.name for x in importlib.resources.files(f"sparsifiner_edge.{name}").iterdir() if x.is_file())
@@ -91,7 +89,6 @@ def agrees(found: dict[str, object], *, library: bool) -> None:
     for name in ("boards", "recipes"):
         assert found[name] == sorted(x.removesuffix(".toml") for x in files[name] if x.endswith(".toml"))
     assert found["library"] is library
-    assert isinstance(found["faster"], float)
     assert isinstance(found["guide"], str)
     assert "{" not in found["guide"]
     assert found["element"] == (ROOT / "export/gstreamer/python/sparsifiner.py").read_text("utf-8")

@@ -34,14 +34,20 @@ def test_a_result_survives_the_disk(tmp_path):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", read.created)
 
 
-@pytest.mark.parametrize("field", sorted({*results.Result.__struct_fields__} - {"schema_version"}))
-def test_a_missing_or_mistyped_field_is_named(tmp_path, field):
+def test_a_missing_or_mistyped_field_is_named_and_so_is_what_is_no_result(tmp_path):
     path = tmp_path / "r.json"
-    path.write_text(json.dumps({k: v for k, v in content().items() if k != field}))
-    with pytest.raises(ArtifactError, match=f"{path}: {field} is missing"):
+    for field in {*results.Result.__struct_fields__} - {"schema_version"}:
+        path.write_text(json.dumps({k: v for k, v in content().items() if k != field}))
+        with pytest.raises(ArtifactError, match=f"{path}: {field} is missing"):
+            results.read_result(path)
+        path.write_text(json.dumps(content(**{field: 3})))
+        with pytest.raises(ArtifactError, match=f"{path}: {field} is 3, not"):
+            results.read_result(path)
+    path.write_text(json.dumps(content(schema_version=1)))
+    with pytest.raises(ArtifactError, match=r"schema 1; this version reads 2 alone"):
         results.read_result(path)
-    path.write_text(json.dumps(content(**{field: 3})))
-    with pytest.raises(ArtifactError, match=f"{path}: {field} is 3, not"):
+    path.write_text(json.dumps(content())[:-40])
+    with pytest.raises(ArtifactError, match="cannot be read"):
         results.read_result(path)
 
 
@@ -51,7 +57,6 @@ def test_a_missing_or_mistyped_field_is_named(tmp_path, field):
         ({"kind": "guess"}, 'kind is "guess"'),
         ({"created": "yesterday"}, "created is 'yesterday'"),
         ({"subjects": []}, r"subjects is \[\]"),
-        ({"subjects": ["a"]}, r"subjects\[0\] is \"a\""),
         ({"subjects": [{"path": "a"}]}, r"subjects\[0\].sha256 is missing"),
         ({"machine": {}}, "machine.cpu_model is missing"),
         ({"environment": {"python": "3"}}, "environment.packages is missing"),
@@ -64,21 +69,6 @@ def test_what_does_not_fit_the_schema_is_not_written(tmp_path, changes, message)
     with pytest.raises(ArtifactError, match=message):
         results.write_result(tmp_path / "r.json", a_result(**changes))
     assert not list(tmp_path.iterdir())
-
-
-def test_another_schema_is_refused(tmp_path):
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps(content(schema_version=1)))
-    with pytest.raises(ArtifactError, match=r"schema 1; this version reads 2 alone"):
-        results.read_result(path)
-
-
-def test_a_truncated_file_is_refused(tmp_path):
-    path = tmp_path / "r.json"
-    results.write_result(path, a_result())
-    path.write_text(path.read_text()[:-40])
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        results.read_result(path)
 
 
 def made_up(root, files):
@@ -139,7 +129,7 @@ def test_what_a_machine_does_not_say_has_a_reason(tmp_path):
     ("text", "exact"),
     [
         ("flags\t\t: fpu avx2 avx512f avx512bw", False), ("flags\t\t: fpu avx2 avx_vnni", True),
-        ("flags\t\t: fpu avx512_vnni", True), ("Features\t: fp asimd asimddp", True), ("", True),
+        ("Features\t: fp asimd asimddp", True),
     ],
 )  # fmt: skip
 def test_where_products_of_int8_saturate(tmp_path, text, exact):

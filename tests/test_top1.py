@@ -18,10 +18,10 @@ from timm.models import _registry, get_pretrained_cfg
 from sparsifiner_edge.corruptions import corrupt
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.errors import ImageError
-from sparsifiner_edge.evaluate.reading import Feed, preparation_of, read_images
-from sparsifiner_edge.evaluate.scores import ClassResult
+from sparsifiner_edge.evaluate.reading import feed_of, read_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.images import list_images, load_image, open_image
+from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call
@@ -123,10 +123,10 @@ def test_it_is_timms_validation_to_the_last_image(
         student = tmp_path / "student"
         save_student(sparse(TINY, dense(made)), student)
     result = evaluate_student(student, made["data"], metric="top1", workers=0)
-    check_result(result, "test", ClassResult)
-    assert result["samples"]["subject_right"] == validated(load_student(student).model, made["data"])
-    assert result["samples"]["teacher_right"] == validated(dense(made), made["data"])
-    assert 30 < result["statistics"]["teacher_percent"] < 100
+    check_result(result, "test", ScoresResult)
+    assert result["samples"]["subject_accuracy"] == validated(load_student(student).model, made["data"])
+    assert result["samples"]["teacher_accuracy"] == validated(dense(made), made["data"])
+    assert 0.3 < result["statistics"]["teacher_accuracy"]["mean"]["value"] < 1
     share = OTHER[configuration].get("crop_pct", 0.95)
     assert "as timm validates test_vit: interpolation bi" in result["method"]["preprocessing"]
     assert f"crop_pct {share:g}" in result["method"]["preprocessing"]
@@ -136,15 +136,15 @@ def test_it_is_timms_validation_to_the_last_image(
 @pytest.mark.parametrize("bundle", ["bundle", "dynamic"])
 def test_bundles_of_any_batch_answer_as_timm_validates(bundle: str, made: dict[str, Path]) -> None:
     result = evaluate_student(made[bundle], made["data"], against=TINY, weights=made["weights"], metric="top1")
-    assert result["samples"]["subject_right"] == validated(load_student(made["student"]).model, made["data"])
-    assert result["samples"]["teacher_right"] == validated(dense(made), made["data"])
+    assert result["samples"]["subject_accuracy"] == validated(load_student(made["student"]).model, made["data"])
+    assert result["samples"]["teacher_accuracy"] == validated(dense(made), made["data"])
     assert evaluate_student(made[bundle], made["data"], against=made[bundle], queries=2)["method"]["images"]
 
 
 def test_without_a_configuration_the_centre_is_taken(made: dict[str, Path]) -> None:
     path = made["data"] / "a" / "1.jpg"
     for model in (None, "Dinov2Model", "mymodels:factory"):
-        centre = preparation_of(model, (32, 64))
+        centre = feed_of(model, (32, 64))
         assert centre.text == "centre rectangle, bicubic to 32x64 px"
         np.testing.assert_array_equal(centre.load(path), load_image(path, (32, 64)))
 
@@ -164,13 +164,14 @@ def test_workers_change_nothing(made: dict[str, Path]) -> None:
 
 def test_corrupted_images_are_drawn_by_their_numbers(made: dict[str, Path]) -> None:
     """However they are read, and clean ones first."""
-    files, reading = list_images(made["data"])[:5], Feed(preparation_of(TINY, 64), 0, ("shot_noise", "fog"), 2)
-    (whole,), apart = (list(read_images(files, *how)) for how in ((reading, 15), (reading._replace(workers=2), 4)))
-    assert (whole.numbers, [x.numbers for x in apart]) == ([0, 1, 2, 3, 4], [[0], [1], [2], [3], [4]])
-    np.testing.assert_array_equal(whole.pixels, np.concatenate([x.pixels for x in apart]))
-    image = reading.preparation.load(files[3])
-    np.testing.assert_array_equal(whole.pixels[9], image)
-    np.testing.assert_array_equal(whole.pixels[10], corrupt(image, "shot_noise", 2, seed=3))
+    files = list_images(made["data"])[:5]
+    feed = feed_of(TINY, 64)._replace(workers=0, corruptions=("shot_noise", "fog"), severity=2)
+    ((numbers, whole),), apart = (list(read_images(files, *how)) for how in ((feed, 15), (feed._replace(workers=2), 4)))
+    assert (numbers, [x for x, _ in apart]) == ([0, 1, 2, 3, 4], [[0], [1], [2], [3], [4]])
+    np.testing.assert_array_equal(whole, np.concatenate([pixels for _, pixels in apart]))
+    image = feed.load(files[3])
+    np.testing.assert_array_equal(whole[9], image)
+    np.testing.assert_array_equal(whole[10], corrupt(image, "shot_noise", 2, seed=3))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -184,7 +185,7 @@ def test_a_damaged_image_is_named(
     assert_refused(outcome, f"{bad} cannot be read as an image", "Replace or remove it")
     Image.new("RGB", (1, 60_000)).save(tmp_path / "thin.png")
     with pytest.raises(ImageError, match="60000x1 pixels: too long and thin"):
-        list(read_images([tmp_path / "thin.png"], Feed(preparation_of(TINY, 224), 0), 1))
+        list(read_images([tmp_path / "thin.png"], feed_of(TINY, 224)._replace(workers=0), 1))
 
 
 def test_the_command_line_says_how_images_were_prepared(
@@ -194,5 +195,5 @@ def test_the_command_line_says_how_images_were_prepared(
     assert_refused(call(capsys, *asked, "--workers", "-1"), "--workers")
     outcome = call(capsys, *asked, "--queries", 9)
     assert outcome.code == 0, outcome.err
-    assert "top 1: 9 of" in outcome.out
-    assert "images: as timm validates test_vit" in outcome.out
+    assert "top1, 9 images" in outcome.out
+    assert "Images: as timm validates test_vit" in outcome.out

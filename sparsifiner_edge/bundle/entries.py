@@ -126,7 +126,6 @@ class BoardKernels(Struct, frozen=True, kw_only=True):
         refused: name of a node that keeps its body -> why.
         triton, ptx_version: what made the code, and for which driver.
         cuda: version that the board runs.
-        warnings: what may be wrong with the code there.
     """
 
     board: str | None = None
@@ -139,4 +138,3 @@ class BoardKernels(Struct, frozen=True, kw_only=True):
     triton: str | None = None
     ptx_version: float | None = None
     cuda: str | None = None
-    warnings: tuple[str, ...] = ()

@@ -61,7 +61,7 @@ def _print(result: EstimateResult) -> None:
     ]
     name, board = Path(str(result.subjects[0].path)).name, method.board
     common.print_table(f"ESTIMATE of {name} on {board['title']}", ["", "value", "low", "high"], rows)
-    click.echo(f"Computed, not measured: {found.latency_ms.method}.")
+    click.echo(f"Computed, not measured: {found.latency_ms.interval}.")
     click.echo(f"Precision: {method.precision['linear']} in linear layers, {method.precision['other']} elsewhere.")
     click.echo(f"Sparse operators: {method.kernels['assumed']}, because {method.kernels['because']}.")
     click.echo(f"Fits the board's {board['memory_gb']:g} GB: {found.fits_memory}.")

@@ -12,8 +12,7 @@ from sparsifiner_edge.cli import common
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.evaluate.robustness import RobustnessResult
-    from sparsifiner_edge.evaluate.scores import ClassResult, ScoresResult
+    from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult
     from sparsifiner_edge.results import Estimate
 
 
@@ -56,19 +55,20 @@ def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **o
     common.print_result(result, as_json, _print, output)
 
 
-def _print(result: ScoresResult | ClassResult | RobustnessResult) -> None:
+def _print(result: ScoresResult | RobustnessResult) -> None:
     """The figures; then who was compared with whom, and what ran each."""
-    from sparsifiner_edge.evaluate.robustness import RobustnessResult
-    from sparsifiner_edge.evaluate.scores import ScoresResult
+    from sparsifiner_edge.outcomes import ScoresResult
 
     if isinstance(result, ScoresResult):
         _print_scores(result)
-    elif isinstance(result, RobustnessResult):
-        _print_robustness(result)
     else:
-        _print_accuracy(result)
+        _print_robustness(result)
+    method = result.method
+    click.echo(f"Held against: {method.truth}. Images: {shown(method.preprocessing)}.")
+    if method.gallery is not None:
+        click.echo(f"Learnt from {shown(method.gallery)}.")
     for subject in result.subjects:
-        runtime = result.method.runtime[str(subject.role)]
+        runtime = method.runtime[str(subject.role)]
         kernels = f", kernels: {runtime.kernels}" if runtime.kernels is not None else ""
         ran = f"{runtime.backend}, {runtime.precision}{kernels}"
         click.echo(f"{subject.role}: {shown(subject.path)} on {shown(ran)}")
@@ -82,15 +82,19 @@ def _between(found: Estimate, form: str = ".4f") -> str:
 
 def _print_scores(result: ScoresResult) -> None:
     """One row per figure."""
-    method, rows = result.method, []
-    cosines, count = method.task is None, len(method.images)
-    for name, found in result.statistics.items():
-        label = name.removesuffix("_cosine").replace("_", " ")
-        last = f"{found.least:.4f}" if cosines else str(found.images)
-        rows.append([label, f"{found.mean.value:.4f}", _between(found.mean), last])
-    title = "Cosine to the dense teacher" if cosines else method.output or method.task
-    heads = ["", "mean", "95 % interval", "least" if cosines else "images"]
-    common.print_table(f"{title}, {count} images", heads, rows)
+    method = result.method
+    rows = [
+        [
+            name.replace("_", " "),
+            f"{found.mean.value:.4f}",
+            _between(found.mean),
+            f"{found.least:.4f}",
+            str(found.images),
+        ]
+        for name, found in result.statistics.items()
+    ]
+    title = f"{method.output or method.metric}, {len(method.images)} images"
+    common.print_table(title, ["", "mean", "95 % interval", "least", "images"], rows)
     for role, value in (method.results or {}).items():
         click.echo(f"{role}: {value:.6g} ({'higher' if method.higher_is_better else 'lower'} is better)")
 
@@ -98,32 +102,16 @@ def _print_scores(result: ScoresResult) -> None:
 def _print_robustness(result: RobustnessResult) -> None:
     """By score one row per corruption, and one for all: what each model loses, of 100."""
     method = result.method
-    for score, found in result.statistics.stability.items():
-        clean = result.statistics.clean[score]
+    for score, found in result.statistics.items():
         rows = []
-        for name in (*method.corruptions, "all"):
+        for name in ("clean", *method.corruptions, "all"):
             row = found[name]
             extra = row.extra_lost.times(100)
             rows.append([
                 name, f"{100 * row.teacher:.2f}", f"{100 * row.subject:.2f}", f"{100 * row.teacher_lost.value:.2f}",
                 f"{100 * row.subject_lost.value:.2f}", f"{extra.value:+.2f}", _between(extra, "+.2f"),
             ])  # fmt: skip
-        title = f"{score} of 100, {found['all'].images} images, severity {', '.join(map(str, method.severities))}; "
         common.print_table(
-            title + f"clean: dense {100 * clean['teacher']:.2f}, sparse {100 * clean['subject']:.2f}",
+            f"{score} of 100, {found['all'].images} images, severity {method.severity}",
             ["", "dense", "sparse", "dense loses", "sparse loses", "extra loss", "95 % interval"], rows,
         )  # fmt: skip
-    click.echo(f"Held against: {method.truth}.")
-
-
-def _print_accuracy(result: ClassResult) -> None:
-    """Accuracies side by side, and their difference with its interval."""
-    statistics, method = result.statistics, result.method
-    paired = statistics.difference_points
-    rows = [
-        ["subject", f"{statistics.subject_percent:.2f} %"],
-        ["teacher", f"{statistics.teacher_percent:.2f} %"],
-        ["difference", f"{paired.value:+.2f} points ({_between(paired, '+.2f')})"],
-    ]
-    common.print_table(f"{method.metric}: {method.queries}, gallery {method.gallery}", ["", "accuracy"], rows)
-    click.echo(f"images: {shown(method.preprocessing)}")

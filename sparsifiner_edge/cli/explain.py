@@ -13,7 +13,7 @@ from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.explained import ExplainResult
+    from sparsifiner_edge.outcomes import ExplainResult
 
 
 @click.command()
@@ -43,7 +43,7 @@ def command(
 
 
 def _print(result: ExplainResult, output: Path) -> None:
-    images = result.statistics.images
+    images = result.statistics.values()
     rows = [[shown(image.image), *(f"{figure:.3f}" for figure in image.saco.values())] for image in images]
     head = ["image", "this explanation", "any order", "itself, elsewhere"]
     common.print_table("SaCo of what the features hang on", head, rows)

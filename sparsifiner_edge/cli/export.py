@@ -80,8 +80,6 @@ def _print(bundle: Bundle) -> None:
         counts = f"{board.launches} kernels for {board.nodes} nodes"
         left = f"; {len(board.refused)} nodes keep their bodies" if board.refused else ""
         click.echo(f"{board.board}: {counts}, compute capability {board.compute_capability}{left}")
-        for warning in board.warnings:
-            click.echo(f"{board.board}: {warning}", err=True)
     none = "none: plain dense attention in standard operators"
     if manifest.sparsity is not None:
         none = "none: inlined, so that kernels have nothing to take; slow, wherever it runs"

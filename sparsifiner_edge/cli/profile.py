@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -70,9 +71,9 @@ _ROWS: tuple[tuple[str, Callable[[Figures], Cell]], ...] = (
     ("queries measured", lambda f: f.queries),
     ("load, ms", lambda f: f.load_ms),
     ("first inference, ms", lambda f: f.first_inference_ms),
-    ("peak memory of the process, MB", lambda f: _megabytes(f.memory.steady.peak_rss_bytes)),
+    ("peak memory of the process, MB", lambda f: _megabytes(f.peak_rss_bytes)),
     ("memory before loading, MB", lambda f: _megabytes(f.rss_before_load_bytes)),
-    ("memory of the device, MB", lambda f: _megabytes(f.memory.device_bytes)),
+    ("memory of the device, MB", lambda f: _megabytes(f.device_bytes)),
     ("energy per inference, gross, J", lambda f: getattr(f.energy, "gross_j_per_inference", None)),
     ("energy per inference, net, J", lambda f: getattr(f.energy, "net_j_per_inference", None)),
     ("power while measuring, W", lambda f: getattr(f.energy, "mean_w", None)),
@@ -86,7 +87,7 @@ _CONDITIONS: tuple[tuple[str, Callable[[Seen], Cell]], ...] = (
 
 
 def _median(seen: Seen, name: str) -> float | None:
-    return seen.during[name].median if name in seen.during else None
+    return statistics.median(seen.during[name]) if name in seen.during else None
 
 
 def _layer_rows(figures: list[Figures]) -> list[list[str]]:

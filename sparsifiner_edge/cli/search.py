@@ -13,7 +13,7 @@ from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.records import Unavailable
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.search.front import Candidate, SearchResult
+    from sparsifiner_edge.front import Candidate, SearchResult
 
 TOLD_DRIFT = 0.1
 """Of the logarithm of the dense model's time."""

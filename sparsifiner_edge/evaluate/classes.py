@@ -1,4 +1,4 @@
-"""What predicts classes: a classifier itself, or nearest neighbours and linear probes on frozen features; a probe may
+"""The judge of classes: a classifier itself, or nearest neighbours and linear probes on frozen features; a probe may
 become a student's classifier.
 """
 
@@ -7,9 +7,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.evaluate.extract import Extractor
+from sparsifiner_edge.evaluate.judges import COMPARED, Judge, JudgedImage
 from sparsifiner_edge.evaluate.reading import Feed, Labelled, labelled, read_images
-from sparsifiner_edge.judge import Outputs
+from sparsifiner_edge.judge import Outputs, Scores
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.student import Student, save_student
 from sparsifiner_edge.sparse.student_file import checked_labels, read_config
@@ -29,16 +30,57 @@ METRICS = {"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regress
 """What predicts classes, and how a result says it."""
 
 
-class Predictor(NamedTuple):
-    """What predicts classes from a model's outputs.
+class ClassJudge(Judge):
+    """ "accuracy": of classifiers, or of neighbours or linear probes that learn from clean images; one by model.
 
     Attributes:
-        output: the name of that which it takes. predict: rows of it [n,C] -> classes [n]. fitted: by scikit-learn.
+        fits: by scikit-learn, of the subject and of the teacher; None of a classifier.
+
+    Raises:
+        ConfigError: the gallery has no images, or of some classes none.
     """
 
-    output: str
-    predict: Callable[[Array], Array]
-    fitted: Any = None
+    def __init__(
+        self, queries: Labelled, metric: str, folder: str | Path | None, models: Sequence[Extractor], feed: Feed,
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
+        super().__init__(queries.files, models[0].size)
+        self._queries, self._gallery = queries, gallery_of(metric, folder, queries)
+        self.truth = f"classes, by {METRICS[metric]}"
+        fit = fit_neighbours if metric == "knn" else fit_probe
+        self.fits = [
+            None if self._gallery is None
+            else fit(_features(model, self._gallery, feed, progress), self._gallery.labels)
+            for model in models
+        ]  # fmt: skip
+
+    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
+        """See `Judge`."""
+        own, dense = (
+            Scores(accuracy=float(self._predicted(f"The {role}", fit, answer.outputs) == self._label(seen)))
+            for role, fit, answer in zip(COMPARED, self.fits, (seen.subject, seen.teacher), strict=True)
+        )
+        return own, dense
+
+    def said(self) -> dict[str, Any]:
+        """See `Judge`."""
+        gallery = self._gallery
+        learnt = None if gallery is None else f"{len(gallery)} of {gallery.name}"
+        return {"gallery": learnt, "classes": list(self._queries.classes)}
+
+    def _label(self, seen: JudgedImage) -> int:
+        return int(self._queries.labels[seen.number])
+
+    def _predicted(self, model: str, fit: Any, outputs: Outputs) -> int:
+        if fit is not None:
+            return int(fit.predict(_required(outputs, "features", model))[0])
+        logits, classes = _required(outputs, "logits", model)[0], self._queries.classes
+        if len(logits) != len(classes):
+            raise ConfigError(
+                f"The classifier knows {len(logits)} classes, the images have {len(classes)}.",
+                "Give one folder per class, in the order of the classifier's labels.",
+            )
+        return int(logits.argmax())
 
 
 def gallery_of(metric: str, folder: str | Path | None, queries: Labelled) -> Labelled | None:
@@ -65,32 +107,17 @@ def gallery_of(metric: str, folder: str | Path | None, queries: Labelled) -> Lab
     return gallery
 
 
-def predictor_of(
-    extractor: Extractor, metric: str, queries: Labelled, gallery: Labelled | None, reading: Feed,
-    progress: Progress | None,
-) -> Predictor:  # fmt: skip
-    """The classifier itself, or what learns from the features of a gallery."""
-    if gallery is None:
-        return Predictor("logits", lambda logits: _top_class(logits, queries.classes))
+def _features(model: Extractor, gallery: Labelled, feed: Feed, progress: Progress | None) -> Array:
+    """Of clean images [n,C]."""
     rows = list[Array]()
-    for batch in read_images(gallery.files, reading._replace(corruptions=()), extractor.together):
-        rows += [required_output(x, "features", str(extractor.about.path))[0] for x in extractor.each(batch.pixels)]
+    for _, pixels in read_images(gallery.files, feed._replace(corruptions=()), model.together):
+        rows += [_required(x, "features", str(model.about.path))[0] for x in model.each(pixels)]
         if progress:
             progress("gallery", len(rows), len(gallery))
-    fitted = (fit_neighbours if metric == "knn" else fit_probe)(np.stack(rows), gallery.labels)
-    return Predictor("features", fitted.predict, fitted)
+    return np.stack(rows)
 
 
-def _top_class(logits: Array, classes: tuple[str, ...]) -> Array:
-    if logits.shape[1] != len(classes):
-        raise ConfigError(
-            f"The classifier knows {logits.shape[1]} classes, the images have {len(classes)}.",
-            "Give one folder per class, in the order of the classifier's labels.",
-        )
-    return np.asarray(logits.argmax(1))
-
-
-def required_output(outputs: Outputs, name: str, model: str) -> Array:
+def _required(outputs: Outputs, name: str, model: str) -> Array:
     """One of a model's outputs.
 
     Raises:

@@ -3,52 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from sparsifiner_edge.bounds import MOST_WORKERS
 from sparsifiner_edge.config import Keep
 from sparsifiner_edge.corruptions import parse_corruptions
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.classes import METRICS, gallery_of, predictor_of, require_head, write_head
+from sparsifiner_edge.evaluate.classes import METRICS, ClassJudge, require_head, write_head
 from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_both, with_roles
-from sparsifiner_edge.evaluate.judges import (
-    COMPARED,
-    ClassJudge,
-    FeatureJudge,
-    Judge,
-    JudgedImage,
-    MapJudge,
-    OwnJudge,
-    Task,
-    answers,
-)
-from sparsifiner_edge.evaluate.reading import Feed, Labelled, labelled, preparation_of
-from sparsifiner_edge.evaluate.robustness import (
-    CLEAN,
-    RobustnessMethod,
-    RobustnessResult,
-    corrupted_scores,
-    robustness_statistics,
-)
-from sparsifiner_edge.evaluate.scores import (
-    Answered,
-    ClassMethod,
-    ClassResult,
-    ScoresMethod,
-    ScoresResult,
-    accuracies,
-    clean_scores,
-)
+from sparsifiner_edge.evaluate.judges import COMPARED, Judge, answers, judge_of
+from sparsifiner_edge.evaluate.reading import Feed, feed_of, labelled
+from sparsifiner_edge.evaluate.scores import clean_scores, corrupted_scores, score_statistics, stability
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images
-from sparsifiner_edge.judge import MAP_MEASURES, MAPS
+from sparsifiner_edge.judge import MAPS
+from sparsifiner_edge.outcomes import EvaluationMethod, RobustnessResult, ScoresResult
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.student import load_student
 
-COSINE = "cosine similarity per image, student or bundle against dense teacher"
 SEVERITY = 3
 
 
@@ -78,7 +51,7 @@ def evaluate_student(
     workers: int | None = None,
     normalise: Normalise = None,
     progress: Progress | None = None,
-) -> ScoresResult | ClassResult | RobustnessResult:
+) -> ScoresResult | RobustnessResult:
     """Compare a student or bundle with its dense teacher over images.
 
     Args:
@@ -95,7 +68,8 @@ def evaluate_student(
         head: for linear: student folder to write, the subject with the probe as its classifier.
         keep, token_keep, merge: for a student: other budgets than its own.
         backend, precision, provider, kernels: what runs bundles; see `open_session`. trust: see `load_student`.
-        task, map_name, masks: for the metric "task"; see `Task`.
+        task: for the metric "task": "maps" (None), or a user's metric: see `judge.OwnMetric`. map_name: of maps, the
+            output that is one; None: the only one there is. masks: a folder of true masks, named as the images.
         corruptions: judge by the same metric while images are corrupted: "all", or names of `corruptions.COMMON` with
             commas between. severity: of these, 1 to 5; None takes the middle one.
         workers: processes that read images; see `read_images`.
@@ -115,106 +89,66 @@ def evaluate_student(
         Path(subject), against, weights, keep, token_keep, merge, execution, trust,
         Normalisation.given(normalise), "logits" if metric == "top1" else None,
     )  # fmt: skip
-    chosen = Task(task or MAPS, map_name, Path(masks) if masks else None)
-    _require_sense(metric, chosen, gallery, head, corruptions, severity, workers)
+    _require_sense(metric, task, map_name, masks, gallery, head, corruptions, severity, workers)
     names = () if corruptions is None else parse_corruptions(corruptions)
     with contextlib.ExitStack() as stack:
         models = open_both(compared, stack)
-        preparation = preparation_of(models[0].timm_name if metric == "top1" else None, models[0].size)
-        reading = Feed(preparation, workers, names, SEVERITY if severity is None else severity)
-        compare = _Comparison(models, reading, metric, progress)
+        size, timm_name = models[0].size, models[0].timm_name if metric == "top1" else None
+        feed = feed_of(timm_name, size)._replace(
+            workers=workers, corruptions=names, severity=SEVERITY if severity is None else severity
+        )
         if metric not in METRICS:
             files = data if isinstance(data, list) else list_images(Path(data))
-            return compare.by_scores(files if queries is None else evenly(files, queries), chosen)
+            files = files if queries is None else evenly(files, queries)
+            named = (task or MAPS) if metric == "task" else None
+            return _result(
+                judge_of(named, files, size, map_name, masks, not names), models, feed, named or metric, progress
+            )
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
         asked = labelled(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(queries)
         if head is not None:
             require_head(compared.subject, Path(head), asked.classes)
-        result, fitted = compare.by_classes(asked, gallery)
+        judge = ClassJudge(asked, metric, gallery, models, feed, progress)
+        result = _result(judge, models, feed, metric, progress)
     if head is not None:
         student = load_student(compared.subject, None, keep, token_keep, merge, trust)
-        write_head(student, fitted, asked.classes, Path(head))
+        write_head(student, judge.fits[0], asked.classes, Path(head))
     return result
 
 
-class _Comparison(NamedTuple):
-    """Two models that are open, the subject first; and how they are compared."""
+def _result(
+    judge: Judge, models: tuple[Extractor, Extractor], feed: Feed, metric: str, progress: Progress | None
+) -> ScoresResult | RobustnessResult:
+    """Of images that are judged one by one."""
+    seen, roles = answers(judge, *models, feed, progress), with_roles(*models)
 
-    models: tuple[Extractor, Extractor]
-    reading: Feed
-    metric: str
-    progress: Progress | None
-
-    def by_scores(self, files: Sequence[Path], task: Task) -> ScoresResult | RobustnessResult:
-        """Cosines, or what a task is judged by."""
-        by_cosine, size = self.metric == "cosine", self.models[0].size
-        measures = ("iou",) if self.reading.corruptions else tuple(MAP_MEASURES)
-        judge: Judge = FeatureJudge(files, size)
-        if not by_cosine:
-            judge = MapJudge(task, files, size, measures) if task.name == MAPS else OwnJudge(task.name, files, size)
-        if self.reading.corruptions:
-            return self._under_corruptions(judge, task.name if self.metric == "task" else self.metric)
-        samples, statistics = clean_scores(judge, self._answers(judge), by_cosine)
-        method = ScoresMethod(
-            metric=COSINE if by_cosine else None, task=None if by_cosine else task.name, **self._method(judge),
-            **judge.said(),
+    def method() -> EvaluationMethod:
+        """Once all are judged."""
+        return EvaluationMethod(
+            metric=metric, truth=judge.truth, images=[path.name for path in judge.files],
+            preprocessing=feed.text + ", then corrupted" * bool(feed.corruptions),
+            runtime={role: model.runtime for role, model in zip(COMPARED, models, strict=True)},
+            corruptions=feed.corruptions, severity=feed.severity if feed.corruptions else None, **judge.said(),
         )  # fmt: skip
-        return ScoresResult("evaluation", with_roles(*self.models), method, samples, statistics)
 
-    def by_classes(self, asked: Labelled, folder: str | Path | None) -> tuple[ClassResult | RobustnessResult, Any]:
-        """Accuracies; and the subject's probe."""
-        gallery = gallery_of(self.metric, folder, asked)
-        learning = (asked, gallery, self.reading, self.progress)
-        predictors = [predictor_of(model, self.metric, *learning) for model in self.models]
-        judge = ClassJudge(asked, METRICS[self.metric], self.models[0].size, predictors)
-        if self.reading.corruptions:
-            return self._under_corruptions(judge, self.metric), None
-        right = corrupted_scores(judge, self._answers(judge))["accuracy"][CLEAN]
-        method = ClassMethod(
-            metric=METRICS[self.metric], queries=f"{len(asked)} of {asked.name}",
-            gallery=f"{len(gallery)} of {gallery.name}" if gallery else "none", classes=list(asked.classes),
-            classes_from="the classifier's labels" if asked.classes == self.models[0].labels else "folders, sorted",
-            preprocessing=self.reading.preparation.text, runtime=self._runtime(),
-        )  # fmt: skip
-        answered = Answered(**{f"{role}_right": [int(x == 1) for x in values] for role, values in right.items()})
-        statistics = accuracies(answered.subject_right, answered.teacher_right)
-        result = ClassResult("evaluation", with_roles(*self.models), method, answered, statistics)
-        return result, predictors[0].fitted
-
-    def _under_corruptions(self, judge: Judge, metric: str) -> RobustnessResult:
-        samples = corrupted_scores(judge, self._answers(judge))
-        method = RobustnessMethod(
-            metric=metric, truth=judge.truth, corruptions=list(self.reading.corruptions),
-            severities=[self.reading.severity], **self._method(judge),
-        )  # fmt: skip
-        return RobustnessResult("robustness", with_roles(*self.models), method, samples, robustness_statistics(samples))
-
-    def _answers(self, judge: Judge) -> Iterator[JudgedImage]:
-        return answers(judge, *self.models, self.reading, self.progress)
-
-    def _method(self, judge: Judge) -> dict[str, Any]:
-        """What every method says."""
-        corrupted = ", then corrupted" if self.reading.corruptions else ""
-        return {
-            "images": [path.name for path in judge.files], "runtime": self._runtime(),
-            "preprocessing": f"{self.reading.preparation.text}{corrupted}",
-        }  # fmt: skip
-
-    def _runtime(self) -> dict[str, Runtime]:
-        return {role: model.runtime for role, model in zip(COMPARED, self.models, strict=True)}
+    if feed.corruptions:
+        worse = corrupted_scores(judge, seen)
+        return RobustnessResult("robustness", roles, method(), worse, stability(worse))
+    samples = clean_scores(judge, seen)
+    return ScoresResult("evaluation", roles, method(), samples, score_statistics(samples))
 
 
 def _require_sense(
-    metric: str, task: Task, gallery: str | Path | None, head: str | Path | None, corruptions: str | None,
-    severity: int | None, workers: int | None,
+    metric: str, task: str | None, map_name: str | None, masks: str | Path | None, gallery: str | Path | None,
+    head: str | Path | None, corruptions: str | None, severity: int | None, workers: int | None,
 ) -> None:  # fmt: skip
     """Refuse arguments that have no meaning beside each other."""
     if metric not in ("cosine", "task", *METRICS):
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, task, {', '.join(METRICS)}.")
-    if task != Task() and metric != "task":
+    if metric != "task" and (task or map_name or masks):
         raise ConfigError("A task and masks require --metric task.", "Leave them out.")
-    if task.name != MAPS and (task.masks or task.output):
+    if task not in (None, MAPS) and (masks or map_name):
         raise ConfigError("Masks and the name of a map are for the task maps.", "Leave them out.")
     if gallery is not None and metric not in METRICS:
         raise ConfigError("Images to learn from require another metric.", f"Choose: {', '.join(METRICS)}.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,27 +16,18 @@ from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
 from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.faithfulness import (
-    AnswerOf,
-    answer_of,
-    elsewhere,
-    faithfulness,
-    groups_of,
-    importance_of,
-)
-from sparsifiner_edge.explained import (
+from sparsifiner_edge.evaluate.faithfulness import answer_of, elsewhere, faithfulness, groups_of, importance_of
+from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
+from sparsifiner_edge.outcomes import (
     MOVED,
     OURS,
     RANDOM,
     Explained,
     ExplainMethod,
     ExplainResult,
-    ExplainStatistics,
     ImageSummary,
-    LayerMaps,
     LayerSummary,
 )
-from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.sparse.attention import LandmarkAttention, SparseAttention
@@ -46,6 +37,8 @@ from sparsifiner_edge.sparse.student import Student, load_student
 from sparsifiner_edge.sparse.weights import normalise
 
 EXPLAINED = 4
+Layer: TypeAlias = tuple[Array, Array, LayerSummary]
+"""One of `Explained.merged`, of `Explained.read`, and what it is in figures."""
 
 
 def explain_student(
@@ -76,52 +69,47 @@ def explain_student(
         preprocessing=f"{centre_text(model.img_size)}, bicubic to {size_text(model.img_size)} px",
         images=[path.name for path in paths],
     )  # fmt: skip
-    samples = {f"{number} {image.path.name}": image.drops for number, image in enumerate(explained)}
+    named = {f"{number} {image.path.name}": image for number, image in enumerate(explained)}
+    samples = {name: image.drops for name, image in named.items()}
+    statistics = {name: image.summary for name, image in named.items()}
     subject = Subject(
         role="subject", kind="student", path=str(folder), name=model.name, sha256=sha256(folder / STUDENT_FILE)
     )
-    statistics = ExplainStatistics([image.summary for image in explained])
     return ExplainResult("explanation", [subject], method, samples, statistics), explained
 
 
-def explain_image(student: Student, path: Path, seed: int = 0, judge: bool = True) -> Explained:
-    """One image; seed: of what chance gives beside it; judge: whether it is true.
+def explain_image(student: Student, path: Path, seed: int = 0) -> Explained:
+    """One image; seed: of what chance gives beside it.
 
     Raises:
-        ConfigError: no layer of the student is sparse or merges; or it prunes tokens: nothing hangs on what is gone.
+        ConfigError: see `look`.
     """
-    image, answer = load_image(path, student.img_size), answer_of(student)
+    image, answer, random = load_image(path, student.img_size), answer_of(student), np.random.default_rng(seed)
     layers = look(student, image)
     importance = importance_of(answer, image, student.backbone.grid)
-    saco, drops = _judged(answer, image, importance, seed) if judge else ({}, {})
-    better = judge and saco[OURS] > max(0.0, saco[RANDOM], saco[MOVED])
-    summary = ImageSummary(image=path.name, layers=[layer for _, layer in layers], saco=saco, better=better)
-    return Explained(path, image, [maps for maps, _ in layers], importance, summary, drops)
-
-
-def _judged(
-    answer: AnswerOf, image: Pixels, importance: Array, seed: int
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """SaCo, and what the answer loses without each group of patches: of the explanation, and of chance."""
-    random = np.random.default_rng(seed)
     orders = {OURS: importance, RANDOM: random.random(importance.shape), MOVED: elsewhere(importance, random)}
     found = {name: faithfulness(answer, image, values) for name, values in orders.items()}
-    return {name: saco for name, (saco, _) in found.items()}, {name: drop.tolist() for name, (_, drop) in found.items()}
+    saco = {name: figure for name, (figure, _) in found.items()}
+    better = saco[OURS] > max(0.0, saco[RANDOM], saco[MOVED])
+    merged, read, summaries = map(list, zip(*layers, strict=True))
+    summary = ImageSummary(image=path.name, layers=summaries, saco=saco, better=better)
+    drops = {name: drop.tolist() for name, (_, drop) in found.items()}
+    return Explained(path, image, merged, read, importance, summary, drops)
 
 
 @torch.no_grad()
-def look(student: Student, image: Pixels) -> list[tuple[LayerMaps, LayerSummary]]:
+def look(student: Student, image: Pixels) -> list[Layer]:
     """What a student's layers read and merge of an image uint8 [H,W,3].
 
     Raises:
-        ConfigError: see `explain_image`.
+        ConfigError: no layer of the student is sparse or merges; or it prunes tokens: nothing hangs on what is gone.
     """
     layers = [layer for layer in student.backbone.layers if isinstance(layer, SparseLayer)]
     if not layers:
         raise ConfigError(f"{student.name} is dense: all tokens attend to all.", "Give a sparse student.")
     if student.sparsity.token_keep:
         raise ConfigError(f"{student.name} prunes tokens.", 'Explain it without: --token-keep "".')
-    seen: list[tuple[LayerMaps, LayerSummary]] = []
+    seen: list[Layer] = []
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.enter_context(_watched(layer, seen))
@@ -130,7 +118,7 @@ def look(student: Student, image: Pixels) -> list[tuple[LayerMaps, LayerSummary]
 
 
 @contextlib.contextmanager
-def _watched(layer: SparseLayer, seen: list[tuple[LayerMaps, LayerSummary]]) -> Iterator[None]:
+def _watched(layer: SparseLayer, seen: list[Layer]) -> Iterator[None]:
     entered: CarriedTokens | None = None
     read: torch.Tensor | None = None
 
@@ -156,7 +144,7 @@ def _watched(layer: SparseLayer, seen: list[tuple[LayerMaps, LayerSummary]]) -> 
             layer=len(seen), tokens=patches, merged=patches - layer.arrived(output).positions.shape[1],
             keys=sparse.layout.keys if isinstance(sparse, SparseAttention) else None,
         )  # fmt: skip
-        seen.append((LayerMaps(np.asarray(places[layer.curve.raster].numpy()), share), summary))
+        seen.append((np.asarray(places[layer.curve.raster].numpy()), share, summary))
 
     hooks = [
         layer.register_forward_pre_hook(enter), layer.own_attention.register_forward_hook(attend),

@@ -11,11 +11,11 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.corruptions import moved
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.evaluate.classes import Predictor, required_output
 from sparsifiner_edge.evaluate.extract import Extractor
-from sparsifiner_edge.evaluate.reading import Feed, Labelled, read_images
+from sparsifiner_edge.evaluate.reading import Feed, read_images
 from sparsifiner_edge.images import SUFFIXES, load_mask
 from sparsifiner_edge.judge import (
+    MAP_MEASURES,
     MAPS,
     THRESHOLD,
     Outputs,
@@ -79,12 +79,26 @@ class Judge:
         return {}
 
 
+def judge_of(
+    task: str | None, files: Sequence[Path], size: ImageSize, output: str | None, masks: str | Path | None, clean: bool
+) -> Judge:
+    """Of cosines, where there is no task; of maps; or by a user's metric.
+
+    Args:
+        output: of maps, the name of one; None: the only one there is. masks: folder of true masks, named as the images.
+        clean: whether images stay as they are.
+    """
+    if task is None:
+        return _FeatureJudge(files, size)
+    return _MapJudge(files, size, output, masks, clean) if task == MAPS else _OwnJudge(files, size, task)
+
+
 def answers(
-    judge: Judge, subject: Extractor, teacher: Extractor, reading: Feed, progress: Progress | None
+    judge: Judge, subject: Extractor, teacher: Extractor, feed: Feed, progress: Progress | None
 ) -> Iterator[JudgedImage]:
     """Image by image, clean and then under each corruption."""
-    conditions = (None, *((name, reading.severity) for name in reading.corruptions))
-    for numbers, pixels in read_images(judge.files, reading, max(subject.together, teacher.together)):
+    conditions = (None, *((name, feed.severity) for name in feed.corruptions))
+    for numbers, pixels in read_images(judge.files, feed, max(subject.together, teacher.together)):
         pairs = zip(subject.each(pixels), teacher.each(pixels), strict=True)
         for number in numbers:
             clean: Prediction | None = None
@@ -97,7 +111,7 @@ def answers(
                 progress("images", number + 1, len(judge.files))
 
 
-class FeatureJudge(Judge):
+class _FeatureJudge(Judge):
     """ "features": cosine to the dense model's of the clean image; "patches": to the dense model's of the same image,
     since some corruptions move patches.
     """
@@ -110,7 +124,7 @@ class FeatureJudge(Judge):
         Raises:
             ConfigError: the teacher is none of the subject.
         """
-        require_comparable(seen.subject.outputs, seen.teacher.outputs)
+        _require_comparable(seen.subject.outputs, seen.teacher.outputs)
         own, dense = (Scores(features=alike("features", x, seen.clean)) for x in (seen.subject, seen.teacher))
         if "tokens" in seen.subject.outputs and "tokens" in seen.teacher.outputs:
             own["patches"], dense["patches"] = alike("patches", seen.subject, seen.teacher), 1.0
@@ -121,7 +135,7 @@ class FeatureJudge(Judge):
         return {f"{name}_cosine": value for name, value in self.scores(seen)[0].items()}
 
 
-def require_comparable(got: Outputs, expected: Outputs) -> None:
+def _require_comparable(got: Outputs, expected: Outputs) -> None:
     """Refuse a teacher that is no teacher of the subject."""
     for role, outputs in zip(COMPARED, (got, expected), strict=True):
         if "features" not in outputs:
@@ -136,30 +150,19 @@ def require_comparable(got: Outputs, expected: Outputs) -> None:
         )
 
 
-class Task(NamedTuple):
-    """What is judged.
-
-    Attributes:
-        name: `MAPS`, or a user's metric: see `OwnMetric`.
-        output: of a map, its name; None: the only one there is. masks: folder of true masks, named as the images.
-    """
-
-    name: str = MAPS
-    output: str | None = None
-    masks: Path | None = None
-
-
-class MapJudge(Judge):
+class _MapJudge(Judge):
     """Dense maps, of one channel, against true masks; where there are none against the mask of the dense model's map of
     the clean image, moved as the image.
     """
 
     lower = frozenset({"error"})
 
-    def __init__(self, task: Task, files: Sequence[Path], size: ImageSize, measures: Sequence[str]) -> None:
+    def __init__(
+        self, files: Sequence[Path], size: ImageSize, output: str | None, masks: str | Path | None, clean: bool
+    ) -> None:
         super().__init__(files, size)
-        self._folder, self._output, self._measures = task.masks, task.output, measures
-        self._masks = [] if task.masks is None else masks_of(task.masks, files)
+        self._folder, self._output, self._measures = masks, output, tuple(MAP_MEASURES) if clean else ("iou",)
+        self._masks = [] if masks is None else _masks_of(Path(masks), files)
         self.truth = "true masks" if self._masks else "the dense model's map of the clean image"
 
     def clean(self, seen: JudgedImage) -> Scores:
@@ -198,7 +201,7 @@ class MapJudge(Judge):
         return matching(dense > THRESHOLD, height_width(self.size))
 
 
-def masks_of(folder: Path, images: Sequence[Path]) -> list[Path]:
+def _masks_of(folder: Path, images: Sequence[Path]) -> list[Path]:
     """Each image's mask: the image file of its name, whatever the ending."""
     if not folder.is_dir():
         raise ImageError(f"{folder} does not exist.", "Give a folder of masks.")
@@ -209,10 +212,10 @@ def masks_of(folder: Path, images: Sequence[Path]) -> list[Path]:
     return [found[path.stem] for path in images]
 
 
-class OwnJudge(Judge):
+class _OwnJudge(Judge):
     """ "score" of a user's metric: one for each model and condition, so that each sees all images once."""
 
-    def __init__(self, task: str, files: Sequence[Path], size: ImageSize) -> None:
+    def __init__(self, files: Sequence[Path], size: ImageSize, task: str) -> None:
         super().__init__(files, size)
         self.truth = task
         self._metrics = collections.defaultdict[Any, OwnMetric](lambda: OwnMetric(task))
@@ -234,20 +237,3 @@ class OwnJudge(Judge):
         if missing:
             raise ConfigError(f"The metric's result for the {missing[0]} is None.", "Let result return a number.")
         return {"higher_is_better": self._higher, "results": results}
-
-
-class ClassJudge(Judge):
-    """ "accuracy": of classifiers, or of neighbours or linear probes that learnt from clean images; one by model."""
-
-    def __init__(self, queries: Labelled, metric: str, size: ImageSize, predictors: Sequence[Predictor]) -> None:
-        super().__init__(queries.files, size)
-        self._labels, self._predictors, self.truth = queries.labels, predictors, f"classes, by {metric}"
-
-    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
-        """See `Judge`."""
-        own, dense = (
-            Scores(accuracy=float(predictor.predict(rows)[0] == self._labels[seen.number]))
-            for role, predictor, answer in zip(COMPARED, self._predictors, (seen.subject, seen.teacher), strict=True)
-            for rows in (required_output(answer.outputs, predictor.output, f"The {role}"),)
-        )
-        return own, dense

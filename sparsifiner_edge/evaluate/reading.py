@@ -74,17 +74,23 @@ def labelled(folder: Path, classes: tuple[str, ...] | None = None, classifier: t
     return Labelled(tuple(files), labels, names, str(folder))
 
 
-class Preparation(NamedTuple):
-    """From an image file to a model's pixels.
+class Feed(NamedTuple):
+    """How images reach models.
 
     Attributes:
-        size: of the pixels. text: for results. transform: timm's resizing and cropping alone, of a Pillow image, to
-            uint8 [3,height,width]: models normalise by themselves; None: the centre, see `load_image`.
+        size: of the pixels. text: how files become such, for results. transform: timm's resizing and cropping alone, of
+            a Pillow image, to uint8 [3,height,width]: models normalise by themselves; None: the centre, see
+            `load_image`.
+        workers: processes that read ahead; None: one for each core, as far as there are batches for them; 0: this one.
+        corruptions, severity: of each image also these; what is drawn follows from its number.
     """
 
     size: ImageSize
     text: str
     transform: Any = None
+    workers: int | None = None
+    corruptions: tuple[str, ...] = ()
+    severity: int = 3
 
     def load(self, path: Path) -> Pixels:
         """uint8 RGB [height, width, 3]; decoded in full, as timm does it, unless the centre is taken.
@@ -101,37 +107,16 @@ class Preparation(NamedTuple):
         return np.ascontiguousarray(np.asarray(self.transform(image)).transpose(1, 2, 0))
 
 
-def preparation_of(model: str | None, size: ImageSize) -> Preparation:
+def feed_of(model: str | None, size: ImageSize) -> Feed:
     """As timm's configuration of a model says; of None, or where timm has none, the centre square or rectangle."""
     known = get_pretrained_cfg(model) if model is not None and timm.is_model(model) else None
     if known is None:
-        return Preparation(size, f"{centre_text(size)}, bicubic to {size_text(size)} px")
+        return Feed(size, f"{centre_text(size)}, bicubic to {size_text(size)} px")
     config = resolve_data_config(pretrained_cfg=known.to_dict())
     crop = {name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")}
     said = ", ".join(f"{name} {value}" for name, value in crop.items())
     transform = create_transform(height_width(size), mean=config["mean"], use_prefetcher=True, **crop)
-    return Preparation(size, f"as timm validates {model}: {said}, to {size_text(size)} px", transform)
-
-
-class ImageBatch(NamedTuple):
-    """Images by number, and their pixels uint8 [B*K,H,W,3]: each clean, then under each corruption."""
-
-    numbers: list[int]
-    pixels: Array
-
-
-class Feed(NamedTuple):
-    """How images reach models.
-
-    Attributes:
-        workers: processes that read ahead; None: one for each core, as far as there are batches for them; 0: this one.
-        corruptions, severity: of each image also these; what is drawn follows from its number.
-    """
-
-    preparation: Preparation
-    workers: int | None = None
-    corruptions: tuple[str, ...] = ()
-    severity: int = 3
+    return Feed(size, f"as timm validates {model}: {said}, to {size_text(size)} px", transform)
 
 
 _Prepared: TypeAlias = "tuple[int, Tensor] | SparsifinerError"
@@ -142,41 +127,42 @@ class _Files(Dataset[_Prepared]):
     instead.
     """
 
-    def __init__(self, files: Sequence[Path], reading: Feed) -> None:
-        self.files, self.reading = files, reading
+    def __init__(self, files: Sequence[Path], feed: Feed) -> None:
+        self.files, self.feed = files, feed
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, number: int) -> _Prepared:
         try:
-            image = self.reading.preparation.load(self.files[number])
-            worse = [corrupt(image, name, self.reading.severity, seed=number) for name in self.reading.corruptions]
+            image = self.feed.load(self.files[number])
+            worse = [corrupt(image, name, self.feed.severity, seed=number) for name in self.feed.corruptions]
             return number, torch.from_numpy(np.stack([image, *worse]))
         except SparsifinerError as error:
             return error
 
 
-def read_images(files: Sequence[Path], reading: Feed, batch: int) -> Iterator[ImageBatch]:
-    """Images in order, some `batch` of them at a time, corrupted ones included.
+def read_images(files: Sequence[Path], feed: Feed, batch: int) -> Iterator[tuple[list[int], Array]]:
+    """Images by number, in order, and their pixels uint8 [B*K,H,W,3]: each clean, then under each corruption; some
+    `batch` of them at a time, corrupted ones included.
 
     Raises:
         ImageError: by the iterator: one cannot be read.
         ConfigError: by the iterator: a worker failed, as where shared memory is short.
     """
-    images, workers = max(1, batch // (1 + len(reading.corruptions))), reading.workers
+    images, workers = max(1, batch // (1 + len(feed.corruptions))), feed.workers
     batches = -(-len(files) // images)
     if workers is None:
         workers = 0 if batches == 1 else min(available_cores(), batches, MOST_WORKERS)
     loader = DataLoader(
-        _Files(files, reading), batch_size=images, num_workers=workers, collate_fn=_collated,
+        _Files(files, feed), batch_size=images, num_workers=workers, collate_fn=_collated,
         worker_init_fn=_ignore_sigint,
     )  # fmt: skip
     try:
         for read in loader:
             if isinstance(read, SparsifinerError):
                 raise read
-            yield ImageBatch(read[0], read[1].numpy())
+            yield read[0], read[1].numpy()
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

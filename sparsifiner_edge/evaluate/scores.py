@@ -1,110 +1,69 @@
-"""What clean images say: cosines of features, dense maps, a user's own metric, and accuracies, beside the teacher."""
+"""What images say: scores of clean ones, and dense beside sparse while images get worse.
+
+Under corruptions every score is higher where a model does better. A model's loss under a corruption is its score on
+clean images less that on the same images corrupted; the *extra loss* is the subject's loss less the dense teacher's,
+image by image, so that what sparsity costs on clean images is not counted again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.evaluate.judges import Judge, JudgedImage
-from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.results import Declared, Estimate
-from sparsifiner_edge.runtime.session import Runtime
+from sparsifiner_edge.evaluate.judges import COMPARED, Judge, JudgedImage
+from sparsifiner_edge.outcomes import ALL, CLEAN, ImageScores, Score, Stability
+from sparsifiner_edge.profiles.stats import small_sample_mean
 
 
-class ScoreFigure(msgspec.Struct, frozen=True):
-    """Over images of which it says something: the mean with Student's t interval; of cosines also the least."""
-
-    mean: Estimate
-    images: int
-    least: float | None = None
-
-
-class ScoresMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was compared or, of a task, judged; runtime by role. results: of a user's metric, by role."""
-
-    metric: str | None = None
-    task: str | None = None
-    output: str | None = None
-    masks: str | None = None
-    higher_is_better: bool | None = None
-    results: dict[str, float] | None = None
-    images: list[str]
-    preprocessing: str
-    runtime: dict[str, Runtime]
-
-
-class ScoresResult(Declared, frozen=True):
-    """Of kind "evaluation"; samples: one value per image, by name, null where it says nothing of an image.
-
-    "features_cosine" is of the class or pooled feature, "patches_cosine" the mean over patch tokens, of those that are
-    left where some are pruned. Of a task "error", "iou" and "auroc" hold the subject's map against the teacher's. With
-    masks, or a user's metric, "subject_x" and "teacher_x" hold each against what is true, and "lost_x" is by how much
-    the subject does worse.
-    """
-
-    method: ScoresMethod
-    samples: dict[str, list[float | None]]
-    statistics: dict[str, ScoreFigure]
-
-
-class Accuracies(msgspec.Struct, frozen=True, kw_only=True):
-    """In percent, and the mean difference of the pairs with Student's t interval."""
-
-    subject_percent: float
-    teacher_percent: float
-    difference_points: Estimate
-    queries: int
-
-
-class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """Of each query, whether the predicted class was right: 1 or 0."""
-
-    subject_right: list[int]
-    teacher_right: list[int]
-
-
-class ClassMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was compared; runtime by role."""
-
-    metric: str
-    queries: str
-    gallery: str
-    classes: list[str]
-    classes_from: str
-    preprocessing: str
-    runtime: dict[str, Runtime]
-
-
-class ClassResult(Declared, frozen=True):
-    """Of kind "evaluation"."""
-
-    method: ClassMethod
-    samples: Answered
-    statistics: Accuracies
-
-
-def clean_scores(
-    judge: Judge, seen: Iterable[JudgedImage], least: bool
-) -> tuple[dict[str, list[float | None]], dict[str, ScoreFigure]]:
-    """Samples and statistics of a `ScoresResult`; least: also the least of each score."""
+def clean_scores(judge: Judge, seen: Iterable[JudgedImage]) -> dict[str, list[float | None]]:
+    """Samples of a `ScoresResult`."""
     samples: dict[str, list[float | None]] = {}
     for image in seen:
         for name, value in judge.clean(image).items():
             samples.setdefault(name, []).append(value)
+    return samples
+
+
+def score_statistics(samples: Mapping[str, Sequence[float | None]]) -> dict[str, Score]:
+    """Of a `ScoresResult`."""
     known = {name: [x for x in values if x is not None] for name, values in samples.items()}
-    return samples, {
-        name: ScoreFigure(stats.small_sample_mean(x), len(x), min(x) if least else None)
-        for name, x in known.items() if x
-    }  # fmt: skip
+    return {name: Score(small_sample_mean(x), min(x), len(x)) for name, x in known.items() if x}
 
 
-def accuracies(subject: Sequence[int] | Array, teacher: Sequence[int] | Array) -> Accuracies:
-    """Of answers to the same queries, each right or not."""
-    right = 100 * np.array([subject, teacher], float)
-    return Accuracies(
-        subject_percent=float(right[0].mean()), teacher_percent=float(right[1].mean()),
-        difference_points=stats.small_sample_mean(right[0] - right[1]), queries=right.shape[1],
-    )  # fmt: skip
+def corrupted_scores(judge: Judge, seen: Iterable[JudgedImage]) -> ImageScores:
+    """Samples of a `RobustnessResult`."""
+    samples: ImageScores = {}
+    for image in seen:
+        label = CLEAN if image.condition is None else image.condition[0]
+        for role, scores in zip(COMPARED, judge.scores(image), strict=True):
+            for name, value in scores.items():
+                signed = value if value is None or name not in judge.lower else -value
+                samples.setdefault(name, {}).setdefault(label, {}).setdefault(role, []).append(signed)
+    return samples
+
+
+def stability(samples: ImageScores) -> dict[str, dict[str, Stability]]:
+    """Statistics of a `RobustnessResult`."""
+    found = {}
+    for score, by_corruption in samples.items():
+        # An image of which a score says nothing under one corruption is left out of all: sums would not be of the same.
+        values = {label: np.array([x[role] for role in COMPARED], float) for label, x in by_corruption.items()}
+        known = np.all([np.isfinite(x).all(0) for x in values.values()], 0)
+        if known.any():
+            values = {label: x[:, known] for label, x in values.items()}
+            clean, worse = values[CLEAN], [x for label, x in values.items() if label != CLEAN]
+            values[ALL] = np.mean(worse, 0)
+            found[score] = {label: _stability(clean, x) for label, x in values.items()}
+    return found
+
+
+def _stability(clean: Array, corrupted: Array) -> Stability:
+    """Of scores [role, image]."""
+    lost = clean - corrupted
+    subject, teacher = corrupted.mean(1).tolist()
+    own, dense, extra = (small_sample_mean(x) for x in (lost[0], lost[1], lost[0] - lost[1]))
+    return Stability(
+        subject=subject, teacher=teacher, subject_lost=own, teacher_lost=dense, extra_lost=extra, images=lost.shape[1]
+    )

@@ -35,7 +35,6 @@ from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Buffer, Launch, P
 from sparsifiner_edge.ops.triton.plan_layer import make_a_layer, plan_layer
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from sparsifiner_edge.profiles.boards.board import Board
-from sparsifiner_edge.profiles.roofline import crossing, times_faster
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
 
@@ -92,29 +91,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         board=board.name, compute_capability=table.compute_capability, table=table_file(board.sm), model=variant,
         launches=len(table.launches), nodes=len(table.nodes), refused=refused, triton=table.triton,
         ptx_version=table.ptx_version, cuda=cuda or "any that takes this PTX version",
-        warnings=_slower_than_dense(nodes, _tensor_types(model), board),
     )  # fmt: skip
-
-
-def _slower_than_dense(nodes: Sequence[Any], types: Types, board: Board) -> tuple[str, ...]:
-    """What a roofline says of attention that would be faster dense; see `profiles.roofline`."""
-    slow: list[tuple[float, int, float, int]] = []
-    chosen = [node for node in nodes if node.op_type == "KeySelect"]
-    for node in chosen:
-        (batch, tokens, _), a = types[node.input[0]][1], _attributes(node)
-        keep, lanes = a["keys"] / (tokens - a["num_prefix"]), batch * a["num_heads"]
-        faster = times_faster(board, tokens, keep, lanes)
-        if faster is not None and faster < 1:
-            slow.append((faster, tokens, keep, lanes))
-    if not slow:
-        return ()
-    least, tokens, keep, lanes = min(slow)
-    pays = crossing(board, keep, lanes)
-    return (
-        f"By a roofline, not measured, dense attention is faster on {board.name} in {len(slow)} of {len(chosen)} "
-        f"layers: these kernels are {least:.2f} times as fast at {tokens} tokens, and faster "
-        f"{f'from some {pays} on' if pays else 'at no size that was looked at'}. `build` there measures both.",
-    )
 
 
 def _toolkit(board: Board) -> tuple[str | None, int]:

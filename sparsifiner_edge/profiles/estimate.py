@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -28,8 +28,10 @@ from sparsifiner_edge.profiles.roofline import (
     Workload,
 )
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.results import Declared
+from sparsifiner_edge.results import Estimate, Result
 
+CONFIDENCE = 0.9
+"""Of bounds: what the fit was widened to."""
 UNFITTED = 1.5
 """Widens the bounds for a GPU precision that no measurement was fitted for."""
 FITTED = ("fp16", "int8")
@@ -51,15 +53,6 @@ _LEFT_OUT = ("sources", "power_modes", "jetpack")
 """Of a board, in a result."""
 
 
-class Bounded(msgspec.Struct, frozen=True, kw_only=True):
-    """A value and its bounds, in the unit of the field that holds it, and how it was found."""
-
-    value: float
-    low: float
-    high: float
-    method: str
-
-
 class EstimateStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """What a bundle would cost; energy_j: of one query.
 
@@ -67,9 +60,9 @@ class EstimateStatistics(msgspec.Struct, frozen=True, kw_only=True):
         fits_memory: "yes" by the upper bound, "no" by the lower one, else "perhaps".
     """
 
-    latency_ms: Bounded
-    memory_bytes: Bounded
-    energy_j: Bounded
+    latency_ms: Estimate
+    memory_bytes: Estimate
+    energy_j: Estimate
     fits_memory: str
 
 
@@ -88,12 +81,16 @@ class EstimateMethod(msgspec.Struct, frozen=True, kw_only=True):
     calibration: RooflineFit
 
 
-class EstimateResult(Declared, frozen=True):
+class EstimateResult(Result, frozen=True):
     """Of kind "estimate"; it has no samples."""
 
     method: EstimateMethod
     samples: dict[str, Any]
     statistics: EstimateStatistics
+
+
+_Bounds: TypeAlias = tuple[float, float, float]
+"""Least, likely and most."""
 
 
 class _Plan(NamedTuple):
@@ -185,18 +182,26 @@ def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
 
 
 def _statistics(plan: _Plan) -> EstimateStatistics:
-    spent = roofline.costs(plan.work, plan.board, plan.precision, plan.fit)
-    latency, memory, room = _latency(plan, spent), _memory(plan), plan.board.memory_gb * 1e9
+    spent, room = roofline.costs(plan.work, plan.board, plan.precision, plan.fit), plan.board.memory_gb * 1e9
+    latency, spread = _latency(plan, spent)
+    memory = memory_bytes(plan.board.kind, plan.model_bytes, *peak_activations(plan.work, SIZES[plan.precision]))
+    low, _, high = memory
+    how = "runtime, weights as often as they are held, tensors of some layers, and scores kept in memory"
     return EstimateStatistics(
-        latency_ms=latency,
-        memory_bytes=memory,
+        latency_ms=_estimate(latency, 1e3, f"roofline; factor {spread:.3g} either way"),
+        memory_bytes=_estimate(memory, 1.0, how),
         energy_j=_energy(plan, spent, latency),
-        fits_memory="yes" if memory.high <= room else "no" if memory.low > room else "perhaps",
+        fits_memory="yes" if high <= room else "no" if low > room else "perhaps",
     )
 
 
-def _latency(plan: _Plan, spent: Sequence[Cost]) -> Bounded:
-    """Bounds by the fit's spread; wider for what no measurement was fitted for, on a GPU what is sparse or merges."""
+def _estimate(bounds: _Bounds, factor: float, how: str) -> Estimate:
+    low, value, high = (factor * bound for bound in bounds)
+    return Estimate(value, low, high, CONFIDENCE, how)
+
+
+def _latency(plan: _Plan, spent: Sequence[Cost]) -> tuple[_Bounds, float]:
+    """Seconds, and the spread: the fit's; wider for what none was fitted for, on a GPU what is sparse or merges."""
     work, gpu = plan.work, plan.board.kind == "gpu"
     spread = plan.fit.spread * (UNFITTED if gpu and plan.precision not in FITTED else 1.0)
     sparse_layers = plan_of(work.sparsity, work.shape.depth, work.shape.patches).sparse_layers
@@ -206,18 +211,10 @@ def _latency(plan: _Plan, spent: Sequence[Cost]) -> Bounded:
         judged = gpu and (sparse or (work.sparsity.merge and cost.operator.kind == "pruning"))
         few, many = UNMEASURED[work.kernels] if judged else (1.0, 1.0)
         least, most = least + cost.seconds * few / spread, most + cost.seconds * many * spread
-    value, method = roofline.seconds(spent), f"roofline; factor {spread:.3g} either way"
-    return Bounded(value=value * 1e3, low=least * 1e3, high=most * 1e3, method=method)
+    return (least, roofline.seconds(spent), most), spread
 
 
-def _memory(plan: _Plan) -> Bounded:
-    layer, scores = peak_activations(plan.work, SIZES[plan.precision])
-    low, value, high = map(round, memory_bytes(plan.board.kind, plan.model_bytes, layer, scores))
-    method = "runtime, weights as often as they are held, tensors of some layers, and scores kept in memory"
-    return Bounded(value=value, low=low, high=high, method=method)
-
-
-def memory_bytes(kind: str, weights: float, layer: float, scores: float) -> tuple[float, float, float]:
+def memory_bytes(kind: str, weights: float, layer: float, scores: float) -> _Bounds:
     """Least, likely and most memory of a process on a board of `kind` with this many bytes of each."""
     low, value, high = (
         runtime + a * weights + b * layer + c * scores
@@ -249,12 +246,12 @@ def _body_bytes(shape: ModelShape, sparsity: SparsityConfig, size: int) -> float
     return 2.0 * size * layout.tiles * read * shape.width + 4.0 * shape.heads * shape.patches * (read + layout.cells)
 
 
-def _energy(plan: _Plan, spent: Sequence[Cost], latency: Bounded) -> Bounded:
+def _energy(plan: _Plan, spent: Sequence[Cost], latency: _Bounds) -> Estimate:
     """(idle + utilisation x (cap - idle)) x time; the cap is the power mode's, else the most that the board takes."""
     board = plan.board
-    busy = 1 - sum(c.launch_s for c in spent) / roofline.seconds(spent) if board.kind == "gpu" else 1.0
+    busy = 1 - sum(c.launch_s for c in spent) / latency[1] if board.kind == "gpu" else 1.0
     low_w, idle_w = (board.idle_w,) * 2 if board.idle_w else (share * board.tdp_w for share in IDLE_SHARE)
     power = idle_w + busy * (board.tdp_w - idle_w)
-    method = f"{power:.3g} W: {idle_w:.3g} at rest, up to {board.tdp_w:.3g}, by the share of time that it computes"
-    value, low, high = power * latency.value, low_w * latency.low, board.tdp_w * latency.high
-    return Bounded(value=value / 1e3, low=low / 1e3, high=high / 1e3, method=method)
+    how = f"{power:.3g} W: {idle_w:.3g} at rest, up to {board.tdp_w:.3g}, by the share of time that it computes"
+    least, likely, most = latency
+    return _estimate((low_w * least, power * likely, board.tdp_w * most), 1.0, how)

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from sparsifiner_edge.profiles.flags import Flag
 from sparsifiner_edge.profiles.measure.layers import Row
-from sparsifiner_edge.profiles.measure.memory import Bytes, Memory
+from sparsifiner_edge.profiles.measure.memory import Bytes
 from sparsifiner_edge.profiles.measure.side import Rules, WarmUp
-from sparsifiner_edge.profiles.sensors import Energy
 from sparsifiner_edge.profiles.sensors.conditions import Seen
-from sparsifiner_edge.profiles.sensors.power import SensorDescription
-from sparsifiner_edge.profiles.stats import Summary
+from sparsifiner_edge.profiles.sensors.energy import Energy
+from sparsifiner_edge.profiles.stats import Latency
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.results import Declared, Estimate
+from sparsifiner_edge.results import Estimate, Result
 from sparsifiner_edge.runtime.session import Runtime
 
 
-class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """The process's after all queries, and what its first inference left taken of the device's, with its source."""
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """One bundle's.
 
-    steady: Memory
+    Attributes:
+        rss_before_load_bytes, peak_rss_bytes: of its process; the peak after all queries. device_bytes: that its first
+            inference left taken of the device's memory, as `device_source` tells.
+        other_cores: that other programs kept busy meanwhile. layers: where asked for.
+    """
+
+    latency_ms: Latency
+    throughput_per_s: Estimate
+    queries: int
+    load_ms: float
+    first_inference_ms: float
+    rss_before_load_bytes: Bytes
+    peak_rss_bytes: Bytes
     device_bytes: Bytes
     device_source: str
-
-
-class Figures(Summary, frozen=True, kw_only=True):
-    """One bundle's. other_cores: that other programs kept busy meanwhile. layers: where asked for."""
-
-    load_ms: float
-    rss_before_load_bytes: Bytes
-    first_inference_ms: float
-    queries: int
-    memory: MeasuredMemory
     energy: Known[Energy]
     other_cores: float | Unavailable
     flags: list[Flag]
     layers: list[Row] | Unavailable | None = None
-    layers_total_ms: float | Unavailable | None = None
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,24 +68,11 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
         return [self.subject] if self.against is None else [self.subject, self.against]
 
 
-class SideSamples(msgspec.Struct, frozen=True):
-    """Every query's latency, in blocks of `block_queries`."""
-
-    latency_ms: list[float]
-
-
-class Samples(msgspec.Struct, frozen=True, kw_only=True):
-    """By role; and the power sensor's readings, columns of a table by name, where there are any."""
-
-    subject: SideSamples
-    against: SideSamples | None = None
-    power: dict[str, list[float]] | None = None
-
-
 class Method(msgspec.Struct, frozen=True, kw_only=True):
     """How it was measured; by role where sides may differ. input_shapes: of uniform random inputs, made once.
 
-    first_in_round: of two sides. cut_short: why it ended before the rules were met.
+    sensor: its name, what its total is made of, its times, why others are `not_used`, `readings`, and seconds of each
+    idle baseline. cut_short: why it ended before the rules were met.
     """
 
     scenario: str = "single stream: one query at a time, from Session.infer's call to its return"
@@ -93,16 +82,17 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     runtime: dict[str, Runtime]
     warm_up: dict[str, WarmUp]
     block_queries: dict[str, int]
-    sensor: SensorDescription
+    sensor: dict[str, Any]
     conditions: dict[str, Seen]
     problems: list[str]
-    first_in_round: list[str] | None = None
     cut_short: str | None = None
 
 
-class ProfileResult(Declared, frozen=True):
-    """Of kind "profile" or "comparison"."""
+class ProfileResult(Result, frozen=True):
+    """Of kind "profile" or "comparison"; samples by role: `latency_ms` of every query, in blocks of `block_queries`;
+    and "power", the sensor's readings by column, where there are any.
+    """
 
     method: Method
-    samples: Samples
+    samples: dict[str, dict[str, list[float]]]
     statistics: Statistics

@@ -120,9 +120,10 @@ def condition_flags(conditions: Seen, on: str) -> list[Flag]:
         found.append(Flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
     clocks = {"cpu_mhz": "the processor's clock"} | ({"gpu_mhz": "the GPU's clock"} if on == "gpu" else {})
     for key, name in clocks.items():
-        clock = conditions.during.get(key)
-        if clock and clock.lowest > 0 and clock.highest / clock.lowest - 1 > THRESHOLDS["clock"]:
-            what = f"{name} went from {clock.lowest:.0f} to {clock.highest:.0f} MHz while queries ran"
+        clock = conditions.during.get(key, [0.0])
+        lowest, highest = min(clock), max(clock)
+        if lowest > 0 and highest / lowest - 1 > THRESHOLDS["clock"]:
+            what = f"{name} went from {lowest:.0f} to {highest:.0f} MHz while queries ran"
             do = "Fix the clocks (jetson_clocks, nvidia-smi -lgc, the performance governor), and measure again."
             found.append(Flag("clock-drift", what, do))
     return found

@@ -6,40 +6,28 @@ import contextlib
 from pathlib import Path
 
 import numpy as np
-from msgspec import to_builtins
 from msgspec.structs import replace
 
-from sparsifiner_edge.bundle.store import Bundle, open_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.profiles.figures import (
-    Comparison,
-    Figures,
-    Method,
-    ProfileResult,
-    Samples,
-    SideSamples,
-    Statistics,
-)
-from sparsifiner_edge.profiles.measure.layers import LayerTimes
-from sparsifiner_edge.profiles.measure.observe import Observation, observe, side_figures
+from sparsifiner_edge.profiles.figures import Comparison, ProfileResult, Statistics
+from sparsifiner_edge.profiles.measure.layers import Row
+from sparsifiner_edge.profiles.measure.observe import observe
 from sparsifiner_edge.profiles.measure.side import (
     LOAD_TIMEOUT_S,
     MeasuredSide,
-    OnStage,
-    Rules,
+    load_request,
     make_rules,
     open_side,
     stage_progress,
     start_worker,
 )
-from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import check_choices
-from sparsifiner_edge.runtime.session import Runtime
 
 
 def profile_bundle(
@@ -82,79 +70,36 @@ def profile_bundle(
     execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels, threads=threads)
     check_choices(execution)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
-    bundles = {role: open_bundle(path) for role, path in folders.items()}
-    on_stage = stage_progress(progress, len(bundles) * (rules.seconds + 1.0))
+    subjects = [open_bundle(path).subject(role) for role, path in folders.items()]
+    on_stage = stage_progress(progress, len(subjects) * (rules.seconds + 1.0))
     with contextlib.ExitStack() as stack:
-        sides = []
-        for role, path in folders.items():
-            on_stage(f"loading {path.name}")
-            request = Load(bundle=str(path.resolve()), execution=execution)
-            sides.append(stack.enter_context(open_side(role, request)))
-        seen = observe(sides, rules, on_stage, power)
-        described = {side.role: _described(side) for side in sides}
-    return _result(bundles, sides, rules, seen, described, on_stage if layers else None)
-
-
-def _result(
-    bundles: dict[str, Bundle],
-    sides: list[MeasuredSide],
-    rules: Rules,
-    seen: Observation,
-    described: dict[str, Runtime],
-    on_layers: OnStage | None,
-) -> ProfileResult:
-    """The result of what was measured; where `on_layers` is given, layers are timed first."""
-    subjects = [bundle.subject(role) for role, bundle in bundles.items()]
-    figures = {side.role: side_figures(side, seen, described[side.role].kernels) for side in sides}
+        sides = [
+            stack.enter_context(open_side(role, path, execution, on_stage)) for role, path in folders.items()
+        ]  # fmt: skip
+        figures, method, readings = observe(sides, rules, on_stage, power)
+    for side in sides if layers else ():
+        on_stage(f"timing the layers of {side.role}")
+        figures[side.role] = replace(figures[side.role], layers=_layers(side))
     compared = _compare(sides[0], sides[1], _two_names(subjects)) if len(sides) == 2 else None
-    if on_layers is not None:
-        for side in sides:
-            on_layers(f"timing the layers of {side.role}")
-            figures[side.role] = _with_layers(figures[side.role], side)
-    samples = {side.role: SideSamples(side.latency_ms) for side in sides}
+    samples = {side.role: {"latency_ms": side.latency_ms} for side in sides}
     return ProfileResult(
         "profile" if compared is None else "comparison",
         subjects,
-        _method(sides, rules, seen, described),
-        Samples(**samples, power=seen.recording.samples() or None),
+        method,
+        samples | ({"power": readings} if readings else {}),
         Statistics(**figures, comparison=compared),
     )
 
 
-def _described(side: MeasuredSide) -> Runtime:
-    """What ran. Reading the model once more may fail where memory is short; the figures stand all the same."""
-    try:
-        return side.worker.ask("describe", LOAD_TIMEOUT_S, Runtime)
-    except SparsifinerError as error:
-        why = Unavailable(error.what)
-        return Runtime(backend=why, version=why, provider=why, device=why, precision=why, kernels=why, threads=why)
-
-
-def _with_layers(figures: Figures, side: MeasuredSide) -> Figures:
+def _layers(side: MeasuredSide) -> list[Row] | Unavailable:
     """Times per layer, from a process of its own; a profiler that fails costs nothing else."""
     p50 = stats.percentile(side.latency_ms, 0.5)
     try:
         with start_worker() as worker:
-            found = worker.ask("layers", LOAD_TIMEOUT_S, LayerTimes, **to_builtins(side.request), query_ms=p50)
+            request = load_request(side.bundle, side.execution)
+            return worker.ask("layers", LOAD_TIMEOUT_S, list[Row], **request, query_ms=p50)
     except SparsifinerError as error:
-        why = Unavailable(error.what)
-        return replace(figures, layers=why, layers_total_ms=why)
-    return replace(figures, layers=found.layers, layers_total_ms=found.layers_total_ms)
-
-
-def _method(sides: list[MeasuredSide], rules: Rules, seen: Observation, described: dict[str, Runtime]) -> Method:
-    return Method(
-        rules=rules,
-        input_shapes=sides[0].loaded.input_shapes,
-        runtime=described,
-        warm_up={side.role: side.warm_up for side in sides},
-        block_queries={side.role: len(side.blocks[0]) for side in sides},
-        sensor=seen.recording.described(),
-        conditions={side.role: seen.recording.conditions(side.windows) for side in sides},
-        problems=seen.recording.told(),
-        first_in_round=seen.order if len(sides) == 2 else None,
-        cut_short=seen.cut_short or None,
-    )
+        return Unavailable(error.what)
 
 
 def _compare(subject: MeasuredSide, against: MeasuredSide, names: list[str]) -> Comparison:

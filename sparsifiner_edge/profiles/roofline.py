@@ -237,32 +237,3 @@ def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> lis
 def seconds(spent: Sequence[Cost]) -> float:
     """Their sum."""
     return sum(c.seconds for c in spent)
-
-
-_KERNELS = SparsityConfig(tile=64, probe=16)
-"""As `export --board` takes it where its gate lets it."""
-
-
-def times_faster(board: Board, tokens: int, keep: float, lanes: int) -> float | None:
-    """How often a layer's sparse attention, its choice of keys included, fits into the time of dense attention.
-
-    Args:
-        lanes: batch x heads, of 64.
-
-    Returns:
-        None for a board that there are no kernels for.
-    """
-    if board.sm not in KERNEL_SHARE:
-        return None
-    shape = ModelShape(1, lanes, 64 * lanes, 1, 1, max(tokens - 1, _KERNELS.tile), 1)
-    ms = [
-        seconds([c for c in costs(work, board, "fp16", GPU_FIT) if c.operator.kind in SPARSE_KINDS])
-        for work in (Workload(shape, dataclasses.replace(_KERNELS, keep=k), kernels="kernels") for k in (1.0, keep))
-    ]
-    return ms[0] / ms[1]
-
-
-def crossing(board: Board, keep: float, lanes: int) -> int | None:
-    """About the least number of tokens from which on sparse attention is faster; None if there is none to 16,384."""
-    sizes = [1 << k for k in range(8, 15)]
-    return next((n for n in sizes if (times_faster(board, n, keep, lanes) or 0) > 1), None)

@@ -33,13 +33,6 @@ class Latency(msgspec.Struct, frozen=True):
     mean: Estimate
 
 
-class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """Of queries one after the other."""
-
-    latency_ms: Latency
-    throughput_per_s: Estimate
-
-
 def percentile(samples: Series, share: float) -> float:
     """Quantile of `samples` at `share` in [0, 1], linear between neighbours (NumPy's default)."""
     return float(np.quantile(np.asarray(samples, dtype=np.float64), share))
@@ -149,7 +142,7 @@ def estimate(value: float, low: float | None, high: float | None, method: str) -
     return Estimate(value, _FEW if low is None else low, _FEW if high is None else high, CONFIDENCE, method)
 
 
-def summarise(latency_ms: Series) -> Summary:
+def summarise(latency_ms: Series) -> tuple[Latency, Estimate]:
     """p50, p90, p99 and mean of the latency in ms, and the throughput in queries per second, with intervals."""
 
     def quantile(share: float) -> Estimate:
@@ -161,7 +154,7 @@ def summarise(latency_ms: Series) -> Summary:
     normal = "normal, effective sample size"
     latency = Latency(quantile(0.5), quantile(0.9), quantile(0.99), estimate(mean, low, high, normal))
     fastest = 1000 / low if low > 0 else None
-    return Summary(latency_ms=latency, throughput_per_s=estimate(1000 / mean, 1000 / high, fastest, normal))
+    return latency, estimate(1000 / mean, 1000 / high, fastest, normal)
 
 
 def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.ndarray[Any, Any]:

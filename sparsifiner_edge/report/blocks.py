@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -13,99 +13,83 @@ from sparsifiner_edge.report.values import plain
 
 BINS, SHOWN_SHARE = 90, 0.995
 """Of a histogram, and of the samples that it shows: the last few would take all the room."""
-
-
-class Axis(NamedTuple):
-    """A range of values along which marks stand."""
-
-    low: float
-    high: float
-
-    def place(self, value: float) -> float:
-        """Percent of the way from `low` to `high`; what lies beyond stands at the end."""
-        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.0
-        return round(100 * min(max(share, 0.0), 1.0), 2)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """Some four round values: place in percent, and text."""
-        span = self.high - self.low
-        if span <= 0:
-            return [(0.0, plain(self.low))]
-        power = 10 ** math.floor(math.log10(span / 4))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= span / 5)
-        values = (step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step) + 1))
-        return [(self.place(value), f"{round(value, 12):,.6g}") for value in values]
-
-
-class Strip(NamedTuple):
-    """Samples of one side; `marks`: name -> value, such as p50."""
-
-    label: str
-    samples: LatencySamples
-    marks: dict[str, float]
+Place: TypeAlias = tuple[float, str]
+"""Percent of the way along an axis, and what stands there."""
 
 
 class Strips(NamedTuple):
-    """One histogram a row over a shared axis."""
+    """One histogram a row over a shared axis.
+
+    Attributes:
+        rows: label, points of the histogram's outline in a box of `BINS` x 100, and marks. ticks: of the axis.
+    """
 
     title: str
-    rows: Sequence[Strip]
     x_title: str
+    rows: Sequence[tuple[str, str, Sequence[Place]]]
+    ticks: Sequence[Place]
     kind: str = "strips"
-
-    @property
-    def axis(self) -> Axis:
-        """From the least sample to the mark or quantile that is farthest."""
-        ends = [max(float(np.quantile(row.samples, SHOWN_SHARE)), *row.marks.values()) for row in self.rows]
-        low = min(float(row.samples.min()) for row in self.rows)
-        return Axis(low, max(*ends, low * 1.01))
-
-    def outline(self, row: Strip) -> str:
-        """Of its histogram, the points of a polygon in a box of `BINS` x 100."""
-        counts, _ = np.histogram(row.samples, np.linspace(*self.axis, BINS + 1))
-        heights = 100 - 96 * counts / max(1, int(counts.max()))
-        steps = " ".join(f"{number},{height:.0f} {number + 1},{height:.0f}" for number, height in enumerate(heights))
-        return f"0,100 {steps} {BINS},100"
-
-
-class Picture(NamedTuple):
-    """A picture that was given; `source`: a data URI of it."""
-
-    title: str
-    source: str
-    kind: str = "picture"
-
-
-class BarCell(NamedTuple):
-    """Of a table: text, and percent of the greatest in its row, as a bar below it."""
-
-    text: str
-    bar: float
 
 
 class Table(NamedTuple):
-    """Rows under `head`; the first column is on the left, the others right unless `words`."""
+    """Rows under `head`; the first column is on the left, the others right unless `words`.
+
+    A cell is text, or text and percent of the greatest in its row, as a bar below it.
+    """
 
     head: Sequence[str]
-    rows: Sequence[Sequence[str | BarCell]]
+    rows: Sequence[Sequence[str | tuple[str, float]]]
     title: str = ""
     words: bool = False
     kind: str = "table"
 
 
 class Note(NamedTuple):
-    """A remark; `missing`: about something that was not measured."""
+    """A remark; `missing`: about something that was not measured. picture: a data URI of one that it names."""
 
     text: str
     missing: bool = False
+    picture: str = ""
     kind: str = "note"
 
 
-Block = Strips | Picture | Table | Note
+Block: TypeAlias = Strips | Table | Note
+Section: TypeAlias = tuple[str, Sequence[Block]]
+"""Its name, which leads to its title and intro, and what is below the heading."""
 
 
-class Section(NamedTuple):
-    """What is below a heading; `name` leads to its title and intro."""
+def strips(title: str, x_title: str, sides: Sequence[tuple[str, LatencySamples, dict[str, float]]]) -> Strips:
+    """Of sides: label, samples, and marks by name; from the least sample to the mark or quantile that is farthest."""
+    low = min(float(samples.min()) for _, samples, _ in sides)
+    ends = [max(float(np.quantile(samples, SHOWN_SHARE)), *marks.values()) for _, samples, marks in sides]
+    high = max(*ends, low * 1.01)
+    rows = [
+        (
+            label,
+            _outline(samples, low, high),
+            [(_place(x, low, high), f"{name} {plain(x)} ms") for name, x in marks.items()],
+        )
+        for label, samples, marks in sides
+    ]
+    return Strips(title, x_title, rows, _ticks(low, high))
 
-    name: str
-    blocks: Sequence[Block]
+
+def _place(value: float, low: float, high: float) -> float:
+    """Percent of the way from `low` to `high`; what lies beyond stands at the end."""
+    return round(100 * min(max((value - low) / (high - low), 0.0), 1.0), 2)
+
+
+def _ticks(low: float, high: float) -> list[Place]:
+    """Some four round values."""
+    power = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= (high - low) / 5)
+    values = (step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1))
+    return [(_place(value, low, high), f"{round(value, 12):,.6g}") for value in values]
+
+
+def _outline(samples: LatencySamples, low: float, high: float) -> str:
+    """Of a histogram, the points of a polygon in a box of `BINS` x 100."""
+    counts, _ = np.histogram(samples, np.linspace(low, high, BINS + 1))
+    heights = 100 - 96 * counts / max(1, int(counts.max()))
+    steps = " ".join(f"{number},{height:.0f} {number + 1},{height:.0f}" for number, height in enumerate(heights))
+    return f"0,100 {steps} {BINS},100"

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.explained import Explained, ExplainMethod
 from sparsifiner_edge.files import write_text
+from sparsifiner_edge.outcomes import Explained, ExplainMethod
 from sparsifiner_edge.report.texts import Texts, templates
 from sparsifiner_edge.report.values import clean
 
@@ -42,8 +42,10 @@ def _overview(image: Explained) -> bytes:
     from PIL import Image
 
     pixels, importance = image.image, image.importance
-    read = np.mean([(layer.read / max(float(layer.read.max()), 1e-9))[layer.token] for layer in image.layers], 0)
-    merged = _mosaic(pixels, image.layers[-1].token.reshape(importance.shape))
+    shares = [
+        (read / max(float(read.max()), 1e-9))[token] for token, read in zip(image.merged, image.read, strict=True)
+    ]
+    read, merged = np.mean(shares, 0), _mosaic(pixels, image.merged[-1].reshape(importance.shape))
     panels = [pixels, _heat(pixels, read.reshape(importance.shape)), merged, _heat(pixels, importance)]
     gap, buffer = np.full((pixels.shape[0], 6, 3), 255, np.uint8), io.BytesIO()
     drawn = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], 1)

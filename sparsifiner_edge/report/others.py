@@ -1,52 +1,75 @@
-"""The sections beside the measurements: task, search, stability, method and machine."""
+"""The sections beside the measurements: accuracy, search, stability, method and machine."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from sparsifiner_edge.front import SearchResult
+from sparsifiner_edge.outcomes import ALL, CLEAN, RobustnessResult, ScoresResult, Stability
+from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report.blocks import BarCell, Block, Note, Picture, Section, Table
+from sparsifiner_edge.report.blocks import Block, Note, Section, Table
 from sparsifiner_edge.report.measured import bar_cells
 from sparsifiner_edge.report.reading import ReportData, ResultFile, conditions_of
-from sparsifiner_edge.report.records import Loss, Robustness, ScoreEvaluation, SearchRecord
-from sparsifiner_edge.report.values import clean, exact
+from sparsifiner_edge.report.texts import Texts
+from sparsifiner_edge.report.values import clean
 
 MAX_ROWS = 60
 """Of a table: a result may hold thousands, a page that is read does not."""
-ALL = "all"
+EVALUATE = "sparsifiner-edge evaluate BUNDLE/ --against DENSE/ --data IMAGES/ -o accuracy.json"
 _OF = ("subject", "teacher", "lost")
 
 
-def task_files(data: ReportData) -> list[ResultFile[ScoreEvaluation]]:
-    """Evaluations of models by their own task."""
-    return [file for file in data.of(ScoreEvaluation) if file.result.method.task is not None]
-
-
-def task_section(data: ReportData, pictures: Sequence[Picture]) -> Section:
-    """How models did their own task, and pictures of it."""
+def accuracy_section(data: ReportData, pictures: Sequence[Block]) -> Section:
+    """Of every evaluation its figures, and each model with what ran it and its latency, where that is known; and
+    pictures.
+    """
     texts, blocks = data.texts, list[Block](pictures)
-    for file in task_files(data):
-        rows = []
-        for name, score in list(file.result.statistics.items())[:MAX_ROWS]:
-            of, _, figure = name.partition("_") if name.partition("_")[0] in _OF else ("", "", name)
-            label = texts.known(f"task.{figure}", clean(figure, 40))
-            label = f"{texts(f'task.{of}')}: {label}" if of else label
-            rows.append([label, texts.figure(exact(score.mean), digits=4), str(score.images)])
-        blocks.append(Note(f"{file.name}: {clean(file.result.method.output or file.result.method.task)}"))
-        blocks.append(Table(texts.heads("task", ("figure", "value", "images")), rows))
-    return Section("task", blocks)
+    for file in data.of(ScoresResult):
+        rows = [
+            [_score_name(name, texts), texts.figure(score.mean, digits=4), f"{score.least:.4f}", str(score.images)]
+            for name, score in list(file.result.statistics.items())[:MAX_ROWS]
+        ]
+        blocks += [Note(_model(data, file, role)) for role in ("subject", "teacher")]
+        blocks.append(Table(texts.heads("accuracy", ("figure", "value", "least", "images")), rows, _title(file, texts)))
+    if data.sides and all(isinstance(file.result, ProfileResult) for file in data.files):
+        blocks.append(Note(texts("not_measured", how=EVALUATE), True))
+    return "accuracy", blocks
+
+
+def _title(file: ResultFile[ScoresResult], texts: Texts) -> str:
+    method = file.result.method
+    judged = texts.known(f"metric.{method.metric}", clean(method.output or method.metric))
+    return f"{file.name}: {judged} ({clean(method.truth, 120)})"
+
+
+def _score_name(name: str, texts: Texts) -> str:
+    of, _, figure = name.partition("_") if name.partition("_")[0] in _OF else ("", "", name.removesuffix("_cosine"))
+    label = texts.known(f"score.{figure}", clean(figure, 40))
+    return f"{texts(f'score.{of}')}: {label}" if of else label
+
+
+def _model(data: ReportData, file: ResultFile[ScoresResult], role: str) -> str:
+    """Name, what ran it, and its latency where the bundle was profiled too."""
+    subject, runtime = file.subject(role), file.result.method.runtime.get(role)
+    latency = [side.figures.latency_ms.p50 for side in data.sides if side.sha == subject.sha256]
+    parts = (runtime.backend, runtime.version, runtime.precision) if runtime else ()
+    ran = " ".join(clean(part) for part in parts if isinstance(part, str)) or "–"
+    timed = f" · {data.texts.figure(latency[0], 'ms')}" if latency else ""
+    return f"{data.texts(f'score.{role}')}: {data.label_of(subject)} · {ran}{timed}"
 
 
 def search_section(data: ReportData) -> Section:
     """Of every search: finalists beside the dense model, and how the answer did on images kept for the check."""
     texts, blocks = data.texts, list[Block]()
-    for file in data.of(SearchRecord):
+    for file in data.of(SearchResult):
         front = file.result.statistics
         models = [(f"merge {one.merge}, keep {one.keep}", one) for one in front.finalists]
         models += [(texts("search.dense"), one) for one in front.dense]
         rows = [
-            [clean(name), clean(one.engine), f"{one.fidelity:.4f}", texts.figure(exact(one.ms))]
+            [clean(name), clean(one.engine), f"{one.fidelity:.4f}", texts.figure(one.ms)]
             for name, one in models[:MAX_ROWS]
         ]
         blocks.append(Table(texts.heads("search", ("model", "engine", "fidelity", "ms")), rows, file.name))
@@ -55,33 +78,31 @@ def search_section(data: ReportData) -> Section:
         if isinstance(front.answer, Unavailable):
             blocks.append(Note(texts.missing(front.answer, ""), True))
         if not isinstance(front.check, Unavailable):
-            value = texts.figure(exact(front.check.fidelity), digits=4)
+            value = texts.figure(front.check.fidelity, digits=4)
             blocks.append(Note(texts("search.check", value=value, images=front.check.images)))
-    return Section("search", blocks)
+    return "search", blocks
 
 
 def stability_section(data: ReportData) -> Section:
     """Of every result and score, what is lost under each corruption, and what sparsity adds to it."""
     texts, blocks = data.texts, list[Block]()
-    for file in data.of(Robustness):
-        method, statistics = file.result.method, file.result.statistics
-        for score, losses in statistics.stability.items():
+    for file in data.of(RobustnessResult):
+        method = file.result.method
+        for score, losses in file.result.statistics.items():
             rows = [(name, losses[name]) for name in (*method.corruptions[:MAX_ROWS], ALL) if name in losses]
-            means = statistics.clean.get(score, {})
-            dense, sparse = (f"{100 * means[role]:.2f}" if role in means else "–" for role in ("teacher", "subject"))
-            severities = texts.listed([str(severity) for severity in method.severities[:MAX_ROWS]])
+            means = (losses[CLEAN].teacher, losses[CLEAN].subject) if CLEAN in losses else (math.nan, math.nan)
             count = max((loss.images for _, loss in rows), default=0)
             blocks.append(Note(texts(
-                "stability.held", file=file.name, images=count, severities=severities, truth=clean(method.truth, 120),
-                dense=dense, sparse=sparse,
+                "stability.held", file=file.name, images=count, severity=method.severity,
+                truth=clean(method.truth, 120), dense=f"{100 * means[0]:.2f}", sparse=f"{100 * means[1]:.2f}",
             )))  # fmt: skip
-            title = f"{texts('stability.chart')} — {texts.known(f'task.{score}', clean(score, 40))}, {file.name}"
+            title = f"{texts('stability.chart')} — {texts.known(f'score.{score}', clean(score, 40))}, {file.name}"
             heads = texts.heads("stability", ("corruption", "dense", "sparse", "dense_lost", "sparse_lost", "extra"))
             blocks.append(Table(heads, [_losses(name, loss, data) for name, loss in rows], title))
-    return Section("stability", blocks)
+    return "stability", blocks
 
 
-def _losses(name: str, loss: Loss, data: ReportData) -> list[str | BarCell]:
+def _losses(name: str, loss: Stability, data: ReportData) -> list[str | tuple[str, float]]:
     """In points of 100; bars compare what was lost."""
     lost = (loss.teacher_lost, loss.subject_lost, loss.extra_lost)
     shares = [f"{100 * share:.2f}" for share in (loss.teacher, loss.subject)]
@@ -90,8 +111,7 @@ def _losses(name: str, loss: Loss, data: ReportData) -> list[str | BarCell]:
 
 def method_section(data: ReportData) -> Section:
     """Machine, software and conditions of every result, and its file's hash."""
-    tables = [Table([file.name, file.result.kind], _method_rows(file, data), words=True) for file in data.files]
-    return Section("method", tables)
+    return "method", [Table([file.name, file.result.kind], _method_rows(file, data), words=True) for file in data.files]
 
 
 def _method_rows(file: ResultFile[Any], data: ReportData) -> list[list[str]]:

@@ -13,10 +13,10 @@ import msgspec
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.files import read_bytes, require_file_path, write_text
 from sparsifiner_edge.report import measured, others
-from sparsifiner_edge.report.blocks import BINS, Picture, Section
+from sparsifiner_edge.report.blocks import BINS, Note, Section
 from sparsifiner_edge.report.reading import ReportData, report_data
 from sparsifiner_edge.report.texts import Texts, templates
-from sparsifiner_edge.report.values import clean, plain
+from sparsifiner_edge.report.values import clean
 from sparsifiner_edge.report.verdict import verdict_sentences
 
 MOST_PICTURE = 8 << 20
@@ -69,24 +69,23 @@ def write_report(
     write_text(target, _html(data, sections))
     return Report(
         page=str(target), verdict=verdict_sentences(data), differences=data.differences, warnings=_warnings(data),
-        sections=[section.name for section in sections],
+        sections=[name for name, _ in sections],
     )  # fmt: skip
 
 
-def _picture(path: Path) -> Picture:
+def _picture(path: Path) -> Note:
     """A picture as the page holds it, under its file's name."""
     content = read_bytes(path, MOST_PICTURE)
     kind = next((kind for kind, start in _PICTURES.items() if content.startswith(start)), None)
     if kind is None:
         raise ImageError(f"{path} is no PNG or JPEG.", "Give one that is.")
-    return Picture(clean(path.stem, 80), f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
+    return Note(clean(path.stem, 80), picture=f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
 
 
-def _sections(data: ReportData, pictures: Sequence[Picture]) -> list[Section]:
+def _sections(data: ReportData, pictures: Sequence[Note]) -> list[Section]:
     sections = [
-        others.task_section(data, pictures),
         others.search_section(data),
-        measured.accuracy_section(data),
+        others.accuracy_section(data, pictures),
         others.stability_section(data),
         measured.latency_section(data),
         measured.energy_section(data),
@@ -94,7 +93,7 @@ def _sections(data: ReportData, pictures: Sequence[Picture]) -> list[Section]:
         measured.layers_section(data),
         others.method_section(data),
     ]
-    return [section for section in sections if section.blocks]
+    return [(name, blocks) for name, blocks in sections if blocks]
 
 
 def _warnings(data: ReportData) -> int:
@@ -111,7 +110,7 @@ def _html(data: ReportData, sections: Sequence[Section]) -> str:
         verdict=sentences[0], others=sentences[1:],
         tone="refused" if data.differences else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
         differences=[(texts(f"field.{name}"), values) for name, values in data.differences.items()],
-        sides=data.sides, warnings=_warnings(data), sections=sections, bins=BINS, plain=plain, clean=clean,
+        sides=data.sides, warnings=_warnings(data), sections=sections, bins=BINS, clean=clean,
         version=version("sparsifiner-edge"),
     )  # fmt: skip
     return text

@@ -13,33 +13,34 @@ import numpy as np
 
 from sparsifiner_edge.artifacts import read_json, sha256
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.front import SearchResult
+from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult
 from sparsifiner_edge.profiles.figures import Comparison, Figures, ProfileResult
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report.records import ClassEvaluation, Robustness, ScoreEvaluation, SearchRecord
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean
-from sparsifiner_edge.results import MEASURE_AGAIN, RESULT_SCHEMA, Declared, Result, Subject, check_result
+from sparsifiner_edge.results import MEASURE_AGAIN, RESULT_SCHEMA, Result, Subject, check_result
 from sparsifiner_edge.runtime.session import Runtime
 
 PROGRAM = "sparsifiner-edge"
-FORMS: dict[str, type[Declared]] = {
-    "profile": ProfileResult, "comparison": ProfileResult, "evaluation": ScoreEvaluation,
-    "robustness": Robustness, "search": SearchRecord,
+FORMS: dict[str, type[Result]] = {
+    "profile": ProfileResult, "comparison": ProfileResult, "evaluation": ScoresResult,
+    "robustness": RobustnessResult, "search": SearchResult,
 }  # fmt: skip
 """Kind -> what the page reads of it."""
 GREATEST, LEAST_MS = 1e30, 1e-9
 """Nothing measured comes near these, and computing with what lies beyond would leave floats."""
-Declaring = TypeVar("Declaring", bound=Declared)
+Form = TypeVar("Form", bound=Result)
 LatencySamples = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclasses.dataclass(frozen=True)
-class ResultFile(Generic[Declaring]):
+class ResultFile(Generic[Form]):
     """One result file; `sha256` in hexadecimal."""
 
     path: Path
     sha256: str
-    result: Declaring
+    result: Form
 
     @property
     def name(self) -> str:
@@ -99,7 +100,7 @@ class ReportData(NamedTuple):
     differences: dict[str, list[str]]
     texts: Texts
 
-    def of(self, form: type[Declaring]) -> list[ResultFile[Declaring]]:
+    def of(self, form: type[Form]) -> list[ResultFile[Form]]:
         """The files of a type."""
         return [file for file in self.files if isinstance(file.result, form)]
 
@@ -147,8 +148,7 @@ def _read(path: Path) -> ResultFile[Any]:
         raise ArtifactError(f"{path} is of kind {kind}.", f"The page shows: {', '.join(FORMS)}.")
     if _largest(content) > GREATEST:
         raise ArtifactError(f"{path} holds a number beyond {GREATEST:g}, which nothing measures.", MEASURE_AGAIN)
-    form = ClassEvaluation if kind == "evaluation" and "subject_percent" in content["statistics"] else FORMS[kind]
-    return ResultFile(path, sha256(path), check_result(content, path, form))
+    return ResultFile(path, sha256(path), check_result(content, path, FORMS[kind]))
 
 
 def _largest(content: Any) -> float:
@@ -161,14 +161,12 @@ def _largest(content: Any) -> float:
 def _sides(file: ResultFile[Any]) -> Iterator[Side]:
     if not isinstance(file.result, ProfileResult):
         return
-    statistics, samples, method = file.result.statistics, file.result.samples, file.result.method
-    for role, figures, held in (
-        ("subject", statistics.subject, samples.subject),
-        ("against", statistics.against, samples.against),
-    ):
+    statistics, method = file.result.statistics, file.result.method
+    for role, figures in (("subject", statistics.subject), ("against", statistics.against)):
         if figures is None:
             continue
-        latencies, latency = np.asarray(held.latency_ms if held else [], np.float64), figures.latency_ms
+        held = file.result.samples.get(role, {}).get("latency_ms", [])
+        latencies, latency = np.asarray(held, np.float64), figures.latency_ms
         marks = [mark.value for mark in (latency.p50, latency.p90, latency.p99, latency.mean)]
         if not len(latencies) or min(latencies.min(), *marks) < LEAST_MS:
             raise ArtifactError(f"{file.path}: {role} has no latencies, or such as nothing takes.", MEASURE_AGAIN)

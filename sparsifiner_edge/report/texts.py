@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report.values import Interval, clean, with_interval
+from sparsifiner_edge.report.values import Figure, clean, known, with_interval
 
 LANGUAGES = ("en", "ja")
 
@@ -45,14 +45,10 @@ class Texts:
         """The heads of a table's columns: the texts of `section.name`."""
         return [self(f"{section}.{name}") for name in names]
 
-    def figure(self, figure: Interval | None, unit: str = "", digits: int | None = None) -> str:
+    def figure(self, figure: Figure, unit: str = "", digits: int | None = None) -> str:
         """A figure with its interval; a dash for none."""
-        return "–" if figure is None else with_interval(figure, self("interval"), unit, digits)
-
-    def signed(self, points: Interval) -> str:
-        """Percentage points with their sign: "-0.30 (-0.60 to 0.00)"."""
-        low, high = ("?" if bound is None else f"{bound:+.2f}" for bound in points[1:])
-        return f"{points.value:+.2f} ({self('interval.signed', low=low, high=high)})"
+        found = known(figure)
+        return "–" if found is None else with_interval(found, self("interval"), unit, digits)
 
     def missing(self, content: object, how: str) -> str:
         """What stands for a figure that is not there: the reason in the result, else how to measure it."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from sparsifiner_edge.front import SearchResult
+from sparsifiner_edge.outcomes import ALL, RobustnessResult, ScoresResult
 from sparsifiner_edge.profiles.figures import Comparison
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report.measured import Evaluation, cosine_files, metric_name
-from sparsifiner_edge.report.others import ALL, task_files
 from sparsifiner_edge.report.reading import ReportData, ResultFile, Side, conditions_of
-from sparsifiner_edge.report.records import ClassEvaluation, Robustness, ScoreEvaluation, SearchRecord
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.values import Interval, clean, exact, interval, plain
+from sparsifiner_edge.report.values import clean, plain
 
 
 def verdict_sentences(data: ReportData) -> list[str]:
@@ -23,14 +22,12 @@ def verdict_sentences(data: ReportData) -> list[str]:
         sentences.append(_compared(subject, against, comparison, texts))
     told = [conditions_of(subject) for subject, _, _ in compared]
     for side in (side for side in data.sides if conditions_of(side) not in told):
-        latency = texts.figure(exact(side.figures.latency_ms.p50), "ms")
+        latency = texts.figure(side.figures.latency_ms.p50, "ms")
         sentences.append(texts("verdict.alone", subject=side.label, latency=latency))
-    accuracies: list[Evaluation] = [*data.of(ClassEvaluation), *cosine_files(data)]
-    sentences += [_accuracy(file, data) for file in accuracies]
-    sentences += [sentence for file in data.of(SearchRecord) for sentence in _search(file, texts)]
-    sentences += [sentence for file in task_files(data) for sentence in _task(file, data)]
-    sentences += [sentence for file in data.of(Robustness) for sentence in _stability(file, texts)]
-    evaluated = {str(subject.sha256) for file in (*accuracies, *task_files(data)) for subject in file.result.subjects}
+    sentences += [sentence for file in data.of(ScoresResult) for sentence in _scores(file, data)]
+    sentences += [sentence for file in data.of(SearchResult) for sentence in _search(file, texts)]
+    sentences += [sentence for file in data.of(RobustnessResult) for sentence in _stability(file, texts)]
+    evaluated = {str(subject.sha256) for file in data.of(ScoresResult) for subject in file.result.subjects}
     judged = {side.sha for side in data.sides if side.role == "subject"}
     if judged and judged.isdisjoint(evaluated):
         sentences.append(texts("verdict.no_accuracy"))
@@ -44,56 +41,49 @@ def field_names(fields: Iterable[str], texts: Texts) -> str:
 
 def _compared(subject: Side, against: Side, comparison: Comparison, texts: Texts) -> str:
     names = {"subject": subject.label, "against": against.label}
-    ratio, verdict = exact(comparison.ratio), comparison.verdict
-    if verdict not in ("faster", "slower") or not ratio.low or not ratio.high or min(ratio.reach) <= 0:
+    ratio, verdict = comparison.ratio, comparison.verdict
+    value, low, high = (0.0 if isinstance(x, Unavailable) else x for x in (ratio.value, ratio.low, ratio.high))
+    if verdict not in ("faster", "slower") or min(value, low, high) <= 0:
         return texts("verdict.same", **names, ratio=texts.figure(ratio))
     if verdict == "slower":
-        ratio = Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
-    low, high = ratio.reach
-    return texts(f"verdict.{verdict}", **names, ratio=plain(ratio.value), low=plain(low), high=plain(high))
+        value, low, high = 1 / value, 1 / high, 1 / low
+    return texts(f"verdict.{verdict}", **names, ratio=plain(value), low=plain(low), high=plain(high))
 
 
-def _accuracy(file: Evaluation, data: ReportData) -> str:
-    texts, subject = data.texts, data.label_of(file.subject("subject"))
-    if isinstance(file.result, ScoreEvaluation):
-        score = file.result.statistics.get("features_cosine")
-        value = texts.figure(interval(score.mean if score else None), digits=4)
-        return texts("verdict.cosine", subject=subject, value=value)
-    shares = file.result.statistics
-    points = exact(shares.difference_points)
-    return texts(
-        "verdict.accuracy", subject=subject, metric=metric_name(file.result.method.metric, texts),
-        student=f"{shares.subject_percent:.2f}", teacher=f"{shares.teacher_percent:.2f}", points=texts.signed(points),
-    )  # fmt: skip
-
-
-def _task(file: ResultFile[ScoreEvaluation], data: ReportData) -> Iterator[str]:
-    """How near a map comes to the dense model's; nothing where the task is a user's own."""
-    texts, statistics = data.texts, file.result.statistics
+def _scores(file: ResultFile[ScoresResult], data: ReportData) -> Iterator[str]:
+    """How often classes are right, how near features come, or how near a map; nothing of a user's own metric."""
+    texts, found, subject = data.texts, file.result.statistics, data.label_of(file.subject("subject"))
+    if {"subject_accuracy", "teacher_accuracy", "lost_accuracy"} <= found.keys():
+        own, dense = (f"{100 * found[f'{role}_accuracy'].mean.value:.2f}" for role in ("subject", "teacher"))
+        metric = texts.known(f"metric.{file.result.method.metric}", clean(file.result.method.metric))
+        lost = texts.figure(found["lost_accuracy"].mean.times(100), digits=2)
+        yield texts("verdict.accuracy", subject=subject, metric=metric, student=own, teacher=dense, lost=lost)
+    if "features_cosine" in found:
+        yield texts("verdict.cosine", subject=subject, value=texts.figure(found["features_cosine"].mean, digits=4))
     figures = [
-        f"{texts(f'task.{name}')} {texts.figure(exact(statistics[name].mean), digits=4)}"
-        for name in ("error", "iou") if name in statistics
+        f"{texts(f'score.{name}')} {texts.figure(found[name].mean, digits=4)}"
+        for name in ("error", "iou") if name in found
     ]  # fmt: skip
     if figures:
-        yield texts("verdict.task", file=data.label_of(file.subject("subject")), figures=texts.listed(figures))
+        yield texts("verdict.task", file=subject, figures=texts.listed(figures))
 
 
-def _search(file: ResultFile[SearchRecord], texts: Texts) -> Iterator[str]:
+def _search(file: ResultFile[SearchResult], texts: Texts) -> Iterator[str]:
     answer, dense = file.result.statistics.answer, file.result.statistics.dense
     if not isinstance(answer, Unavailable) and dense:
         least = min((one.ms for one in dense), key=lambda ms: ms.value)
         yield texts(
             "verdict.search" if file.result.method.board is None else "verdict.search_board",
-            ms=texts.figure(exact(answer.ms), "ms"), engine=clean(answer.engine),
-            dense=texts.figure(exact(least), "ms"), fidelity=f"{answer.fidelity:.4f}",
+            ms=texts.figure(answer.ms, "ms"), engine=clean(answer.engine), dense=texts.figure(least, "ms"),
+            fidelity=f"{answer.fidelity:.4f}",
         )  # fmt: skip
 
 
-def _stability(file: ResultFile[Robustness], texts: Texts) -> Iterator[str]:
+def _stability(file: ResultFile[RobustnessResult], texts: Texts) -> Iterator[str]:
     """What sparsity adds to the loss, by score; a dense model that others are held against loses nothing."""
-    for score, losses in file.result.statistics.stability.items():
+    for score, losses in file.result.statistics.items():
         if ALL in losses and losses[ALL].teacher_lost.value:
-            points = [exact(each.times(100)) for each in (losses[ALL].teacher_lost, losses[ALL].extra_lost)]
-            dense, extra = (texts.figure(each, digits=2) for each in points)
-            named = texts.known(f"task.{score}", clean(score, 40))
+            lost = (losses[ALL].teacher_lost, losses[ALL].extra_lost)
+            dense, extra = (texts.figure(each.times(100), digits=2) for each in lost)
+            named = texts.known(f"score.{score}", clean(score, 40))
             yield texts("verdict.stability", score=named, dense=dense, extra=extra)

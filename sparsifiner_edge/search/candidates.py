@@ -9,11 +9,10 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import GateError
+from sparsifiner_edge.front import Candidate, Checked, Deployment
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.stats import estimate, skewed_mean
 from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Search
-from sparsifiner_edge.search.front import Candidate, Checked
-from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.trial import Trial
 
 TRIES = 4

@@ -11,12 +11,12 @@ from statistics import fmean
 import numpy as np
 
 from sparsifiner_edge.errors import GateError
+from sparsifiner_edge.front import Candidate, Deployment
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel
-from sparsifiner_edge.search.front import Candidate
-from sparsifiner_edge.search.latency import Deployment, PlanLatency
+from sparsifiner_edge.search.latency import PlanLatency
 from sparsifiner_edge.search.request import Bound
 from sparsifiner_edge.search.solve import Solver
 from sparsifiner_edge.search.trial import Trial

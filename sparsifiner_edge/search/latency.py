@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.execution import ON_PROCESSOR, Execution, precision_text
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.export.piece_times import Piece, piece_times
+from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.plan import LEAST_PATCHES, LayerPlan
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board
@@ -35,37 +35,6 @@ LEAST_MS = 1e-4
 """What no part takes less than, where shares of its time are reckoned with."""
 EACH = 3
 """Merging is measured at every so many of them: its time is nearly linear, its graph slow to make."""
-
-
-class Deployment(NamedTuple):
-    """What runs a model: a backend of the processor, or a board by name.
-
-    Attributes:
-        stored: precision of the file. computes: what of it is not int8 is computed in (`execution.PRECISIONS`).
-    """
-
-    backend: str
-    stored: str
-    computes: str = "auto"
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it is a backend of this machine; else a board, whose latency is estimated."""
-        return self.backend in ON_PROCESSOR
-
-    @property
-    def execution(self) -> Execution:
-        """What its bundles' fidelity is measured in."""
-        return Execution(backend=self.backend, precision=self.computes) if self.is_here else Execution()
-
-    @property
-    def dense_host(self) -> Deployment:
-        """What runs the dense model: in ONNX Runtime bfloat16 is for operators of ours alone."""
-        return self._replace(computes="auto") if self.backend == "onnxruntime" else self
-
-    def __str__(self) -> str:
-        precision = self.stored if self.computes == "auto" else precision_text(self.stored, self.computes)
-        return f"{self.backend}, {precision}"
 
 
 class PlanLatency:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from sparsifiner_edge.config import require
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution
+from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import list_images
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.runtime.backend import ProcessorBackend
 from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.trial import FIDELITIES
 
 MOST_MS = 1e6

@@ -13,6 +13,7 @@ from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.config import keep_text, merge_text, require
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.files import io_errors, replaced, scratch_folder
+from sparsifiner_edge.front import Candidate, Checked, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import Normalise, evenly
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.progress import Progress
@@ -20,17 +21,7 @@ from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Subject, write_result
 from sparsifiner_edge.search.candidates import check, rank
 from sparsifiner_edge.search.explore import MeasuredPlans, Search, explore
-from sparsifiner_edge.search.front import (
-    Candidate,
-    Checked,
-    Front,
-    Point,
-    SearchMethod,
-    SearchResult,
-    not_dominated,
-    plan_text,
-)
-from sparsifiner_edge.search.latency import Deployment, PlanLatency, estimated, measured
+from sparsifiner_edge.search.latency import PlanLatency, estimated, measured
 from sparsifiner_edge.search.request import SearchRequest, read_request
 from sparsifiner_edge.search.trial import FIDELITIES, Trial
 from sparsifiner_edge.search.whole import WholeModels, linked
@@ -195,7 +186,10 @@ def _result(
         check=checked[0] if checked else Unavailable("there is no answer to check"),
         dense=dense, left_out=request.left_out | {str(engine): why for engine, why in search.left_out.items()},
     )  # fmt: skip
-    samples = {plan_text(plan): [1 - lost for lost in distances] for plan, distances in plans.distances.items()}
+    samples = {
+        f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}": [1 - lost for lost in distances]
+        for plan, distances in plans.distances.items()
+    }
     return SearchResult("search", [subject], method, samples | ({"check": checked[1]} if checked else {}), front)
 
 
@@ -207,8 +201,15 @@ def _points(plans: MeasuredPlans, latencies: Mapping[Deployment, PlanLatency]) -
             merge=merge_text(plan.merge), keep=keep_text(plan.short_keep), fidelity=1 - row[0],
             predicted_ms=dict(zip(map(str, latencies), row[1:], strict=True)), on_front=undominated,
         )
-        for plan, row, undominated in zip(measured_plans, rows, not_dominated(rows), strict=True)
+        for plan, row, undominated in zip(measured_plans, rows, _not_dominated(rows), strict=True)
     ]  # fmt: skip
+
+
+def _not_dominated(rows: Sequence[tuple[float, ...]]) -> list[bool]:
+    """Whether no other row is smaller or equal in everything and smaller in something."""
+    return [
+        not any(all(a <= b for a, b in zip(other, row, strict=True)) and other != row for other in rows) for row in rows
+    ]
 
 
 START = "start"

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from msgspec.structs import replace
 
 from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
@@ -22,12 +23,10 @@ from sparsifiner_edge.profiles.measure.side import (
     stage_progress,
     warm_up,
 )
-from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.profiles.stats import medians_in_turn
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
-from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import Student, save_student
 
@@ -37,8 +36,6 @@ SECONDS = 4.0
 """Least time measured of each."""
 LEAST_ROUNDS = 10
 """Of slow models; of ten, the second least and second greatest bound a median at 95 %."""
-ESTIMATED = 0.9
-"""Confidence of an estimate's bounds: what its fit was widened to."""
 PlanInEngine: TypeAlias = tuple[LayerPlan, Deployment]
 
 
@@ -103,9 +100,7 @@ def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | No
     with contextlib.ExitStack() as stack:
         sides: list[MeasuredSide] = []
         for number, (bundle, engine) in enumerate(bundles):
-            on_stage(f"loading {bundle.name}")
-            request = Load(bundle=str(bundle.resolve()), execution=engine.execution)
-            sides.append(stack.enter_context(open_side(str(number), request)))
+            sides.append(stack.enter_context(open_side(str(number), bundle, engine.execution, on_stage)))
             warm_up(sides[-1], on_stage)
         measure_blocks(sides, rules, on_stage, "measuring whole models")
         return medians_in_turn([side.blocks for side in sides])
@@ -113,7 +108,7 @@ def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | No
 
 def _estimated(bundle: Path, board: Board, precision: str) -> Estimate:
     ms = estimate_bundle(bundle, board, precision=precision).statistics.latency_ms
-    return Estimate(ms.value, ms.low, ms.high, ESTIMATED, f"estimated, not measured: {ms.method}")
+    return Estimate(ms.value, ms.low, ms.high, ms.confidence, f"estimated, not measured: {ms.interval}")
 
 
 def linked(folder: Path, images: Sequence[Path]) -> Path:

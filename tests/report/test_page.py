@@ -28,18 +28,15 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     if comparison["comparison"]["verdict"] == "faster":
         assert "times as fast as" in summary["verdict"][0]
     assert f"{evaluation['features_cosine']['mean']['value']:.4f}" in page.text
-    losses = robustness["stability"]["features"]
+    losses = robustness["features"]
     assert f"{100 * losses['fog']['teacher']:.2f}" in page.text
     assert f"{100 * losses['all']['extra_lost']['value']:.2f}" in " ".join(summary["verdict"])
-    peak = comparison["subject"]["memory"]["steady"]["peak_rss_bytes"] / 1e6
+    peak = comparison["subject"]["peak_rss_bytes"] / 1e6
     assert f"{peak:,.0f}" in page.text or f"{peak:,.1f}" in page.text
     for said in ("choosing keys", "p99, ms", "sparsifiner", json.loads(real["comparison"].read_text())["created"]):
         assert said in page.text
     assert [tag for tag, _ in page.tags].count("polygon") == 2
-
-
-def test_nothing_is_loaded_and_nothing_runs(real, tmp_path):
-    _, page = written([real[kind] for kind in KINDS], tmp_path / "report.html")
+    # Nothing is loaded, and nothing runs.
     assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe", "object", "embed", "form")]
     links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
     assert links == ["data:,"]
@@ -90,13 +87,10 @@ def test_results_that_differ_stand_below_a_banner(real, changed, tmp_path, field
     ]
 
 
-def test_no_ratio_across_precisions_even_within_one_result(changed, tmp_path):
+def test_no_ratio_across_precisions_even_within_one_result(real, changed, tmp_path):
     summary, page = written([changed("comparison", DIFFERENT["precision"])], tmp_path / "r.html")
     assert summary["verdict"][0].startswith("No overall verdict")
     assert "times as" not in page.text
-
-
-def test_the_same_conditions_are_no_difference(real, tmp_path):
     assert written([real["comparison"], real["profile"]], tmp_path / "r.html")[0]["differences"] == {}
 
 
@@ -106,7 +100,6 @@ def test_the_same_conditions_are_no_difference(real, tmp_path):
         ("faster", (2.0, 1.9, 2.1), "is 2.00 times as fast as"),
         ("slower", (0.5, 0.4, 0.8), "it takes 2.00 times as long (95 % interval 1.25 to 2.50)"),
         ("slower", (0.0, 0.0, 0.8), "No difference in speed shown"),
-        ("no difference shown", (1.001, 0.99, 1.01), "No difference in speed shown"),
         ("faster", (2.0, None, 2.1), "No difference in speed shown"),
     ],
 )
@@ -136,16 +129,21 @@ def test_two_bundles_of_one_name_in_folders_of_one_name_are_told_apart(changed, 
 
 
 def test_accuracies_in_percent(changed, tmp_path):
-    points = {"value": -0.5, "low": -1.25, "high": 0.25, "confidence": 0.95, "interval": "x"}
+    def score(value, low, high):
+        mean = {"value": value, "low": low, "high": high, "confidence": 0.95, "interval": "x"}
+        return {"mean": mean, "least": 0.0, "images": 800}
 
     def change(result):
-        result["method"]["metric"] = "top 1"
-        result["statistics"] = {"subject_percent": 91.0, "teacher_percent": 91.5, "difference_points": points}
+        result["method"]["metric"] = "top1"
+        result["statistics"] = {
+            "subject_accuracy": score(0.91, 0.9, 0.92), "teacher_accuracy": score(0.915, 0.9, 0.93),
+            "lost_accuracy": score(0.005, -0.0025, 0.0125),
+        }  # fmt: skip
 
     summary, page = written([changed("evaluation", change)], tmp_path / "r.html")
-    said = "91.00 % correct (top-1 accuracy), the dense model 91.50 %; difference -0.50 (-1.25 to +0.25)"
+    said = "91.00 % correct (top-1 accuracy), the dense model 91.50 %; 0.50 (-0.25–1.25) points lost"
     assert said in summary["verdict"][0]
-    assert "91.50 % reference" in page.text
+    assert "dense teacher: accuracy 0.9150 (0.9000–0.9300)" in page.text
 
 
 def test_energy(changed, tmp_path):

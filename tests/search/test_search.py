@@ -21,6 +21,7 @@ from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.config import keep_text, merge_text, parse_merge
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.front import Candidate, SearchResult
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.records import Unavailable
@@ -28,7 +29,6 @@ from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import read_result
 from sparsifiner_edge.runtime import Session
 from sparsifiner_edge.search import search, whole
-from sparsifiner_edge.search.front import Candidate, SearchResult
 from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.search.request import read_request
 from sparsifiner_edge.search.search import prepare

@@ -27,23 +27,21 @@ def constant(level: float) -> Power:
     return Power(lambda t: np.full_like(t, level), lambda t: level * t)
 
 
-def ramp(start: float, slope: float) -> Power:
-    return Power(lambda t: start + slope * t, lambda t: start * t + slope * t * t / 2)
-
-
 def sine(mean: float, swing: float, period: float) -> Power:
     turn = 2 * np.pi / period
     return Power(lambda t: mean + swing * np.sin(turn * t), lambda t: mean * t + swing / turn * (1 - np.cos(turn * t)))
 
 
-def square(low: float, high: float, period: float) -> Power:
+def steps(bounds: Array, levels: Array) -> Power:
+    """So many watts from each of the bounds to the next."""
+    energies = np.concatenate([[0.0], np.cumsum(levels * np.diff(bounds))])
+    return Power(lambda t: levels[np.searchsorted(bounds, t, "right") - 1], lambda t: np.interp(t, bounds, energies))
+
+
+def square(low: float, high: float, period: float, seconds: float = 60.0) -> Power:
     """High in the second half of each period."""
-
-    def joules(t: Array) -> Array:
-        whole, rest = np.floor(t / period), t % period
-        return low * t + (high - low) * (whole * period / 2 + np.maximum(0, rest - period / 2))
-
-    return Power(lambda t: np.where(t % period < period / 2, low, high), joules)
+    bounds = np.arange(0.0, seconds + period, period / 2)
+    return steps(bounds, np.where(np.arange(len(bounds) - 1) % 2, high, low))
 
 
 def busy_between(idle: float, power: Power, begin: float, end: float) -> Power:
@@ -60,10 +58,7 @@ def busy_between(idle: float, power: Power, begin: float, end: float) -> Power:
 
 
 def sensor_of(period_s: float = 0.1, **settings: object) -> PowerSensor:
-    def read() -> dict[str, float]:
-        raise AssertionError("recordings made here are not read")
-
-    return PowerSensor("synthetic", "synthetic", period_s, read, **settings)
+    return PowerSensor("synthetic", "synthetic", period_s, dict, **settings)
 
 
 def sample_times(seconds: float, period_s: float, seed: int, jitter: float = 0.3) -> Array:
@@ -74,12 +69,11 @@ def sample_times(seconds: float, period_s: float, seed: int, jitter: float = 0.3
     return np.sort(times[times < seconds])
 
 
-def record_power(power: Power, times: Array, sensor: PowerSensor | None = None, average_s: float = 0.0) -> Recording:
+def record_power(power: Power, times: Array, average_s: float = 0.0) -> Recording:
     """Readings of the moment, or of the mean over the last `average_s` seconds."""
     past = np.maximum(times - average_s, -10.0)
     values = (power.joules(times) - power.joules(past)) / average_s if average_s else power.watts(times)
-    readings = [{RAIL: float(v)} for v in values]
-    return recording(times, readings, sensor or sensor_of(averaging_s=average_s))
+    return recording(times, [{RAIL: float(v)} for v in values], sensor_of(averaging_s=average_s))
 
 
 def record_counter(power: Power, times: Array, wrap: float | None = None, start: float = 0.0) -> Recording:
@@ -90,7 +84,9 @@ def record_counter(power: Power, times: Array, wrap: float | None = None, start:
 
 
 def recording(times: Array, readings: list[dict[str, float]], sensor: PowerSensor) -> Recording:
-    return Recording(sensor, 0, [int(t * SECOND) for t in times], readings)
+    made = Recording(sensor)
+    made.start_ns, made.times_ns, made.readings = 0, [int(t * SECOND) for t in times], readings
+    return made
 
 
 def often(sensor: PowerSensor) -> PowerSensor:

@@ -7,14 +7,6 @@ from typing import Any
 
 import pynvml
 
-FUNCTIONS = (
-    "nvmlInit", "nvmlShutdown", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID",
-    "nvmlDeviceGetName", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetClockInfo",
-    "nvmlDeviceGetTemperature", "nvmlDeviceGetEnforcedPowerLimit",
-    "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons",
-    "nvmlDeviceGetMemoryInfo",
-)  # fmt: skip
-
 
 class FakeNvml:
     """One or more cards. What is set to an exception is raised.

@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import OPERATORS
+from sparsifiner_edge.profiles.measure.worker import fixed_inputs
 from sparsifiner_edge.runtime.onnxruntime.session import inference_session, session_options
 from sparsifiner_edge.runtime.open import open_checked
 
@@ -40,7 +41,6 @@ _SCOPE = re.compile(r"(?:model\.)?blocks\.(\d+)\.(?:(.*)\.)?[^.]*")
 _PROJECTIONS = ("qkv", "proj", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate")
 _FIX = "The other figures stand without it."
 Trace = list[dict[str, Any]]
-MakeInputs = Callable[[list[TensorSpec]], dict[str, Array]]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,33 +59,17 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     ms: float
 
 
-class Place(NamedTuple):
-    """Where a node belongs, by its name: layer and kind (None and "other" where that says nothing), and operator."""
-
-    layer: int | None
-    kind: str
-    op: str
-
-
-class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Time per node, in the order of execution, per query; and the sum."""
-
-    layers: list[Row]
-    layers_total_ms: float
-
-
 def ms_by_kind(rows: Sequence[Row]) -> dict[str, float]:
     """Milliseconds of each of `LAYER_KINDS` over all layers, from the rows of a result's `layers`."""
     return {kind: sum((row.ms for row in rows if row.kind == kind), 0.0) for kind in LAYER_KINDS}
 
 
-def measure_layers(bundle: str, execution: Execution, make_inputs: MakeInputs, query_ms: float) -> LayerTimes:
-    """Profile a bundle in a session of its own.
+def measure_layers(bundle: str | Path, execution: Execution, query_ms: float) -> list[Row]:
+    """Profile a bundle in a session of its own: rows in the order of execution.
 
     Args:
         bundle: a folder. execution: how it is run.
-        make_inputs: one query from a session's inputs.
-        query_ms: about how long it takes; decides the number of queries.
+        query_ms: about how long a query takes; decides the number of queries.
 
     Raises:
         BackendError: the backend has no profiler, or its profile cannot be read.
@@ -93,7 +77,7 @@ def measure_layers(bundle: str, execution: Execution, make_inputs: MakeInputs, q
     queries = max(MIN_QUERIES, min(MAX_QUERIES, round(_PROFILED_S * 1000 / max(query_ms, 1e-3))))
     checked = open_bundle(Path(bundle))
     with open_checked(checked, execution) as session:
-        inputs, ran = make_inputs(session.inputs), session.description
+        inputs, ran = fixed_inputs(session.inputs), session.description
         if session.backend != "onnxruntime" or not execution.on_processor:
             # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
             raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
@@ -129,17 +113,14 @@ def read_trace(trace: Trace, queries: int) -> dict[str, float]:
         BackendError: there are no such events.
     """
     runs: list[dict[str, float]] = [{}]
-    try:
-        for event in trace:
-            name = event["name"]
-            if event["cat"] == "Node" and name.endswith(_SUFFIX):
-                node = name.removesuffix(_SUFFIX)
-                # Several nodes may share a name: their times add up.
-                runs[-1][node] = runs[-1].get(node, 0.0) + event["dur"] / 1000
-            elif event["cat"] == "Session" and name == "model_run":
-                runs.append({})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BackendError(f"ONNX Runtime's trace holds an event without {error}.", _FIX) from error
+    for event in trace:
+        name = event["name"]
+        if event["cat"] == "Node" and name.endswith(_SUFFIX):
+            node = name.removesuffix(_SUFFIX)
+            # Several nodes may share a name: their times add up.
+            runs[-1][node] = runs[-1].get(node, 0.0) + event["dur"] / 1000
+        elif event["cat"] == "Session" and name == "model_run":
+            runs.append({})
     last = runs[:-1][-queries:]
     if not any(last):
         raise BackendError("ONNX Runtime's trace holds no nodes.", _FIX)
@@ -149,16 +130,18 @@ def read_trace(trace: Trace, queries: int) -> dict[str, float]:
     }
 
 
-def node_place(name: str) -> Place:
-    """Where a node of an exported file belongs."""
+def node_place(name: str) -> tuple[int | None, str, str]:
+    """Where a node of an exported file belongs: layer and kind (None and "other" where its name says nothing), and its
+    operator.
+    """
     name = name.partition("/")[0]
     if name.startswith(_INLINED):
         op = name.removeprefix(_INLINED).partition("_")[0]
-        return Place(None, _kind_of_operator(op) or "other", op)
+        return None, _kind_of_operator(op) or "other", op
     found, op = _SCOPE.fullmatch(name), re.sub(r"_\d+$", "", name.rpartition(".")[2])
     if found is None:
-        return Place(None, "decoder" if name.startswith("decoder") else "other", op)
-    return Place(int(found[1]), _kind_of_operator(op) or _kind_of_module((found[2] or "").split(".")), op)
+        return None, "decoder" if name.startswith("decoder") else "other", op
+    return int(found[1]), _kind_of_operator(op) or _kind_of_module((found[2] or "").split(".")), op
 
 
 def _kind_of_operator(op: str) -> str | None:
@@ -175,7 +158,7 @@ def _kind_of_module(parts: list[str]) -> str:
     return {"mlp": "mlp", "pruning": "selection", "merging": "selection"}.get(parts[0], "other")
 
 
-def _rows(times: Mapping[str, float], named: Collection[str]) -> LayerTimes:
+def _rows(times: Mapping[str, float], named: Collection[str]) -> list[Row]:
     """Rows from names and times in the order of execution; what is of one function's body becomes one. What the file
     does not name, ONNX Runtime put in: it belongs to the layer before.
     """
@@ -188,4 +171,4 @@ def _rows(times: Mapping[str, float], named: Collection[str]) -> LayerTimes:
         key = layer, op if name.startswith(_INLINED) else name
         row = rows.get(key) or Row(layer=layer, name=key[1], op=op, kind=kind, nodes=0, ms=0.0)
         rows[key] = msgspec.structs.replace(row, nodes=row.nodes + 1, ms=row.ms + ms)
-    return LayerTimes(layers=list(rows.values()), layers_total_ms=sum(times.values()))
+    return list(rows.values())

@@ -1,4 +1,4 @@
-"""Memory of a measured process: resident, proportional, on the device; each with its source.
+"""Memory of a measured process, and what it takes of its device's; each says why where it is not known.
 
 Files: proc_pid_status(5) and the kernel's filesystems/proc.rst.
 """
@@ -8,36 +8,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import msgspec
-
 from sparsifiner_edge.profiles.sensors.nvml import open_card
 from sparsifiner_edge.profiles.sensors.power import UnavailableError, read_text, why
 from sparsifiner_edge.records import Unavailable
 
 Bytes = int | Unavailable
+RESIDENT, PEAK = "VmRSS", "VmHWM"
+"""Of a process: its resident set, and the greatest that it had since it started."""
 
 
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a process: resident set, its peak since it started, and the proportional share (pages divided among those that
-    map them).
-    """
-
-    rss_bytes: Bytes
-    peak_rss_bytes: Bytes
-    pss_bytes: Bytes
-
-
-def read_memory(process: Path = Path("/proc/self")) -> Memory:
-    """Memory now.
-
-    Args:
-        process: a process's folder in procfs.
-    """
-    return Memory(
-        rss_bytes=_kilobytes(process / "status", "VmRSS"),
-        peak_rss_bytes=_kilobytes(process / "status", "VmHWM"),
-        pss_bytes=_kilobytes(process / "smaps_rollup", "Pss"),
-    )
+def process_bytes(field: str, process: Path = Path("/proc/self")) -> Bytes:
+    """`RESIDENT` or `PEAK` of a process, by its folder in procfs."""
+    return _kilobytes(process / "status", field)
 
 
 def _kilobytes(path: Path, field: str) -> Bytes:
@@ -49,35 +31,20 @@ def _kilobytes(path: Path, field: str) -> Bytes:
     return int(match[1]) * 1024 if match else Unavailable(f"{path} has no {field}")
 
 
-class DeviceMemory:
-    """What a process takes of its device's memory, by what all programs hold before it loads anything and later.
+def device_bytes(root: Path = Path("/")) -> tuple[Bytes, str]:
+    """What all programs hold of the device's memory, and for people who tells what it rose by. On a Jetson, whose
+    processor and GPU share their memory, less than nothing: what is not available.
 
     Args:
         root: where `proc` and `etc` are; tests give a made-up tree.
-
-    Attributes:
-        source: who tells it, for people.
     """
-
-    def __init__(self, root: Path = Path("/")) -> None:
-        jetson = (root / "etc/nv_tegra_release").exists()
-        what = "fall of MemAvailable, processor's share included" if jetson else "rise of the card's used memory (NVML)"
-        self.source = f"{what}, since before loading, other programs included"
-        self._meminfo = root / "proc/meminfo" if jetson else None
-        self._before = self._held()
-
-    def taken(self) -> Bytes:
-        """Bytes since it was made."""
-        now, before = self._held(), self._before
-        return max(0, now - before) if isinstance(now, int) and isinstance(before, int) else now
-
-    def _held(self) -> Bytes:
-        """On a Jetson, whose processor and GPU share their memory, less than nothing: what is not available."""
-        if self._meminfo is not None:
-            available = _kilobytes(self._meminfo, "MemAvailable")
-            return -available if isinstance(available, int) else available
-        try:
-            with open_card() as card:
-                return int(card.nvml.nvmlDeviceGetMemoryInfo(card.handle).used)
-        except UnavailableError as error:
-            return Unavailable(why(error))
+    if (root / "etc/nv_tegra_release").exists():
+        available = _kilobytes(root / "proc/meminfo", "MemAvailable")
+        held: Bytes = -available if isinstance(available, int) else available
+        return held, "fall of MemAvailable, processor's share and other programs included"
+    try:
+        with open_card() as card:
+            held = int(card.nvml.nvmlDeviceGetMemoryInfo(card.handle).used)
+    except UnavailableError as error:
+        held = Unavailable(why(error))
+    return held, "rise of the card's used memory (NVML), other programs included"

@@ -6,16 +6,22 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-from msgspec.structs import asdict
-
+from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.profiles import flags, stats
-from sparsifiner_edge.profiles.figures import Figures, MeasuredMemory
-from sparsifiner_edge.profiles.measure.memory import read_memory
-from sparsifiner_edge.profiles.measure.side import MeasuredSide, OnStage, Rules, measure_blocks, warm_up
-from sparsifiner_edge.profiles.sensors import Energy, PowerSensor, Recorder, Recording, energy, find_sensor, no_sensor
+from sparsifiner_edge.profiles.figures import Figures, Method
+from sparsifiner_edge.profiles.measure.memory import PEAK, process_bytes
+from sparsifiner_edge.profiles.measure.side import (
+    LOAD_TIMEOUT_S,
+    MeasuredSide,
+    OnStage,
+    Rules,
+    measure_blocks,
+    warm_up,
+)
+from sparsifiner_edge.profiles.sensors import Energy, Recording, energy, find_sensor, no_sensor
 from sparsifiner_edge.records import MISSING, Known, Unavailable
+from sparsifiner_edge.runtime.session import Runtime
 
 _IDLE_S, _IDLE_SHARE = (0.5, 3.0), 0.3
 """Idle baselines, where there is a power sensor: a share of the measured time, within these bounds."""
@@ -23,56 +29,61 @@ _LOOK_S, _LOOK_SHARE = (0.25, 2.0), 0.1
 """Time between looks at clocks and temperatures, likewise."""
 
 
-class Observation(NamedTuple):
-    """What was seen while sides were measured.
-
-    Attributes:
-        order: who was first in each round. recording: the power sensor's and conditions.
-        memory: by role. other_cores: that other programs kept busy.
-        cut_short: why it ended before the rules were met; empty where they were.
-        on: "cpu" or "gpu", where inferences ran.
-    """
-
-    order: list[str]
-    recording: Recording
-    memory: dict[str, MeasuredMemory]
-    other_cores: float | Unavailable
-    cut_short: str
-    on: str
-
-
-def observe(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, power: bool) -> Observation:
-    """Warm every side up and measure it, with a sensor beside it.
+def observe(
+    sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, power: bool
+) -> tuple[dict[str, Figures], Method, dict[str, list[float]]]:
+    """Warm every side up and measure it, with a sensor beside it: figures by role, layers apart; how it was measured;
+    and the sensor's readings.
 
     The idle baseline comes before warm-up, so that nothing cools down between warm-up and the first query.
     """
-    on = "cpu" if sides[0].request.execution.on_processor else "gpu"
+    on = "cpu" if sides[0].execution.on_processor else "gpu"
     sensor = find_sensor(on=on) if power else no_sensor({"power": "not asked for"})
-    with Recorder(sensor, conditions_period_s=_share(rules, _LOOK_SHARE, _LOOK_S)) as recorder:
-        _idle(recorder, sensor, rules, on_stage)
+    with Recording(sensor, conditions_period_s=_share(rules, _LOOK_SHARE, _LOOK_S)) as recording:
+        _idle(recording, rules, on_stage)
         for side in sides:
             warm_up(side, on_stage)
         before, busy, start = _processor_s(sides), busy_s(), time.monotonic()
-        order = measure_blocks(sides, rules, on_stage)
+        measure_blocks(sides, rules, on_stage)
         seconds, busy_after, after = time.monotonic() - start, busy_s(), _processor_s(sides)
-        memory = {side.role: _memory(side) for side in sides}
-        _idle(recorder, sensor, rules, on_stage)
+        peaks = [process_bytes(PEAK, Path(f"/proc/{side.worker.pid}")) for side in sides]
+        _idle(recording, rules, on_stage)
     others = other_cores(busy, busy_after, after - before, seconds)
-    few = any(len(side.latency_ms) < rules.min_queries for side in sides)
-    cut_short = f"{rules.max_seconds:g} s came before {rules.min_queries} queries" if few else ""
-    return Observation(order, recorder.recording, memory, others, cut_short, on)
+    few = any(side.queries < rules.min_queries for side in sides)
+    method = Method(
+        rules=rules,
+        input_shapes=sides[0].loaded.input_shapes,
+        runtime={side.role: _described(side) for side in sides},
+        warm_up={side.role: side.warm_up for side in sides},
+        block_queries={side.role: len(side.blocks[0]) for side in sides},
+        sensor=recording.described(),
+        conditions={side.role: recording.conditions(side.windows) for side in sides},
+        problems=recording.told(),
+        cut_short=f"{rules.max_seconds:g} s came before {rules.min_queries} queries" if few else None,
+    )
+    figures = {}
+    for side, peak in zip(sides, peaks, strict=True):
+        latency_ms, throughput = stats.summarise(side.latency_ms)
+        figures[side.role] = Figures(
+            latency_ms=latency_ms, throughput_per_s=throughput, queries=side.queries, load_ms=side.loaded.load_ms,
+            first_inference_ms=side.loaded.first_ms, rss_before_load_bytes=side.loaded.rss_before_load_bytes,
+            peak_rss_bytes=peak, device_bytes=side.device[0], device_source=side.device[1],
+            energy=_joules(recording, side), other_cores=others, flags=_flags(side, method, others, on),
+        )  # fmt: skip
+    return figures, method, recording.samples()
 
 
 def _share(rules: Rules, share: float, bounds: tuple[float, float]) -> float:
     return min(max(share * rules.seconds, bounds[0]), bounds[1])
 
 
-def _idle(recorder: Recorder, sensor: PowerSensor, rules: Rules, on_stage: OnStage) -> None:
+def _idle(recording: Recording, rules: Rules, on_stage: OnStage) -> None:
     """Of a sensor that averages, its average of what was before must be over, and something left to read."""
+    sensor = recording.sensor
     if sensor.available:
         on_stage("idling, for the baseline")
         seconds = _share(rules, _IDLE_SHARE, _IDLE_S)
-        recorder.idle(max(seconds, 2 * sensor.averaging_s + 1) if sensor.averaging_s else seconds)
+        recording.stay_idle(max(seconds, 2 * sensor.averaging_s + 1) if sensor.averaging_s else seconds)
 
 
 def _processor_s(sides: list[MeasuredSide]) -> float:
@@ -80,35 +91,30 @@ def _processor_s(sides: list[MeasuredSide]) -> float:
     return time.process_time() + sum(side.worker.ask("processor_s", 60, float) for side in sides)
 
 
-def _memory(side: MeasuredSide) -> MeasuredMemory:
-    process, (device_bytes, source) = read_memory(Path(f"/proc/{side.worker.pid}")), side.device
-    return MeasuredMemory(steady=process, device_bytes=device_bytes, device_source=source)
+def _described(side: MeasuredSide) -> Runtime:
+    """What ran. Reading the model once more may fail where memory is short; the figures stand all the same."""
+    try:
+        return side.worker.ask("describe", LOAD_TIMEOUT_S, Runtime)
+    except SparsifinerError as error:
+        why = Unavailable(error.what)
+        return Runtime(backend=why, version=why, provider=why, device=why, precision=why, kernels=why, threads=why)
 
 
-def side_figures(side: MeasuredSide, seen: Observation, kernels: object) -> Figures:
-    """A side's part of `statistics`, layers apart; `kernels` as its session describes them."""
-    latency, recording = side.latency_ms, seen.recording
-    joules: Known[Energy] = Unavailable(recording.sensor.total.removeprefix(f"{MISSING}: "))
+def _joules(recording: Recording, side: MeasuredSide) -> Known[Energy]:
     if recording.sensor.available:
-        joules = energy(recording, side.windows, len(latency))
-    return Figures(
-        **asdict(stats.summarise(latency)),
-        load_ms=side.loaded.load_ms,
-        rss_before_load_bytes=side.loaded.rss_before_load_bytes,
-        first_inference_ms=side.loaded.first_ms,
-        queries=len(latency),
-        memory=seen.memory[side.role],
-        energy=joules,
-        other_cores=seen.other_cores,
-        flags=[
-            *flags.length_flags(latency, seen.cut_short),
-            *flags.warm_up_flags(side.warm_up),
-            *flags.spread_flags(latency),
-            *flags.condition_flags(recording.conditions(side.windows), seen.on),
-            *flags.load_flags(seen.other_cores),
-            *flags.kernel_flags(kernels),
-        ],
-    )
+        return energy(recording, side.windows, side.queries)
+    return Unavailable(recording.sensor.total.removeprefix(f"{MISSING}: "))
+
+
+def _flags(side: MeasuredSide, method: Method, others: float | Unavailable, on: str) -> list[flags.Flag]:
+    return [
+        *flags.length_flags(side.latency_ms, method.cut_short),
+        *flags.warm_up_flags(side.warm_up),
+        *flags.spread_flags(side.latency_ms),
+        *flags.condition_flags(method.conditions[side.role], on),
+        *flags.load_flags(others),
+        *flags.kernel_flags(method.runtime[side.role].kernels),
+    ]
 
 
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)

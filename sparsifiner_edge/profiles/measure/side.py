@@ -8,6 +8,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,8 +17,9 @@ from msgspec import to_builtins
 
 from sparsifiner_edge.bounds import MOST_COUNT, finite_number
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.profiles.measure.memory import Bytes, DeviceMemory
-from sparsifiner_edge.profiles.measure.worker import Load, Loaded, QueryBlock
+from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.profiles.measure.memory import Bytes, device_bytes
+from sparsifiner_edge.profiles.measure.worker import Loaded, QueryBlock
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.child import Child, start_child
 
@@ -93,7 +96,7 @@ class MeasuredSide:
 
     Attributes:
         role: "subject" or "against".
-        worker: its process. request: what it was asked to load.
+        worker: its process. bundle, execution: what it loaded, and how it runs that.
         loaded: what loading reported. device: bytes that it took of the device's memory, and who tells.
         warm_up: how warm-up went. query_ms: a query's time, the first one's before it.
         blocks: latencies in ms, block by block. windows: start and end of each block, CLOCK_MONOTONIC nanoseconds.
@@ -102,11 +105,12 @@ class MeasuredSide:
 
     role: str
     worker: Child
-    request: Load
+    bundle: Path
+    execution: Execution
     loaded: Loaded
     device: tuple[Bytes, str]
+    query_ms: float
     warm_up: WarmUp = dataclasses.field(default_factory=WarmUp)
-    query_ms: float = 0.0
     blocks: list[list[float]] = dataclasses.field(default_factory=list)
     windows: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -126,10 +130,10 @@ class MeasuredSide:
     def record(self, queries: int, rewarm: int) -> None:
         """Run one block and keep it."""
         start = time.monotonic()
-        block = self.run(queries, rewarm)
-        self.blocks.append(block.latency_ms)
-        self.windows.append(block.window_ns)
-        self.seconds += sum(block.latency_ms) / 1000
+        latency_ms, window = self.run(queries, rewarm)
+        self.blocks.append(latency_ms)
+        self.windows.append(window)
+        self.seconds += sum(latency_ms) / 1000
         self.queries += queries
         self.wall_s += time.monotonic() - start
 
@@ -147,24 +151,31 @@ def stage_progress(progress: Progress | None, planned_s: float) -> OnStage:
 
 
 @contextlib.contextmanager
-def open_side(role: str, request: Load) -> Iterator[MeasuredSide]:
+def open_side(role: str, bundle: Path, execution: Execution, on_stage: OnStage) -> Iterator[MeasuredSide]:
     """A bundle loaded into a worker of its own and run once."""
+    on_stage(f"loading {bundle.name}")
     with start_worker() as worker:
-        memory = DeviceMemory()
-        loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **to_builtins(request))
-        device = memory.taken(), memory.source  # Before another side takes any.
-        yield MeasuredSide(role, worker, request, loaded, device, query_ms=loaded.first_ms)
+        before, _ = device_bytes()
+        loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **load_request(bundle, execution))
+        held, source = device_bytes()  # Before another side takes any.
+        taken = max(0, held - before) if isinstance(held, int) and isinstance(before, int) else held
+        yield MeasuredSide(role, worker, bundle, execution, loaded, (taken, source), loaded.first_ms)
+
+
+def load_request(bundle: Path, execution: Execution) -> dict[str, Any]:
+    """What a worker is told of a bundle, JSON-ready."""
+    return {"bundle": str(bundle.resolve()), "execution": to_builtins(execution)}
 
 
 def warm_up(side: MeasuredSide, on_stage: OnStage) -> None:
     """Run windows of about 100 ms until three medians in a row lie within 2 %, for about 5 s at most."""
     start = time.monotonic()
-    side.query_ms = max(side.run(1).latency_ms[0], 1e-3)
+    side.query_ms = max(side.run(1)[0][0], 1e-3)
     window = max(1, round(_WINDOW_MS / side.query_ms))
     medians: list[float] = []
     settled = False
     while not settled and (time.monotonic() - start < _WARM_UP_S or not medians):
-        medians.append(statistics.median(side.run(window).latency_ms))
+        medians.append(statistics.median(side.run(window)[0]))
         last = medians[-_WINDOWS:]
         settled = len(last) == _WINDOWS and max(last) <= min(last) * (1 + _SETTLED)
         on_stage(f"warming up {side.role}")
@@ -172,18 +183,15 @@ def warm_up(side: MeasuredSide, on_stage: OnStage) -> None:
     side.query_ms = medians[-1]
 
 
-def measure_blocks(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, stage: str = "measuring") -> list[str]:
-    """Fill every side's blocks; returns who was first in each round, such as ["subject", "against"]."""
+def measure_blocks(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, stage: str = "measuring") -> None:
+    """Fill every side's blocks."""
     block_ms = min(_BLOCK_MS, rules.seconds * 1000 / MIN_BLOCKS)
-    random, order = np.random.default_rng(), list[str]()
+    random = np.random.default_rng()
     before: MeasuredSide | None = sides[0] if len(sides) == 1 else None
     while not all(rules.enough(s.seconds, s.queries, len(s.blocks), s.wall_s) for s in sides):
         first = sides[::-1] if random.integers(2) else sides
-        for turn in (first, first[::-1]):  # ABBA or BAAB: each side is first as often as second.
-            for side in turn:
-                rewarm = 0 if side is before else math.ceil(_REWARM_MS / side.query_ms)
-                side.record(max(1, round(block_ms / side.query_ms)), rewarm)
-                before = side
-                on_stage(stage)
-            order.append(turn[0].role)
-    return order
+        for side in (*first, *first[::-1]):  # ABBA or BAAB: each side is first as often as second.
+            rewarm = 0 if side is before else math.ceil(_REWARM_MS / side.query_ms)
+            side.record(max(1, round(block_ms / side.query_ms)), rewarm)
+            before = side
+            on_stage(stage)

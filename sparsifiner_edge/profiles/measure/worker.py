@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -14,14 +14,14 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.profiles.measure.memory import Bytes, read_memory
+from sparsifiner_edge.profiles.measure.memory import RESIDENT, Bytes, process_bytes
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.runtime.child import serve
 from sparsifiner_edge.runtime.open import checked_bundle, find_backend, open_checked
 from sparsifiner_edge.runtime.session import Runtime, Session
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.profiles.measure.layers import LayerTimes
+    from sparsifiner_edge.profiles.measure.layers import Row
 
 
 def fixed_inputs(specs: list[TensorSpec]) -> dict[str, Array]:
@@ -47,13 +47,6 @@ def fixed_inputs(specs: list[TensorSpec]) -> dict[str, Array]:
     return arrays
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """A bundle to load, and how to run it."""
-
-    bundle: str
-    execution: Execution
-
-
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded; load_ms: of the session alone, without its package. first_ms: of the first inference."""
 
@@ -63,7 +56,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     rss_before_load_bytes: Bytes
 
 
-class QueryBlock(msgspec.Struct, frozen=True, kw_only=True):
+class QueryBlock(NamedTuple):
     """Queries one after the other: milliseconds of each; when the block began and ended, CLOCK_MONOTONIC."""
 
     latency_ms: list[float]
@@ -71,17 +64,17 @@ class QueryBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Worker:
-    """One session and its one input; each public method is an operation."""
+    """One session and its one input; each public method is an operation. `execution`: fields of an `Execution`."""
 
     def __init__(self) -> None:
         self.session: Session | None = None
         self.inputs: dict[str, Array] = {}
 
-    def load(self, **given: Any) -> Loaded:
-        request = msgspec.convert(given, Load)
-        find_backend(request.execution).load()
-        before = read_memory().rss_bytes
-        self.session = session = open_checked(checked_bundle(Path(request.bundle)), request.execution)
+    def load(self, bundle: str, execution: dict[str, Any]) -> Loaded:
+        chosen = msgspec.convert(execution, Execution)
+        find_backend(chosen).load()
+        before = process_bytes(RESIDENT)
+        self.session = session = open_checked(checked_bundle(Path(bundle)), chosen)
         self.inputs = inputs = fixed_inputs(session.inputs)
         return Loaded(
             input_shapes={name: list(value.shape) for name, value in inputs.items()},
@@ -96,7 +89,7 @@ class _Worker:
             session.infer(inputs)
         begin = time.monotonic_ns()
         times = call_ms(lambda: session.infer(inputs), queries)
-        return QueryBlock(latency_ms=times, window_ns=(begin, time.monotonic_ns()))
+        return QueryBlock(times, (begin, time.monotonic_ns()))
 
     def processor_s(self) -> float:
         return time.process_time()
@@ -104,11 +97,10 @@ class _Worker:
     def describe(self) -> Runtime:  # Costs memory: asked last.
         return self._loaded().description
 
-    def layers(self, query_ms: float, **given: Any) -> LayerTimes:  # Of a worker that loaded nothing.
+    def layers(self, bundle: str, execution: dict[str, Any], query_ms: float) -> list[Row]:  # Loaded nothing before.
         from sparsifiner_edge.profiles.measure.layers import measure_layers
 
-        request = msgspec.convert(given, Load)
-        return measure_layers(request.bundle, request.execution, fixed_inputs, query_ms)
+        return measure_layers(bundle, msgspec.convert(execution, Execution), query_ms)
 
     def _loaded(self) -> Session:
         if self.session is None:

@@ -1,10 +1,10 @@
 """Power, clocks, temperatures and throttling beside a measurement, with energies that carry their error.
 
-    with Recorder(find_sensor()) as recorder:
-        recorder.idle(3.0)                   # the worker is loaded and waits
+    with Recording(find_sensor()) as recording:
+        recording.stay_idle(3.0)             # the worker is loaded and waits
         windows = [...]                      # (start, end) of the inferences, time.monotonic_ns() in any process
-        recorder.idle(3.0)
-    figures = energy(recorder.recording, windows, inferences)      # for a result's `statistics`
+        recording.stay_idle(3.0)
+    figures = energy(recording, windows, inferences)      # for a result's `statistics`
 
 Nothing here raises for what a sensor does: what is not known is `records.Unavailable`, or is left out; a recording's
 `problems` list the rest.
@@ -18,23 +18,13 @@ from pathlib import Path
 
 from sparsifiner_edge.profiles.sensors.energy import Energy, energy
 from sparsifiner_edge.profiles.sensors.nvml import find_nvml
-from sparsifiner_edge.profiles.sensors.power import (
-    PowerSensor,
-    UnavailableError,
-    find_ina,
-    find_rapl,
-    why,
-)
-from sparsifiner_edge.profiles.sensors.recorder import Recorder, Recording
+from sparsifiner_edge.profiles.sensors.power import PowerSensor, UnavailableError, find_ina, find_rapl, why
+from sparsifiner_edge.profiles.sensors.recording import Recording
 from sparsifiner_edge.records import MISSING
 
-__all__ = ["Energy", "PowerSensor", "Recorder", "Recording", "energy", "find_sensor", "no_sensor"]
+__all__ = ["Energy", "PowerSensor", "Recording", "energy", "find_sensor", "no_sensor"]
 
-SENSORS: dict[str, Callable[[Path], PowerSensor]] = {
-    "ina": find_ina,
-    "nvml": find_nvml,
-    "rapl": find_rapl,
-}
+SENSORS: dict[str, Callable[[Path], PowerSensor]] = {"ina": find_ina, "nvml": find_nvml, "rapl": find_rapl}
 """In the order of preference: whole boards before a GPU before a processor.
 
 Each raises UnavailableError where its sensor is not there or does not answer, OSError or ValueError where its files are

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,14 +33,6 @@ _NOT_PASSIVE = re.compile("(?i)fan|intel_powerclamp")
 _Value = TypeVar("_Value")
 
 
-class Range(msgspec.Struct, frozen=True):
-    """Of one figure, over several moments."""
-
-    lowest: float
-    highest: float
-    median: float
-
-
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """Clocks, temperatures, throttling and power mode at a moment; what a machine does not tell is left out.
 
@@ -64,14 +55,13 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What a measurement ran under.
 
     Attributes:
-        before: in full. during: clocks (`<name>_mhz`) and temperatures in between. looks: how many there were.
+        before: in full. during: clocks (`<name>_mhz`) and temperatures at each look in between.
         throttled_by: at any look, or by a counter that rose. Looks are seconds apart, so a short event that no counter
             counts may be missed.
     """
 
     before: Conditions
-    during: dict[str, Range]
-    looks: int
+    during: dict[str, list[float]]
     throttled_by: list[str] | Unavailable
 
 
@@ -147,11 +137,10 @@ def summarise_conditions(before: Conditions, during: Sequence[Conditions], after
         clocks = {f"{name}_mhz": mhz for name, mhz in look.clocks_mhz.items()}
         for name, value in (clocks | {f"temperature_c.{z}": c for z, c in look.temperature_c.items()}).items():
             series.setdefault(name, []).append(value)
-    ranges = {name: Range(min(found), max(found), statistics.median(found)) for name, found in series.items()}
     lists = [look.throttled_by for look in (before, *during, after) if isinstance(look.throttled_by, list)]
     counts = before.throttle_counts
     names = [name for found in lists for name in found]
     names += [name for name, count in after.throttle_counts.items() if count > counts.get(name, count)]
     told = lists or counts
     throttled = list(dict.fromkeys(names)) if told else Unavailable("nothing here tells of throttling")
-    return Seen(before=before, during=ranges, looks=len(during), throttled_by=throttled)
+    return Seen(before=before, during=series, throttled_by=throttled)

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.profiles.sensors.recorder import Recording, Window
+from sparsifiner_edge.profiles.sensors.recording import Recording, Window
 from sparsifiner_edge.profiles.stats import MIN_FOR_MEAN, effective_size, estimate, student_t
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Estimate
@@ -77,7 +77,7 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
     energy itself, of what it counted between two of them.
 
     Args:
-        recording: of a `Recorder`.
+        recording: whose block was left.
         windows: when the inferences ran, CLOCK_MONOTONIC nanoseconds; windows that overlap count once.
         inferences: how many they were, all windows together.
     """

@@ -29,7 +29,7 @@ THROTTLING = {
 """What slows a card down against the user's will: NVML's name (after nvmlClocksEventReason), its bit, our word."""
 
 
-class Card(NamedTuple):
+class _Card(NamedTuple):
     """A card's handle, and the module `pynvml` of nvidia-ml-py."""
 
     nvml: Any
@@ -45,7 +45,7 @@ class Card(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_card() -> Iterator[Card]:
+def open_card() -> Iterator[_Card]:
     """The card that inferences run on: the first of CUDA_VISIBLE_DEVICES, else card 0.
 
     Raises:
@@ -58,7 +58,7 @@ def open_card() -> Iterator[Card]:
     try:
         nvml.nvmlInit()
         try:
-            yield Card(nvml, _handle(nvml))
+            yield _Card(nvml, _handle(nvml))
         finally:
             with contextlib.suppress(nvml.NVMLError):
                 nvml.nvmlShutdown()

@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
-
 Rail = tuple[Path, ...]
 """Files whose product is what a rail reads, in millionths of a watt or joule."""
 _WHOLE_BOARD = ("VIN", "VDD_IN", "5V_IN", "VDD_5V_IN")
@@ -27,18 +25,6 @@ _MICRO = 1e-6
 
 class UnavailableError(Exception):
     """A sensor is not there, or does not answer; the message says why. Never leaves this folder's public functions."""
-
-
-class SensorDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """A `PowerSensor` in a result, and of a recording by it: seconds of each idle baseline, and how many readings."""
-
-    name: str
-    total: str
-    period_s: float
-    averaging_s: float
-    not_used: dict[str, str]
-    idle_s: list[float]
-    readings: int
 
 
 @dataclasses.dataclass(frozen=True)

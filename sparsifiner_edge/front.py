@@ -1,17 +1,45 @@
-"""What a search found: every plan with what was predicted and measured, as a result file and a picture."""
+"""What a search found: every plan with what was predicted and measured, as a result file, and what ran it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from sparsifiner_edge.config import keep_text, merge_text
-from sparsifiner_edge.plan import LayerPlan
+from sparsifiner_edge.execution import ON_PROCESSOR, Execution, precision_text
 from sparsifiner_edge.records import Known
-from sparsifiner_edge.results import Declared, Estimate
-from sparsifiner_edge.search.latency import Deployment
+from sparsifiner_edge.results import Estimate, Result
+
+
+class Deployment(NamedTuple):
+    """What runs a model: a backend of the processor, or a board by name.
+
+    Attributes:
+        stored: precision of the file. computes: what of it is not int8 is computed in (`execution.PRECISIONS`).
+    """
+
+    backend: str
+    stored: str
+    computes: str = "auto"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a backend of this machine; else a board, whose latency is estimated."""
+        return self.backend in ON_PROCESSOR
+
+    @property
+    def execution(self) -> Execution:
+        """What its bundles' fidelity is measured in."""
+        return Execution(backend=self.backend, precision=self.computes) if self.is_here else Execution()
+
+    @property
+    def dense_host(self) -> Deployment:
+        """What runs the dense model: in ONNX Runtime bfloat16 is for operators of ours alone."""
+        return self._replace(computes="auto") if self.backend == "onnxruntime" else self
+
+    def __str__(self) -> str:
+        precision = self.stored if self.computes == "auto" else precision_text(self.stored, self.computes)
+        return f"{self.backend}, {precision}"
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +62,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A plan as it was exported, in one engine.
 
     Attributes:
-        backend, stored, computes: see `latency.Deployment`.
+        backend, stored, computes: see `Deployment`.
         fidelity: of the bundle, mean over the images searched with. predicted_fidelity: by a model that was fitted to
             all plans but this one. ms: median of the whole model, or for a board that is not here an estimate of it,
             as `ms.interval` says. predicted_ms: from parts; of the dense model as it was at the start: of what took
@@ -96,21 +124,9 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
     left_out: dict[str, str]
 
 
-class SearchResult(Declared, frozen=True):
+class SearchResult(Result, frozen=True):
     """Of kind "search"; samples: per plan, "merge | keep", the fidelity of each image it was judged by; and "check"."""
 
     method: SearchMethod
     samples: dict[str, list[float]]
     statistics: Front
-
-
-def plan_text(plan: LayerPlan) -> str:
-    """A plan for people and as a key."""
-    return f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}"
-
-
-def not_dominated(rows: Sequence[tuple[float, ...]]) -> list[bool]:
-    """Whether no other row is smaller or equal in everything and smaller in something."""
-    return [
-        not any(all(a <= b for a, b in zip(other, row, strict=True)) and other != row for other in rows) for row in rows
-    ]
