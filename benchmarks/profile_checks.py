@@ -99,7 +99,7 @@ def _by_profile(bundle: Path, seconds: float, threads: int) -> tuple[float, int]
     """The median over blocks of a block's mean, and the queries of a block."""
     result = profile_bundle(bundle, seconds=seconds, threads=threads, layers=False)
     size = result.method.block_queries["subject"]
-    latency = np.array(result.samples.subject.latency_ms)
+    latency = np.array(result.samples["subject"]["latency_ms"])
     return float(np.median(latency.reshape(-1, size).mean(axis=1))), size
 
 

@@ -100,7 +100,7 @@ def test_any_size_and_any_image(name: str, severity: int, height: int, width: in
     assert moved(mask, name, severity, seed).shape == mask.shape
 
 
-@pytest.mark.parametrize("severity", SEVERITIES)
+@pytest.mark.parametrize("severity", [1, 3, 5])
 def test_a_mask_moves_as_its_image(severity: int) -> None:
     mask, name = np.zeros((120, 160), bool), "elastic_transform"
     mask[40:90, 70:110] = True

@@ -104,11 +104,6 @@ def test_rectangles(made: dict[str, Path], tmp_path: Path) -> None:
     assert record.top[0].probability == pytest.approx(np.exp(logits.max()) / np.exp(logits).sum(), abs=1e-4)
 
 
-def test_stills(made: dict[str, Path], tmp_path: Path) -> None:
-    with Model(made["bundle"]) as model:
-        check_stills(model, made["pictures"], tmp_path)
-
-
 def check_stills(model: Model, pictures: Path, tmp_path: Path) -> None:
     records = list(run_images(model, pictures))
     assert [Path(r.source).name for r in records] == ["0.png", "1.png", "2.png", "3.png"]

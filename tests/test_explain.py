@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from sparsifiner_edge.config import SparsityConfig
@@ -21,7 +20,6 @@ from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.outcomes import ExplainResult
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import read_record
-from sparsifiner_edge.report.explain_page import write_explanation
 from sparsifiner_edge.sparse.in_memory import sparsify_model
 from sparsifiner_edge.sparse.outputs import seen_by, tokens_of
 from sparsifiner_edge.sparse.student import save_student
@@ -66,15 +64,14 @@ def test_what_has_no_explanation(sparsity: SparsityConfig, said: str) -> None:
         look(student(sparsity=sparsity), smooth_images(160)[0])
 
 
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=12), st.randoms())
-@settings(max_examples=50, deadline=None)
-def test_saco(importance: list[float], random: Any) -> None:
+def test_saco() -> None:
     """1 where what is claimed is what it costs, -1 where it is the contrary; between them always."""
-    claimed = np.array(importance)
-    if np.ptp(claimed) > 0:
+    random = np.random.default_rng(0)
+    for count in range(2, 12):
+        claimed = random.random(count)
         assert saco(claimed, claimed) == pytest.approx(1)
         assert saco(claimed, -claimed) == pytest.approx(-1)
-    assert -1 <= saco(claimed, np.array([random.random() for _ in claimed])) <= 1
+        assert -1 <= saco(claimed, random.random(count)) <= 1
     assert saco(np.ones(4), np.arange(4.0)) == 0
 
 
@@ -89,7 +86,8 @@ def test_an_explanation_that_is_true_and_one_that_is_false() -> None:
     half = np.concatenate([np.linspace(1, 2, 50).reshape(10, 5), np.zeros((10, 5))], 1)
     (right, drop), (wrong, _) = (faithfulness(left, image, values) for values in (half, half[:, ::-1]))
     assert right > 0.5 > 0 > wrong
-    assert drop.shape == (10,)
+    assert drop.shape == (groups_of((10, 10)),) == (10,)
+    assert groups_of((37, 37)) == 5  # An answer takes long there.
     assert drop[:5].min() > drop[5:].max() == pytest.approx(0)
     found = importance_of(left, image, (10, 10))
     assert found.sum() == pytest.approx(1)
@@ -106,26 +104,14 @@ def test_gradients_go_through_lists_and_merges(kind: str) -> None:
     assert (found > 0).all()
 
 
-def test_many_patches_are_judged_by_fewer_groups() -> None:
-    """An answer takes long there."""
-    _, drop = faithfulness(lambda pixels: pixels.flatten() - 128, smooth_images(37 * 4)[0], np.eye(37))
-    assert groups_of((32, 32)) == 10
-    assert groups_of((37, 37)) == len(drop) == 5
-
-
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
-@settings(max_examples=50, deadline=None)
-def test_an_explanation_at_another_place(rows: int, columns: int, seed: int) -> None:
+def test_an_explanation_at_another_place() -> None:
     """The same values, neighbours as before but at the seams, and its greatest no longer where it was."""
-    values = np.random.default_rng(seed).permutation(rows * columns).reshape(rows, columns)
-    found = elsewhere(values, np.random.default_rng(seed))
-    assert sorted(found.ravel()) == sorted(values.ravel())
-    for column in range(columns):  # Each goes round as a whole.
-        (where,) = np.nonzero(found[0] == found[0, column])
-        assert set(found[:, where[0]]) in [set(values[:, x]) for x in range(columns)]
-    if rows >= 4:
+    for seed in range(20):
+        values = np.random.default_rng(seed).permutation(72).reshape(9, 8)
+        found = elsewhere(values, np.random.default_rng(seed))
+        assert {frozenset(column) for column in found.T} == {frozenset(column) for column in values.T}
         before, after = (int(np.nonzero(x == values.max())[0][0]) for x in (values, found))
-        assert rows // 4 <= (after - before) % rows <= rows - rows // 4
+        assert 2 <= (after - before) % 9 <= 7
 
 
 @pytest.fixture(scope="module")
@@ -160,27 +146,21 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert text.count("data:image/jpeg") == 2
 
 
-def test_what_the_command_says_and_refuses(made: Path, tmp_path: Path, capsys: Any) -> None:
-    asked = ("explain", made / "student", "--data", made / "images", "-o", tmp_path / "page.html")
-    assert_refused(call(capsys, *asked[:-1], tmp_path), "is a folder")
-    assert call(capsys, "explain", made, *asked[2:]).code == 2
-    assert not (tmp_path / "page.html").exists()
-    done = call(capsys, *asked)
-    assert done.code == 0, done.err
-    assert "SaCo of what the features hang on" in done.out
-
-
-def test_a_page_in_both_languages(made: Path, tmp_path: Path) -> None:
+def test_a_page_in_both_languages_and_what_the_command_refuses(made: Path, tmp_path: Path, capsys: Any) -> None:
     """Its size for six layers, and that a name stays a name."""
-    from sparsifiner_edge.evaluate.explain import explain_student
-
-    result, (found, _) = explain_student(made / "student", made / "images")
-    hostile = found._replace(path=Path("<script>alert(1)</script>.png"))
+    shutil.copyfile(made / "images" / "0.png", tmp_path / "<script>x.png")
+    asked = ("explain", made / "student", "--data", tmp_path / "<script>x.png", "-o")
     for language, word in (("en", "What the model read"), ("ja", "モデルが読んだもの")):
-        page = write_explanation([hostile], result.method, tmp_path / f"{language}.html", language).read_text("utf-8")
+        done = call(capsys, *asked, tmp_path / "page.html", "--lang", language)
+        assert done.code == 0, done.err
+        assert "SaCo of what the features hang on" in done.out
+        page = (tmp_path / "page.html").read_text("utf-8")
         assert word in page
         assert "<script" not in page
         assert len(page) < 200_000
+    assert_refused(call(capsys, *asked, tmp_path), "is a folder")
+    assert call(capsys, "explain", made, *asked[2:], tmp_path / "none.html").code == 2
+    assert not (tmp_path / "none.html").exists()
 
 
 class Around(torch.nn.Module):
@@ -196,13 +176,6 @@ class Around(torch.nn.Module):
         return tokens.mean(1)
 
 
-class Idle(Around):
-    """One that asks its backbone nothing."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
 @torch.no_grad()
 def test_tokens_are_had_without_what_is_behind_them() -> None:
     around = sparsify_model(Around(), keep=0.25, merge=4).eval()
@@ -212,5 +185,3 @@ def test_tokens_are_had_without_what_is_behind_them() -> None:
     assert torch.equal(tokens_of(around, image), wanted)
     assert around.ran == 1
     assert torch.equal(tokens_of(around.backbone, image), wanted)
-    with pytest.raises(ConfigError, match="does not run its vision transformer"):
-        tokens_of(sparsify_model(Idle(), keep=0.25), image)

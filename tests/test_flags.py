@@ -1,3 +1,5 @@
+"""What makes a measurement unreliable is flagged, each reason in its words, and nothing else is."""
+
 import re
 from pathlib import Path
 
@@ -6,7 +8,6 @@ import pytest
 from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.profiles import flags
-from sparsifiner_edge.profiles.flags import THRESHOLDS
 from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS
 from sparsifiner_edge.profiles.measure.observe import busy_s, other_cores
 from sparsifiner_edge.profiles.measure.side import WarmUp
@@ -15,48 +16,45 @@ from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK
 
 CALM = np.random.default_rng(0).normal(10.0, 0.1, 2000)
+NOTHING = conditions(Path("/nowhere"))
+SETTLED = WarmUp(settled=True, queries=50, seconds=5.0)
 
 
-def names(found):
+def flagged(latency=CALM, warm_up=SETTLED, seen=None, on="cpu", others=0.04, kernels="native, AVX2", cut_short=None):
+    seen = seen or summarise_conditions(NOTHING, [], NOTHING)
+    found = flags.flags_of(latency, warm_up, seen, on, others, kernels, cut_short)
     assert all(all(asdict(flag).values()) for flag in found)
-    return [flag.flag for flag in found]
+    return {flag.flag: flag.what for flag in found}
 
 
 def test_a_calm_measurement_has_no_flag():
-    assert flags.spread_flags(CALM) == flags.length_flags(CALM) == flags.load_flags(0.04) == []
-    assert flags.warm_up_flags(WarmUp(settled=True, queries=50, seconds=5.0)) == []
-
-
-def test_scatter_and_drift_are_unstable_each_in_its_words():
-    random = np.random.default_rng(2)
-    wide = flags.spread_flags(random.normal(10, 1, 2000))
-    assert names(wide) == ["unstable"]
-    assert "p10 to p90 spans" in wide[0].what
-    drifting = flags.spread_flags(CALM * np.linspace(1, 1.05, len(CALM)))
-    assert drifting[-1].what.endswith("slower than the first")
-    assert "faster" in flags.spread_flags(CALM * np.linspace(1.05, 1, len(CALM)))[-1].what
+    assert flagged() == {}
     # A few outliers are no scatter, and noise is no drift.
-    assert flags.spread_flags(np.where(random.random(2000) < 0.02, 10.0, 1.0) * CALM) == []
-    assert flags.spread_flags(np.tile(CALM, 3)) == []
+    assert flagged(np.where(np.random.default_rng(2).random(2000) < 0.02, 10.0, 1.0) * CALM) == {}
+    assert flagged(np.tile(CALM, 3)) == {}
 
 
 @pytest.mark.parametrize(
-    ("samples", "reason"),
+    ("samples", "flag", "reason"),
     [
-        (CALM[:100], "1 s of queries, less than 3 s"),
-        (1000 * CALM[:20], "20 queries, less than 64"),
-        (np.repeat([10.0, 11.0, 12.0, 13.0], 200), "too few independent queries"),
+        (np.random.default_rng(2).normal(10, 1, 2000), "unstable", "p10 to p90 spans"),
+        (CALM * np.linspace(1, 1.05, len(CALM)), "unstable", "slower than the first"),
+        (CALM * np.linspace(1.05, 1, len(CALM)), "unstable", "faster than the first"),
+        (CALM[:100], "too-short", "1 s of queries, less than 3 s"),
+        (1000 * CALM[:20], "too-short", "20 queries, less than 64"),
+        (np.repeat([10.0, 11.0, 12.0, 13.0], 200), "too-short", "too few independent queries"),
     ],
 )
-def test_too_short_says_of_what_there_is_too_little(samples, reason):
-    found = flags.length_flags(samples)
-    assert names(found) == ["too-short"]
-    assert reason in found[0].what
+def test_scatter_drift_and_too_few_samples(samples, flag, reason):
+    assert reason in flagged(samples)[flag]
 
 
-def test_a_run_that_was_cut_short_and_one_that_never_settled():
-    assert "max_seconds" in flags.length_flags(CALM, "max_seconds came before 64 queries")[0].what
-    assert names(flags.warm_up_flags(WarmUp(settled=False, queries=50, seconds=5.0))) == ["not-warmed-up"]
+def test_a_run_that_was_cut_short_one_that_never_settled_and_one_that_was_not_alone():
+    assert "max_seconds" in flagged(cut_short="max_seconds came before 64 queries")["too-short"]
+    assert list(flagged(warm_up=replace(SETTLED, settled=False))) == ["not-warmed-up"]
+    assert list(flagged(others=other_cores(100.0, 105.0, 1.0, 10.0))) == ["other-load"]
+    assert other_cores(100.0, 109.9, 9.5, 10.0) == pytest.approx(0.04)
+    assert flagged(others=Unavailable("it is not known")) == {}
 
 
 def tree(root, mhz, state=0, count=0):
@@ -84,60 +82,50 @@ def tree(root, mhz, state=0, count=0):
 )
 def test_clocks_and_throttling_are_read_from_the_boards_tree(tmp_path, looks, expected):
     before, *during, after = [tree(tmp_path / str(i), **look) for i, look in enumerate(looks)]
-    assert names(flags.condition_flags(summarise_conditions(before, during, after), "cpu")) == expected
+    assert list(flagged(seen=summarise_conditions(before, during, after))) == expected
 
 
 @pytest.mark.parametrize(("on", "expected"), [("gpu", ["clock-drift"]), ("cpu", [])])
-def test_a_gpus_clock_counts_where_it_computes(tmp_path, on, expected):
-    nothing = conditions(tmp_path)
-    looks = [replace(nothing, clocks_mhz={"gpu": mhz}) for mhz in (1000.0, 900.0)]
-    assert names(flags.condition_flags(summarise_conditions(nothing, looks, nothing), on)) == expected
+def test_a_gpus_clock_counts_where_it_computes(on, expected):
+    looks = [replace(NOTHING, clocks_mhz={"gpu": mhz}) for mhz in (1000.0, 900.0)]
+    assert list(flagged(seen=summarise_conditions(NOTHING, looks, NOTHING), on=on)) == expected
 
 
 @pytest.mark.parametrize(
-    ("kernels", "do"),
+    ("kernels", "is_flagged"),
     [
-        ("function bodies (the native library is not built)", "Repair the native library"),
-        (FALLBACK, "--backend tensorrt"),
-        ("function bodies", None),
-        ("none (standard operators), with pageable copies", None),
-        (Unavailable("the session does not say"), None),
+        ("function bodies (the native library is not built)", True),
+        (FALLBACK, True),
+        ("function bodies", False),
+        (Unavailable("the session does not say"), False),
     ],
 )
-def test_function_bodies_in_the_place_of_kernels(kernels, do):
-    found = flags.kernel_flags(kernels)
-    assert names(found) == (["portable-kernels"] if do else [])
-    assert all(do in flag.do and kernels in flag.what for flag in found)
-
-
-def stat(root, busy):
-    (root / "proc").mkdir(parents=True, exist_ok=True)
-    # One line for all, then one for each core: user nice system idle iowait irq softirq steal guest guest_nice.
-    cores = "\n".join(f"cpu{i} {busy} 0 0 99999 500 0 0 10 {busy} 0" for i in range(4096))
-    (root / "proc/stat").write_text(f"cpu 1 2 3 4 5 6 7 8 9 10\n{cores}\nintr 5\n")
-    return busy_s(root)
+def test_function_bodies_in_the_place_of_kernels(kernels, is_flagged):
+    found = flagged(kernels=kernels)
+    assert list(found) == ["portable-kernels"] * is_flagged
+    assert all(kernels in what for what in found.values())
 
 
 def test_busy_time_counts_the_allowed_cores_without_idle_waiting_and_guests(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3})
     monkeypatch.setattr("os.sysconf", lambda _: 100)
-    before, after = stat(tmp_path, busy=100), stat(tmp_path, busy=300)
-    assert before == pytest.approx(2 * 1.1)
-    assert after - before == pytest.approx(4.0)
-    assert other_cores(100.0, 109.9, 9.5, 10.0) == pytest.approx(0.04)
-    assert names(flags.load_flags(other_cores(100.0, 105.0, 1.0, 10.0))) == ["other-load"]
+    (tmp_path / "proc").mkdir()
+    times = []
+    for busy in (100, 300):
+        # One line for all, then one for each core: user nice system idle iowait irq softirq steal guest guest_nice.
+        cores = "\n".join(f"cpu{i} {busy} 0 0 99999 500 0 0 10 {busy} 0" for i in range(4096))
+        (tmp_path / "proc/stat").write_text(f"cpu 1 2 3 4 5 6 7 8 9 10\n{cores}\nintr 5\n")
+        times.append(busy_s(tmp_path))
+    assert times[0] == pytest.approx(2 * 1.1)
+    assert times[1] - times[0] == pytest.approx(4.0)
+    assert "not readable" in other_cores(busy_s(tmp_path / "none"), 1.0, 0.0, 1.0).why
 
 
-def test_without_procfs_there_is_a_reason(tmp_path):
-    seen = other_cores(busy_s(tmp_path), busy_s(tmp_path), 0.0, 1.0)
-    assert "not readable" in seen.why
-    assert flags.load_flags(seen) == []
-
-
-def test_the_documentation_names_every_flag_kind_and_figure():
+def test_the_documentation_names_every_flag_and_kind():
     text = (Path(__file__).parents[1] / "docs/profiling.md").read_text(encoding="utf-8")
     source = Path(flags.__file__).read_text(encoding="utf-8")
-    for name in {*re.findall(r'Flag\("([a-z-]+)"', source), *LAYER_KINDS}:
+    found = re.findall(r'Flag\("([a-z-]+)"', source)
+    assert len(found) == 7
+    for name in (*found, *LAYER_KINDS):
         assert f"| `{name}` |" in text
-    assert "less than 3 s" in text
-    assert (THRESHOLDS["seconds"], THRESHOLDS["spread"], THRESHOLDS["clock"]) == (3.0, 0.10, 0.05)
+    assert (flags.LEAST_SECONDS, flags.SCATTER, flags.CLOCK) == (3.0, 0.10, 0.05)

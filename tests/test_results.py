@@ -94,6 +94,8 @@ def test_a_board_is_recognised_from_its_tree(tmp_path):
     assert found["board"] == "NVIDIA Jetson Orin Nano"
     assert found["governor"] == "schedutil"
     assert found["os"] == "Ubuntu 22.04.4 LTS"
+    nothing = machine(tmp_path / "nothing")
+    assert all(nothing[name]["unavailable"] for name in ("cpu_model", "memory_bytes", "governor", "board"))
 
 
 @pytest.mark.parametrize(
@@ -117,12 +119,6 @@ def test_a_board_is_recognised_from_its_tree(tmp_path):
 def test_a_jetsons_release(tmp_path, name, text, release):
     made_up(tmp_path, {name: text})
     assert jetson_release(tmp_path) == release
-
-
-def test_what_a_machine_does_not_say_has_a_reason(tmp_path):
-    found = made_up(tmp_path, {})
-    for name in ("cpu_model", "memory_bytes", "governor", "board"):
-        assert found[name]["unavailable"]
 
 
 @pytest.mark.parametrize(

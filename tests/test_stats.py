@@ -27,8 +27,7 @@ def coverage(interval, truth, draw, trials=400):
     return np.mean([holds(*interval(draw())) for _ in range(trials)])
 
 
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
-@pytest.mark.parametrize("count", [64, 1000])
+@pytest.mark.parametrize(("share", "count"), [(0.5, 64), (0.9, 1000), (0.99, 1000)])
 def test_quantile_intervals_cover_the_truth_of_a_skewed_distribution(share, count):
     random = np.random.default_rng(3)
     rate = coverage(
@@ -68,27 +67,15 @@ def test_intervals_are_no_wider_than_they_need_be():
     assert 5040 < high < 5120
 
 
-def test_too_few_samples_do_not_bound_p99_from_above():
-    low, high = stats.quantile_interval(np.random.default_rng(0).random(64), 0.99)
-    assert low is not None
-    assert high is None
-    assert "too few" in stats.summarise(np.random.default_rng(0).random(64))[0].p99.high.why
-    assert stats.quantile_interval([1.5, 1.6, 1.4, 1.5, 1.55], 0.5) == (None, None)
-
-
-def test_the_number_of_independent_samples_is_found():
-    random = np.random.default_rng(6)
-    assert stats.effective_size(np.ones(10)) == 10
-    assert 800 <= stats.effective_size(random.normal(size=1000)) <= 1000
-    # AR(1) with memory m: count (1 - m) / (1 + m).
-    assert stats.effective_size(correlated(random, 20000)) == pytest.approx(20000 * 0.1 / 1.9, rel=0.3)
-
-
 def test_summary_of_known_samples():
     latency, throughput = stats.summarise(np.arange(1.0, 102.0))
     assert (latency.p50.value, latency.p90.value, latency.mean.value) == (51, 91, 51)
     assert throughput.value == pytest.approx(1000 / 51)
     assert throughput.low < throughput.value < throughput.high
+    few = stats.summarise(np.random.default_rng(0).random(64))[0].p99
+    assert few.low > 0
+    assert "too few" in few.high.why
+    assert stats.quantile_interval([1.5, 1.6, 1.4, 1.5, 1.55], 0.5) == (None, None)
 
 
 def paired_rounds(random, true_ratio, rounds=40):
@@ -110,18 +97,14 @@ def busy_ratios(random, rounds=20):
     return np.exp(np.log(2) * np.sign(correlated(random, rounds, 0.5)) * (random.random(rounds) < 0.7))
 
 
-def test_ratio_interval_covers_the_truth_although_the_machine_drifts():
-    random = np.random.default_rng(7)
-    assert coverage(ratio_interval, 1.5, lambda: paired_rounds(random, 1.5)) >= 0.92
-
-
-def test_equal_bundles_seldom_get_a_verdict_and_different_ones_do():
+def test_ratios_cover_the_truth_while_the_machine_drifts_and_equal_bundles_seldom_get_a_verdict():
     random = np.random.default_rng(8)
 
     def share_of_verdicts(true_ratio, verdict):
         found = [stats.judge(*ratio_interval(paired_rounds(random, true_ratio))) for _ in range(300)]
         return np.mean([v == verdict for v in found])
 
+    assert coverage(ratio_interval, 1.5, lambda: paired_rounds(random, 1.5)) >= 0.92
     busy = [stats.judge(*ratio_interval(busy_ratios(random))) for _ in range(1000)]
     assert np.mean([v == "no difference shown" for v in busy]) >= 0.95
     assert share_of_verdicts(1.0, "no difference shown") >= 0.97

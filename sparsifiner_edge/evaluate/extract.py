@@ -146,18 +146,14 @@ def _torch(student: Student, path: str, digest: str, compared: TeacherComparison
         outputs = outputs_of(model, normalise(torch.from_numpy(image).to(device), pre), student.outputs)
         return {name: value.cpu().numpy() for name, value in outputs.items() if compared.output in (None, name)}
 
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     runtime = Runtime(
-        backend=f"torch {torch.__version__}",
-        precision="fp32",
-        threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        backend=f"torch {torch.__version__}", precision="fp32", threads=torch.get_num_threads(), device=where
     )
     tokens = GPU_TOKENS_TOGETHER if device.type == "cuda" else TOKENS_TOGETHER
     together = max(1, tokens // (backbone.prefix + backbone.patches))
-    about, named = (
-        Subject(name=student.name, path=path, sha256=digest),
-        student.name if student.kind == "timm" else None,
-    )
+    about = Subject(name=student.name, path=path, sha256=digest)
+    named = student.name if student.kind == "timm" else None
     return Extractor(extract, student.img_size, backbone.prefix, about, runtime, student.labels, together, named)
 
 

@@ -30,7 +30,7 @@ from sparsifiner_edge.profiles.roofline import (
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Estimate, Result
 
-CONFIDENCE = 0.9
+ESTIMATED = 0.9
 """Of bounds: what the fit was widened to."""
 UNFITTED = 1.5
 """Widens the bounds for a GPU precision that no measurement was fitted for."""
@@ -197,7 +197,7 @@ def _statistics(plan: _Plan) -> EstimateStatistics:
 
 def _estimate(bounds: _Bounds, factor: float, how: str) -> Estimate:
     low, value, high = (factor * bound for bound in bounds)
-    return Estimate(value, low, high, CONFIDENCE, how)
+    return Estimate(value, low, high, ESTIMATED, how)
 
 
 def _latency(plan: _Plan, spent: Sequence[Cost]) -> tuple[_Bounds, float]:

@@ -76,7 +76,6 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     scenario: str = "single stream: one query at a time, from Session.infer's call to its return"
-    isolation: str = "one process per bundle"
     rules: Rules
     input_shapes: dict[str, list[int]]
     runtime: dict[str, Runtime]

@@ -1,10 +1,11 @@
 """What makes a measurement unreliable: one flag per reason, each with what was seen and what to do.
 
-Every threshold stands in `THRESHOLDS`, with where it comes from.
+Every threshold stands here, with where it comes from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -15,19 +16,21 @@ from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.stats import Series, percentile, quantile_interval
 from sparsifiner_edge.records import Unavailable
 
-THRESHOLDS: dict[str, float] = {
-    # (p90 - p10) / p50 of the latency. Our choice: a quiet machine stays below .05, a shared one is well above .1.
-    "spread": 0.10,
-    # Medians of the first and the last third, their intervals apart. Our choice: what a settled warm-up may move by.
-    "trend": 0.02,
-    # Seconds: trtexec's default duration. Queries: the least that bound p90 at 99 %.
-    "seconds": 3.0,
-    "queries": 64,
-    # Highest over lowest clock of the busiest core, or of the GPU, while queries ran. Our choice: as p50 moves.
-    "clock": 0.05,
-    # Cores that other programs kept busy. Our choice: an idle desktop stays below .05.
-    "other_cores": 0.10,
+SCATTER = 0.10
+"""(p90 - p10) / p50 of the latency. Our choice: a quiet machine stays below .05, a shared one is well above .1."""
+TREND = 0.02
+"""Medians of the first and the last third, their intervals apart. Our choice: what a settled warm-up may move by."""
+LEAST_SECONDS, LEAST_QUERIES = 3.0, 64
+"""trtexec's default duration; the least queries that bound p90 at 99 %."""
+CLOCK = 0.05
+"""Highest over lowest clock of the busiest core, or of the GPU, while queries ran. Our choice: as p50 moves."""
+OTHER_CORES = 0.10
+"""Cores that other programs kept busy. Our choice: an idle desktop stays below .05."""
+_FALLBACKS = {
+    "(the native library": "Repair the native library: sparsifiner-edge doctor says what it lacks.",
+    "not the CUDA kernels": "This is a fallback: build an engine with --backend tensorrt and profile that.",
 }
+"""What a session says of kernels that it could not use, and what to do."""
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -38,92 +41,72 @@ class Flag(msgspec.Struct, frozen=True):
     do: str
 
 
-def spread_flags(latency_ms: Series) -> list[Flag]:
-    """ "unstable" where the latency scatters, and where it drifts."""
-    values = np.asarray(latency_ms, dtype=np.float64)
+def flags_of(
+    latency_ms: Series, warm_up: WarmUp, seen: Seen, on: str, others: float | Unavailable,
+    kernels: str | Unavailable, cut_short: str | None = None,
+) -> list[Flag]:  # fmt: skip
+    """Of one side.
+
+    Args:
+        seen: before, during and after. on: "cpu" or "gpu", where inferences run: an idle GPU's clock does not matter.
+        others: cores that other programs kept busy. kernels: as a session's description says.
+        cut_short: why it ended before the rules were met.
+    """
+    values, found = np.asarray(latency_ms, dtype=np.float64), list[Flag]()
+    if short := "; ".join(_too_short(values, cut_short)):
+        found.append(Flag("too-short", short, "Measure longer (--seconds)."))
+    if not warm_up.settled:
+        what = f"after {warm_up.seconds:.1f} s and {warm_up.queries} queries of warm-up the latency still moved"
+        found.append(Flag("not-warmed-up", what, "Close other programs, or fix the clocks, and measure again."))
+    for what in _unstable(values):
+        found.append(Flag("unstable", what, "Close other programs, let the machine cool, and measure longer."))
+    if isinstance(seen.throttled_by, list) and seen.throttled_by:
+        what = f"slowed down by {', '.join(seen.throttled_by)}"
+        found.append(Flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
+    for what in _drifting_clocks(seen, on):
+        do = "Fix the clocks (jetson_clocks, nvidia-smi -lgc, the performance governor), and measure again."
+        found.append(Flag("clock-drift", what, do))
+    if isinstance(others, float) and others > OTHER_CORES:
+        what = f"other programs kept {others:.2f} of a core busy"
+        found.append(Flag("other-load", what, "Close other programs, and measure again."))
+    for part, do in _FALLBACKS.items():
+        if part in str(kernels):
+            found.append(Flag("portable-kernels", f"sparse attention ran as {kernels}", do))
+    return found
+
+
+def _too_short(values: np.ndarray[Any, Any], cut_short: str | None) -> Iterator[str]:
+    """Too few seconds, queries, or independent samples."""
+    seconds = float(values.sum()) / 1000
+    if cut_short:
+        yield cut_short
+    if seconds < LEAST_SECONDS:
+        yield f"{seconds:.2g} s of queries, less than {LEAST_SECONDS:.0f} s"
+    if len(values) < LEAST_QUERIES:
+        yield f"{len(values)} queries, less than {LEAST_QUERIES}"
+    if None in quantile_interval(values, 0.5):
+        yield "too few independent queries to bound the median"
+
+
+def _unstable(values: np.ndarray[Any, Any]) -> Iterator[str]:
+    """That the latency scatters, and that it drifts."""
     low, middle, high = (percentile(values, share) for share in (0.1, 0.5, 0.9))
-    spread, trend = (high - low) / middle, _trend(values)
-    seen = [f"p10 to p90 spans {spread:.0%} of the median"] if spread > THRESHOLDS["spread"] else []
-    seen += [trend] if trend is not None else []
-    return [Flag("unstable", what, "Close other programs, let the machine cool, and measure longer.") for what in seen]
-
-
-def _trend(values: np.ndarray[Any, Any]) -> str | None:
+    if high - low > SCATTER * middle:
+        yield f"p10 to p90 spans {(high - low) / middle:.0%} of the median"
     third = len(values) // 3
     if third < 20:
-        return None
-    first, last = values[:third], values[-third:]
-    change = float(np.median(last) / np.median(first)) - 1
-    slower = change > 0
-    low_of_high = quantile_interval(last if slower else first, 0.5)[0]
-    high_of_low = quantile_interval(first if slower else last, 0.5)[1]
-    apart = low_of_high is not None and high_of_low is not None and low_of_high > high_of_low
-    if not apart or abs(change) <= THRESHOLDS["trend"]:
-        return None
-    return f"the last third is {abs(change):.1%} {'slower' if slower else 'faster'} than the first"
+        return
+    change = float(np.median(values[-third:]) / np.median(values[:third])) - 1
+    faster, slower = (values[:third], values[-third:]) if change > 0 else (values[-third:], values[:third])
+    low_of_slower, high_of_faster = quantile_interval(slower, 0.5)[0], quantile_interval(faster, 0.5)[1]
+    apart = low_of_slower is not None and high_of_faster is not None and low_of_slower > high_of_faster
+    if apart and abs(change) > TREND:
+        yield f"the last third is {abs(change):.1%} {'slower' if change > 0 else 'faster'} than the first"
 
 
-def length_flags(latency_ms: Series, cut_short: str | None = None) -> list[Flag]:
-    """ "too-short" where there are too few seconds, queries, or independent samples."""
-    values = np.asarray(latency_ms, dtype=np.float64)
-    seconds = float(values.sum()) / 1000
-    reasons = [cut_short] if cut_short else []
-    if seconds < THRESHOLDS["seconds"]:
-        reasons.append(f"{seconds:.2g} s of queries, less than {THRESHOLDS['seconds']:.0f} s")
-    if len(values) < THRESHOLDS["queries"]:
-        reasons.append(f"{len(values)} queries, less than {THRESHOLDS['queries']:.0f}")
-    if None in quantile_interval(values, 0.5):
-        reasons.append("too few independent queries to bound the median")
-    return [Flag("too-short", "; ".join(reasons), "Measure longer (--seconds).")] if reasons else []
-
-
-def warm_up_flags(warm_up: WarmUp) -> list[Flag]:
-    """ "not-warmed-up" where warm-up ended before the latency settled."""
-    if warm_up.settled:
-        return []
-    what = f"after {warm_up.seconds:.1f} s and {warm_up.queries} queries of warm-up the latency still moved"
-    return [Flag("not-warmed-up", what, "Close other programs, or fix the clocks, and measure again.")]
-
-
-def kernel_flags(kernels: object) -> list[Flag]:
-    """ "portable-kernels" where function bodies stand in for kernels that could not be used.
-
-    Args:
-        kernels: as a session's description says.
-    """
-    fixes = {
-        "(the native library": "Repair the native library: sparsifiner-edge doctor says what it lacks.",
-        "not the CUDA kernels": "This is a fallback: build an engine with --backend tensorrt and profile that.",
-    }
-    fix = next((fixes[part] for part in fixes if part in kernels), None) if isinstance(kernels, str) else None
-    return [Flag("portable-kernels", f"sparse attention ran as {kernels}", fix)] if fix else []
-
-
-def load_flags(other_cores: float | Unavailable) -> list[Flag]:
-    """ "other-load" where other programs ran beside the measurement."""
-    if isinstance(other_cores, Unavailable) or other_cores <= THRESHOLDS["other_cores"]:
-        return []
-    what = f"other programs kept {other_cores:.2f} of a core busy"
-    return [Flag("other-load", what, "Close other programs, and measure again.")]
-
-
-def condition_flags(conditions: Seen, on: str) -> list[Flag]:
-    """ "throttled" and "clock-drift", from `sensors.conditions` before, during and after.
-
-    Args:
-        on: "cpu" or "gpu", where inferences run; the clock of an idle GPU does not matter.
-    """
-    found = []
-    throttled = conditions.throttled_by
-    if isinstance(throttled, list) and throttled:
-        what = f"slowed down by {', '.join(throttled)}"
-        found.append(Flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
+def _drifting_clocks(seen: Seen, on: str) -> Iterator[str]:
     clocks = {"cpu_mhz": "the processor's clock"} | ({"gpu_mhz": "the GPU's clock"} if on == "gpu" else {})
     for key, name in clocks.items():
-        clock = conditions.during.get(key, [0.0])
-        lowest, highest = min(clock), max(clock)
-        if lowest > 0 and highest / lowest - 1 > THRESHOLDS["clock"]:
-            what = f"{name} went from {lowest:.0f} to {highest:.0f} MHz while queries ran"
-            do = "Fix the clocks (jetson_clocks, nvidia-smi -lgc, the performance governor), and measure again."
-            found.append(Flag("clock-drift", what, do))
-    return found
+        lowest, highest = (bound(seen.during.get(key, [0.0])) for bound in (min, max))
+        if lowest > 0 and highest / lowest - 1 > CLOCK:
+            yield f"{name} went from {lowest:.0f} to {highest:.0f} MHz while queries ran"

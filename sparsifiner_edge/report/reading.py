@@ -19,7 +19,7 @@ from sparsifiner_edge.profiles.figures import Comparison, Figures, ProfileResult
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean
-from sparsifiner_edge.results import MEASURE_AGAIN, RESULT_SCHEMA, Result, Subject, check_result
+from sparsifiner_edge.results import MEASURE_AGAIN, RESULT_SCHEMA, Form, Result, Subject, check_result
 from sparsifiner_edge.runtime.session import Runtime
 
 PROGRAM = "sparsifiner-edge"
@@ -30,7 +30,6 @@ FORMS: dict[str, type[Result]] = {
 """Kind -> what the page reads of it."""
 GREATEST, LEAST_MS = 1e30, 1e-9
 """Nothing measured comes near these, and computing with what lies beyond would leave floats."""
-Form = TypeVar("Form", bound=Result)
 LatencySamples = np.ndarray[Any, np.dtype[np.float64]]
 
 

@@ -87,7 +87,7 @@ def read_request(
         )
     plain = not backends and not computes
     require(plain, "A board's latency is estimated for no backend.", "Leave one of the two out.")
-    stored = precisions or [precision for precision in known if device.has_peak(precision)]
+    stored = precisions or [precision for precision in known if precision in device.peaks]
     engines = [Deployment(device.name, precision) for precision in stored]
     return SearchRequest(bound, metric, device, engines, {}, *_split(data))
 

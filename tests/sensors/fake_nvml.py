@@ -15,21 +15,23 @@ class FakeNvml:
         power_mw, energy_mj, used: what the functions return; `broken`: raised by every call once set.
     """
 
-    NVMLError = pynvml.NVMLError
-    NVMLLibraryMismatchError = pynvml.NVMLLibraryMismatchError
-    NVML_CLOCK_SM = pynvml.NVML_CLOCK_SM
-    NVML_CLOCK_MEM = pynvml.NVML_CLOCK_MEM
-    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
-
-    def __init__(self, cards: int = 1) -> None:
-        self.cards = cards
-        self.opened = 0
-        self.asked: list[Any] = []
+    def __init__(self) -> None:
+        self.cards, self.opened, self.asked = 1, 0, list[Any]()
         self.power_mw: Any = 70_123
         self.energy_mj: Any = 5_000_000
-        self.used: Any = 1 << 30
-        self.throttle: Any = 0
+        self.used, self.throttle = 1 << 30, 0
         self.broken: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Of constants and exceptions the real ones; of functions that are used what they give for a card."""
+        values: dict[str, Any] = {
+            "Name": "NVIDIA GeForce RTX 4070", "PowerUsage": self.power_mw, "TotalEnergyConsumption": self.energy_mj,
+            "Temperature": 61, "EnforcedPowerLimit": 200_000, "MemoryInfo": SimpleNamespace(used=self.used),
+            "CurrentClocksEventReasons": pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND),
+            "CurrentClocksThrottleReasons": self.throttle, "Count": self.cards,
+        }  # fmt: skip
+        short = name.removeprefix("nvmlDeviceGet")
+        return (lambda *_: self._give(values[short])) if short in values else getattr(pynvml, name)
 
     def _give(self, value: Any) -> Any:
         if self.broken is not None:
@@ -48,9 +50,6 @@ class FakeNvml:
     def nvmlShutdown(self) -> None:
         self.opened -= 1
 
-    def nvmlDeviceGetCount(self) -> int:
-        return self._give(self.cards)
-
     def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:
         self.asked.append(index)
         if index >= self.cards:
@@ -61,29 +60,5 @@ class FakeNvml:
         self.asked.append(uuid)
         return self._give(f"card {uuid}")
 
-    def nvmlDeviceGetName(self, card: Any) -> Any:
-        return self._give("NVIDIA GeForce RTX 4070")
-
-    def nvmlDeviceGetPowerUsage(self, card: Any) -> int:
-        return self._give(self.power_mw)
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, card: Any) -> int:
-        return self._give(self.energy_mj)
-
     def nvmlDeviceGetClockInfo(self, card: Any, kind: int) -> int:
-        return self._give({self.NVML_CLOCK_SM: 2475, self.NVML_CLOCK_MEM: 10501}[kind])
-
-    def nvmlDeviceGetTemperature(self, card: Any, sensor: int) -> int:
-        return self._give(61)
-
-    def nvmlDeviceGetEnforcedPowerLimit(self, card: Any) -> int:
-        return self._give(200_000)
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, card: Any) -> int:
-        return self._give(pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND))
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, card: Any) -> int:
-        return self._give(self.throttle)
-
-    def nvmlDeviceGetMemoryInfo(self, card: Any) -> Any:
-        return SimpleNamespace(used=self._give(self.used))
+        return self._give({pynvml.NVML_CLOCK_SM: 2475, pynvml.NVML_CLOCK_MEM: 10501}[kind])

@@ -66,17 +66,8 @@ def test_the_stated_interval_holds_the_mean(record):
         widths += (found["high"] - found["low"]) / wanted
     assert held / 60 >= 0.9
     assert widths / 60 < 0.15, "an interval that says nothing holds everything"
-
-
-def test_a_shorter_window_widens_the_interval_and_too_short_a_one_has_none():
-    def figure(end):
-        return judged(record_power(uneven(1), sample_times(TOTAL, 0.1, 1)), [window(BEGIN, end)], 10)[GROSS]
-
-    def width(end):
-        return (figure(end)["high"] - figure(end)["low"]) / figure(end)["value"]
-
-    assert width(BEGIN + 4) > 1.5 * width(END)
-    assert "too few" in figure(BEGIN + 1)["low"]["unavailable"]
+    short = judged(record(uneven(1), TIMES), [window(BEGIN, BEGIN + 1)], 10)
+    assert "too few" in short[GROSS]["low"]["unavailable"]
 
 
 def test_net_intervals_widen_with_the_drift_of_the_baseline():
@@ -109,9 +100,8 @@ def test_two_programs_in_turn_are_told_apart(counted):
             assert figures["window_s"] == pytest.approx(block * len(starts))
 
 
-@pytest.mark.parametrize("start", [0.0, 262000.0])
-def test_a_counter_that_wraps(start):
-    figures = judged(record_counter(scene("sine"), TIMES, WRAP, start))
+def test_a_counter_that_wraps():
+    figures = judged(record_counter(scene("sine"), TIMES, WRAP, 262000.0))
     assert figures[GROSS]["value"] == pytest.approx(truth(scene("sine"))[0], rel=0.01)
 
 
@@ -125,8 +115,6 @@ def test_a_counter_that_is_reset_leaves_a_gap_and_no_nonsense(wrap):
 
 
 def test_rails_that_are_read_together_add_up():
-    readings = [{"VDD_GPU_SOC": 3.0, "VDD_CPU_CV": 1.5 + 0.01 * (n % 2)} for n in range(len(TIMES))]
-    assert judged(recording(TIMES, readings, sensor_of()))["mean_w"] == pytest.approx(4.505, rel=0.01)
     readings = [{"package-0": float(j % 500), "package-1": float(2 * j % 800)} for j in scene("sine").joules(TIMES)]
     sensor = sensor_of(counts=True, wraps_j={"package-0": 500.0, "package-1": 800.0})
     figures = judged(recording(TIMES, readings, sensor))

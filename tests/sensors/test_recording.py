@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 import threading
@@ -66,18 +65,6 @@ def test_windows_of_another_process_share_the_clock_and_steps_of_the_wall_clock_
     assert figures["gross_j_per_inference"]["value"] == pytest.approx(10.0 * (end - start) / SECOND, rel=0.01)
 
 
-def test_what_a_recording_gives_to_a_result(tmp_path):
-    with Recording(sensor_reading(steady), tmp_path) as recording:
-        recording.stay_idle(0.1)
-        recording.stay_idle(0.05)
-    samples, described = recording.samples(), recording.described()
-    assert len(samples["time_s"]) == len(samples[f"{RAIL}_w"]) == described["readings"] > 5
-    assert described["idle_s"] == pytest.approx([0.1, 0.05], abs=0.04)
-    assert described["name"] == "synthetic"
-    assert recording.told() == []
-    assert recording.conditions([]).during == {}
-
-
 def test_errors_of_a_sensor_are_counted(tmp_path):
     asked = []
 
@@ -118,16 +105,6 @@ def test_a_sensor_that_never_answers_does_not_hold_the_measurement_up(tmp_path, 
     assert time.monotonic() - began < 2
     assert any("did not answer" in problem for problem in recording.told())
     release.set()
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -3.0])
-def test_values_that_cannot_be_are_dropped(tmp_path, value):
-    turns = iter(range(10**6))
-    with Recording(sensor_reading(lambda: {RAIL: value} if next(turns) % 9 == 0 else steady()), tmp_path) as recording:
-        time.sleep(0.3)
-    assert any("below zero, or no number" in problem for problem in recording.told())
-    figures = energy(recording, [(recording.times_ns[0], recording.times_ns[-1])], 4)
-    assert figures["mean_w"] == pytest.approx(10.0, rel=0.01)
 
 
 def test_an_error_of_the_measurement_passes_through(tmp_path):

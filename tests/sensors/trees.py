@@ -36,12 +36,13 @@ def hwmon_ina3221(address: str, number: int, rails: dict[str, tuple[int, int]]) 
     return files
 
 
-def jetson(release: str, revision: str, mode: str, conf: dict[int, str]) -> dict[str, object]:
+def jetson(release: str, mode: str, conf: dict[int, str]) -> dict[str, object]:
     """What every Jetson has: release, power mode and its names."""
-    text = "\n".join(f"< POWER_MODEL ID={number} NAME={name} >\nCPU_ONLINE CORE_0 1" for number, name in conf.items())
     return {
-        "etc/nv_tegra_release": f"# R{release} (release), REVISION: {revision}, GCID: 38968081, BOARD: generic",
-        "etc/nvpmodel.conf": text,
+        "etc/nv_tegra_release": f"# {release}, GCID: 38968081, BOARD: generic",
+        "etc/nvpmodel.conf": "".join(
+            f"< POWER_MODEL ID={n} NAME={name} >\nCPU_ONLINE CORE_0 1\n" for n, name in conf.items()
+        ),
         "var/lib/nvpmodel/status": mode,
     }
 
@@ -53,10 +54,6 @@ def cpu(*kilohertz: int, governor: str = "schedutil") -> dict[str, object]:
     return clocks | {f"{folder}{number}/scaling_governor": governor for number in range(len(kilohertz))}
 
 
-def devfreq(name: str, now: int) -> dict[str, object]:
-    return {f"sys/class/devfreq/{name}/cur_freq": now}
-
-
 def thermal(kind: str, file: str, values: dict[str, int]) -> dict[str, object]:
     """Zones and `temp` in thousandths of a degree, or cooling devices and `cur_state`."""
     files: dict[str, object] = {}
@@ -65,20 +62,20 @@ def thermal(kind: str, file: str, values: dict[str, int]) -> dict[str, object]:
     return files
 
 
-def zones(millicelsius: dict[str, int]) -> dict[str, object]:
-    return thermal("thermal_zone", "temp", millicelsius)
-
-
 def orin_nano(root: Path) -> Path:
     """JetPack 6, Super: mode 2 is MAXN_SUPER."""
     return write_tree(
         root,
         hwmon_ina3221("1-0040", 1, ORIN_NANO_RAILS)
-        | jetson("36", "4.7", "pmode:0002", {0: "15W", 1: "25W", 2: "MAXN_SUPER", 3: "7W"})
+        | jetson("R36 (release), REVISION: 4.7", "pmode:0002", {0: "15W", 1: "25W", 2: "MAXN_SUPER", 3: "7W"})
         | cpu(729600, 1344000)
-        | devfreq("17000000.gpu", 305000000)
+        | {"sys/class/devfreq/17000000.gpu/cur_freq": 305000000}
         | {"sys/kernel/debug/bpmp/debug/clk/emc/rate": 2133000000}
-        | zones({"cpu-thermal": 46531, "gpu-thermal": 46093, "cv0-thermal": -256000, "soc0-thermal": 45406})
+        | thermal(
+            "thermal_zone",
+            "temp",
+            {"cpu-thermal": 46531, "gpu-thermal": 46093, "cv0-thermal": -256000, "soc0-thermal": 45406},
+        )
         | thermal("cooling_device", "cur_state", {"pwm-fan": 1, "cpu-throttle-alert": 0, "gpu-throttle-alert": 0})
         | {f"sys/class/hwmon/hwmon3/oc{n}_event_cnt": 0 for n in (1, 2, 3)},
     )
@@ -89,8 +86,8 @@ def agx_orin(root: Path) -> Path:
         root,
         hwmon_ina3221("1-0040", 3, AGX_ORIN_RAILS)
         | hwmon_ina3221("1-0041", 4, AGX_ORIN_MEMORY)
-        | jetson("35", "4.1", "pmode:0000", {0: "MAXN", 1: "MODE_15W", 2: "MODE_30W", 3: "MODE_50W"})
-        | devfreq("17000000.ga10b", 407000000),
+        | jetson("R35 (release), REVISION: 4.1", "pmode:0000", {0: "MAXN", 1: "MODE_15W", 2: "MODE_30W", 3: "MODE_50W"})
+        | {"sys/class/devfreq/17000000.ga10b/cur_freq": 407000000},
     )
 
 
@@ -102,9 +99,8 @@ def thor(root: Path) -> Path:
         hwmon_ina3221("2-0040", 5, THOR_RAILS)
         | {f"{folder}/name": "ina238", f"{folder}/power1_input": 19780000, f"{folder}/in1_input": 20100}
         | {f"{folder}/curr1_input": 984}
-        | jetson("38", "2.0", "pmode:0001", {0: "MAXN", 1: "120W", 2: "90W", 3: "70W"})
-        | devfreq("gpu-gpc-0", 314000000)
-        | devfreq("bwmgr", 4266000000),
+        | jetson("R38 (release), REVISION: 2.0", "pmode:0001", {0: "MAXN", 1: "120W", 2: "90W", 3: "70W"})
+        | {"sys/class/devfreq/gpu-gpc-0/cur_freq": 314000000, "sys/class/devfreq/bwmgr/cur_freq": 4266000000},
     )
 
 
@@ -125,5 +121,5 @@ def x86(root: Path) -> Path:
         files |= {f"{powercap}/{zone}/max_energy_range_uj": limit}
     throttle = "sys/devices/system/cpu/cpu0/thermal_throttle"
     files |= {f"{throttle}/core_throttle_count": 0, f"{throttle}/package_throttle_count": 7}
-    files |= zones({"x86_pkg_temp": 51000, "acpitz": 27800})
+    files |= thermal("thermal_zone", "temp", {"x86_pkg_temp": 51000, "acpitz": 27800})
     return write_tree(root, files | cpu(800000, 4700000, governor="powersave"))

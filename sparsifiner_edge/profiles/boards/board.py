@@ -93,17 +93,14 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         Raises:
             ConfigError: no such precision, or the board has no arithmetic for it.
         """
-        peaks = self._peaks()
-        if precision not in peaks:
+        if precision not in self.peaks:
             what = f"{self.name} states no peak for {shown(precision)}."
-            raise ConfigError(what, f"Choose one of: {', '.join(peaks)}.")
-        return peaks[precision] * 1e12
+            raise ConfigError(what, f"Choose one of: {', '.join(self.peaks)}.")
+        return self.peaks[precision] * 1e12
 
-    def has_peak(self, precision: str) -> bool:
-        """Whether the board has arithmetic for a precision."""
-        return precision in self._peaks()
-
-    def _peaks(self) -> dict[str, float]:
+    @property
+    def peaks(self) -> dict[str, float]:
+        """In 1e12 operations per second, by the precisions that it has arithmetic for."""
         return {name: getattr(self, field) for name, field in _PEAKS.items() if getattr(self, field)}
 
     def in_mode(self, mode: str) -> Board:

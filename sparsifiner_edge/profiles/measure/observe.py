@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from sparsifiner_edge.errors import SparsifinerError
-from sparsifiner_edge.profiles import flags, stats
+from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.figures import Figures, Method
+from sparsifiner_edge.profiles.flags import flags_of
 from sparsifiner_edge.profiles.measure.memory import PEAK, process_bytes
 from sparsifiner_edge.profiles.measure.side import (
     LOAD_TIMEOUT_S,
@@ -64,11 +65,13 @@ def observe(
     figures = {}
     for side, peak in zip(sides, peaks, strict=True):
         latency_ms, throughput = stats.summarise(side.latency_ms)
+        seen, kernels = method.conditions[side.role], method.runtime[side.role].kernels
         figures[side.role] = Figures(
             latency_ms=latency_ms, throughput_per_s=throughput, queries=side.queries, load_ms=side.loaded.load_ms,
             first_inference_ms=side.loaded.first_ms, rss_before_load_bytes=side.loaded.rss_before_load_bytes,
             peak_rss_bytes=peak, device_bytes=side.device[0], device_source=side.device[1],
-            energy=_joules(recording, side), other_cores=others, flags=_flags(side, method, others, on),
+            energy=_joules(recording, side), other_cores=others,
+            flags=flags_of(side.latency_ms, side.warm_up, seen, on, others, kernels, method.cut_short),
         )  # fmt: skip
     return figures, method, recording.samples()
 
@@ -104,17 +107,6 @@ def _joules(recording: Recording, side: MeasuredSide) -> Known[Energy]:
     if recording.sensor.available:
         return energy(recording, side.windows, side.queries)
     return Unavailable(recording.sensor.total.removeprefix(f"{MISSING}: "))
-
-
-def _flags(side: MeasuredSide, method: Method, others: float | Unavailable, on: str) -> list[flags.Flag]:
-    return [
-        *flags.length_flags(side.latency_ms, method.cut_short),
-        *flags.warm_up_flags(side.warm_up),
-        *flags.spread_flags(side.latency_ms),
-        *flags.condition_flags(method.conditions[side.role], on),
-        *flags.load_flags(others),
-        *flags.kernel_flags(method.runtime[side.role].kernels),
-    ]
 
 
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)

@@ -83,14 +83,13 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
     """
     power, spans = _power(recording), _spans(recording, windows)
     window_s = sum(end - begin for begin, end in _spans(recording, windows, 0.0))
-    inside = power.within(spans)
-    idle, drift = _idle(recording, power)
+    inside, (idle, drift) = power.within(spans), _idle(recording, power)
     none = Unavailable(_why_none(recording, spans, window_s, inferences, len(inside.watts)))
+    mean_w: Known[float] = none if none.why else inside.mean_w
     gross: Known[Estimate] = none
     net: Known[Estimate] = none
-    mean_w: float | Unavailable = none
-    if not none.why:
-        mean_w, reach, seconds = inside.mean_w, _reach(inside, recording), window_s / inferences
+    if isinstance(mean_w, float):
+        reach, seconds = _reach(inside, recording), window_s / inferences
         gross = _joules(mean_w, reach, seconds)
         if isinstance(idle, Unavailable):
             net = idle
