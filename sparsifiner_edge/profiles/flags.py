@@ -43,7 +43,7 @@ class Flag(msgspec.Struct, frozen=True):
 
 def flags_of(
     latency_ms: Series, warm_up: WarmUp, seen: Seen, on: str, others: float | Unavailable,
-    kernels: str | Unavailable, cut_short: str | None = None,
+    kernels: object, cut_short: str | None = None,
 ) -> list[Flag]:  # fmt: skip
     """Of one side.
 
