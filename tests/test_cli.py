@@ -64,8 +64,6 @@ def test_version() -> None:
         ([], "Usage: sparsifiner-edge"),
         (["sparsifie"], "No such command 'sparsifie'"),
         (["sparsify", TINY], "Missing option '-o'"),
-        (["export"], "Missing argument 'STUDENT|MODEL'"),
-        (["export", TINY, "-o", "b", "--colour"], "No such option"),
         (["evaluate", "s", "--data", "d", "--metric", "beauty"], "Invalid value for '--metric': 'beauty' is not"),
     ],
 )

@@ -85,7 +85,7 @@ class Capture:
                     self.failure = reason
                     break
                 self._attempts += 1
-                self._enter(state, reason or "the stream ended")
+                self._status.enter(state, reason or "the stream ended", self._attempts)
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             raise
@@ -119,7 +119,7 @@ class Capture:
         )  # fmt: skip
         if self._stop.wait(wait_s(self._attempts)):
             self._kill()
-        self._enter("connecting")
+        self._status.enter("connecting", None, self._attempts)
         request = [self._source.kind, self._source.location, self._size, self._stall_s]
         # Not as an argument, which every user of the machine can read: an address may hold a password.
         assert self._process.stdin is not None
@@ -155,8 +155,3 @@ class Capture:
                 if self._source.live and (before := self.take(0)) is not None:
                     frame = frame._replace(skipped=before.skipped + 1)
         self._status.count("dropped", frame.skipped > 0)
-
-    def _enter(self, state: str, reason: str | None = None) -> None:
-        """A night without a camera is no reason to fill a log: after four attempts only some are told."""
-        quiet = self._attempts > 4 and self._attempts & (self._attempts - 1) != 0
-        self._status.enter(state, reason, quiet, self._attempts)

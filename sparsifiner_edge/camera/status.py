@@ -60,8 +60,11 @@ class Status:
         with self._lock:
             self.counts[name] += by
 
-    def enter(self, state: str, reason: str | None = None, quiet: bool = False, attempt: int | None = None) -> None:
-        """Change the state; told unless nothing changed or `quiet`."""
+    def enter(self, state: str, reason: str | None = None, attempt: int | None = None) -> None:
+        """Change the state; told unless nothing changed.
+
+        A night without a camera is no reason to fill a log: after four attempts only some are told.
+        """
         lost_s = None
         with self._lock:
             if state == self.state == "streaming":
@@ -74,7 +77,7 @@ class Status:
                 self.counts["reconnects"] += 1
                 lost_s = round(self.recovered_s, 3)
             self.state, self.reason = state, reason
-        if not quiet:
+        if attempt is None or attempt <= 4 or attempt & (attempt - 1) == 0:
             self.event("state", state=state, reason=reason, attempt=attempt, lost_s=lost_s)
 
     def event(self, event: str, **fields: object) -> None:

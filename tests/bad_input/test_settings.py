@@ -29,13 +29,11 @@ DIGITS = "9" * 5000
     ("options", "said"),
     [
         ("--keep 1.5", "keep is 1.5, outside (0, 1]"),
-        ("--keep nan", "keep is nan"),
         ("--keep half", "keep is 'half'"),
         ("--set heads=4", "none of tile, probe"),
         ("--set tile=10 --set probe=4", "tile 10 is not a multiple of probe 4"),
         ("--set tile=128", "tile 128 exceeds the 100 patches"),
         ("--set cells=101", "101 cells exceed the 100 patches"),
-        ("--set cells=-1", "cells is -1"),
         (f"--set tile={'9' * 30}", "tile is 999"),
         ("--set channels=33", "channels 33 exceed the head dimension 32"),
         ("--preset paper --set tile=16", "tile is 16, but the preset 'paper' has 1"),
@@ -58,7 +56,6 @@ def test_settings_that_do_not_fit(options: str, said: str, sparsify: Callable[..
     ("command", "said"),
     [
         ("build --timeout nan", "nan"),
-        ("build --timeout 1e300", "is not in the range"),
         ("build --batch 2147483648", "--batch is 2147483648"),
         ("build --batch 1,2", "--batch is 1,2"),
         ("profile --seconds inf", "inf"),

@@ -19,6 +19,10 @@ from tests.everything import first
 from tests.models import TINY
 
 
+def scratch_folders(target: Path) -> list[Path]:
+    return [p for p in target.parent.iterdir() if p.name.startswith(".")]
+
+
 def wait_for(condition: Callable[[], object], run: subprocess.Popen[str]) -> bool:
     deadline = time.monotonic() + 120
     while run.poll() is None and time.monotonic() < deadline:
@@ -26,15 +30,6 @@ def wait_for(condition: Callable[[], object], run: subprocess.Popen[str]) -> boo
             return True
         time.sleep(0.002)
     return False
-
-
-def scratch_folders(target: Path) -> list[Path]:
-    return [p for p in target.parent.iterdir() if p.name.startswith(".")]
-
-
-def importing(pid: int) -> bool:
-    """True as soon as torch is loaded: the command is at work."""
-    return "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
 
 
 @pytest.mark.parametrize("moment", first(["writing", "importing", "working"]))
@@ -51,7 +46,8 @@ def test_a_signal_at_any_moment(
     with subprocess.Popen(
         [*PROGRAM, *map(str, start), "-o", str(target)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
-        assert wait_for(lambda: importing(run.pid), run)
+        # As soon as torch is loaded the command is at work.
+        assert wait_for(lambda: "libtorch_cpu" in Path(f"/proc/{run.pid}/maps").read_text(), run)
         if moment == "writing":
             wait_for(lambda: scratch_folders(target), run)
         elif moment == "working":

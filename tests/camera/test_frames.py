@@ -23,7 +23,7 @@ from sparsifiner_edge.camera.capture import Capture
 from sparsifiner_edge.camera.decoder_protocol import End, Frame, FrameTimes, ProtocolError, receive, send
 from sparsifiner_edge.camera.gstreamer import _images, read_pipeline
 from sparsifiner_edge.camera.json_lines import line_of
-from sparsifiner_edge.camera.libav import _StreamClock, require_sane_size, scaled_size
+from sparsifiner_edge.camera.libav import _StreamClock, require_sane_size
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.overlay import Overlay, text_lines
 from sparsifiner_edge.camera.pattern import BITS, cells_of, draw_pattern
@@ -109,17 +109,6 @@ def test_the_number_in_an_image() -> None:
         cells[5] = 255 - cells[5]
         assert number_of(cells) is None
     assert [number_of([level] * 64) for level in (0.0, 128.0, 255.0)] == [None] * 3
-
-
-@pytest.mark.parametrize("model", [50, (30, 50), (7, 112)])
-@pytest.mark.parametrize("size", [(640, 480), (480, 640), (33, 500), (1, 16)])
-def test_a_frame_is_resized_to_what_covers_the_model(size: tuple[int, int], model: ImageSize) -> None:
-    height, width = height_width(model)
-    scaled = scaled_size(*size, model)
-    assert scaled[0] >= width
-    assert scaled[1] >= height
-    assert scaled[0] == width or scaled[1] == height
-    assert scaled[0] / scaled[1] == pytest.approx(size[0] / size[1], rel=0.6 / min(scaled))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import pytest
 
 from sparsifiner_edge.camera import json_lines
 from sparsifiner_edge.camera.json_lines import LineWriter, line_of
-from sparsifiner_edge.errors import ArtifactError
 from tests.camera.conftest import lines
 from tests.commands import process
 
@@ -101,19 +100,6 @@ def test_a_full_disk_is_counted_by_a_service_and_told_by_others() -> None:
 
 
 # Files.
-
-
-@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
-def test_two_writers_of_one_file(first: bool, second: bool, tmp_path: Path) -> None:
-    path = tmp_path / "lines"
-    with LineWriter(path, live=first) as writer:
-        writer.write({"a": 1})
-        with pytest.raises(ArtifactError, match="is written by another run"):
-            LineWriter(path, live=second)
-    assert written(path) == [{"a": 1}]
-    LineWriter(path, live=second).close()
-    assert written(path) == ([{"a": 1}] if second else [])
-    assert [p.name for p in tmp_path.iterdir()] == ["lines"]
 
 
 def test_a_run_that_is_killed_leaves_its_lines_and_no_lock(cells: Path, service: Any, tmp_path: Path) -> None:
