@@ -96,7 +96,7 @@ def untrained(work: Path, name: str) -> Path:
     made = work / f"{name}-untrained"
     if made.exists():
         return made
-    calibrate = linked(work / "calibration", split.calibration())
+    calibrate = linked(work / "calibration", split.images("calibration"))
     options = RUNS[name].sparsify
     return sparsify(material.DINOV2, made, weights=weights_file(), img_size=SIZE, calibrate=calibrate, **options)
 
@@ -161,8 +161,8 @@ def long_bundle(work: Path, student: Path | None = None, label: str = "teacher",
 
 def _row(work: Path, subject: Path, **options: Any) -> dict[str, Any]:
     """Cosines on the publication set, and on the development set beside them."""
-    published = evaluate_student(subject, linked(work / "publication", split.publication()), **options)
-    chosen_by = evaluate_student(subject, linked(work / "development", split.development()), **options)
+    published = evaluate_student(subject, linked(work / "publication", split.images("publication")), **options)
+    chosen_by = evaluate_student(subject, linked(work / "development", split.images("development")), **options)
     assert isinstance(published, ScoresResult)
     assert isinstance(chosen_by, ScoresResult)
     of = write_record(published.statistics)
@@ -208,7 +208,7 @@ def show(cosines: dict[str, Any], apart: dict[str, Any], accuracies: dict[str, A
         [label, *(f"{x[part]['value']:.4f}" for part in ("patches", "development", "classes"))]
         for label, x in cosines.items()
     ]
-    title = f"Cosine to the teacher, {len(split.publication())} photographs, 224 px where nothing is said"
+    title = f"Cosine to the teacher, {len(split.images('publication'))} photographs, 224 px where nothing is said"
     print_table(title, ["", "patches", "the eight", "class"], rows)
     for label, x in apart.items():
         click.echo(f"{label}: {said(x, 4, '+')}")

@@ -41,7 +41,7 @@ def collect(folder: Path) -> Path:
     shutil.rmtree(made, ignore_errors=True)  # of a run that was stopped
     scratch = made / "train"
     write_photographs(made, SIZE)
-    for path in split.calibration():
+    for path in split.images("calibration"):
         (scratch / path.name).symlink_to(path)
     fashion = fashion_mnist("train").first(FASHION_IMAGES)
     for number in range(len(fashion)):

@@ -124,7 +124,7 @@ def main(output: Path, against: Path | None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         shutil.copy(weights_file(), place / "dinov2.safetensors")
-        photographs = split.calibration()[:8]
+        photographs = split.images("calibration")[:8]
         for number, path in enumerate(photographs):
             few = (place / "images", place / "labelled" / "ab"[number % 2], place / "saliency" / "images")
             for target in (place / "many", *(few if number < 4 else ())):

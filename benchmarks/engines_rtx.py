@@ -68,7 +68,10 @@ def bundle(root: Path, kind: str, size: int, precision: str) -> Path:
         return target
     options: dict[str, Any] = {"precision": precision}
     if precision == "int8":
-        options |= {"calibrate": linked(root / "calibration", split.calibration()[:IMAGES]), "int8_target": "tensorrt"}
+        options |= {
+            "calibrate": linked(root / "calibration", split.images("calibration")[:IMAGES]),
+            "int8_target": "tensorrt",
+        }
     settings = SETTINGS[size][kind]
     if not settings:
         return export_bundle(material.DINOV2, target, weights=weights_file(), img_size=size, **options)

@@ -32,10 +32,10 @@ def main(student: Path, trust: tuple[str, ...], output: Path | None) -> None:
     """SaCo, image by image; ours less the others with Student's interval."""
     made, samples = se.load_student(student, trust=trust), {order: list[float]() for order in ORDERS}
     with progress_bar("photographs") as progress:
-        for number, path in enumerate(split.publication()):
+        for number, path in enumerate(split.images("publication")):
             for order, figure in explain_image(made, path, seed=number).summary.saco.items():
                 samples[order].append(figure)
-            progress("photographs", number + 1, len(split.publication()))
+            progress("photographs", number + 1, len(split.images("publication")))
     values = {order: np.array(x) for order, x in samples.items()}
     less = {f"ours less {other}": stats.small_sample_mean(values[OURS] - values[other]) for other in (RANDOM, MOVED)}
     row = [f"{x.value:+.3f} ({x.low:+.3f} to {x.high:+.3f})" for x in less.values()]

@@ -120,12 +120,12 @@ def row(
     """Of a configured subject."""
     shape = model_shape(subject.model)
     costs, dense = layer_costs(shape, sparsity), layer_costs(shape, SparsityConfig(keep=1))
-    dense_macs, layout = sum(c.attention for c in dense), sparsity.layout(subject.patches)
+    dense_macs, layout = sum(c["attention"].macs for c in dense), sparsity.layout(subject.patches)
     return {
         "group": group, "name": name, "size": subject.size, "sparsity": sparsity.to_dict(), "projections": source,
         "keys_share": (layout.keys + layout.cells) / layout.patches,
-        "macs_share": sum(c.predictor + c.attention + c.cells for c in costs) / dense_macs,
-        "predictor_share": sum(c.predictor for c in costs) / dense_macs,
+        "macs_share": sum(c["predictor"].macs + c["attention"].macs + c["cells"].macs for c in costs) / dense_macs,
+        "predictor_share": sum(c["predictor"].macs for c in costs) / dense_macs,
         "features_cosine": found.features, "patches_cosine": found.patches, "layer_errors": found.errors,
     }  # fmt: skip
 
@@ -135,7 +135,7 @@ def merged_tokens(size: int) -> dict[str, Any]:
     subject = Subject(size)
     shape = model_shape(subject.model)
     tokens, dense = shape.prefix + shape.patches, SparsityConfig(keep=1)
-    wanted = sum(getattr(c, kind) for c in layer_costs(shape, base(size)) for kind in MAC_KINDS)
+    wanted = sum(c[kind].macs for c in layer_costs(shape, base(size)) for kind in MAC_KINDS)
     rates = next(
         rates
         for rates in (tome.constant(rate, shape.depth) for rate in range(1, shape.patches))
@@ -144,12 +144,12 @@ def merged_tokens(size: int) -> dict[str, Any]:
     model = tome.ToMe(dense_twin(subject.student).model, rates).eval()
     features, patches = [], []
     with torch.no_grad():
-        for path, teacher in zip(split.development(), subject.teacher, strict=True):
+        for path, teacher in zip(split.images("development"), subject.teacher, strict=True):
             found = F.cosine_similarity(model(torch.from_numpy(load_image(path, size)[None]))[1], teacher, dim=-1)[0]
             features.append(float(found[0]))
             patches.append(float(found[1:].mean()))
     counts = tome.token_counts(rates, tokens)[:-1]
-    whole = sum(c.attention for c in layer_costs(shape, dense))
+    whole = sum(c["attention"].macs for c in layer_costs(shape, dense))
     return {
         "group": "baselines", "name": f"ToMe, r = {rates[0]} a layer", "size": size, "sparsity": {},
         "projections": "none", "keys_share": sum(counts) / len(counts) / counts[0],
@@ -171,7 +171,7 @@ def defaults() -> list[dict[str, Any]]:
     """Some settings, each also on the photographs that nothing was chosen by."""
     rows = []
     for size in (224, 518):
-        for group, photographs in (("default", None), ("publication", split.publication())):
+        for group, photographs in (("default", None), ("publication", split.images("publication"))):
             subject = Subject(size, photographs=photographs)
             for keep, cells in ((keep, cells) for wanted, keep, cells in SETTINGS if wanted == size):
                 settings = {"keep": keep, "cells": cells}
@@ -209,9 +209,9 @@ def table(rows: list[dict[str, Any]]) -> None:
 def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     method = {
         "metric": "cosine to the dense teacher, patches and class token, untrained",
-        "photographs": len(split.development()),
-        "publication": len(split.publication()),
-        "calibration": len(split.calibration()),
+        "photographs": len(split.images("development")),
+        "publication": len(split.images("publication")),
+        "calibration": len(split.images("calibration")),
         "intervals": "Student's t over photographs",
     }
     statistics = {

@@ -72,7 +72,7 @@ class Subject:
         pre = preprocessing(self.model)
         self.photographs, self.calibration = (
             [normalise(torch.from_numpy(load_image(path, size))[None], pre) for path in paths]
-            for paths in (photographs or split.development(), split.calibration())
+            for paths in (photographs or split.images("development"), split.images("calibration"))
         )
         teacher = dense_twin(self.student).model
         with torch.no_grad():

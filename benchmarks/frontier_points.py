@@ -103,7 +103,7 @@ class Point:
 
 def photographs(size: int, count: int | None) -> list[Path]:
     """Of the publication set; at 1036 px, where a photograph takes a minute, 24 of them if not said otherwise."""
-    paths = split.publication()
+    paths = split.images("publication")
     return evenly(paths, count or (24 if size > 1000 else len(paths)))
 
 
@@ -128,7 +128,7 @@ def quick_engines(points: list[Point], tell: Any) -> tuple[list[Point], dict[str
 def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     """Our budgets."""
     tell("sparsify")
-    images = linked(folder / "calibration", split.calibration())
+    images = linked(folder / "calibration", split.images("calibration"))
     student = case.start or sparsify(
         material.DINOV2, folder / "student", weights=weights_file(), img_size=of.size, keep=0.25, cells=case.cells,
         merge=(case.constant[0],), calibrate=images,
@@ -167,7 +167,7 @@ def _our_engines(of: Setting, precision: str) -> list[tuple[str, str, str, str]]
 def sum_of_layers(student: Any) -> float:
     """Multiply-accumulates of all layers."""
     costs = layer_costs(model_shape(student.model), student.sparsity)
-    return float(sum(getattr(layer, kind) for layer in costs for kind in MAC_KINDS))
+    return float(sum(layer[kind].macs for layer in costs for kind in MAC_KINDS))
 
 
 def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
@@ -177,7 +177,7 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     settings = [("dense", "dense", [0] * depth)]
     settings += [("ToMe", f"{rate} a layer", tome.constant(rate, depth)) for rate in case.constant]
     settings += [("ToMe falling", f"{first}..0", tome.falling(first, depth)) for first in case.falling]
-    calibration = [load_image(path, of.size)[None] for path in split.calibration()]
+    calibration = [load_image(path, of.size)[None] for path in split.images("calibration")]
     torch.set_num_threads(of.threads)
     points = []
     for kind, budget, rates in settings:

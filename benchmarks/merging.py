@@ -117,7 +117,7 @@ class Images:
         training = sorted(split.training())
         chosen = training[:: len(training) // TRAINING_IMAGES][:TRAINING_IMAGES]
         few = FEW if size > 1000 else None
-        self.paths = [split.development()[:few], chosen[:few]]
+        self.paths = [split.images("development")[:few], chosen[:few]]
         self.images = [[torch.from_numpy(load_image(path, size)[None]) for path in paths] for paths in self.paths]
         model: Any = load_model(material.DINOV2, weights_file(), size)
         dense = tome.ToMe(model, [0] * len(model.blocks)).eval()
@@ -177,7 +177,7 @@ def measure(size: int) -> list[dict[str, Any]]:
     rows = variants(size)
     images = Images(size)
     with tempfile.TemporaryDirectory() as scratch, progress_bar(f"{size} px") as progress:
-        calibration, students = linked(Path(scratch) / "calibration", split.calibration()), {}
+        calibration, students = linked(Path(scratch) / "calibration", split.images("calibration")), {}
         for cells in {row.cells or CELLS[size] for row in rows}:
             students[cells] = sparsify(
                 material.DINOV2, Path(scratch) / f"{cells}", weights=weights_file(), img_size=size,
@@ -208,7 +208,11 @@ def main(sizes: tuple[str, ...], output: Path | None) -> None:
     for size in map(int, sizes):
         rows = measure(size)
         if output:
-            method = {"development": len(split.development()), "training": len(rows[0]["training"]), "size": size}
+            method = {
+                "development": len(split.images("development")),
+                "training": len(rows[0]["training"]),
+                "size": size,
+            }
             means = [row | {of: float(np.mean(row[of])) for of in ("development", "training")} for row in rows]
             subjects = [Subject(path=material.DINOV2, sha256="")]
             result = Result("comparison", subjects, method, {"rows": rows}, {"rows": means})

@@ -105,7 +105,7 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
         torch.manual_seed(0)
         weights = folder / "random.safetensors"
         save_file(create(name, size, 0).state_dict(), weights)
-    pictures = linked(folder / "pictures", split.calibration())
+    pictures = linked(folder / "pictures", split.images("calibration"))
     tell("sparsify")
     student = sparsify(
         name, folder / "student", weights=weights, img_size=size, keep=case.keep, cells=case.cells,
@@ -119,7 +119,7 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
     tell(f"export {DENSE}")
     made[DENSE] = export_bundle(name, folder / "dense", weights=weights, img_size=size)
     tell(f"export {DENSE8}")
-    images = [load_image(path, size)[None] for path in split.calibration()]
+    images = [load_image(path, size)[None] for path in split.images("calibration")]
     quantised, found = quantise(onnx.load(made[DENSE] / "model.onnx"), images, goal=LEAST_MEAN_COSINE)
     made[DENSE8] = folder / "dense-int8"
     made[DENSE8].mkdir()
@@ -200,10 +200,10 @@ def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any
     files = {label: (label, "onnxruntime", "auto") for label in (OURS, OURS8)} | ours_elsewhere()
     for label, (file, backend, precision) in files.items():
         with open_session(bundles[file], backend, threads, precision=precision) as opened:
-            feeds = ({"image": load_image(path, size)[None]} for path in split.development())
+            feeds = ({"image": load_image(path, size)[None]} for path in split.images("development"))
             tokens[label] = [opened.infer(feed) for feed in feeds]
     with open_session(bundles[DENSE], threads=threads) as opened:
-        feeds = ({"image": load_image(path, size)[None]} for path in split.development())
+        feeds = ({"image": load_image(path, size)[None]} for path in split.images("development"))
         tokens[DENSE] = [opened.infer(feed) for feed in feeds]
 
     def mean(a: str, b: str) -> float:

@@ -104,7 +104,7 @@ def counted(row: Row) -> dict[str, Any]:
     sparsity = sparsity_of(row)
     costs = layer_costs(row.shape, sparsity)
     patches = plan_of(sparsity, row.shape.depth, row.shape.patches).tokens(row.shape.patches)[:-1]
-    core = sum(c.attention + c.cells for c in costs) / 1e6
+    core = sum(c["attention"].macs + c["cells"].macs for c in costs) / 1e6
     shares = [(count + 1) / TOKENS for count in patches] if row.keep < 1 else []
     fitted = sum(REDUCTION * share + (FITTED - REDUCTION) * share**2 for share in shares) / 1e6
     made, train = made_by(row), TRAIN + " --set reconstruct.epochs=0" * (row.keep == 1)  # No predictor to begin with.
@@ -112,7 +112,7 @@ def counted(row: Row) -> dict[str, Any]:
         "name": row.name,
         "core": core,
         "fitted": core + fitted,
-        "own": core + sum(c.predictor for c in costs) / 1e6,
+        "own": core + sum(c["predictor"].macs for c in costs) / 1e6,
         "published": row.macs,
         "difference": (core + fitted) / row.macs - 1,
         "top1_published": row.top1,

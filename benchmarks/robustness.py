@@ -131,7 +131,7 @@ def untrained(work: Path, task: str, name: str) -> Path:
     """The student before its training."""
     made, contender = work / f"{task}-{name}-untrained", TASKS[task][name]
     if not made.exists():
-        options = contender.sparsify | {"calibrate": linked(work / "calibration", split.calibration())}
+        options = contender.sparsify | {"calibrate": linked(work / "calibration", split.images("calibration"))}
         options |= {"weights": weights_file(), "img_size": SIZE} if task == "classes" else {}
         with merging_by(contender.by_tome):
             se.sparsify(material.DINOV2 if task == "classes" else f"{MODULE}:saliency", made, **options)
@@ -194,7 +194,7 @@ def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> Robus
         return read_result(kept, RobustnessResult)
     options: dict[str, Any] = {"corruptions": "all", "severity": SEVERITY, "trust": [MODULE], "progress": progress}
     if task == "features":
-        data = linked(work / "publication", split.publication())
+        data = linked(work / "publication", split.images("publication"))
         options |= {"against": material.DINOV2, "weights": weights_file(), **contender.sparsify}
     elif task == "classes":
         options |= {"metric": "linear", "gallery": class_folders(work, "train", GALLERY), "queries": QUERIES}

@@ -59,7 +59,7 @@ def name_of(merge: tuple[int, ...], keep: Keep) -> str:
 
 def untrained(folder: Path) -> Path:
     if not (folder / "untrained").exists():
-        calibration = linked(folder / "calibration", split.calibration())
+        calibration = linked(folder / "calibration", split.images("calibration"))
         se.sparsify(f"{MODULE}:saliency", folder / "untrained", keep=READ, cells=49, calibrate=calibration)
     return folder / "untrained"
 
@@ -67,7 +67,7 @@ def untrained(folder: Path) -> Path:
 def train(work: Path) -> None:
     """Distil towards the dense model's tokens and maps, judged by the development photographs."""
     pictures = photographs_at(work / "pictures", SIZE) / "train"
-    judges = linked(work / "development", split.development())
+    judges = linked(work / "development", split.images("development"))
     distilled(untrained(work), pictures, work / "student", judges, overrides=TRAINING, trust=[MODULE])
 
 
@@ -96,7 +96,7 @@ def fidelity(dense: Path, files: dict[str, Exported], stamps: Path | None, tell:
     rows: dict[str, dict[str, Any]] = {}
     for name, file in files.items():
         tell(f"maps, {name}")
-        found = se.evaluate_student(file.bundle, split.publication(), against=dense, metric="task")
+        found = se.evaluate_student(file.bundle, split.images("publication"), against=dense, metric="task")
         row: dict[str, Any] = {"macs": file.macs, "photographs": write_record(found.statistics)}
         samples = {"photographs": found.samples}
         if stamps and file.macs <= STAMPED:
@@ -174,7 +174,7 @@ def main(work: Path | None, student: Path | None, stamps: Path | None, timed: bo
     samples = {name: row.pop("samples") for name, row in rows.items()}
     samples["ms"] = {name: x.tolist() for name, x in taken.items()}
     if output:
-        method = {"photographs": len(split.publication()), "size": SIZE,
+        method = {"photographs": len(split.images("publication")), "size": SIZE,
                   "student": "trained" if student else "untrained", "rounds": ROUNDS if timed else 0}  # fmt: skip
         subject = Subject(path=MODULE, sha256="")
         result = Result("comparison", [subject], method, samples, {"budgets": rows, "times": found})

@@ -118,7 +118,7 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
     answer = answer_of(result)
     engine = answer.engine
     student = load_student(folder / "start")
-    photographs = evenly(split.publication(), JUDGES[size])
+    photographs = evenly(split.images("publication"), JUDGES[size])
     few, trial = (
         Trial(student, dense_twin(student).model, paths, "patches")
         for paths in (evenly(photographs, FEW[size]), photographs)
@@ -204,7 +204,7 @@ def checks(count: int, work: Path, tell: Any) -> list[dict[str, Any]]:
     """By seed: the lower bound that a search printed, and what its answer has over the photographs it did not see."""
     rows = []
     for seed in range(count):
-        shuffled = random.Random(seed).sample(split.publication(), len(split.publication()))
+        shuffled = random.Random(seed).sample(split.images("publication"), len(split.images("publication")))
         users, others = shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]
         images = images_in(work / "seeds" / str(seed), users)
         folder = work / "seeds" / f"found-{seed}"
@@ -224,7 +224,7 @@ def checks(count: int, work: Path, tell: Any) -> list[dict[str, Any]]:
 
 def saliency(work: Path) -> dict[str, Any]:
     """The demonstration's model at a bound of its map, and over publication photographs."""
-    images = images_in(work, [*split.development(), *split.calibration()])
+    images = images_in(work, [*split.images("development"), *split.images("calibration")])
     shutil.rmtree(work / "found", ignore_errors=True)
     with progress_bar("saliency") as progress:
         result = se.search_model(
@@ -233,7 +233,7 @@ def saliency(work: Path) -> dict[str, Any]:
         )  # fmt: skip
     answer = answer_of(result)
     student = load_student(work / "found" / "start", trust=[MODULE])
-    trial = Trial(student, dense_twin(student).model, split.publication(), "maps")
+    trial = Trial(student, dense_twin(student).model, split.images("publication"), "maps")
     with open_session(work / "found" / "bundle", answer.backend, precision=answer.computes) as session:
         overlaps = [1 - distance for distance in trial.distances_of(session.infer)]
     dense = min(result.statistics.dense, key=lambda one: one.ms.value)
@@ -258,7 +258,9 @@ def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, output: Path) ->
     for size in map(int, sizes):
         work = output / "work" / str(size)
         start = time.monotonic()
-        results = searched(size, SEARCHES[size], images_in(work, [*split.development(), *split.calibration()]), work)
+        results = searched(
+            size, SEARCHES[size], images_in(work, [*split.images("development"), *split.images("calibration")]), work
+        )
         minutes = (time.monotonic() - start) / 60
         rows = predictions(results)
         show_predictions(size, rows, minutes)

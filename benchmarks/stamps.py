@@ -44,7 +44,7 @@ def write(folder: Path, count: int, size: int, seed: int = 0) -> None:
     if not STAMPS.is_dir():
         raise click.UsageError(f"{STAMPS} is missing: apt-get install tuxpaint-stamps-default")
     draw = random.Random(seed)
-    stamps, photographs = draw.sample(usable(), count), split.publication()
+    stamps, photographs = draw.sample(usable(), count), split.images("publication")
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(stamps):

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from sparsifiner_edge.runtime.build import build_engine as build_engine
     from sparsifiner_edge.runtime.verify import verify_bundle as verify_bundle
     from sparsifiner_edge.search.search import search_model as search_model
-    from sparsifiner_edge.sparse.in_memory import restore_model as restore_model
     from sparsifiner_edge.sparse.in_memory import sparsify_model as sparsify_model
+    from sparsifiner_edge.sparse.patch import restore_model as restore_model
     from sparsifiner_edge.sparse.student import load_student as load_student
     from sparsifiner_edge.sparse.student import sparsify as sparsify
 
@@ -47,7 +47,7 @@ _HOMES = {
     "open_session": ("runtime", ""),
     "package_bundle": ("package", ""),
     "profile_bundle": ("profiles.profile", ""),
-    "restore_model": ("sparse.in_memory", "train"),
+    "restore_model": ("sparse.patch", "train"),
     "search_model": ("search.search", "train,cpu"),
     "sparsify": ("sparse.student", "train"),
     "sparsify_model": ("sparse.in_memory", "train"),

@@ -72,17 +72,6 @@ def size_text(size: ImageSize) -> str:
     return f"{height}" if height == width else f"{height}x{width}"
 
 
-def finite_number(value: float, name: str, least: float = 0.0, most: float = MOST_SECONDS) -> float:
-    """The number, if it is finite and lies in a range; for options that NaN would pass.
-
-    Raises:
-        ConfigError: it is NaN, infinite, or lies outside.
-    """
-    if not math.isfinite(value) or not least <= value <= most:
-        raise ConfigError(f"{name} is {value}.", f"Give a number from {least:g} to {most:g}.")
-    return value
-
-
 def is_number(value: object) -> TypeGuard[float]:
     """Whether something read is a number to compute with: no truth value, not NaN, not infinite, not beyond floats."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

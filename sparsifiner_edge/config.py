@@ -16,15 +16,14 @@ PRESETS: dict[str, dict[str, float]] = {
     "paper": {"tile": 1, "probe": 1, "cells": 0, "value_power": 0.0},
 }
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
-_COUNTS = {
-    "tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1,
-}  # fmt: skip
+LANDMARK_FACTOR, TOP_COEFFICIENTS, BASIS_THRESHOLD = 6, 8, 0.02
+"""Of the preset "paper": tokens per landmark; coefficients that count for a query, and entries of the basis that do."""
+_COUNTS = {"tile": 1, "probe": 1, "channels": 1, "cells": 0}
 """Whole numbers, and the least value of each."""
+MOST_VALUE_POWER = 64.0
+"""Far beyond useful values, within the range of float32."""
 Keep = float | tuple[float, ...]
 """One share of keys for all layers, or one of each; the last goes on to the layers that are left."""
-_WEIGHTS = {"value_power": 64.0, "basis_threshold": 1e6}
-"""Numbers and their upper limits: far beyond useful values, within the range of float32."""
-
 _PRUNING = re.compile(r"([0-9]{1,9})\s*:\s*([0-9]{0,9}\.?[0-9]{1,18}(?:e[+-]?[0-9]{1,2})?)", re.IGNORECASE)
 """Layer and share, with few enough digits for Python to read."""
 
@@ -73,8 +72,6 @@ class SparsityConfig:
             all layers, the first and the last, or one of each; empty: none. A layer merges at most a quarter of its
             patches.
         merge_window: partners along the curve that a token is compared with; see the operator MatchTokens.
-        landmark_factor: preset "paper": tokens per landmark, n // factor landmarks.
-        top_coefficients, basis_threshold: preset "paper": coefficients kept per query, entries of the basis that count.
 
     Raises:
         ConfigError: a value is out of range.
@@ -90,9 +87,6 @@ class SparsityConfig:
     token_keep: tuple[tuple[int, float], ...] = ()
     merge: tuple[int, ...] = ()
     merge_window: int = 16
-    landmark_factor: int = 6
-    top_coefficients: int = 8
-    basis_threshold: float = 0.02
 
     def __post_init__(self) -> None:
         require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
@@ -101,12 +95,10 @@ class SparsityConfig:
             value = getattr(self, name)
             fits = isinstance(value, int) and least <= value <= MOST_COUNT
             require(fits, f"{name} is {value!r}.", f"Give a whole number of at least {least}.")
-        for name, most in _WEIGHTS.items():
-            value = getattr(self, name)
-            require(
-                is_number(value) and 0 <= value <= most, f"{name} is {value!r}.", f"Give a number from 0 to {most:g}."
-            )
-            object.__setattr__(self, name, float(value))  # An operator's attribute is of one type, as JSON's 7 is not.
+        fits = is_number(self.value_power) and 0 <= self.value_power <= MOST_VALUE_POWER
+        require(fits, f"value_power is {self.value_power!r}.", f"Give a number from 0 to {MOST_VALUE_POWER:g}.")
+        # An operator's attribute is of one type, as JSON's 7 is not.
+        object.__setattr__(self, "value_power", float(self.value_power))
         for name, value in PRESETS[self.preset].items():
             require(
                 getattr(self, name) == value,

@@ -288,12 +288,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; no file is left, and the lock ends with the process."""
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """One process at a time: whether the folder is ours. No file is left, and the lock ends with the process."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        lock(handle, wait=True)
-        yield
+        yield lock(handle, wait)
     finally:
         os.close(handle)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Annotated
 
 from msgspec import Meta
@@ -48,10 +48,7 @@ class LayerPlan:
     @property
     def short_keep(self) -> tuple[float, ...]:
         """Shares without the last ones that are the same."""
-        keep = list(self.keep)
-        while len(keep) > 1 and keep[-1] == keep[-2]:
-            keep.pop()
-        return tuple(keep)
+        return shortest(self.keep)
 
     def tokens(self, patches: int) -> list[int]:
         """Of an image's patches, how many tokens each layer's attention sees, and as the last entry how many leave the
@@ -67,6 +64,14 @@ class LayerPlan:
         return dataclasses.replace(base, merge=self.merge, keep=self.short_keep)
 
 
+def shortest(keep: Sequence[float]) -> tuple[float, ...]:
+    """Shares without the last ones that are the same: the last one goes on."""
+    end = len(keep)
+    while end > 1 and keep[end - 1] == keep[end - 2]:
+        end -= 1
+    return tuple(keep[:end])
+
+
 def plan_of(sparsity: SparsityConfig, depth: int, patches: int) -> LayerPlan:
     """What a config says of a model of so many layers and patches: a layer merges what is asked for, but at most a
     quarter of the patches that it sees.
@@ -76,7 +81,12 @@ def plan_of(sparsity: SparsityConfig, depth: int, patches: int) -> LayerPlan:
             or a layer would leave fewer than `LEAST_PATCHES`.
     """
     kept = dict(sparsity.token_keep)
-    _require_layers("tokens are pruned at layer {}:", kept, depth)
+    last = max(kept, default=0)
+    require(
+        last < depth,
+        f"tokens are pruned at layer {last}: the model has {depth} layers.",
+        f"Give indices from 0 to {depth - 1}.",
+    )
     merge, left = [], patches
     for layer, rate in enumerate(_rates(sparsity.merge, depth)):
         merge.append(min(rate, left // LARGEST_MERGE))
@@ -111,8 +121,3 @@ def _rates(merge: tuple[int, ...], depth: int) -> list[int]:
         f"Give one rate, the first and the last as 160..0, or {depth}.",
     )
     return list(merge) if len(merge) == depth else [merge[0] if merge else 0] * depth
-
-
-def _require_layers(what: str, layers: Iterable[int], depth: int) -> None:
-    last = max(layers, default=0)
-    require(last < depth, f"{what.format(last)} the model has {depth} layers.", f"Give indices from 0 to {depth - 1}.")

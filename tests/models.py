@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.eva import Eva
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, preprocessing
@@ -41,3 +42,25 @@ def images(model: TimmModel, batch: int = 2, seed: int = 0) -> torch.Tensor:
     """Random float images [batch,3,H,W]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, *model.patch_embed.img_size, generator=generator)
+
+
+EVA = {
+    "separate biases": {"qkv_bias": True},
+    "three projections": {"qkv_fused": False},
+    "no bias": {"qkv_bias": False},
+    "qk-norm, inner norm, gate": {"qk_norm": True, "scale_attn_inner": True, "scale_mlp": True},
+    "half rotation, no class token": {"rope_rotate_half": True, "class_token": False, "global_pool": "avg"},
+    "tables per layer and head": {"rope_type": "mixed", "attn_type": "rope"},
+    "no RoPE": {"use_rot_pos_emb": False},
+}
+
+
+def eva(**options: Any) -> Eva:
+    """A small Eva with random weights and biases, 8 x 8 patches."""
+    torch.manual_seed(0)
+    shape = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = Eva(**{**shape, "use_rot_pos_emb": True, **options}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    return model

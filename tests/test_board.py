@@ -35,8 +35,7 @@ from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
 from sparsifiner_edge.runtime import open_session
 from tests.commands import assert_refused, call, manifest_of
-from tests.merging_models import LEFT_OF_MERGING, merging_model
-from tests.sparse_graph import sparse_model
+from tests.sparse_graph import LEFT_OF_MERGING, merging_model, sparse_model
 from tests.tables import table_of
 
 pytest.importorskip("triton", reason="triton is not installed")

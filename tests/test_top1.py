@@ -39,7 +39,7 @@ SHAPES = ((500, 375), (333, 501), (97, 61), (640, 151), (163, 160))
 def photographs(folder: Path) -> Path:
     """Parts of six photographs, a class each; 31 images, one of them grey and one with a palette."""
     rng = np.random.default_rng(0)
-    for name, path in zip(CLASSES, split.development(), strict=False):
+    for name, path in zip(CLASSES, split.images("development"), strict=False):
         (folder / name).mkdir(parents=True)
         whole = open_image(path)
         for number, (width, height) in enumerate(SHAPES):

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     "--budgets", type=common.PATH, metavar="FRONT.json", help="Train for the points that a search found; see search."
 )
 @click.option("--resume", is_flag=True, help="Go on where the last checkpoint of this output stands.")
-@click.option("--tensorboard", is_flag=True, help="Also write a history for TensorBoard.")
 @common.trust_option
 @common.json_option
 @common.output_option("Student folder to write.")

@@ -27,7 +27,8 @@ LEAST_BYTES = 60_000
 
 
 def images(name: str) -> list[Path]:
-    """The files of a set.
+    """The files of a set: "development", by which rules and defaults are chosen; "calibration", of predictors;
+    "publication", that figures are published for; "searched" and "shown" by the demonstration.
 
     Raises:
         MissingExtraError, ImageError: a package that carries them is not installed, of Python's or of Debian's.
@@ -40,21 +41,6 @@ def images(name: str) -> list[Path]:
     if missing is not None:
         raise ImageError(f"{missing} is not there.", f"apt-get install {' '.join(SETS['publication'])}")
     return files
-
-
-def development() -> list[Path]:
-    """The eight photographs that rules and defaults are chosen by; see `images`."""
-    return images("development")
-
-
-def calibration() -> list[Path]:
-    """The images that predictors are calibrated on; see `images`."""
-    return images("calibration")
-
-
-def publication() -> list[Path]:
-    """The photographs that figures are published for; see `images`."""
-    return images("publication")
 
 
 def training() -> list[Path]:

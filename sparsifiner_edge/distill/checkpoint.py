@@ -5,8 +5,7 @@ resumes; and the history beside it.
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,8 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.files import io_errors, lock, open_regular, read_bytes, replaced_file, write_bytes
+from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.files import io_errors, open_regular, read_bytes, replaced_file, write_bytes
 from sparsifiner_edge.sparse.weights import brief
 from sparsifiner_edge.text import dump_json, finite
 
@@ -36,7 +35,7 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
 
     Attributes:
         step: steps done. best_step: of the judgement whose weights are kept.
-        fidelity: of each judgement, by step; see `fidelity.Judgement.score`. each: of each judgement, by step, the
+        fidelity: of each judgement, by step; see `losses.Judgement.score`. each: of each judgement, by step, the
             figure of every budget, in the order of `Training.budgets`.
         unreadable: files. recent: losses that an explosion is measured against.
     """
@@ -46,7 +45,7 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
     best_step: int = 0
     fidelity: dict[int, float] = {}
     each: dict[int, list[float]] = {}
-    unreadable: list[str] = []
+    unreadable: set[str] = set()
     recent: list[float] = []
 
     def require_course(self, total: int, budgets: int) -> None:
@@ -115,25 +114,6 @@ def require_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> N
     ]
     if foreign:
         raise ArtifactError(f"The checkpoint's {foreign[0]!r:.200} does not belong to this training.", ANEW)
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The folder, made where it is missing, for one training alone as long as it lives.
-
-    Raises:
-        ConfigError: another training holds it.
-        ArtifactError: the disk refuses.
-    """
-    with io_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        if not lock(handle):
-            raise ConfigError(f"Another training writes to {folder}.", "Wait for it, or give another -o.")
-        yield
-    finally:
-        os.close(handle)
 
 
 def append_history(folder: Path, step: int, **figures: object) -> None:

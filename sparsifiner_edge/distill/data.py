@@ -13,7 +13,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,12 +43,6 @@ def drawn_from(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpy)
             random.setstate(python)
-
-
-def seeded(transform: Any, image: Any, seed: int) -> Tensor:
-    """A transform whose draws follow from `seed` alone."""
-    with drawn_from(seed):
-        return cast(Tensor, transform(image))
 
 
 def augmentation(size: ImageSize, images: Images, mean: tuple[float, float, float] = (0.5, 0.5, 0.5)) -> Any:
@@ -240,7 +234,8 @@ class ShuffledBatches(Dataset[Batch | SparsifinerError]):
                 unreadable.append(str(path))
                 continue
             label = self.source.labels[index] if self.source.labels else -1
-            return seeded(self.transform, image, self.seed + number), label, str(path), tuple(unreadable)
+            with drawn_from(self.seed + number):
+                return self.transform(image), label, str(path), tuple(unreadable)
         raise ImageError(f"None of the {count} images can be read.", f"Look at {unreadable[0]}, for instance.")
 
     def _index(self, epoch: int, place: int) -> int:

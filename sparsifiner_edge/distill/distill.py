@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from accelerate.utils import is_tensorboard_available
 from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
@@ -18,18 +16,16 @@ from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import ImageSource, folder_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, front_budgets, read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
-from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
-from sparsifiner_edge.files import io_errors
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.files import io_errors, locked
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.student import Student, load_student, save_student
+from sparsifiner_edge.sparse.student import Student, load_student, save_student, teacher_of
 from sparsifiner_edge.sparse.student_file import Weights
-from sparsifiner_edge.sparse.teacher import teacher_of
 
 BY_COSINE = "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out images and budgets"
 BY_TOP1 = "top-1 of held-out images, mean of the budgets"
-LOGS = "tensorboard"
 
 
 class BudgetFidelity(msgspec.Struct, frozen=True):
@@ -87,14 +83,13 @@ def distill_student(
     overrides: Sequence[str] = (),
     budgets: str | Path | None = None,
     resume: bool = False,
-    tensorboard: bool = False,
     trust: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> TrainingSummary:
     """Train a student towards its dense teacher and write the best that was found as a student folder.
 
     "Best" is judged by the cosine to the teacher's final tokens over images that are not trained on, at every budget
-    of the recipe (see `fidelity.joint_fidelity`); the untrained start counts. Meanwhile `<output>.training` holds a
+    of the recipe (see `losses.joint_fidelity`); the untrained start counts. Meanwhile `<output>.training` holds a
     checkpoint and `history.jsonl`. Run under `accelerate launch` it uses all its processes.
 
     Args:
@@ -109,7 +104,6 @@ def distill_student(
         recipe, overrides: see `read_recipe`. budgets: the `front.json` of a search of this student, whose points it
             learns to work with in place of the recipe's.
         resume: continue from the last checkpoint of this output.
-        tensorboard: also write the history to `<output>.training/tensorboard`.
         trust: see `load_student`.
         progress: see `Progress`; counts steps, and the stage says the loss.
 
@@ -122,19 +116,15 @@ def distill_student(
     """
     target = Path(output)
     require_replaceable(target, "student")
-    if tensorboard and not is_tensorboard_available():
-        raise MissingExtraError("tensorboard", "train")
     points = [] if budgets is None else [front_budgets(Path(budgets))]
     settings, learner = read_recipe(recipe, [*points, *overrides]), load_student(student, trust=trust)
     _require_learnable(learner, settings)
     source = _source(Path(data), settings, learner, labels, Path(held_out) if held_out else None)
     dense = teacher_of(learner, teacher, Path(weights) if weights else None)
     folder = target.with_name(f"{target.name}.training")
-    accelerator = make_accelerator(settings, folder if tensorboard else None)
+    accelerator = make_accelerator(settings)
     training = Training(accelerator, learner, dense, source, settings, folder)
     with _begun(training, resume):
-        if tensorboard:
-            accelerator.init_trackers(LOGS)
         training.run(progress)
         summary = _summary(training, dense, recipe, Path(student))
         if accelerator.is_main_process:
@@ -175,15 +165,22 @@ def _begun(training: Training, resume: bool) -> Iterator[None]:
     first, folder = training.accelerator.is_main_process, training.folder
     _check_folder(folder, resume)
     training.accelerator.wait_for_everyone()
-    with checkpoint.held(folder) if first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if first:
+            with io_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                ours = stack.enter_context(locked(folder, wait=False))
+            if not ours:
+                raise ConfigError(f"Another training writes to {folder}.", "Wait for it, or give another -o.")
         if resume:
             training.restore(*checkpoint.load(folder))
         elif first:
-            _clear(folder)
+            with io_errors(folder):
+                (folder / checkpoint.HISTORY).unlink(missing_ok=True)
         yield
 
 
-_FILES = {checkpoint.CHECKPOINT, checkpoint.HISTORY, LOGS}
+_FILES = {checkpoint.CHECKPOINT, checkpoint.HISTORY}
 _SCRATCH = (f".{checkpoint.CHECKPOINT}.", f".{checkpoint.HISTORY}.")
 """Of a process that was killed while it wrote."""
 
@@ -204,13 +201,6 @@ def _check_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def _clear(folder: Path) -> None:
-    """An empty folder for a new training; what an earlier one left there goes."""
-    with io_errors(folder):
-        (folder / checkpoint.HISTORY).unlink(missing_ok=True)
-        shutil.rmtree(folder / LOGS, ignore_errors=True)
-
-
 def _summary(training: Training, teacher: Student, recipe: str, student: Path) -> TrainingSummary:
     """What was trained and how it went; figures are the first process's."""
     state, source = training.state, training.source
@@ -224,6 +214,6 @@ def _summary(training: Training, teacher: Student, recipe: str, student: Path) -
         budgets=[BudgetFidelity(b.keep, b.token_keep, b.merge, start, best) for b, start, best in pairs],
         teacher=teacher.name, weights=teacher.provenance.weights or Weights(),
         student=student.resolve().name, student_sha256=sha256(student / STUDENT_FILE),
-        images=len(source.train), held_out=[path.name for path in source.held_out], unreadable=state.unreadable,
+        images=len(source.train), held_out=[path.name for path in source.held_out], unreadable=sorted(state.unreadable),
         processes=training.accelerator.num_processes,
     )  # fmt: skip

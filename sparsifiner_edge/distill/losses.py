@@ -1,20 +1,29 @@
-"""Losses of a student against its teacher."""
+"""A student beside its teacher: the losses that it learns by; and how close it is on held-out images, by which a
+training keeps its best weights.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, cast
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.recipe import Losses
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.judge import Prediction, alike, correlation
+from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
+from sparsifiner_edge.sparse.outputs import TOKENS, outputs_of, prediction_of
+from sparsifiner_edge.sparse.patch import set_budget
 
 RELATIVE = ("patches", "classes", "outputs")
 """Losses that the recipe's `losses.relative` concerns."""
@@ -22,6 +31,8 @@ LEAST_SPREAD = 1e-4
 """Variance within an image below which an output counts as empty: what errors are relative to then."""
 LEAST_LOSS = 1e-4
 """Below this cosine distance there is nothing left to learn: noise would be learnt."""
+LEAST_ERROR = 1e-6
+"""Cosine distance at which a budget counts as perfect: rounding is as large."""
 
 
 class Distiller(nn.Module):
@@ -71,12 +82,10 @@ class Distiller(nn.Module):
                 with torch.no_grad():
                     self.student(images)
                 return {"selection": torch.stack(selection).mean()}
-            got = seen_by(self.student, images, self.names)
+            got = outputs_of(self.student, images, self.names, tokens=True)
         with torch.no_grad():
-            wanted = seen_by(cast(nn.Module, self.teacher), images, self.names)
-        losses = token_losses(self.student, cast(nn.Module, self.teacher), got, wanted, labels)
-        if got.outputs:
-            losses["outputs"] = output_loss(got.outputs, wanted.outputs)
+            wanted = outputs_of(cast(nn.Module, self.teacher), images, self.names, tokens=True)
+        losses = token_losses(self.student, got, wanted, labels)
         if selection:
             losses["selection"] = torch.stack(selection).mean()
         return losses
@@ -105,29 +114,27 @@ class Distiller(nn.Module):
 
 
 def token_losses(
-    student: nn.Module,
-    teacher: nn.Module,
-    seen: ModelAnswer,
-    expected: ModelAnswer,
-    labels: Tensor | None,
+    student: nn.Module, got: dict[str, Tensor], wanted: dict[str, Tensor], labels: Tensor | None
 ) -> dict[str, Tensor]:
-    """Losses of final tokens and classes against the teacher's: means, of patches and of prefix one per image [B]."""
-    backbone, model = backbone_of(student), backbone_of(teacher)
-    prefix, tokens = backbone.prefix, seen.tokens
-    # Of a backbone within something else nobody asks for classes.
-    classifies = bool(backbone.classes) and not expected.outputs
-    with torch.no_grad():
-        classes = model.heads(expected.tokens)["logits"] if classifies and model.classes else None
-        wanted = at_positions(expected.tokens, seen.positions, prefix).float()
-    got = tokens.float()
-    apart = 1 - F.cosine_similarity(got, wanted, dim=-1)
-    losses = {"patches": apart[:, prefix:].mean(1), "tokens": F.mse_loss(got[:, prefix:], wanted[:, prefix:])}
+    """Losses of final tokens against the teacher's: means, of patches and of prefix one per image [B]; and of a vision
+    transformer alone those of its classes, else of what is around it.
+    """
+    backbone = backbone_of(student)
+    prefix, tokens = backbone.prefix, got[TOKENS].float()
+    expected = wanted[TOKENS].float()
+    if POSITIONS in got:  # Tokens that were pruned are not asked for.
+        left = ops.rows_at(expected[:, prefix:], got[POSITIONS])
+        expected = torch.cat([expected[:, :prefix], left], 1)
+    apart = 1 - F.cosine_similarity(tokens, expected, dim=-1)
+    losses = {"patches": apart[:, prefix:].mean(1), "tokens": F.mse_loss(tokens[:, prefix:], expected[:, prefix:])}
     if prefix:
         losses["classes"] = apart[:, :prefix].mean(1)
-    if classifies and (classes is not None or labels is not None):
-        logits = backbone.heads(tokens)["logits"].float()
-        if classes is not None:
-            want = classes.float().log_softmax(-1)
+    if backbone.module is not student:
+        losses["outputs"] = output_loss(got, {name: wanted[name] for name in wanted if name not in (TOKENS, POSITIONS)})
+    elif "logits" in got:
+        logits = got["logits"].float()
+        if "logits" in wanted:
+            want = wanted["logits"].float().log_softmax(-1)
             losses["logits"] = F.kl_div(logits.log_softmax(-1), want, reduction="batchmean", log_target=True)
         if labels is not None:
             losses["labels"] = F.cross_entropy(logits, labels)
@@ -144,8 +151,72 @@ def output_loss(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
     return torch.stack(each).mean(0)
 
 
-def at_positions(tokens: Tensor, positions: Tensor | None, prefix: int) -> Tensor:
-    """Tokens [B,N,C] -> the prefix and the patches at `positions` [B,P]; all where None."""
-    if positions is None:
-        return tokens
-    return torch.cat([tokens[:, :prefix], ops.rows_at(tokens[:, prefix:], positions)], 1)
+class HeldOut(NamedTuple):
+    """An image [1,3,H,W], what the teacher makes of it, and its class, where that decides."""
+
+    image: Tensor
+    wanted: Prediction
+    label: int | None = None
+
+
+class Judgement(NamedTuple):
+    """Of weights, on held-out images.
+
+    Attributes:
+        fidelity: see `joint_fidelity`; -1 where it is NaN. cosines: of each budget. top1: of each budget, where images
+            have classes.
+    """
+
+    fidelity: float
+    cosines: list[float]
+    top1: list[float]
+
+    @property
+    def score(self) -> float:
+        """What decides: the greater, the better."""
+        return statistics.fmean(self.top1) if self.top1 and self.fidelity > -1 else self.fidelity
+
+
+@torch.no_grad()
+def judge_weights(
+    model: nn.Module, held_out: Sequence[HeldOut], budgets: list[SparsityConfig], names: tuple[str, ...] | None = None
+) -> Judgement:
+    """Cosines of tokens to the teacher's, and first classes where images have one.
+
+    A budget's cosine of an image is the mean of the patch tokens', the prefix tokens', and of the correlation with each
+    output of what is around the backbone.
+    """
+    backbone = backbone_of(model)
+    before, each, top1 = cast(SparsityConfig, backbone.sparsity), list[list[float]](), list[float]()
+    for sparsity in budgets:
+        set_budget(model, sparsity, keep_predictors=True)
+        values, right = list[float](), list[bool]()
+        for one in held_out:
+            got = prediction_of(model, one.image, names)
+            values.append(_cosine(got, one.wanted, backbone.module is model))
+            if one.label is not None:
+                right.append(int(got.outputs["logits"].argmax()) == one.label)
+        each.append(values)
+        top1 += [statistics.fmean(right)] if right else []
+    set_budget(model, before, keep_predictors=True)
+    joint, cosines = joint_fidelity(each), [statistics.fmean(values) for values in each]
+    sound = math.isfinite(joint)
+    return Judgement(joint if sound else -1.0, [x if math.isfinite(x) else -1.0 for x in cosines], top1)
+
+
+def _cosine(got: Prediction, wanted: Prediction, alone: bool) -> float:
+    parts = [alike(part, got, wanted) for part in (("prefix", "patches") if got.prefix else ("patches",))]
+    others = [] if alone else [name for name in wanted.outputs if name not in (TOKENS, POSITIONS)]
+    return statistics.fmean(parts + [correlation(got.outputs[name], wanted.outputs[name]) for name in others])
+
+
+def joint_fidelity(cosines: list[list[float]]) -> float:
+    """One figure for all budgets and images: 1 minus the geometric mean of 1 - cosine.
+
+    Each counts by the share of its own error: else a small gain where errors are large, with few keys or on an image
+    unlike the others, would buy a great loss everywhere else. NaN where a cosine is.
+    """
+    every = [cosine for values in cosines for cosine in values]
+    if not all(map(math.isfinite, every)):
+        return math.nan
+    return 1 - statistics.geometric_mean(max(1 - cosine, LEAST_ERROR) for cosine in every)

@@ -230,19 +230,15 @@ def front_budgets(path: Path) -> str:
 
 
 class _Point(msgspec.Struct, frozen=True):
+    fidelity: float
     merge: str
     keep: str
-    fidelity: float
-    on_front: bool
-
-
-class _Judged(msgspec.Struct, frozen=True):
-    fidelity: float
+    on_front: bool = False
 
 
 class _Front(msgspec.Struct, frozen=True):
     points: list[_Point]
-    finalists: list[_Judged] = []
+    finalists: list[_Point] = []
 
 
 def _set(content: dict[str, Any], override: str) -> None:

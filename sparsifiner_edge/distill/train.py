@@ -24,15 +24,14 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import Fingerprint, Tensors, TrainingState
 from sparsifiner_edge.distill.data import Batch, BatchAugmentation, ImageSource, augmentation, batches, drawn_from
-from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights
-from sparsifiner_edge.distill.losses import Distiller
+from sparsifiner_edge.distill.losses import Distiller, HeldOut, judge_weights
 from sparsifiner_edge.distill.recipe import Budget, Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.outputs import seen_by
+from sparsifiner_edge.sparse.outputs import prediction_of
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student, is_predictor
 from sparsifiner_edge.sparse.weights import normalise
@@ -47,8 +46,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW keeps of a parameter."""
 
 
-def make_accelerator(recipe: Recipe, log_folder: Path | None = None) -> Any:
-    """Hugging Face accelerate's view of the processes that were launched; with a folder it logs for TensorBoard.
+def make_accelerator(recipe: Recipe) -> Any:
+    """Hugging Face accelerate's view of the processes that were launched.
 
     Raises:
         ConfigError: the device does not know the recipe's precision.
@@ -59,8 +58,6 @@ def make_accelerator(recipe: Recipe, log_folder: Path | None = None) -> Any:
     try:
         return Accelerator(
             mixed_precision=recipe.precision,
-            log_with=None if log_folder is None else "tensorboard",
-            project_dir=log_folder,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except ValueError as error:
@@ -129,7 +126,7 @@ class Training:
         self.total = sum(steps for _, steps in self.phases)
         self.state = TrainingState(fingerprint=self._fingerprint(student, teacher))
         self.best: Tensors = {}
-        self._saved, self._unreadable = 0, set[str]()
+        self._saved = 0
         teacher.model.to(accelerator.device)
         distiller = Distiller(student.model, teacher.model, recipe.losses, student.outputs)
         self.augmented = BatchAugmentation(recipe.images, len(source.classes), recipe.batch, accelerator.device)
@@ -156,10 +153,10 @@ class Training:
             try:
                 pixels = load_image(path, self.size)
             except ImageError:
-                self._unreadable.add(str(path))
+                self.state.unreadable.add(str(path))
                 continue
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
-            readable.append(HeldOut(image, seen_by(teacher, image, self.distiller.names), label))
+            readable.append(HeldOut(image, prediction_of(teacher, image, self.distiller.names), label))
         if not readable:
             raise ImageError("None of the held-out images can be read.", f"Look at {self.source.held_out[0]}.")
         return readable
@@ -179,7 +176,6 @@ class Training:
             self.state.step = step + 1
             if self.accelerator.is_main_process:
                 checkpoint.append_history(self.folder, step + 1, **losses)
-            self.accelerator.log({f"loss/{name}": loss for name, loss in losses.items()}, step + 1)
             if (step + 1) % self.recipe.check_every == 0 or step + 1 in (self.phases[0][1], self.total):
                 self._judge(step + 1)
             if step + 1 == self.phases[0][1]:
@@ -216,7 +212,7 @@ class Training:
         set_budget(self.distiller.student, self.budget(step), keep_predictors=True)
         torch.manual_seed(self.recipe.seed + step)
         batch, processes = next(stream), int(self.accelerator.num_processes)
-        self._unreadable.update(batch.unreadable)
+        self.state.unreadable.update(batch.unreadable)
         with drawn_from(self.recipe.seed + processes * step + int(self.accelerator.process_index)):
             images, labels = self._inputs(batch)
         kind = phase is self.recipe.reconstruct, phase.predictor_learning_rate > 0
@@ -300,8 +296,7 @@ class Training:
 
     def _save(self) -> None:
         self._saved = self.state.step
-        self._unreadable = set(gather_object(sorted(self._unreadable)))
-        self.state.unreadable = sorted(self._unreadable)
+        self.state.unreadable = set(gather_object(sorted(self.state.unreadable)))
         if self.accelerator.is_main_process:
             checkpoint.save(self.folder, self.state, self._tensors() | _named("best", self.best))
         self.accelerator.wait_for_everyone()
@@ -346,8 +341,8 @@ class Training:
         # Rates are set at every step, and all else that the groups say the fingerprint has compared.
         found = {number: _part(f"optimiser/{number}", tensors) for number in moments}
         self.optimiser.load_state_dict({"state": found, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        state.unreadable |= self.state.unreadable
         self.best, self.state, self._saved = _part("best", tensors), state, state.step
-        self._unreadable.update(state.unreadable)
         if self.accelerator.is_main_process:
             checkpoint.cut_history(self.folder, state.step)
 

@@ -32,7 +32,7 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.sparse.attention import LandmarkAttention, SparseAttention
 from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
-from sparsifiner_edge.sparse.outputs import tokens_of
+from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.student import Student, load_student
 from sparsifiner_edge.sparse.weights import normalise
 
@@ -113,7 +113,7 @@ def look(student: Student, image: Pixels) -> list[Layer]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.enter_context(_watched(layer, seen))
-        tokens_of(student.model.eval(), normalise(torch.from_numpy(image)[None], student.normalisation))
+        outputs_of(student.model.eval(), normalise(torch.from_numpy(image)[None], student.normalisation), tokens=True)
     return seen
 
 

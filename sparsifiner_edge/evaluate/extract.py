@@ -23,7 +23,8 @@ from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.outputs import outputs_of
-from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, refuse_normalisation
+from sparsifiner_edge.sparse.source import load_source
+from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, refuse_normalisation
 from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise
 
@@ -121,7 +122,7 @@ def _teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib.Exi
     if against is not None:
         if bundle:
             return _bundle(Path(against), compared, stack)
-        dense = load_dense(str(against), Path(weights) if weights else None, size, compared.normalisation)
+        dense = load_source(str(against), Path(weights) if weights else None, size, compared.normalisation)
         origin = dense.provenance.weights or Weights()
         return _torch(dense, str(against), origin.sha256 or origin.origin or "its own code", compared)
     if kind_of(compared.subject) != "student":

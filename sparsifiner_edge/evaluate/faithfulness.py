@@ -24,7 +24,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.ops.torch_native import native_kernels
-from sparsifiner_edge.sparse.outputs import tokens_of
+from sparsifiner_edge.sparse.outputs import TOKENS, outputs_of
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
@@ -43,8 +43,8 @@ def answer_of(student: Student) -> AnswerOf:
     backbone, model = student.backbone, student.model.eval()
 
     def answer(pixels: Tensor) -> Tensor:
-        tokens = tokens_of(model, normalise(pixels, student.normalisation))  # A decoder may take as long as all else.
-        return backbone.heads(tokens)["features"][0]
+        outputs = outputs_of(model, normalise(pixels, student.normalisation), tokens=True)
+        return backbone.heads(outputs[TOKENS])["features"][0]
 
     return answer
 

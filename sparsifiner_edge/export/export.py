@@ -49,14 +49,8 @@ from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, class_labels
 from sparsifiner_edge.sparse.in_memory import require_images
 from sparsifiner_edge.sparse.outputs import checked_names
-from sparsifiner_edge.sparse.source import declared
-from sparsifiner_edge.sparse.student import (
-    MAX_CALIBRATION_IMAGES,
-    Student,
-    load_dense,
-    load_student,
-    refuse_normalisation,
-)
+from sparsifiner_edge.sparse.source import declared, load_source
+from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_student, refuse_normalisation
 from sparsifiner_edge.sparse.student_file import checked_labels
 from sparsifiner_edge.text import shown
 
@@ -304,7 +298,7 @@ def _load(
             raise ConfigError(
                 "--keep, --token-keep and --merge require a student.", "Make one with `sparsifiner-edge sparsify`."
             )
-        return load_dense(str(source), Path(weights) if weights else None, img_size, normalisation)
+        return load_source(str(source), Path(weights) if weights else None, img_size, normalisation)
     if kind != "student":
         raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
     if weights:

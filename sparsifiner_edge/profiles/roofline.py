@@ -165,22 +165,20 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sh
     """Projections and MLP, each with its normalisation and residual; pruning; attention."""
 
     def operator(kind: str, engine: str, launches: int, weights: int = 0) -> OperatorWork:
-        moved = getattr(costs, f"{kind}_bytes") / FLOAT - weights  # The bytes of `costs` hold the weights once.
-        return OperatorWork(
-            number, kind, engine, work.batch * getattr(costs, kind), weights, work.batch * moved, launches
-        )
+        moved = costs[kind].bytes / FLOAT - weights  # The bytes of `costs` hold the weights once.
+        return OperatorWork(number, kind, engine, work.batch * costs[kind].macs, weights, work.batch * moved, launches)
 
     found = [
         operator("projections", "linear", 3, 4 * shape.width**2),
         operator("mlp", "linear", 3, 2 * shape.width * shape.hidden),
     ]
-    if costs.pruning:
+    if costs["pruning"].macs:
         found.append(dataclasses.replace(operator("pruning", "attention", 0), scores=6))
     if share < 1:
         ours = work.kernels == "kernels"
         found.append(operator("predictor", "kernels" if ours else "predictor", 2))
         found.append(operator("attention", "kernels" if ours else "attention", 1))
-        found.append(operator("cells", "kernels" if ours else "attention", 1 if costs.cells else 0))
+        found.append(operator("cells", "kernels" if ours else "attention", 1 if costs["cells"].macs else 0))
         return [*found, *_bodies(number, shape, work, share)] if work.portable else found
     found.append(operator("attention", "attention", 1))
     if work.materialised:

@@ -25,8 +25,14 @@ from sparsifiner_edge.search.latency import PlanLatency, estimated, measured
 from sparsifiner_edge.search.request import SearchRequest, read_request
 from sparsifiner_edge.search.trial import FIDELITIES, Trial
 from sparsifiner_edge.search.whole import WholeModels, linked
-from sparsifiner_edge.sparse.student import Student, load_student, refuse_normalisation, save_student, sparsify
-from sparsifiner_edge.sparse.teacher import teacher_of
+from sparsifiner_edge.sparse.student import (
+    Student,
+    load_student,
+    refuse_normalisation,
+    save_student,
+    sparsify,
+    teacher_of,
+)
 
 RESERVED = 0.4
 """Of the time asked for, what exports and the last measurement may take."""

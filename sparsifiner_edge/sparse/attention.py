@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsifiner_edge.config import Layout, SparsityConfig
+from sparsifiner_edge.config import BASIS_THRESHOLD, LANDMARK_FACTOR, TOP_COEFFICIENTS, Layout, SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops import torch_landmarks
@@ -248,6 +248,7 @@ class LandmarkAttention(SparseAttention):
     def indices(self, qkv: Tensor, _: Tensor | None = None) -> Tensor:
         """Tokens that each head and patch query reads: int32 [B,H,N-1,K]. They are never merged here."""
         select = cast(LandmarkSelector, self.select)
+        landmarks = select.down.shape[1]
         return torch_landmarks.landmark_key_select(
             qkv,
             *select.inputs(),
@@ -255,8 +256,8 @@ class LandmarkAttention(SparseAttention):
             keys=self.layout.keys,
             # The published code scales by the number of heads, not by the head dimension.
             scale=self.geometry.heads**-0.5,
-            top_coefficients=self.sparsity.top_coefficients,
-            basis_threshold=self.sparsity.basis_threshold,
+            top_coefficients=min(TOP_COEFFICIENTS, landmarks),
+            basis_threshold=BASIS_THRESHOLD,
         )
 
 
@@ -307,11 +308,11 @@ def make_sparse(attention: Any, sparsity: SparsityConfig, patches: int, num_pref
         )
     if sparsity.preset == "paper":
         tokens = patches + num_prefix
-        landmarks = tokens // sparsity.landmark_factor
-        if num_prefix != 1 or not 1 <= sparsity.top_coefficients <= landmarks:
+        landmarks = tokens // LANDMARK_FACTOR
+        if num_prefix != 1 or not landmarks:
             raise ConfigError(
-                f"Preset 'paper' requires one class token and {sparsity.top_coefficients} landmarks; this model has "
-                f"{num_prefix} prefix tokens and {landmarks} landmarks.",
+                f"Preset 'paper' requires one class token and {LANDMARK_FACTOR} tokens; this model has {num_prefix} "
+                f"prefix tokens of {tokens}.",
                 "Use the preset edge, or a larger image.",
             )
         kind: type[SparseAttention] = LandmarkAttention

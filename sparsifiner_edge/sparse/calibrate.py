@@ -58,7 +58,7 @@ def sparse_layers(model: nn.Module) -> list[SparseAttention]:
 def calibrate_from_weights(model: nn.Module) -> None:
     """Set the projections from the weights, as if the normalised input of each layer were white noise."""
     backbone = backbone_of(model)
-    tables = backbone.rotary_table()
+    tables = backbone.rotary_table() if backbone.rotary else None
     for number, (layer, attention) in enumerate(zip(backbone.layers, backbone.attentions, strict=True)):
         if not isinstance(attention, SparseAttention):
             continue

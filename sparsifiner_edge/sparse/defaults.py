@@ -9,6 +9,7 @@ import math
 from typing import Any, TypedDict
 
 from sparsifiner_edge.config import Keep, SparsityConfig
+from sparsifiner_edge.plan import shortest
 from sparsifiner_edge.sparse.hosts import Backbone
 
 DEFAULT_CELLS = 49
@@ -75,7 +76,5 @@ def default_keep(patches: int, depth: int) -> Keep:
     cheap. Measured on models of 12 layers: others take the shares of the same part of their depth.
     """
     shares = next(shares for least, shares in _BY_LAYER if patches >= least)
-    by_layer = [shares[min(layer * 12 // depth, len(shares) - 1)] for layer in range(depth)]
-    while len(by_layer) > 1 and by_layer[-1] == by_layer[-2]:
-        by_layer.pop()  # the last goes on
-    return tuple(by_layer) if len(by_layer) > 1 else by_layer[0]
+    by_layer = shortest([shares[min(layer * 12 // depth, len(shares) - 1)] for layer in range(depth)])
+    return by_layer if len(by_layer) > 1 else by_layer[0]

@@ -1,4 +1,4 @@
-"""A live module made sparse in place, and restored: `sparsify_model` and `restore_model`."""
+"""A live module made sparse in place: `sparsify_model`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.defaults import SparsityOptions, config_of, default_cells, fit_to_model
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
-from sparsifiner_edge.sparse.patch import AnyModule, make_model_sparse, require_supported, restore_backbone
+from sparsifiner_edge.sparse.patch import AnyModule, make_model_sparse, require_supported, restore_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,18 +61,6 @@ def sparsify_model(
     return module
 
 
-def restore_model(module: AnyModule) -> AnyModule:
-    """Undo `sparsify_model`, in place: the host's own classes and the weights that were there, no predictor.
-
-    Args:
-        module: what `sparsify_model` returned, or any other module, which is left as it is.
-
-    Returns:
-        The same object.
-    """
-    return restore_backbone(module)
-
-
 def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | None = None) -> None:
     """Set the predictor of a sparse transformer from images [1,3,H,W], normalised.
 
@@ -81,7 +69,7 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
     """
     sparsity = cast(SparsityConfig, backbone.sparsity)
     size = calibration_size(backbone, sparsity.preset)
-    dense = restore_backbone(copy.deepcopy(cast(nn.Module, backbone.module))).float().eval()
+    dense = restore_model(copy.deepcopy(cast(nn.Module, backbone.module))).float().eval()
     twin = backbone_of(dense)
     if size != twin.image_size:
         twin.resize(size)

@@ -1,9 +1,12 @@
-"""Token merging along the curve (ToMe, ICLR 2023, section 3, with partners within a window, and smaller tokens first):
-after a layer's attention and before its MLP, pairs of patches that are alike become one token each, which counts as
-many as it stands for.
+"""Fewer tokens after a layer's attention and before its MLP, for every later layer: merged or pruned. The order of
+those that stay is kept, so that runs of consecutive tokens remain compact.
 
-Every later layer sees fewer tokens. The order of the curve is kept, so that runs of tokens remain compact, and the
-place of every original patch is carried along, so that outputs are whole again.
+Merging along the curve (ToMe, ICLR 2023, section 3, with partners within a window, and smaller tokens first): pairs of
+patches that are alike become one token each, which counts as many as it stands for. The place of every original patch
+is carried along, so that outputs are whole again.
+
+Pruning in the way of EViT (ICLR 2022, section 3): the patch tokens that the class token attends to least are removed.
+In an exported file all of this is standard operators.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsifiner_edge.ops import torch_merge as ops
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.ops import torch_merge
 from sparsifiner_edge.ops.torch_native import single_sizes
+from sparsifiner_edge.sparse.attention import HeadGeometry
 from sparsifiner_edge.sparse.layer import CarriedTokens
 
 
@@ -38,7 +43,7 @@ class Merging(nn.Module):
         here, there = (side[:, self.prefix :] - self.prefix for side in (first, second))
         larger = torch.where((b > a)[:, self.prefix :], there, here)
         return CarriedTokens(
-            ops.merge_tokens(x, sizes, pairs),
+            torch_merge.merge_tokens(x, sizes, pairs),
             torch.where(first == second, a, a + b),
             self._carried(here, there, tokens.places),
             tokens.positions.gather(1, larger),
@@ -46,7 +51,7 @@ class Merging(nn.Module):
 
     def pairs(self, qkv: Tensor, sizes: Tensor, num_heads: int) -> Tensor:
         """Which tokens become one: int32 [B,N-merged,2], see the operator MatchTokens."""
-        return ops.match_tokens(
+        return torch_merge.match_tokens(
             qkv, sizes, num_heads=num_heads, num_prefix=self.prefix, window=self.window, merged=self.merged
         )
 
@@ -56,3 +61,38 @@ class Merging(nn.Module):
         room = torch.zeros(here.shape[0], here.shape[1] + self.merged, dtype=torch.long, device=here.device)
         after = room.scatter(1, here, new).scatter(1, there, new)
         return after if places is None else after.gather(1, places)
+
+
+class Pruning(nn.Module):
+    """What a pruned block does between attention and MLP; it has no parameters.
+
+    Attributes:
+        kept: patch tokens that go on. prefix: tokens before the patches, the class token first.
+    """
+
+    def __init__(self, kept: int, prefix: int) -> None:
+        super().__init__()
+        self.kept, self.prefix = kept, prefix
+
+    def forward(self, tokens: CarriedTokens, qkv: Tensor, geometry: HeadGeometry) -> CarriedTokens:
+        """Keep the `kept` patches that score highest by the layer's qkv [B,N,3C], in their order: tokens
+        [B, prefix + kept, C].
+        """
+        x = tokens.values
+        winners = ops.top_tokens(self.scores(qkv, geometry), self.kept)
+        left = ops.rows_at(x[:, self.prefix :], winners)
+        return tokens._replace(
+            values=torch.cat([x[:, : self.prefix], left], 1), positions=ops.rows_at(tokens.positions, winners)
+        )
+
+    def scores(self, qkv: Tensor, geometry: HeadGeometry) -> Tensor:
+        """What the class token attends to among the patches, mean over the heads: qkv [B,N,3C] -> float32 [B,P].
+
+        One query needs no product of matrices. Of float16 products the sums and the softmax are float32 all the same:
+        ranks of float16 probabilities would tie. No gradient flows through it.
+        """
+        with torch.autocast(qkv.device.type, enabled=False):
+            q, k, _ = qkv.detach().float().unflatten(-1, (3, geometry.heads, geometry.dim)).unbind(2)
+            logits = (geometry.scale * q[:, :1] * k).sum(-1)
+            scores: Tensor = logits.softmax(1)[:, self.prefix :].mean(2)
+            return scores

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.judge import Prediction
 from sparsifiner_edge.metrics import POSITIONS
@@ -16,7 +16,6 @@ from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.layer import riding
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_UNREAD = "This module does not run its vision transformer to the last layer.", "Let it read that too."
 TOKENS = "tokens"
 ALONE = ("logits", "features", TOKENS)
 """What a vision transformer alone gives, in this order."""
@@ -30,100 +29,39 @@ def outputs_of(
     Args:
         names: of its outputs; None takes the module's own: for a vision transformer alone "logits" (where it has
             classes), "features" and "tokens", for a dictionary its keys, else "output" or "output_0", ...
-        tokens: of a module around a vision transformer also "tokens" of that; a vision transformer alone always gives
-            them.
+        tokens: of a module around a vision transformer also "tokens" of that, after its final norm: [B,N,C]; a vision
+            transformer alone always gives them. Where some are pruned, "token_positions" says which are left: the
+            raster places [B,P] of the patches.
 
     Raises:
-        ConfigError: the module gives something else than tensors, or what was named.
+        ConfigError: the module gives something else than tensors, or what was named; it does not run its transformer
+            to the last layer, or an own output is called "tokens".
     """
     backbone = backbone_of(module)
     alone = backbone.module is module
     if not alone and not tokens:
         return _named(module(images), names)
-    answer = seen_by(module, images, names)
-    if TOKENS in answer.outputs:
+    result, last = backbone.last_output(lambda: backbone.tokens(images) if alone else module(images))
+    if last is None:
+        raise ConfigError("This module does not run its vision transformer to the last layer.", "Let it read that too.")
+    final, outputs = (result, backbone.heads(result)) if alone else (backbone.final_norm(last), _named(result, names))
+    if TOKENS in outputs:
         raise ConfigError(
             f"The module's own output {TOKENS!r} bears the name of its backbone's.",
             "Name it otherwise, or leave --tokens out.",
         )
-    outputs = backbone.heads(answer.tokens) if alone else answer.outputs
-    return outputs | _with_positions(answer.tokens, answer.positions)
+    outputs = outputs | {TOKENS: final}
+    if backbone.sparsity is not None and backbone.sparsity.token_keep:
+        outputs[POSITIONS] = riding(last).positions.sort(1).values
+    return outputs
 
 
-def _with_positions(tokens: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
-    return {TOKENS: tokens} if positions is None else {TOKENS: tokens, POSITIONS: positions}
-
-
-class ModelAnswer(NamedTuple):
-    """What a model makes of images.
-
-    Attributes:
-        tokens: of its backbone, after the final norm: [B,N,C]. positions: where some are pruned, the raster places
-            [B,P] of the patches that are left.
-        outputs: of what is around the backbone, by name; none where the model is the backbone alone.
-    """
-
-    tokens: Tensor
-    positions: Tensor | None
-    outputs: dict[str, Tensor]
-
-    def prediction(self, prefix: int) -> Prediction:
-        """For a judge; prefix: tokens before the patches."""
-        return Prediction(_arrays(self.outputs | _with_positions(self.tokens, self.positions)), prefix)
-
-
+@torch.no_grad()
 def prediction_of(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> Prediction:
     """All that a bundle of the module would give for one image [1,3,H,W], tokens too, for a judge."""
-    return Prediction(_arrays(outputs_of(module, images, names, tokens=True)), backbone_of(module).prefix)
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    return {name: (x.float() if x.is_floating_point() else x).cpu().numpy() for name, x in tensors.items()}
-
-
-def seen_by(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> ModelAnswer:
-    """Call a module with images [B,3,H,W], as it wants them; see `ModelAnswer`.
-
-    Raises:
-        ConfigError: it gives no tensors; it does not run its backbone to the last layer.
-    """
-    backbone = backbone_of(module)
-    alone = backbone.module is module
-    result, last = backbone.last_output(lambda: backbone.tokens(images) if alone else module(images))
-    if last is None:
-        raise ConfigError(*_UNREAD)
-    pruned = backbone.sparsity is not None and backbone.sparsity.token_keep
-    positions = riding(last).positions.sort(1).values if pruned else None
-    if alone:
-        return ModelAnswer(result, positions, {})
-    return ModelAnswer(backbone.final_norm(last), positions, _named(result, names))
-
-
-class _ReachedError(BaseException):
-    """The last layer has run; holds what it gave. No module takes it for an error of its own."""
-
-
-def tokens_of(module: nn.Module, images: Tensor) -> Tensor:
-    """The `tokens` of `seen_by`, of a module that prunes none: [B,N,C]. Nothing behind the last layer runs.
-
-    Raises:
-        ConfigError: it does not run its backbone to the last layer.
-    """
-    backbone = backbone_of(module)
-    if backbone.module is module:
-        return backbone.tokens(images)
-
-    def stop(_: nn.Module, __: Any, out: Tensor) -> None:
-        raise _ReachedError(out)
-
-    hook = backbone.layers[-1].register_forward_hook(stop)
-    try:
-        module(images)
-    except _ReachedError as reached:
-        return cast(Tensor, backbone.final_norm(reached.args[0]))
-    finally:
-        hook.remove()
-    raise ConfigError(*_UNREAD)
+    outputs = outputs_of(module, images, names, tokens=True)
+    arrays = {name: (x.float() if x.is_floating_point() else x).cpu().numpy() for name, x in outputs.items()}
+    return Prediction(arrays, backbone_of(module).prefix)
 
 
 def _named(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:

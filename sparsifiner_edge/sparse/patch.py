@@ -15,8 +15,7 @@ from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse, restore_attention
 from sparsifiner_edge.sparse.hosts import SUPPORTED, Backbone, backbone_of, backbones
 from sparsifiner_edge.sparse.layer import TokenOrder, make_layer, restore_layer
-from sparsifiner_edge.sparse.merge import Merging
-from sparsifiner_edge.sparse.prune import Pruning
+from sparsifiner_edge.sparse.merge import Merging, Pruning
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -54,7 +53,7 @@ def make_model_sparse(model: AnyModule, sparsity: SparsityConfig) -> AnyModule:
     try:
         _make_sparse(backbone, sparsity)
     except ConfigError:
-        restore_backbone(model)
+        restore_model(model)
         raise
     return model
 
@@ -76,8 +75,13 @@ def _make_sparse(backbone: Backbone, sparsity: SparsityConfig) -> None:
     set_budget(backbone.module, sparsity)
 
 
-def restore_backbone(model: AnyModule) -> AnyModule:
-    """Undo `make_model_sparse`, in place; a model that is not sparse is left as it is."""
+def restore_model(model: AnyModule) -> AnyModule:
+    """Undo `make_model_sparse` or `sparsify_model`, in place: the host's own classes and the weights that were there,
+    no predictor. Any other module is left as it is.
+
+    Returns:
+        The same object.
+    """
     for backbone in backbones(model).values():
         for layer, attention in zip(backbone.layers, backbone.attentions, strict=True):
             restore_layer(layer)

@@ -19,6 +19,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
+from sparsifiner_edge.sparse.patch import require_supported
 from sparsifiner_edge.sparse.student_file import HostKind, Provenance, Weights
 from sparsifiner_edge.sparse.weights import brief
 
@@ -64,7 +65,7 @@ def load_source(
     source: str, weights: Path | None = None, img_size: ImageSize | None = None,
     normalisation: Normalisation | None = None,
 ) -> Student:  # fmt: skip
-    """A pretrained model, dense.
+    """A pretrained model, dense, that can be made sparse.
 
     Args:
         source: timm's name; a folder with config.json and model.safetensors, or a name such as
@@ -76,31 +77,34 @@ def load_source(
 
     Raises:
         SparsifinerError: there is no such model, it cannot be had, the size does not suit it, or nobody says what it
-            expects of pixels.
+            expects of pixels; or it could not be made sparse, so that it is no baseline for anything here.
     """
+    folder = Path(source)
     if is_factory(source):
         _require_no_weights(weights, source)
         module = made_by(source, img_size)
         names = getattr(module, "output_names", None)
         pixels = declared(module, source, normalisation)
-        return Student(module, source, pixels, outputs=None if names is None else tuple(names), kind="factory")
-    if _HUB.fullmatch(source) and not Path(source).exists() and Path(source).parent.is_dir():
+        found = Student(module, source, pixels, outputs=None if names is None else tuple(names), kind="factory")
+    elif _HUB.fullmatch(source) and not folder.exists() and folder.parent.is_dir():
         # A slip in a path is no reason to ask a network.
         raise ArtifactError(f"{source} does not exist.", "Give a folder, or a hub's name from another place.")
-    if source and not timm.is_model(source) and (Path(source).is_dir() or _HUB.fullmatch(source)):
-        if Path(source).is_dir() and not hugging_face.is_saved(Path(source)):
+    elif source and not timm.is_model(source) and (folder.is_dir() or _HUB.fullmatch(source)):
+        if folder.is_dir() and not hugging_face.is_saved(folder):
             raise ArtifactError(
                 f"{source} is not a student, nor a folder that transformers has saved.",
                 "Make one with `sparsifiner-edge sparsify`.",
             )
         _require_no_weights(weights, source)
         name, module, pixels = hugging_face.load_pretrained(source, img_size, normalisation)
-        labels = hugging_face.configured_labels(module)
-        provenance = Provenance(Weights(origin=source))
-        return Student(module, name, pixels, provenance=provenance, labels=labels, kind="transformers")
-    model = load_model(source, weights, img_size)
-    origin = Weights(file=weights.name, sha256=sha256(weights)) if weights else Weights(origin="timm hub")
-    return Student(model, source, normalisation or preprocessing(model), provenance=Provenance(origin))
+        labels, provenance = hugging_face.configured_labels(module), Provenance(Weights(origin=source))
+        found = Student(module, name, pixels, provenance=provenance, labels=labels, kind="transformers")
+    else:
+        model = load_model(source, weights, img_size)
+        origin = Weights(file=weights.name, sha256=sha256(weights)) if weights else Weights(origin="timm hub")
+        found = Student(model, source, normalisation or preprocessing(model), provenance=Provenance(origin))
+    require_supported(found.model)
+    return found
 
 
 def is_factory(source: str) -> bool:

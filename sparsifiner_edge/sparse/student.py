@@ -26,9 +26,9 @@ from sparsifiner_edge.sparse.defaults import SparsityOptions, config_of, fit_to_
 from sparsifiner_edge.sparse.hosts import backbone_of, for_size, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import create
 from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
-from sparsifiner_edge.sparse.patch import make_model_sparse, require_supported, restore_backbone, set_budget
+from sparsifiner_edge.sparse.patch import make_model_sparse, restore_model, set_budget
 from sparsifiner_edge.sparse.source import Student as Student  # noqa: PLC0414
-from sparsifiner_edge.sparse.source import load_source, made_by
+from sparsifiner_edge.sparse.source import is_factory, load_source, made_by
 from sparsifiner_edge.sparse.student_file import (
     SPARSIFY_AGAIN,
     Calibration,
@@ -174,8 +174,6 @@ def load_student(
             f"{folder / STUDENT_FILE} names {len(config.labels)} labels for {config.num_classes} classes.",
             SPARSIFY_AGAIN,
         )
-    if not weights.is_file():
-        raise ArtifactError(f"{weights} is missing.", SPARSIFY_AGAIN)
     if sha256(weights) != config.weights_sha256:
         raise ArtifactError(f"{weights} does not match its SHA-256.", SPARSIFY_AGAIN)
     state = read_weights(weights)
@@ -258,24 +256,50 @@ def with_budget(
     return dataclasses.replace(student, sparsity=sparsity)
 
 
-def load_dense(
-    source: str, weights: Path | None = None, img_size: ImageSize | None = None,
-    normalisation: Normalisation | None = None,
-) -> Student:  # fmt: skip
-    """A pretrained model (see `load_source`) as the dense baseline: plain attention, untouched.
-
-    Raises:
-        UnsupportedModelError: it could not be made sparse, so it is no baseline for anything here.
-    """
-    dense = load_source(source, weights, img_size, normalisation)
-    require_supported(dense.model)
-    return dense
-
-
 def dense_twin(student: Student) -> Student:
     """The student's own weights in its library's untouched model: its teacher, as long as nothing was trained."""
-    dense = restore_backbone(copy.deepcopy(student.model))
+    dense = restore_model(copy.deepcopy(student.model))
     return dataclasses.replace(student, model=dense, sparsity=SparsityConfig(keep=1), labels=())
+
+
+def teacher_of(student: Student, name: str | None, weights: Path | None) -> Student:
+    """What a student is held against: a dense model by name, or its own weights where it was never trained.
+
+    Raises:
+        ConfigError: a trained student's teacher is not named, or weights of none are; another architecture.
+        SparsifinerError: see `load_source`.
+    """
+    if name is None:
+        if weights is not None:
+            raise ConfigError("--weights are the teacher's, and none is named.", "Name it: --teacher MODEL.")
+        if student.provenance.training is not None:
+            raise ConfigError(
+                "This student was trained: its weights are no longer its teacher's.",
+                "Name the teacher: --teacher MODEL --weights FILE.",
+            )
+        return dense_twin(student)
+    # A function's own module may leave to its student what both expect.
+    pixels = student.normalisation if is_factory(name) else None
+    teacher = load_source(name, weights, student.img_size, pixels)
+    for (what, value), (_, own) in zip(_compared(teacher), _compared(student), strict=True):
+        if value != own and not (what == "classes" and 0 in (value, own)):
+            raise ConfigError(
+                f"The teacher {name} has {value} {what}, the student {own}.",
+                "Give a teacher of the student's architecture.",
+            )
+    return teacher
+
+
+def _compared(student: Student) -> list[tuple[str, object]]:
+    """What must agree for tokens to be compared; both see the same normalised images."""
+    backbone = student.backbone
+    return [
+        ("mean and standard deviation of pixels", student.normalisation),
+        ("channels", backbone.width),
+        ("patches", backbone.patches),
+        ("tokens before them", backbone.prefix),
+        ("classes", backbone.classes),
+    ]
 
 
 def refuse_normalisation(given: object) -> None:

@@ -21,7 +21,7 @@ ClassNames = tuple[Annotated[str, Meta(pattern=r"^[^\ud800-\udfff]{1,1000}$")], 
 """ImageNet's longest has 130 characters. Surrogates stand for bytes in a folder's name that are not UTF-8."""
 
 
-class Labels(msgspec.Struct):
+class _Labels(msgspec.Struct):
     """Names of a classifier's classes, alone."""
 
     labels: ClassNames
@@ -110,4 +110,4 @@ def checked_labels(labels: object, origin: object) -> tuple[str, ...]:
     Raises:
         ArtifactError: something else.
     """
-    return read_record({"labels": labels}, Labels, origin, SPARSIFY_AGAIN).labels
+    return read_record({"labels": labels}, _Labels, origin, SPARSIFY_AGAIN).labels

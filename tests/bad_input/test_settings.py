@@ -100,8 +100,14 @@ def test_overrides_that_are_no_numbers(name: str, value: str) -> None:
 def test_settings_that_are_no_numbers(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         SparsityConfig.from_dict(fields)
-    found = SparsityConfig.from_dict({"value_power": 7, "basis_threshold": 1})  # As operators take them.
-    assert [type(x) for x in (found.value_power, found.basis_threshold)] == [float, float]
+    assert type(SparsityConfig.from_dict({"value_power": 7}).value_power) is float, "as operators take them"
+
+
+def test_a_side_needs_its_time_its_queries_and_its_blocks() -> None:
+    rules = make_rules(1.0)
+    assert [rules.enough(*of) for of in ((0.9, 1000, 1000), (2.0, 63, 1000), (2.0, 64, 19))] == [False] * 3
+    assert rules.enough(1.0, 64, 20)
+    assert rules.enough(0.1, 1, 1, wall_s=6.0)
 
 
 def test_the_same_from_python(tmp_path: Path) -> None:

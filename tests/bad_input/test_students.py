@@ -71,7 +71,7 @@ def test_a_student_with_other_settings(change: Callable[[dict[str, Any]], object
         (lambda s: (s / STUDENT_FILE).write_text("[" * 100_000), "config.json cannot be read"),
         (lambda s: (s / STUDENT_FILE).write_bytes(b"\xff\xfe\x00"), "config.json cannot be read"),
         (lambda s: (s / STUDENT_FILE).unlink(), "is not a student"),
-        (lambda s: (s / WEIGHTS_FILE).unlink(), "model.safetensors is missing"),
+        (lambda s: (s / WEIGHTS_FILE).unlink(), "model.safetensors does not exist"),
         (lambda s: flip(s / WEIGHTS_FILE), "model.safetensors does not match its SHA-256"),
     ],
 )

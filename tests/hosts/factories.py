@@ -49,19 +49,19 @@ def masked(img_size: int | tuple[int, int] = 160) -> nn.Module:
 class Depth(nn.Module):
     """transformers' backbone, which records nothing of pixels."""
 
-    def __init__(self, says: bool) -> None:
+    image_mean, image_std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+    def __init__(self) -> None:
         super().__init__()
         self.backbone = model("DINOv2")
         self.head = nn.Linear(64, 1)
-        if says:
-            self.image_mean, self.image_std = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         return {"depth": self.head(self.backbone(pixels).last_hidden_state[:, 1:])}
 
 
 def depth() -> nn.Module:
-    return Depth(says=True)
+    return Depth()
 
 
 class TokensToo(Depth):
@@ -72,11 +72,7 @@ class TokensToo(Depth):
 
 
 def tokens_too() -> nn.Module:
-    return TokensToo(says=True)
-
-
-def silent() -> nn.Module:
-    return Depth(says=False)
+    return TokensToo()
 
 
 class Inside(nn.Module):

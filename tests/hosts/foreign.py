@@ -55,15 +55,8 @@ class Foreign(Backbone):
     def resize(self, size: tuple[int, int]) -> None:
         raise NotImplementedError
 
-    def rotary_table(self) -> None:
-        return None
-
     def tokens(self, images: Tensor) -> Tensor:
         return self.module(images)
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.module.norm
 
     def heads(self, tokens: Tensor) -> dict[str, Tensor]:
         return {"features": tokens.mean(1)}

@@ -20,8 +20,9 @@ from sparsifiner_edge.images import AS_IS
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.source import load_source
-from sparsifiner_edge.sparse.student import dense_twin, load_dense, load_student
-from tests.commands import Outcome, assert_refused, call, manifest_of, process, snapshot
+from sparsifiner_edge.sparse.student import dense_twin, load_student
+from tests.commands import assert_refused, call, manifest_of, process, snapshot
+from tests.everything import first
 from tests.hosts.factories import Segmenter
 from tests.hosts.hugging_face import MODELS, PROCESSOR, depth_anything, images, model, saved
 
@@ -33,7 +34,7 @@ def dinov2(tmp_path: Path) -> Path:
     return saved(model("DINOv2"), tmp_path / "dinov2")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", first(MODELS, 3))
 def test_a_folder_of_hugging_face(tmp_path: Path, pictures: Path, name: str) -> None:
     made = model(name)
     folder = saved(made, tmp_path / "model")
@@ -71,8 +72,8 @@ def test_from_folder_to_bundle_on_the_command_line(
     assert process("profile", bundle, "--against", dense, "--seconds", "0.2", "--json").code == 0
 
 
-@pytest.mark.parametrize("size", [(70, 112), 196])
-def test_another_size_than_the_configurations(tmp_path: Path, dinov2: Path, size: Any) -> None:
+def test_another_size_than_the_configurations(tmp_path: Path, dinov2: Path) -> None:
+    size = (70, 112)
     student = se.sparsify(str(dinov2), tmp_path / "student", img_size=size, keep=0.9, cells=4, channels=8)
     found = load_student(student)
     assert found.img_size == size
@@ -100,15 +101,9 @@ def test_position_embeddings_of_one_size_are_resampled(tmp_path: Path, name: str
 def test_an_image_tower_is_taken_out_of_a_model_of_images_and_texts(tmp_path: Path) -> None:
     import transformers
 
-    text = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "intermediate_size": 16,
-    }
-    own = MODELS["CLIP"][1]
-    config = transformers.CLIPConfig(text_config=text, vision_config=own, projection_dim=16)
+    text = dict.fromkeys(("hidden_size", "intermediate_size"), 16) | {"vocab_size": 40, "num_hidden_layers": 1}
+    text["num_attention_heads"] = 1
+    config = transformers.CLIPConfig(text_config=text, vision_config=MODELS["CLIP"][1], projection_dim=16)
     folder = saved(transformers.CLIPModel(config), tmp_path / "clip")
     loaded = load_source(str(folder))
     assert loaded.name == "CLIPVisionModel"
@@ -152,9 +147,9 @@ def test_a_function_of_one_size_makes_students_and_teachers_too(tmp_path: Path) 
     se.sparsify(f"{HERE}:depth", student, keep=0.6, channels=8, cells=4)
     found = load_student(student, trust=[HERE])
     assert found.sparsity.keep == 0.6
-    assert load_dense(f"{HERE}:depth", img_size=found.img_size).img_size == found.img_size
+    assert load_source(f"{HERE}:depth", img_size=found.img_size).img_size == found.img_size
     with pytest.raises(ConfigError, match="it takes no img_size"):
-        load_dense(f"{HERE}:depth", img_size=(96, 192))
+        load_source(f"{HERE}:depth", img_size=(96, 192))
 
 
 def test_a_slip_in_a_path_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,12 +165,10 @@ def test_a_slip_in_a_path_asks_no_network(tmp_path: Path, monkeypatch: pytest.Mo
         (["sparsify", f"{HERE}:fails"], f"{HERE}:fails failed: RuntimeError: no such checkpoint."),
         (["sparsify", f"{HERE}:number"], "made a int"),
         (["sparsify", f"{HERE}:NOTHING"], "is a NoneType"),
-        (["sparsify", f"{HERE}:nowhere"], "cannot be imported: AttributeError"),
         (["sparsify", "no.such.package:f"], "cannot be imported: ModuleNotFoundError"),
         (["sparsify", f"{HERE}:depth", "--img-size", "154"], "made a model of 140: it takes no img_size"),
         (["sparsify", f"{HERE}:stubborn", "--img-size", "96"], "was asked for 96 pixels and made a model of 160"),
         (["sparsify", f"{HERE}:segmenter", "--weights", "x.pth"], "--weights are for timm's names"),
-        (["export", f"{HERE}:fails"], "no such checkpoint"),
     ],
 )
 def test_functions_that_are_refused(
@@ -213,7 +206,7 @@ def _pixels(**changes: Any) -> Any:
 def _weights(change: Any) -> Any:
     def harm(folder: Path) -> None:
         state = safetensors.torch.load_file(folder / "model.safetensors")
-        change(state["layernorm.weight"])
+        change(state)
         safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     return harm
@@ -230,12 +223,6 @@ def _sharded(**index: Any) -> Any:
     return harm
 
 
-def _shorter(folder: Path) -> None:
-    state = safetensors.torch.load_file(folder / "model.safetensors")
-    state.pop("layernorm.weight")
-    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -243,31 +230,23 @@ def _shorter(folder: Path) -> None:
         (_without("model.safetensors"), "could not be loaded by transformers"),
         (_without("preprocessor_config.json"), "could not be loaded by transformers"),
         (_pickled, "could not be loaded by transformers"),
-        (_shorter, "missing keys layernorm.weight"),
+        (_weights(lambda state: state.pop("layernorm.weight")), "missing keys layernorm.weight"),
         (_config(hidden_size=32), "do not fit"),
-        (_config(architectures=["NoSuchModel"]), "NoSuchModel, unknown to transformers"),
-        (_config(architectures=None), "of the architecture none"),
-        (_config(model_type="nothing"), "could not be loaded by transformers"),
+        (_config(architectures=["nn"]), "nn, unknown to transformers"),
         (_config(auto_map={"AutoModel": "evil.Model"}, model_type="evil"), "could not be loaded by transformers"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "could not be loaded by transformers"),
         (_config(num_hidden_layers=2**30), "config.json: num_hidden_layers is 1073741824"),
         (_config(backbone_config={"depths": [2, 2**30]}), "depths is [2, 1073741824]"),
         (_config(num_labels=2**30), "num_labels is 1073741824"),
         (_config(hidden_size=2**20), "numbers, they are"),
-        (_config(hidden_size=2**40), "could not be loaded by transformers"),
         (_config(transformers_weights="../other.safetensors"), "transformers_weights is '../other.safetensors'"),
-        (_config(architectures=["nn"]), "nn, unknown to transformers"),
         (_config(patch_size=0), "could not be loaded by transformers"),
-        (_config(hidden_size=float("inf")), "could not be loaded by transformers"),
         (_text("config.json", '{"model_type": "dinov2", "x": ' + "[" * 100_000), "could not be loaded by transformers"),
         (_text("preprocessor_config.json", "{}"), "no image_mean and image_std"),
-        (_text("preprocessor_config.json", '{"rescale_factor": 1' + "0" * 400 + "}"), "rescale_factor is"),
         (_pixels(image_std=[0, 1, 1]), "std is (0.0, 1.0, 1.0)"),
         (_pixels(image_mean=0.5), "image_mean is 0.5, not list"),
-        (_pixels(image_mean=[0, 0, float("nan")]), "mean is (0.0, 0.0, nan)"),
-        (_pixels(rescale_factor=0), "rescale_factor is 0"),
         (_pixels(rescale_factor=1e-320), "is (inf, inf, inf)"),
-        (_weights(lambda weight: weight.fill_(float("nan"))), "layernorm.weight holds NaN or infinity"),
+        (_weights(lambda state: state["layernorm.weight"].fill_(torch.nan)), "layernorm.weight holds NaN or infinity"),
         (_sharded(weight_map={"layernorm.weight": "/etc/passwd"}), "could not be loaded by transformers"),
     ],
 )  # fmt: skip
@@ -281,14 +260,13 @@ def test_folders_that_are_refused(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most + (1 << 20), "a gigabyte was taken"
 
 
-def refused_size(capsys: pytest.CaptureFixture[str], folder: Path, size: str) -> Outcome:
-    return call(capsys, "sparsify", folder, "--img-size", size, "-o", folder.parent / "out")
-
-
 def test_sizes_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], dinov2: Path) -> None:
-    assert_refused(refused_size(capsys, dinov2, "150"), "150 is not a multiple of the patch size 14", "Use 154")
+    out = tmp_path / "out"
+    refused = call(capsys, "sparsify", dinov2, "--img-size", "150", "-o", out)
+    assert_refused(refused, "150 is not a multiple of the patch size 14", "Use 154")
     clip = saved(model("CLIP"), tmp_path / "clip")
-    assert_refused(refused_size(capsys, clip, "96x160"), "CLIP takes squares alone")
+    refused = call(capsys, "sparsify", clip, "--img-size", "96x160", "-o", out)
+    assert_refused(refused, "CLIP takes squares alone")
 
 
 @pytest.mark.everything

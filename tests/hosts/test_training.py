@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import sparsifiner_edge as se
-from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights
-from sparsifiner_edge.distill.losses import Distiller, output_loss
+from sparsifiner_edge.distill.losses import Distiller, HeldOut, judge_weights, output_loss
 from sparsifiner_edge.distill.recipe import Losses, Recipe
 from sparsifiner_edge.distill.train import make_optimiser
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.outputs import seen_by
+from sparsifiner_edge.metrics import POSITIONS
+from sparsifiner_edge.sparse.outputs import outputs_of, prediction_of
 from sparsifiner_edge.sparse.student import dense_twin, is_predictor, load_student
 from tests.hosts.factories import Segmenter
 from tests.hosts.hugging_face import images, model
@@ -36,18 +35,15 @@ def test_a_models_tokens_are_those_of_its_backbone() -> None:
     made = Segmenter()
     x = images((160, 160))
     with torch.no_grad():
-        alone, within = backbone_of(made.encoder).tokens(x), seen_by(made, x, made.output_names)
-        torch.testing.assert_close(within.tokens, alone)
-        assert torch.equal(within.outputs["mask"], made(x)[0])
+        alone, within = made.encoder.forward_features(x), outputs_of(made, x, made.output_names, tokens=True)
+        torch.testing.assert_close(within["tokens"], alone)
+        assert torch.equal(within["mask"], made(x)[0])
         se.sparsify_model(made, keep=0.3, cells=4, channels=8, token_keep=((1, 0.5),))
         made.__dict__["forward"] = made.encoder.forward
-        pruned = seen_by(made, x, ["logits"])
-    assert pruned.positions is not None
-    assert pruned.tokens.shape == (2, 51, 64)
-    tokens, positions, _ = seen_by(made.encoder, x)
-    assert positions is not None
-    assert torch.equal(pruned.positions, positions)
-    torch.testing.assert_close(pruned.tokens, tokens)
+        pruned, own = outputs_of(made, x, ["logits"], tokens=True), outputs_of(made.encoder, x)
+    assert pruned["tokens"].shape == (2, 51, 64)
+    for name in ("tokens", POSITIONS, "logits"):
+        torch.testing.assert_close(pruned[name], own[name])
 
 
 def test_a_module_that_leaves_layers_out_has_no_final_tokens() -> None:
@@ -60,7 +56,7 @@ def test_a_module_that_leaves_layers_out_has_no_final_tokens() -> None:
             return self.encoder.forward_intermediates(x, indices=[1], intermediates_only=True, stop_early=True)[0]
 
     with pytest.raises(ConfigError, match="to the last layer"):
-        seen_by(Early(), images((160, 160)))
+        outputs_of(Early(), images((160, 160)), tokens=True)
 
 
 def test_outputs_are_judged_relative_to_their_spread() -> None:
@@ -81,7 +77,7 @@ def test_the_teacher_itself_loses_nothing(student: Path) -> None:
     losses = Distiller(found.model, dense_twin(found).model, Losses(), names)(x, None, torch.Generator(), False)
     assert losses["outputs"].shape == (2,)
     assert float(losses["outputs"].detach().min()) > 1e-4
-    held_out = [HeldOut(x[:1], seen_by(dense_twin(found).model, x[:1], names))]
+    held_out = [HeldOut(x[:1], prediction_of(dense_twin(found).model, x[:1], names))]
     own, again = (judge_weights(found.model, held_out, [found.sparsity], names).fidelity for _ in range(2))
     assert own == again < 1
 
@@ -105,19 +101,6 @@ def test_training_brings_the_outputs_nearer(student: Path, frozen: bool) -> None
     inside = {name for name in before if name.startswith("encoder.")}
     assert inside & moved
     assert bool(moved - inside) is not frozen
-
-
-def test_a_predictor_whose_loss_has_no_weight_is_left_alone(student: Path) -> None:
-    found = load_student(student, trust=[FACTORY])
-    weights = Losses(classes=0, selection=0)
-    distiller = Distiller(found.model, dense_twin(found).model, weights, ("mask", "heat"))
-    losses = distiller(images((160, 160)), None, torch.Generator(), False)
-    assert "selection" not in losses
-    distiller.total(losses).backward()
-    grown = {name for name, p in found.model.named_parameters() if p.grad is not None}
-    assert grown
-    assert not any(map(is_predictor, grown))
-    assert "selection" in distiller(images((160, 160)), None, torch.Generator(), True)
 
 
 def test_a_training_of_ones_own_model_is_written_as_a_student(tmp_path: Path, student: Path, pictures: Path) -> None:

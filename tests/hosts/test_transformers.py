@@ -5,7 +5,6 @@ weights, restored without a trace; what cannot be taken is refused.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import pytest
@@ -14,83 +13,25 @@ import transformers
 from torch import Tensor
 
 import sparsifiner_edge as se
-from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.demo import material
-from sparsifiner_edge.demo.split import development
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.images import load_image
-from sparsifiner_edge.sparse.calibrate import observed, sparse_layers
+from sparsifiner_edge.metrics import POSITIONS
+from sparsifiner_edge.sparse.calibrate import observed
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.hosts.timm import create, preprocessing
-from sparsifiner_edge.sparse.outputs import seen_by
-from sparsifiner_edge.sparse.patch import make_model_sparse
+from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.weights import normalise
-from tests.hosts.hugging_face import MODELS, images, model, renamed
-
-
-@torch.no_grad()
-def hidden_states(made: Any, x: Tensor) -> list[Tensor]:
-    found = made(x, output_hidden_states=True)
-    return [*found.hidden_states, found.last_hidden_state]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", MODELS)
-def test_everything_read_is_dense_attention(name: str, attention: str) -> None:
-    made = model(name, attn_implementation=attention)
-    x = images(backbone_of(made).image_size)
-    before = hidden_states(made, x)
-    assert se.sparsify_model(made, channels=8, cells=0) is made
-    for layer in sparse_layers(made):
-        layer.layout = dataclasses.replace(layer.layout, keys=layer.layout.patches, cell=0)
-    for got, expected in zip(hidden_states(made, x), before, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-    assert len(sparse_layers(made)) == 4
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_merged_tokens_come_out_whole_and_in_raster_order(name: str) -> None:
-    made = model(name)
-    backbone = backbone_of(made)
-    x = images(backbone.image_size)
-    plain = hidden_states(made, x)
-    make_model_sparse(made, SparsityConfig(keep=1, merge=(2,)))
-    merged = hidden_states(made, x)
-    assert [h.shape for h in merged] == [h.shape for h in plain]
-    patches = slice(backbone.prefix, None)
-    for got, expected in zip(merged[1:], plain[1:], strict=True):
-        here, beside = (
-            torch.cosine_similarity(expected[:, patches], got[:, patches].roll(n, 1), dim=-1).mean() for n in (0, 1)
-        )
-        assert here > 0.85
-        assert here > beside + 0.1
-    with observed(made, lambda *_: None, densely=True):
-        for got, expected in zip(hidden_states(made, x), plain, strict=True):
-            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("settings", [{}, {"merge": 4, "keep": 0.3}])
-@pytest.mark.parametrize("name", MODELS)
-def test_restoring_leaves_no_trace(name: str, settings: dict[str, Any]) -> None:
-    made = model(name)
-    untouched, x = copy.deepcopy(made), images(backbone_of(made).image_size)
-    se.sparsify_model(made, **settings, calibrate=x)
-    assert not torch.equal(made(x).last_hidden_state, untouched(x).last_hidden_state)
-    se.restore_model(made)
-    for part, before in zip(made.modules(), untouched.modules(), strict=True):
-        assert type(part) is type(before)
-        assert part.__dict__.keys() == before.__dict__.keys()
-    assert made.state_dict().keys() == untouched.state_dict().keys()
-    assert torch.equal(made(x).last_hidden_state, untouched(x).last_hidden_state)
+from tests.hosts.hugging_face import images, model, renamed
 
 
 def test_tokens_are_pruned_where_a_class_token_is() -> None:
     made = model("ViT")
     x = images((160, 160))
     se.sparsify_model(made, keep=0.5, cells=4, channels=8, token_keep=((1, 0.6),))
-    tokens, positions, _ = seen_by(made, x)
-    assert positions is not None
-    assert tokens.shape == (2, 61, 64)
+    outputs = outputs_of(made, x)
+    positions = outputs[POSITIONS]
+    assert outputs["tokens"].shape == (2, 61, 64)
     assert positions.shape == (2, 60)
     assert (positions.diff(dim=1) > 0).all()
     for name in ("SigLIP", "DINOv3"):
@@ -113,7 +54,7 @@ def twins() -> tuple[Any, Any]:
 
 def test_the_same_weights_are_the_same_model_as_in_timm(twins: tuple[Any, Any]) -> None:
     ours, theirs = (copy.deepcopy(twin) for twin in twins)
-    photograph = torch.from_numpy(load_image(development()[0], 224))[None]
+    photograph = torch.from_numpy(load_image(split.images("development")[0], 224))[None]
     x = normalise(photograph, preprocessing(ours))
     with torch.no_grad():
         torch.testing.assert_close(theirs(x).last_hidden_state, ours.forward_features(x), atol=1e-5, rtol=1e-5)

@@ -18,8 +18,7 @@ from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.profiles.boards.board import load_board
 from tests.everything import first
 from tests.fakes.tensorrt import VERSIONS
-from tests.merging_models import merging_graph
-from tests.sparse_graph import sparse_model
+from tests.sparse_graph import merging_graph, sparse_model
 from tests.tables import table_of
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -21,10 +21,9 @@ from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine, verdict
 from sparsifiner_edge.runtime.tensorrt.backend import dense_model
 from tests.fakes.tensorrt import Behaviour
-from tests.merging_models import merging_graph
 from tests.package.reseal import reseal
 from tests.seal import seal_bundle
-from tests.sparse_graph import sparse_model
+from tests.sparse_graph import merging_graph, sparse_model
 
 LAUNCHES = {
     "select_1": {"kernel": "select", "inputs": ["qkv", "proj_q", "proj_k"], "outputs": ["indices"]},

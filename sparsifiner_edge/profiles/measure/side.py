@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from msgspec import to_builtins
 
-from sparsifiner_edge.bounds import MOST_COUNT, finite_number
+from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles.measure.memory import Bytes, device_bytes
@@ -68,8 +68,8 @@ def make_rules(seconds: float | None = None, min_queries: int | None = None) -> 
     Raises:
         ConfigError: a number is out of range.
     """
-    if seconds is not None and finite_number(seconds, "seconds") == 0:
-        raise ConfigError(f"seconds is {seconds}.", "Give a number above 0.")
+    if seconds is not None and not 0 < seconds <= MOST_SECONDS:
+        raise ConfigError(f"seconds is {seconds}.", f"Give a number above 0, at most {MOST_SECONDS:g}.")
     if min_queries is not None and not 1 <= min_queries <= MOST_COUNT:
         raise ConfigError(f"min_queries is {min_queries}.", f"Give from 1 to {MOST_COUNT}.")
     seconds = seconds or _SECONDS

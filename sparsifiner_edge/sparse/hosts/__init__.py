@@ -66,18 +66,18 @@ class Backbone(abc.ABC):
     def resize(self, size: tuple[int, int]) -> None:
         """Let it, dense, take images of another size, in place; pixels, height and width."""
 
-    @abc.abstractmethod
-    def rotary_table(self) -> Tensor | None:
-        """Rotary embeddings as of `SparseLayer.rotary_table`, or one for each layer [L,..]; None without."""
+    def rotary_table(self) -> Tensor:
+        """Where it is rotary, its embeddings as of `SparseLayer.rotary_table`, or one for each layer [L,..]."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def tokens(self, images: Tensor) -> Tensor:
         """Images [B,3,H,W], normalised -> tokens [B,N,C] after the final norm, as the library has them."""
 
     @property
-    @abc.abstractmethod
     def final_norm(self) -> nn.Module:
         """What `tokens` does to what leaves the last layer."""
+        return cast(nn.Module, first(self.module, "norm", "layernorm", "post_layernorm"))
 
     @abc.abstractmethod
     def heads(self, tokens: Tensor) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def is_saved(folder: Path) -> bool:
     return path.is_file() and b'"model_type"' in read_bytes(path, MAX_JSON)
 
 
-class Processor(msgspec.Struct):
+class _Processor(msgspec.Struct):
     """What `preprocessor_config.json` says of pixels."""
 
     do_rescale: bool | None = True
@@ -194,7 +194,7 @@ def _class(config: Any, source: str) -> Any:
 
 def _pixels(content: object, source: str) -> Normalisation:
     """What an image processor does to pixels, resizing excepted, as x = (pixel / 255 - mean) / std."""
-    processor = read_record(content, Processor, source, "Mend its preprocessor_config.json.", ConfigError)
+    processor = read_record(content, _Processor, source, "Mend its preprocessor_config.json.", ConfigError)
     factor = 255.0 * processor.rescale_factor if processor.do_rescale else 255.0
     if not processor.do_normalize:
         return Normalisation.checked([0.0] * 3, [1 / factor] * 3)

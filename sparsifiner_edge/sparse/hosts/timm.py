@@ -15,7 +15,6 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.patch_embed import PatchEmbed
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import eva, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -65,29 +64,16 @@ class Timm(Backbone):
 
     def resize(self, size: tuple[int, int]) -> None:
         """See `Backbone`."""
-        vit, before = self.module, self.module.pos_embed
-        old = tuple(vit.patch_embed.grid_size)
-        vit.set_input_size(img_size=size)
-        new = tuple(vit.patch_embed.grid_size)
-        if before is not None and vit.pos_embed is before and new != old:  # Older timm compares numbers alone.
-            prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
-            vit.pos_embed = nn.Parameter(resample_abs_pos_embed(before.detach(), list(new), list(old), prefix))
+        self.module.set_input_size(img_size=size)
 
-    def rotary_table(self) -> Tensor | None:
+    def rotary_table(self) -> Tensor:
         """See `Backbone`."""
-        if not self.rotary:
-            return None
         tokens = self.embedding.weight.new_zeros(1, self.patches, self.width)
         return cast(Tensor, self.module._pos_embed(tokens)[1])
 
     def tokens(self, images: Tensor) -> Tensor:
         """See `Backbone`."""
         return cast(Tensor, self.module.forward_features(images))
-
-    @property
-    def final_norm(self) -> nn.Module:
-        """See `Backbone`."""
-        return cast(nn.Module, self.module.norm)
 
     def heads(self, tokens: Tensor) -> dict[str, Tensor]:
         """See `Backbone`."""

@@ -108,10 +108,8 @@ class Transformers(Backbone):
             self.module.embeddings.image_size = size if takes_pairs else size[0]
         setattr(self.module, _SIZE, size)
 
-    def rotary_table(self) -> Tensor | None:
+    def rotary_table(self) -> Tensor:
         """See `Backbone`."""
-        if not self.rotary:
-            return None
         rope = self.module.rope_embeddings
         training = rope.training
         cosines, sines = rope.eval()(self.embedding.weight.new_zeros(1, 3, *self.image_size))
@@ -128,9 +126,7 @@ class Transformers(Backbone):
     @property
     def final_norm(self) -> nn.Module:
         """See `Backbone`; CLIP normalises the class token alone, on its way to the features."""
-        if self._is_clip:
-            return nn.Identity()
-        return cast(nn.Module, first(self.module, "layernorm", "norm", "post_layernorm"))
+        return nn.Identity() if self._is_clip else super().final_norm
 
     def heads(self, tokens: Tensor) -> dict[str, Tensor]:
         """See `Backbone`; classifiers are modules around it."""

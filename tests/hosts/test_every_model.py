@@ -1,0 +1,121 @@
+"""Models of timm and of transformers: dense where everything is read, whole and in raster order where tokens merge,
+restored without a trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsifiner_edge as se
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.sparse.calibrate import observed, sparse_layers
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.patch import make_model_sparse
+from tests.everything import first
+from tests.hosts.hugging_face import MODELS, images, model
+from tests.models import EVA, TINY, eva, vit
+
+Make = Callable[[], Any]
+LARGE = {
+    "deit_tiny_distilled_patch16_224": {"img_size": 96},
+    "deit3_small_patch16_224": {"img_size": 96},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 98},
+    "vit_medium_patch16_gap_240": {"img_size": 96},
+    "vit_small_patch16_dinov3": {"img_size": (112, 64)},
+    "eva02_tiny_patch14_224": {"img_size": (70, 126)},
+    "vit_medium_patch16_rope_reg1_gap_256": {"img_size": 96},
+    "vit_small_patch16_rope_mixed_224": {"img_size": (64, 112)},
+    "eva_giant_patch14_224": {"img_size": 98, "embed_dim": 64, "depth": 2, "num_heads": 2},
+}
+"""As timm configures them."""
+SMALL: dict[str, Make] = {
+    TINY: functools.partial(vit, img_size=(96, 160)),
+    "test_vit3": functools.partial(vit, "test_vit3"),
+    **{f"Eva, {name}": functools.partial(eva, img_size=(48, 80), **options) for name, options in EVA.items()},
+    **{name: functools.partial(model, name) for name in MODELS},
+    "ViT, eager": functools.partial(model, "ViT", attn_implementation="eager"),
+}
+EVERY: list[Make] = first(
+    [*SMALL.values(), *(functools.partial(vit, name, **options) for name, options in LARGE.items())], len(SMALL)
+)
+NAMES = [*SMALL, *LARGE]
+
+
+@torch.no_grad()
+def states(made: nn.Module, x: Tensor) -> list[Tensor]:
+    """What every layer gives, and the final tokens."""
+    backbone, found = backbone_of(made), list[Tensor]()
+    with contextlib.ExitStack() as stack:
+        for layer in backbone.layers:
+            stack.callback(layer.register_forward_hook(lambda _, __, out: found.append(out)).remove)
+        tokens = backbone.tokens(x)
+    return [*found, tokens]
+
+
+@pytest.mark.parametrize("make", EVERY, ids=NAMES)
+def test_everything_read_is_dense_attention(make: Make) -> None:
+    made = make()
+    x = images(backbone_of(made).image_size)
+    before = states(made, x)
+    assert se.sparsify_model(made, tile=8, probe=8, channels=8, cells=0) is made
+    assert len(sparse_layers(made)) == len(backbone_of(made).layers)
+    for layer in sparse_layers(made):
+        # Everything listed: sparse attention is then dense attention, and only packing could differ.
+        layer.layout = dataclasses.replace(layer.layout, keys=layer.layout.patches, cell=0)
+    for got, expected in zip(states(made, x), before, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", EVERY, ids=NAMES)
+def test_merged_tokens_come_out_whole_and_in_raster_order(make: Make) -> None:
+    made = make()
+    backbone = backbone_of(made)
+    x = images(backbone.image_size)
+    plain = states(made, x)
+    make_model_sparse(made, SparsityConfig(keep=1, merge=(1,)))
+    patches = slice(backbone.prefix, None)
+    for got, expected in zip(states(made, x), plain, strict=True):
+        assert got.shape == expected.shape
+        here, beside = (
+            torch.cosine_similarity(expected[:, patches], got[:, patches].roll(n, 1), dim=-1).mean() for n in (0, 1)
+        )
+        assert here > 0.6
+        assert here > beside + 0.1
+    with observed(made, lambda *_: None, densely=True):
+        for got, expected in zip(states(made, x), plain, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+SETTINGS: list[dict[str, Any]] = [{"token_keep": ((3, 0.7),), "keep": (1, 0.1, 1, 0.1)}, {"preset": "paper"}]
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [*((vit, settings) for settings in SETTINGS), *((make, {"keep": 0.3, "merge": 1}) for make in SMALL.values())],
+)
+def test_restoring_leaves_no_trace(make: Make, settings: dict[str, Any]) -> None:
+    made = make()
+    untouched, x = copy.deepcopy(made), images(backbone_of(made).image_size)
+    tile = {} if "preset" in settings else {"tile": 8, "channels": 8, "cells": 4}
+    assert se.sparsify_model(made, **settings, **tile) is made
+    learnt = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    assert not torch.equal(states(made, x)[-1], states(untouched, x)[-1])
+    assert se.restore_model(made) is made
+    for part, before in zip(made.modules(), untouched.modules(), strict=True):
+        assert type(part) is type(before)
+        assert part.__dict__.keys() == before.__dict__.keys()
+    own = untouched.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in made.state_dict().items())
+    assert dict(made.named_buffers()).keys() == dict(untouched.named_buffers()).keys()
+    assert torch.equal(states(made, x)[-1], states(untouched, x)[-1])
+    again = se.sparsify_model(made, **settings, **tile).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in learnt.items())
