@@ -16,9 +16,7 @@ from sparsifiner_edge.machine import Environment, Machine, environment, machine,
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime.cuda import CudaDevice, probe
-from sparsifiner_edge.runtime.cuda.driver import too_new
-from sparsifiner_edge.runtime.cuda.support import CudaSupport, cuda_support
+from sparsifiner_edge.runtime.cuda import CudaDevice, CudaSupport, cuda_support, probe, too_new
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 

@@ -1,48 +1,23 @@
-"""The CUDA layer, against fakes of its packages and, where no driver is, against the real one."""
+"""The CUDA layer, against a fake of cuda-python and, where no driver is, against the real one."""
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import importlib.util
 import inspect
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-import numpy as np
 import pytest
 
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers, driver, probe
-from tests.fakes.gpu import Gpu, cuda_bindings, install_cuda, install_pycuda
+from sparsifiner_edge.runtime import cuda
+from sparsifiner_edge.runtime.cuda import Driver, probe
+from tests.fakes.gpu import Gpu, cuda_bindings, install_cuda
 
 REAL = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
-FLOATS = {"y": (np.dtype(np.float32), (4,))}
-
-
-@pytest.fixture
-def stack():
-    with ExitStack() as stack:
-        yield stack
-
-
-def opened(stack, **sizes):
-    return StreamBuffers(Driver(), sizes or {"x": 16, "y": 16}, stack)
-
-
-def double(gpu, buffers, value, key, ran=None):
-    """Puts y = 2 x into the stream of the buffers, as an engine would; gives y's first."""
-
-    def compute():
-        if ran is not None:
-            ran.append(key)
-        x, y = (np.frombuffer(gpu.blocks[buffers.pointer(name)][0], np.float32) for name in "xy")
-        gpu.put(buffers.stream, lambda: np.multiply(x, 2, out=y))
-
-    return buffers.run({"x": np.full(4, value, np.float32)}, FLOATS, compute, key)["y"]
 
 
 def test_probe_describes_the_device(monkeypatch):
@@ -52,123 +27,18 @@ def test_probe_describes_the_device(monkeypatch):
     assert (found.memory_bytes, found.integrated, found.driver_version) == (24 << 30, False, "12.8")
 
 
-@pytest.mark.parametrize("integrated", [True, False])
-def test_buffers_copy_compute_and_give_all_back(monkeypatch, integrated):
-    gpu = Gpu(integrated=integrated)
-    install_cuda(monkeypatch, gpu)
-    with ExitStack() as stack:
-        buffers = opened(stack)
-        taken = gpu.live()
-        first, second = (double(gpu, buffers, value, "a") for value in (1, 5))
-        assert buffers.compute_ms == 1.0
-    assert first.tolist() == [2] * 4  # its own memory: the second run has not changed it
-    assert second.tolist() == [10] * 4
-    assert taken == {"stream": 1, "event": 2, "host": 2} | ({} if integrated else {"device": 2})
-    assert gpu.live() == {}
-
-
-def test_a_repeated_run_is_recorded_once_and_launched(monkeypatch):
-    gpu, ran = Gpu(integrated=False), []
-    install_cuda(monkeypatch, gpu)
-    with ExitStack() as stack:
-        buffers = opened(stack)
-        outputs = [double(gpu, buffers, n, key, ran)[0] for n, key in enumerate("aaaabaa")]
-        assert gpu.live()["executable graph"] == 1
-    assert outputs == [0, 2, 4, 6, 8, 10, 12]
-    # a runs itself, is recorded, launched twice; b drops the recording and runs; a again runs, then is recorded.
-    assert ran == list("aabaa")
-    assert gpu.calls["cudaGraphLaunch"] == 4
-    assert gpu.live() == {}
-
-
-@pytest.mark.parametrize("integrated", [True, False])
-def test_pycuda_runs_without_graphs_and_in_one_thread(monkeypatch, integrated):
-    gpu = Gpu(integrated=integrated)
-    install_pycuda(monkeypatch, gpu)
-    assert (probe().name, probe().integrated) == ("Orin", integrated)
-    with ExitStack() as stack:
-        buffers = opened(stack)
-        for value in (1, 5, 7):
-            assert double(gpu, buffers, value, "a").tolist() == [2 * value] * 4
-        assert buffers.compute_ms == 1.0
-        assert "pycuda has no cudaStreamBeginCapture" in buffers.why_no_graph
-        with ThreadPoolExecutor(1) as pool, pytest.raises(BackendError, match="the thread alone that opened it"):
-            pool.submit(Driver().use).result()
-    gc.collect()
-    assert gpu.live() == {}
-    gpu.fail["cudaHostAlloc"] = "cudaErrorMemoryAllocation"
-    with ExitStack() as stack, pytest.raises(BackendError, match=r"(?s)pycuda 2026.1.*end other programs on it"):
-        opened(stack)
-    gc.collect()
-    assert gpu.live() == {}
-
-
-@pytest.mark.parametrize(
-    "function",
-    ["cudaStreamCreateWithFlags", "cudaEventCreate", "cudaHostAlloc", "cudaHostGetDevicePointer", "cudaMalloc"],
-)
-def test_a_failure_while_opening_leaves_nothing(monkeypatch, function):
-    gpu = Gpu(integrated=function == "cudaHostGetDevicePointer", fail={function: "cudaErrorMemoryAllocation"})
-    install_cuda(monkeypatch, gpu)
-    with ExitStack() as stack, pytest.raises(BackendError, match=r"(?s)cudaErrorMemoryAllocation.*out of memory"):
-        opened(stack)
-    assert gpu.live() == {}
-
-
-@pytest.mark.parametrize("function", ["cudaMemcpyAsync", "cudaEventRecord", "cudaStreamSynchronize"])
-def test_a_failure_while_running_leaves_nothing(monkeypatch, function):
-    gpu = Gpu(integrated=False)
-    install_cuda(monkeypatch, gpu)
-    with ExitStack() as stack:
-        buffers = opened(stack)
-        double(gpu, buffers, 1, "a")
-        gpu.fail[function] = "cudaErrorLaunchFailure"
-        with pytest.raises(BackendError, match=r"(?s)cudaErrorLaunchFailure.*lost to this process: start it again"):
-            double(gpu, buffers, 1, "a")
-        del gpu.fail[function]
-    assert gpu.live() == {}
-
-
-@pytest.mark.parametrize(
-    "refuses", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch"]
-)
-def test_runs_go_on_where_a_recording_is_refused(monkeypatch, stack, refuses):
-    gpu = Gpu(integrated=False, fail={refuses: "cudaErrorInvalidValue"})
-    install_cuda(monkeypatch, gpu)
-    buffers, why = opened(stack), []
-    for n, key in enumerate("aaabb"):
-        np.testing.assert_array_equal(double(gpu, buffers, n, key), 2 * n)
-        why.append(buffers.why_no_graph)
-    assert gpu.live().keys() == {"stream", "event", "host", "device"}  # nothing of a graph is left
-    assert why[0] is None
-    assert len(set(why[1:])) == 1
-    assert "cudaErrorInvalidValue" in why[1]
-    assert gpu.calls["cudaStreamBeginCapture"] == 1  # not tried again, of another shape either
-
-
-def test_closing_frees_all_even_when_one_step_fails(monkeypatch):
-    gpu, stack = Gpu(integrated=False), ExitStack()
-    install_cuda(monkeypatch, gpu)
-    buffers = opened(stack, x=8, y=16)
-    with pytest.raises(BackendError, match="'x' needs 16 bytes; its buffer has 8"):
-        double(gpu, buffers, 1, "a")
-    gpu.fail["cudaEventDestroy"] = "cudaErrorLaunchFailure"
-    with pytest.raises(BackendError, match="to free an event"):
-        stack.close()
-    assert set(gpu.live()) == {"event"}  # which could not be given back; all else was
-
-
-def test_memory_that_is_not_there(monkeypatch, stack):
+def test_memory_that_is_not_there(monkeypatch):
     install_cuda(monkeypatch, Gpu(memory=100, integrated=False))
     assert Driver().free_bytes() == 100
-    with pytest.raises(BackendError, match=r"(?s)to make 101 pinned bytes.*out of memory: end other programs"):
+    with ExitStack() as stack, pytest.raises(BackendError, match=r"(?s)to make 101 pinned bytes.*out of memory: end"):
         Driver().pinned(101, stack)
 
 
 def test_no_package_gives_the_pip_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    for name in ("cuda.bindings", "pycuda"):
+        monkeypatch.setitem(sys.modules, name, None)
     for release, extra in ((None, "gpu"), ("36.4.3", "jetson")):
-        monkeypatch.setattr(driver, "jetson_release", lambda release=release: release)
+        monkeypatch.setattr(cuda, "jetson_release", lambda release=release: release)
         with pytest.raises(MissingExtraError, match=rf"(?s)cuda-python is not installed.*sparsifiner-edge\[{extra}\]"):
             probe()
 
@@ -283,8 +153,8 @@ def test_the_real_package_with_a_driver_of_an_older_cuda(tmp_path, older):
     subprocess.run(["gcc", f"-DVERSION={1000 * cuda + 60}", *library, str(source)], check=True)
     code = (
         "from sparsifiner_edge.errors import SparsifinerError\n"
-        "from sparsifiner_edge.runtime.cuda import probe, support\n"
-        "print(support.driver_version())\n"
+        "from sparsifiner_edge.runtime.cuda import driver_version, probe\n"
+        "print(driver_version())\n"
         "try: probe()\n"
         "except SparsifinerError as error: print(error)"
     )

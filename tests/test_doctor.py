@@ -16,8 +16,8 @@ import pytest
 
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.runtime import BACKENDS
-from sparsifiner_edge.runtime.cuda import probe, support
+from sparsifiner_edge.runtime import BACKENDS, cuda
+from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.tensorrt import full
 from tests.fakes.gpu import Gpu, install_cuda, install_driver
 from tests.fakes.tensorrt import install_tensorrt
@@ -91,7 +91,7 @@ def test_the_driver_says_which_extra_fits(
     monkeypatch: Patch, number: int, jetson: str | None, version: str, install: str
 ) -> None:
     install_driver(monkeypatch, number)
-    monkeypatch.setattr(support, "jetson_release", lambda: jetson)
+    monkeypatch.setattr(cuda, "jetson_release", lambda: jetson)
     found = examine()["cuda_support"]
     assert (found["driver"], found["jetson"]) == (version, jetson)
     assert found["install"].startswith(install)

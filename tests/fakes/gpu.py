@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from sparsifiner_edge.arrays import bytes_at
-from sparsifiner_edge.runtime.cuda import support
+from sparsifiner_edge.runtime import cuda
 
 _CODES = {
     "cudaSuccess": 0, "cudaErrorInvalidValue": 1, "cudaErrorMemoryAllocation": 2, "cudaErrorInsufficientDriver": 35,
@@ -284,5 +284,5 @@ def install_driver(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         return 0
 
     library = types.SimpleNamespace(cuDriverGetVersion=version)
-    ours = types.SimpleNamespace(c_int=ctypes.c_int, byref=ctypes.byref, CDLL=lambda _: library)
-    monkeypatch.setattr(support, "ctypes", ours)
+    ours = types.SimpleNamespace(**vars(ctypes) | {"CDLL": lambda _: library})
+    monkeypatch.setattr(cuda, "ctypes", ours)

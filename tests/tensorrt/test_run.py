@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,14 +18,15 @@ from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
+from tests.fakes.gpu import install_pycuda
 from tests.fakes.tensorrt import Behaviour
 from tests.tiny import make_bundle
 
 CARD = {"name": "NVIDIA GeForce RTX 4060", "sm": (8, 9), "integrated": False}
 
 
-def image(batch=1):
-    return np.random.default_rng(5).integers(0, 256, (batch, 4, 4, 3), dtype=np.uint8)
+def image(batch=1, seed=5):
+    return np.random.default_rng(seed).integers(0, 256, (batch, 4, 4, 3), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -34,6 +37,7 @@ def built(tmp_path, machine):
     folder = make_bundle(tmp_path / "b")
     build_engine(folder, "tensorrt")
     behaviour.seen.clear()
+    gpu.calls.clear()
     return folder, gpu, behaviour
 
 
@@ -88,26 +92,52 @@ def test_a_fixed_batch_needs_no_profile(tmp_path, machine):
 
 def test_the_second_run_of_a_shape_is_a_graph(built):
     folder, gpu, behaviour = built
-    with open_session(folder, "tensorrt") as session:
-        results = [session.infer({"image": image(2)})["features"] for _ in range(5)]
-        assert behaviour.seen["runs"] == 2  # the first, and the one that was recorded
-        assert gpu.calls["cudaGraphLaunch"] >= 4
-        session.infer({"image": image(1)})
-        assert gpu.live().get("executable graph") is None  # of another shape, so no longer valid
-    for result in results[1:]:
-        np.testing.assert_array_equal(result, results[0])
+    with open_session(folder, "tensorrt") as session, open_session(folder) as reference:
+        for seed, batch in enumerate((2, 2, 2, 2, 1, 2, 2)):
+            images = {"image": image(batch, seed)}
+            wanted = reference.infer(images)["features"]
+            np.testing.assert_allclose(session.infer(images)["features"], wanted, rtol=1e-5)
+            # Of another shape it is no longer valid.
+            assert gpu.live().get("executable graph", 0) == (seed in (1, 2, 3, 6))
+    assert behaviour.seen["runs"] == 5  # the plain ones, and those that were recorded
+    assert gpu.calls["cudaGraphLaunch"] == 4
     assert gpu.live() == {}
 
 
-def test_an_engine_that_cannot_be_recorded_runs_and_says_so(built):
-    folder, gpu, behaviour = built
-    behaviour.recordable = False
-    with open_session(folder, "tensorrt") as session:
+@pytest.mark.parametrize(
+    "refuses", ["cudaStreamBeginCapture", "engine", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch"]
+)
+def test_runs_go_on_where_a_recording_is_refused(built, machine, refuses):
+    behaviour = Behaviour(recordable=refuses != "engine")
+    gpu, _ = machine(behaviour=behaviour, integrated=False, fail={refuses: "cudaErrorInvalidValue"})
+    with open_session(built[0], "tensorrt") as session:
         assert session.description.why_no_graph is None
-        results = [session.infer({"image": image()})["features"] for _ in range(4)]
-        assert "not permitted while captured" in session.description.why_no_graph
-    for result in results[1:]:
+        results = [session.infer({"image": image(batch)})["features"][0] for batch in (1, 1, 1, 2, 2)]
+        said = "not permitted while captured" if refuses == "engine" else "cudaErrorInvalidValue"
+        assert said in session.description.why_no_graph
+        assert gpu.live().keys() == {"ICudaEngine", "IExecutionContext", "stream", "event", "host", "device"}
+    for result in results[1:3]:
         np.testing.assert_array_equal(result, results[0])
+    assert gpu.calls["cudaStreamBeginCapture"] == 1  # not tried again, of another shape either
+    assert gpu.live() == {}
+
+
+@pytest.mark.parametrize("integrated", [True, False])
+def test_pycuda_runs_without_graphs_and_in_one_thread(tmp_path, machine, monkeypatch, integrated):
+    gpu, _ = machine(integrated=integrated)
+    install_pycuda(monkeypatch, gpu)
+    folder = make_bundle(tmp_path / "b")
+    build_engine(folder, "tensorrt")
+    with open_session(folder, "tensorrt") as session:
+        assert check_golden(session, open_bundle(folder))
+        assert session.compute_ms == 2.0
+        assert "pycuda has no cudaStreamBeginCapture" in session.description.why_no_graph
+        with ThreadPoolExecutor(1) as pool, pytest.raises(BackendError, match="the thread alone that opened it"):
+            pool.submit(session.infer, {"image": image()}).result()
+    gpu.fail["cudaHostAlloc"] = "cudaErrorMemoryAllocation"
+    with pytest.raises(BackendError, match=r"(?s)pycuda 2026.1.*end other programs on it"):
+        open_session(folder, "tensorrt")
+    gc.collect()
     assert gpu.live() == {}
 
 
@@ -157,13 +187,41 @@ def test_a_damaged_engine_is_a_message(built, tmp_path):
     [
         ({"behaviour": Behaviour(context=("Cuda Runtime (out of memory)",))}, r"(?s)to prepare a run.*Close other pr"),
         ({"memory": 300}, "out of memory"),
+        *(
+            ({"integrated": function != "cudaMalloc", "fail": {function: "cudaErrorMemoryAllocation"}}, "out of memory")
+            for function in (
+                "cudaStreamCreateWithFlags", "cudaEventCreate", "cudaHostAlloc", "cudaHostGetDevicePointer",
+                "cudaMalloc",
+            )
+        ),
     ],
-)
-def test_no_memory_for_a_context_or_buffers(built, machine, change, said):
+)  # fmt: skip
+def test_a_failure_while_opening_leaves_nothing(built, machine, change, said):
     gpu, _ = machine(**change)
     with pytest.raises(BackendError, match=said):
         open_session(built[0], "tensorrt")
     assert gpu.live() == {}
+
+
+@pytest.mark.parametrize("function", ["cudaMemcpyAsync", "cudaEventRecord", "cudaStreamSynchronize"])
+def test_a_failure_while_running_leaves_nothing(built, machine, function):
+    gpu, _ = machine(integrated=False)
+    with open_session(built[0], "tensorrt") as session:
+        session.infer({"image": image()})
+        gpu.fail[function] = "cudaErrorLaunchFailure"
+        with pytest.raises(BackendError, match=r"(?s)cudaErrorLaunchFailure.*lost to this process: start it again"):
+            session.infer({"image": image()})
+        del gpu.fail[function]
+    assert gpu.live() == {}
+
+
+def test_closing_frees_all_even_when_one_step_fails(built):
+    folder, gpu, _ = built
+    session = open_session(folder, "tensorrt")
+    gpu.fail["cudaEventDestroy"] = "cudaErrorLaunchFailure"
+    with pytest.raises(BackendError, match="to free an event"):
+        session.close()
+    assert set(gpu.live()) == {"event"}  # which could not be given back; all else was
 
 
 @pytest.mark.parametrize("at", ["first", "graph"])

@@ -39,8 +39,7 @@ from sparsifiner_edge.ops.bodies import Structure, function_body
 from sparsifiner_edge.ops.graph import drop_unused, gets_merged
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import Backend, require_stored
-from sparsifiner_edge.runtime.cuda import CudaDevice, probe
-from sparsifiner_edge.runtime.cuda.driver import major
+from sparsifiner_edge.runtime.cuda import CudaDevice, major, probe
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, rejected_model
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 

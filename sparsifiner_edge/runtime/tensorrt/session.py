@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from sparsifiner_edge.bundle.engines import DENSE, PLUGIN, Engine
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import precision_text
-from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers
+from sparsifiner_edge.runtime.cuda import Driver
 from sparsifiner_edge.runtime.session import Runtime, Session
 from sparsifiner_edge.runtime.tensorrt.errors import make_logger, run_error
 
@@ -29,9 +29,13 @@ _KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
 class EngineSession(Session):
     """A `Session` on an engine. Whoever makes one has seen that the engine fits this machine's CUDA device.
 
+    One stream copies in, computes and copies out, in buffers of the greatest shapes. On a device that shares the
+    processor's memory nothing is copied: the engine works in page-locked memory of both.
+
     Attributes:
         golden_runs: see `bundle.golden.check_golden`: the first is plain, the second is recorded, the third launches
             that recording, as every later one does.
+        compute_ms: of the latest run, by the device's clock, copies excluded.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
@@ -40,19 +44,23 @@ class EngineSession(Session):
         manifest: of its bundle; names the dynamic axes.
 
     Raises:
-        BackendError: no CUDA device, or TensorRT rejects the engine.
+        BackendError: no CUDA device, CUDA fails, or TensorRT rejects the engine; nothing stays taken.
     """
 
     golden_runs = 3
+    compute_ms = 0.0
 
     def __init__(self, trt: Any, path: Path, content: bytes, engine: Engine, manifest: Manifest) -> None:
         start = time.perf_counter_ns()
         self.backend = engine.backend
         self._trt, self.model, self._messages = trt, path, make_logger(trt)
         self.least_batch, self.in_place_of_sparse = engine.batch.least, engine.details.kernels == DENSE
-        self._bound: dict[str, Shape] = {}
+        self._bound: Mapping[str, Shape] = {}
+        self._recorded: Mapping[str, Shape] | None = None
+        self._last: Mapping[str, Shape] | None = None
+        self._launch: Callable[[], None] | None = None
         with contextlib.ExitStack() as stack:
-            self._driver = Driver()
+            self._driver = driver = Driver()
             self._engine = self._deserialise(content)
             stack.callback(self._drop)
             self._context = self._engine.create_execution_context()
@@ -61,24 +69,27 @@ class EngineSession(Session):
             self.inputs, self.outputs = self._specs(manifest)
             shapes = {spec.name: self._engine.get_tensor_profile_shape(spec.name, 0) for spec in self.inputs}
             self._ranges = {name: (tuple(least), tuple(most)) for name, (least, _, most) in shapes.items()}
+            flags = driver.runtime.cudaStreamNonBlocking  # It does not wait for the default stream.
+            self._stream = driver.take(stack, "a stream", "cudaStreamCreateWithFlags", flags, free="cudaStreamDestroy")
+            self._events = [driver.take(stack, "an event", "cudaEventCreate", free="cudaEventDestroy") for _ in "ab"]
             self._bind({name: most for name, (_, most) in self._ranges.items()})
-            self._buffers = StreamBuffers(self._driver, {
-                spec.name: math.prod(self._context.get_tensor_shape(spec.name)) * np.dtype(spec.dtype).itemsize
-                for spec in (*self.inputs, *self.outputs)
-            }, stack)  # fmt: skip
+            self._buffers: dict[str, tuple[Array, int]] = {}
             for spec in (*self.inputs, *self.outputs):
-                self._context.set_tensor_address(spec.name, self._buffers.pointer(spec.name))
+                size = math.prod(self._context.get_tensor_shape(spec.name)) * np.dtype(spec.dtype).itemsize
+                self._buffers[spec.name] = driver.pinned(max(size, 1), stack)
+                self._context.set_tensor_address(spec.name, self._buffers[spec.name][1])
+            self._graph = stack.enter_context(contextlib.ExitStack())
             self._stack = stack.pop_all()
-        self.load_ms, device = (time.perf_counter_ns() - start) / 1e6, self._driver.device
+        self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self._description = Runtime(
             backend=self.backend,
             version=str(trt.__version__),
             provider="TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
-            device=f"{device.name} (compute capability {device.compute_capability})",
+            device=f"{driver.device.name} (compute capability {driver.device.compute_capability})",
             precision=precision_text(engine.precision, manifest.float_precision),
             kernels=_KERNELS.get(str(engine.details.kernels), "function bodies"),
             threads=1,
-            cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",
+            cuda=f"{driver.package}, driver for CUDA {driver.device.driver_version}",
         )
 
     def _deserialise(self, content: bytes) -> Any:
@@ -116,17 +127,7 @@ class EngineSession(Session):
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 raise run_error(self.model, f"to take {name!r} of shape {list(shape)}", self._messages, _AGAIN)
-        self._bound = dict(shapes)
-
-    @property
-    def description(self) -> Runtime:
-        """See `Session.description`."""
-        return replace(self._description, why_no_graph=self._buffers.why_no_graph)
-
-    @property
-    def compute_ms(self) -> float:
-        """Of the latest run, by the device's clock, copies excluded."""
-        return self._buffers.compute_ms
+        self._bound = shapes
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """See `Session.validate`; sizes must also be in the range that the engine was built for."""
@@ -142,20 +143,83 @@ class EngineSession(Session):
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         if self._engine is None:
             raise self.closed()
-        shapes: dict[str, Shape] = {name: value.shape for name, value in inputs.items()}
         self._driver.use()
+        shapes: dict[str, Shape] = {name: value.shape for name, value in inputs.items()}
         self._bind(shapes)
-        outputs = {s.name: (np.dtype(s.dtype), tuple(self._context.get_tensor_shape(s.name))) for s in self.outputs}
-        return self._buffers.run(inputs, outputs, self._enqueue, tuple(sorted(shapes.items())))
+        recording = self._recording(shapes)
+        for name, value in inputs.items():
+            np.copyto(self._view(name, value.dtype, value.shape), value)
+        outputs = {
+            spec.name: self._view(spec.name, np.dtype(spec.dtype), tuple(self._context.get_tensor_shape(spec.name)))
+            for spec in self.outputs
+        }
+        start, end = self._events
+        self._copy(inputs, to_device=True)
+        self._driver.call("to record an event", "cudaEventRecord", start, self._stream)
+        self._start(recording)
+        self._driver.call("to record an event", "cudaEventRecord", end, self._stream)
+        self._copy(outputs, to_device=False)
+        self._driver.call("while running", "cudaStreamSynchronize", self._stream)
+        self.compute_ms = float(self._driver.call("to read events", "cudaEventElapsedTime", start, end))
+        return {name: output.copy() for name, output in outputs.items()}  # The next run writes into the buffers.
+
+    def _view(self, name: str, dtype: np.dtype[Any], shape: Shape) -> Array:
+        """The page-locked memory of a tensor, as an array of this run's shape."""
+        return self._buffers[name][0][: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+    def _copy(self, arrays: Mapping[str, Array], to_device: bool) -> None:
+        """Put copies of as many bytes of each tensor into the stream."""
+        kinds = self._driver.runtime.cudaMemcpyKind
+        kind = kinds.cudaMemcpyHostToDevice if to_device else kinds.cudaMemcpyDeviceToHost
+        for name, array in () if self._driver.device.integrated else arrays.items():
+            host, pointer = self._buffers[name]
+            target, source = (pointer, host.ctypes.data) if to_device else (host.ctypes.data, pointer)
+            self._driver.call("to copy", "cudaMemcpyAsync", target, source, array.nbytes, kind, self._stream)
 
     def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._buffers.stream):
+        if not self._context.execute_async_v3(self._stream):
             raise run_error(self.model, "to run", self._messages, _AGAIN)
+
+    def _recording(self, shapes: Mapping[str, Shape]) -> Callable[[], None] | None:
+        """What launches the recording of a run of these shapes; None where there is none.
+
+        A run that differs from the one before is never recorded: the engine may allocate in it, which a recording
+        forbids. One recording is kept: after a change of shapes an engine's earlier ones are no longer valid.
+        """
+        if self._description.why_no_graph is not None:
+            return None
+        if self._recorded != shapes:
+            self._launch = self._recorded = None
+            self._graph.close()
+        if self._launch is None and self._last == shapes:
+            try:
+                self._launch = self._driver.capture(self._stream, self._enqueue, self._graph)
+                self._recorded = shapes
+            except BackendError as error:
+                self._refuse_graphs(error)
+        self._last = shapes
+        return self._launch
+
+    def _start(self, recording: Callable[[], None] | None) -> None:
+        """Put a run's work into the stream: by its recording, or plainly where there is none or it is refused."""
+        if recording is not None:
+            try:
+                return recording()
+            except BackendError as error:
+                self._refuse_graphs(error)
+        return self._enqueue()
+
+    def _refuse_graphs(self, error: BackendError) -> None:
+        """Record nothing from now on. A device that is lost says so in the plain run that follows."""
+        self._description = replace(self._description, why_no_graph=error.what)
+        self._launch = self._recorded = None
+        with contextlib.suppress(BackendError):
+            self._graph.close()
 
     def _drop(self) -> None:
         """Let go of TensorRT's objects, those that use others first; the last reference frees them."""
         self._context = self._engine = self._runtime = None
 
     def close(self) -> None:
-        """See `Session.close`."""
+        """See `Session.close`. Where CUDA fails in one step the others are done all the same."""
         self._stack.close()
