@@ -39,7 +39,7 @@ the first half of the cells or of the second.
 """
 
 
-class AttendSizes(NamedTuple):
+class _Sizes(NamedTuple):
     """Constants that functions share.
 
     Attributes:
@@ -268,7 +268,7 @@ def attend_kernel(
     block_d: tl.constexpr,
 ):  # fmt: skip
     """Grid (prefix + T, H, B): output [B,N,C]. None: sizes where all are 1, partial_* without prefix."""
-    s: tl.constexpr = AttendSizes(
+    s: tl.constexpr = _Sizes(
         heads * width, 3 * heads * width, width, block_d, prefix, tokens - prefix, keys, cell, cells + prefix, factor,
         unit,
     )  # fmt: skip

@@ -25,7 +25,7 @@ MOST_ABOVE = tl.constexpr(100.0)
 """Of a logit (base 2), above the greatest of a probe's first block of keys: 2^100 times 16384 is a float32 yet."""
 
 
-class SelectSizes(NamedTuple):
+class _Sizes(NamedTuple):
     """Constants that functions share.
 
     Attributes:
@@ -123,7 +123,7 @@ def select_kernel(
     patches: tl.constexpr = tokens - prefix
     asking: tl.constexpr = (patches + probe - 1) // probe
     blocks: tl.constexpr = pitch // (AT_A_TIME * lanes)
-    s: tl.constexpr = SelectSizes(patches, share, beside, blocks, lanes, depth, block_g, block_n, block_c)
+    s: tl.constexpr = _Sizes(patches, share, beside, blocks, lanes, depth, block_g, block_n, block_c)
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = image * heads + head
     weights = None if sizes is None else sizes + image * tokens + prefix

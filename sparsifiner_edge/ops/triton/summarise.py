@@ -30,7 +30,7 @@ COLUMNS = tl.constexpr(8)
 """That a product of the matrix units has at least."""
 
 
-class SummariseSizes(NamedTuple):
+class _Sizes(NamedTuple):
     """Constants that functions share.
 
     Attributes:
@@ -259,7 +259,7 @@ def summarise_kernel(
     block_f: tl.constexpr, block_d: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     """Grid (cells + probes by block_g, H, B). None: sizes where all are 1, partial_* without prefix."""
-    s: tl.constexpr = SummariseSizes(
+    s: tl.constexpr = _Sizes(
         heads * width, 3 * heads * width, width, prefix, tokens - prefix, channels, depth, factor, unit, value_power,
         floor, block_p, block_f, block_d, block_c,
     )  # fmt: skip
