@@ -21,7 +21,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.runtime.openvino.session import import_openvino
+from sparsifiner_edge.runtime.openvino import import_openvino
 
 Run = Callable[[], Any]
 PAUSE_S = 0.05

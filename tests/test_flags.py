@@ -13,7 +13,7 @@ from sparsifiner_edge.profiles.measure.observe import busy_s, other_cores
 from sparsifiner_edge.profiles.measure.side import WarmUp
 from sparsifiner_edge.profiles.sensors.conditions import conditions, summarise_conditions
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK
+from sparsifiner_edge.runtime.onnxruntime import FALLBACK
 
 CALM = np.random.default_rng(0).normal(10.0, 0.1, 2000)
 NOTHING = conditions(Path("/nowhere"))

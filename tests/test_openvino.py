@@ -19,8 +19,8 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.runtime.openvino import session as session_module
-from sparsifiner_edge.runtime.openvino.session import import_openvino
+from sparsifiner_edge.runtime import openvino as session_module
+from sparsifiner_edge.runtime.openvino import import_openvino
 from sparsifiner_edge.runtime.verify import verify_bundle
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import call, process

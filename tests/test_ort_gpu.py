@@ -15,7 +15,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.onnxruntime.session import CUDA, FALLBACK, OnnxRuntime
+from sparsifiner_edge.runtime.onnxruntime import CUDA, FALLBACK, OnnxRuntime
 from tests.fakes.gpu import Gpu, install_cuda
 from tests.tiny import make_bundle
 
@@ -97,7 +97,7 @@ def test_standard_output_stays_clean(bundle):
         "onnxruntime.preload_dlls = lambda: print('Failed to load libcudnn')\n"
         "onnxruntime.get_available_providers = lambda: ['CUDAExecutionProvider']\n"
         "from sparsifiner_edge.execution import Execution\n"
-        "from sparsifiner_edge.runtime.onnxruntime import session\n"
+        "from sparsifiner_edge.runtime import onnxruntime as session\n"
         "from sparsifiner_edge.runtime.cuda import CudaDevice\n"
         "session.probe = lambda: CudaDevice('x', '8.7', 1, True, '12.6')\n"
         "from pathlib import Path\n"

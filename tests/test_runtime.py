@@ -214,7 +214,7 @@ def test_a_backend_is_found_by_its_name_and_loads_no_other():
         assert find_backend(Execution(backend=name)).name == name
     code = "import sys; from sparsifiner_edge.runtime.open import Execution, find_backend; find_backend(Execution())\n"
     loaded = in_fresh_python(code + "print(*sys.modules)").stdout.split()
-    assert "sparsifiner_edge.runtime.onnxruntime.session" in loaded
+    assert "sparsifiner_edge.runtime.onnxruntime" in loaded
     assert not any(name.startswith("sparsifiner_edge.runtime.tensorrt") for name in loaded)
 
 
@@ -239,7 +239,7 @@ def foreign(tmp_path, monkeypatch):
     points = "foreign = foreign:Foreign\nbroken = foreign:Missing\nno-backend = foreign:NUMBER\n"
     (info / "entry_points.txt").write_text(f"[sparsifiner_edge.backends]\n{points}")
     (tmp_path / "site" / "foreign.py").write_text(
-        "from sparsifiner_edge.runtime.onnxruntime.session import OnnxRuntime\n"
+        "from sparsifiner_edge.runtime.onnxruntime import OnnxRuntime\n"
         "NUMBER = 1\n"
         "class Foreign(OnnxRuntime):\n"
         "    name = 'foreign'\n"

@@ -13,7 +13,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime.backend import ProcessorBackend, holds_float16, usable_kernels
-from sparsifiner_edge.runtime.onnxruntime.session import inference_session, session_options
+from sparsifiner_edge.runtime.onnxruntime import inference_session, session_options
 from sparsifiner_edge.runtime.open import find_backend
 
 

@@ -124,7 +124,7 @@ class ProcessorBackend(Backend):
             return self.session(bundle.folder / MODEL_FILE, copy, bundle.manifest.precision)
 
 
-class CpuOperators(NamedTuple):
+class _CpuOperators(NamedTuple):
     """The operators of the domain `sparsifiner` in a file, and what runs them here.
 
     Attributes:
@@ -147,7 +147,7 @@ class CpuOperators(NamedTuple):
         return described(self.names, self.library is not None, reason, precision)
 
 
-def read_operators(content: bytes | str, model: Path, kernels: str) -> tuple[ModelProto, CpuOperators]:
+def read_operators(content: bytes | str, model: Path, kernels: str) -> tuple[ModelProto, _CpuOperators]:
     """A file, and what will run its operators.
 
     Args:
@@ -161,7 +161,7 @@ def read_operators(content: bytes | str, model: Path, kernels: str) -> tuple[Mod
     names = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
     float16 = holds_float16(graph)
     kernels = usable_kernels(float16, kernels)
-    return graph, CpuOperators(names, float16, kernels, native_library(kernels))
+    return graph, _CpuOperators(names, float16, kernels, native_library(kernels))
 
 
 def holds_float16(model: ModelProto) -> bool:

@@ -20,7 +20,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.native import interface
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import OPERATORS
-from sparsifiner_edge.runtime.openvino.operators import converters
+from sparsifiner_edge.runtime.openvino import converters
 from tests.ops.matrix import cases, feed, one_node, output_type
 
 LEAST: dict[str, dict[str, Any]] = {

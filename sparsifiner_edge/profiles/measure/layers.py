@@ -24,7 +24,7 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.profiles.measure.worker import fixed_inputs
-from sparsifiner_edge.runtime.onnxruntime.session import inference_session, session_options
+from sparsifiner_edge.runtime.onnxruntime import inference_session, session_options
 from sparsifiner_edge.runtime.open import open_checked
 
 LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "decoder", "other")

@@ -80,20 +80,20 @@ class OnnxRuntime(ProcessorBackend):
                 raise BackendError(f"{native.target()} has no bfloat16.", "Leave --precision out.")
         return ort
 
-    def session(self, model: Path, content: bytes | str, stored: str | None = None) -> OrtSession:
+    def session(self, model: Path, content: bytes | str, stored: str | None = None) -> _OrtSession:
         """See `ProcessorBackend.session`. On a GPU, after CUDA has answered."""
         ort = self.load()
         if self.execution.provider == "cpu":
-            return OrtSession(model, content, self.execution, stored)
+            return _OrtSession(model, content, self.execution, stored)
         device = probe()
         # ONNX Runtime prints what it misses and why it falls back, and standard output is for results.
         with contextlib.redirect_stdout(sys.stderr):
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
-            return OrtSession(model, content, self.execution, stored, device)
+            return _OrtSession(model, content, self.execution, stored, device)
 
 
-class OrtSession(Session):
+class _OrtSession(Session):
     """A `Session` on ONNX Runtime.
 
     Attributes:

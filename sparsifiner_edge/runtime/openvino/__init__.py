@@ -1,1 +1,0 @@
-"""OpenVINO on the processor, with the operators of the native library."""
