@@ -16,7 +16,7 @@ from fidelity_subject import weights_file
 from msgspec.structs import replace
 from summary import brief, write_summary
 
-from sparsifiner_edge.cli.common import err_console, output_option
+from sparsifiner_edge.cli.common import err_console
 from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.profiles.profile import profile_bundle
@@ -30,7 +30,7 @@ from sparsifiner_edge.sparse.student import sparsify
 @click.option("--keep", default=0.10, show_default=True)
 @click.option("--cells", default=25, show_default=True)
 @click.option("--seconds", default=20.0, show_default=True, help="Least time measured per bundle.")
-@output_option("Result JSON to write.", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Result JSON to write.")
 def main(img_size: int, keep: float, cells: int, seconds: float, output: Path | None) -> None:
     with tempfile.TemporaryDirectory() as name, err_console.status("exporting and measuring"):
         folder = Path(name)

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 from summary import said, write_summary
 
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.cli.common import err_console, output_option, print_table
+from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.profile import profile_bundle
@@ -148,7 +148,7 @@ def export(folder: Path) -> Path:
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="A bundle; by default DINOv2 ViT-S/14 is exported.")
-@output_option("Folder for profile_checks.json.", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for profile_checks.json.")
 def main(bundle: Path | None, output: Path | None) -> None:
     threads = available_cores()
     with contextlib.ExitStack() as stack:
