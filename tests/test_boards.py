@@ -16,7 +16,7 @@ from sparsifiner_edge.profiles.boards.board import (
     load_board,
     parse_board,
 )
-from tests.commands import assert_refused, process
+from tests.commands import assert_refused, call
 
 DOCS = Path(__file__).parent.parent / "docs"
 WANTED = {
@@ -137,10 +137,9 @@ def test_the_page_holds_the_table_and_the_example_loads() -> None:
     assert parse_board(example, "docs/boards.md").kind == "cpu"
 
 
-def test_the_list_on_the_command_line() -> None:
-    done = process("estimate", "--list")
+def test_the_list_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    done = call(capsys, "estimate", "--list")
     assert (done.code, done.err) == (0, "")
-    for name in board_names():
-        assert name in done.out
-    assert_refused(process("estimate", "x"), "Missing option '--board'")
-    assert_refused(process("estimate", "--board", "t4"), "Missing argument 'BUNDLE'")
+    assert all(name in done.out for name in board_names())
+    assert_refused(call(capsys, "estimate", "x"), "Missing option '--board'")
+    assert_refused(call(capsys, "estimate", "--board", "t4"), "Missing argument 'BUNDLE'")

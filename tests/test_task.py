@@ -1,4 +1,6 @@
-"""`evaluate --metric task`: dense maps held against the teacher's and against true masks, and a user's own metric."""
+"""`evaluate --metric task`: dense maps held against the teacher's and true masks, and a user's own metric; with
+`--corruptions`: dense beside sparse, image by image, while images get worse.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,20 @@ from PIL import Image
 from sklearn.metrics import jaccard_score, roc_auc_score
 
 import sparsifiner_edge as se
+from sparsifiner_edge.corruptions import corrupt, moved
 from sparsifiner_edge.demo.saliency import saliency
 from sparsifiner_edge.demo.split import home, images
 from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.evaluate.scores import stability
 from sparsifiner_edge.images import Normalisation, load_image, load_mask
-from sparsifiner_edge.metrics import auroc, intersection_over_union, mean_absolute_error
+from sparsifiner_edge.metrics import auroc, cosine, intersection_over_union, mean_absolute_error
+from sparsifiner_edge.outcomes import RobustnessResult
 from sparsifiner_edge.report import write_report
+from sparsifiner_edge.results import read_result
+from sparsifiner_edge.sparse.student import save_student
 from sparsifiner_edge.sparse.weights import normalise
 from tests.commands import assert_refused, call, process
+from tests.models import student as tiny_student
 
 FACTORY, METRICS = "tests.hosts.factories", "tests.hosts.metrics"
 
@@ -51,6 +59,11 @@ def test_figures_are_those_of_scikit_learn(scores: Any, truth: Any) -> None:
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task") / "student"
     return se.sparsify(f"{FACTORY}:masked", folder, keep=0.5, channels=8, merge=(2,))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_student(tiny_student(), tmp_path_factory.mktemp("robust") / "student")
 
 
 @pytest.fixture
@@ -128,6 +141,90 @@ def test_a_metric_of_ones_own_and_one_that_a_package_names(
         se.evaluate_student(student, pictures, task="darkness", **asked)
 
 
+def judged(student: Path, pictures: Path, corruptions: str, **options: Any) -> RobustnessResult:
+    result = se.evaluate_student(student, pictures, corruptions=corruptions, **options)
+    assert isinstance(result, RobustnessResult)
+    return result
+
+
+def test_features_on_the_command_line(plain: Path, pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "robustness.json"
+    done = process("evaluate", plain, "--data", pictures, "--corruptions", "fog,snow", "--severity", "4", "-o", file)
+    assert done.code == 0, done
+    assert "severity 4" in done.out
+    assert "extra loss" in done.out
+    result = read_result(file, RobustnessResult)
+    assert result.kind == "robustness"
+    samples = result.samples["features"]
+    assert set(samples) == {"clean", "fog", "snow"}
+    # As computed here.
+    path = sorted(pictures.iterdir())[1]
+    found = se.load_student(plain)
+    dense = se.restore_model(se.load_student(plain).model)
+    image = load_image(path, found.img_size)
+    seen = corrupt(image, "fog", 4, seed=1)
+
+    def features(model: Any, pixels: Any) -> Any:
+        x = normalise(torch.from_numpy(pixels)[None], found.normalisation)
+        with torch.no_grad():
+            return model.forward_head(model.forward_features(x), pre_logits=True).numpy()
+
+    wanted = features(dense, image)
+    for role, model in (("subject", found.model), ("teacher", dense)):
+        assert samples["fog"][role][1] == pytest.approx(float(cosine(features(model, seen), wanted)[0]), abs=1e-4)
+    assert samples["clean"]["teacher"] == pytest.approx([1.0] * 3)
+    patches = result.samples["patches"]
+    assert all(value == 1 for found in patches.values() for value in found["teacher"])
+    assert all(0 < value < 1 for found in patches.values() for value in found["subject"] if value is not None)
+
+
+def test_a_model_beside_itself_loses_nothing_more(plain: Path, pictures: Path, tmp_path: Path) -> None:
+    bundle = se.export_bundle(plain, tmp_path / "bundle", tokens=True)
+    result = judged(bundle, pictures, "contrast", against=bundle, severity=5)
+    for found in result.statistics.values():
+        assert found["all"].extra_lost.value == 0
+    lost = result.statistics["features"]["contrast"]
+    assert lost.teacher_lost.value == lost.subject_lost.value > 0.001
+
+
+def test_maps_and_a_metric_of_ones_own_under_corruptions(student: Path, pictures: Path, masks: Path) -> None:
+    options: dict[str, Any] = {"metric": "task", "map_name": "mask", "trust": [FACTORY]}
+    result = judged(student, pictures, "elastic_transform,snow", masks=masks, **options)
+    assert result.method.truth == "true masks"
+    found = se.load_student(student, trust=[FACTORY])
+    path = sorted(pictures.iterdir())[2]
+    seen = corrupt(load_image(path, 160), "elastic_transform", 3, seed=2)
+    true = moved(load_mask(masks / f"{path.stem}.png", 160), "elastic_transform", 3, seed=2)
+    with torch.no_grad():
+        own = found.model(normalise(torch.from_numpy(seen)[None], found.normalisation))["mask"][0].numpy() > 0.5
+    overlap = pytest.approx(intersection_over_union(own, true), abs=1e-6)
+    assert result.samples["iou"]["elastic_transform"]["subject"][2] == overlap
+    again = judged(student, pictures, "snow", severity=1, **options)
+    assert again.samples["iou"]["clean"]["teacher"] == [1.0] * 3
+    own_metric = {"metric": "task", "task": f"{METRICS}:Brightness", "trust": [FACTORY]}
+    scored = judged(student, pictures, "fog,contrast", **own_metric)
+    assert scored.samples["score"]["contrast"]["subject"][1] is None
+    assert scored.statistics["score"]["all"].images == 2
+
+
+def test_losses_are_told_apart_from_what_clean_images_cost() -> None:
+    samples: Any = {
+        "iou": {
+            "clean": {"subject": [0.8, 0.6, None], "teacher": [0.9, 0.8, 0.5]},
+            "fog": {"subject": [0.7, 0.5, 0.1], "teacher": [0.9, 0.7, 0.1]},
+            "snow": {"subject": [0.4, 0.2, 0.1], "teacher": [0.8, 0.6, 0.1]},
+        }
+    }
+    rows = stability(samples)["iou"]
+    assert (rows["clean"].subject, rows["clean"].teacher) == pytest.approx((0.7, 0.85))
+    assert rows["clean"].extra_lost.value == 0
+    assert rows["fog"].extra_lost.value == pytest.approx(0.1 - 0.05)
+    assert rows["fog"].subject == pytest.approx(0.6)
+    assert rows["snow"].teacher_lost.value == pytest.approx(0.85 - 0.7)
+    assert rows["all"].extra_lost.value == pytest.approx(np.mean([0.1, 0.4]) - np.mean([0.05, 0.15]))
+    assert rows["all"].images == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -141,6 +238,11 @@ def test_a_metric_of_ones_own_and_one_that_a_package_names(
         (["--task", f"{METRICS}:Partial"], "has no result"),
         (["--task", f"{METRICS}:Brightness", "--map", "mask"], "are for the task maps"),
         (["--metric", "cosine", "--map", "mask"], "require --metric task"),
+        (["--corruptions", "fog", "--map", "heat"], "masks are cut from maps from 0 to 1"),
+        (["--corruptions", "mist"], "'mist' is unknown"),
+        (["--corruptions", "fog", "--severity", "9"], "--severity"),
+        (["--severity", "3"], "A severity is that of corruptions"),
+        (["--corruptions", "fog", "--metric", "linear", "--head", "h"], "on clean images"),
     ],
 )
 def test_what_is_refused(

@@ -11,7 +11,7 @@ from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.figures import Figures, Method
 from sparsifiner_edge.profiles.flags import flags_of
-from sparsifiner_edge.profiles.measure.memory import PEAK, process_bytes
+from sparsifiner_edge.profiles.measure.memory import PEAK, Bytes, process_bytes
 from sparsifiner_edge.profiles.measure.side import (
     LOAD_TIMEOUT_S,
     MeasuredSide,
@@ -50,8 +50,17 @@ def observe(
         peaks = [process_bytes(PEAK, Path(f"/proc/{side.worker.pid}")) for side in sides]
         _idle(recording, rules, on_stage)
     others = other_cores(busy, busy_after, after - before, seconds)
+    method = _method(sides, rules, recording)
+    figures = {
+        side.role: _figures(side, peak, recording, method, others, on)
+        for side, peak in zip(sides, peaks, strict=True)
+    }  # fmt: skip
+    return figures, method, recording.samples()
+
+
+def _method(sides: list[MeasuredSide], rules: Rules, recording: Recording) -> Method:
     few = any(side.queries < rules.min_queries for side in sides)
-    method = Method(
+    return Method(
         rules=rules,
         input_shapes=sides[0].loaded.input_shapes,
         runtime={side.role: _described(side) for side in sides},
@@ -62,18 +71,20 @@ def observe(
         problems=recording.told(),
         cut_short=f"{rules.max_seconds:g} s came before {rules.min_queries} queries" if few else None,
     )
-    figures = {}
-    for side, peak in zip(sides, peaks, strict=True):
-        latency_ms, throughput = stats.summarise(side.latency_ms)
-        seen, kernels = method.conditions[side.role], method.runtime[side.role].kernels
-        figures[side.role] = Figures(
-            latency_ms=latency_ms, throughput_per_s=throughput, queries=side.queries, load_ms=side.loaded.load_ms,
-            first_inference_ms=side.loaded.first_ms, rss_before_load_bytes=side.loaded.rss_before_load_bytes,
-            peak_rss_bytes=peak, device_bytes=side.device[0], device_source=side.device[1],
-            energy=_joules(recording, side), other_cores=others,
-            flags=flags_of(side.latency_ms, side.warm_up, seen, on, others, kernels, method.cut_short),
-        )  # fmt: skip
-    return figures, method, recording.samples()
+
+
+def _figures(
+    side: MeasuredSide, peak: Bytes, recording: Recording, method: Method, others: float | Unavailable, on: str
+) -> Figures:
+    latency_ms, throughput = stats.summarise(side.latency_ms)
+    seen, kernels = method.conditions[side.role], method.runtime[side.role].kernels
+    return Figures(
+        latency_ms=latency_ms, throughput_per_s=throughput, queries=side.queries, load_ms=side.loaded.load_ms,
+        first_inference_ms=side.loaded.first_ms, rss_before_load_bytes=side.loaded.rss_before_load_bytes,
+        peak_rss_bytes=peak, device_bytes=side.device[0], device_source=side.device[1],
+        energy=_joules(recording, side), other_cores=others,
+        flags=flags_of(side.latency_ms, side.warm_up, seen, on, others, kernels, method.cut_short),
+    )  # fmt: skip
 
 
 def _share(rules: Rules, share: float, bounds: tuple[float, float]) -> float:
