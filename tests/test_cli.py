@@ -115,23 +115,6 @@ def test_a_classifier_the_whole_way(
         assert 0 < sum(top["probability"] for top in record["top"]) <= 1
 
 
-def test_a_feature_model_the_whole_way(
-    tmp_path: Path, feature_weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    student, bundle, lines = tmp_path / "student", tmp_path / "bundle", tmp_path / "lines.jsonl"
-    teacher = ["--against", TINY, "--weights", feature_weights]
-    succeeded(call(capsys, "sparsify", TINY, "--weights", feature_weights, "--img-size", 192, "-o", student))
-    out = succeeded(call(capsys, "export", student, "--batch", "dynamic", "-o", bundle))
-    assert "KeySelect" in out
-    assert [output["name"] for output in manifest_of(bundle)["outputs"]] == ["features", "tokens"]
-    out = succeeded(call(capsys, "evaluate", bundle, *teacher, "--data", pictures))
-    for text in ("features", "patches", "3 images", "native"):
-        assert text in out
-    outcome = call(capsys, "run", bundle, "--source", pictures / "picture0.png", "--output", lines)
-    assert outcome == Outcome(0, "", "")
-    assert len(json.loads(lines.read_text())["features"]) == 64
-
-
 def test_outputs_are_replaced_and_repeatable(
     tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import select
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.camera.conftest import records_of
 from tests.camera.hostile import SECRET, make_hostile
 from tests.commands import process, snapshot
-from tests.package.reseal import reseal
 
 PATIENCE_S = 10
 READ = """
@@ -104,16 +101,3 @@ def test_the_command_says_so(name: str, refused: bool, hostile: list[Path], cell
     assert SECRET not in outcome.err + output.read_text()
     assert outcome.code == 0 or f"error: {path}" in outcome.err
     assert {p.name for p in tmp_path.iterdir()} <= {"lines", "o.mp4"}
-
-
-def test_labels_that_would_draw_on_a_terminal_or_break_a_line(
-    cells: Path, tiny_bundle: Path, video: Path, tmp_path: Path
-) -> None:
-    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
-    (bundle / "labels.txt").write_bytes(b"\x1b[2Jred\n../../../etc\n\xff\xfe\n" + b"\xe2\x80\xae\n" * 7)
-    reseal(bundle)
-    outcome = process("run", bundle, "--source", video, "--frames", 2, "--top", 10, "--overlay", tmp_path / "o.mp4")
-    records = records_of(outcome)
-    assert "\x1b" not in outcome.out
-    assert {top["label"] for top in records[0]["top"]} >= {"\\x1b[2Jred", "../../../etc"}
-    assert {p.name for p in tmp_path.iterdir()} == {"b", "o.mp4"}

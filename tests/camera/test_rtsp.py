@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,18 @@ def test_a_server_that_returns_with_another_size(cells: Path, service: Any) -> N
         assert number_of(seen[-1]["features"]) is not None
         code, _, events = run.finish()
     assert (code, events[-1]["reconnects"]) == (0, 1)
+
+
+def test_a_server_that_hangs(cells: Path, service: Any) -> None:
+    """The connection stays, nothing comes: it is given up and made anew."""
+    assert PYTHON is not None
+    with Server(PYTHON) as server:
+        run = service(cells, "--source", server.address, "--stall", 1)
+        run.record()
+        server.process.send_signal(signal.SIGSTOP)
+        assert run.event(state="lost")["reason"]
+        server.process.send_signal(signal.SIGCONT)
+        since = time.monotonic()
+        run.event(state="streaming")
+        assert time.monotonic() - since < 5
+        assert run.finish()[0] == 0

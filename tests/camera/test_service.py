@@ -21,6 +21,7 @@ from sparsifiner_edge.bundle.sign import sign_bundle
 from tests.camera.cells import make_cells_bundle
 from tests.camera.conftest import encode, lines, needs_gst, numbers_of, records_of
 from tests.commands import process
+from tests.package.reseal import reseal
 from tests.tiny import make_bundle
 
 TIMES = ("capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
@@ -74,12 +75,19 @@ def test_a_model_slower_than_its_source(tmp_path: Path) -> None:
     assert done["dropped"] >= sum(r["skipped"] for r in records)
 
 
-def test_a_classifier(tiny_bundle: Path, video: Path) -> None:
-    records = records_of(process("run", tiny_bundle, "--source", video, "--frames", 3, "--top", 2))
+def test_a_classifier(tiny_bundle: Path, video: Path, tmp_path: Path) -> None:
+    """Its labels may be anyone's."""
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    (bundle / "labels.txt").write_bytes(b"\x1b[2Jred\n../../../etc\n\xff\xfe\n" + b"\xe2\x80\xae\n" * 7)
+    reseal(bundle)
+    run = ("run", bundle, "--source", video, "--frames", 3, "--top", 10, "--overlay", tmp_path / "o.mp4")
+    records = records_of(outcome := process(*run))
     assert len(records) == 3
     for record in records:
-        assert [set(top) for top in record["top"]] == [{"class", "label", "probability"}] * 2
+        assert [set(top) for top in record["top"]] == [{"class", "label", "probability"}] * 10
+        assert {top["label"] for top in record["top"]} >= {"\\x1b[2Jred", "../../../etc"}
         assert not record.keys() & {"features", "change"}
+    assert "\x1b" not in outcome.out
     (record,) = records_of(process("run", tiny_bundle, "--source", video, "--frames", 1, "--threshold", 1))
     assert record["top"] == []
 
