@@ -39,7 +39,7 @@ class LineWriter:
     nothing up; whether the descriptor blocks, which all its holders have in common, makes no difference.
 
     Args:
-        output: a file, see `open_output`; or a standard stream, None where it was closed from the start.
+        output: a file, folders above it are made; or a standard stream, None where it was closed from the start.
         live: drop and count lines that find no room, or that the disk refuses, and keep trying: a service goes on, and
             one that is started again goes on in its file. Else wait for the reader, and raise what the disk says.
         stop: once set, writes no longer wait: undelivered lines are dropped and counted.
@@ -49,14 +49,14 @@ class LineWriter:
         errors: lines that the disk refused.
 
     Raises:
-        ArtifactError: the file cannot be opened.
+        ArtifactError: another run writes the file, it is a folder or a device, or the disk refuses.
     """
 
     def __init__(self, output: Path | TextIO | None, live: bool, stop: threading.Event | None = None) -> None:
         self.dropped, self.errors = 0, 0
         self._path = output if isinstance(output, Path) else None
         if isinstance(output, Path):
-            self._handle = open_output(output, append=live)
+            self._handle = _open(output, append=live)
         elif output is None:
             self._handle = os.open(os.devnull, os.O_WRONLY)
         else:
@@ -135,15 +135,9 @@ class LineWriter:
             raise error
 
 
-def open_output(path: Path, append: bool) -> int:
-    """File descriptor of a file for lines, which no other run can write to before it is closed.
-
-    Args:
-        path: the file; folders above it are made.
-        append: keep the lines that are there, and begin a new one; else the file is emptied.
-
-    Raises:
-        ArtifactError: another run writes it, a folder, a device, or the disk refuses.
+def _open(path: Path, append: bool) -> int:
+    """File descriptor of a file, which no other run can write to before it is closed; either its lines are kept, and a
+    new one is begun, or it is emptied.
     """
     require_file_path(path)
     with io_errors(path):

@@ -7,7 +7,6 @@ PORT basic|digest: it asks for a password, `us@er` and `p ss:/`, that way.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import threading
 import time
@@ -18,6 +17,9 @@ import gi
 
 gi.require_version("Gst", "1.0")
 gi.require_version("GstRtspServer", "1.0")
+# The module alone that draws numbers: this Python need not have the package's dependencies.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "sparsifiner_edge" / "camera"))
+import pattern  # noqa: E402
 from gi.repository import GLib, Gst, GstRtspServer  # noqa: E402
 
 USER, PASSWORD = "us@er", "p ss:/"
@@ -27,37 +29,26 @@ ENCODE = (
 )
 
 
-def load_code() -> Any:
-    """The module that draws numbers, without the package: this Python need not have its dependencies."""
-    path = Path(__file__).resolve().parents[2] / "sparsifiner_edge" / "camera" / "pattern.py"
-    spec = importlib.util.spec_from_file_location("code_in_pictures", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def draw(code: Any, number: int, width: int, height: int) -> bytes:
+def draw(number: int, width: int, height: int) -> bytes:
     """I420: the cells of `number` on grey."""
     side = min(width, height)
-    cell, left, top = side // code.GRID, (width - side) // 2, (height - side) // 2
-    cells = code.cells_of(number)
+    cell, left, top = side // pattern.GRID, (width - side) // 2, (height - side) // 2
+    cells = pattern.cells_of(number)
     grey = b"\x60" * width
     rows = [grey] * height
     for row in range(4):
-        bits = cells[row * code.GRID : (row + 1) * code.GRID]
+        bits = cells[row * pattern.GRID : (row + 1) * pattern.GRID]
         line = b"\x60" * left + b"".join((b"\xeb" if white else b"\x10") * cell for white in bits)
         rows[top + row * cell : top + (row + 1) * cell] = [line.ljust(width, b"\x60")] * cell
     return b"".join(rows) + b"\x80" * (width * height // 2)
 
 
-def push(source: Any, code: Any, fps: float, width: int, height: int) -> None:
+def push(source: Any, fps: float, width: int, height: int) -> None:
     """Feed images at `fps` until the pipeline has gone."""
     start, number = time.monotonic(), 0
     while True:
         time.sleep(max(0.0, start + number / fps - time.monotonic()))
-        data = draw(code, time.monotonic_ns() // 1_000_000, width, height)
+        data = draw(time.monotonic_ns() // 1_000_000, width, height)
         if source.emit("push-buffer", Gst.Buffer.new_wrapped(data)) != Gst.FlowReturn.OK:
             return
         number += 1
@@ -89,7 +80,7 @@ def main() -> None:
     fps = float(rest[0]) if rest else 25.0
     width, height = (int(rest[1]), int(rest[2])) if len(rest) > 2 else (640, 480)
     Gst.init(None)
-    code, factory = load_code(), GstRtspServer.RTSPMediaFactory()
+    factory = GstRtspServer.RTSPMediaFactory()
     caps = f"video/x-raw,format=I420,width={width},height={height},framerate={round(fps)}/1"
     begin = f"appsrc name=source is-live=true format=time do-timestamp=true block=false max-bytes=2000000 caps={caps}"
     factory.set_launch(f"( {begin} ! {ENCODE} )")
@@ -97,7 +88,7 @@ def main() -> None:
 
     def configure(_factory: Any, media: Any) -> None:
         source = media.get_element().get_by_name("source")
-        threading.Thread(target=push, args=(source, code, fps, width, height), daemon=True).start()
+        threading.Thread(target=push, args=(source, fps, width, height), daemon=True).start()
 
     factory.connect("media-configure", configure)
     server = GstRtspServer.RTSPServer()
