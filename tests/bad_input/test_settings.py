@@ -37,7 +37,6 @@ DIGITS = "9" * 5000
         (f"--set tile={'9' * 30}", "tile is 999"),
         ("--set channels=33", "channels 33 exceed the head dimension 32"),
         ("--preset paper --set tile=16", "tile is 16, but the preset 'paper' has 1"),
-        ("--preset paper --img-size 64", "requires one class token and 8 landmarks"),
         ("--token-keep 3:nan", "token_keep holds '3:nan'"),
         (f"--token-keep {DIGITS}:.7", "token_keep holds '999"),
         ("--img-size 161", "161 is not a multiple of the patch size 16"),
