@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -102,14 +103,13 @@ def build_engine(
     """
     start = time.monotonic()
     found = find_backend(Execution(backend=backend, precision=precision, provider=provider, kernels=kernels))
-    checked = open_bundle(Path(bundle))
-    result = BuildResult(bundle=str(checked.folder), backend=backend, version=str(found.load().__version__), seconds=0)
+    checked, version, ran = open_bundle(Path(bundle)), str(found.load().__version__), dict[str, Any]()
     if isinstance(found, TensorRtBackend):
         capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
         planned = found.plan(checked, capabilities, batch_range(checked, batch))
         if timeout_s is None:
             timeout_s = 600.0 if jetson_release() is None else 1800.0  # A Jetson's processor is a small one.
-        result = msgspec.structs.replace(result, engines=_build_all(checked, planned, timeout_s, progress))
+        ran["engines"] = _build_all(checked, planned, timeout_s, progress)
     else:
         if compute_capabilities or batch:
             raise ConfigError(
@@ -117,9 +117,9 @@ def build_engine(
                 "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
             )
         with found.open(checked) as session:
-            golden = check_golden(session, checked)
-            result = msgspec.structs.replace(result, golden=golden, description=session.description)
-    return msgspec.structs.replace(result, seconds=time.monotonic() - start)
+            ran = {"golden": check_golden(session, checked), "description": session.description}
+    seconds = time.monotonic() - start
+    return BuildResult(bundle=str(checked.folder), backend=backend, version=version, seconds=seconds, **ran)
 
 
 def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRange:

@@ -38,11 +38,11 @@ class Behaviour:
 
     Attributes:
         build: error messages of a build that gives nothing; None builds. warnings: what a build warns of.
-        refuse: operators that the parser refuses.
+        refuse: beginnings of operators that the parser refuses.
         context: error messages when no context can be made.
         enqueue: error messages of a run that fails. recordable: a run may be captured.
         original: evaluated in the place of a model that holds launches of kernels.
-        milliseconds: of a run, by the operators in the model: the first that is in it counts.
+        milliseconds: of a run, by beginnings of operators in the model: the first that is in it counts.
         seen: what was set on the way, by name.
     """
 
@@ -183,7 +183,9 @@ def _builder(trt: Any, b: Behaviour) -> list[type]:
 
         def parse(self, model: bytes) -> bool:
             self._network._model = onnx.load_from_string(model)
-            self._errors = [ParserError(node) for node in self._network._model.graph.node if node.op_type in b.refuse]
+            self._errors = [
+                ParserError(node) for node in self._network._model.graph.node if node.op_type.startswith(b.refuse)
+            ]
             return not self._errors
 
         def get_error(self, index: int) -> ParserError:
@@ -298,9 +300,9 @@ def _runtime(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             for message in messages:
                 trt._logger.log(trt.ILogger.ERROR, message)
             if not messages:
-                operators = {node.op_type for node in self._engine._model.graph.node}
-                taken = next((ms for name, ms in b.milliseconds.items() if name in operators), 2.0)
-                gpu.put(stream_handle, self._compute, taken)
+                operators = [node.op_type for node in self._engine._model.graph.node]
+                took = [ms for name, ms in b.milliseconds.items() if any(kind.startswith(name) for kind in operators)]
+                gpu.put(stream_handle, self._compute, (*took, 2.0)[0])
             return not messages
 
         def _compute(self) -> None:

@@ -46,18 +46,18 @@ class TensorRtRtx(TensorRtBackend):
                     "--backend tensorrt.",
                 )
         _refuse_uint8(bundle.model())
-        engines = [self.engine(bundle, one, batch, (BODIES,), {}) for one in capabilities]
-        if self.execution.kernels == "portable" or not has_sparse_attention(bundle):
-            return engines
-        return [self._with_dense(bundle, engine) for engine in engines]
+        return [self._planned(bundle, capability, batch) for capability in capabilities]
 
-    def _with_dense(self, bundle: Bundle, engine: Engine) -> Engine:
-        """Where the engine's GPU is not here nothing can be compared, and sparse is built alone."""
+    def _planned(self, bundle: Bundle, capability: str, batch: BatchRange) -> Engine:
+        """With dense attention beside sparse; where the engine's GPU is not here nothing can be compared."""
+        engine = self.engine(bundle, capability, batch, (BODIES,), {})
+        if self.execution.kernels == "portable" or not has_sparse_attention(bundle):
+            return engine
         why = self.why_not_here(engine)
         if why is None:
-            return self.engine(bundle, engine.compute_capability, engine.batch, (BODIES, DENSE), {})
+            return self.engine(bundle, capability, batch, (BODIES, DENSE), {})
         reason = f"nothing can be timed here ({why.rstrip('.')}); on a machine with that GPU build compares the two"
-        return self.engine(bundle, engine.compute_capability, engine.batch, (BODIES,), {DENSE: reason})
+        return self.engine(bundle, capability, batch, (BODIES,), {DENSE: reason})
 
     def compile(self, model: bytes, engine: Engine, _bundle: Bundle) -> tuple[bytes, Details]:
         """See `TensorRtBackend.compile`."""
