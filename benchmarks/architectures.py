@@ -20,6 +20,8 @@ from summary import write_summary
 import sparsifiner_edge as se
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.costs import summary
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
@@ -91,6 +93,7 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     bundle = open_bundle(se.export_model(model, example, folder / "bundle", normalise=((0.5,) * 3, (0.25,) * 3)))
     manifest, sparsity = bundle.manifest, backbone.sparsity
     assert sparsity is not None
+    assert manifest.shape is not None
     return {
         "name": name,
         "host": backbone.library,
@@ -100,8 +103,8 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
         "prefix": backbone.prefix,
         "patches": backbone.patches,
         "check": write_record(manifest.check),
-        "costs": manifest.costs,
-        "dense_costs": manifest.dense_costs,
+        "costs": summary(manifest.shape, sparsity),
+        "dense_costs": summary(manifest.shape, SparsityConfig(keep=1)),
     }
 
 
@@ -110,8 +113,8 @@ def short(row: dict[str, Any]) -> dict[str, Any]:
     check, dense = row["check"], row["dense_costs"]
     return {
         "size": row["size"], "tokens": row["prefix"] + row["patches"], "keep": row["sparsity"]["keep"],
-        "error": max(x["error_with_equal_selection"] for x in check["outputs"].values()),
-        "least_row_cosine": min(x["least_row_cosine"] for x in check["outputs"].values()),
+        "error": max(check["errors_with_equal_selection"].values()),
+        "least_row_cosine": min(check["least_row_cosines"].values()),
         "differing_share": check["differing_indices"] / check["selected_indices"],
         **{name: row["costs"][name] for name in COSTS},
         "dense_attention_macs": dense["attention_macs"], "dense_total_macs": dense["total_macs"],

@@ -38,7 +38,6 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import Keep, parse_keep
 from sparsifiner_edge.demo import material, split
-from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
@@ -112,10 +111,10 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
         token_keep=case.pruned, merge=case.merge, calibrate=pictures,
     )  # fmt: skip
     tell(f"export {OURS}")
-    made = {OURS: export_bundle(student, folder / "ours", measure=Execution())}
+    made = {OURS: export_bundle(student, folder / "ours")}
     tell(f"export {OURS8}")
     int8 = {"precision": "int8", "calibrate": pictures}
-    made[OURS8] = export_bundle(student, folder / "ours-int8", measure=Execution(), **int8)
+    made[OURS8] = export_bundle(student, folder / "ours-int8", **int8)
     tell(f"export {DENSE}")
     made[DENSE] = export_bundle(name, folder / "dense", weights=weights, img_size=size)
     tell(f"export {DENSE8}")
@@ -249,7 +248,7 @@ def measure(text: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, 
     }  # fmt: skip
     statistics = {
         "median_ms": medians, "best_dense": best, "ratios": ratios, "peak_memory": memory, "patch_cosine": agreement,
-        "chosen": manifests[OURS].get("measured"), "ran in": said,
+        "ran in": said,
         "quantisation": {OURS8: manifests[OURS8]["quantisation"], DENSE8: rival8},
     }  # fmt: skip
     return {label: x.tolist() for label, x in times.items()}, statistics

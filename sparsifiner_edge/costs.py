@@ -124,7 +124,7 @@ def _landmarks(shape: ModelShape, sparsity: SparsityConfig, layout: Layout) -> W
 
 
 def summary(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
-    """Totals per kind over all layers, as a manifest holds them: `<kind>_macs`, `<kind>_bytes`, totals."""
+    """Totals per kind over all layers: `<kind>_macs`, `<kind>_bytes`, totals."""
     layers = layer_costs(shape, sparsity)
     macs = {f"{kind}_macs": sum(costs[kind].macs for costs in layers) for kind in MAC_KINDS}
     macs["embedding_macs"] = shape.patches * 3 * shape.patch * shape.patch * shape.width

@@ -35,7 +35,7 @@ else:
         """A record, or why there is none. (msgspec reads no union of two records unless each names itself.)"""
 
 
-_PLACE = re.compile(r" - at `(?:key in )?\$(.*)`$")
+_PLACE = re.compile(r" - at `(?:key(?:` in `| in ))?\$(.*)`$")
 _WORDS = {"array": "list", "object": "dict", "null": "null"}
 
 

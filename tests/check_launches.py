@@ -30,15 +30,15 @@ def operator(name: str, plan: Any, launch: Any, entry: CompiledLaunch) -> type[O
         batch = inputs[0].shape[0]
         given = dict(zip(entry.inputs, inputs, strict=True))
         tensors = {}
-        for n in (*entry.inputs, *entry.outputs):
-            declared, buffer = entry.tensors[n], plan.buffers[n]
+        for n, declared in (entry.inputs | entry.outputs).items():
+            buffer = plan.buffers[n]
             raw = given.get(n)
             if raw is None:
                 raw = np.zeros((batch, *declared.shape), declared.dtype)
             tensors[n] = torch.from_numpy(np.array(raw, buffer.dtype))
         names = {a: None if b is None else tensors[b] for a, b in launch.arguments.items()}
         kernel(launch.kernel)[(*entry.grid, batch)](**names, **launch.constants, num_warps=launch.warps)
-        return tuple(tensors[n].numpy().reshape(batch, *entry.tensors[n].shape) for n in entry.outputs)
+        return tuple(tensors[n].numpy().reshape(batch, *declared.shape) for n, declared in entry.outputs.items())
 
     return type(name, (OpRun,), {"op_domain": NAMESPACE, "_run": _run})
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import ModelShape, summary
+from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, Workload
@@ -24,18 +24,13 @@ EDGE = SparsityConfig(keep=0.1, cells=25)
 BOARDS = st.sampled_from(["jetson-orin-nano-8gb", "jetson-agx-thor", "jetson-xavier-nx", "rtx-4090", "a100"])
 
 
-def counted(
-    folder: Path, shape: ModelShape = VIT_S, sparsity: SparsityConfig = DENSE, costs: Any = None, **manifest: Any
-) -> Path:
+def counted(folder: Path, shape: ModelShape = VIT_S, sparsity: SparsityConfig = DENSE, **manifest: Any) -> Path:
     """A bundle whose manifest speaks of a larger model than its file holds."""
     sparse = not sparsity.is_dense
     content = {
         "shape": dataclasses.asdict(shape),
-        "tokens": {"prefix": shape.prefix, "grid": [1, shape.patches]},
         "sparsity": sparsity.to_dict() if sparse else None,
         "ops": ["sparsifiner::KeySelect"] if sparse else [],
-        "costs": summary(shape, sparsity) if costs is None else costs,
-        "dense_costs": summary(shape, DENSE),
     }
     return make_bundle(folder, batch=1, **(content | manifest))
 

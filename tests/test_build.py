@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE, require_replaceable
 from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine
-from sparsifiner_edge.bundle.manifest import InputSpec, Manifest
+from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, GateError
 from sparsifiner_edge.runtime import build as module
@@ -109,7 +109,7 @@ def test_wrong_usage(tiny: Path, capsys: pytest.CaptureFixture[str], arguments: 
 
 
 def test_batch_sizes(tmp_path: Path) -> None:
-    images = (InputSpec("image", "uint8", (size, 4, 4, 3)) for size in (2, "batch"))
+    images = (TensorSpec("image", "uint8", (size, 4, 4, 3)) for size in (2, "batch"))
     fixed, dynamic = (Bundle(tmp_path, Manifest(schema_version=3, files={}, inputs=(image,))) for image in images)
     assert batch_range(fixed, None) == batch_range(fixed, (2, 2, 2)) == BatchRange(2, 2, 2)
     assert batch_range(dynamic, None) == BatchRange(1, 1, 8)

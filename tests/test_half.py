@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
-from safetensors.torch import save_file
 
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
@@ -27,7 +26,7 @@ from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of
-from tests.models import TINY_CONFIG, student, vit
+from tests.models import TINY_CONFIG, student
 from tests.once import Once
 
 KINDS = {
@@ -63,7 +62,6 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
 def place(once: Once) -> Path:
     def make(folder: Path) -> None:
         save_student(student(), folder / "student")
-        save_file(vit().state_dict(), folder / "w.safetensors")
         export_bundle(folder / "student", folder / "fp16", precision="fp16", batch="dynamic", tokens=True)
 
     return once("half", make)
@@ -94,14 +92,13 @@ def test_islands_stay_float32_and_the_rest_does_not(kind: str) -> None:
 def test_it_is_close_to_float32_on_another_image(kind: str) -> None:
     single = small_file(kind)
     half, found = to_fp16(single, [smooth_images(160)])
+    assert min(found.least_row_cosines.values()) >= module.LEAST_ROW_COSINE
     image = smooth_images(160, seed=9)
     wanted = file_runner(single)(image)
     outputs, lost = aligned(file_runner(half)(image), wanted)
     assert lost <= 2
-    for name, value in outputs.items():
-        assert value.dtype == np.float32
-        assert cosine(value, wanted[name]).min() > 0.999
-        assert found.least_row_cosines[name] >= module.LEAST_ROW_COSINE
+    assert {value.dtype for value in outputs.values()} == {np.dtype(np.float32)}
+    assert all(cosine(value, wanted[name]).min() > 0.999 for name, value in outputs.items())
     assert any(not np.array_equal(value, wanted[name]) for name, value in outputs.items())
 
 
@@ -117,12 +114,9 @@ def test_other_merges_are_no_error_of_float16(monkeypatch: pytest.MonkeyPatch) -
     assert min(x.min() for x in rows) < 0.9  # Some of their tokens are others.
     assert min(found.least_row_cosines.values()) >= module.LEAST_ROW_COSINE
     assert found.own_matches_cosines["tokens"] == pytest.approx(float(np.mean(rows)))
-    one = to_fp16(single, images, own_images=images[:1])[1]
-    assert one.own_matches_cosines["tokens"] == pytest.approx(float(rows[0].mean()))
-    assert one.least_row_cosines == found.least_row_cosines
     assert to_fp16(small_file("edge"), images[:1])[1].own_matches_cosines == {}
     monkeypatch.setattr(module, "LEAST_OWN_COSINE", 0.9999)
-    with pytest.raises(GateError, match=r"'tokens'.*on average, where its own matches merge, allowed 0\.9999"):
+    with pytest.raises(GateError, match=r"'tokens'.*allowed 0\.9999 on average, where its own matches merge"):
         to_fp16(single, images)
 
 
@@ -144,11 +138,9 @@ def test_token_scores_are_ranked_in_float32() -> None:
 def test_a_bundle_says_what_it_is_and_what_ran(place: Path) -> None:
     manifest = manifest_of(place / "fp16")
     assert manifest["precision"] == "fp16"
-    assert set(manifest["tolerances"].values()) == {module.HALF_TOLERANCE_FREE}
+    assert set(manifest["tolerances"].values()) == {0.05}
     assert {o["dtype"] for o in manifest["outputs"]} == {"float32"}
     found = manifest["float16"]
-    assert found["kernels"] == "function bodies"
-    assert 0 < found["largest_activation"] < 1000
     assert min(found["least_row_cosines"].values()) >= 0.999
     assert set(found["least_row_cosines"]) == {"logits", "features", "tokens"}
     with open_session(place / "fp16") as session:
@@ -162,30 +154,24 @@ def test_a_bundle_says_what_it_is_and_what_ran(place: Path) -> None:
         open_session(place / "fp16", kernels="native")
 
 
-def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEAST_ROW_COSINE", 1.1)
-    with pytest.raises(GateError, match=r"float16 file has cosine \d\.\d+ to float32, allowed 1.1"):
-        export_bundle(place / "student", place / "refused", precision="fp16")
-    assert not (place / "refused").exists()
-
-
-def test_overflow_fails_the_gate() -> None:
-    model = small_file("dense")
+def scaled(model: onnx.ModelProto, place: int, largest: float) -> str:
+    """The name of a linear layer's weights, scaled so that their largest is this."""
     weights = {t.name: t for t in model.graph.initializer}
-    *_, fc1, fc2 = [weights[n.input[1]] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
-    for tensor, largest in ((fc1, 10), (fc2, 6e4)):  # The weights fit; what they make does not.
-        values = numpy_helper.to_array(tensor)
-        tensor.CopyFrom(numpy_helper.from_array(values * (largest / np.abs(values).max()), tensor.name))
+    tensor = [weights[n.input[1]] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights][place]
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(values * (largest / np.abs(values).max()), tensor.name))
+    return tensor.name
+
+
+def test_what_float16_cannot_hold_or_is_too_far_is_a_failed_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = small_file("dense"), [smooth_images(160)]
+    scaled(model, -2, 10)  # The weights fit; what they make does not.
+    scaled(model, -1, 6e4)
     with pytest.raises(GateError, match=r"Activations of '\w+' reach \d\.\d+e\+0\d, beyond float16"):
-        to_fp16(model, [smooth_images(160)])
-
-
-def test_a_weight_beyond_float16_is_named() -> None:
-    model = small_file("dense")
-    weight = next(n.input[1] for n in model.graph.node if n.op_type == "MatMul" and "val" in n.input[1])
-    tensor = next(t for t in model.graph.initializer if t.name == weight)
-    values = numpy_helper.to_array(tensor).copy()
-    values[0, 0] = 7e4
-    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    with pytest.raises(GateError, match=f"Weight '{weight}' holds 70000, beyond float16"):
-        to_fp16(model, [smooth_images(160)])
+        to_fp16(model, images)
+    with pytest.raises(GateError, match=f"Weight '{scaled(model, 0, 7e4)}' holds 70000, beyond float16"):
+        to_fp16(model, images)
+    monkeypatch.setattr(module, "LEAST_ROW_COSINE", 1.1)
+    with pytest.raises(GateError, match=r"float16 file has cosine \d\.\d+ to float32, allowed 1.1") as caught:
+        to_fp16(small_file("dense"), images)
+    assert caught.value.fix == "Nothing was written. Export fp32, or int8."

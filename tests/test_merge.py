@@ -157,7 +157,6 @@ def test_exported_files_merge_as_torch_does(
     assert manifest.check.differing_indices == 0
     assert "sparsifiner::MatchTokens" in manifest.ops
     assert manifest.plan == plan_of(sparsity, manifest.shape.depth, manifest.shape.patches)
-    assert dict(manifest.costs) == summary(manifest.shape, sparsity)
     # The first layer's attention sees no merged token.
     model = bundle.model()
     merged = [gets_merged(model, node) for node in model.graph.node if node.op_type.endswith("Attention")]

@@ -91,7 +91,6 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     manifest = manifest_of(bundle)
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
     assert not any("Score" in name for name in manifest["ops"])
-    assert manifest["costs"]["total_macs"] < manifest["dense_costs"]["total_macs"]
     image = smooth_images(160, 1, seed=5)
     results = []
     for kernels in ("native", "portable"):

@@ -103,12 +103,10 @@ def an_engine(folder: Path) -> None:
     [
         (lambda folder: (folder / SIGNATURE_FILE).unlink(), "is not signed"),
         (other_model, "was changed after it was signed"),
-        (lambda folder: reseal(folder, name="another"), "was changed after it was signed"),
         (an_engine, "building an engine changes it"),
         (extra_kernels, "also holds kernels/sm87.json"),
         (lambda folder: (folder / "link").symlink_to("model.onnx"), "also holds link"),
         (link_signature, "outside itself"),
-        (signature(signature="AAAA"), "was changed after"),
         (signature(signature="\N{SNOWMAN}"), "was changed after"),
         (signature(signature=None), "signature is null, not str"),
         (signature(algorithm="none"), 'algorithm is "none"'),
@@ -127,17 +125,13 @@ def test_what_is_refused(alter: Callable[[Path], None], said: str, signed: Path,
     assert caught.value.fix
 
 
-def test_another_key(signed: Path, keys: Path) -> None:
+def test_another_key_and_one_that_is_only_claimed(signed: Path, keys: Path) -> None:
+    mine = read_signature(signed)
+    assert mine is not None
     with pytest.raises(ArtifactError, match="signed by another key"):
         require_signature(signed, keys / "other.pub")
     sign_bundle(signed, keys / "other.pem")
     require_signature(signed, keys / "other.pub")
-
-
-def test_the_key_that_is_claimed_proves_nothing(signed: Path, keys: Path) -> None:
-    mine = read_signature(signed)
-    assert mine is not None
-    sign_bundle(signed, keys / "other.pem")
     signature(key=mine.key)(signed)
     with pytest.raises(ArtifactError, match="was changed after it was signed"):
         require_signature(signed, keys / "key.pub")
@@ -184,31 +178,18 @@ def wrong_keys(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("curve.pem", "is not an Ed25519 key"),
-        ("locked.pem", "is not a private key without password"),
-        ("garbage", "is not a private key"),
-        ("large", "has more than"),
-        ("nothing", "does not exist"),
-        ("", "Is a directory"),
+        ("curve.pem", "is not an Ed25519 key"), ("curve.pub", "is not an Ed25519 key"),
+        ("locked.pem", "is not a private key without password"), ("garbage", "is not a p(rivate|ublic) key"),
+        ("large", "has more than"), ("nothing", "does not exist"), ("", "Is a directory"),
     ],
-)
-def test_keys_that_do_not_sign(name: str, said: str, wrong_keys: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=said):
-        sign_bundle(make_bundle(tmp_path / "b"), wrong_keys / name)
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("curve.pub", "is not an Ed25519 key"), ("locked.pem", "is not a public key"), ("garbage", "is not a public key")],
-)
-def test_keys_that_do_not_verify(name: str, said: str, wrong_keys: Path, signed: Path) -> None:
-    with pytest.raises(ArtifactError, match=said):
-        require_signature(signed, wrong_keys / name)
-
-
-@pytest.mark.parametrize("name", [".", "/"])
-def test_a_key_needs_a_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_refused(call(capsys, "bundle", "keygen", "-o", name), f"{name} names no file")
+)  # fmt: skip
+def test_keys_that_are_none(name: str, said: str, wrong_keys: Path, signed: Path) -> None:
+    if not name.endswith(".pub"):
+        with pytest.raises(ArtifactError, match=said):
+            sign_bundle(signed, wrong_keys / name)
+    if not name.endswith(".pem"):
+        with pytest.raises(ArtifactError, match=said):
+            require_signature(signed, wrong_keys / name)
 
 
 def test_a_full_disk_leaves_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,8 +214,9 @@ def test_keys_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "new" / "key.pem").rename(tmp_path / "new" / "old.pem")
     with pytest.raises(ArtifactError, match=r"key\.pub exists"):
         generate_key(tmp_path / "new" / "key.pem")
-    with pytest.raises(ArtifactError, match="names no file of a private key"):
-        generate_key(tmp_path / "new" / "fresh.pub")
+    for name in (tmp_path / "new" / "fresh.pub", Path(), Path("/")):
+        with pytest.raises(ArtifactError, match="names no file of a private key"):
+            generate_key(name)
     (tmp_path / "new" / "old.pem").rename(tmp_path / "new" / "key.pem")
     assert snapshot(tmp_path) == before
 

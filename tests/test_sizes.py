@@ -17,7 +17,6 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import WeightsError
-from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.runtime import open_session
@@ -88,23 +87,6 @@ def test_a_rectangle_in_other_precisions(precision: str, tiny_student: Path, tmp
     assert (manifest["precision"], manifest["inputs"][0]["shape"]) == (precision, ["batch", 96, 160, 3])
     with open_session(made) as session:
         check_golden(session, open_bundle(made))
-
-
-@pytest.mark.everything
-def test_another_tile_and_dense_layers_in_a_rectangle(tiny_student: Path, tmp_path: Path, pictures: Path) -> None:
-    made = export_bundle(
-        tiny_student,
-        tmp_path / "b",
-        img_size=(96, 160),
-        keep=0.9,
-        tile=8,
-        probe=8,
-        calibrate=pictures,
-        measure=Execution(),
-    )
-    manifest = manifest_of(made)
-    assert (manifest["retiled"]["to"]["tile"], manifest["retiled"]["images"]) == (8, 3)
-    assert manifest["measured"]["choices"]
 
 
 def test_both_forms_of_a_square_give_the_same_images() -> None:

@@ -43,7 +43,7 @@ def make_bundle(
     content = {
         "name": folder.name,
         "precision": "fp32",
-        "inputs": [{"name": "image", "dtype": "uint8", "shape": [batch, *sides, 3], "layout": "NHWC"}],
+        "inputs": [{"name": "image", "dtype": "uint8", "shape": [batch, *sides, 3]}],
         "outputs": [{"name": "features", "dtype": np.dtype(dtype).name, "shape": [batch, width]}],
         "tolerances": {"features": 1e-5},
     }

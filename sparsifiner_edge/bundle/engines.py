@@ -59,15 +59,13 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
     """What the builder of an engine reports, for people; a backend leaves out what it does not know.
 
     Attributes:
-        layers: of the network as parsed. warnings: the first ten. device: what it was built on.
+        layers: of the network as parsed.
         build_seconds: by the clock; cpu_seconds: of the building process, its start included. bytes: size of the file.
         kernels: the candidate that was kept; candidates: all of them, also those that were not built.
         golden: what the golden check returned before the engine was put into the bundle.
     """
 
     layers: int | None = None
-    warnings: tuple[str, ...] = ()
-    device: str | None = None
     build_seconds: float | None = None
     cpu_seconds: float | None = None
     bytes: int | None = None

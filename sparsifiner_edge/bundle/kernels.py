@@ -7,7 +7,6 @@ kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin tak
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -21,7 +20,7 @@ from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import read_record
 
-KERNELS_SCHEMA = 1
+KERNELS_SCHEMA = 2
 FOLDER = "kernels"
 NAMESPACE = "sparsifiner_kernels"
 """Domain of nodes that are launches; TensorRT reads it as the namespace of plugins."""
@@ -48,7 +47,7 @@ class CompiledLaunch(Struct, frozen=True, kw_only=True):
     Attributes:
         kernel: its name in the plan. symbol: of the function in the code.
         grid: blocks in x and y; z is the batch. threads: of a block. shared_bytes: dynamic shared memory of a block.
-        inputs, outputs: names in the order of the kernel's parameters in `ptx`; `tensors` describes each.
+        inputs, outputs: by the names of the kernel's parameters, in their order: inputs, then outputs.
     """
 
     kernel: str | None = None
@@ -56,9 +55,8 @@ class CompiledLaunch(Struct, frozen=True, kw_only=True):
     grid: tuple[_Size, _Size]
     threads: _Size
     shared_bytes: _Bytes = field(name="shared")
-    inputs: tuple[_Parameter, ...]
-    outputs: tuple[_Parameter, ...]
-    tensors: dict[str, LaunchTensor]
+    inputs: dict[_Parameter, LaunchTensor]
+    outputs: dict[_Parameter, LaunchTensor]
 
 
 class NodeLaunch(Struct, frozen=True):
@@ -80,7 +78,6 @@ class KernelTable(Struct, frozen=True, kw_only=True):
     """
 
     schema_version: int = KERNELS_SCHEMA
-    compute_capability: str | None = None
     launches: dict[str, CompiledLaunch]
     nodes: dict[str, tuple[NodeLaunch, ...]]
     float32: dict[str, str] = {}
@@ -109,12 +106,9 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
     if file not in bundle.manifest.files:
         return None
     table = read_record(parse_json(bundle.read(file, MAX_JSON), path, KERNELS_SCHEMA, AGAIN), KernelTable, path, AGAIN)
-    for name, launch in table.launches.items():
+    for name in table.launches:
         if not _NAME.fullmatch(name):  # It becomes the name of a file and of a plugin.
             raise ArtifactError(f"{path} names a launch {name!r:.60}.", AGAIN)
-        unknown = {*launch.inputs, *launch.outputs} - launch.tensors.keys()
-        if unknown:
-            raise ArtifactError(f"{path}: {name} does not describe its tensor {min(unknown)!r:.60}.", AGAIN)
     names = [*table.float32, *table.float32.values()]
     for node in (node for nodes in table.nodes.values() for node in nodes):
         if node.launch not in table.launches:
@@ -133,75 +127,32 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
     `plugin_version` are for parsers older than TensorRT 10.10, which do not read the domain.
 
     Raises:
-        ArtifactError: the model lacks a node of the table.
+        ArtifactError: the model lacks a node or a weight of the table.
     """
+    import numpy as np
     import onnx
 
     made = onnx.ModelProto()
     made.CopyFrom(model)
     replaced: list[Any] = []
+    weights = {tensor.name: tensor for tensor in made.graph.initializer}
     missing = set(table.nodes) - {node.name for node in made.graph.node if node.domain == DOMAIN}
+    missing |= set(table.float32.values()) - weights.keys()
     if missing:
-        raise ArtifactError(f"The kernels are for another model: it has no node {min(missing)!r}.", "Export it again.")
+        raise ArtifactError(f"The kernels are for another model: it has no {min(missing)!r}.", "Export it again.")
     for node in made.graph.node:
         launches = table.nodes.get(node.name) if node.domain == DOMAIN else None
         if launches is None:
-            replaced.append(node)
+            replaced.append(onnx.NodeProto.FromString(node.SerializeToString()))
             continue
         for launch in launches:
             names = {"domain": NAMESPACE, "plugin_namespace": NAMESPACE, "plugin_version": "1"}
             replaced.append(onnx.helper.make_node(launch.launch, launch.inputs, launch.outputs, launch.name, **names))
-    _add_float_copies(made, table)
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in replaced]
+    for name, origin in table.float32.items():
+        values = onnx.numpy_helper.to_array(weights[origin]).astype(np.float32)
+        made.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     del made.graph.node[:]
-    made.graph.node.extend(kept)
+    made.graph.node.extend(replaced)
     drop_unused(made)
     made.opset_import.append(onnx.helper.make_opsetid(NAMESPACE, 1))
     return made
-
-
-def _add_float_copies(model: Any, table: KernelTable) -> None:
-    """Weights that launches want in float32 and the model has in another type, under names of the table."""
-    import numpy as np
-    import onnx
-
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, origin in table.float32.items():
-        if origin not in weights:
-            raise ArtifactError(f"The kernels are for another model: it has no {origin!r}.", "Export it again.")
-        tensor = weights[origin]
-        values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-
-
-def plain_ptx(ptx: str) -> str:
-    """PTX without debugging information, which names files of the machine that compiled it."""
-    ptx = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{.*?\}\s*$", "", ptx, flags=re.MULTILINE | re.DOTALL)
-    kept = [line for line in ptx.splitlines() if not re.match(r"\s*\.(loc|file)\s", line)]
-    return "\n".join(kept).rstrip() + "\n"
-
-
-def ordered_ptx(ptx: str, symbol: str, order: Sequence[int]) -> str:
-    """PTX whose kernel takes its parameters in another order, without those that `order` leaves out.
-
-    The body names parameters, so only their declarations move. TensorRT passes inputs, then outputs, and nothing else;
-    a compiler's own parameters at the end, which no instruction reads, must go.
-
-    Args:
-        order: numbers of the parameters that stay, from 0.
-
-    Raises:
-        ArtifactError: there is no such kernel, or it reads a parameter that is left out.
-    """
-    head = re.compile(rf"(\.entry\s+{re.escape(symbol)}\s*\()([^)]*)(\))")
-    match = head.search(ptx)
-    declared = [line.strip() for line in match[2].split(",")] if match else []
-    if match is None or max(order, default=-1) >= len(declared):
-        raise ArtifactError(f"The PTX has no kernel {symbol!r} of that many parameters.", AGAIN)
-    names = [line.split()[-1] for line in declared]
-    rest = ptx[match.end() :]
-    for number in set(range(len(names))) - set(order):
-        if re.search(rf"{re.escape(names[number])}\b", rest):
-            raise ArtifactError(f"The kernel {symbol!r} reads its parameter {number}.", AGAIN)
-    parameters = ",\n\t".join(declared[number] for number in order)
-    return f"{ptx[: match.start()]}{match[1]}\n\t{parameters}\n{match[3]}{rest}"

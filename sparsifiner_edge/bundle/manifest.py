@@ -12,14 +12,7 @@ from msgspec import Meta
 from sparsifiner_edge.artifacts import BUNDLE_FILE, ENGINE_FOLDER, SIGNATURE_FILE, parse_json
 from sparsifiner_edge.bounds import MOST_SIDE
 from sparsifiner_edge.bundle.engines import Engine
-from sparsifiner_edge.bundle.entries import (
-    BoardKernels,
-    Check,
-    Float16,
-    Measured,
-    Quantisation,
-    Retiled,
-)
+from sparsifiner_edge.bundle.entries import BoardKernels, Check, Float16, Quantisation, Retiled
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -52,17 +45,18 @@ class TensorSpec(msgspec.Struct, frozen=True):
         return f"{self.dtype} {shape_text(self.shape)}"
 
 
-class InputSpec(TensorSpec, frozen=True):
-    """An input, and how an image lies in it: such as "NHWC", 0 to 255, "RGB"."""
-
-    layout: str | None = None
-    range: tuple[int, int] | None = None
-    colour: str | None = None
-
-
 def shape_text(shape: tuple[int | str | None, ...]) -> str:
     """Such as "[batch, 224, 224, 3]"."""
     return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+
+
+def tensor_spec(value: Any) -> TensorSpec:
+    """Of an input or output in a file (onnx's ValueInfoProto)."""
+    import onnx
+
+    tensor = value.type.tensor_type
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape)
 
 
 class Preprocessing(msgspec.Struct, frozen=True):
@@ -79,13 +73,6 @@ class Preprocessing(msgspec.Struct, frozen=True):
     folded: Normalisation | None = None
 
 
-class Tokens(msgspec.Struct, frozen=True):
-    """Tokens of an image: `prefix` before the patches, and patches in a `grid` of rows and columns."""
-
-    prefix: Annotated[int, Meta(ge=0, le=MOST_SIDE)]
-    grid: tuple[_Side, _Side] | None = None
-
-
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a bundle says of itself. Whoever needs what is left out here refuses the bundle.
 
@@ -93,12 +80,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         files: every file but manifest and signature: name -> SHA-256 in hexadecimal.
         name: of the model, as timm has it. precision: "fp32", "fp16" or "int8"; None: it does not say.
         shape: the sizes that decide costs. ops: operators of the domain `sparsifiner`.
-        inputs, outputs: of the model, in its order.
+        inputs, outputs: of the model, in its order. Images are "NHWC", 0 to 255, RGB.
         sparsity: None where attention is dense. plan: what each layer does.
-        costs, dense_costs: see `costs.summary`.
         tolerances: output -> greatest difference from golden, relative to its range.
         engines: in the order in which they were built.
-        check, retiled, measured, quantisation, float16, boards: what export found, for people.
+        check, retiled, quantisation, float16, boards: what export found, for people.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
     """
 
@@ -108,19 +94,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     precision: str | None = None
     shape: ModelShape | None = None
     ops: tuple[str, ...] = ()
-    inputs: tuple[InputSpec, ...] = ()
+    inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     preprocessing: Preprocessing | None = None
-    tokens: Tokens | None = None
     sparsity: SparsityConfig | None = None
     plan: LayerPlan | None = None
-    costs: dict[str, int] = {}
-    dense_costs: dict[str, int] = {}
     tolerances: dict[str, float] = {}
     engines: tuple[Engine, ...] = ()
     check: Check | None = None
     retiled: Retiled | None = None
-    measured: Measured | None = None
     quantisation: Quantisation | None = None
     float16: Float16 | None = None
     boards: tuple[BoardKernels, ...] = ()
@@ -157,11 +139,9 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     except ConfigError as error:
         raise ArtifactError(f"{folder}: {error.what}", AGAIN) from error
     manifest = read_record(content, Manifest, folder, AGAIN)
-    listed = [board.table for board in manifest.boards] + [board.model for board in manifest.boards]
-    for name in (*filter(None, listed), *(engine.file for engine in manifest.engines)):
-        if name not in files:
-            raise ArtifactError(f"{folder} lists {name!r:.80} without a hash.", AGAIN)
     for engine in manifest.engines:
+        if engine.file not in files:
+            raise ArtifactError(f"{folder} lists {engine.file!r:.80} without a hash.", AGAIN)
         if PurePosixPath(engine.file).parent != PurePosixPath(ENGINE_FOLDER):
             raise ArtifactError(f"{folder} lists the engine {engine.file!r} outside {ENGINE_FOLDER}/.", AGAIN)
     return msgspec.structs.replace(manifest, sparsity=sparsity)

@@ -172,10 +172,10 @@ def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitSta
 
     name = bundle.required(bundle.manifest.name, "name")
     about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
-    tokens = bundle.required(bundle.manifest.tokens, "tokens")
+    prefix = bundle.required(bundle.manifest.shape, "shape").prefix
     labels = tuple(bundle.labels())
     # Of a dynamic batch one image at a time: engines may take few.
-    return Extractor(extract, bundle.image_size, tokens.prefix, about, session.description, labels, fixed or 1, name)
+    return Extractor(extract, bundle.image_size, prefix, about, session.description, labels, fixed or 1, name)
 
 
 def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:

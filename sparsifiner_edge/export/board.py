@@ -1,11 +1,12 @@
-"""What a bundle holds for one board: its CUDA kernels, compiled, and the model whose nodes are launches of them."""
+"""What a bundle holds for one board: its CUDA kernels, compiled, and a table of which nodes they replace."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -20,18 +21,15 @@ from sparsifiner_edge.bundle.kernels import (
     LaunchTensor,
     NodeLaunch,
     code_file,
-    kernel_model,
-    ordered_ptx,
-    plain_ptx,
     table_file,
 )
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.graph import gets_merged
 from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Buffer, Launch, Plan, refusals, shortened
+from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Launch, Plan, refusals, shortened
 from sparsifiner_edge.ops.triton.plan_layer import make_a_layer, plan_layer
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from sparsifiner_edge.profiles.boards.board import Board
@@ -52,8 +50,7 @@ Types = Mapping[str, tuple[str, tuple[int, ...]]]
 def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -> BoardKernels:
     """Compile the kernels of a model for a board into a bundle's folder.
 
-    Writes `kernels/sm<N>.json`, `kernels/sm<N>/*.ptx` and `kernels/sm<N>.onnx`: the model with launches in the place of
-    our operators, without bodies, for TensorRT with a plugin. Call it before the bundle is sealed.
+    Writes `kernels/sm<N>.json` and `kernels/sm<N>/*.ptx`. Call it before the bundle is sealed.
 
     Args:
         model: as in `model.onnx`.
@@ -78,70 +75,98 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         raise ConfigError(
             f"{name} has nothing to compile: no sparse attention, and no tokens merge.", "Leave --board out."
         )
-    cuda, ptx_version = _toolkit(board)
+    ptx_version, types = _ptx_version(board), _tensor_types(model)
     table = KernelTable(
-        compute_capability=f"{board.sm / 10:.1f}", launches={}, nodes={}, float32={},
-        triton=str(package_version("triton")), ptx_version=ptx_version / 10,
-    )  # fmt: skip
-    refused = _compile(model, nodes, _Target(board.sm, ptx_version, folder), table)
-    (folder / table_file(board.sm)).write_text(dump_json(write_record(table)), encoding="utf-8")
-    variant = f"{FOLDER}/sm{board.sm}.onnx"
-    onnx.save(kernel_model(model, table), folder / variant)
-    return BoardKernels(
-        board=board.name, compute_capability=table.compute_capability, table=table_file(board.sm), model=variant,
-        launches=len(table.launches), nodes=len(table.nodes), refused=refused, triton=table.triton,
-        ptx_version=table.ptx_version, cuda=cuda or "any that takes this PTX version",
-    )  # fmt: skip
-
-
-def _toolkit(board: Board) -> tuple[str | None, int]:
-    """CUDA version of the board's oldest supported JetPack, if it has one, and the PTX version to write."""
-    least = LEAST_PTX.get(board.sm, 85)
-    for release in board.jetpack:
-        if tuple(map(int, release.tensorrt.split(".")[:2])) >= OLDEST_TENSORRT:
-            return release.cuda, max(PTX_OF_CUDA.get(release.cuda, 85), least)
-    return None, least
-
-
-class _Target(NamedTuple):
-    """What is compiled for, and the bundle's folder. ptx_version: times ten."""
-
-    sm: int
-    ptx_version: int
-    folder: Path
-
-
-def _compile(model: onnx.ModelProto, nodes: Sequence[Any], target: _Target, table: KernelTable) -> dict[str, str]:
-    """Fill the table, with its code written; why nodes are left out. Layers of equal sizes share their launches."""
-    types = _tensor_types(model)
+        launches={}, nodes={}, float32={}, triton=str(package_version("triton")), ptx_version=ptx_version / 10
+    )
     refused: dict[str, str] = {}
-    done: dict[str, list[tuple[str, Compiled]]] = {}
-    (target.folder / FOLDER / f"sm{target.sm}").mkdir(parents=True, exist_ok=True)
+    done: dict[str, list[str]] = {}
+    (folder / FOLDER / f"sm{board.sm}").mkdir(parents=True, exist_ok=True)
     for together in _layers(nodes):
-        plan = _plan(model, together, types, target.sm)
+        plan = _plan(model, together, types, board.sm)
         if isinstance(plan, str):
             refused |= {node.name: plan for node in together}
             continue
-        key = str(plan)
+        key = str(plan)  # Layers of equal sizes share their launches.
         if key not in done:
-            compiled = [_compile_launch(plan, launch, target) for launch in plan.launches]
-            done[key] = [(_write(made, plan, target, table), made) for made in compiled]
+            done[key] = _compile(plan, board.sm, ptx_version, folder, table)
         _enter(together, types, done[key], table)
     if not table.nodes:
         raise ConfigError(
             f"No layer can be compiled: {next(iter(refused.values()))}.",
             "Export with --precision fp16, and with --calibrate IMAGES where cells are too many; or leave --board out.",
         )
-    return refused
+    (folder / table_file(board.sm)).write_text(dump_json(write_record(table)), encoding="utf-8")
+    return BoardKernels(board.name, f"{board.sm / 10:.1f}", len(table.launches), len(table.nodes), refused)
 
 
-def _compile_launch(plan: Plan, launch: Launch, target: _Target) -> Compiled:
+def _ptx_version(board: Board) -> int:
+    """What to write: the newest that the board's oldest supported JetPack takes, if it has one; times ten."""
+    least = LEAST_PTX.get(board.sm, 85)
+    for release in board.jetpack:
+        if tuple(map(int, release.tensorrt.split(".")[:2])) >= OLDEST_TENSORRT:
+            return max(PTX_OF_CUDA.get(release.cuda, 85), least)
+    return least
+
+
+def _compile(plan: Plan, sm: int, ptx_version: int, folder: Path, table: KernelTable) -> list[str]:
+    """Write the code of a plan's launches, enter them into the table; returns their names.
+
+    A launch writes what is no input of the plan and no launch before it has.
+    """
+    known, names = {name for name, buffer in plan.buffers.items() if buffer.role == "input"}, []
+    for step in plan.launches:
+        made = _compile_launch(plan, step, sm, ptx_version)
+        sides: tuple[dict[str, LaunchTensor], dict[str, LaunchTensor]] = ({}, {})
+        for buffer in made.arguments:
+            shape = buffer.shape[1:] if buffer.name not in ("proj_q", "proj_k") else buffer.shape  # Without batch.
+            tensor = LaunchTensor(cast(DType, buffer.dtype), shape)
+            sides[buffer.name not in known][buffer.name] = tensor
+        launch = CompiledLaunch(
+            kernel=step.kernel, symbol=made.symbol, grid=made.launch.grid[:2], threads=32 * made.launch.warps,
+            shared_bytes=made.shared, inputs=sides[0], outputs=sides[1],
+        )  # fmt: skip
+        ptx, plain = bare_ptx(made.ptx, made.symbol, len(made.arguments)), write_record(launch)
+        assert [*sides[0], *sides[1]] == [buffer.name for buffer in made.arguments], "TensorRT passes inputs first"
+        content = f"{ptx}{sorted((plain['inputs'] | plain['outputs']).items())}{plain['grid']}"
+        name = f"{step.kernel}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        if name not in table.launches:
+            table.launches[name] = launch
+            (folder / code_file(sm, name)).write_text(ptx, encoding="utf-8")
+        names.append(name)
+        known.update(*sides)
+    return names
+
+
+def bare_ptx(ptx: str, symbol: str, parameters: int) -> str:
+    """PTX without debugging information, which names files of the machine that compiled it, and without a compiler's
+    own parameters behind the kernel's, which no instruction reads and TensorRT does not pass.
+
+    Raises:
+        BackendError: there is no such kernel, or it reads a parameter that is left out.
+    """
+    ptx = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{.*?\}\s*$", "", ptx, flags=re.MULTILINE | re.DOTALL)
+    kept = [line for line in ptx.splitlines() if not re.match(r"\s*\.(loc|file)\s", line)]
+    ptx = "\n".join(kept).rstrip() + "\n"
+    match = re.search(rf"(\.entry\s+{re.escape(symbol)}\s*\()([^)]*)(\))", ptx)
+    declared = [line.strip() for line in match[2].split(",")] if match else []
+    if match is None or len(declared) < parameters:
+        raise BackendError(f"The PTX has no kernel {symbol!r} of {parameters} parameters.", "Report this.")
+    rest = ptx[match.end() :]
+    for name in (line.split()[-1] for line in declared[parameters:]):
+        if re.search(rf"{re.escape(name)}\b", rest):
+            raise BackendError(f"The kernel {symbol!r} reads the compiler's parameter {name}.", "Report this.")
+    own = ",\n\t".join(declared[:parameters])
+    return f"{ptx[: match.start()]}{match[1]}\n\t{own}\n{match[3]}{rest}"
+
+
+def _compile_launch(plan: Plan, launch: Launch, sm: int, ptx_version: int) -> Compiled:
     """A launch, in smaller blocks where TensorRT's plugins would refuse the shared memory that it takes."""
-    made = compile_launch(plan, launch, target.sm, target.ptx_version)
+    made = compile_launch(plan, launch, sm, ptx_version)
     smaller = shortened(launch)
     if made.shared <= MOST_SHARED_BYTES or smaller is launch:
         return made
-    return _compile_launch(plan, smaller, target)
+    return _compile_launch(plan, smaller, sm, ptx_version)
 
 
 def _layers(nodes: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -197,43 +222,7 @@ def _plan(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm: int
     return PLANS[first.op_type](shapes if sized else [shapes[0], *shapes[2:]], attributes, dtype)
 
 
-def _write(made: Compiled, plan: Plan, target: _Target, table: KernelTable) -> str:
-    """Write the code of a launch, enter it into the table; returns its name."""
-    inputs, outputs = _reads_and_writes(made, plan)
-    order = [[b.name for b in made.arguments].index(name) for name in (*inputs, *outputs)]
-    ptx = ordered_ptx(plain_ptx(made.ptx), made.symbol, order)
-    step = made.launch
-    launch = CompiledLaunch(
-        kernel=step.kernel, symbol=made.symbol, grid=step.grid[:2], threads=32 * step.warps, shared_bytes=made.shared,
-        inputs=inputs, outputs=outputs, tensors={b.name: _tensor(b) for b in made.arguments},
-    )  # fmt: skip
-    plain = write_record(launch)
-    digest = hashlib.sha256(f"{ptx}{sorted(plain['tensors'].items())}{plain['grid']}".encode()).hexdigest()[:12]
-    name = f"{step.kernel}_{digest}"
-    if name not in table.launches:
-        table.launches[name] = launch
-        (target.folder / code_file(target.sm, name)).write_text(ptx, encoding="utf-8")
-    return name
-
-
-def _reads_and_writes(made: Compiled, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of what a launch reads and writes: it writes what is no input of the plan and no launch before it has."""
-    known = {name for name, buffer in plan.buffers.items() if buffer.role == "input"}
-    for launch in plan.launches:
-        if launch.kernel == made.launch.kernel:
-            break
-        known.update(filter(None, launch.arguments.values()))
-    names = [buffer.name for buffer in made.arguments]
-    return tuple(name for name in names if name in known), tuple(name for name in names if name not in known)
-
-
-def _tensor(buffer: Buffer) -> LaunchTensor:
-    """Type and shape without batch."""
-    shape = buffer.shape[1:] if buffer.name not in ("proj_q", "proj_k") else buffer.shape
-    return LaunchTensor(cast(DType, buffer.dtype), shape)
-
-
-def _enter(together: Sequence[Any], types: Types, launches: Sequence[tuple[str, Compiled]], table: KernelTable) -> None:
+def _enter(together: Sequence[Any], types: Types, launches: Sequence[str], table: KernelTable) -> None:
     """The launches of nodes, with the model's names for inputs and outputs, and new names between them.
 
     Of a layer, `attend` stands in the attention's place.
@@ -250,9 +239,8 @@ def _enter(together: Sequence[Any], types: Types, launches: Sequence[tuple[str, 
     own = [launches] if len(together) == 1 else [launches[:-1], launches[-1:]]
     for node, parts in zip(together, own, strict=True):
         chain = []
-        for name, compiled in parts:
+        for name in parts:
             launch = table.launches[name]
-            tensors = {b.name: names.get(b.name, f"{together[0].name}/{b.name}") for b in compiled.arguments}
-            inputs, outputs = (tuple(tensors[n] for n in side) for side in (launch.inputs, launch.outputs))
-            chain.append(NodeLaunch(f"{node.name}/{compiled.launch.kernel}", name, inputs, outputs))
+            sides = (tuple(names.get(n, f"{together[0].name}/{n}") for n in x) for x in (launch.inputs, launch.outputs))
+            chain.append(NodeLaunch(f"{node.name}/{launch.kernel}", name, *sides))
         table.nodes[node.name] = tuple(chain)

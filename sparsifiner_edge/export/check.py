@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from torch import nn
 from torch.nn import functional
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.bundle.entries import Check, OutputCheck
+from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.deployed_model import DeployedModel
-from sparsifiner_edge.export.sessions import file_runner, with_outputs
+from sparsifiner_edge.export.sessions import file_runner, results_of, with_outputs
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, Agreement, agreement, aligned
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import native_library
-from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.outputs import ALONE
@@ -79,7 +80,7 @@ def check_export(
     """
     sparse = any(node.domain == DOMAIN for node in model.graph.node)
     kernels = ("portable", "native") if sparse and native_library("auto") else ("portable",)
-    selects, matches = _outputs_of(model, "KeySelect"), _outputs_of(model, "MatchTokens")
+    selects, matches = results_of(model, "KeySelect"), results_of(model, "MatchTokens")
     runners = [file_runner(with_outputs(model, selects + matches), kind) for kind in kernels]
     free: dict[str, Agreement] = {}
     equal: dict[str, Agreement] = {}
@@ -104,8 +105,9 @@ def check_export(
             pruned += missing
             indices += sum(x.size for x in chosen)
             differing += others
-    outputs = {name: OutputCheck(found.error, found.cosine, equal[name].error) for name, found in free.items()}
-    return Check(outputs, indices, differing, pruned, tuple(batches), kernels), golden
+    errors, alike = ({name: found.error for name, found in worst.items()} for worst in (free, equal))
+    cosines = {name: found.cosine for name, found in free.items()}
+    return Check(errors, cosines, alike, indices, differing, pruned, tuple(batches), kernels), golden
 
 
 def _compare(
@@ -149,11 +151,6 @@ def count_differing(a: Array, b: Array) -> int:
     return sum(len(np.setdiff1d(x, y, assume_unique=True)) for x, y in pairs)
 
 
-def _outputs_of(model: onnx.ModelProto, kind: str) -> list[str]:
-    """Results of the operators whose name ends in `kind`, first layer first."""
-    return [node.output[0] for node in model.graph.node if node.domain == DOMAIN and node.op_type.endswith(kind)]
-
-
 def _as_numbers(pairs: Array) -> Array:
     """Pairs int32 [B,M,2] as one number each [B,M]."""
     return pairs[..., 0].astype(np.int64) << 32 | pairs[..., 1]
@@ -164,42 +161,38 @@ def _run_torch(
     deployed: DeployedModel,
     image: Array,
     lists: Sequence[Array] | None = None,
-    pairs: Sequence[Array] = (),
+    pairs: Sequence[Array] | None = None,
 ) -> tuple[dict[str, Array], list[Array]]:
     """Outputs, and what was chosen: the keys each sparse layer read, then the pairs each merging layer made.
 
-    With `lists`, the keys are those, layer by layer, and tokens merge by `pairs`, one array per layer that merges.
+    With `lists` and `pairs`, one array a layer, the keys are those, and such tokens merge.
     """
-    read: list[Array] = []
-    matched: list[Array] = []
     merging = [part for part in deployed.modules() if isinstance(part, Merging)]
-    layers = sparse_layers(deployed)
+    with _choices(sparse_layers(deployed), "indices", lists) as read, _choices(merging, "pairs", pairs) as matched:
+        outputs = deployed(torch.from_numpy(image))
+    chosen = read + [_as_numbers(x) for x in matched]
+    return {name: x.numpy() for name, x in zip(deployed.output_names, outputs, strict=True)}, chosen
 
-    def match(part: Merging) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
-        def found(qkv: torch.Tensor, sizes: torch.Tensor, num_heads: int) -> torch.Tensor:
-            own = Merging.pairs(part, qkv, sizes, num_heads) if lists is None else torch.from_numpy(pairs[len(matched)])
-            matched.append(_as_numbers(own.numpy()))
-            return own
 
-        return found
+@contextlib.contextmanager
+def _choices(parts: Sequence[nn.Module], method: str, given: Sequence[Array] | None) -> Iterator[list[Array]]:
+    """What a method of modules gives in the block, call by call; with `given`, it gives that instead."""
+    chosen: list[Array] = []
 
-    def choose(layer: SparseAttention) -> Callable[..., torch.Tensor]:
-        def indices(qkv: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
-            own = type(layer).indices(layer, qkv, sizes) if lists is None else torch.from_numpy(lists[len(read)])
-            read.append(own.numpy())
-            return own
+    def instead(part: nn.Module) -> Callable[..., torch.Tensor]:
+        own = getattr(part, method)
 
-        return indices
+        def choose(*inputs: Any) -> torch.Tensor:
+            found: torch.Tensor = own(*inputs) if given is None else torch.from_numpy(given[len(chosen)])
+            chosen.append(found.numpy())
+            return found
+
+        return choose
 
     try:
-        for layer in layers:
-            layer.indices = choose(layer)  # type: ignore[method-assign]
-        for part in merging:
-            part.pairs = match(part)  # type: ignore[method-assign,assignment]
-        outputs = deployed(torch.from_numpy(image))
+        for part in parts:
+            setattr(part, method, instead(part))
+        yield chosen
     finally:
-        for layer in layers:
-            layer.__dict__.pop("indices", None)
-        for part in merging:
-            part.__dict__.pop("pairs", None)
-    return {name: x.numpy() for name, x in zip(deployed.output_names, outputs, strict=True)}, read + matched
+        for part in parts:
+            part.__dict__.pop(method, None)

@@ -28,7 +28,7 @@ class DeployedModel(nn.Module):
         output_names: of a vision transformer alone "logits" and "features" if it is a classifier, "tokens" too where
             asked; else "features" and "tokens"; where tokens are pruned, "token_positions" follows "tokens". Of other
             modules as named, or their own (see `outputs_of`), and tokens behind them where asked.
-        folded: whether normalisation is. prunes: whether the model removes tokens.
+        folded: whether normalisation is.
     """
 
     def __init__(
@@ -43,8 +43,10 @@ class DeployedModel(nn.Module):
         self.mean, self.std = (nn.Buffer(torch.tensor(x)[:, None, None], persistent=False) for x in (pre.mean, pre.std))
         self.eval()
         alone = backbone.module is self.model
-        self.prunes = backbone.sparsity is not None and bool(backbone.sparsity.token_keep)
-        self.output_names = _names_alone(backbone, tokens, self.prunes) if alone else self._own_names(backbone)
+        self.output_names = self._own_names(backbone)
+        if alone:
+            order = ALONE[:2] if "logits" in self.output_names and not tokens else (*ALONE, POSITIONS)
+            self.output_names = [name for name in order if name in self.output_names]
         self.folded = alone or self._reads_pixels_alone(backbone)
         if self.folded:
             fold_normalisation(backbone, pre)
@@ -95,17 +97,6 @@ class DeployedModel(nn.Module):
                 projection.weight.copy_(weight)
                 projection.bias = bias
         return all(torch.allclose(got[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
-
-
-def _names_alone(backbone: Backbone, tokens: bool, prunes: bool) -> list[str]:
-    """Outputs of a vision transformer alone."""
-    some = backbone.embedding.weight.new_zeros(1, backbone.prefix + backbone.patches, backbone.width)
-    with torch.no_grad():
-        heads = backbone.heads(some)
-    names = [name for name in ALONE[:2] if name in heads]
-    if tokens or "logits" not in heads:
-        names += [ALONE[2], *([POSITIONS] if prunes else [])]
-    return names
 
 
 def deploy(student: Student, tokens: bool = False) -> DeployedModel:

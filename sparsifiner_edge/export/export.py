@@ -10,34 +10,24 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import onnx
-import onnx.inliner
 from torch import Tensor, nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_number
-from sparsifiner_edge.bundle.entries import Check
-from sparsifiner_edge.bundle.manifest import (
-    BUNDLE_SCHEMA,
-    MODEL_FILE,
-    InputSpec,
-    Manifest,
-    Preprocessing,
-    TensorSpec,
-    Tokens,
-)
+from sparsifiner_edge.bundle.entries import Check, Float16, Quantisation, Retiled
+from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, MODEL_FILE, Manifest, Preprocessing, tensor_spec
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
 from sparsifiner_edge.config import Keep, SparsityConfig
-from sparsifiner_edge.costs import ModelShape, summary
+from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.check import check_export, smooth_images
 from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
-from sparsifiner_edge.export.fp16 import LEAST_ROW_COSINE_INT8, to_fp16
-from sparsifiner_edge.export.graph import DYNAMIC, BatchSize, export_graph, set_metadata
+from sparsifiner_edge.export.fp16 import to_fp16
+from sparsifiner_edge.export.gpu_layout import suited_to_gpus
+from sparsifiner_edge.export.graph import BatchSize, export_graph, set_metadata
 from sparsifiner_edge.export.int8 import INT8_TARGETS, held_out, quantise
 from sparsifiner_edge.export.sessions import file_runner
-from sparsifiner_edge.export.student_changes import changed
 from sparsifiner_edge.export.tolerances import tolerances_of
 from sparsifiner_edge.images import Normalisation, Normalise, centre_text, evenly, list_images, load_image
 from sparsifiner_edge.ops.schema import DOMAIN
@@ -67,16 +57,12 @@ def export_bundle(
     keep: Keep | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
     merge: tuple[int, ...] | None = None,
-    tile: int | None = None,
-    probe: int | None = None,
     precision: str = "fp32",
     batch: int | str = 1,
     tokens: bool = False,
     calibrate: str | Path | None = None,
     int8_target: str = "cpu",
-    measure: Execution | None = None,
     boards: Sequence[str | Path] = (),
-    inline: bool = False,
     trust: Sequence[str] = (),
     normalise: Normalise = None,
     progress: Progress | None = None,
@@ -89,20 +75,15 @@ def export_bundle(
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels: a square's side, or height and width; None takes the student's or model's own.
         keep, token_keep, merge: for a student: other budgets than its own (see `SparsityConfig`).
-        tile, probe: for a sparse student: other ones than its own, behind a gate (see `student_changes`).
         precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
             attention stays in float32, or for the target "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
         tokens: also output the tokens of a classifier, or of what is in a model with a decoder; a vision transformer
             without classifier always does.
-        calibrate: for int8, another tile and boards: a folder of images like those that the model will see; at most
-            32 are used.
+        calibrate: for int8 and boards: a folder of images like those that the model will see; at most 32 are used.
         int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
-        measure: keep dense the layers where sparse attention is slower on this machine, run so; the manifest says how.
-        boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle,
-            of float16; the student gets the tile and cells that suit them if those pass the gate (`student_changes`).
-        inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
-            no kernels of ours can take them there.
+        boards: names or files of boards (see `profiles.boards`) whose GPU kernels go into the bundle, of float16; the
+            student gets the tile and cells that suit them if those pass the gate (see `gpu_layout`).
         trust: see `load_student`. normalise: for a model, what it expects of pixels; see `sparsify`.
         progress: for int8; see `Progress`.
 
@@ -115,15 +96,10 @@ def export_bundle(
     """
     target = Path(output)
     require_replaceable(target, "bundle")
-    size_of_batch = parse_batch(batch)
-    numbers = _numbers(precision, int8_target, calibrate, bool(tile or probe or boards), inline)
-    wanted = _boards(boards, numbers)
+    form = _form(precision, batch, calibrate, int8_target, boards)
     student = _load(source, weights, img_size, keep, token_keep, merge, trust, Normalisation.given(normalise))
-    student, changes = changed(student, tile, probe, measure, numbers.images, bool(wanted))
-    file = _file(student, deploy(student, tokens), size_of_batch, numbers, progress)
-    with new_folder(target, "bundle") as folder:
-        _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)
-    return target
+    student, retiled = suited_to_gpus(student, form.images) if boards else (student, None)
+    return _export(student, target, form, tokens, retiled, progress)
 
 
 def export_model(
@@ -139,7 +115,6 @@ def export_model(
     batch: int | str = 1,
     calibrate: str | Path | None = None,
     int8_target: str = "cpu",
-    inline: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export a module in memory that contains a vision transformer, sparse or not, decoder and all, to a bundle folder.
@@ -153,7 +128,7 @@ def export_model(
         outputs: names of what it gives: of a dictionary some of its keys; None takes the module's own.
         name: of the model, for people; None takes its class. labels: of its classes, if "logits" is an output; none
             takes those of a classifier of timm's or transformers'.
-        precision, batch, calibrate, int8_target, inline, progress: as of `export_bundle`.
+        precision, batch, calibrate, int8_target, progress: as of `export_bundle`.
 
     Returns:
         The folder.
@@ -164,9 +139,8 @@ def export_model(
     """
     target = Path(output)
     require_replaceable(target, "bundle")
-    size_of_batch, names = parse_batch(batch), checked_names(outputs)
+    form, names = _form(precision, batch, calibrate, int8_target), checked_names(outputs)
     pixels = declared(module, f"This {type(module).__name__}", Normalisation.given(normalise))
-    numbers = _numbers(precision, int8_target, calibrate, False, inline)
     backbone = backbone_of(module)
     require_images(example)
     height, width = (int(side) for side in example.shape[-2:])
@@ -179,91 +153,93 @@ def export_model(
         module, name or type(module).__name__, pixels, backbone.sparsity or SparsityConfig(keep=1),
         labels=checked_labels(list(labels), "labels"), outputs=names,
     )  # fmt: skip
-    file = _file(student, deploy(student), size_of_batch, numbers, progress)
-    with new_folder(target, "bundle") as folder:
-        _write(folder, file, file.manifest, ())
-    return target
+    return _export(student, target, form, progress=progress)
 
 
-class _Numbers(NamedTuple):
-    """What the file computes in; `images` calibrate int8 and judge another tile. inline: standard operators alone."""
+class _Form(NamedTuple):
+    """What a bundle is to be; images calibrate int8 and judge the layout for boards."""
 
     precision: str
+    batch: BatchSize
     int8_target: str
     images: list[Path]
-    inline: bool
+    boards: list[Board]
 
 
-class _File(NamedTuple):
-    """A checked file, and what goes beside it."""
-
-    model: onnx.ModelProto
-    golden: dict[str, Any]
-    labels: list[str]
-    manifest: Manifest
-
-
-def _file(
-    student: Student, deployed: DeployedModel, batch: BatchSize, numbers: _Numbers, progress: Progress | None
-) -> _File:
-    """Export and check a module; then the same in fp16, or in int8 with the rest as its target wants it."""
-    size, batches = student.img_size, (1, 3) if batch is None else (batch,)
-    model = export_graph(deployed, size, batch, deployed.output_names)
-    check, golden = check_export(model, deployed, size, batches)
-    quantisation = float16 = seen = None
-    if numbers.precision == "int8":
-        images = [np.repeat(load_image(path, size)[None], batches[0], 0) for path in numbers.images]
-        model, quantisation = quantise(model, images, numbers.int8_target, progress)
-        seen = held_out(images)[:3]
-    if numbers.precision == "fp16" or numbers.int8_target == "tensorrt":
-        images = [smooth_images(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
-        model, float16 = to_fp16(model, images, LEAST_ROW_COSINE_INT8 if quantisation else None, seen)
-    if numbers.precision != "fp32":
-        golden |= {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
-    if numbers.inline:
-        model = onnx.inliner.inline_local_functions(model)
-    # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
-    labels = [shown(label) for label in student.labels or _own_labels(student.model)]
-    set_metadata(model, _metadata(student, deployed, labels))
-    manifest = _manifest(student, model, check, numbers)
-    manifest = msgspec.structs.replace(manifest, quantisation=quantisation, float16=float16)
-    return _File(model, golden, labels, manifest)
-
-
-def _write(folder: Path, file: _File, manifest: Manifest, boards: Sequence[Board]) -> None:
-    (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
-    np.savez_compressed(folder / GOLDEN_FILE, **file.golden)
-    if file.labels:
-        (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in file.labels), encoding="utf-8")
-    kernels = tuple(board_files(file.model, file.manifest.name or "", board, folder) for board in boards)
-    seal_bundle(folder, msgspec.structs.replace(manifest, boards=kernels))
-
-
-def _boards(names: Sequence[str | Path], numbers: _Numbers) -> list[Board]:
-    if numbers.inline and names:
-        raise ConfigError("--inline leaves no node that a board's kernels could run.", "Leave one of the two out.")
-    boards = [load_board(name) for name in names]
-    if boards and numbers.precision != "fp16" and numbers.int8_target != "tensorrt":
-        fix = "Choose --precision fp16, or int8 with --int8-target tensorrt."
-        raise ConfigError(f"A board's kernels are for float16, not for {numbers.precision}.", fix)
-    return boards
-
-
-def _numbers(precision: str, int8_target: str, calibrate: str | Path | None, retiles: bool, inline: bool) -> _Numbers:
-    """Refuse what cannot be combined; images are for int8 and for another tile alone."""
+def _form(
+    precision: str,
+    batch: int | str,
+    calibrate: str | Path | None,
+    int8_target: str,
+    boards: Sequence[str | Path] = (),
+) -> _Form:
+    """Refuse what cannot be combined."""
     if precision not in EXPORT_PRECISIONS:
         raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(EXPORT_PRECISIONS)}.")
     if int8_target not in INT8_TARGETS:
         raise ConfigError(f"int8 target is {int8_target!r}.", f"Choose one of: {', '.join(INT8_TARGETS)}.")
     if precision == "int8" and calibrate is None:
         raise ConfigError("int8 requires images to calibrate with.", "Give a folder of them with --calibrate.")
-    if precision != "int8" and calibrate is not None and not retiles:
+    if precision != "int8" and calibrate is not None and not boards:
         fix = "Leave them out, or choose --precision int8."
-        raise ConfigError("Images to calibrate with require int8, another tile or a board.", fix)
+        raise ConfigError("Images to calibrate with require int8, or a board.", fix)
     if precision != "int8" and int8_target != INT8_TARGETS[0]:
         raise ConfigError(f"int8 target {int8_target!r} requires int8.", "Leave it out, or choose --precision int8.")
-    listed = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
-    return _Numbers(precision, int8_target, listed, inline)
+    loaded = [load_board(name) for name in boards]
+    if boards and precision != "fp16" and int8_target != "tensorrt":
+        fix = "Choose --precision fp16, or int8 with --int8-target tensorrt."
+        raise ConfigError(f"A board's kernels are for float16, not for {precision}.", fix)
+    images = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
+    return _Form(precision, parse_batch(batch), int8_target, images, loaded)
+
+
+def _export(
+    student: Student, target: Path, form: _Form, tokens: bool = False, retiled: Retiled | None = None,
+    progress: Progress | None = None,
+) -> Path:  # fmt: skip
+    """Check a student's file, then write the bundle."""
+    deployed = deploy(student, tokens)
+    file = _file(student.img_size, deployed, form, progress)
+    # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
+    labels = [shown(label) for label in student.labels or _own_labels(student.model)]
+    set_metadata(file.model, _metadata(student, deployed, labels))
+    with new_folder(target, "bundle") as folder:
+        (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
+        np.savez_compressed(folder / GOLDEN_FILE, **file.golden)
+        if labels:
+            (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        kernels = tuple(board_files(file.model, student.name, board, folder) for board in form.boards)
+        manifest = _manifest(student, file, form)
+        seal_bundle(folder, msgspec.structs.replace(manifest, retiled=retiled, boards=kernels))
+    return target
+
+
+class _File(NamedTuple):
+    """A file, its golden arrays, and what was found of it."""
+
+    model: onnx.ModelProto
+    golden: dict[str, Any]
+    check: Check
+    quantisation: Quantisation | None
+    float16: Float16 | None
+
+
+def _file(size: ImageSize, deployed: DeployedModel, form: _Form, progress: Progress | None) -> _File:
+    """Export and check a module; then the same in fp16, or in int8 with the rest as its target wants it."""
+    batches = (1, 3) if form.batch is None else (form.batch,)
+    model = export_graph(deployed, size, form.batch, deployed.output_names)
+    check, golden = check_export(model, deployed, size, batches)
+    quantisation = float16 = seen = None
+    if form.precision == "int8":
+        images = [np.repeat(load_image(path, size)[None], batches[0], 0) for path in form.images]
+        model, quantisation = quantise(model, images, form.int8_target, progress)
+        seen = held_out(images)[:3]
+    if form.precision == "fp16" or form.int8_target == "tensorrt":
+        images = [smooth_images(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
+        model, float16 = to_fp16(model, images, seen)
+    if form.precision != "fp32":
+        golden |= {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
+    return _File(model, golden, check, quantisation, float16)
 
 
 def parse_batch(batch: int | str) -> BatchSize:
@@ -342,37 +318,26 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
     return entries | {name: f"sparsifiner-edge-{name}" for name in deployed.output_names}
 
 
-def _manifest(student: Student, model: onnx.ModelProto, check: Check, numbers: _Numbers) -> Manifest:
-    size = student.img_size
-    # Keys, tokens that stay, or pairs that merge.
-    backbone = student.backbone
-    shape = model_shape(student.model)
+def _manifest(student: Student, file: _File, form: _Form) -> Manifest:
+    size, shape, graph = student.img_size, model_shape(student.model), file.model.graph
     plan = plan_of(student.sparsity, shape.depth, shape.patches)
-    selects = not plan.is_dense
+    selects = not plan.is_dense  # Keys, tokens that stay, or pairs that merge.
     return Manifest(
         schema_version=BUNDLE_SCHEMA,
         files={},
         name=student.name,
-        precision=numbers.precision,
+        precision=form.precision,
         shape=shape,
-        ops=tuple(sorted(f"{DOMAIN}::{f.name}" for f in model.functions)),
-        inputs=tuple(InputSpec(*_tensor(v), layout="NHWC", range=(0, 255), colour="RGB") for v in model.graph.input),
-        outputs=tuple(TensorSpec(*_tensor(v)) for v in model.graph.output),
+        ops=tuple(sorted(f"{DOMAIN}::{f.name}" for f in file.model.functions)),
+        inputs=tuple(map(tensor_spec, graph.input)),
+        outputs=tuple(map(tensor_spec, graph.output)),
         preprocessing=Preprocessing(size, f"{centre_text(size)}, bicubic", student.normalisation),
-        tokens=Tokens(shape.prefix, backbone.grid),
         sparsity=student.sparsity if selects else None,
         plan=plan,
-        costs=summary(shape, student.sparsity),
-        dense_costs=summary(shape, SparsityConfig(keep=1)),
-        tolerances=tolerances_of(check, numbers.precision, numbers.int8_target, selects),
-        check=check,
+        tolerances=tolerances_of(file.check, form.precision, form.int8_target, selects),
+        check=file.check,
+        quantisation=file.quantisation,
+        float16=file.float16,
         provenance=write_record(student.provenance),
-        tools={name: version(name) for name in (*_TOOLS, backbone.library)},
+        tools={name: version(name) for name in (*_TOOLS, student.backbone.library)},
     )
-
-
-def _tensor(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
-    """Name, type and shape."""
-    tensor = value.type.tensor_type
-    shape: tuple[int | str, ...] = tuple(d.dim_value if d.HasField("dim_value") else DYNAMIC for d in tensor.shape.dim)
-    return value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape

@@ -11,14 +11,11 @@
 One walk over the graph decides each node's type and puts a Cast where two meet. `onnxruntime.transformers.float16`
 does this for standard operators, but gives ours float16 sizes, and would rank the scores of a pruned model in float16,
 where small probabilities tie.
-
-Where tokens merge, the file is held to the float32 file with that file's matches, row by row, and with its own on
-average: of tokens that are alike, rounding decides which merge (as for `int8`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +25,8 @@ from onnx import TensorProto, numpy_helper
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Float16
 from sparsifiner_edge.errors import GateError
-from sparsifiner_edge.export.int8 import LEAST_OWN_COSINE, mean_cosines, rows_alike
-from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
+from sparsifiner_edge.export.reference import LEAST_OWN_COSINE, Reference, mean_cosines, require_cosines
+from sparsifiner_edge.export.sessions import with_outputs
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 SINGLE, HALF = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
@@ -37,9 +34,6 @@ LEAST_ROW_COSINE = 0.999
 """Gate: least cosine of any row of any output to the float32 file, where tokens merge with that file's matches."""
 LEAST_ROW_COSINE_INT8 = 0.99
 """The same for a file with int8 products: a value near the middle between two steps falls on either side."""
-HALF_TOLERANCE, HALF_TOLERANCE_FREE = 2e-2, 5e-2
-"""Greatest difference of a session's outputs from the golden ones, relative to their range: processors add up float16
-in different orders; the second where each session chooses keys or tokens for itself."""
 LARGEST = float(np.finfo(np.float16).max)
 _IN_SINGLE = frozenset({
     "Conv", "LayerNormalization", "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceL2", "Pow", "Sqrt",
@@ -51,17 +45,13 @@ _IN_HALF = frozenset({
 
 
 def to_fp16(
-    model: onnx.ModelProto,
-    images: Sequence[Array],
-    least: float | None = None,
-    own_images: Sequence[Array] | None = None,
+    model: onnx.ModelProto, images: Sequence[Array], own_images: Sequence[Array] | None = None
 ) -> tuple[onnx.ModelProto, Float16]:
     """Make a float16 file of an exported float32 file, or of one with int8 products, which stay.
 
     Args:
         model: left as it is.
-        images: uint8 [B,H,W,3]; both files are run on them and compared.
-        least: cosine that every row of every output must reach; None: `LEAST_ROW_COSINE`.
+        images: uint8 [B,H,W,3]; both files are run on them, by their bodies, and compared (see `reference`).
         own_images: where tokens merge, what the file's own matches are judged on; None: `images`.
 
     Returns:
@@ -70,28 +60,24 @@ def to_fp16(
     Raises:
         GateError: a weight or an activation is beyond float16, or an output is too far from float32.
     """
-    converted = convert(model)
-    found = _compare(model, converted, images, images if own_images is None else own_images)
-    if not found.largest[0] <= LARGEST:  # Written so that NaN fails.
-        raise GateError(
-            f"Activations of {found.largest[1]!r} reach {found.largest[0]:.3g}, beyond float16 ({LARGEST:.0f}).",
-            "Nothing was written. Export fp32, or int8.",
-        )
-    _require(found.least, LEAST_ROW_COSINE if least is None else least, "")
-    _require(found.own, LEAST_OWN_COSINE, " on average, where its own matches merge")
-    counts, sparse = converted.counts, any(node.domain == DOMAIN for node in model.graph.node)
-    kernels = "function bodies" if sparse else "none (standard operators)"
-    report = Float16(found.least, *found.largest, counts[HALF], counts[SINGLE], kernels, found.own)
-    return converted.model, report
-
-
-def _require(cosines: Mapping[str, float], allowed: float, how: str) -> None:
-    for name, found in cosines.items():
-        if found < allowed:
-            raise GateError(
-                f"Output {name!r} of the float16 file has cosine {found:.5f} to float32{how}, allowed {allowed}.",
-                "Nothing was written. Export fp32, or int8.",
-            )
+    converted, fix = convert(model), "Export fp32, or int8."
+    # In the float32 file: ONNX Runtime's CPU computes float16 products in float32, and passes what overflows on to the
+    # next node unharmed.
+    reference = Reference(_with_magnitudes(model, converted.halves), images, "portable")
+    magnitudes = [(float(x[_MAGNITUDE.format(name)]), name) for x in reference.outputs for name in converted.halves]
+    largest, where = max(magnitudes, default=(0.0, "none"))
+    if not largest <= LARGEST:  # Written so that NaN fails.
+        what = f"Activations of {where!r} reach {largest:.3g}, beyond float16 ({LARGEST:.0f})."
+        raise GateError(what, f"Nothing was written. {fix}")
+    rows, own = reference.rows(converted.model), dict[str, float]()
+    cosines = {name: min(float(np.nan_to_num(x[name], nan=-1.0).min()) for x in rows) for name in rows[0]}
+    if reference.merges:
+        judged = reference if own_images is None else Reference(model, own_images, "portable")
+        own = mean_cosines(judged.rows(converted.model, own=True))
+    int8 = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    require_cosines(cosines, LEAST_ROW_COSINE_INT8 if int8 else LEAST_ROW_COSINE, "float16", "", fix)
+    require_cosines(own, LEAST_OWN_COSINE, "float16", " on average, where its own matches merge", fix)
+    return converted.model, Float16(cosines, own, converted.counts[HALF], converted.counts[SINGLE])
 
 
 class Converted(NamedTuple):
@@ -235,43 +221,6 @@ def _float_tensors(model: onnx.ModelProto) -> set[str]:
     if missing:
         raise GateError(f"The type of {missing[0]!r} is unknown.", "Report this with the model's name.")
     return {name for name, kind in known.items() if kind == SINGLE}
-
-
-class _Compared(NamedTuple):
-    """Least row cosine per output, with the float32 file's matches where tokens merge; the mean with the file's own
-    (empty where none merge); the greatest magnitude that becomes float16, and its tensor's name.
-    """
-
-    least: dict[str, float]
-    own: dict[str, float]
-    largest: tuple[float, str]
-
-
-def _compare(
-    single: onnx.ModelProto, converted: Converted, images: Sequence[Array], own_images: Sequence[Array]
-) -> _Compared:
-    """Both files on the images, by their bodies.
-
-    The greatest activation is found in the float32 file: ONNX Runtime's CPU computes float16 products in float32, and
-    passes what overflows on to the next node unharmed.
-    """
-    matches = match_names(single)
-    run_single = file_runner(with_outputs(_with_magnitudes(single, converted.halves), matches), "portable")
-    run_half = file_runner(with_matches(converted.model, matches), "portable")
-    rows: list[dict[str, Array]] = []
-    own: list[dict[str, Array]] = []
-    largest = (0.0, "none")
-    for image in images:
-        wanted = run_single(image)
-        magnitudes = [(float(wanted.pop(_MAGNITUDE.format(name))), name) for name in converted.halves]
-        largest = max(largest, *magnitudes)
-        matched = {name: wanted.pop(name) for name in matches}
-        rows.append(rows_alike(run_half(image, matched), wanted))
-    if matches:
-        runs = file_runner(converted.model, "portable"), file_runner(single, "portable")
-        own = [rows_alike(*(run(image) for run in runs)) for image in own_images]
-    least = {name: min(float(np.nan_to_num(x[name], nan=-1.0).min()) for x in rows) for name in rows[0]}
-    return _Compared(least, mean_cosines(own), largest)
 
 
 _MAGNITUDE = "{}_largest"

@@ -3,14 +3,12 @@
 Quantisation itself is ONNX Runtime's static quantiser (MinMax: the outliers of DINO's activations carry
 information, and percentiles lose them), after channels far larger than the rest were evened out. Attention,
 normalisation and everything else stay in float32. Layers that hurt are found by measuring and stay in float32 too;
-images that were not calibrated on decide. Where tokens merge, files are compared with the float32 file's matches: of
-tokens that are alike, rounding decides which merge, and that is no error of the layers'.
+images that were not calibrated on decide (see `reference`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -21,10 +19,10 @@ from onnx import numpy_helper
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Quantisation
-from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.export.reference import LEAST_OWN_COSINE, Reference, mean_cosines, require_cosines
+from sparsifiner_edge.export.sessions import file_runner, with_outputs
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.metrics import POSITIONS, aligned, row_cosines
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.progress import Progress
 
@@ -33,15 +31,10 @@ INT8_TARGETS = ("cpu", "tensorrt")
 `export_bundle` makes the rest of that file float16 afterwards (`fp16`), as GPUs have it."""
 LEAST_MEAN_COSINE = 0.99
 """Gate: mean cosine of every output's rows to the float32 file, over images that were not calibrated on."""
-LEAST_OWN_COSINE = 0.98
-"""The same where the file's own matches decide what merges."""
-OTHER_PATCHES = 0.1
-"""Share of the patches that a file may keep in the place of others, where tokens are pruned."""
 LEAST_WEIGHT = 1e-5
 """Share of a layer's largest weight below which a channel counts as not read when channels are evened out."""
 GOAL_COSINE = 0.997
 """Below this, the layers that hurt most are put back to float32, one after the other."""
-METHOD = "static QDQ, equalised, MinMax, weights per channel"
 MAX_FLOAT_SHARE = 0.25
 """Share of the linear layers that may be put back."""
 
@@ -56,7 +49,7 @@ def quantise(
     images: Sequence[Array],
     int8_target: str = "cpu",
     progress: Progress | None = None,
-    goal: float | None = None,
+    goal: float = GOAL_COSINE,
 ) -> tuple[onnx.ModelProto, Quantisation]:
     """Quantise the linear layers of an exported float32 file.
 
@@ -65,7 +58,7 @@ def quantise(
         images: uint8 [1,H,W,3]; every third is held out and decides, if there are at least three.
         int8_target: one of `INT8_TARGETS`.
         progress: see `Progress`.
-        goal: cosine of the outputs below which layers are put back to float32; None: `GOAL_COSINE`.
+        goal: cosine of the outputs below which layers are put back to float32.
 
     Returns:
         The file, and what was found.
@@ -77,38 +70,27 @@ def quantise(
     """
     if not images:
         raise ConfigError("There are no images to calibrate with.", "Give a folder of images with --calibrate.")
-    goal = GOAL_COSINE if goal is None else goal
     judged_on = held_out(images)
     calibrated = [x for number, x in enumerate(images) if number % 3 != 2] if len(images) > 2 else list(images)
     source, layers = _prepared(model)
-    matches = match_names(source)
-    run = file_runner(with_outputs(source, matches))
-    wanted = [run(image) for image in judged_on]
-    matched = [{name: outputs.pop(name) for name in matches} for outputs in wanted]
+    reference = Reference(source, judged_on)
     _equalise(source, layers, calibrated)
     full = _quantise_all(source, layers, calibrated, symmetric=int8_target == "tensorrt")
 
-    def measure(kept: Sequence[str], count: int = len(judged_on), own: bool = False) -> dict[str, float]:
-        made = _restored(full, source, kept)
-        run = file_runner(made if own else with_matches(made, matches))
-        given = [{}] * count if own else matched[:count]
-        rounds = zip(judged_on[:count], given, wanted[:count], strict=True)
-        return mean_cosines([rows_alike(run(image, others), single) for image, others, single in rounds])
+    def measure(kept: Sequence[str], count: int | None = None, own: bool = False) -> dict[str, float]:
+        return mean_cosines(reference.rows(_restored(full, source, kept), own, count))
 
     kept = _layers_that_hurt(measure, layers, goal, progress)
-    own: dict[str, float] = measure(kept, own=True) if matches else {}
+    own: dict[str, float] = measure(kept, own=True) if reference.merges else {}
     if own and min(own.values()) < LEAST_OWN_COSINE:
         more = _layers_that_hurt(functools.partial(measure, own=True), layers, LEAST_OWN_COSINE, progress)
         kept = list(dict.fromkeys([*kept, *more]))
         own = measure(kept, own=True)
-    cosines = measure(kept)
-    how = f"with {len(kept)} of {len(layers)} linear layers left in float32"
-    _require(cosines, LEAST_MEAN_COSINE, how)
-    _require(own, LEAST_OWN_COSINE, f"where its own matches merge, {how}")
-    report = Quantisation(
-        recipe=int8_target, cosines=cosines, own_matches_cosines=own, quantised=len(layers) - len(kept),
-        kept=tuple(kept), calibrated=len(calibrated), held_out=len(judged_on), method=METHOD,
-    )  # fmt: skip
+    cosines, fix = measure(kept), "Calibrate with more images like those it will see, or export fp32."
+    how = f", with {len(kept)} of {len(layers)} linear layers left in float32"
+    require_cosines(cosines, LEAST_MEAN_COSINE, "int8", how, fix)
+    require_cosines(own, LEAST_OWN_COSINE, "int8", f", where its own matches merge{how}", fix)
+    report = Quantisation(cosines, own, len(layers) - len(kept), tuple(kept), len(calibrated), len(judged_on))
     return _restored(full, source, kept), report
 
 
@@ -119,15 +101,6 @@ def quantised_alike(model: onnx.ModelProto, inputs: Sequence[Array]) -> onnx.Mod
     """
     source, layers = _prepared(model)
     return _quantise_all(source, layers, inputs, symmetric=False)
-
-
-def _require(cosines: dict[str, float], least: float, how: str) -> None:
-    for name, found in cosines.items():
-        if found < least:
-            raise GateError(
-                f"Output {name!r} of the int8 file has cosine {found:.4f} to float32, allowed {least}, {how}.",
-                "Calibrate with more images like those it will see, or export fp32.",
-            )
 
 
 def _layers_that_hurt(
@@ -294,26 +267,3 @@ def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str
                 present.add(weight)
     drop_unused(model)
     return model
-
-
-def rows_alike(got: dict[str, Array], wanted: dict[str, Array]) -> dict[str, Array]:
-    """Cosine of each row of each output; NaN where something is NaN. Where tokens are pruned, of those that both files
-    keep, as long as no more than `OTHER_PATCHES` are others: then those count as lost.
-    """
-    outputs, _ = aligned(got, wanted)
-    with np.errstate(all="ignore"):  # What overflowed is found by a gate.
-        rows = {name: row_cosines(name, x, wanted[name]).ravel() for name, x in outputs.items()}
-    if POSITIONS in got and POSITIONS in wanted and "tokens" in rows:
-        both = np.stack([np.isin(own, other) for own, other in zip(wanted[POSITIONS], got[POSITIONS], strict=True)])
-        prefix = wanted["tokens"].shape[1] - both.shape[1]
-        kept = np.pad(both, ((0, 0), (prefix, 0)), constant_values=True).ravel()
-        few = 1 - both.mean() <= OTHER_PATCHES
-        rows["tokens"] = rows["tokens"][kept] if few else np.where(kept, rows["tokens"], 0.0)
-    return rows
-
-
-def mean_cosines(compared: Sequence[dict[str, Array]]) -> dict[str, float]:
-    """Mean over images and rows of each output; -1 where something is NaN."""
-    names = compared[0] if compared else ()
-    means = {name: float(np.concatenate([rows[name] for rows in compared]).mean()) for name in names}
-    return {name: mean if math.isfinite(mean) else -1.0 for name, mean in means.items()}

@@ -1,20 +1,16 @@
-"""Sessions on exported files that are still in memory: for the check, for int8, for `--measure`."""
+"""Sessions on exported files that are still in memory, and which of their tensors those give or take."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import onnx
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.runtime.backend import ProcessorBackend, holds_float16, usable_kernels
+from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.runtime.backend import holds_float16, usable_kernels
 from sparsifiner_edge.runtime.onnxruntime import inference_session, session_options
-from sparsifiner_edge.runtime.open import find_backend
 
 
 def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
@@ -33,25 +29,6 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
     )
 
 
-@contextlib.contextmanager
-def processor_run(
-    model: onnx.ModelProto, execution: Execution, stored: str | None = None
-) -> Iterator[tuple[Callable[[Mapping[str, Array]], Any], str]]:
-    """What runs a graph in a backend of the processor, and the kernels that it does so on.
-
-    stored: precision of its linear layers, where it is not the backend's own: "int8".
-
-    Raises:
-        ConfigError: the backend is none of the processor's.
-        MissingExtraError, BackendError: as `open_session`.
-    """
-    found = find_backend(execution)
-    if not isinstance(found, ProcessorBackend) or execution.provider != "cpu":
-        raise ConfigError(f"{execution.backend} does not run on the processor.", "Measure in onnxruntime or openvino.")
-    with found.session(Path("layer"), model.SerializeToString(), stored) as opened:
-        yield opened.infer, str(opened.description.kernels)
-
-
 def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[..., dict[str, Array]]:
     """A function from the input `image`, and other inputs by name, to the outputs by name; see `file_session`."""
     session = file_session(model, kernels)
@@ -63,6 +40,11 @@ def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[..., 
     return run
 
 
+def results_of(model: onnx.ModelProto, operator: str) -> list[str]:
+    """What the nodes of an operator of ours give, first layer first."""
+    return [node.output[0] for node in model.graph.node if node.domain == DOMAIN and node.op_type == operator]
+
+
 def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
     """A copy of a file that gives inner tensors too."""
     watched = onnx.ModelProto()
@@ -71,14 +53,9 @@ def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProt
     return watched
 
 
-def match_names(model: onnx.ModelProto) -> list[str]:
-    """The outputs of a file's MatchTokens: which tokens merge, layer by layer."""
-    return [name for node in model.graph.node if node.op_type == "MatchTokens" for name in node.output]
-
-
-def with_matches(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy of a file that is given these outputs of its MatchTokens as inputs."""
-    given = onnx.ModelProto()
+def with_matches(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a file that is given what its MatchTokens give as inputs: which tokens merge, layer by layer."""
+    given, names = onnx.ModelProto(), results_of(model, "MatchTokens")
     given.CopyFrom(model)
     del given.graph.node[:]
     given.graph.node.extend(node for node in model.graph.node if node.op_type != "MatchTokens")

@@ -12,7 +12,7 @@ import onnx
 from msgspec import Struct
 
 from sparsifiner_edge.bundle.golden import beyond_text, check_golden
-from sparsifiner_edge.bundle.manifest import TensorSpec
+from sparsifiner_edge.bundle.manifest import tensor_spec
 from sparsifiner_edge.bundle.sign import fingerprint_of, read_signature, require_signature, unlisted_files
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
@@ -139,20 +139,13 @@ def _interface(bundle: Bundle, graph: Any) -> str:
     """Names, types and shapes of inputs and outputs."""
     counts, manifest = [], bundle.manifest
     for key, specs, values in (("input", manifest.inputs, graph.input), ("output", manifest.outputs, graph.output)):
-        stated = [TensorSpec(spec.name, spec.dtype, spec.shape) for spec in specs]
-        present = [_tensor(value) for value in values]
+        stated, present = list(specs), [tensor_spec(value) for value in values]
         if stated != present:
             wrong = [entry for entry in (*stated, *present) if not (entry in stated and entry in present)]
             difference = f"{wrong[0].name} {wrong[0]}" if wrong else "their order"
             raise GateError(f"{key}s: manifest and model differ in {difference}")
         counts.append(f"{len(present)} {key}{'' if len(present) == 1 else 's'}")
     return f"{' and '.join(counts)} as the manifest says"
-
-
-def _tensor(value: Any) -> TensorSpec:
-    tensor = value.type.tensor_type
-    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
-    return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape)
 
 
 def _operators(stated: tuple[str, ...], model: Any) -> str:

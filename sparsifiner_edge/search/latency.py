@@ -108,7 +108,7 @@ def name_of(share: float) -> str:
 
 
 def measured(student: Student, engine: Deployment, progress: Progress | None = None) -> PlanLatency:
-    """On this machine; what was measured before comes from a cache (see `piece_times`).
+    """On this machine (see `piece_times`).
 
     Raises:
         MissingExtraError, BackendError: the engine cannot run here.
@@ -131,13 +131,11 @@ def measured(student: Student, engine: Deployment, progress: Progress | None = N
         for n in patches
         for share, layer in layers.items()
     }
-    times = piece_times(ours, engine.execution, progress)
-    ms = times.ms | piece_times(dense, engine.dense_host.execution, progress).ms
+    ms, kernels = piece_times(ours, engine.execution, progress)
+    ms |= piece_times(dense, engine.dense_host.execution, progress)[0]
     parts = {name: [ms[name, n] for n in patches] for name in (*map(name_of, SHARES), *linear.models)}
     parts["merging"] = np.interp(patches, few, [ms["merging", n] for n in few]).tolist()
-    return PlanLatency(
-        patches, parts, {**times.about, "ran_on": times.kernels, "precision": engine.stored}
-    )  # fmt: skip
+    return PlanLatency(patches, parts, {"ran_on": kernels, "stored": engine.stored, "computes": engine.computes})
 
 
 ESTIMATED_SIZES = 24

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import ModelShape, summary
+from sparsifiner_edge.costs import ModelShape
 from tests.commands import Outcome, call, snapshot
 from tests.models import TINY
 from tests.tiny import make_bundle
@@ -53,7 +53,8 @@ def student(tmp_path: Path, tiny_student: Path) -> Path:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    return make_bundle(tmp_path / "bundle", preprocessing={"size": 4}, tokens={"prefix": 1})
+    shape = dataclasses.asdict(ModelShape(1, 1, 8, 8, 1, 15, 1))
+    return make_bundle(tmp_path / "bundle", preprocessing={"size": 4}, shape=shape)
 
 
 @pytest.fixture
@@ -61,7 +62,6 @@ def counted(tmp_path: Path) -> Path:
     """A small bundle whose manifest says what a sparse ViT-S costs."""
     shape, sparsity = ModelShape(12, 6, 384, 1536, 1, 256, 14), SparsityConfig(keep=0.1, cells=16)
     return make_bundle(
-        tmp_path / "counted", batch=1, shape=dataclasses.asdict(shape), tokens={"prefix": 1, "grid": [16, 16]},
-        sparsity=sparsity.to_dict(), ops=["sparsifiner::KeySelect"], costs=summary(shape, sparsity),
-        dense_costs=summary(shape, SparsityConfig(keep=1)),
+        tmp_path / "counted", batch=1, shape=dataclasses.asdict(shape), sparsity=sparsity.to_dict(),
+        ops=["sparsifiner::KeySelect"],
     )  # fmt: skip

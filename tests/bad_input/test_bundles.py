@@ -74,7 +74,7 @@ def test_a_damaged_bundle(
         assert_refused(call(capsys, "evaluate", bundle, "--against", bundle, "--data", pictures))
 
 
-@pytest.mark.parametrize("entry", ["check", "retiled", "measured", "quantisation", "float16"])
+@pytest.mark.parametrize("entry", ["check", "retiled", "quantisation", "float16"])
 def test_what_is_for_people_may_lack_anything_and_hold_more(entry: str, tmp_path: Path) -> None:
     more = {entry: {"of a fork": [None]}, "boards": [{}], "provenance": {"teacher": {"x": 1}}}
     manifest = open_bundle(make_bundle(tmp_path / "b", preprocessing={"size": 4}, **more)).manifest
@@ -134,11 +134,7 @@ def test_what_is_no_teacher_or_takes_other_batches_or_sizes(
         (lambda m: m.update(name={"a": ["\x1b"]}), 'name is {"a": ["\\u001b"]}, not str'),
         (lambda m: m["shape"].update(depth=0), "shape.depth is 0, not int >= 1"),
         (lambda m: m["shape"].update(depth=10**300), "shape.depth is 1000000"),
-        (lambda m: m["shape"].update(patches=255), "costs are not those of its model"),
         (lambda m: m["shape"].pop("hidden"), "shape.hidden is missing"),
-        (lambda m: m["tokens"].update(grid=[-16, -16]), "tokens.grid[0] is -16, not int >= 1"),
-        (lambda m: m["costs"].update(predictor_macs=10**4000), "costs are not those of its model"),
-        (lambda m: m["dense_costs"].update(attention_macs=1e300), "not int"),
         (lambda m: m["sparsity"].update(value_power=10**400), "value_power is 1000"),
         (lambda m: m.update(more=float("inf")), "more is inf"),
     ],

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, InputSpec, Manifest, Preprocessing, TensorSpec
+from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, Manifest, Preprocessing, TensorSpec
 from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.camera import pattern
 
@@ -46,7 +46,7 @@ def make_cells_bundle(folder: Path, size: int = 224, work: int = 0) -> Path:
     onnx.save(model, folder / "model.onnx")
     manifest = Manifest(
         schema_version=BUNDLE_SCHEMA, files={}, name="cells", precision="fp32", preprocessing=Preprocessing(size),
-        inputs=(InputSpec("image", "uint8", (1, size, size, 3), layout="NHWC"),),
+        inputs=(TensorSpec("image", "uint8", (1, size, size, 3)),),
         outputs=(TensorSpec("features", "float32", (1, CELLS)),), tolerances={"features": 1e-5},
     )  # fmt: skip
     seal_bundle(folder, manifest)

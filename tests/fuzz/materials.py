@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,11 @@ def images(good: Path) -> None:
 
 def plain(good: Path) -> None:
     """A bundle of a few products: quick to open."""
+    from sparsifiner_edge.costs import ModelShape
     from tests.package.reseal import reseal
     from tests.tiny import make_bundle
 
-    more = {"preprocessing": {"size": 8}, "tokens": {"prefix": 0, "grid": [8, 8]}}
+    more = {"preprocessing": {"size": 8}, "shape": dataclasses.asdict(ModelShape(1, 1, 8, 8, 0, 64, 1))}
     make_bundle(good / "plain", size=8, function=True, **more)
     (good / "plain" / "labels.txt").write_text("cat\ndog\n")
     reseal(good / "plain")

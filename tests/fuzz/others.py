@@ -143,7 +143,7 @@ USAGES = {
     "build {good}/plain --backend tensorrt-rtx": "--compute-capability --timeout --batch --kernels",
     "report {good}/results/profile.json -o {work}/page.html": "--lang",
     "sparsify test_vit --weights {good}/weights.safetensors -o {work}/made": "--keep --set --token-keep --img-size",
-    "export {good}/student -o {work}/made": "--keep --tile --probe --batch --merge --precision --board",
+    "export {good}/student -o {work}/made": "--keep --batch --merge --precision --board",
     "evaluate {good}/student --data {good}/images": "--keep --token-keep --metric --gallery --queries --workers",
     "distill {good}/student --data {good}/images -o {work}/made": "--set --recipe --held-out",
     "bundle verify {good}/plain": "--public-key --backend",

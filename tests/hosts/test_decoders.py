@@ -58,7 +58,6 @@ def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, A
     assert [output.name for output in manifest.outputs] == ["features", "tokens"]
     assert manifest.shape is not None
     assert (manifest.shape.depth, manifest.shape.width, manifest.shape.heads) == (4, 64, 2)
-    assert manifest.costs["total_macs"] < manifest.dense_costs["total_macs"] or not settings
     assert manifest.plan is not None
     assert manifest.plan.merge == ((4,) * 4 if settings else (0,) * 4)
     places = [node_place(node.name) for node in bundle.model().graph.node]

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsifiner_edge.artifacts import SIGNATURE_FILE
-from sparsifiner_edge.bundle.sign import generate_key, sign_bundle
+from sparsifiner_edge.bundle.sign import sign_bundle
 from sparsifiner_edge.images import centred
 from sparsifiner_edge.package import package_bundle
 from sparsifiner_edge.runtime import open_session
@@ -61,10 +60,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Path:
-    out = tmp_path_factory.mktemp("gstreamer") / "out"
-    package_bundle(tiny_bundle, "gstreamer", out)
-    return out
+def package(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, keys: Path) -> Path:
+    """Of a signed bundle, which stays signed."""
+    folder = tmp_path_factory.mktemp("gstreamer")
+    sign_bundle(shutil.copytree(tiny_bundle, folder / "bundle"), keys / "key.pem")
+    package_bundle(folder / "bundle", "gstreamer", folder / "out")
+    return folder / "out"
 
 
 def launch(pipeline: str, environment: dict[str, str], plugins: Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -88,8 +89,9 @@ def pull(pipeline: str, environment: dict[str, str], plugins: Path, folder: Path
 
 @pytest.mark.everything
 @needs_element
-def test_the_readmes_command(package: Path, environment: dict[str, str]) -> None:
-    """gst-launch-1.0 with the package's own plugin and bundle."""
+@needs_onnx
+def test_the_readmes_commands(package: Path, environment: dict[str, str]) -> None:
+    """gst-launch-1.0 with the package's own plugin and bundle, and with GStreamer's."""
     readme = (package / "README.md").read_text()
     assert re.search(r"export .*ORT_DISABLE_TELEMETRY=1", readme)
     (line,) = re.findall(r"gst-launch-1\.0 -m (videotestsrc.*)", readme)
@@ -99,16 +101,19 @@ def test_the_readmes_command(package: Path, environment: dict[str, str]) -> None
     assert len(messages) == 3
     for message in messages:
         assert re.search(r"pts=\(guint64\)\d+, infer-ms=\(double\)[\d.]+, answer=\(string\)", message)
+    (line,) = re.findall(r"gst-launch-1\.0 (videotestsrc .*onnxinference.*)", readme.replace("\\\n", " "))
+    done = launch(line.replace("num-buffers=25", "num-buffers=2"), environment, package / "plugins", package)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_element
 def test_metadata_and_messages_are_the_sessions(
-    package: Path, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
+    package: Path, environment: dict[str, str], tiny_bundle: Path, keys: Path, tmp_path: Path
 ) -> None:
     """Rows of 333 pixels are padded in GStreamer; the answer is that of the frame's centre square."""
     pipeline = (
         "videotestsrc pattern=snow num-buffers=2 ! video/x-raw,width=333,height=250 ! videoconvert ! "
-        f"sparsifiner bundle={tiny_bundle} ! appsink name=out sync=false"
+        f"sparsifiner bundle={package / 'bundle'} public-key={keys / 'key.pub'} ! appsink name=out sync=false"
     )
     messages, frames = pull(pipeline, environment, package / "plugins", tmp_path)
     assert len(messages) == len(frames) == 2
@@ -150,12 +155,17 @@ def test_a_model_without_classes(
     ],
 )
 def test_what_is_wrong_is_the_pipelines_error(
-    properties: str, said: str, package: Path, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
+    properties: str,
+    said: str,
+    package: Path,
+    environment: dict[str, str],
+    tiny_bundle: Path,
+    keys: Path,
+    tmp_path: Path,
 ) -> None:
-    public, _ = generate_key(tmp_path / "key.pem")
-    element = f"sparsifiner {properties.format(bundle=tiny_bundle, key=public)}"
+    element = f"sparsifiner {properties.format(bundle=tiny_bundle, key=keys / 'key.pub')}"
     pipeline = f"videotestsrc num-buffers=1 ! videoconvert ! {element} ! fakesink"
-    done = launch(pipeline, environment, package / "plugins", tmp_path)
+    done = launch(pipeline, environment, package / "plugins", package)
     assert done.returncode != 0
     assert re.search(f"ERROR: from element .*{said}", done.stderr), done.stderr
     assert "Traceback" not in done.stderr
@@ -182,21 +192,6 @@ def test_a_gstreamer_without_analytics(
     assert done.stdout.count("sparsifiner, pts=") == 2
 
 
-@needs_element
-def test_a_signed_bundle_stays_signed(environment: dict[str, str], tiny_bundle: Path, tmp_path: Path) -> None:
-    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    public, _ = generate_key(tmp_path / "key.pem")
-    sign_bundle(bundle, tmp_path / "key.pem")
-    out = tmp_path / "out"
-    package_bundle(bundle, "gstreamer", out)
-    assert (out / "bundle" / SIGNATURE_FILE).read_bytes() == (bundle / SIGNATURE_FILE).read_bytes()
-    element = f"sparsifiner bundle=bundle public-key={public}"
-    pipeline = f"videotestsrc num-buffers=1 ! videoconvert ! {element} ! fakesink"
-    done = launch(pipeline, environment, out / "plugins", out)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sparsifiner, pts=") == 1
-
-
 @needs_onnx
 @pytest.mark.parametrize("name", ["tiny_bundle", "dynamic_bundle"])
 def test_the_plain_file_in_onnxinference(
@@ -216,11 +211,3 @@ def test_the_plain_file_in_onnxinference(
     for output in set(expected) - {"token_positions", "tokens"}:
         values = np.array(frame["tensors"][f"sparsifiner-edge-{output}"])
         assert np.abs(values - expected[output].ravel()).max() < 1e-3 * np.ptp(expected[output]), output
-
-
-@needs_onnx
-def test_the_readmes_other_command(package: Path, environment: dict[str, str]) -> None:
-    text = (package / "README.md").read_text().replace("\\\n", " ")
-    (line,) = re.findall(r"gst-launch-1\.0 (videotestsrc .*onnxinference.*)", text)
-    done = launch(line.replace("num-buffers=25", "num-buffers=2"), environment, package / "plugins", package)
-    assert done.returncode == 0, done.stderr

@@ -68,7 +68,7 @@ def called(trt: Any, identifier: str, launch: CompiledLaunch) -> dict[str, Any]:
     """What TensorRT's registry knows of a plugin, and what its functions give."""
     plugin = sys.modules["tensorrt.plugin"]
     definition = importlib.import_module("tensorrt_bindings.plugin._lib").QDP_REGISTRY[identifier]
-    inputs = [plugin.from_shape_expr((1, *launch.tensors[n].shape), trt.DataType.FLOAT) for n in launch.inputs]
+    inputs = [plugin.from_shape_expr((1, *x.shape), trt.DataType.FLOAT) for x in launch.inputs.values()]
     outputs = definition.register_func(*inputs)
     symbol, ptx, parameters, extra = definition.aot_impl_func(*inputs, outputs, 0)
     return {

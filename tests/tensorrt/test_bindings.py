@@ -58,7 +58,7 @@ def test_the_real_module_has_every_name_and_takes_the_plugins(tmp_path, version,
     folder, model = tmp_path / "bundle", graph(dtype=np.float16)
     folder.mkdir()
     onnx.save(model, folder / "model.onnx")
-    board_files(model, {"name": "tiny"}, load_board("jetson-orin-nano-8gb"), folder)
+    board_files(model, "tiny", load_board("jetson-orin-nano-8gb"), folder)
     environment = bindings(VERSIONS[version], tmp_path)
     line = [sys.executable, "-m", "tests.tensorrt.real_bindings", str(folder)]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
@@ -74,7 +74,7 @@ def test_the_real_module_has_every_name_and_takes_the_plugins(tmp_path, version,
     kinds = {"float32": "FLOAT", "float16": "HALF", "int32": "INT32"}
     for name, found in result["found"].items():
         launch = table.launches[name]
-        outputs = [launch.tensors[output] for output in launch.outputs]
+        outputs = launch.outputs.values()
         assert found == {
             "inputs": list(launch.inputs), "types": [kinds[x.dtype] for x in outputs],
             "ranks": [1 + len(x.shape) for x in outputs], "symbol": launch.symbol, "kind": "KernelLaunchParams",

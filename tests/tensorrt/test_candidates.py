@@ -46,7 +46,7 @@ def bundle(tmp_path_factory):
         np.savez(folder / "golden.npz", **{"input.image": image, "output.features": golden})
         if kernels and graph not in compiled:
             compiled[graph] = tmp_path_factory.mktemp("compiled")
-            board_files(model, {"name": "tiny"}, load_board("jetson-orin-nano-8gb"), compiled[graph])
+            board_files(model, "tiny", load_board("jetson-orin-nano-8gb"), compiled[graph])
         if kernels:
             shutil.copytree(compiled[graph] / "kernels", folder / "kernels")
         if shared is not None:

@@ -80,8 +80,7 @@ class TensorRt(TensorRtBackend):
         if serialised is None:
             raise build_error(messages, workspace, free)
         _save_times(config, times)
-        warnings = tuple(messages.warnings)[:10]
-        return bytes(serialised), Details(layers=int(network.num_layers), device=device.name, warnings=warnings)
+        return bytes(serialised), Details(layers=int(network.num_layers))
 
 
 def _candidates(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import onnx
@@ -84,7 +84,7 @@ def _describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
 
     def description(*inputs: Any) -> Any:
         batch = inputs[0].shape_expr[0]
-        made = [launch.tensors[name] for name in launch.outputs]
+        made = launch.outputs.values()
         return tuple(trtp.from_shape_expr((batch, *x.shape), getattr(trt.DataType, _TYPES[x.dtype])) for x in made)
 
     inputs = [(name, trtp.TensorDesc) for name in launch.inputs]
@@ -107,7 +107,7 @@ def _implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
     return _signed(implementation, parameters, tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs])
 
 
-def _tensors(trtp: Any, names: Sequence[str]) -> Any:
+def _tensors(trtp: Any, names: Collection[str]) -> Any:
     """The annotation of a tuple of as many tensors."""
     return types.GenericAlias(tuple, (trtp.TensorDesc,) * len(names))
 

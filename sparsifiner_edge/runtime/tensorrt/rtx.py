@@ -74,7 +74,7 @@ class TensorRtRtx(TensorRtBackend):
                 f"TensorRT-RTX built no engine for compute capability {capability}: {messages.text()}.",
                 "Export the model in another precision, or upgrade tensorrt-rtx.",
             )
-        return bytes(serialised), Details(layers=int(network.num_layers), warnings=tuple(messages.warnings)[:10])
+        return bytes(serialised), Details(layers=int(network.num_layers))
 
 
 def _refuse_uint8(model: onnx.ModelProto) -> None:

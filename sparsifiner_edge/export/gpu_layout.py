@@ -1,0 +1,81 @@
+"""The layout that suits GPUs, where images show that a student bears it.
+
+A CPU core is busy with lists shared by 16 queries, tensor cores want 64, and the CUDA kernels have room for 32 cells.
+The predictor's parameters depend on neither, so both are chosen at export; what they lose is measured on images.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sparsifiner_edge.bundle.entries import Retiled
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.images import load_image
+from sparsifiner_edge.ops.triton.plan import MOST_CELLS
+from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.student import Student
+from sparsifiner_edge.sparse.weights import normalise
+
+GPU_TILE = 64
+"""A quarter of the keys that tile 16 gathers, and whole tiles of the matrix units."""
+LEAST_TOKENS_COSINE = 0.97
+"""Gate: mean cosine of the final tokens to those of the student with its own layout, over the images."""
+
+
+def suited_to_gpus(student: Student, images: Sequence[Path]) -> tuple[Student, Retiled | None]:
+    """The student with `GPU_TILE` and no more cells than the kernels have room for (`MOST_CELLS`), or with those cells
+    alone, or as it is, where that fails the gate or cannot be judged; and the manifest's entry, which says why. None
+    where nothing is to change.
+    """
+    own, refused = student.sparsity, None
+    if own.is_dense or own.preset != "edge":
+        return student, None
+    cells = min(own.cells, MOST_CELLS - student.backbone.prefix)
+    for tile in dict.fromkeys((max(own.tile, GPU_TILE), own.tile)):
+        if (tile, cells) == (own.tile, own.cells):
+            continue
+        found = _with_layout(student, tile, cells, images)
+        if not isinstance(found, str):
+            made, cosine = found
+            return made, Retiled(own.tile, own.cells, cosine, len(images), refused)
+        refused = refused or found
+    return student, Retiled(own.tile, own.cells, refused=refused) if refused else None
+
+
+def _with_layout(student: Student, tile: int, cells: int, images: Sequence[Path]) -> tuple[Student, float] | str:
+    """A copy of a student with another layout, and how near its tokens are; or why there is none."""
+    own = student.sparsity
+    if own.token_keep:
+        return "With another layout other tokens are pruned, so the two cannot be compared: `sparsify --set tile=64`."
+    if not images:
+        return "There are no images to judge it by: give some with --calibrate DIR."
+    sparsity = dataclasses.replace(own, tile=tile, cells=cells)
+    made = dataclasses.replace(student, model=copy.deepcopy(student.model), sparsity=sparsity)
+    try:
+        set_budget(made.model, sparsity)
+    except ConfigError as error:
+        return f"{error.what} {error.fix}"
+    found = _cosine(student, made, images)
+    if found >= LEAST_TOKENS_COSINE:
+        return made, found
+    return (
+        f"With tile {tile}, {cells} cells the final tokens have cosine {found:.4f} to those with tile {own.tile}, "
+        f"{own.cells} cells, allowed {LEAST_TOKENS_COSINE}; read more keys: --keep."
+    )
+
+
+@torch.no_grad()
+def _cosine(own: Student, changed: Student, images: Sequence[Path]) -> float:
+    """Mean over images and final tokens."""
+    means = []
+    for path in images:
+        image = normalise(torch.from_numpy(load_image(path, own.img_size))[None], own.normalisation)
+        before, after = (student.backbone.tokens(image) for student in (own, changed))
+        means.append(float(torch.cosine_similarity(before, after, dim=-1).mean()))
+    return statistics.fmean(means)

@@ -1,0 +1,87 @@
+"""A file held against the float32 file that it was made of, output by output and row by row.
+
+Where tokens merge, that is done with the float32 file's matches, and on average with the file's own: of tokens that are
+alike, rounding decides which merge, and that is no error of the layers'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.errors import GateError
+from sparsifiner_edge.export.sessions import file_runner, results_of, with_matches, with_outputs
+from sparsifiner_edge.metrics import POSITIONS, aligned, row_cosines
+
+LEAST_OWN_COSINE = 0.98
+"""Gate: mean cosine of every output's rows to the float32 file's, where the file's own matches decide what merges."""
+OTHER_PATCHES = 0.1
+"""Share of the patches that a file may keep in the place of others, where tokens are pruned."""
+
+
+class Reference:
+    """What a float32 file gives of some images.
+
+    Attributes:
+        merges: whether its tokens do.
+        outputs: of each image: its outputs, and what merges.
+    """
+
+    def __init__(self, model: onnx.ModelProto, images: Sequence[Array], kernels: str = "auto") -> None:
+        """Run the file; kernels: see `sessions.file_session`."""
+        self._images, self._kernels, self._matches = images, kernels, results_of(model, "MatchTokens")
+        self.merges = bool(self._matches)
+        run = file_runner(with_outputs(model, self._matches), kernels)
+        self.outputs = [run(image) for image in images]
+
+    def rows(self, made: onnx.ModelProto, own: bool = False, count: int | None = None) -> list[dict[str, Array]]:
+        """Of each image the cosines of a file's rows (see `rows_alike`).
+
+        Args:
+            made: with the same operators of ours. own: its own matches decide what merges.
+            count: of so many images, the first; None: of all.
+        """
+        run, rows = file_runner(made if own else with_matches(made), self._kernels), []
+        for image, wanted in zip(self._images[:count], self.outputs, strict=False):
+            matches = {} if own else {name: wanted[name] for name in self._matches}
+            rows.append(rows_alike(run(image, matches), wanted))
+        return rows
+
+
+def rows_alike(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str, Array]:
+    """Cosine of each row of each output; NaN where something is NaN. Where tokens are pruned, of those that both files
+    keep, as long as no more than `OTHER_PATCHES` are others: then those count as lost.
+    """
+    outputs, _ = aligned(got, wanted)
+    with np.errstate(all="ignore"):  # What overflowed is found by a gate.
+        rows = {name: row_cosines(name, x, wanted[name]).ravel() for name, x in outputs.items()}
+    if POSITIONS in got and POSITIONS in wanted and "tokens" in rows:
+        both = np.stack([np.isin(own, other) for own, other in zip(wanted[POSITIONS], got[POSITIONS], strict=True)])
+        prefix = wanted["tokens"].shape[1] - both.shape[1]
+        kept = np.pad(both, ((0, 0), (prefix, 0)), constant_values=True).ravel()
+        few = 1 - both.mean() <= OTHER_PATCHES
+        rows["tokens"] = rows["tokens"][kept] if few else np.where(kept, rows["tokens"], 0.0)
+    return rows
+
+
+def mean_cosines(compared: Sequence[dict[str, Array]]) -> dict[str, float]:
+    """Mean over images and rows of each output; -1 where something is NaN."""
+    names = compared[0] if compared else ()
+    means = {name: float(np.concatenate([rows[name] for rows in compared]).mean()) for name in names}
+    return {name: mean if math.isfinite(mean) else -1.0 for name, mean in means.items()}
+
+
+def require_cosines(cosines: Mapping[str, float], least: float, kind: str, how: str, fix: str) -> None:
+    """Refuse a file of which an output's cosine is below `least`; the rest is for the message.
+
+    Raises:
+        GateError: it is.
+    """
+    for name, found in cosines.items():
+        if found < least:
+            what = f"Output {name!r} of the {kind} file has cosine {found:.5f} to float32, allowed {least}{how}."
+            raise GateError(what, f"Nothing was written. {fix}")

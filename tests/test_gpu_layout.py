@@ -1,0 +1,70 @@
+"""A board's layout in the place of a student's own: taken where images show that it may be, else the reason is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.export import gpu_layout
+from sparsifiner_edge.export.gpu_layout import suited_to_gpus
+from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.student import Student
+from tests.models import TINY_CONFIG, student
+
+
+def wide() -> Student:
+    """Of tile 16 and more cells than kernels have room for, nearly dense."""
+    return student(sparsity=dataclasses.replace(TINY_CONFIG, keep=0.9, cells=40))
+
+
+def layout(made: Student) -> tuple[int, int]:
+    return made.sparsity.tile, made.sparsity.cells
+
+
+def test_tile_64_and_few_cells_are_taken_where_they_pass(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, images = wide(), sorted(pictures.iterdir())
+    assert layout(own) == (16, 40)
+    taken, found = suited_to_gpus(own, images)
+    assert found is not None
+    assert (layout(taken), found.tile, found.cells, found.images, found.refused) == ((64, 31), 16, 40, 3, None)
+    assert 0.97 <= (found.cosine or 0) < 1
+    assert taken.model.blocks[0].attn.sparsity.tile == 64
+    assert layout(own) == (own.model.blocks[0].attn.sparsity.tile, 40) == (16, 40)
+    assert suited_to_gpus(taken, ()) == (taken, None)
+    # Cells may pass where the tile does not.
+    right = gpu_layout._cosine
+    monkeypatch.setattr(gpu_layout, "_cosine", lambda a, b, c: right(a, b, c) - (b.sparsity.tile > 16))
+    taken, found = suited_to_gpus(own, images)
+    assert found is not None
+    assert layout(taken) == (16, 31)
+    assert "allowed 0.97" in (found.refused or "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "judged", "why"),
+    [
+        ({}, False, "give some with --calibrate DIR"),
+        ({"token_keep": ((0, 0.5),)}, True, "other tokens are pruned"),
+        ({"keep": 0.1}, True, "allowed 0.999999"),
+    ],
+)
+def test_what_cannot_be_judged_or_fails_is_kept(
+    changes: dict[str, object], judged: bool, why: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_layout, "LEAST_TOKENS_COSINE", 0.999999)
+    own = wide()
+    own = dataclasses.replace(own, sparsity=dataclasses.replace(own.sparsity, **changes))
+    set_budget(own.model, own.sparsity)
+    kept, found = suited_to_gpus(own, sorted(pictures.iterdir()) if judged else ())
+    assert kept is own
+    assert found is not None
+    assert why in (found.refused or "")
+
+
+def test_what_has_no_such_layout_is_left_alone() -> None:
+    for sparsity in (SparsityConfig(keep=1), SparsityConfig.for_preset("paper", keep=0.25)):
+        own = student(sparsity=sparsity)
+        assert suited_to_gpus(own, ()) == (own, None)
