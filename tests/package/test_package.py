@@ -106,46 +106,32 @@ def test_names_stay_in_their_folder(name: str, safe: str, tmp_path: Path) -> Non
 
 
 OUTPUT = {"name": "features", "dtype": "float32", "shape": [1, 8]}
+NAMES = ("features\ncustom-lib-path=/tmp/evil.so", "features;logits", "", "a b", "\N{SNOWMAN}", "\x1b")
 
 
 @pytest.mark.parametrize(
-    ("manifest", "said"),
+    ("targets", "options", "said"),
     [
-        ({"preprocessing": {"size": [4, 6]}}, "does not take one image `image` uint8 [B,4,6,3]"),
-        ({"inputs": []}, "does not take one image"),
-        ({"inputs": ["image"]}, 'inputs[0] is "image", not dict'),
-        ({"outputs": [OUTPUT | {"shape": [1, {}]}]}, "outputs[0].shape[1] is {}"),
-        ({"outputs": []}, "outputs are named []"),
-        ({"preprocessing": {}}, "preprocessing.size"),
-        *(
-            ({"outputs": [OUTPUT | {"name": name}]}, "outputs are named")
-            for name in ("features\ncustom-lib-path=/tmp/evil.so", "features;logits", "", "a b", "\N{SNOWMAN}", "\x1b")
-        ),
-        ({"outputs": [OUTPUT, OUTPUT]}, "outputs are named"),
+        (TARGETS, {"preprocessing": {"size": [4, 6]}}, "does not take one image `image` uint8 [B,4,6,3]"),
+        (TARGETS, {"preprocessing": {}}, "preprocessing.size"),
+        (TARGETS, {"inputs": []}, "does not take one image"),
+        (TARGETS, {"outputs": []}, "outputs are named []"),
+        (TARGETS, {"outputs": [OUTPUT, OUTPUT]}, "outputs are named"),
+        *((TARGETS, {"outputs": [OUTPUT | {"name": name}]}, "outputs are named") for name in NAMES),
+        (("abacus",), {}, "target is 'abacus'"),
+        (("deepstream", "gstreamer"), {"batch": 4}, "takes batches of 4; frames come one by one"),
+        (("deepstream",), {"precision": "int8"}, "its own calibration table"),
+        (("deepstream",), {"outputs": [OUTPUT | {"name": "other"}]}, "other outputs than its manifest says"),
+        (("triton",), {"outputs": [OUTPUT | {"dtype": "complex64"}]}, "complex64"),
     ],
 )
-def test_manifests_that_say_too_little(manifest: dict[str, Any], said: str, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "b", **{"preprocessing": {"size": 4}} | manifest)
-    for target in TARGETS:
+def test_what_does_not_fit_a_target(targets: Any, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", **{"preprocessing": {"size": 4}} | options)
+    for target in targets:
         with pytest.raises(SparsifinerError) as caught:
             package_bundle(bundle, target, tmp_path / "out")
         assert said in caught.value.what
     assert not (tmp_path / "out").exists()
-
-
-def test_what_does_not_fit_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="target is 'abacus'"):
-        package_bundle(tiny(tmp_path / "a"), "abacus", tmp_path / "out")
-    for target in ("deepstream", "gstreamer"):
-        outcome = call(capsys, "package", tiny(tmp_path / target, batch=4), "--for", target, "-o", tmp_path / "out")
-        assert_refused(outcome, "takes batches of 4; frames come one by one")
-    with pytest.raises(ConfigError, match="its own calibration table"):
-        package_bundle(tiny(tmp_path / "b", precision="int8"), "deepstream", tmp_path / "out")
-    more = tiny(tmp_path / "c", outputs=[OUTPUT | {"name": "other"}])
-    with pytest.raises(ArtifactError, match="other outputs than its manifest says"):
-        package_bundle(more, "deepstream", tmp_path / "out")
-    with pytest.raises(ConfigError, match="complex64"):
-        package_bundle(tiny(tmp_path / "d", outputs=[OUTPUT | {"dtype": "complex64"}]), "triton", tmp_path / "out")
 
 
 # ---- Triton
