@@ -34,14 +34,12 @@ class Agreement:
     """How one output compares with its reference.
 
     Attributes:
-        difference: greatest difference.
         error: greatest difference, relative to the range of the reference (for a constant its magnitude; for zeros 1).
         cosine, mean: least and mean cosine over its rows; see `row_cosines`.
         worst: index of the element with the greatest difference; got, expected: its values.
         beyond: share of elements whose difference exceeds the tolerance.
     """
 
-    difference: float
     error: float
     cosine: float
     mean: float
@@ -60,7 +58,6 @@ def agreement(name: str, got: Array, expected: Array, tolerance: float) -> Agree
     worst = tuple(int(i) for i in np.unravel_index(int(relative.argmax()), relative.shape))
     cosines = np.nan_to_num(row_cosines(name, a, b), nan=-1.0)
     return Agreement(
-        difference=float(difference[worst]),
         error=float(relative[worst]),
         cosine=float(cosines.min()),
         mean=float(cosines.mean()),

@@ -56,9 +56,8 @@ def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float
         session: open on the bundle, or on an engine made of it.
 
     Returns:
-        Per output, of the last run: `max_abs_difference`, `range_relative_error` (that difference over the output's
-        range: its maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed);
-        where a bundle merges tokens and some of them are others, `share_beyond`, of the elements beyond tolerance;
+        Per output, of the last run: `range_relative_error` (the greatest difference over the output's range: its
+        maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed); where a bundle merges tokens and some of them are others, `share_beyond`, of the elements beyond tolerance;
         of dense attention `mean_cosine`.
 
     Raises:
@@ -148,7 +147,7 @@ def _compare(
 ) -> dict[str, float]:
     """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens as close, either may merge."""
     found = agreement(name, got, wanted, tolerance)
-    figures = {"max_abs_difference": found.difference, "range_relative_error": found.error, "tolerance": tolerance}
+    figures = {"range_relative_error": found.error, "tolerance": tolerance}
     if session.in_place_of_sparse:
         if not found.mean >= LEAST_DENSE_COSINE:  # Written so that NaN fails.
             raise GateError(

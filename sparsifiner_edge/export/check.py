@@ -27,7 +27,7 @@ from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.outputs import ALONE
 
 
-class Limits(NamedTuple):
+class _Limits(NamedTuple):
     """What an output must keep to: greatest difference relative to its range, but for a share `beyond` of its elements;
     least and mean cosine of its rows.
     """
@@ -38,17 +38,17 @@ class Limits(NamedTuple):
     beyond: float = 0.0
 
 
-SAME = Limits(1e-3, 0.9999, 0.9999)
+SAME = _Limits(1e-3, 0.9999, 0.9999)
 """Where both choose the same keys: only rounding differs (the operators' agreement rules)."""
-OTHERS = Limits(5e-2, 0.99, 0.999)
+OTHERS = _Limits(5e-2, 0.99, 0.999)
 """Where each chooses for itself and some keys are others: of two with equal scores either may be read, and the layers
 after it choose from what came of it; where landmarks are shared, all their rows do."""
 
 
-MAPS_OTHERS = Limits(0.25, 0.99, 0.99)
+MAPS_OTHERS = _Limits(0.25, 0.99, 0.99)
 """The same for what a decoder makes of such tokens: it answers as a whole, and may pass what differs through a steep
 function."""
-MERGED_OTHERS = Limits(5e-2, -1.0, 0.99, OTHER_TOKENS)
+MERGED_OTHERS = _Limits(5e-2, -1.0, 0.99, OTHER_TOKENS)
 """Where some tokens that merge are others: the patches of such a pair have another token's features."""
 
 
@@ -114,7 +114,7 @@ def _compare(
     worst: dict[str, Agreement],
     results: Mapping[str, Array],
     expected: Mapping[str, Array],
-    limits: Limits,
+    limits: _Limits,
     batch: int,
 ) -> None:
     """Require every output within limits, and keep the worst agreement of each."""

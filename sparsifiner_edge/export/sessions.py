@@ -40,9 +40,9 @@ def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[..., 
     return run
 
 
-def results_of(model: onnx.ModelProto, operator: str) -> list[str]:
-    """What the nodes of an operator of ours give, first layer first."""
-    return [node.output[0] for node in model.graph.node if node.domain == DOMAIN and node.op_type == operator]
+def results_of(model: onnx.ModelProto, kind: str) -> list[str]:
+    """What the operators of ours give whose name ends in `kind`, first layer first."""
+    return [node.output[0] for node in model.graph.node if node.domain == DOMAIN and node.op_type.endswith(kind)]
 
 
 def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
