@@ -124,7 +124,6 @@ def test_from_student_to_bundle(tmp_path: Path) -> None:
     assert manifest["sparsity"]["preset"] == "paper"
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
     assert manifest["check"]["selected_indices"] == 2 * 4 * 6 * 2 * 100 * 26
-    assert manifest["costs"]["predictor_macs"] > 0
 
 
 def test_pruned_layers_count_the_tokens_that_are_left() -> None:

@@ -57,8 +57,9 @@ def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float
 
     Returns:
         Per output, of the last run: `range_relative_error` (the greatest difference over the output's range: its
-        maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed); where a bundle merges tokens and some of them are others, `share_beyond`, of the elements beyond tolerance;
-        of dense attention `mean_cosine`.
+        maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed); where a bundle merges
+        tokens and some of them are others, `share_beyond`, of the elements beyond tolerance; of dense attention
+        `mean_cosine`.
 
     Raises:
         ArtifactError: `golden.npz` or a tolerance is missing or corrupt.
