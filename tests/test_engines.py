@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
+from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.bundle.engines import (
     BatchRange,
     Details,
@@ -24,6 +24,7 @@ from sparsifiner_edge.bundle.engines import (
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.records import Unavailable, write_record
+from tests.package.reseal import reseal
 from tests.tiny import make_bundle
 
 ENGINE = Engine("tensorrt-rtx", "1.7.1", "8.6", *system(), "fp16", BatchRange(1, 1, 8))
@@ -38,15 +39,18 @@ def forge(folder: Path, *engines: Engine, content: bytes = b"no engine at all") 
     """A bundle that lists engines, hashes and all."""
     make_bundle(folder)
     (folder / "engines").mkdir()
-    manifest = json.loads((folder / BUNDLE_FILE).read_text())
-    manifest["engines"] = []
+    listed = []
     for number, engine in enumerate(engines):
         place = engine.file or f"engines/{engine.name}-{number:08x}.engine"
         (folder / place).write_bytes(content)
-        manifest["files"][place] = sha256(folder / place)
-        manifest["engines"].append(write_record(msgspec.structs.replace(engine, file=place)))
+        listed.append(write_record(msgspec.structs.replace(engine, file=place)))
+    return reseal(folder, engines=listed)
+
+
+def spoil(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((folder / BUNDLE_FILE).read_text())
+    change(manifest)
     (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
-    return folder
 
 
 def test_names_carry_everything() -> None:
@@ -58,9 +62,7 @@ def test_names_carry_everything() -> None:
 def test_what_is_written_is_read_back_and_what_is_not_known_passed_over(tmp_path: Path) -> None:
     other = changed(version="2", details=Details(layers=7, golden=Unavailable("no GPU")))
     folder = forge(tmp_path / "b", ENGINE, other)
-    manifest = json.loads((folder / BUNDLE_FILE).read_text())
-    manifest["engines"][0] |= {"details": {"tactics": ["a"]}, "later": 1}
-    (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
+    spoil(folder, lambda m: m["engines"][0].update({"details": {"tactics": ["a"]}, "later": 1}))
     engines = open_bundle(folder).manifest.engines
     assert [msgspec.structs.replace(e, file="") for e in engines] == [ENGINE, other]
 
@@ -108,7 +110,7 @@ def test_capabilities_that_are_none(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("change", "message"),
     [
         (lambda m: m.update(engines={}), r"engines is \{\}, not list"),
         (lambda m: m["engines"][0].pop("version"), "version is missing"),
@@ -121,10 +123,8 @@ def test_capabilities_that_are_none(text: str) -> None:
         (lambda m: m["engines"][0].update(file="x/engines/e.engine"), "without a hash"),
     ],
 )
-def test_a_manifest_that_is_not_ours(tmp_path: Path, spoil: Callable[[dict[str, Any]], Any], message: str) -> None:
+def test_a_manifest_that_is_not_ours(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
     folder = forge(tmp_path / "b", ENGINE)
-    manifest = json.loads((folder / BUNDLE_FILE).read_text())
-    spoil(manifest)
-    (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
+    spoil(folder, change)
     with pytest.raises(ArtifactError, match=message):
         open_bundle(folder)
