@@ -16,7 +16,6 @@ from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, merge_text, parse_merge
-from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.ops.graph import gets_merged
