@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, keep_text, parse_keep
 from sparsifiner_edge.costs import summary
-from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.plan import plan_of
@@ -107,35 +106,6 @@ def test_gradient_of_sparse_attention_is_that_of_its_formula() -> None:
 
     # The operator sums in float32 inside; the step is chosen for that.
     assert torch.autograd.gradcheck(attend, (qkv,), eps=1e-2, atol=2e-2, rtol=1e-2, nondet_tol=0)
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (lambda: timm.create_model("resnet18"), "This ResNet contains 0"),
-        (lambda: timm.create_model("test_vit", dynamic_img_size=True), "dynamic image size"),
-        (
-            lambda: timm.create_model("test_vit", dynamic_img_size=False, attn_drop_rate=0.1),
-            "layer 0: attention dropout 0.1",
-        ),
-        (lambda: timm.create_model("test_vit", dynamic_img_size=False, patch_drop_rate=0.5), "patch dropout"),
-        (lambda: timm.create_model("vit_small_patch16_18x2_224"), "ParallelThingsBlock"),
-        (lambda: timm.create_model("vit_small_resnet26d_224"), "HybridEmbed"),
-        (lambda: eva(use_post_norm=True), "it is a EvaBlockPostNorm"),
-        (lambda: timm.create_model("vit_base_patch16_rpn_224", depth=1, dynamic_img_size=False), "ResPostBlock"),
-        (lambda: eva(attn_type="rope", qkv_fused=False, num_kv_heads=1), "grouped-query attention, 2 query heads"),
-        (lambda: student().model, "sparse already"),
-    ],
-)
-def test_anything_else_is_refused_with_the_reason(model: Any, reason: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=reason):
-        make_model_sparse(model(), TINY_CONFIG)
-
-
-def test_attention_masks_are_refused() -> None:
-    made = student().model
-    with pytest.raises(ConfigError, match="attention mask"):
-        made.forward_features(images(made), attn_mask=torch.ones(1))
 
 
 def test_calibration_reports_progress_and_leaves_no_trace() -> None:

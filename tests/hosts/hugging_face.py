@@ -69,25 +69,3 @@ def saved(made: Any, folder: Path, processor: dict[str, Any] | None = None) -> P
 
 def images(size: tuple[int, int], batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
-
-
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2's weights under timm's names -> transformers'."""
-    swaps = {
-        "patch_embed.proj": "embeddings.patch_embeddings.projection", "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings", "blocks.": "encoder.layer.", ".attn.proj": ".attention.o_proj",
-        ".ls1.gamma": ".layer_scale1.lambda1", ".ls2.gamma": ".layer_scale2.lambda1",
-    }  # fmt: skip
-    found: dict[str, Tensor] = {"embeddings.mask_token": torch.zeros(1, len(state["cls_token"][0, 0]))}
-    for key, value in state.items():
-        name = key
-        for old, new in swaps.items():
-            name = name.replace(old, new)
-        if name in ("norm.weight", "norm.bias"):
-            name = f"layer{name}"
-        if ".attn.qkv." in name:
-            for part, rows in zip("qkv", value.chunk(3), strict=True):
-                found[name.replace(".attn.qkv.", f".attention.{part}_proj.")] = rows
-        else:
-            found[name] = value
-    return found

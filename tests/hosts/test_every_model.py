@@ -1,5 +1,5 @@
 """Models of timm and of transformers: dense where everything is read, whole and in raster order where tokens merge,
-restored without a trace.
+restored without a trace; what cannot be taken is refused.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
+import transformers
 from torch import Tensor, nn
 
 import sparsifiner_edge as se
 from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.sparse.calibrate import observed, sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from tests.everything import first
 from tests.hosts.hugging_face import MODELS, images, model
-from tests.models import EVA, TINY, eva, vit
+from tests.models import EVA, TINY, eva, student, vit
 
 Make = Callable[[], Any]
 LARGE = {
@@ -119,3 +124,58 @@ def test_restoring_leaves_no_trace(make: Make, settings: dict[str, Any]) -> None
     assert torch.equal(states(made, x)[-1], states(untouched, x)[-1])
     again = se.sparsify_model(made, **settings, **tile).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in learnt.items())
+
+
+def test_tokens_are_pruned_where_a_class_token_is() -> None:
+    made = model("ViT")
+    x = images((160, 160))
+    se.sparsify_model(made, keep=0.5, cells=4, channels=8, token_keep=((1, 0.6),))
+    outputs = outputs_of(made, x)
+    positions = outputs[POSITIONS]
+    assert outputs["tokens"].shape == (2, 61, 64)
+    assert positions.shape == (2, 60)
+    assert (positions.diff(dim=1) > 0).all()
+    for name in ("SigLIP", "DINOv3"):
+        with pytest.raises(ConfigError, match="requires a class token, and no rotary"):
+            se.sparsify_model(model(name), token_keep=((1, 0.6),))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: timm.create_model("resnet18"), "This ResNet contains 0"),
+        (lambda: timm.create_model("test_vit", dynamic_img_size=True), "dynamic image size"),
+        (
+            lambda: vit("test_vit", attn_drop_rate=0.1),
+            "layer 0: attention dropout 0.1",
+        ),
+        (lambda: vit("test_vit", patch_drop_rate=0.5), "patch dropout"),
+        (lambda: timm.create_model("vit_small_patch16_18x2_224"), "ParallelThingsBlock"),
+        (lambda: timm.create_model("vit_small_resnet26d_224"), "HybridEmbed"),
+        (lambda: eva(use_post_norm=True), "it is a EvaBlockPostNorm"),
+        (lambda: timm.create_model("vit_base_patch16_rpn_224", depth=1, dynamic_img_size=False), "ResPostBlock"),
+        (lambda: eva(attn_type="rope", qkv_fused=False, num_kv_heads=1), "grouped-query attention, 2 query heads"),
+        (lambda: student().model, "sparse already"),
+        (lambda: transformers.SamVisionModel(transformers.SamVisionConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, global_attn_indexes=[1],
+        )), "contains 0 vision transformers"),
+        (lambda: model("ViT", attention_probs_dropout_prob=0.1), "attention dropout 0.1"),
+        (lambda: nn.ModuleList([model("ViT"), vit()]), "contains 2 vision transformers: 0, 1"),
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused_with_the_reason(make: Make, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        se.sparsify_model(make())
+
+
+def test_masks_and_maps_of_attention_are_refused() -> None:
+    made = se.sparsify_model(model("DINOv2"))
+    x = images((140, 140))
+    with pytest.raises(ConfigError, match="no map of all its weights"):
+        made(x, output_attentions=True)
+    with pytest.raises(ConfigError, match="takes no attention mask"):
+        made(x, attention_mask=torch.tensor([[1] * 100 + [0]] * 2))
+    with pytest.raises(ConfigError, match="made sparse for 100 patches"):
+        made(images((168, 168)))
+    with pytest.raises(ConfigError, match="attention mask"):
+        student().model.forward_features(images((160, 160)), attn_mask=torch.ones(1))
