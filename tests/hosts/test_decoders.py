@@ -61,8 +61,8 @@ def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, A
     assert manifest.plan is not None
     assert manifest.plan.merge == ((4,) * 4 if settings else (0,) * 4)
     places = [node_place(node.name) for node in bundle.model().graph.node]
-    assert {place.layer for place in places} == {None, 0, 1, 2, 3}
-    assert {"projections", "mlp", "norms"} <= {place.kind for place in places if place.layer == 3}
+    assert {layer for layer, _, _ in places} == {None, 0, 1, 2, 3}
+    assert {"projections", "mlp", "norms"} <= {kind for layer, kind, _ in places if layer == 3}
     with open_session(bundle.folder) as session:
         assert check_golden(session, bundle)
 
@@ -75,9 +75,9 @@ def test_depth_anything(tmp_path: Path) -> None:
     bundle = open_bundle(se.export_model(made, x, tmp_path / "bundle", normalise=SEEN))
     assert [(output.name, output.shape) for output in bundle.manifest.outputs] == [("predicted_depth", (1, 140, 140))]
     places = {node.name: node_place(node.name) for node in bundle.model().graph.node}
-    assert {place.kind for place in places.values() if place.layer is None} == {"decoder", "other"}
+    assert {kind for layer, kind, _ in places.values() if layer is None} == {"decoder", "other"}
     assert any(name.startswith("decoder.neck.") for name in places)
-    assert {place.layer for place in places.values()} == {None, 0, 1, 2, 3}
+    assert {layer for layer, _, _ in places.values()} == {None, 0, 1, 2, 3}
     pixels = np.random.default_rng(0).integers(0, 256, (1, 140, 140, 3), dtype=np.uint8)
     wanted = DeployedModel(made, Normalisation(*SEEN))(torch.from_numpy(pixels))[0].detach().numpy()
     np.testing.assert_allclose(file_runner(bundle.model())(pixels)["predicted_depth"], wanted, atol=1e-3)

@@ -160,7 +160,7 @@ def test_tokens_are_pruned_where_a_class_token_is() -> None:
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, global_attn_indexes=[1],
         )), "contains 0 vision transformers"),
         (lambda: model("ViT", attention_probs_dropout_prob=0.1), "attention dropout 0.1"),
-        (lambda: nn.ModuleList([model("ViT"), vit()]), "contains 2 vision transformers: 0, 1"),
+        (lambda: nn.ModuleList([vit(), model("ViT")]), "contains 2 vision transformers: 0, 1"),
     ],
 )  # fmt: skip
 def test_anything_else_is_refused_with_the_reason(make: Make, reason: str) -> None:
