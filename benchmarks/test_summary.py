@@ -1,7 +1,8 @@
-"""What git keeps of a result, and what stays beside it."""
+"""What git keeps of a result, and what stays beside it; and that every script starts."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,3 +62,12 @@ def test_every_committed_result_can_be_read() -> None:
     results = [path for path in RESULTS.rglob("*.json") if path.parent.name != "raw"]
     for path in results:
         assert path.name in ("fuzz.json", "commands.json") or read_result(path).statistics, path
+
+
+def test_every_script_can_be_imported() -> None:
+    folder = Path(__file__).parent
+    names = [path.stem for path in folder.glob("*.py") if not path.stem.startswith("test_")]
+    code = "import importlib, sys; sys.path[:0] = sys.argv[1:3]; list(map(importlib.import_module, sys.argv[3:]))"
+    command = [sys.executable, "-c", code, folder, folder.parent, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
