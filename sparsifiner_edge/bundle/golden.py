@@ -27,7 +27,7 @@ _MOST_BYTES = 1 << 31
 Pair = tuple[dict[str, Array], dict[str, Array]]
 
 
-class Runnable(Protocol):
+class _Runnable(Protocol):
     """What a golden pair is run through: an open session.
 
     Attributes:
@@ -49,7 +49,7 @@ class Runnable(Protocol):
         """Run the model once."""
 
 
-def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float]]:
+def check_golden(session: _Runnable, bundle: Bundle) -> dict[str, dict[str, float]]:
     """Run the bundle's golden input and compare every golden output.
 
     Args:
@@ -73,7 +73,7 @@ def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float
 
 
 def _check_outputs(
-    outputs: dict[str, Array], expected: dict[str, Array], session: Runnable, bundle: Bundle
+    outputs: dict[str, Array], expected: dict[str, Array], session: _Runnable, bundle: Bundle
 ) -> dict[str, dict[str, float]]:
     """See `check_golden`, of one run."""
     for name, wanted in expected.items():
@@ -144,7 +144,7 @@ def _repeated(pair: Pair, least: int) -> Pair:
 
 
 def _compare(
-    name: str, got: Array, wanted: Array, tolerance: float, beyond: float, session: Runnable
+    name: str, got: Array, wanted: Array, tolerance: float, beyond: float, session: _Runnable
 ) -> dict[str, float]:
     """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens as close, either may merge."""
     found = agreement(name, got, wanted, tolerance)
@@ -166,7 +166,7 @@ def _compare(
     return figures | ({"share_beyond": found.beyond} if found.error > tolerance else {})
 
 
-def _distrust(session: Runnable) -> str:
+def _distrust(session: _Runnable) -> str:
     return f"Do not trust {session.backend} with this bundle on this machine; export it again or report it."
 
 

@@ -80,7 +80,7 @@ def to_fp16(
     return converted.model, Float16(cosines, own, converted.counts[HALF], converted.counts[SINGLE])
 
 
-class Converted(NamedTuple):
+class _Converted(NamedTuple):
     """A float16 file, unchecked; how many nodes compute in each type; what nodes make in float16 of an image."""
 
     model: onnx.ModelProto
@@ -88,7 +88,7 @@ class Converted(NamedTuple):
     halves: list[str]
 
 
-def convert(model: onnx.ModelProto) -> Converted:
+def convert(model: onnx.ModelProto) -> _Converted:
     """Make the file without running it."""
     walk = _Walk(model)
     for node in model.graph.node:
@@ -103,7 +103,7 @@ def convert(model: onnx.ModelProto) -> Converted:
         walk.give_back(output)
     half.graph.initializer.extend(walk.initialisers)
     half.graph.node.extend(walk.nodes)
-    return Converted(half, walk.counts, walk.halves())
+    return _Converted(half, walk.counts, walk.halves())
 
 
 class _Walk:
