@@ -19,11 +19,11 @@ from sparsifiner_edge.export import int8 as module
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import INT8_TARGETS, quantise
-from sparsifiner_edge.export.piece_times import processor_run
 from sparsifiner_edge.export.reference import LEAST_OWN_COSINE, mean_cosines, rows_alike
 from sparsifiner_edge.export.sessions import file_runner, results_of, with_matches, with_outputs
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of
 from tests.everything import first
@@ -104,8 +104,8 @@ def test_int8_products_do_not_saturate(backend: str) -> None:
         [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    with processor_run(model, Execution(backend=backend), "int8") as (run, _):
-        got = run({"image": np.ones((1, 40, 64), np.float32)})["y"]
+    with find_backend(Execution(backend=backend)).session(Path("layer"), model.SerializeToString(), "int8") as opened:
+        got = opened.infer({"image": np.ones((1, 40, 64), np.float32)})["y"]
     np.testing.assert_allclose(got, np.broadcast_to(np.where(np.arange(32) % 2, 64.0, -64.0), got.shape), rtol=1e-5)
 
 

@@ -16,13 +16,13 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.export import model_shape
-from sparsifiner_edge.export.piece_times import Piece, piece_times
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.plan import LEAST_PATCHES, LayerPlan
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, Cost, Workload
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.search.piece_times import Piece, piece_times
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student

@@ -19,9 +19,9 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.export.graph import IR_VERSION, add_bodies, to_onnx
 from sparsifiner_edge.export.int8 import quantised_alike
-from sparsifiner_edge.export.piece_times import Piece
 from sparsifiner_edge.ops.bodies import OPSET
 from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.search.piece_times import Piece
 from sparsifiner_edge.sparse.attention import HeadGeometry
 from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
 from sparsifiner_edge.sparse.merge import Merging

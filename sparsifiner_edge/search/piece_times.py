@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import onnx
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.progress import Progress
@@ -44,7 +42,6 @@ def piece_times(
     Equal graphs are measured once.
 
     Raises:
-        ConfigError: the backend is none of the processor's.
         MissingExtraError, BackendError: it cannot run here.
     """
     named = {key: (execution, _hash(piece)) for key, piece in pieces.items()}
@@ -74,25 +71,7 @@ def _measured(piece: Piece, execution: Execution) -> tuple[float, str]:
     """Milliseconds of a graph, as the faster quarter of runs has them, and the kernels that ran it: what else a machine
     does makes some slower.
     """
-    with processor_run(piece.model, execution, piece.stored) as (run, kernels):
-        taken = call_ms(lambda: run(piece.feed), LEAST_RUNS, least_s=LEAST_S, warm_up=1)
-    return statistics.quantiles(taken)[0], kernels
-
-
-@contextlib.contextmanager
-def processor_run(
-    model: onnx.ModelProto, execution: Execution, stored: str | None = None
-) -> Iterator[tuple[Callable[[Mapping[str, Array]], Any], str]]:
-    """What runs a graph in a backend of the processor, and the kernels that it does so on.
-
-    stored: precision of its linear layers, where it is not the backend's own: "int8".
-
-    Raises:
-        ConfigError: the backend is none of the processor's.
-        MissingExtraError, BackendError: as `open_session`.
-    """
-    found = find_backend(execution)
-    if not isinstance(found, ProcessorBackend) or execution.provider != "cpu":
-        raise ConfigError(f"{execution.backend} does not run on the processor.", "Measure in onnxruntime or openvino.")
-    with found.session(Path("layer"), model.SerializeToString(), stored) as opened:
-        yield opened.infer, str(opened.description.kernels)
+    backend = cast(ProcessorBackend, find_backend(execution))  # A request names no others.
+    with backend.session(Path("layer"), piece.model.SerializeToString(), piece.stored) as opened:
+        taken = call_ms(lambda: opened.infer(piece.feed), LEAST_RUNS, least_s=LEAST_S, warm_up=1)
+        return statistics.quantiles(taken)[0], str(opened.description.kernels)
