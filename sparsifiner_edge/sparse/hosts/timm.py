@@ -15,6 +15,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import eva, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -64,7 +65,13 @@ class Timm(Backbone):
 
     def resize(self, size: tuple[int, int]) -> None:
         """See `Backbone`."""
-        self.module.set_input_size(img_size=size)
+        vit, before = self.module, self.module.pos_embed
+        old = tuple(vit.patch_embed.grid_size)
+        vit.set_input_size(img_size=size)
+        new = tuple(vit.patch_embed.grid_size)
+        if before is not None and vit.pos_embed is before and new != old:  # Older timm compares numbers alone.
+            prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+            vit.pos_embed = nn.Parameter(resample_abs_pos_embed(before.detach(), list(new), list(old), prefix))
 
     def rotary_table(self) -> Tensor:
         """See `Backbone`."""
