@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -85,18 +85,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
         return Deployment(self.backend, self.stored, self.computes)
 
 
-class Checked(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer on images that nothing was searched or calibrated with."""
-
-    fidelity: Estimate
-    images: int
-
-
 class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     """How it was searched.
 
     Attributes:
-        board: None: this machine. images: names by use. tables: by engine, what its latencies were measured with.
+        board: None: this machine. images: names by use.
     """
 
     metric: str
@@ -104,7 +97,6 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     at_most_ms: float | None = None
     board: str | None = None
     images: dict[str, list[str]]
-    tables: dict[str, Any]
 
 
 class Front(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +104,7 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         points: in the order of fidelity. finalists: the answer first, if there is one.
+        check: fidelity of the answer on images that nothing was searched or calibrated with.
         dense: the dense model in what runs it fastest, and in what runs finalists.
         left_out: backends that do not run here, engines whose precision lost too much, and why.
     """
@@ -119,7 +112,7 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
     points: list[Point]
     finalists: list[Candidate]
     answer: Known[Candidate]
-    check: Known[Checked]
+    check: Known[Estimate]
     dense: list[Candidate]
     left_out: dict[str, str]
 

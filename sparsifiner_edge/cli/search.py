@@ -79,9 +79,9 @@ def _print(result: SearchResult, output: Path) -> None:
         return
     click.echo(f"Answer: {output / 'bundle'}, the first of them.")
     if not isinstance(front.check, Unavailable):
-        value, low = front.check.fidelity.value, front.check.fidelity.low
+        value, low = front.check.value, front.check.low
         bound = f"at least {low:.4f}" if isinstance(low, float) else "too few to bound it"
-        click.echo(f"On {front.check.images} images kept for this: {value:.4f}, {bound} (95 %).")
+        click.echo(f"On {len(result.method.images['checked'])} images kept for this: {value:.4f}, {bound} (95 %).")
         if result.method.at_least is not None and value < result.method.at_least:
             click.echo(
                 "That is less than was asked for: images differ that much. Ask for more, or give more images.", err=True

@@ -17,6 +17,7 @@ from sparsifiner_edge.artifacts import parse_toml, read_toml
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.config import SparsityConfig, parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.front import SearchResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.records import read_record
@@ -217,7 +218,7 @@ def front_budgets(path: Path) -> str:
         ArtifactError: not the result of a search.
         ConfigError: the search found nothing to train for.
     """
-    found = read_record(read_result(path).statistics, _Front, path, "Give the front.json of a search.")
+    found = read_result(path, SearchResult).statistics
     points = sorted((point for point in found.points if point.on_front), key=lambda point: point.fidelity)
     if found.finalists:
         lost = 1 - found.finalists[0].fidelity
@@ -227,18 +228,6 @@ def front_budgets(path: Path) -> str:
     chosen = evenly(points, MOST_POINTS)
     rows = (f"{{merge = {json.dumps(point.merge)}, keep = {json.dumps(point.keep)}}}" for point in chosen)
     return f"budgets=[{', '.join(rows)}]"
-
-
-class _Point(msgspec.Struct, frozen=True):
-    fidelity: float
-    merge: str
-    keep: str
-    on_front: bool = False
-
-
-class _Front(msgspec.Struct, frozen=True):
-    points: list[_Point]
-    finalists: list[_Point] = []
 
 
 def _set(content: dict[str, Any], override: str) -> None:

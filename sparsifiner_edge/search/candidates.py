@@ -9,9 +9,10 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import GateError
-from sparsifiner_edge.front import Candidate, Checked, Deployment
+from sparsifiner_edge.front import Candidate, Deployment
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.stats import estimate, skewed_mean
+from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Search
 from sparsifiner_edge.search.trial import Trial
 
@@ -32,13 +33,13 @@ def rank(search: Search) -> tuple[Ranked, list[Candidate]]:
         chosen = dict(_exported(search))
     fastest = min(dense, key=lambda host: dense[host].predicted_ms)
     hosts = list(dict.fromkeys([fastest, *(engine.dense_host for engine in chosen)]))
-    nothing = LayerPlan.dense(len(search.plans.trial.selects))
+    nothing = LayerPlan.dense(len(search.trial.selects))
     subjects = [(plan, engine) for engine, (plan, _) in chosen.items()]
     times = search.whole.times([*subjects, *((nothing, host) for host in hosts)])
     rows = [
         (plan, Candidate(
             merge=merge_text(plan.merge), keep=keep_text(plan.short_keep), **engine._asdict(), fidelity=1 - distance,
-            predicted_fidelity=1 - search.plans.predicted(plan) - search.losses[engine],
+            predicted_fidelity=1 - search.model(but=plan).of(plan) - search.losses[engine],
             predicted_ms=search.latencies[engine].of(plan), ms=ms,
         ))
         for (engine, (plan, distance)), ms in zip(chosen.items(), times, strict=False)
@@ -81,12 +82,12 @@ def _tightened(search: Search, engine: Deployment) -> tuple[LayerPlan, float]:
     return plan, distance
 
 
-def check(search: Search, plan: LayerPlan, engine: Deployment, kept: Trial) -> tuple[Checked, list[float]]:
-    """A plan on images that nothing was chosen by, and its fidelity on each; those that it was judged by tell how
-    images differ.
+def check(search: Search, plan: LayerPlan, engine: Deployment, kept: Trial) -> tuple[Estimate, list[float]]:
+    """Fidelity of a plan on images that nothing was chosen by, and on each; those that it was judged by tell how images
+    differ.
     """
     distances = search.whole.distances(plan, engine, kept)
-    lost = skewed_mean(distances, search.plans.shape(plan))
+    lost = skewed_mean(distances, search.shape(plan))
     low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (lost.high, lost.low))
     fidelity = estimate(1 - lost.value, low, high, f"1 - distance, {lost.interval}")
-    return Checked(fidelity=fidelity, images=len(distances)), [1 - distance for distance in distances]
+    return fidelity, [1 - distance for distance in distances]

@@ -40,16 +40,31 @@ class _StoppedError(Exception):
     """No plan is measured any more."""
 
 
-class MeasuredPlans:
-    """Plans of one student, measured in float32 on images as they come up.
+class Search:
+    """What is known of a student's plans, which are measured in float32 as they come up, and of engines: each is
+    calibrated with a plan near the answer as soon as it matters.
+
+    Args:
+        bound: what is asked for. trial: measures plans. whole: measures whole models.
+        dense: the dense model at the start, by what runs it. latencies: by engine.
 
     Attributes:
         distances: of each plan, image by image, in the order of measuring. stop: once set, no other plan is measured.
+        losses: by engine, what its precision loses beside what plans do: of the dense model, until a plan near the
+            answer is measured in it.
+        left_out: engines that are not searched, and why.
+        limit: of what is bounded: distance, or milliseconds with room for another measurement.
     """
 
-    def __init__(self, trial: Trial, progress: Progress | None) -> None:
-        self.trial, self._progress, self.stop = trial, progress, threading.Event()
-        self.distances = dict[LayerPlan, list[float]]()
+    def __init__(
+        self, bound: Bound, trial: Trial, whole: WholeModels, dense: dict[Deployment, Candidate],
+        latencies: dict[Deployment, PlanLatency], left_out: dict[Deployment, str], progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self.bound, self.trial, self.whole, self.dense = bound, trial, whole, dense
+        self.latencies, self.left_out, self._calibrated = latencies, left_out, set[Deployment]()
+        self.distances, self.stop, self._progress = dict[LayerPlan, list[float]](), threading.Event(), progress
+        self.losses = {engine: max(0.0, 1 - dense[engine.dense_host].fidelity) for engine in latencies}
+        self.limit = 1 - bound.value if bound.by_fidelity else ROOM * bound.value
 
     def measure(self, plans: Sequence[LayerPlan], stage: str) -> list[float]:
         """Mean distances; those that are known already are not measured again."""
@@ -71,10 +86,6 @@ class MeasuredPlans:
         least, spread = self.trial.least, float(np.std(self.distances[plan], ddof=1))
         return min(1.0, (max(self.mean(plan), least) / max(spread, least)) ** 2)
 
-    def predicted(self, plan: LayerPlan) -> float:
-        """Its distance by a model that is fitted to all others that are known."""
-        return self.model(but=plan).of(plan)
-
     def model(self, but: LayerPlan | None = None) -> FidelityModel:
         """Fitted to all that is known but one plan, from each layer alone on."""
         selects, patches = self.trial.selects, self.trial.patches
@@ -87,39 +98,6 @@ class MeasuredPlans:
         known = [plan for plan in self.distances if not plan.is_dense and plan != but]
         return model.fitted(known, [self.mean(plan) for plan in known])
 
-
-def _alone(depth: int, changed: int, merge: int = 0, keep: float = 1.0) -> LayerPlan:
-    """The dense plan with one layer changed."""
-    layers = range(depth)
-    return LayerPlan(
-        tuple(merge if layer == changed else 0 for layer in layers),
-        tuple(keep if layer == changed else 1.0 for layer in layers),
-    )
-
-
-class Search:
-    """What is known of plans and engines; each engine is calibrated with a plan near the answer as soon as it matters.
-
-    Args:
-        bound: what is asked for. plans: what was measured in float32. whole: measures whole models.
-        dense: the dense model at the start, by what runs it. latencies: by engine.
-
-    Attributes:
-        losses: by engine, what its precision loses beside what plans do: of the dense model, until a plan near the
-            answer is measured in it.
-        left_out: engines that are not searched, and why.
-        limit: of what is bounded: distance, or milliseconds with room for another measurement.
-    """
-
-    def __init__(
-        self, bound: Bound, plans: MeasuredPlans, whole: WholeModels, dense: dict[Deployment, Candidate],
-        latencies: dict[Deployment, PlanLatency], left_out: dict[Deployment, str],
-    ) -> None:  # fmt: skip
-        self.bound, self.plans, self.whole, self.dense = bound, plans, whole, dense
-        self.latencies, self.left_out, self._calibrated = latencies, left_out, set[Deployment]()
-        self.losses = {engine: max(0.0, 1 - dense[engine.dense_host].fidelity) for engine in latencies}
-        self.limit = 1 - bound.value if bound.by_fidelity else ROOM * bound.value
-
     def constraint(self, engine: Deployment, plan: LayerPlan) -> float:
         """What is bounded: a plan's distance, or its milliseconds as predicted."""
         return self._terms(engine, plan)[not self.bound.by_fidelity]
@@ -130,11 +108,11 @@ class Search:
 
     def _terms(self, engine: Deployment, plan: LayerPlan) -> tuple[float, float]:
         """Its distance as measured in float32 with what the precision loses, and its milliseconds as predicted."""
-        return self.plans.mean(plan) + self.losses[engine], self.latencies[engine].of(plan)
+        return self.mean(plan) + self.losses[engine], self.latencies[engine].of(plan)
 
     def best(self, engine: Deployment, limit: float) -> LayerPlan:
         """Of the plans that were measured and stay within a limit the best; where none does the nearest to it."""
-        plans = [plan for plan in self.plans.distances if not plan.is_dense]
+        plans = [plan for plan in self.distances if not plan.is_dense]
         within = [plan for plan in plans if self.constraint(engine, plan) <= limit]
         if within:
             return min(within, key=lambda plan: self.objective(engine, plan))
@@ -142,7 +120,7 @@ class Search:
 
     def distance(self, engine: Deployment, plan: LayerPlan) -> float:
         """Of a plan's whole model in an engine."""
-        return fmean(self.whole.distances(plan, engine, self.plans.trial))
+        return fmean(self.whole.distances(plan, engine, self.trial))
 
     def calibrate(self, engine: Deployment, plan: LayerPlan) -> None:
         """Once, by a plan where the answer is expected, beside the dense model, which tells what became of the
@@ -153,7 +131,7 @@ class Search:
         """
         if engine in self._calibrated or plan.is_dense:
             return
-        (in_float32,) = self.plans.measure([plan], "near the answer")
+        (in_float32,) = self.measure([plan], "near the answer")
         if not engine.is_here:
             return
         host, nothing = engine.dense_host, LayerPlan.dense(len(plan.keep))
@@ -179,15 +157,24 @@ class Search:
         del self.latencies[engine]
 
 
+def _alone(depth: int, changed: int, merge: int = 0, keep: float = 1.0) -> LayerPlan:
+    """The dense plan with one layer changed."""
+    layers = range(depth)
+    return LayerPlan(
+        tuple(merge if layer == changed else 0 for layer in layers),
+        tuple(keep if layer == changed else 1.0 for layer in layers),
+    )
+
+
 def explore(search: Search, tile: int, until: float) -> None:
     """Measure plans where the front is expected, until the answer stays as it is.
 
     Ctrl-C (or SIGTERM) ends it too, once each layer alone is known: of what was found so far answers are chosen.
     until: `time.monotonic()` at which no round is begun any more, nor an engine calibrated.
     """
-    search.plans.model()
+    search.model()
     before = 0.0
-    with stopping() as search.plans.stop, contextlib.suppress(_StoppedError):
+    with stopping() as search.stop, contextlib.suppress(_StoppedError):
         for number in range(ROUNDS):
             best = _round(number, search, tile, until)
             if abs(best - before) < SETTLED * best or time.monotonic() > until:
@@ -197,8 +184,7 @@ def explore(search: Search, tile: int, until: float) -> None:
 
 def _round(number: int, search: Search, tile: int, until: float) -> float:
     """Plans around the bound measured in the engines that are near the best; what the best was expected to cost."""
-    plans, bound, losses = search.plans, search.bound, search.losses
-    model, selects = plans.model(), plans.trial.selects
+    bound, losses, selects, model = search.bound, search.losses, search.trial.selects, search.model()
     solvers = {e: Solver(latency, model, selects, tile) for e, latency in search.latencies.items()}
     aims = {engine: _aim(solver, bound, losses[engine]) for engine, solver in solvers.items()}
     costs = {engine: _cost(solver, aims[engine], bound, losses[engine]) for engine, solver in solvers.items()}
@@ -209,10 +195,10 @@ def _round(number: int, search: Search, tile: int, until: float) -> float:
         for engine in followed
         for factor in (NEAR if number else SPREAD)
     )
-    plans.measure([plan for plan in chosen if not plan.is_dense], f"round {number + 1}")
+    search.measure([plan for plan in chosen if not plan.is_dense], f"round {number + 1}")
     if time.monotonic() > until:  # A whole model more takes a minute; what is chosen is measured whole anyway.
         return best
-    model = plans.model()
+    model = search.model()
     for engine in followed:
         search.calibrate(engine, Solver(search.latencies[engine], model, selects, tile).at_distance(aims[engine]))
     return best

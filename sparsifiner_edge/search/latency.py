@@ -22,8 +22,7 @@ from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, Cost, Workload
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.search.piece_times import Piece, piece_times
-from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
+from sparsifiner_edge.search.pieces import LINEAR, attention_piece, linear_pieces, merging_piece, piece_times
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student
 
@@ -48,16 +47,14 @@ class PlanLatency:
         parts: milliseconds at each of these of "projections", "mlp" and "merging" (see `pieces`), and of attention by
             its share of keys (see `name_of`), selection and cells included, over tokens with sizes but for the image's
             own, of which none has merged yet.
-        about: what they were measured on and with.
         scale: of the sum of parts: a machine's speed changes, and in a model parts follow one another.
         ours: what a model takes that has operators of ours, beyond these. See `calibrated`.
     """
 
     def __init__(
-        self, patches: Sequence[int], parts: Mapping[str, Sequence[float]], about: Any, scale: float = 1.0,
-        ours: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.measured, self.parts, self.about, self.scale, self.ours = patches, parts, about, scale, ours
+        self, patches: Sequence[int], parts: Mapping[str, Sequence[float]], scale: float = 1.0, ours: float = 0.0
+    ) -> None:
+        self.measured, self.parts, self.scale, self.ours = patches, parts, scale, ours
         self._fits = {name: _fitted(patches, values) for name, values in parts.items()}
 
     def of_part(self, name: str, counts: Any) -> Any:
@@ -80,7 +77,7 @@ class PlanLatency:
             scale *= ms / self.of(plan)
         else:
             ours += ms - self.of(plan)
-        return PlanLatency(self.measured, self.parts, self.about, scale, ours)
+        return PlanLatency(self.measured, self.parts, scale, ours)
 
 
 def _powers(counts: Any) -> Array:
@@ -119,23 +116,20 @@ def measured(student: Student, engine: Deployment, progress: Progress | None = N
     steps = [round(whole * (least / whole) ** (n / (MEASURED_SIZES - 1))) for n in range(MEASURED_SIZES)]
     patches = sorted(set(steps), reverse=True)
     few = patches[::EACH][::-1]
-    linear = LinearPieces(backbone.layers[0], backbone.width, engine.stored == "int8")
-    dense: dict[tuple[str, int], Piece] = {
-        (name, n): linear.piece(name, prefix + n) for name in linear.models for n in patches
-    } | {
+    dense = linear_pieces(backbone.layers[0], backbone.width, engine.stored == "int8", prefix, patches)
+    dense |= {
         ("merging", n): merging_piece(geometry, prefix, sparsity.merge_window, n, backbone.width, whole) for n in few
-    }  # fmt: skip
+    }
     layers = {share: dataclasses.replace(sparsity, keep=share, merge=(1,)) for share in SHARES}
     ours = {
         (name_of(share), n): attention_piece(geometry, prefix, n, layer, n != whole)
         for n in patches
         for share, layer in layers.items()
     }
-    ms, kernels = piece_times(ours, engine.execution, progress)
-    ms |= piece_times(dense, engine.dense_host.execution, progress)[0]
-    parts = {name: [ms[name, n] for n in patches] for name in (*map(name_of, SHARES), *linear.models)}
+    ms = piece_times(ours, engine.execution, progress) | piece_times(dense, engine.dense_host.execution, progress)
+    parts = {name: [ms[name, n] for n in patches] for name in (*map(name_of, SHARES), *LINEAR)}
     parts["merging"] = np.interp(patches, few, [ms["merging", n] for n in few]).tolist()
-    return PlanLatency(patches, parts, {"ran_on": kernels, "stored": engine.stored, "computes": engine.computes})
+    return PlanLatency(patches, parts)
 
 
 ESTIMATED_SIZES = 24
@@ -171,10 +165,7 @@ def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
     for share in SHARES:
         layers = (costs(count, dataclasses.replace(base, keep=share)) for count in patches)
         parts[name_of(share)] = [_ms(layer, "predictor", "cells", "attention") for layer in layers]
-    latency, nothing = (
-        PlanLatency(patches, parts, {"board": board.name, "precision": precision}),
-        LayerPlan.dense(shape.depth),
-    )
+    latency, nothing = PlanLatency(patches, parts), LayerPlan.dense(shape.depth)
     return latency.calibrated(nothing, latency.of(nothing) + _ms(plain[0], "embedding"))
 
 

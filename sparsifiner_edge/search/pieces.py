@@ -1,4 +1,5 @@
-"""Parts of a layer as files of their own, for any number of tokens: what the latency of a plan is summed from.
+"""Parts of a layer as files of their own, for any number of tokens, and their milliseconds on this machine: what the
+latency of a plan is summed from.
 
 Linear layers come from the student's own first layer as it is exported, with a free number of tokens that is then
 fixed; attention is put together from the operators, since nothing else of it depends on the model.
@@ -7,7 +8,11 @@ fixed; attention is put together from the operators, since nothing else of it de
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import onnx
@@ -17,17 +22,33 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.graph import IR_VERSION, add_bodies, to_onnx
 from sparsifiner_edge.export.int8 import quantised_alike
 from sparsifiner_edge.ops.bodies import OPSET
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.search.piece_times import Piece
+from sparsifiner_edge.profiles.measure.timing import call_ms
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.runtime.backend import ProcessorBackend
+from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.sparse.attention import HeadGeometry
 from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
 from sparsifiner_edge.sparse.merge import Merging
 
+LINEAR = ("projections", "mlp")
 INPUT, TOKENS = "image", "tokens"
 """Of the linear parts: their input bears the name that the quantiser feeds."""
+LEAST_RUNS, LEAST_S = 9, 0.08
+"""Of each graph. One session is open at a time: threads of another would spin meanwhile."""
+Key = TypeVar("Key")
+
+
+class Piece(NamedTuple):
+    """A graph and what it is run on; stored: precision of its linear layers, where it is not the backend's own."""
+
+    model: onnx.ModelProto
+    feed: dict[str, Array]
+    stored: str | None = None
 
 
 class _Linear(nn.Module):
@@ -58,27 +79,23 @@ class _Merge(nn.Module):
         return cast(tuple[Tensor, ...], tokens[:3])
 
 
-class LinearPieces:
-    """The two linear parts of a layer, in float32 or int8, for any number of tokens."""
-
-    def __init__(self, layer: SparseLayer, width: int, int8: bool) -> None:
-        self.width, self.stored = width, "int8" if int8 else None
-        example, free = torch.randn(1, 64, width, generator=torch.Generator().manual_seed(0)), torch.export.Dim(TOKENS)
-        self.models: dict[str, onnx.ModelProto] = {}
-        for name in ("projections", "mlp"):
-            model = to_onnx(_Linear(layer, name == "mlp").eval(), {INPUT: example}, ["output"], {"x": {1: free}})
-            del model.graph.value_info[:]  # of another number of tokens, and of biases that the quantiser reshapes
-            self.models[name] = quantised_alike(model, [example.numpy()]) if int8 else model
-
-    def piece(self, name: str, tokens: int) -> Piece:
-        """ "projections" or "mlp" of so many tokens, prefix included."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.models[name])
-        for value in (*model.graph.input, *model.graph.output):
-            for dim in value.type.tensor_type.shape.dim:
-                if dim.dim_param:
-                    dim.dim_value = tokens
-        return Piece(model, {INPUT: _random(1, tokens, self.width)}, self.stored)
+def linear_pieces(
+    layer: SparseLayer, width: int, int8: bool, prefix: int, counts: Sequence[int]
+) -> dict[tuple[str, int], Piece]:
+    """The two linear parts of a layer in float32 or int8, by name and each of these numbers of patches."""
+    example, free = torch.randn(1, 64, width, generator=torch.Generator().manual_seed(0)), torch.export.Dim(TOKENS)
+    pieces = {}
+    for name in LINEAR:
+        model = to_onnx(_Linear(layer, name == "mlp").eval(), {INPUT: example}, ["output"], {"x": {1: free}})
+        del model.graph.value_info[:]  # of another number of tokens, and of biases that the quantiser reshapes
+        model = quantised_alike(model, [example.numpy()]) if int8 else model
+        for patches in counts:
+            (fixed := onnx.ModelProto()).CopyFrom(model)
+            for value in (*fixed.graph.input, *fixed.graph.output):
+                value.type.tensor_type.shape.dim[1].dim_value = prefix + patches
+            feed = {INPUT: _random(1, prefix + patches, width)}
+            pieces[name, patches] = Piece(fixed, feed, "int8" if int8 else None)
+    return pieces
 
 
 @functools.lru_cache(maxsize=32)
@@ -131,3 +148,45 @@ def _node(operator: str, inputs: list[str], output: str, attributes: dict[str, A
 
 def _random(*shape: int) -> Array:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+_times: dict[tuple[Execution, str], float] = {}
+"""Of this process: engines that differ in their linear layers alone have attention in common."""
+
+
+def piece_times(
+    pieces: Mapping[Key, Piece], execution: Execution, progress: Progress | None = None
+) -> dict[Key, float]:
+    """Milliseconds of each graph, alone, in a backend of the processor; equal graphs are measured once.
+
+    Raises:
+        MissingExtraError, BackendError: it cannot run here.
+    """
+    named = {key: (execution, _hash(piece)) for key, piece in pieces.items()}
+    lacking = {name: pieces[key] for key, name in named.items() if name not in _times}
+    for number, (name, piece) in enumerate(lacking.items(), 1):
+        _times[name] = _measured(piece, execution)
+        if progress:
+            progress(f"timing parts of layers in {execution.backend}", number, len(lacking))
+    return {key: _times[name] for key, name in named.items()}
+
+
+def _hash(piece: Piece) -> str:
+    """Of all that its time depends on: the graph without the values of its weights, and the shapes it is run on."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(piece.model)
+    for tensor in bare.graph.initializer:
+        if len(tensor.dims) > 1:  # A shape, an axis or a scale is what the graph does.
+            tensor.ClearField("raw_data")
+            tensor.ClearField("float_data")
+    shapes = sorted((name, str(value.dtype), value.shape) for name, value in piece.feed.items())
+    content = bare.SerializeToString(deterministic=True) + repr((shapes, piece.stored)).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _measured(piece: Piece, execution: Execution) -> float:
+    """Milliseconds of a graph, as the faster quarter of runs has them: what else a machine does makes some slower."""
+    backend = cast(ProcessorBackend, find_backend(execution))  # A request names no others.
+    with backend.session(Path("layer"), piece.model.SerializeToString(), piece.stored) as opened:
+        taken = call_ms(lambda: opened.infer(piece.feed), LEAST_RUNS, least_s=LEAST_S, warm_up=1)
+        return statistics.quantiles(taken)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -13,15 +13,15 @@ from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.config import keep_text, merge_text, require
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.files import io_errors, replaced, scratch_folder
-from sparsifiner_edge.front import Candidate, Checked, Deployment, Front, Point, SearchMethod, SearchResult
+from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import Normalise, evenly
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.results import Subject, write_result
+from sparsifiner_edge.results import Estimate, Subject, write_result
 from sparsifiner_edge.search.candidates import check, rank
-from sparsifiner_edge.search.explore import MeasuredPlans, Search, explore
-from sparsifiner_edge.search.latency import PlanLatency, estimated, measured
+from sparsifiner_edge.search.explore import Search, explore
+from sparsifiner_edge.search.latency import estimated, measured
 from sparsifiner_edge.search.request import SearchRequest, read_request
 from sparsifiner_edge.search.trial import FIDELITIES, Trial
 from sparsifiner_edge.search.whole import WholeModels, linked
@@ -162,7 +162,7 @@ def prepare(
         if engine.dense_host in dense
     }
     left_out = {x: refused[x.dense_host] for x in request.engines if x.dense_host in refused}
-    return Search(request.bound, MeasuredPlans(trial, progress), whole, dense, latencies, left_out)
+    return Search(request.bound, trial, whole, dense, latencies, left_out, progress)
 
 
 def _keep_answer(bundle: Path, start: Path, plan: LayerPlan, folder: Path, trust: Sequence[str]) -> None:
@@ -174,40 +174,39 @@ def _keep_answer(bundle: Path, start: Path, plan: LayerPlan, folder: Path, trust
 
 def _result(
     subject: Subject, request: SearchRequest, search: Search, finalists: list[Candidate], dense: list[Candidate],
-    checked: tuple[Checked, list[float]] | None,
+    checked: tuple[Estimate, list[float]] | None,
 ) -> SearchResult:  # fmt: skip
-    bound, plans = request.bound, search.plans
+    bound = request.bound
     nearest = f"{finalists[0].fidelity:.4f} at {finalists[0].ms.value:.1f} ms"
-    images = {"searched": request.images, "tried": plans.trial.paths, "checked": request.kept}
+    images = {"searched": request.images, "tried": search.trial.paths, "checked": request.kept}
     method = SearchMethod(
         metric=request.metric, at_least=bound.value if bound.by_fidelity else None,
         at_most_ms=None if bound.by_fidelity else bound.value,
         board=None if request.board is None else request.board.name,
         images={use: [path.name for path in paths] for use, paths in images.items()},
-        tables={str(engine): latency.about for engine, latency in search.latencies.items()},
     )  # fmt: skip
     front = Front(
-        points=_points(plans, search.latencies), finalists=finalists,
+        points=_points(search), finalists=finalists,
         answer=finalists[0] if checked else Unavailable(f"no plan meets {bound.text}; the nearest has {nearest}"),
         check=checked[0] if checked else Unavailable("there is no answer to check"),
         dense=dense, left_out=request.left_out | {str(engine): why for engine, why in search.left_out.items()},
     )  # fmt: skip
     samples = {
         f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}": [1 - lost for lost in distances]
-        for plan, distances in plans.distances.items()
+        for plan, distances in search.distances.items()
     }
     return SearchResult("search", [subject], method, samples | ({"check": checked[1]} if checked else {}), front)
 
 
-def _points(plans: MeasuredPlans, latencies: Mapping[Deployment, PlanLatency]) -> list[Point]:
-    measured_plans = sorted(plans.distances, key=plans.mean)
-    rows = [(plans.mean(plan), *(latency.of(plan) for latency in latencies.values())) for plan in measured_plans]
+def _points(search: Search) -> list[Point]:
+    plans, latencies = sorted(search.distances, key=search.mean), search.latencies
+    rows = [(search.mean(plan), *(latency.of(plan) for latency in latencies.values())) for plan in plans]
     return [
         Point(
             merge=merge_text(plan.merge), keep=keep_text(plan.short_keep), fidelity=1 - row[0],
             predicted_ms=dict(zip(map(str, latencies), row[1:], strict=True)), on_front=undominated,
         )
-        for plan, row, undominated in zip(measured_plans, rows, _not_dominated(rows), strict=True)
+        for plan, row, undominated in zip(plans, rows, _not_dominated(rows), strict=True)
     ]  # fmt: skip
 
 

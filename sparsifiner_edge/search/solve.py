@@ -35,7 +35,11 @@ class Solver:
         self.latency, self.model, self.selects = latency, model, selects
         self.counts = possible_counts(model.patches, tile)
         before, after = self.counts[:, None], self.counts[None, :]
-        self._before, self._after = np.broadcast_arrays(before, np.minimum(before, after))
+        pairs = np.broadcast_arrays(before, np.minimum(before, after))
+        self._merging = [model.merging(layer, *pairs) for layer in range(len(selects))]
+        self._reading = [
+            np.stack([model.reading(layer, share, self.counts) for share in SHARES]) for layer in range(len(selects))
+        ]
         self._allowed = (before >= after) & (before - after <= before // LARGEST_MERGE)
         part = latency.of_part
         merging = np.where(before != after, part("merging", self.counts)[:, None], 0.0)
@@ -47,13 +51,10 @@ class Solver:
         ahead = np.zeros(len(self.counts))
         choices: list[tuple[Array, Array]] = []
         for layer, selects in reversed(list(enumerate(self.selects))):
-            losses = np.stack([self.model.reading(layer, share, self.counts) for share in SHARES])
-            reading = self._attention + price * losses
+            reading = self._attention + price * self._reading[layer]
             if not selects:
                 reading[:-1] = np.inf  # the last share is 1
-            losses = self.model.merging(layer, self._before, self._after)
-            costs = self._fixed + price * losses + ahead[None, :]
-            costs = np.where(self._allowed, costs, np.inf)
+            costs = np.where(self._allowed, self._fixed + price * self._merging[layer] + ahead[None, :], np.inf)
             choices.append((costs.argmin(1), reading.argmin(0)))
             ahead = costs.min(1) + reading.min(0)
         merge, keep, state = [], [], 0

@@ -28,7 +28,7 @@ def times(counts: Sequence[int] = COUNTS) -> dict[str, list[float]]:
 
 
 def latency(**calibration: float) -> PlanLatency:
-    return PlanLatency(COUNTS, times(), {}, **calibration)
+    return PlanLatency(COUNTS, times(), **calibration)
 
 
 def model(depth: int = 3, patches: int = PATCHES, seed: int = 0) -> FidelityModel:
@@ -115,11 +115,11 @@ def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distan
 
 def test_parts_are_fitted_whatever_the_entries() -> None:
     parts = times()
-    coarse = PlanLatency(COUNTS[::4], times(COUNTS[::4]), {})
+    coarse = PlanLatency(COUNTS[::4], times(COUNTS[::4]))
     for name in ("mlp", "merging", "1"):
         assert coarse.of_part(name, list(COUNTS)) == pytest.approx(parts[name])
     odd = parts | {"mlp": [value * (3 if number == 5 else 1) for number, value in enumerate(parts["mlp"])]}
-    steps = np.diff(PlanLatency(COUNTS, odd, {}).of_part("mlp", np.arange(8, PATCHES + 1)))
+    steps = np.diff(PlanLatency(COUNTS, odd).of_part("mlp", np.arange(8, PATCHES + 1)))
     assert (steps > 0).all(), "more tokens never take less"
 
 

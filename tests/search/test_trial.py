@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from sparsifiner_edge.ops.graph import gets_merged
 from sparsifiner_edge.plan import LayerPlan, plan_of
 from sparsifiner_edge.profiles.stats import skewed_mean
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.search.explore import MeasuredPlans
-from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
+from sparsifiner_edge.search.explore import Search
+from sparsifiner_edge.search.pieces import attention_piece, linear_pieces, merging_piece
+from sparsifiner_edge.search.request import Bound
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, sparsify
@@ -136,19 +138,19 @@ def test_how_images_differ_is_told_of_any_distances(
 ) -> None:
     trial = Trial(student, dense_twin(student).model, list_images(pictures), "patches")
     plan = merging(trial, 4)
-    plans = MeasuredPlans(trial, None)
-    plans.distances[plan] = distances
-    assert plans.shape(plan) == pytest.approx(shape, rel=1e-6)
-    bound = skewed_mean(distances, plans.shape(plan))
+    search = Search(Bound(0.9), trial, cast(Any, None), {}, {}, {})
+    search.distances[plan] = distances
+    assert search.shape(plan) == pytest.approx(shape, rel=1e-6)
+    bound = skewed_mean(distances, search.shape(plan))
     assert bound.value <= bound.high
 
 
 @torch.no_grad()
 def test_linear_parts_compute_what_the_layer_does(student: Student) -> None:
     layer = student.backbone.layers[0]
-    pieces = LinearPieces(layer, 64, int8=False)
+    pieces = linear_pieces(layer, 64, False, 1, (100, 17))
     for patches in (100, 17):
-        mlp, projections = (pieces.piece(name, patches + 1) for name in ("mlp", "projections"))
+        mlp, projections = (pieces[name, patches] for name in ("mlp", "projections"))
         x = torch.from_numpy(mlp.feed["image"])
         (got,) = file_session(mlp.model).run(None, mlp.feed)
         np.testing.assert_allclose(got, (x + layer.after_mlp(x)).numpy(), atol=1e-4)
@@ -159,9 +161,7 @@ def test_linear_parts_compute_what_the_layer_does(student: Student) -> None:
 
 
 def test_int8_parts_hold_int8_products(student: Student) -> None:
-    pieces = LinearPieces(student.backbone.layers[0], 64, int8=True)
-    for name in ("projections", "mlp"):
-        piece = pieces.piece(name, 33)
+    for piece in linear_pieces(student.backbone.layers[0], 64, True, 1, (32,)).values():
         assert [node.op_type for node in piece.model.graph.node].count("MatMul") == 2
         assert file_session(piece.model).run(None, piece.feed)[0].shape == (1, 33, 64)
 
