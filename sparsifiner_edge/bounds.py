@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 from sparsifiner_edge.errors import ConfigError
 
@@ -70,16 +70,6 @@ def size_text(size: ImageSize) -> str:
     """Such as "224", or "294x518", height first: as `--img-size` takes it."""
     height, width = height_width(size)
     return f"{height}" if height == width else f"{height}x{width}"
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether something read is a number to compute with: no truth value, not NaN, not infinite, not beyond floats."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # A whole number of more than 308 digits.
-        return False
 
 
 def flaw(content: Any, finite: bool = True, nulls: bool = True) -> str | None:

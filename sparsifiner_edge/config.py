@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
-from sparsifiner_edge.bounds import MOST_COUNT, is_number
+import msgspec
+from msgspec import Meta
+
+from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import read_record, write_record
 
@@ -18,14 +20,13 @@ PRESETS: dict[str, dict[str, float]] = {
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
 LANDMARK_FACTOR, TOP_COEFFICIENTS, BASIS_THRESHOLD = 6, 8, 0.02
 """Of the preset "paper": tokens per landmark; coefficients that count for a query, and entries of the basis that do."""
-_COUNTS = {"tile": 1, "probe": 1, "channels": 1, "cells": 0}
-"""Whole numbers, and the least value of each."""
-MOST_VALUE_POWER = 64.0
-"""Far beyond useful values, within the range of float32."""
-Keep = float | tuple[float, ...]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Pairs = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
+"""Of tokens that merge in a layer."""
+_Count = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
+Keep = Share | Annotated[tuple[Share, ...], Meta(min_length=1)]
 """One share of keys for all layers, or one of each; the last goes on to the layers that are left."""
-_PRUNING = re.compile(r"([0-9]{1,9})\s*:\s*([0-9]{0,9}\.?[0-9]{1,18}(?:e[+-]?[0-9]{1,2})?)", re.IGNORECASE)
-"""Layer and share, with few enough digits for Python to read."""
+_FIX = "Give shares in (0, 1], such as 0.25, and whole numbers, such as tile 16, probe 8, merge 160,0."
 
 
 def require(condition: bool, what: str, fix: str) -> None:
@@ -79,26 +80,26 @@ class SparsityConfig:
 
     preset: str = "edge"
     keep: Keep = 0.25
-    tile: int = 16
-    probe: int = 8
-    channels: int = 24
-    cells: int = 16
-    value_power: float = 2.0
-    token_keep: tuple[tuple[int, float], ...] = ()
-    merge: tuple[int, ...] = ()
-    merge_window: int = 16
+    tile: _Count = 16
+    probe: _Count = 8
+    channels: _Count = 24
+    cells: Annotated[int, Meta(ge=0, le=MOST_COUNT)] = 16
+    value_power: Annotated[float, Meta(ge=0, le=64)] = 2.0  # far beyond useful values, within float32
+    token_keep: tuple[tuple[Annotated[int, Meta(ge=0, le=MOST_COUNT)], Annotated[float, Meta(gt=0, lt=1)]], ...] = ()
+    merge: tuple[Pairs, ...] = ()
+    merge_window: Annotated[int, Meta(ge=2, le=MOST_COUNT, multiple_of=2)] = 16
 
     def __post_init__(self) -> None:
+        # What NumPy computes counts as the number that it is.
+        given = msgspec.to_builtins(vars(self), enc_hook=lambda value: getattr(value, "tolist", lambda: repr(value))())
+        checked = read_record(given, _Ranges, "The settings of sparsity", _FIX, ConfigError)
+        one = isinstance(checked.keep, tuple) and len(set(checked.keep)) == 1
+        shortened = {"keep": checked.keep[0]} if one else {}
+        if not any(checked.merge):
+            shortened["merge"] = ()
+        for name, value in {**msgspec.structs.asdict(checked), **shortened}.items():
+            object.__setattr__(self, name, value)
         require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
-        self._check_keep()
-        for name, least in _COUNTS.items():
-            value = getattr(self, name)
-            fits = isinstance(value, int) and least <= value <= MOST_COUNT
-            require(fits, f"{name} is {value!r}.", f"Give a whole number of at least {least}.")
-        fits = is_number(self.value_power) and 0 <= self.value_power <= MOST_VALUE_POWER
-        require(fits, f"value_power is {self.value_power!r}.", f"Give a number from 0 to {MOST_VALUE_POWER:g}.")
-        # An operator's attribute is of one type, as JSON's 7 is not.
-        object.__setattr__(self, "value_power", float(self.value_power))
         for name, value in PRESETS[self.preset].items():
             require(
                 getattr(self, name) == value,
@@ -110,48 +111,17 @@ class SparsityConfig:
             f"tile {self.tile} is not a multiple of probe {self.probe}.",
             "Choose a probe that divides the tile, such as 4 and 16.",
         )
-        if self.merge and not any(self.merge):
-            object.__setattr__(self, "merge", ())
-        self._check_pruning()
-        self._check_merging()
-
-    def _check_keep(self) -> None:
-        given = self.keep if isinstance(self.keep, (tuple, list)) else (self.keep,)
+        layers = [layer for layer, _ in self.token_keep]
         require(
-            bool(given) and all(is_number(share) and 0 < share <= 1 for share in given),
-            f"keep is {self.keep!r}, outside (0, 1].",
-            "Give the share of keys to read, such as 0.25, or several from the first layer; 1 means dense.",
+            layers == sorted(set(layers)),
+            f"tokens are pruned at layers {layers}.",
+            "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7.",
         )
-        one = len(set(given)) == 1
-        object.__setattr__(self, "keep", given[0] if one else tuple(map(float, given)))
-
-    def _check_merging(self) -> None:
-        require(
-            all(type(rate) is int and 0 <= rate <= MOST_COUNT for rate in self.merge),
-            f"merge is {self.merge!r}.",
-            "Give whole numbers from 0, such as 80, or 160..0 for a rate that falls from the first layer to the last.",
-        )
-        fits = self.merge_window >= 2 and self.merge_window % 2 == 0
-        require(fits, f"merge_window is {self.merge_window}.", "Give an even number of at least 2, such as 16.")
         require(
             not self.merge or (not self.token_keep and self.preset == "edge"),
             "merge cannot be combined with token_keep or the preset paper.",
             "Leave one of them out.",
         )
-
-    def _check_pruning(self) -> None:
-        layers = [layer for layer, _ in self.token_keep]
-        require(
-            all(type(layer) is int and 0 <= layer <= MOST_COUNT for layer in layers) and layers == sorted(set(layers)),
-            f"tokens are pruned at layers {layers}.",
-            "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7.",
-        )
-        for layer, share in self.token_keep:
-            require(
-                is_number(share) and 0 < share < 1,
-                f"token_keep at layer {layer} is {share!r}, outside (0, 1).",
-                "Give the share of patch tokens to keep, such as 0.7.",
-            )
 
     @property
     def is_dense(self) -> bool:
@@ -197,13 +167,14 @@ class SparsityConfig:
         return write_record(self)
 
     @classmethod
-    def for_preset(cls, preset: str, **settings: Any) -> SparsityConfig:
-        """The defaults of a preset, with those `settings` that are not None.
+    def for_preset(cls, preset: str = "edge", **settings: Any) -> SparsityConfig:
+        """The defaults of a preset, with those `settings` that are not None; `merge` may be one number.
 
         Raises:
             ConfigError: no such preset, or a value is out of range or cannot be combined with it.
         """
         given = {name: value for name, value in settings.items() if value is not None}
+        given |= {"merge": (given["merge"],)} if isinstance(given.get("merge"), int) else {}
         return cls(**{"preset": preset, **PRESETS.get(preset, {}), **given})
 
     @classmethod
@@ -213,11 +184,17 @@ class SparsityConfig:
         Raises:
             ConfigError: it is not a dict, or a field is unknown, of another type or out of range.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        fix = f"Known fields: {', '.join(known)}."
-        unknown = sorted(set(fields) - set(known)) if isinstance(fields, dict) else []
-        require(not unknown, f"unknown sparsity field {unknown}.", fix)
-        return read_record(fields, cls, "sparsity", fix, ConfigError)
+        fix = f"Known fields: {', '.join(_Ranges.__struct_fields__)}."
+        return cls(**msgspec.structs.asdict(read_record(fields, _Ranges, "sparsity", fix, ConfigError)))
+
+
+_KINDS = get_type_hints(SparsityConfig, include_extras=True)
+_Ranges: Any = msgspec.defstruct(
+    "_Ranges",
+    [(field.name, _KINDS[field.name], field.default) for field in dataclasses.fields(SparsityConfig)],
+    forbid_unknown_fields=True,
+)
+"""What each setting may be, as `SparsityConfig` declares it."""
 
 
 def share_of(share: float, count: int) -> int:
@@ -232,13 +209,11 @@ def parse_token_keep(text: str) -> tuple[tuple[int, float], ...]:
     Raises:
         ConfigError: not a list of layer:share.
     """
-    pairs = []
-    for part in filter(str.strip, text.split(",")):
-        match = _PRUNING.fullmatch(part.strip())
-        if match is None:
-            raise ConfigError(f"token_keep holds {part.strip()!r}.", "Give layer:share pairs such as 3:.7,6:.7,9:.7.")
-        pairs.append((int(match[1]), float(match[2])))
-    return tuple(pairs)
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part.strip()]
+        return tuple((int(layer), float(share)) for layer, share in pairs)
+    except ValueError:
+        raise ConfigError(f"token_keep holds {text!r}.", "Give layer:share pairs such as 3:.7,6:.7,9:.7.") from None
 
 
 def parse_keep(text: str) -> Keep:
@@ -266,10 +241,13 @@ def parse_merge(text: str) -> tuple[int, ...]:
     Raises:
         ConfigError: neither of these.
     """
-    numbers = text.split("..") if ".." in text else text.split(",")
-    fits = all(re.fullmatch(r"\s*\d{1,6}\s*", part) for part in numbers) and (".." not in text or len(numbers) == 2)
-    require(fits, f"merge is {text!r}.", "Give a rate such as 80, the first and the last such as 160..0, or a list.")
-    return tuple(int(part) for part in numbers)
+    try:
+        rates = tuple(map(int, text.replace("..", ",").split(",")))
+    except ValueError:
+        rates = ()
+    fits = rates and (".." not in text or len(rates) == 2)
+    require(bool(fits), f"merge is {text!r}.", "Give a rate such as 80, first and last such as 160..0, or a list.")
+    return rates
 
 
 def merge_text(merge: tuple[int, ...]) -> str:

@@ -124,9 +124,8 @@ def _landmarks(shape: ModelShape, sparsity: SparsityConfig, layout: Layout) -> W
 
 
 def summary(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
-    """Totals per kind over all layers: `<kind>_macs`, `<kind>_bytes`, totals."""
+    """MACs per kind over all layers, `<kind>_macs`, and their total."""
     layers = layer_costs(shape, sparsity)
     macs = {f"{kind}_macs": sum(costs[kind].macs for costs in layers) for kind in MAC_KINDS}
     macs["embedding_macs"] = shape.patches * 3 * shape.patch * shape.patch * shape.width
-    moved = {f"{kind}_bytes": sum(costs[kind].bytes for costs in layers) for kind in MAC_KINDS}
-    return {**macs, "total_macs": sum(macs.values()), **moved, "total_bytes": sum(moved.values())}
+    return {**macs, "total_macs": sum(macs.values())}

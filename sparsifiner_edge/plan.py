@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
 
-from msgspec import Meta
-
-from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.config import SparsityConfig, require, share_of
+from sparsifiner_edge.config import Pairs, Share, SparsityConfig, require, share_of
 
 LARGEST_MERGE, LEAST_PATCHES = 4, 16
 """One of so many patches may merge in a layer, and so many must be left after the last."""
-_Pairs = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
-_Share = Annotated[float, Meta(gt=0, le=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +20,9 @@ class LayerPlan:
         token_keep: shares of the patch tokens that are not pruned; empty: nothing is.
     """
 
-    merge: tuple[_Pairs, ...]
-    keep: tuple[_Share, ...]
-    token_keep: tuple[_Share, ...] = ()
+    merge: tuple[Pairs, ...]
+    keep: tuple[Share, ...]
+    token_keep: tuple[Share, ...] = ()
 
     @classmethod
     def dense(cls, depth: int) -> LayerPlan:

@@ -116,9 +116,9 @@ def test_rates() -> None:
     assert plan_of(SparsityConfig(merge=(40,)), 4, 100).merge == (25, 18, 14, 10)  # a quarter of what is there at most
     assert [parse_merge(text) for text in ("80", "160..0", "3, 2,1")] == [(80,), (160, 0), (3, 2, 1)]
     assert [merge_text(parse_merge(text)) for text in ("80", "160..0", "3,2,1")] == ["80", "160..0", "3,2,1"]
-    for text in ("", "x", "-1", "1..2..3", "4..", "1.5", "3,,2", "²", "9999999"):
-        with pytest.raises(ConfigError, match="merge is"):
-            parse_merge(text)
+    for text in ("", "x", "-1", "1..2..3", "4..", "1.5", "3,,2", "²", "9999999999"):
+        with pytest.raises(ConfigError, match=r"merge(\[0\])? is"):
+            SparsityConfig(merge=parse_merge(text))
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_rates() -> None:
         ({"merge": (8,), "token_keep": ((1, 0.5),)}, "cannot be combined"),
         ({"merge": (8,), "preset": "paper", "tile": 1, "probe": 1, "cells": 0, "value_power": 0.0}, "preset paper"),
         ({"merge": (8,), "merge_window": 7}, "merge_window is 7"),
-        ({"merge": (-1,)}, r"merge is \(-1,\)"),
-        ({"merge": (True,)}, r"merge is \(True,\)"),
+        ({"merge": (-1,)}, r"merge\[0\] is -1"),
+        ({"merge": (True,)}, r"merge\[0\] is true"),
         ({"merge": (1, 2, 3)}, "has 3 rates: the model has 6 layers"),
         ({"merge": (25,)}, "merging 25 tokens in layer 5 leaves"),
     ],

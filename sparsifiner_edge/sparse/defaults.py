@@ -37,19 +37,6 @@ class SparsityOptions(TypedDict, total=False):
     merge_window: int | None
 
 
-def config_of(options: SparsityOptions) -> SparsityConfig:
-    """The config that these settings make, of whatever model.
-
-    Raises:
-        ConfigError: a value is out of range, or two do not go together.
-    """
-    settings: dict[str, Any] = {**options}
-    merge = settings.get("merge", ())
-    return SparsityConfig.for_preset(
-        **{"preset": "edge", **settings, "merge": (merge,) if isinstance(merge, int) else merge}
-    )
-
-
 def fit_to_model(sparsity: SparsityConfig, backbone: Backbone, options: SparsityOptions) -> SparsityConfig:
     """The config with what suits the model where that was left open: of the preset paper, channels of half the heads'
     dimension; of others the cells, and shares of keys where tokens merge.

@@ -16,7 +16,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
-from sparsifiner_edge.sparse.defaults import SparsityOptions, config_of, default_cells, fit_to_model
+from sparsifiner_edge.sparse.defaults import SparsityOptions, default_cells, fit_to_model
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
 from sparsifiner_edge.sparse.patch import AnyModule, make_model_sparse, require_supported, restore_model
 
@@ -52,7 +52,7 @@ def sparsify_model(
         ConfigError: a value is out of range or does not fit the model, or the images do not. The module is unchanged.
     """
     backbone = require_supported(module)
-    sparsity = fit_to_model(config_of(options), backbone, options)
+    sparsity = fit_to_model(SparsityConfig.for_preset(**options), backbone, options)
     images = [] if calibrate is None else arriving(module, backbone, calibrate)
     make_model_sparse(module, sparsity)
     calibrate_from_weights(module)

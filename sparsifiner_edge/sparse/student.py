@@ -22,7 +22,7 @@ from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import calibrate_from_weights, sparse_layers
-from sparsifiner_edge.sparse.defaults import SparsityOptions, config_of, fit_to_model
+from sparsifiner_edge.sparse.defaults import SparsityOptions, fit_to_model
 from sparsifiner_edge.sparse.hosts import backbone_of, for_size, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import create
 from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
@@ -108,7 +108,7 @@ def sparsify(
     target = Path(output)
     require_replaceable(target, "student")
     # Settings are checked before the weights are read: a typing mistake should not cost minutes.
-    sparsity = config_of(options)
+    sparsity = SparsityConfig.for_preset(**options)
     if calibrate is not None:
         list_images(Path(calibrate))
     dense = load_source(model, Path(weights) if weights else None, img_size, Normalisation.given(normalise))

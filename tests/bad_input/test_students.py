@@ -48,7 +48,7 @@ def export_refused(capsys: Capsys, student: Path, target: Path, *texts: str) -> 
         (lambda c: c.update(labels=["a"] * 9 + ["x" * 100_000]), 'labels[9] is "xxx'),
         (lambda c: c.update(labels=["a"]), "names 1 labels for 10 classes"),
         (lambda c: c.update(sparsity=None), "sparsity: it is null, not dict"),
-        (lambda c: c["sparsity"].update(dense_layers=[1]), "unknown sparsity field ['dense_layers']"),
+        (lambda c: c["sparsity"].update(dense_layers=[1]), "sparsity: unknown key dense_layers"),
         (lambda c: c["sparsity"].update(keep=float("nan")), "keep is nan"),
         (lambda c: c["sparsity"].update(tile=2**62, probe=1), "tile is 4611686018427387904"),
         (lambda c: c.update(provenance=None), "provenance is null, not dict"),
