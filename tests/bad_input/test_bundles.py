@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -33,10 +32,9 @@ Change = Callable[[dict[str, Any]], object]
         (lambda m: m.update(kind="student"), "is not a bundle's manifest"),
         (lambda m: m["files"].pop("model.onnx"), "is not a bundle's manifest"),
         (lambda m: m["files"].update({"model.onnx": None}), "an entry of files is not str"),
-        (lambda m: m["files"].update({"gone.bin": "0"}), "gone.bin is missing"),
         (lambda m: m["files"].update({"x" * 300: "0"}), "File name too long"),
         (lambda m: m.pop("preprocessing"), "preprocessing is missing"),
-        (lambda m: m.update(preprocessing={"size": "4"}), 'preprocessing.size is "4", not int'),
+        (lambda m: m["preprocessing"].update(resize="stretch"), "preprocessing.resize is"),
         (lambda m: m.update(preprocessing={"size": 5}), "takes image (uint8 [batch, 4, 4, 3])"),
         (lambda m: m.update(preprocessing={"size": [4, 0]}), "preprocessing.size[1] is 0"),
     ],
@@ -103,15 +101,6 @@ def test_a_manifest_that_would_never_end(make: Callable[[Path], object], said: s
     assert not (bundle.parent / "out").exists()
 
 
-def test_labels_that_are_too_few(tiny_bundle: Path, tmp_path: Path, pictures: Path) -> None:
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
-    (folder / "labels.txt").write_bytes(b"only one \xff\n")
-    reseal(folder)
-    outcome = process("run", folder, "--source", pictures / "picture0.png")
-    assert outcome.code == 0
-    assert json.loads(outcome.out)["top"][0]["label"].startswith("class_")
-
-
 def test_what_is_no_teacher_or_takes_other_batches_or_sizes(
     tmp_path: Path, bundle: Path, tiny_student: Path, pictures: Path, capsys: Capsys
 ) -> None:
@@ -126,15 +115,11 @@ def test_what_is_no_teacher_or_takes_other_batches_or_sizes(
     ("change", "said"),
     [
         (lambda m: m.update(inputs=3), "inputs is 3, not list"),
-        (lambda m: m.pop("inputs"), "inputs is missing"),
         (lambda m: m["inputs"][0].update(shape={"0": 1}), 'inputs[0].shape is {"0": 1}, not list'),
         (lambda m: m["inputs"][0].update(shape=[2**40]), "an input's shape is"),
         (lambda m: m.update(ops=[]), "names no operators for its sparse layers"),
         (lambda m: m.update(precision=["fp16"]), 'precision is ["fp16"], not str or null'),
-        (lambda m: m.update(name={"a": ["\x1b"]}), 'name is {"a": ["\\u001b"]}, not str'),
-        (lambda m: m["shape"].update(depth=0), "shape.depth is 0, not int >= 1"),
         (lambda m: m["shape"].update(depth=10**300), "shape.depth is 1000000"),
-        (lambda m: m["shape"].pop("hidden"), "shape.hidden is missing"),
         (lambda m: m["sparsity"].update(value_power=10**400), "value_power is 1000"),
         (lambda m: m.update(more=float("inf")), "more is inf"),
     ],

@@ -87,14 +87,11 @@ FOREIGN = "does not belong to this training"
     ("change", "text"),
     [
         (lambda s, _: setattr(s, "step", 99), "steps do not belong to this training"),
-        (lambda s, _: setattr(s, "fidelity", {}), "steps do not belong to this training"),
         (lambda s, _: s.each.update({0: [0.5]}), "steps do not belong to this training"),
         (lambda s, _: s.fingerprint.update(seed=7), "began with other seed: 7, now 0"),
         (lambda _, t: t.pop("best/norm.weight"), f"'best/norm.weight' {FOREIGN}"),
-        (lambda _, t: t.update(x=torch.zeros(1)), f"'x' {FOREIGN}"),
         (lambda _, t: t.update({NORM: torch.zeros(3)}), f"{NORM!r} {FOREIGN}"),
         (lambda _, t: t[NORM].fill_(torch.inf), f"{NORM!r} {FOREIGN}"),
-        (lambda _, t: t.pop("optimiser/0/exp_avg"), f"'optimiser/0/exp_avg' {FOREIGN}"),
         (lambda _, t: t["optimiser/0/exp_avg_sq"].fill_(torch.nan), FOREIGN),
     ],
 )

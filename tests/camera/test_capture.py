@@ -15,7 +15,7 @@ import pytest
 
 from sparsifiner_edge.camera import capture
 from sparsifiner_edge.camera.capture import FIRST_WAIT_S, MOST_WAIT_S, Capture, wait_s
-from sparsifiner_edge.camera.sources import Source, parse_source
+from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.camera.status import Status
 
 
@@ -96,14 +96,3 @@ def test_no_word_of_a_decoder_ends_a_live_source(
         assert not running.is_over
     assert str(status.last_reason).startswith(reason)
     assert bool(status.counts["crashes"]) == reason.startswith("the decoder")
-
-
-def test_the_mailbox_is_closed_whatever_becomes_of_the_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tell(event: dict[str, Any]) -> None:
-        raise RuntimeError if event["state"] == "ended" else BrokenPipeError
-
-    monkeypatch.setattr(capture.threading, "excepthook", lambda _: None)
-    fake_decoder(tmp_path, monkeypatch, "send(1, End('x'))")
-    with Capture(Source("file", "v.mp4", False, "v.mp4"), 8, 3, Status("x", tell)) as running:
-        wait_until(lambda: running.is_over)
-    assert running.failure == "x"

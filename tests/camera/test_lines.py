@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.camera import json_lines
 from sparsifiner_edge.camera.json_lines import LineWriter, line_of
 from tests.camera.conftest import lines
 from tests.commands import process
@@ -61,42 +60,6 @@ def test_a_reader_that_comes_late(live: bool, blocks: bool) -> None:
     assert len(numbers) + writer.dropped == 300
     assert writer.errors == 0
     assert live or numbers == list(range(300))
-
-
-def test_a_stop_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_lines, "_DRAIN_S", 0.2)
-    stop = threading.Event()
-    writer, reader = pipe(live=False, blocks=False, stop=stop)
-    threading.Timer(0.3, stop.set).start()
-    for number in range(40):
-        writer.write({"n": number, "text": "x" * 9000})
-    writer.close()
-    with reader:
-        text = reader.read()
-    records = lines(text[: text.rfind("\n") + 1])
-    assert len(records) + writer.dropped == 40
-    assert [record["n"] for record in records] == list(range(len(records)))
-    assert 0 < len(records) < 40  # What the pipe holds.
-
-
-@pytest.mark.parametrize("live", [True, False])
-def test_a_reader_that_left(live: bool) -> None:
-    writer, reader = pipe(live)
-    reader.close()
-    with pytest.raises(BrokenPipeError):
-        writer.write({"a": 1})
-    writer.close()
-
-
-def test_a_full_disk_is_counted_by_a_service_and_told_by_others() -> None:
-    with open("/dev/full", "w") as full:  # noqa: PTH123
-        live, other = LineWriter(full, live=True), LineWriter(full, live=False)
-    for _ in range(5):
-        live.write({"a": 1})
-    live.close()
-    assert live.errors == 5
-    with pytest.raises(OSError, match="No space left"):
-        other.write({"a": 1})
 
 
 # Files.

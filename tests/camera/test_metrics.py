@@ -85,15 +85,6 @@ def test_too_many_connections_are_closed_and_those_that_dribble_end(port: int) -
         time.sleep(0.05)
 
 
-def test_a_client_that_leaves_in_the_middle(port: int, capfd: pytest.CaptureFixture[str]) -> None:
-    for _ in range(20):
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            client.sendall(GET)
-    assert answer_to(port, GET).startswith(b"HTTP/1.0 503")
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize(
     ("parts", "code"),
     [

@@ -12,7 +12,6 @@ from PIL import Image
 
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.runtime.session import validate_outputs
 from tests.camera.conftest import lines, records_of
 from tests.commands import process
 from tests.package.reseal import reseal
@@ -79,10 +78,3 @@ def test_an_output_that_is_none_names_itself(node: Any, said: str, tmp_path: Pat
         session.infer({"image": np.zeros((1, 8, 8, 3), np.uint8)})
     for word in said.split(" .* "):
         assert word in caught.value.what
-
-
-def test_ranks_and_kinds() -> None:
-    validate_outputs("m", {"features": np.zeros((1, 2)), "other": np.zeros((1, 2, 3, 4)), "n": np.zeros(3, np.int64)})
-    for wrong in ({"tokens": np.zeros((1, 2))}, {"x": np.array(["a"])}, {"x": [1.0]}, {"x": np.zeros((0, 3))}):
-        with pytest.raises(BackendError, match="Output '"):
-            validate_outputs("m", wrong)

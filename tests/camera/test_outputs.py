@@ -91,14 +91,3 @@ def test_a_service_goes_on_without_the_overlay_of_a_full_disk(cells: Path, tmp_p
     assert "No space left on device" in lost["reason"]
     assert events[-1]["overlay_errors"] == 1
     assert records[-1]["monotonic_s"] > lost["monotonic_s"]
-
-
-@needs_mounts
-def test_the_overlay_of_a_file_on_a_full_disk(cells: Path, video: Path, tmp_path: Path) -> None:
-    """The records so far come all the same."""
-    fill = "dd if=/dev/zero of=fill bs=1k count=60 2> /dev/null"
-    outcome, _ = in_mount(tmp_path, 64, fill, "run", cells, "--source", video, "--overlay", "disk/o.mkv")
-    assert outcome.code == 2
-    assert "disk/o.mkv cannot be written: No space left on device" in outcome.err
-    assert "Traceback" not in outcome.err
-    assert lines(outcome.out)

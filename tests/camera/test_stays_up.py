@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 import pytest
 
 from sparsifiner_edge.camera.pattern import draw_pattern
@@ -138,15 +137,3 @@ def test_a_resolution_that_changes_in_the_middle(cells: Path, tmp_path: Path) ->
     assert found == list(range(30))
     with av.open(str(overlay)) as file:
         assert {(f.width, f.height) for f in file.decode(video=0)} == {(512, 512)}
-
-
-def test_damage_in_the_middle_costs_frames_alone(cells: Path, tmp_path: Path) -> None:
-    path = encode(tmp_path / "v.ts", [draw_pattern(n, 320, 240) for n in range(60)])
-    data = bytearray(path.read_bytes())
-    noise = np.random.default_rng(0)
-    for place in noise.integers(len(data) // 4, len(data) // 2, 200):
-        data[place] = noise.integers(256)
-    path.write_bytes(data)
-    found = numbers_of(records_of(process("run", cells, "--source", path)))
-    assert found[:10] == list(range(10))
-    assert found[-20:] == list(range(40, 60))

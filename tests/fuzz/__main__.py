@@ -22,11 +22,26 @@ from typing import Any
 
 from sparsifiner_edge.machine import environment, machine
 from sparsifiner_edge.records import write_record
-from tests.fuzz import kills, materials
-from tests.fuzz.harness import Try, attempt
-from tests.fuzz.targets import TARGETS
+from tests.fuzz import bundles, kills, materials, others
+from tests.fuzz.harness import Target, Try, attempt
 
 SHOWN = 20
+TARGETS = {
+    "golden": Target(105, bundles.golden, ("plain",)),
+    "model": Target(308, bundles.hostile_model, ("plain", "images", "keys")),
+    "signature": Target(53, bundles.signature, ("signed", "images")),
+    "manifest": Target(5694, bundles.manifest, ("plain", "bundle", "images", "keys")),
+    "injection": Target(195, bundles.injection, ("plain",)),
+    "report": Target(2100, others.report, ("results",)),
+    "student": Target(294, others.student, ("student",)),
+    "checkpoint": Target(1399, others.checkpoint, ("training",)),
+    "weights": Target(31, others.weights, ("student",)),
+    "settings": Target(560, others.settings, ("bundle",)),
+    "usage": Target(601, others.usage, ("plain", "student", "results", "images")),
+    "video": Target(328, others.videos, ("plain", "video")),
+    "http": Target(200, others.http),
+}
+"""Classes of tries, and how many of each make a full run."""
 
 
 def main() -> int:
@@ -37,39 +52,27 @@ def main() -> int:
     parser.add_argument("--tries", type=int, help="so many of each class")
     parser.add_argument("--kills", type=int, default=0, help="commands to end at random moments")
     parser.add_argument("--seed", type=int, default=0, help="number of the first try")
-    parser.add_argument("--good", type=Path, help="folder of good examples, kept and used again")
-    parser.add_argument("-o", "--output", type=Path, help="folder for fuzz.json; other classes in it are kept")
+    parser.add_argument("-o", "--output", type=Path, help="folder for fuzz.json")
     given = parser.parse_args()
     # A shell starts programs in the background deaf to Ctrl-C, and what they start inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch:
-        good, work = given.good or Path(scratch) / "good", Path(scratch) / "work"
+        good, work = Path(scratch) / "good", Path(scratch) / "work"
         names = [name for name in given.only or TARGETS if name in TARGETS]
         report = run_classes(names, good, work, given)
         if given.kills or given.only == ["kills"]:
             report["kills"] = run_kills(good, work / "kills", given.kills or given.tries or 50, given.seed)
     for name, entry in report.items():
         print(f"{name}: {entry['tries']} tries, {entry['failures']} failures, {entry['seconds']:.0f} s")
+    tries, failures = (sum(entry[name] for entry in report.values()) for name in ("tries", "failures"))
     if given.output:
-        write(given.output / "fuzz.json", report)
-    tries, failures = total(report)
+        content = {"tries": tries, "failures": failures, "classes": report, "machine": write_record(machine()),
+                   "environment": write_record(environment())}  # fmt: skip
+        given.output.mkdir(parents=True, exist_ok=True)
+        (given.output / "fuzz.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"{tries} tries, {failures} failures")
     return 1 if failures else 0
-
-
-def total(report: dict[str, Any]) -> tuple[int, int]:
-    """Tries and failures of all classes."""
-    return sum(entry["tries"] for entry in report.values()), sum(entry["failures"] for entry in report.values())
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    """What this run found, in the place of what an earlier one found of the same classes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    classes = (json.loads(path.read_text())["classes"] if path.exists() else {}) | report
-    content: dict[str, Any] = dict(zip(("tries", "failures"), total(classes), strict=True))
-    content |= {"classes": classes, "machine": write_record(machine()), "environment": write_record(environment())}
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def run_classes(names: list[str], good: Path, work: Path, given: argparse.Namespace) -> dict[str, Any]:

@@ -71,13 +71,17 @@ def command(*arguments: Any) -> tuple[int, str]:
     Raises:
         FailureError: another exit code, a traceback, characters that a terminal obeys, or JSON that is none.
     """
-    with _file() as out, _file() as err:
+    # What a command writes may go past Python, to the descriptor.
+    kept = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with tempfile.TemporaryFile("w+", **kept) as out, tempfile.TemporaryFile("w+", **kept) as err:
         with handlers_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 main([str(argument) for argument in arguments])
             except SystemExit as left:
                 code = left.code
-        printed, complained = (_content(file) for file in (out, err))
+        for file in (out, err):
+            file.seek(0)
+        printed, complained = out.read(), err.read()
     said = printed + complained
     if not isinstance(code, int) or code not in (0, 1, 2):
         raise FailureError(f"exit code {code}: {complained[:300]}")
@@ -88,17 +92,6 @@ def command(*arguments: Any) -> tuple[int, str]:
     if "--json" in map(str, arguments) and code == 0:
         strict_json(printed)
     return code, printed
-
-
-def _file() -> Any:
-    """What a command writes may go past Python, to the descriptor."""
-    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="surrogateescape", newline="")
-
-
-def _content(file: Any) -> str:
-    file.flush()
-    file.seek(0)
-    return str(file.read())
 
 
 def strict_json(text: str) -> Any:

@@ -59,7 +59,6 @@ CASES = [
     _plain([0, 2**40, 3 * 2**30], 2**30, PLACES),
     _plain([0, 2**32, 3 * 2**32], 1, PLACES),
     _plain([0, 2**62, 12], 1, PLACES),
-    _plain([0, 2**31, 3], 1, PLACES),
     _select([0, 2**40, 3 * 2**30], 2**30, PLACES),
     _select([0, 2**33, 3 * 2**31], 1, PLACES),
     _attend([0, 2**40, 3 * 2**30], 2**30, [0, 2**30, 2**36, 1], PLACES),
@@ -69,14 +68,7 @@ CASES = [
     _plain([0, 1, 3 * 2**30], 2**30, f"[0, 1, {2**30}]"),
     _select([0, 40, 3], 1, "[0, 1, 40, 1]"),
     _select([0, 40, 3], 1, "[0, 1, 1, 40]", tile=MOST, cell=MOST, keys=40, value_power=2.0),
-    _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]"),
     _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]", cell=MOST),
-    # No tokens, no channels, no keys.
-    _plain([1, 0, 24], 2, "leave no patch"),
-    _plain([1, 40, 0], 2, "qkv must have shape"),
-    _plain([1, 40, 24], MOST, "qkv must have shape"),
-    _select(SMALL, 2, "proj_q and proj_k must have shape", channels=0),
-    _attend(SMALL, 2, [1, 2, 3, 0], "indices must have shape"),
     # Settings beyond every tensor, at the edge of what is allowed, or past it.
     _select(SMALL, 2, "[1, 2, 1, 1]", probe=MOST, tile=MOST, cell=MOST),
     _select(SMALL, 2, "[1, 2, 1, 1]", probe=1, tile=MOST, cell=MOST, value_power=2.0),

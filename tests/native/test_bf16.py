@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,16 +58,6 @@ def test_agrees_with_the_reference_on_any_number_of_threads(
     assert rounded
 
 
-def test_what_is_not_finite_stays_where_it_is_read(halves: Operators) -> None:
-    case = next(c for c in cases("DenseAttention") if c.batch == 2)
-    qkv, sizes = case.inputs()
-    fine = run_native(case, [qkv, sizes], halves)
-    qkv[0] = np.nan
-    got = run_native(case, [qkv, sizes], halves)
-    assert np.isnan(got[0]).all()
-    np.testing.assert_array_equal(got[1], fine[1])
-
-
 def test_lists_of_one_query_and_prefix_rows_stay_float32(halves: Operators, exact: Operators) -> None:
     single = PAPER[0]
     assert (single.attributes["tile"], single.attributes["cell"]) == (1, 0)
@@ -81,24 +68,6 @@ def test_lists_of_one_query_and_prefix_rows_stay_float32(halves: Operators, exac
     got, wanted = run_native(tiles, inputs, halves), run_native(tiles, inputs, exact)
     np.testing.assert_array_equal(got[:, :prefix], wanted[:, :prefix])
     assert (got[:, prefix:] != wanted[:, prefix:]).any()
-
-
-def test_a_lesser_instruction_set_says_float32() -> None:
-    script = (
-        "from sparsifiner_edge.ops.kernels import described\n"
-        "from sparsifiner_edge.ops.native.interface import Operators\n"
-        "operators = Operators(1, True)\n"
-        "print(operators.precision, '|', described({'DenseAttention'}, True, None, operators.precision))\n"
-    )
-    for target, said in (
-        ("", f"bfloat16 | native, {native.target()}, attention in bfloat16"),
-        ("AVX2", "float32 | native, AVX2, attention in float32"),
-    ):  # fmt: skip
-        environment = os.environ | {native.TARGET_VARIABLE: target}
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.stdout.strip() == said, done.stderr
 
 
 def test_a_session_of_onnx_runtime_says_so_and_leaves_others_alone(tmp_path: Path) -> None:

@@ -128,10 +128,9 @@ def test_absurd_sizes_are_reckoned_without_undefined_behaviour(tmp_path: Path) -
     require_told(library)
 
 
-@pytest.mark.parametrize("beyond", [1, 5])
-def test_keys_beyond_two_to_the_24_are_found_exactly(beyond: int) -> None:
+def test_keys_beyond_two_to_the_24_are_found_exactly() -> None:
     """Floats tell neighbouring numbers apart no more."""
-    patches, third = 2**24 + beyond, 12345
+    patches, third = 2**24 + 5, 12345
     qkv = np.zeros((1, patches, 3), np.float32)
     qkv[..., 0] = 1
     qkv[0, [third, -2, -1], 1] = 3, 4, 5

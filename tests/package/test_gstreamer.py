@@ -155,13 +155,7 @@ def test_a_model_without_classes(
     ],
 )
 def test_what_is_wrong_is_the_pipelines_error(
-    properties: str,
-    said: str,
-    package: Path,
-    environment: dict[str, str],
-    tiny_bundle: Path,
-    keys: Path,
-    tmp_path: Path,
+    properties: str, said: str, package: Path, environment: dict[str, str], tiny_bundle: Path, keys: Path
 ) -> None:
     element = f"sparsifiner {properties.format(bundle=tiny_bundle, key=keys / 'key.pub')}"
     pipeline = f"videotestsrc num-buffers=1 ! videoconvert ! {element} ! fakesink"

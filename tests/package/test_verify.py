@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
+from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.ops.schema import VERSION
-from sparsifiner_edge.runtime.verify import model_checks, run_check, verify_bundle
+from sparsifiner_edge.runtime.verify import verify_bundle
 from tests.commands import assert_refused, call
 from tests.package.reseal import reseal
 
@@ -47,13 +47,8 @@ def other_operator_version(model: Any) -> None:
     ("change", "check", "said"),
     [
         (other_operator_version, "operators", f"of version [{VERSION + 1}]"),
-        (
-            lambda model: model.opset_import.add(domain="com.example", version=1),
-            "model",
-            "foreign domains: com.example",
-        ),
+        (lambda m: m.opset_import.add(domain="com.example", version=1), "model", "foreign domains: com.example"),
         ({"ops": []}, "operators", "the manifest says []"),
-        ({"ops": ["sparsifiner::KeySelect"]}, "operators", "says ['sparsifiner::KeySelect'] of version"),
         ({"outputs": []}, "inputs, outputs", "outputs: manifest and model differ in logits float32 [1, 10]"),
         ({"inputs": []}, "inputs, outputs", "inputs: manifest and model differ in image uint8 [1, 160, 160, 3]"),
         ("in another order", "inputs, outputs", "their order"),
@@ -67,31 +62,6 @@ def test_manifest_and_model_differ(
     found = failed(altered(tiny_bundle, **change) if isinstance(change, dict) else altered(tiny_bundle, change))
     assert list(found) == [check]
     assert said in found[check]
-
-
-def a_sequence(value: Any) -> None:
-    value.type.sequence_type.elem_type.tensor_type.elem_type = 1
-
-
-@pytest.mark.parametrize(
-    ("change", "check", "said"),
-    [
-        (lambda value: value.type.tensor_type.ClearField("shape"), "model", "shape"),
-        (
-            lambda value: value.type.tensor_type.ClearField("elem_type"),
-            "inputs, outputs",
-            "cannot be checked: KeyError",
-        ),
-        (a_sequence, "inputs, outputs", "cannot be checked: KeyError"),
-    ],
-)
-def test_models_that_nobody_exports(
-    change: Callable[[Any], None], check: str, said: str, tiny_bundle: Path, altered: Callable[..., Path]
-) -> None:
-    """ONNX Runtime would refuse some of them; the checks before it must stand by themselves."""
-    bundle = open_bundle(altered(tiny_bundle, lambda model: change(model.graph.output[0])))
-    result = run_check(check, model_checks(bundle, bundle.model())[check])
-    assert (result.passed, said in result.details) == (False, True)
 
 
 def test_other_weights_fail_golden(
@@ -134,10 +104,7 @@ def test_unusable_bundles_are_no_failed_checks(
     folder = altered(tiny_bundle)
     with pytest.raises(ArtifactError, match=r"ops\[0\] is 1, not str"):
         verify_bundle(reseal(folder, ops=[1]))
-    reseal(folder, ops=[])
-    (folder / "labels.txt").write_text("x\n")
-    assert_refused(call(capsys, "bundle", "verify", folder), "does not match its SHA-256")
     (folder / "model.onnx").write_bytes(b"\xff" * 100)
-    reseal(folder)
+    reseal(folder, ops=[])
     assert_refused(call(capsys, "bundle", "verify", folder), "is not an ONNX file")
     assert_refused(call(capsys, "package", folder, "--for", "deepstream", "-o", tmp_path / "out"))

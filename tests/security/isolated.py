@@ -1,6 +1,6 @@
 """Commands in a network namespace of their own, and every packet that they try to send out of it.
 
-    python -m tests.security.isolated SECONDS < commands.json     a list of {"name", "arguments", "environment", "cwd"}
+    python -m tests.security.isolated SECONDS < commands.json     a list of {"name", "arguments", "environment"}
 
 The namespace has a loopback, and one interface through which all else would go, a name server's address included: a
 look-up or a connection is a packet there, before anyone answers. Prints one JSON object: `codes` per name (None where
@@ -9,7 +9,6 @@ it still ran at the end and was ended), `packets` (what was sent), `errors` per 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import json
@@ -22,7 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 1, 0x1000
@@ -30,7 +29,6 @@ _SERVER = "10.77.0.2"
 CI = ("CI", "APPVEYOR", "BITBUCKET_BUILD_NUMBER", "BUILDKITE", "CIRCLECI", "CODEBUILD_BUILD_ID", "GITHUB_ACTIONS",
       "GITLAB_CI", "JENKINS_URL", "TEAMCITY_VERSION", "TF_BUILD", "TRAVIS")  # fmt: skip
 """Where one of these is set ONNX Runtime reports nothing anyway; what is run here runs as on a user's machine."""
-Started = tuple[subprocess.Popen[bytes], IO[bytes]]
 
 
 def enter() -> int:
@@ -54,57 +52,39 @@ def enter() -> int:
     return handle
 
 
-class Listener:
-    """Collects what is sent out; IPv6's own chatter about neighbours and routers aside."""
-
-    def __init__(self, handle: int) -> None:
-        self.packets: list[str] = []
-        self._handle = handle
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            packet = os.read(self._handle, 65535)
-            if packet[0] >> 4 == 6 and packet[6] in (0, 58):  # Hop-by-hop options (MLD) and ICMPv6.
-                continue
-            self.packets.append(f"{packet[:40].hex()} {packet[28:90]!r}")
+def listen(handle: int, packets: list[str]) -> None:
+    """Collect what is sent out, for ever; IPv6's own chatter about neighbours and routers aside."""
+    while True:
+        packet = os.read(handle, 65535)
+        if packet[0] >> 4 == 6 and packet[6] in (0, 58):  # Hop-by-hop options (MLD) and ICMPv6.
+            continue
+        packets.append(f"{packet[:40].hex()} {packet[28:90]!r}")
 
 
 def run_all(handle: int, commands: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Run all commands at once, for `seconds` at most."""
-    listener = Listener(handle)
-    with contextlib.ExitStack() as stack:
-        started = {command["name"]: _started(command, stack.enter_context(_log())) for command in commands}
-        return _watch(listener, started, seconds)
-
-
-def _watch(listener: Listener, started: dict[str, Started], seconds: float) -> dict[str, Any]:
-    deadline = time.monotonic() + seconds
-    codes: dict[str, int | None] = {}
-    while time.monotonic() < deadline and any(process.poll() is None for process, _ in started.values()):
-        time.sleep(0.1)
-    for name, (process, _) in started.items():
-        codes[name] = process.poll()
-        if codes[name] is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    time.sleep(0.2)
-    errors = {name: Path(log.name).read_text(errors="replace")[-2000:] for name, (_, log) in started.items()}
-    return {"codes": codes, "packets": listener.packets, "errors": errors}
-
-
-def _log() -> IO[bytes]:
-    return tempfile.NamedTemporaryFile()
-
-
-def _started(command: dict[str, Any], log: IO[bytes]) -> Started:
+    packets: list[str] = []
+    threading.Thread(target=listen, args=(handle, packets), daemon=True).start()
     users = {name: value for name, value in os.environ.items() if name not in CI}
-    process = subprocess.Popen(
-        command["arguments"], env=users | command.get("environment", {}), cwd=command.get("cwd"),
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
-    )  # fmt: skip
-    return process, log
+    with tempfile.TemporaryDirectory() as logs:
+        started = {}
+        for command in commands:
+            with (Path(logs) / command["name"]).open("wb") as log:
+                started[command["name"]] = subprocess.Popen(
+                    command["arguments"], env=users | command.get("environment", {}), stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
+                )  # fmt: skip
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(process.poll() is None for process in started.values()):
+            time.sleep(0.1)
+        codes = {name: process.poll() for name, process in started.items()}
+        for name, process in started.items():
+            if codes[name] is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        time.sleep(0.2)
+        errors = {name: (Path(logs) / name).read_text(errors="replace")[-2000:] for name in started}
+    return {"codes": codes, "packets": packets, "errors": errors}
 
 
 if __name__ == "__main__":

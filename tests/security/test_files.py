@@ -176,26 +176,6 @@ def test_everything_is_read_as_the_manifest_says(tmp_path: Path, keys: Path) -> 
         checked.read("kernels/sm87.json")
 
 
-def test_a_bundle_stays_what_was_checked(tmp_path: Path) -> None:
-    """Its folder may hold another whole bundle later: the value that was checked reads nothing of it."""
-    folder = make_bundle(tmp_path / "bundle", name="m")
-    (folder / "labels.txt").write_bytes("cat\x1b[31m\n\u202edog\nu\u2028v\n\u732b\n".encode())
-    checked = open_bundle(reseal(folder))
-    assert checked.labels() == ["cat\\x1b[31m", "\\u202edog", "u\\u2028v", "\u732b"]  # Shown harmless.
-    (folder / "labels.txt").write_text("dog\n")
-    assert open_bundle(reseal(folder)).labels() == ["dog"]
-    for read in (checked.labels, checked.sealed_copy("labels.txt").__enter__):
-        with pytest.raises(ArtifactError, match=r"labels\.txt does not match its SHA-256"):
-            read()
-    with checked.sealed_copy("model.onnx") as copy:
-        assert Path(copy).read_bytes() == (folder / "model.onnx").read_bytes()
-        with pytest.raises(PermissionError):
-            Path(copy).write_bytes(b"")
-    assert checked.required(checked.manifest.name, "name") == "m"
-    with pytest.raises(ArtifactError, match="bundle: plan is missing"):
-        checked.required(checked.manifest.plan, "plan")
-
-
 def test_kernels_that_the_manifest_does_not_list_are_not_the_bundles(tmp_path: Path) -> None:
     from sparsifiner_edge.bundle.kernels import read_table
 

@@ -16,14 +16,11 @@ import pytest
 from PIL import Image
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, STUDENT_FILE
-from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, Manifest, parse_manifest
+from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, Manifest
 from sparsifiner_edge.bundle.sign import Signature, fingerprint, require_signature, sign_bundle, write_signature
-from sparsifiner_edge.bundle.store import Bundle, extend_bundle, open_bundle, place_in
+from sparsifiner_edge.bundle.store import Bundle, open_bundle, place_in
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.package import package_bundle
-from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.verify import verify_bundle
 from tests.commands import assert_refused, call, snapshot
 from tests.tiny import make_bundle
 
@@ -78,23 +75,12 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], list[object]]] = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_could_lead_elsewhere_is_no_bundles(name: str, tmp_path: Path, keys: Path) -> None:
+    """What every command begins with, of which those below try one such name each."""
     bundle = hostile(tmp_path, keys, name)
-    before = snapshot(tmp_path)
-    with pytest.raises(ArtifactError, match="names the file") as caught:
-        parse_manifest((bundle / BUNDLE_FILE).read_bytes(), bundle / BUNDLE_FILE)
-    assert repr(name) in caught.value.what
-    for act in (
-        open_bundle,
-        open_session,
-        verify_bundle,
-        build_engine,
-        lambda b: require_signature(b, keys / "key.pub"),
-        lambda b: extend_bundle(b, {}, lambda manifest: manifest),
-        lambda b: package_bundle(b, "gstreamer", tmp_path / "out"),
-    ):
-        with pytest.raises(ArtifactError, match="names the file"):
+    for act in (open_bundle, lambda b: require_signature(b, keys / "key.pub")):
+        with pytest.raises(ArtifactError, match="names the file") as caught:
             act(bundle)
-    assert snapshot(tmp_path) == before
+        assert repr(name) in caught.value.what
 
 
 @pytest.mark.parametrize(
@@ -163,11 +149,7 @@ def test_the_one_way_in_and_out_stays_inside(name: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(SECRET)
     bundle = Bundle(source, Manifest(schema_version=BUNDLE_SCHEMA, files={name: hashlib.sha256(SECRET).hexdigest()}))
     before = snapshot(tmp_path)
-    for act in (
-        lambda: bundle.read(name),
-        lambda: bundle.copy([name], target),
-        lambda: place_in(target, name),
-    ):
+    for act in (lambda: bundle.read(name), lambda: bundle.copy([name], target), lambda: place_in(target, name)):
         with pytest.raises(ArtifactError, match=r"outside itself|cannot be read"):
             act()
     assert snapshot(tmp_path) == before

@@ -97,18 +97,3 @@ def test_auto_goes_on_and_says_why(kind: str, sparse: Path, tmp_path: Path) -> N
     assert SAID[kind] in told["native"]
     assert told["native_library"] is None
     assert SAID[kind] in told["native_library_reason"]
-
-
-def test_commands_say_so(sparse: Path, tmp_path: Path) -> None:
-    library = tmp_path / "libsparsifiner_ops.so"
-    damaged("cut short", library)
-    command = "from sparsifiner_edge.cli.main import main\nmain(sys.argv[1:])"
-    line = ["run", sparse, "--source", "test", "--frames", 1]
-    done = python(library, command, *line)
-    assert done.returncode == 0, done.stderr
-    model = next(json.loads(line) for line in done.stderr.splitlines() if '"model"' in line)
-    assert "is cut short" in model["kernels"]
-    done = python(library, command, *line, "--kernels", "native")
-    assert done.returncode == 2, done
-    assert "is cut short" in done.stderr
-    assert "portable" in done.stderr

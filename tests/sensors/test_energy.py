@@ -103,11 +103,6 @@ def test_two_programs_in_turn_are_told_apart(counted):
             assert figures["window_s"] == pytest.approx(block * len(starts))
 
 
-def test_a_counter_that_wraps():
-    figures = judged(record_counter(scene("sine"), TIMES, WRAP, 262000.0))
-    assert figures[GROSS]["value"] == pytest.approx(truth(scene("sine"))[0], rel=0.01)
-
-
 @pytest.mark.parametrize("wrap", [None, WRAP])
 def test_a_counter_that_is_reset_leaves_a_gap_and_no_nonsense(wrap):
     recorded = record_counter(scene("constant"), TIMES, wrap, start=90000.0)

@@ -76,20 +76,6 @@ def test_matching_gives_ties_to_the_lower_index(merged: int, choice: list[float]
     assert (alike[:, :, 0] != alike[:, :, 1]).sum() == 2 * merged
 
 
-@pytest.mark.parametrize("place", [0, 19])
-def test_seekers_that_nobody_took_merge_in_order(place: int) -> None:
-    """All seek the same patch, which takes the first of them: the other winners have no suitor."""
-    case = case_of("MatchTokens", 40, num_prefix=2, window=80, merged=20)
-    qkv, sizes = torch.zeros(1, 42, 12), torch.ones(1, 42)
-    qkv[..., 4] = 1
-    qkv[:, 3::2, 4] = -1
-    qkv[:, 3 + 2 * place, 4] = 1
-    pairs = same_pairs(case, qkv, sizes)[0]
-    others = [j for j in range(20) if j != place]
-    joined = {3 + 2 * place: 2, **{3 + 2 * j: 4 + 2 * n for n, j in enumerate(others)}}
-    assert {int(a): int(b) for a, b in pairs if a != b} == joined
-
-
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 def test_matching_takes_what_is_no_number(value: float) -> None:
@@ -126,14 +112,6 @@ def test_merging_stays_within_its_tensors(case: Case, make: Any, monkeypatch: py
         assert untouched(guards)
         assert torch.equal(got, run(case, given | {"pairs": wild.clamp(0, 45)}))
         assert torch.equal(got[:, 0], given["x"][:, 45])
-
-
-def test_a_single_token_stays_as_it_is() -> None:
-    x = torch.tensor([[[torch.inf, 6e4], [2.0, 3]]]).half()
-    pairs = torch.tensor([[[0, 0], [1, 1]]], dtype=torch.int32)
-    with np.errstate(invalid="ignore", over="ignore"):
-        got = run(case_of("MergeTokens", 1), {"x": x, "sizes": torch.tensor([[0.0, 3e38]]), "pairs": pairs})
-    assert torch.equal(got, x)
 
 
 def test_a_merge_launches_kernels_and_has_the_gradient_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
