@@ -32,8 +32,6 @@ Change = Callable[[dict[str, Any]], object]
         (lambda m: m.update(kind="student"), "is not a bundle's manifest"),
         (lambda m: m["files"].pop("model.onnx"), "is not a bundle's manifest"),
         (lambda m: m["files"].update({"model.onnx": None}), "an entry of files is not str"),
-        (lambda m: m["files"].update({"x" * 300: "0"}), "File name too long"),
-        (lambda m: m.pop("preprocessing"), "preprocessing is missing"),
         (lambda m: m["preprocessing"].update(resize="stretch"), "preprocessing.resize is"),
         (lambda m: m.update(preprocessing={"size": 5}), "takes image (uint8 [batch, 4, 4, 3])"),
         (lambda m: m.update(preprocessing={"size": [4, 0]}), "preprocessing.size[1] is 0"),
@@ -53,12 +51,10 @@ def drop_outputs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda b: (b / BUNDLE_FILE).write_text("{"), "manifest.json cannot be read"),
         (lambda b: (b / BUNDLE_FILE).unlink(), "manifest.json does not exist"),
         (lambda b: flip(b / "model.onnx"), "model.onnx does not match its SHA-256"),
         (lambda b: (b / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)), "model.onnx is not an ONNX file"),
-        (lambda b: ((b / "model.onnx").write_bytes(b""), reseal(b)), "ONNX Runtime rejects"),
         (lambda b: (drop_outputs(b), reseal(b)), "gives other; needed are logits, features"),
         (lambda b: (shutil.rmtree(b), b.write_text("x")), "is not a folder"),
     ],
@@ -118,9 +114,7 @@ def test_what_is_no_teacher_or_takes_other_batches_or_sizes(
         (lambda m: m["inputs"][0].update(shape={"0": 1}), 'inputs[0].shape is {"0": 1}, not list'),
         (lambda m: m["inputs"][0].update(shape=[2**40]), "an input's shape is"),
         (lambda m: m.update(ops=[]), "names no operators for its sparse layers"),
-        (lambda m: m.update(precision=["fp16"]), 'precision is ["fp16"], not str or null'),
         (lambda m: m["shape"].update(depth=10**300), "shape.depth is 1000000"),
-        (lambda m: m["sparsity"].update(value_power=10**400), "value_power is 1000"),
         (lambda m: m.update(more=float("inf")), "more is inf"),
     ],
 )

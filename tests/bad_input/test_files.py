@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sparsifiner_edge.artifacts import MAX_TOML
-from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.images import load_image, open_image
-from sparsifiner_edge.profiles.boards.board import load_board, parse_board
+from sparsifiner_edge.profiles.boards.board import parse_board
 from tests.bad_images import BAD_IMAGES
-from tests.commands import Outcome, assert_refused, call, process
+from tests.commands import Outcome, assert_refused, call
 
 Capsys = pytest.CaptureFixture[str]
 BOARD = importlib.resources.files("sparsifiner_edge.boards").joinpath("jetson-orin-nano-8gb.toml").read_text()
@@ -26,28 +24,13 @@ BOARD = importlib.resources.files("sparsifiner_edge.boards").joinpath("jetson-or
 # Boards and recipes. Those that are changed at random are tried by tests.fuzz.
 
 
-def test_files_that_have_no_end_or_no_beginning(tmp_path: Path, bundle: Path) -> None:
-    pipe, link, large = tmp_path / "pipe.toml", tmp_path / "link.toml", tmp_path / "large.toml"
-    os.mkfifo(pipe)
-    link.symlink_to("/dev/zero")
-    large.write_text(BOARD + "#" * MAX_TOML)
-    assert_refused(process("estimate", bundle, "--board", pipe, timeout=120), "pipe.toml", "not a regular file")
-    for path in (pipe, link, large):
-        with pytest.raises(ConfigError, match="cannot be read"):
-            load_board(path)
-        with pytest.raises(ConfigError, match=r"cannot be read|There is no recipe"):
-            read_recipe(str(path))
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("sm = 87", f"sm = {'9' * 5000}", "is not TOML"),
-        ("tdp_w = 15.0", f"tdp_w = 1{'0' * 400}", "tdp_w is 1000"),
         ("tdp_w = 15.0", "tdp_w = 1e999", "tdp_w is Infinity, not float <= 5000"),
         ("sm = 87", f"sm = {'[' * 3000}", "is not TOML"),
         ("sm = 87", f"{'.'.join('a' * 500)} = 1", "nested deeper than 64 levels"),
-        ('tensorrt = "10.3"', 'tensorrt = "ten"', r"jetpack\[1\]\.tensorrt is \"ten\", not str of the form"),
         ('cuda = "12.6"', 'cuda = "12.6; rm"', r"jetpack\[1\]\.cuda is \"12\.6; rm\""),
     ],
 )

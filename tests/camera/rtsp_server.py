@@ -1,8 +1,8 @@
 """A real RTSP server on 127.0.0.1 for tests and measurements; run by a Python that has gi and GstRtspServer.
 
 Each image carries the milliseconds of the monotonic clock at which it was drawn (see `camera.pattern`),
-H.264 encoded without delay. Usage: rtsp_server.py PORT [FPS [WIDTH HEIGHT]].
-PORT basic|digest: it asks for a password, `us@er` and `p ss:/`, that way.
+H.264 encoded without delay. Usage: rtsp_server.py PORT [basic|digest]: it asks for a password, `us@er` and `p ss:/`,
+that way.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "sparsifiner_edge" / "
 import pattern  # noqa: E402
 from gi.repository import GLib, Gst, GstRtspServer  # noqa: E402
 
+FPS, WIDTH, HEIGHT = 25, 640, 480
 USER, PASSWORD = "us@er", "p ss:/"
 ENCODE = (
     "videoconvert ! video/x-raw,format=I420 ! x264enc tune=zerolatency speed-preset=ultrafast bitrate=2000 "
@@ -29,26 +30,24 @@ ENCODE = (
 )
 
 
-def draw(number: int, width: int, height: int) -> bytes:
+def draw(number: int) -> bytes:
     """I420: the cells of `number` on grey."""
-    side = min(width, height)
-    cell, left, top = side // pattern.GRID, (width - side) // 2, (height - side) // 2
+    cell, left = HEIGHT // pattern.GRID, (WIDTH - HEIGHT) // 2
     cells = pattern.cells_of(number)
-    grey = b"\x60" * width
-    rows = [grey] * height
+    rows = [b"\x60" * WIDTH] * HEIGHT
     for row in range(4):
         bits = cells[row * pattern.GRID : (row + 1) * pattern.GRID]
         line = b"\x60" * left + b"".join((b"\xeb" if white else b"\x10") * cell for white in bits)
-        rows[top + row * cell : top + (row + 1) * cell] = [line.ljust(width, b"\x60")] * cell
-    return b"".join(rows) + b"\x80" * (width * height // 2)
+        rows[row * cell : (row + 1) * cell] = [line.ljust(WIDTH, b"\x60")] * cell
+    return b"".join(rows) + b"\x80" * (WIDTH * HEIGHT // 2)
 
 
-def push(source: Any, fps: float, width: int, height: int) -> None:
-    """Feed images at `fps` until the pipeline has gone."""
+def push(source: Any) -> None:
+    """Feed images until the pipeline has gone."""
     start, number = time.monotonic(), 0
     while True:
-        time.sleep(max(0.0, start + number / fps - time.monotonic()))
-        data = draw(time.monotonic_ns() // 1_000_000, width, height)
+        time.sleep(max(0.0, start + number / FPS - time.monotonic()))
+        data = draw(time.monotonic_ns() // 1_000_000)
         if source.emit("push-buffer", Gst.Buffer.new_wrapped(data)) != Gst.FlowReturn.OK:
             return
         number += 1
@@ -75,25 +74,22 @@ def ask_for_password(server: Any, factory: Any, way: str) -> None:
 
 
 def main() -> None:
-    port, *rest = sys.argv[1:]
-    way = rest.pop() if rest[-1:] in (["basic"], ["digest"]) else None
-    fps = float(rest[0]) if rest else 25.0
-    width, height = (int(rest[1]), int(rest[2])) if len(rest) > 2 else (640, 480)
+    port, *way = sys.argv[1:]
     Gst.init(None)
     factory = GstRtspServer.RTSPMediaFactory()
-    caps = f"video/x-raw,format=I420,width={width},height={height},framerate={round(fps)}/1"
+    caps = f"video/x-raw,format=I420,width={WIDTH},height={HEIGHT},framerate={FPS}/1"
     begin = f"appsrc name=source is-live=true format=time do-timestamp=true block=false max-bytes=2000000 caps={caps}"
     factory.set_launch(f"( {begin} ! {ENCODE} )")
     factory.set_shared(True)
 
     def configure(_factory: Any, media: Any) -> None:
         source = media.get_element().get_by_name("source")
-        threading.Thread(target=push, args=(source, fps, width, height), daemon=True).start()
+        threading.Thread(target=push, args=(source,), daemon=True).start()
 
     factory.connect("media-configure", configure)
     server = GstRtspServer.RTSPServer()
-    if way is not None:
-        ask_for_password(server, factory, way)
+    if way:
+        ask_for_password(server, factory, way[0])
     server.set_address("127.0.0.1")
     server.set_service(port)
     server.get_mount_points().add_factory("/camera", factory)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -32,31 +28,6 @@ def test_waiting_grows_to_a_cap_and_varies() -> None:
     waits = [wait_s(attempt) for attempt in range(5, 205)]
     assert all(MOST_WAIT_S / 2 <= wait <= MOST_WAIT_S for wait in waits)
     assert len({round(wait, 3) for wait in waits}) > 50
-
-
-def test_a_process_that_runs_out_of_descriptors() -> None:
-    """It recovers when some are free again."""
-    events: list[dict[str, Any]] = []
-    status = Status("test", events.append)
-    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    held: list[int] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                held.append(os.open(os.devnull, os.O_RDONLY))
-        with Capture(parse_source("test:50"), (6, 10), 3, status) as running:
-            wait_until(lambda: len(events) >= 2)
-            while held:
-                os.close(held.pop())
-            frame = running.take(60)
-    finally:
-        for handle in held:
-            os.close(handle)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
-    assert events[0]["reason"] == f"the decoder cannot be started: {os.strerror(errno.EMFILE)}"
-    assert frame is not None
-    assert frame.image.shape == (6, 10, 3)
 
 
 def fake_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

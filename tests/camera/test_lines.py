@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import time
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from sparsifiner_edge.camera.json_lines import LineWriter, line_of
 from tests.camera.conftest import lines
@@ -18,14 +14,6 @@ from tests.commands import process
 
 def written(path: Path) -> list[dict[str, Any]]:
     return lines(path.read_text(encoding="utf-8"))
-
-
-def pipe(live: bool, blocks: bool = True, stop: threading.Event | None = None) -> tuple[LineWriter, Any]:
-    """A writer into a pipe, and who reads it."""
-    ours, theirs = os.pipe()
-    os.set_blocking(theirs, blocks)
-    with os.fdopen(theirs, "w") as end:
-        return LineWriter(end, live, stop), os.fdopen(ours)
 
 
 def test_numbers_that_are_none_and_hidden_characters() -> None:
@@ -38,28 +26,6 @@ def test_numbers_that_are_none_and_hidden_characters() -> None:
 
 
 # Readers.
-
-
-@pytest.mark.parametrize("blocks", [True, False])
-@pytest.mark.parametrize("live", [True, False])
-def test_a_reader_that_comes_late(live: bool, blocks: bool) -> None:
-    writer, reader = pipe(live, blocks)
-    text: list[str] = []
-    reading = threading.Timer(0.3, lambda: text.append(reader.read()))
-    reading.start()
-    start = time.monotonic()
-    for number in range(300):
-        writer.write({"n": number, "text": "x" * (number * 40)})
-    if live:
-        assert time.monotonic() - start < 5
-        assert writer.dropped > 0
-    writer.close()
-    reading.join(10)
-    reader.close()
-    numbers = [record["n"] for record in lines(text[0])]
-    assert len(numbers) + writer.dropped == 300
-    assert writer.errors == 0
-    assert live or numbers == list(range(300))
 
 
 # Files.

@@ -90,11 +90,7 @@ def test_too_many_connections_are_closed_and_those_that_dribble_end(port: int) -
     [
         ([b"GET /" + b"x" * 90_000 + b"\r\n\r\n"], b"414"),
         ([b"GET /healthz HTTP/1.1\r\n" + b"A: b\r\n" * 2000], b"431"),
-        ([b"GET /healthz HTTP/1.1\r\nA: " + b"x" * 60_000 + b"\r\n\r\n"], b"503"),
         ([b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\n"], b"400"),
-        ([b"POST /metrics HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n"], b"501"),
-        ([bytes([byte]) for byte in GET], b"503"),
-        ([GET * 3], b"503"),
     ],
 )
 def test_any_request_is_answered_and_the_next_one_too(port: int, parts: list[bytes], code: bytes) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from PIL import Image
 
-from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime import open_session
 from tests.camera.conftest import lines, records_of
 from tests.commands import process
 from tests.package.reseal import reseal
@@ -47,34 +44,3 @@ def test_what_is_no_number_is_null_and_counted(value: float, output: str, tmp_pa
         else:
             assert [feature is None for feature in record["features"]] == [True] + [False] * 7
     assert lines(outcome.err)[-1]["not_finite"] == 3
-
-
-@pytest.mark.parametrize(
-    ("node", "said"),
-    [
-        (("ReduceSum", {"keepdims": 0}, ["features"]), "'features' .* has shape []"),
-        (("NonZero", {}, ["zero"]), "'features' .* has shape [1, 0]"),
-        (("Cast", {"to": 8}, ["features"]), "'features' .* has type tensor(string)"),
-        (("SequenceConstruct", {}, ["features"]), "'features' .* has type seq"),
-    ],
-)
-def test_an_output_that_is_none_names_itself(node: Any, said: str, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle", size=8, preprocessing={"size": 8})
-    model = onnx.load(bundle / "model.onnx")
-    for other in model.graph.node:
-        other.output[:] = ["before" if out == "features" else out for out in other.output]
-    kind, attributes, inputs = node
-    inputs = ["before" if i == "features" else i for i in inputs]
-    model.graph.node.append(onnx.helper.make_node(kind, inputs, ["features"], **attributes))
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.float32), "zero"))
-    del model.graph.output[:]
-    model.graph.output.append(onnx.helper.make_empty_tensor_value_info("features"))
-    if kind == "SequenceConstruct":
-        form = onnx.helper.make_sequence_type_proto(onnx.helper.make_tensor_type_proto(1, None))
-        model.graph.output[0].type.CopyFrom(form)
-    (bundle / "model.onnx").write_bytes(model.SerializeToString())
-    reseal(bundle)
-    with pytest.raises(BackendError) as caught, open_session(bundle) as session:
-        session.infer({"image": np.zeros((1, 8, 8, 3), np.uint8)})
-    for word in said.split(" .* "):
-        assert word in caught.value.what

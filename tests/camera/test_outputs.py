@@ -76,13 +76,6 @@ def test_images_that_are_cut_short_keep_their_lines(album: Path, cells: Path, se
 
 
 @needs_mounts
-def test_a_disk_that_becomes_full_keeps_whole_lines(album: Path, cells: Path, tmp_path: Path) -> None:
-    outcome, names = in_mount(tmp_path, 16, "true", "run", cells, "--source", album, "--output", "disk/lines")
-    assert_refused(outcome, "disk/lines cannot be written: No space left on device")
-    assert names == ["lines"]
-
-
-@needs_mounts
 def test_a_service_goes_on_without_the_overlay_of_a_full_disk(cells: Path, tmp_path: Path) -> None:
     run = ("run", cells, "--source", "test:50", "--frames", "300", "--overlay", "disk/o.mp4")
     outcome, _ = in_mount(tmp_path, 64, "true", *run)

@@ -1,19 +1,17 @@
-"""Tries with hostile bundles: golden pairs, models, signatures, manifests, names that would be configuration."""
+"""Tries with hostile bundles: golden pairs, models, manifests, names that would be configuration."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from sparsifiner_edge.bundle.sign import fingerprint_of, sign_bundle
+from sparsifiner_edge.bundle.sign import sign_bundle
 from sparsifiner_edge.errors import SparsifinerError
 from tests.fuzz.harness import FailureError, Try, command, copied, words
 from tests.fuzz.mutate import TEXTS, json_text, mutated_bytes, mutated_json, mutated_object, mutated_zip
@@ -141,53 +139,6 @@ def _change_node(node: Any, rng: random.Random) -> None:
         node.domain = rng.choice(["", "sparsifiner", "com.microsoft", "x"])
     else:
         node.input.append("w0")
-
-
-def signature(one: Try) -> None:
-    """Whatever is done to a signed bundle: it is refused, or it is as it was signed."""
-    bundle, rng, kind = copied(one, "signed"), one.rng, one.number % 9
-    name = rng.choice(["model.onnx", "golden.npz", "labels.txt", "manifest.json", "manifest.sig"])
-    path, key, changed = bundle / name, one.good / "keys" / "key.pub", True
-    if kind < 3:
-        before = path.read_bytes()
-        path.write_bytes(mutated_bytes(before, rng))
-        changed = path.read_bytes() != before
-    elif kind == 3:
-        path.write_bytes(mutated_json(json.loads((bundle / "manifest.sig").read_text()), rng))
-    elif kind == 4:
-        odd = ["x", ".hidden", "kernels/sm87.json", "engines/a.engine", "\x1b[31m", "a\nb", "\u202ex"]
-        extra = bundle / rng.choice(odd)
-        extra.parent.mkdir(exist_ok=True)
-        rng.choice([lambda: extra.write_text("x"), lambda: extra.symlink_to("/etc/passwd"), lambda: os.mkfifo(extra)])()
-    elif kind == 5:
-        path.unlink()
-        links = [lambda to=to: path.symlink_to(to) for to in ("/dev/zero", path, "/proc/self/mem")]
-        rng.choice([lambda: os.mkfifo(path), path.mkdir, *links])()
-    elif kind == 6:
-        path.unlink()
-        path.symlink_to(one.good / "signed" / name)  # The same bytes from elsewhere: outside the folder.
-    elif kind == 7:
-        reseal(bundle, name=writable(rng.choice(TEXTS)))
-    else:
-        good, key = key, one.work / "odd.pub"
-        key.unlink(missing_ok=True)
-        rng.choice([
-            lambda: key.write_bytes(mutated_bytes(good.read_bytes(), rng)), lambda: os.mkfifo(key),
-            lambda: key.symlink_to("/dev/zero"), lambda: shutil.copyfile(good.with_name("other.pub"), key),
-        ])()  # fmt: skip
-        changed = not _same_key(key, good)
-    line = rng.choice((f"{RUN} --require-signature", f"{VERIFY} --public-key"))
-    code, _ = command(*words(line, one.good, one.work), key)
-    if changed and code == 0 and not (kind <= 3 and name == "manifest.sig"):
-        raise FailureError(f"an altered bundle passed (kind {kind}, {name})")
-
-
-def _same_key(key: Path, other: Path) -> bool:
-    """Whether a changed file still holds the same key: PEM has room for remarks."""
-    try:
-        return fingerprint_of(key) == fingerprint_of(other)
-    except SparsifinerError:
-        return False
 
 
 def manifest(one: Try) -> None:

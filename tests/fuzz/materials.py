@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,13 +34,6 @@ def plain(good: Path) -> None:
 
 def keys(good: Path) -> None:
     make_keys(good / "keys")
-
-
-def signed(good: Path) -> None:
-    from sparsifiner_edge.bundle.sign import sign_bundle
-
-    shutil.copytree(good / "plain", good / "signed")
-    sign_bundle(good / "signed", good / "keys" / "key.pem")
 
 
 def student(good: Path) -> None:
@@ -99,18 +91,11 @@ def training(good: Path) -> None:
     raise AssertionError("the training was not cut short")
 
 
-def video(good: Path) -> None:
-    from sparsifiner_edge.camera.pattern import draw_pattern
-    from tests.camera.conftest import encode
-
-    encode(good / "video.mp4", [draw_pattern(number, 160, 120) for number in range(8)])
-
-
 MAKERS: dict[str, Callable[[Path], None]] = {
-    "images": images, "plain": plain, "keys": keys, "signed": signed, "student": student, "bundle": bundle,
-    "results": results, "training": training, "video": video,
+    "images": images, "plain": plain, "keys": keys, "student": student, "bundle": bundle, "results": results,
+    "training": training,
 }  # fmt: skip
-_NEEDS = {"signed": ("plain", "keys"), "bundle": ("student",), "results": ("bundle", "plain", "images")}
+_NEEDS = {"bundle": ("student",), "results": ("bundle", "plain", "images")}
 
 
 def make(good: Path, names: tuple[str, ...]) -> None:

@@ -1,5 +1,5 @@
-"""Tries with what else a stranger may hand over: results, students, checkpoints, weights, settings, options, videos,
-and requests to the metrics server.
+"""Tries with what else a stranger may hand over: results, students, checkpoints, settings, options, and requests to
+the metrics server.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -97,23 +95,6 @@ def _spoil_checkpoint(path: Path, rng: Any) -> None:
     safetensors.torch.save_file(tensors, path, {"state": state})
 
 
-def weights(one: Try) -> None:
-    """Pickles that would run code, and files that are not what they say."""
-    ran = one.work / "ran"
-    ran.unlink(missing_ok=True)
-    code = f"c__builtin__\neval\n(V__import__('pathlib').Path({str(ran)!r}).touch()\ntR.".encode()
-    suffix = one.rng.choice([".pth", ".safetensors", ".pt", ".bin"])
-    path = one.work / f"weights{suffix}"
-    good = (one.good / "weights.safetensors").read_bytes()
-    path.write_bytes(
-        one.rng.choice([code, b"\x80\x02" + code, mutated_bytes(good, one.rng), b"", good[:8], b"PK\x03\x04" + code])
-    )
-    shutil.rmtree(one.work / "made", ignore_errors=True)
-    command("sparsify", "test_vit", "--weights", path, "-o", one.work / "made")
-    if ran.exists():
-        raise FailureError(f"code in a {suffix} file ran")
-
-
 def settings(one: Try) -> None:
     """Boards and recipes."""
     kind, folder = ("board", "profiles/boards") if one.number % 2 else ("recipe", "export/recipes")
@@ -163,16 +144,6 @@ def usage(one: Try) -> None:
     if name == "--seconds" or (name == "--set" and len(value) < 40):
         value = rng.choice(["nan", "-1", "inf", "x", "0", "9" * 5000])
     command(*words(line, one.good, one.work), name, value)
-
-
-def videos(one: Try) -> None:
-    """Damaged files through the real decoding process."""
-    path = one.work / "video.mp4"
-    path.write_bytes(mutated_bytes((one.good / "video.mp4").read_bytes(), one.rng))
-    line = [sys.executable, "-m", "sparsifiner_edge", "run", str(one.good / "plain"), "--source", str(path)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=25)
-    if done.returncode not in (0, 2) or "Traceback" in done.stderr:
-        raise FailureError(f"exit code {done.returncode}: {done.stderr[-300:]}")
 
 
 def http(one: Try) -> None:

@@ -10,7 +10,6 @@ give the right answer, to the bit. A crash or a hang is a failure.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnxruntime
 
@@ -66,19 +65,13 @@ SUBJECTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """Which allocation fails: the n-th of those counted, and with `always` all later ones.
-
-    Attributes:
-        others: see `failing_arm`.
-    """
+class Trial(NamedTuple):
+    """Which allocation fails: the n-th of those counted, and with `always` all later ones."""
 
     subject: str
     threads: int
     n: int
     always: bool
-    others: int
 
 
 def build_shim(folder: Path) -> Path:
@@ -96,7 +89,7 @@ class Bench:
         self.library = library
         if shim:
             self.shim = ctypes.CDLL(None)
-            self.shim.failing_arm.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
+            self.shim.failing_arm.argtypes = [ctypes.c_long, ctypes.c_int]
             self.shim.failing_counted.restype = self.shim.failing_failed.restype = ctypes.c_long
         self.models, self.expected = {}, {}
         for name, case in subjects.items():
@@ -115,9 +108,9 @@ class Bench:
         options.register_custom_ops_library(self.library)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    def counted(self, subject: str, threads: int, others: int) -> int:
+    def counted(self, subject: str, threads: int) -> int:
         """Allocations of a new session, until its first answer."""
-        outcome = self.run(Trial(subject, threads, 0, False, others))
+        outcome = self.run(Trial(subject, threads, 0, False))
         assert outcome == "right", f"{subject}: {outcome} though nothing failed"
         count = int(self.shim.failing_counted())
         assert count > 2, f"{subject}: not even the node's, the call's and the kernel's own were seen"
@@ -134,7 +127,7 @@ class Bench:
     def _run(self, trial: Trial) -> str:
         feed, expected = self.models[trial.subject][1], self.expected[trial.subject]
         session, answer, what = None, None, ""
-        self.shim.failing_arm(trial.n, trial.always, trial.others)
+        self.shim.failing_arm(trial.n, trial.always)
         try:
             session = self.session(trial.subject, trial.threads)
             answer = session.run(None, feed)[0]
@@ -151,20 +144,16 @@ class Bench:
 
 
 def measure(library: str, count: int, seed: int) -> dict[str, Any]:
-    """In the process whose allocations fail: `count` trials, three of four where the library itself asks for memory,
-    the others where ONNX Runtime does so for it, which is mostly the same over and over.
-    """
-    bench, draw, trials = Bench(library), random.Random(seed), list[Trial]()
-    for others, share in ((0, count - count // 4), (1, count // 4)):
-        every = [
-            Trial(subject, threads, n, always, others)
-            for subject, threads in itertools.product(SUBJECTS, (1, 2))
-            for n in range(1, bench.counted(subject, threads, others) + 1)
-            for always in (False, True)
-        ]
-        trials += draw.choices(every, k=share)
-    counts, wrong = Counter[str](), list[str]()
-    for trial in draw.sample(trials, len(trials)):
+    """In the process whose allocations fail: `count` trials."""
+    bench, counts, wrong = Bench(library), Counter[str](), list[str]()
+    every = [
+        Trial(subject, threads, n, always)
+        for subject, threads in itertools.product(SUBJECTS, (1, 2))
+        for n in range(1, bench.counted(subject, threads) + 1)
+        for always in (False, True)
+    ]
+    trials = random.Random(seed).choices(every, k=count)
+    for trial in trials:
         print(trial, file=sys.stderr, flush=True)  # The last one is where it crashed or hung.
         outcome = bench.run(trial)
         counts["right" if outcome == "right" else "raised"] += 1

@@ -16,18 +16,14 @@ extern void* __libc_realloc(void*, size_t);
 extern void* __libc_memalign(size_t, size_t);
 
 static atomic_long counted, failed, first;
-static atomic_int armed, forever, strangers;
+static atomic_int armed, forever;
 static __thread int inside;
 
-// Fail the n-th allocation from now on (0: none), and with `always` all later ones. `others`: how many frames of other
-// libraries than the runtime's may lie between; 1 takes in what ONNX Runtime allocates at once when the library calls
-// it. Left out then is what the loader allocates: a thread's first exception, of ONNX Runtime's too, needs thread-local
-// memory, for want of which the C library ends any process.
-void failing_arm(long n, int always, int others) {
+// Fail the n-th allocation from now on (0: none), and with `always` all later ones.
+void failing_arm(long n, int always) {
   counted = failed = 0;
   first = n;
   forever = always;
-  strangers = others;
   armed = 1;
 }
 void failing_disarm(void) { armed = 0; }
@@ -35,7 +31,7 @@ long failing_counted(void) { return counted; }
 long failing_failed(void) { return failed; }
 
 struct Walk {
-  int frames, strangers, loader, ours;
+  int frames, ours;
 };
 
 static int runtime(const char* file) {
@@ -56,15 +52,13 @@ static _Unwind_Reason_Code look(struct _Unwind_Context* context, void* data) {
     walk->ours = 1;
     return _URC_END_OF_STACK;
   }
-  if (strstr(name, "ld-linux")) walk->loader = 1;
-  if (runtime(name)) return _URC_NO_REASON;
-  return !walk->loader && --walk->strangers >= 0 ? _URC_NO_REASON : _URC_END_OF_STACK;
+  return runtime(name) ? _URC_NO_REASON : _URC_END_OF_STACK;
 }
 
 static int fails(void) {
   if (!armed || inside) return 0;
   inside = 1;
-  struct Walk walk = {0, strangers, 0, 0};
+  struct Walk walk = {0, 0};
   _Unwind_Backtrace(look, &walk);
   inside = 0;
   if (!walk.ours) return 0;

@@ -135,23 +135,6 @@ def test_of_pairs_as_close_the_smaller_merges() -> None:
         assert made.tolist() == [prefix + 21, prefix + 20], run
 
 
-def test_ties_infinities_and_nan() -> None:
-    case = next(c for c in cases("KeySelect") if c.patches == 130 and c.attributes["keys"] == 40)
-    inputs = case.inputs()
-    inputs[0][:] = 1.0
-    expected = np.broadcast_to(np.arange(40), run_reference(case, inputs).shape)
-    np.testing.assert_array_equal(run_native(case, inputs), expected)
-    inputs = case.inputs()
-    qkv = inputs[0]
-    width = qkv.shape[-1] // 3
-    qkv[:, 101:, 2 * width :] = np.nan
-    got = run_native(case, inputs)
-    np.testing.assert_array_equal(got, run_reference(case, inputs))
-    assert not np.isin(got, np.arange(110, 130)).any()
-    qkv[:] = np.nan
-    np.testing.assert_array_equal(run_native(case, inputs), expected)
-
-
 @pytest.mark.parametrize("wrong", OUTSIDE)
 @pytest.mark.parametrize("merged", [False, True])
 def test_indices_outside_touch_nothing_outside(wrong: int, merged: bool) -> None:

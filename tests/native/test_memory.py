@@ -44,25 +44,6 @@ def test_every_failed_allocation_is_an_error_and_leaves_the_session_well(shim: P
     assert result["raised"] > 300  # else nothing failed
 
 
-def test_failures_in_a_row_are_errors_beyond_all_that_are_in_reserve(shim: Path) -> None:
-    script = (
-        "import json, sys\n"
-        "from tests.native.allocation import Bench\n"
-        "bench = Bench(sys.argv[1])\n"
-        "session, feed = bench.session('dense', 2), bench.models['dense'][1]\n"
-        "def run():\n"
-        "    try:\n"
-        "        return session.run(None, feed)[0].tobytes() == bench.expected['dense']\n"
-        "    except Exception:\n"
-        "        return 'raised'\n"
-        "bench.shim.failing_arm(1, 1, 1)\n"
-        "failed = [run() for _ in range(200)]\n"
-        "bench.shim.failing_disarm()\n"
-        "print(json.dumps([failed, run(), run()]))\n"
-    )
-    assert json.loads(run(script, LD_PRELOAD=str(shim))) == [["raised"] * 200, True, True]
-
-
 def test_the_library_asks_for_memory_only_where_it_looks_at_the_answer() -> None:
     """Not by `new`, strings and the like, which throw, nor for thread-local variables: those are allocated when a
     thread first touches them, and the C library ends the process where that fails.

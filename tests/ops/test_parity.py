@@ -11,7 +11,7 @@ import torch
 
 from sparsifiner_edge.ops import torch as torch_ops
 from sparsifiner_edge.ops.schema import OPERATORS
-from tests.ops.matrix import PAPER, Case, cases, check, run_body, run_reference, run_torch
+from tests.ops.matrix import PAPER, Case, cases, check, run_body, run_native, run_reference, run_torch
 
 NARROW = [case for name in OPERATORS for case in cases(name)]
 
@@ -62,7 +62,7 @@ def test_half_precision(name: str) -> None:
         check(case, inputs, run_body(case, inputs))
 
 
-@pytest.mark.parametrize("run", [run_torch, run_body])
+@pytest.mark.parametrize("run", [run_torch, run_body, run_native])
 def test_ties_go_to_the_lower_index_and_nan_loses(run: Any) -> None:
     case = next(c for c in cases("KeySelect") if c.patches == 130 and c.attributes["keys"] == 5)
     inputs = case.inputs()

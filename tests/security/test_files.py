@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,37 +91,29 @@ def test_a_model_that_names_other_files_is_refused(
             assert_refused(process(*line), "weights.bin")
 
 
-class Swapper:
-    """Puts another model in a bundle's place and back again, as fast as it can."""
+@contextlib.contextmanager
+def swapped(path: Path, other: bytes, way: str) -> Iterator[None]:
+    """Another model is put in a bundle's place and back again, as fast as can be."""
+    stop, contents, scratch = threading.Event(), [other, path.read_bytes()], path.parent.parent / "scratch"
 
-    def __init__(self, bundle: Path, other: bytes, way: str) -> None:
-        self._path, self._contents, self._way = (
-            bundle / "model.onnx",
-            [other, (bundle / "model.onnx").read_bytes()],
-            way,
-        )
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        scratch = self._path.parent.parent / "scratch"
-        while not self._stop.is_set():
-            for content in self._contents:
-                if self._way == "renamed":
+    def swap() -> None:
+        while not stop.is_set():
+            for content in contents:
+                if way == "renamed":
                     scratch.write_bytes(content)
-                    scratch.replace(self._path)
+                    scratch.replace(path)
                 else:
-                    with self._path.open("r+b") as file:
+                    with path.open("r+b") as file:
                         file.write(content)
                         file.truncate()
 
-    def __enter__(self) -> Swapper:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("way", ["renamed", "rewritten"])
@@ -134,7 +127,7 @@ def test_a_model_swapped_while_it_is_opened_never_runs(way: str, tmp_path: Path,
     weights = next(t for t in model.graph.initializer if t.name == "w0")
     weights.raw_data = bytes(bytearray(weights.raw_data)[::-1])
     opened = refused = 0
-    with Swapper(bundle, model.SerializeToString(), way):
+    with swapped(bundle / "model.onnx", model.SerializeToString(), way):
         for _ in range(150):
             try:
                 with open_session(bundle, public_key=keys / "key.pub") as session:

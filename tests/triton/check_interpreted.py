@@ -90,7 +90,7 @@ def test_agrees_at_every_element_type_and_head_dimension(dtype: str, width: int,
             for merged in (False, True)
             for cell, dtype in ((100, "float16"), (70, "bfloat16"))
         ),
-        # A ragged tile, probe and cell, with registers; as many cells as there is room for.
+        # A ragged tile, probe and cell, with registers.
         (case_of("KeySelect", 45, num_prefix=5, probe=4, tile=20, cell=13, keys=11), 8, "float16"),
         (case_of("KeySelect", 87, num_prefix=3, cell=3, tile=16, probe=8, keys=20), 8, "float16"),
     ],

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from sparsifiner_edge.ops.triton import why_not_triton
 from sparsifiner_edge.ops.triton.plan import refusals
 from tests.triton.inputs import NAMES, case_of
 
 QKV, SIZES = (1, 41, 24), (1, 41)
 PROJECTIONS = [(1, 8, 4)] * 2
-
-
-def reasons(dtype: str = "float16", **changes: Any) -> list[str]:
-    case = case_of("KeySelect", 400, cell=40, **changes)
-    qkv = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=f"torch.{dtype}")
-    return why_not_triton(case.op.name, case.attributes, [x.shape for x in case.inputs()], qkv)
-
-
-def test_a_gpu_runs_triton_where_it_can_and_else_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 7))
-    assert why_not_triton("KeySelect", {}, [], torch.zeros(1)) == ["the tensors are on cpu, not on a CUDA GPU"]
-    if importlib.util.find_spec("triton") is not None:
-        assert reasons() == reasons("bfloat16") == []
-        assert reasons("float32") == ["qkv must be float16 or bfloat16, got float32"]
-        assert reasons(tile=200) == ["tile 200 exceeds 128"]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert reasons() == ["triton is not installed"]
 
 
 @pytest.mark.parametrize(
