@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.kernels import MOST_SHARED_BYTES, NAMESPACE, LaunchTensor, code_file, kernel_model
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
@@ -26,6 +25,7 @@ from sparsifiner_edge.ops.triton.plan_layer import plan_layer
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.golden import check_golden
 from tests.commands import assert_refused, call, manifest_of
 from tests.sparse_graph import LEFT_OF_MERGING, merging_model, sparse_model
 from tests.tables import table_of

@@ -19,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
@@ -33,6 +32,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import INPUT_PREFIX
 from sparsifiner_edge.ops.schema import VERSION
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.student import Student, load_student, save_student
 from sparsifiner_edge.sparse.weights import normalise
@@ -258,8 +258,8 @@ def test_more_keys_than_topk_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": 0}, "batch is 0"),
-        ({"batch": "many"}, "batch is 'many'"),
+        ({"batch": 0}, 'or "dynamic"\\) is 0'),
+        ({"batch": "many"}, 'or "dynamic"\\) is many'),
         ({"precision": "fp8"}, "precision is 'fp8'"),
         ({"weights": "w.safetensors"}, "cannot be combined with a student"),
         ({"img_size": 161}, "not a multiple of the patch size 16"),

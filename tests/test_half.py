@@ -10,7 +10,6 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, GateError
@@ -24,6 +23,7 @@ from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.metrics import aligned, cosine, row_cosines
 from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of
 from tests.models import TINY_CONFIG, student

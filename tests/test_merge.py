@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 import sparsifiner_edge as se
 from sparsifiner_edge.bounds import ImageSize
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, merge_text, parse_merge
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.ops.graph import gets_merged
 from sparsifiner_edge.plan import plan_of
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.calibrate import selection_loss, sparse_layers
 from sparsifiner_edge.sparse.defaults import default_cells, default_keep
 from sparsifiner_edge.sparse.layer import CarriedTokens

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.execution import Execution
@@ -23,6 +22,7 @@ from sparsifiner_edge.export.reference import LEAST_OWN_COSINE, mean_cosines, ro
 from sparsifiner_edge.export.sessions import file_runner, results_of, with_matches, with_outputs
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError, SparsifinerError
@@ -16,6 +15,7 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime import BACKENDS, open_session
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import find_backend, open_checked
 from sparsifiner_edge.runtime.session import Session
 from tests.package.reseal import reseal

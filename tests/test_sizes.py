@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import WeightsError
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of

@@ -61,8 +61,8 @@ def command(*, bundle: Path, compute_capability: str | None, as_json: bool, **pa
 
 
 def _print(result: BuildResult) -> None:
-    from sparsifiner_edge.bundle.golden import beyond_text
     from sparsifiner_edge.runtime.build import verdict
+    from sparsifiner_edge.runtime.golden import beyond_text
 
     if result.description is not None:
         described = result.description
@@ -93,7 +93,7 @@ def _row(engine: Engine) -> list[str]:
 
 
 def _checked(engine: Engine) -> str:
-    from sparsifiner_edge.bundle.golden import beyond_text
+    from sparsifiner_edge.runtime.golden import beyond_text
 
     golden = engine.details.golden
     if golden is None or isinstance(golden, Unavailable):

@@ -21,14 +21,13 @@ from sparsifiner_edge.config import Keep, SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export.board import board_files
-from sparsifiner_edge.export.check import check_export, smooth_images
+from sparsifiner_edge.export.check import check_export, smooth_images, tolerances_of
 from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
 from sparsifiner_edge.export.fp16 import to_fp16
 from sparsifiner_edge.export.gpu_layout import suited_to_gpus
-from sparsifiner_edge.export.graph import BatchSize, export_graph, set_metadata
+from sparsifiner_edge.export.graph import export_graph, set_metadata
 from sparsifiner_edge.export.int8 import INT8_TARGETS, held_out, quantise
 from sparsifiner_edge.export.sessions import file_runner
-from sparsifiner_edge.export.tolerances import tolerances_of
 from sparsifiner_edge.images import Normalisation, Normalise, centre_text, evenly, list_images, load_image
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.plan import plan_of
@@ -157,10 +156,10 @@ def export_model(
 
 
 class _Form(NamedTuple):
-    """What a bundle is to be; images calibrate int8 and judge the layout for boards."""
+    """What a bundle is to be; batch: None: dynamic; images calibrate int8 and judge the layout for boards."""
 
     precision: str
-    batch: BatchSize
+    batch: int | None
     int8_target: str
     images: list[Path]
     boards: list[Board]
@@ -190,7 +189,8 @@ def _form(
         fix = "Choose --precision fp16, or int8 with --int8-target tensorrt."
         raise ConfigError(f"A board's kernels are for float16, not for {precision}.", fix)
     images = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
-    return _Form(precision, parse_batch(batch), int8_target, images, loaded)
+    size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
+    return _Form(precision, size, int8_target, images, loaded)
 
 
 def _export(
@@ -240,21 +240,6 @@ def _file(size: ImageSize, deployed: DeployedModel, form: _Form, progress: Progr
     if form.precision != "fp32":
         golden |= {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
     return _File(model, golden, check, quantisation, float16)
-
-
-def parse_batch(batch: int | str) -> BatchSize:
-    """1, "1" or "dynamic" -> 1, 1 or None.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    if batch == "dynamic":
-        return None
-    try:
-        return whole_number(str(batch), "batch", 1, MOST_BATCH)
-    except ConfigError as error:
-        fix = f'Give a whole number from 1 to {MOST_BATCH}, or "dynamic".'
-        raise ConfigError(f"batch is {batch!r:.80}.", fix) from error
 
 
 def _load(

@@ -28,12 +28,10 @@ IR_VERSION = 10
 DYNAMIC = "batch"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter says which modules a node comes from, outermost first, and last a name of its own."""
-BatchSize = int | None
-"""A fixed batch size, or None for a dynamic one."""
 
 
-def export_graph(module: nn.Module, size: ImageSize, batch: BatchSize, outputs: list[str]) -> onnx.ModelProto:
-    """Export a module that takes `image` uint8 [B,H,W,3] of a size.
+def export_graph(module: nn.Module, size: ImageSize, batch: int | None, outputs: list[str]) -> onnx.ModelProto:
+    """Export a module that takes `image` uint8 [B,H,W,3] of a size; batch: None for a dynamic one.
 
     Raises:
         ConfigError: more keys than TensorRT's TopK takes.

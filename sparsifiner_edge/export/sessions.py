@@ -9,7 +9,7 @@ import onnx
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.backend import holds_float16, usable_kernels
+from sparsifiner_edge.runtime.backend import holds_float16, native_library
 from sparsifiner_edge.runtime.onnxruntime import inference_session, session_options
 
 
@@ -23,10 +23,9 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
         MissingExtraError: ONNX Runtime is not installed.
         BackendError: the native library is missing or cannot be used, or ONNX Runtime refuses the file.
     """
-    kernels, fix = usable_kernels(holds_float16(model), kernels), "Choose other settings, and report this as a bug."
-    return inference_session(
-        model.SerializeToString(), session_options(), kernels, "the file that would be written", fix
-    )
+    library, fix = native_library(kernels, holds_float16(model)), "Choose other settings, and report this as a bug."
+    content = model.SerializeToString()
+    return inference_session(content, session_options(), library, "the file that would be written", fix)
 
 
 def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[..., dict[str, Array]]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import abc
 import importlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from sparsifiner_edge.bundle.manifest import MODEL_FILE
+import numpy as np
+
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, TensorSpec, tensor_spec
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.execution import Execution
@@ -29,13 +30,6 @@ _FLOAT16 = 10
 BF16_TOLERANCE, BF16_TOLERANCE_FREE = 5e-2, 1e-1
 """Greatest difference from golden outputs, relative to their range, in bf16 and fp16: dense, and where keys are chosen.
 Measured on DINOv2 in bf16: .008 and .084."""
-
-
-def cache_folder() -> Path:
-    """The user's own folder for what is kept between runs outside of bundles: it belongs to a machine, and native code
-    reads it. It need not exist yet.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsifiner-edge"
 
 
 def import_package(module: str, package: str, extra: str, fix: str) -> Any:
@@ -124,30 +118,28 @@ class ProcessorBackend(Backend):
             return self.session(bundle.folder / MODEL_FILE, copy, bundle.manifest.precision)
 
 
-class _CpuOperators(NamedTuple):
-    """The operators of the domain `sparsifiner` in a file, and what runs them here.
+class _CpuFile(NamedTuple):
+    """What a session on the processor must know of a file: its operators of the domain `sparsifiner`, what runs them.
 
     Attributes:
-        names: those in the file. float16: its weights are, all that are not int8.
-        kernels: one of `KERNEL_CHOICES`, "portable" for function bodies. library: the native one; None for bodies.
+        inputs, outputs: of the model. names: the operators'. float16: its weights are, all that are not int8.
+        library: the native one; None for function bodies.
+        reason: why they are bodies where that was not chosen: they are several times slower.
     """
 
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
     names: set[str]
     float16: bool
-    kernels: str
     library: Path | None
+    reason: str | None
 
     def text(self, precision: str | None = None) -> str:
-        """For people; what was not chosen is said, since function bodies are several times slower.
-
-        Args:
-            precision: of attention in the native library, where that is worth a word.
-        """
-        reason = why_portable(self.kernels) if self.kernels == "auto" else None
-        return described(self.names, self.library is not None, reason, precision)
+        """For people; precision: of attention in the native library, where that is worth a word."""
+        return described(self.names, self.library is not None, self.reason, precision)
 
 
-def read_operators(content: bytes | str, model: Path, kernels: str) -> tuple[ModelProto, _CpuOperators]:
+def read_file(content: bytes | str, model: Path, kernels: str) -> tuple[ModelProto, _CpuFile]:
     """A file, and what will run its operators.
 
     Args:
@@ -155,13 +147,26 @@ def read_operators(content: bytes | str, model: Path, kernels: str) -> tuple[Mod
 
     Raises:
         ArtifactError: it is no ONNX file, or needs another file.
-        BackendError: the kernels cannot be had of this file, or not here.
+        BackendError: the kernels cannot be had of this file, or not here; or it lacks inputs or outputs, or has one
+            that is no array of numbers.
     """
     graph = read_model(content if isinstance(content, bytes) else Path(content).read_bytes(), model)
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    values = [value for value in graph.graph.input if value.name not in weights], graph.graph.output
+    try:
+        inputs, outputs = ([tensor_spec(value) for value in side] for side in values)
+        known = all(np.dtype(spec.dtype).kind in "fiub" for spec in (*inputs, *outputs))
+    except KeyError:  # A sequence, for one.
+        known = False
+    if not known:
+        raise BackendError(f"{model} takes or gives what is no array of numbers.", AGAIN)
+    if not inputs or not outputs:
+        raise BackendError(f"{model} has no {'output' if inputs else 'input'}.", AGAIN)
     names = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
     float16 = holds_float16(graph)
-    kernels = usable_kernels(float16, kernels)
-    return graph, _CpuOperators(names, float16, kernels, native_library(kernels))
+    library = native_library(kernels, float16)
+    reason = native.why_unusable() if kernels == "auto" and not float16 else None
+    return graph, _CpuFile(inputs, outputs, names, float16, library, reason)
 
 
 def holds_float16(model: ModelProto) -> bool:
@@ -169,43 +174,24 @@ def holds_float16(model: ModelProto) -> bool:
     return any(tensor.data_type == _FLOAT16 for tensor in model.graph.initializer)
 
 
-def usable_kernels(float16: bool, kernels: str) -> str:
-    """What a choice of kernels means for a file: one of float16, which the native ones do not take, runs by its bodies.
-
-    Raises:
-        BackendError: it cannot be.
-    """
-    if not float16:
-        return kernels
-    if kernels == "native":
-        raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
-    return "portable"
-
-
-def native_library(kernels: str) -> Path | None:
-    """The library to register for a choice of kernels (`KERNEL_CHOICES`); None for function bodies.
+def native_library(kernels: str, float16: bool = False) -> Path | None:
+    """The library to register for a choice of kernels (`KERNEL_CHOICES`); None for function bodies, by which a file of
+    float16 runs: the native kernels take none.
 
     Raises:
         BackendError: "native" where it cannot be used, or the variable `SPARSIFINER_TARGET` names no instruction set.
     """
-    reason = why_portable(kernels)
-    if reason is not None and kernels == "native":
-        raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
-    return native.library_path() if reason is None else None
-
-
-def why_portable(kernels: str) -> str | None:
-    """Why a choice of kernels (`KERNEL_CHOICES`) means function bodies here; None where the native library runs.
-
-    Raises:
-        BackendError: the variable `SPARSIFINER_TARGET` names no instruction set.
-    """
-    if kernels == "portable":
-        return "was not asked for"
+    if float16 and kernels == "native":
+        raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
+    if float16 or kernels == "portable":
+        return None
     try:
-        return native.why_unusable()
+        reason = native.why_unusable()
     except ValueError as error:
         raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
+    if reason and kernels == "native":
+        raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
+    return None if reason else native.library_path()
 
 
 def as_line(error: Exception) -> str:

@@ -26,7 +26,6 @@ from sparsifiner_edge.bundle.engines import (
     Golden,
     parse_capability,
 )
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
@@ -36,6 +35,7 @@ from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.progress import Progress, prefixed
 from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.runtime.child import serve, start_child
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend

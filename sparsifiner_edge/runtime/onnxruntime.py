@@ -12,10 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
+from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import package_version
@@ -27,14 +25,13 @@ from sparsifiner_edge.runtime.backend import (
     as_line,
     import_package,
     native_library,
-    read_operators,
+    read_file,
     require_stored,
 )
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.session import Runtime, Session
 
 _ERRORS_ONLY = 3
-_TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
 CUDA = "CUDAExecutionProvider"
 _OPTIONS = {"device_id": 0, "use_tf32": 0}
 """TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more."""
@@ -94,23 +91,11 @@ class OnnxRuntime(ProcessorBackend):
 
 
 class _OrtSession(Session):
-    """A `Session` on ONNX Runtime.
-
-    Attributes:
-        least_tolerance: see `bundle.golden.check_golden`.
-
-    Args:
-        model: where the ONNX file is from, for messages; it is not read.
-        source: its content, or the path of a copy that nobody changes meanwhile.
-        execution: precision, kernels and threads.
-        stored: the bundle's own word for its precision, if it has one.
-        device: that of CUDA which shall run it; None: the processor.
+    """A `Session` on ONNX Runtime; see `ProcessorBackend.session`. device: that of CUDA which shall run it.
 
     Raises:
-        ArtifactError: it is no ONNX file, or needs another file.
         BackendError: ONNX Runtime rejects the model, or would quietly run it on the CPU, or in another precision,
             instead of what was asked for.
-        MissingExtraError: ONNX Runtime is not installed.
     """
 
     def __init__(
@@ -128,16 +113,16 @@ class _OrtSession(Session):
             raise BackendError("Function bodies have no bfloat16.", "Leave --precision out.")
         kernels = "native" if bfloat16 else execution.kernels if on_cpu else "portable"
         # The parsed file goes before ONNX Runtime reads it: memory is short on a board.
-        operators = read_operators(source, model, kernels)[1]
-        computed = "fp16" if operators.float16 else "fp32"
+        file = read_file(source, model, kernels)[1]
+        computed = "fp16" if file.float16 else "fp32"
         if not bfloat16:
             require_stored(execution.precision, computed, "ONNX Runtime")
-        elif not any(name.endswith("Attention") for name in operators.names):  # Nothing of it would be bfloat16.
+        elif not any(name.endswith("Attention") for name in file.names):  # Nothing of it would be bfloat16.
             raise BackendError(f"{model} has no attention that could run in bfloat16.", "Leave --precision out.")
         self.least_tolerance = BF16_TOLERANCE_FREE if bfloat16 else 0.0
         options = session_options(execution.cores, bfloat16)
         start = time.perf_counter_ns()
-        session = inference_session(source, options, operators.kernels, model, cuda=not on_cpu)
+        session = inference_session(source, options, file.library, model, cuda=not on_cpu)
         running = [str(name) for name in session.get_providers()]
         if not on_cpu and running[:1] != [CUDA]:  # It says so on standard error alone.
             raise BackendError(
@@ -146,16 +131,13 @@ class _OrtSession(Session):
                 'built for: pip install "onnxruntime-gpu[cuda,cudnn]". Or leave --provider out.',
             )
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
-        self.inputs = [_spec(node) for node in session.get_inputs()]
-        self.outputs = [_spec(node) for node in session.get_outputs()]
-        if not self.inputs or not self.outputs:
-            raise BackendError(f"{model} has no {'output' if self.inputs else 'input'}.", "Export the bundle again.")
+        self.inputs, self.outputs = file.inputs, file.outputs
         self._session: Any = session
-        text = operators.text("bfloat16" if bfloat16 else None)
+        text = file.text("bfloat16" if bfloat16 else None)
         if not on_cpu:
-            text = FALLBACK if operators.names else f"{text}, with pageable copies"
+            text = FALLBACK if file.names else f"{text}, with pageable copies"
         precision = precision_text(stored, computed) + (", attention bf16" if bfloat16 else "")
-        self._description = Runtime(
+        self.description = Runtime(
             backend=self.backend,
             version=str(import_onnxruntime().__version__),
             provider=running[0],
@@ -196,20 +178,20 @@ def session_options(threads: int = 0, bfloat16: bool = False) -> Any:
 
 
 def inference_session(
-    source: bytes | str, options: Any, kernels: str, origin: object, fix: str = AGAIN, cuda: bool = False
+    source: bytes | str, options: Any, library: Path | None, origin: object, fix: str = AGAIN, cuda: bool = False
 ) -> Any:
     """ONNX Runtime's own session, the only place that makes one.
 
     Args:
         source: of the file: its content, or a path. origin: where it is from; fix: what to do where it is refused.
-        options: of `session_options`; they serve one session. kernels: one of `execution.KERNEL_CHOICES`.
+        options: of `session_options`; they serve one session. library: the native one, of `native_library`.
         cuda: on a GPU; ONNX Runtime puts the processor in its place where it does not start.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
-        BackendError: it refuses the file or the native library, or that is asked for and cannot be used.
+        BackendError: it refuses the file or the native library.
     """
-    ort, library = import_onnxruntime(), native_library(kernels)
+    ort = import_onnxruntime()
     providers: list[Any] = [(CUDA, _OPTIONS)] if cuda else []
     try:
         if library is not None:
@@ -223,16 +205,3 @@ def inference_session(
         return ort.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base but Exception.
         raise BackendError(f"ONNX Runtime rejects {origin}: {as_line(error)}", fix) from error
-
-
-def _spec(node: Any) -> TensorSpec:
-    """From ONNX Runtime's "tensor(uint8)"."""
-    element = str(node.type).removeprefix("tensor(").removesuffix(")")
-    dtype = _TYPES.get(element, element)
-    try:
-        np.dtype(dtype)
-    except TypeError as error:
-        raise BackendError(
-            f"{node.name!r} has type {node.type}, which NumPy lacks.", "Export it with another type."
-        ) from error
-    return TensorSpec(str(node.name), dtype, tuple(node.shape))

@@ -21,7 +21,6 @@ from typing import Any, cast
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import has_int8_products
@@ -34,14 +33,13 @@ from sparsifiner_edge.runtime.backend import (
     ProcessorBackend,
     as_line,
     import_package,
-    read_operators,
+    read_file,
 )
 from sparsifiner_edge.runtime.session import Runtime, Session
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 """Of the linear layers, by OpenVINO's names; int8 layers of a file stay int8 in each."""
 _LINEAR = ("FullyConnected", "MatMul")
-_DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64", "boolean": "bool"}
 
 
 def import_openvino(precision: str = "auto") -> Any:
@@ -77,19 +75,10 @@ class OpenVino(ProcessorBackend):
 class _OpenVinoSession(Session):
     """A `Session` on OpenVINO's CPU plugin. Runs of several threads take turns.
 
-    Attributes:
-        least_tolerance: see `bundle.golden.check_golden`.
-
     Args:
-        model: where the ONNX file is from, for messages. content: the file, or the path of a copy.
+        model, content, stored: see `ProcessorBackend.session`.
         execution: its threads are OpenVINO's, and the native library's while OpenVINO's wait. "auto" is float32, which
             loses nothing: of a float16 file too.
-        stored: the bundle's own word for what its file holds.
-
-    Raises:
-        ArtifactError: it is no ONNX file, or needs another file.
-        BackendError: OpenVINO rejects the model, or the processor lacks the precision.
-        MissingExtraError: OpenVINO is not installed.
     """
 
     def __init__(self, model: Path, content: bytes | str, execution: Execution, stored: str | None) -> None:
@@ -100,11 +89,11 @@ class _OpenVinoSession(Session):
         self._spread = stored == "int8" and not has_int8_products()
         self._compiled: Any = None
         self._request: Any = None
-        graph, operators = read_operators(content, model, execution.kernels)
+        graph, file = read_file(content, model, execution.kernels)
         self.least_tolerance = 0.0
         if precision != "fp32":
-            self.least_tolerance = BF16_TOLERANCE_FREE if operators.names else BF16_TOLERANCE
-        ours = sorted(operators.names & set(NATIVE)) if operators.library else []
+            self.least_tolerance = BF16_TOLERANCE_FREE if file.names else BF16_TOLERANCE
+        ours = sorted(file.names & set(NATIVE)) if file.library else []
         self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
         try:
@@ -119,17 +108,15 @@ class _OpenVinoSession(Session):
             raise BackendError(f"OpenVINO rejects {model}: {as_line(error)}", "Export the bundle again.") from error
         self._request = self._compiled.create_infer_request()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
-        names = {value.name for value in (*graph.graph.input, *graph.graph.output)}
-        self.inputs = [_spec(port, names) for port in self._compiled.inputs]
-        self.outputs = [_spec(port, names) for port in self._compiled.outputs]
+        self.inputs, self.outputs = file.inputs, file.outputs
         said = self._operators.precision if self._operators is not None and precision == "bf16" else None
-        self._description = Runtime(
+        self.description = Runtime(
             backend=self.backend,
             version=str(openvino.__version__).partition("-")[0],
             provider="CPU",
             device="CPU",
             precision=ran,
-            kernels=operators.text(said),
+            kernels=file.text(said),
             threads=threads,
         )
 
@@ -203,13 +190,6 @@ def _own_signal_stack() -> Iterator[None]:
         yield
     finally:
         libc.sigaltstack(before, None)
-
-
-def _spec(port: Any, names: set[str]) -> TensorSpec:
-    """Of a port, which may have names of tensors inside the model besides its own."""
-    shape = tuple(axis.get_length() if axis.is_static else "batch" for axis in port.get_partial_shape())
-    kind = port.get_element_type().get_type_name()
-    return TensorSpec(next(iter(names & port.get_names())), _DTYPES.get(kind, kind), shape)
 
 
 def converters(openvino: Any, frontend: Any, names: Sequence[str], operators: Operators) -> list[Any]:

@@ -48,8 +48,12 @@ class Session(abc.ABC):
     Attributes:
         backend: its name, as given to `open_session`. model: its file, for messages.
         inputs, outputs: every one, in the model's order.
+        description: what really runs.
         load_ms: milliseconds that the backend took to make the session; hashing and reading the manifest excluded.
-        least_tolerance, least_batch, golden_runs, in_place_of_sparse: see `bundle.golden.check_golden`.
+        least_tolerance, least_batch, golden_runs, in_place_of_sparse: for the golden check. The first counts if it is
+            the larger one, where less is computed in than the file holds; of the second the input is repeated, where no
+            smaller ones are taken; so many runs must agree, where later ones are done otherwise than the first; and
+            dense attention in the place of sparse is another computation: the mean cosine of rows counts.
     """
 
     backend: str
@@ -60,12 +64,7 @@ class Session(abc.ABC):
     least_tolerance = 0.0
     least_batch = golden_runs = 1
     in_place_of_sparse = False
-    _description: Runtime
-
-    @property
-    def description(self) -> Runtime:
-        """What really runs."""
-        return self._description
+    description: Runtime
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """Check names, types, ranks, sizes, and that axes of one name have one size.

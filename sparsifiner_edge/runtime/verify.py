@@ -11,7 +11,6 @@ from typing import Any
 import onnx
 from msgspec import Struct
 
-from sparsifiner_edge.bundle.golden import beyond_text, check_golden
 from sparsifiner_edge.bundle.manifest import tensor_spec
 from sparsifiner_edge.bundle.sign import fingerprint_of, read_signature, require_signature, unlisted_files
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
@@ -19,6 +18,7 @@ from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
+from sparsifiner_edge.runtime.golden import beyond_text, check_golden
 from sparsifiner_edge.runtime.open import open_checked
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import sparsifiner_edge as se
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.export.deployed_model import DeployedModel
@@ -19,6 +18,7 @@ from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.profiles.measure.layers import node_place
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.hosts import backbone_of
 from tests.everything import first
 from tests.hosts.hugging_face import MODELS, depth_anything, images, model

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import sparsifiner_edge as se
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import UnsupportedModelError
+from sparsifiner_edge.runtime.golden import check_golden
 from tests.hosts.foreign import Net
 from tests.hosts.hugging_face import images
 

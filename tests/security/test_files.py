@@ -13,11 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.sign import require_signature, sign_bundle
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.golden import check_golden
 from tests.commands import assert_refused, process
 from tests.package.reseal import reseal
 from tests.tiny import make_bundle

@@ -10,8 +10,6 @@ import onnx
 import onnxruntime
 import pytest
 
-from sparsifiner_edge.bundle import golden
-from sparsifiner_edge.bundle.golden import beyond_text, check_golden
 from sparsifiner_edge.bundle.kernels import NAMESPACE
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
@@ -19,8 +17,9 @@ from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.runtime import build as module
-from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime import golden, open_session
 from sparsifiner_edge.runtime.build import build_engine, verdict
+from sparsifiner_edge.runtime.golden import beyond_text, check_golden
 from sparsifiner_edge.runtime.tensorrt.backend import dense_model
 from tests.fakes.tensorrt import Behaviour
 from tests.package.reseal import reseal

@@ -12,11 +12,11 @@ import pytest
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.bundle.engines import BatchRange
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 from tests.fakes.gpu import install_pycuda
 from tests.fakes.tensorrt import Behaviour

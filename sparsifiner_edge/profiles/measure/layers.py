@@ -24,6 +24,7 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.profiles.measure.worker import fixed_inputs
+from sparsifiner_edge.runtime.backend import native_library
 from sparsifiner_edge.runtime.onnxruntime import inference_session, session_options
 from sparsifiner_edge.runtime.open import open_checked
 
@@ -81,18 +82,18 @@ def measure_layers(bundle: str | Path, execution: Execution, query_ms: float) ->
         if session.backend != "onnxruntime" or not execution.on_processor:
             # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
             raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
-    kernels = "native" if str(ran.kernels).startswith("native") else "portable"
+    library = native_library("native" if str(ran.kernels).startswith("native") else "portable")
     options = session_options(execution.cores, execution.precision == "bf16")
-    trace = _run_profiled(checked.read(MODEL_FILE), options, kernels, inputs, queries + _WARM_UP)
+    trace = _run_profiled(checked.read(MODEL_FILE), options, library, inputs, queries + _WARM_UP)
     return _rows(read_trace(trace, queries), {node.name for node in checked.model().graph.node})
 
 
-def _run_profiled(model: bytes, options: Any, kernels: str, inputs: Mapping[str, Array], queries: int) -> Trace:
+def _run_profiled(model: bytes, options: Any, library: Path | None, inputs: Mapping[str, Array], queries: int) -> Trace:
     """The trace of so many runs with ONNX Runtime's profiler on."""
     with scratch_folder() as folder:
         options.enable_profiling = True
         options.profile_file_prefix = str(folder / "trace")
-        session = inference_session(model, options, kernels, "the bundle's model", _FIX)
+        session = inference_session(model, options, library, "the bundle's model", _FIX)
         try:
             for _ in range(queries):
                 session.run(None, dict(inputs))

@@ -2,7 +2,7 @@
 
 Sparse attention and merging are built in the ways that TensorRT can have them: `bodies` are the standard operators in
 the file, `plugin` the project's CUDA kernels, `dense` ordinary attention, which computes something else: it is kept
-where it is faster and its outputs are close to the bundle's (`bundle.golden.LEAST_DENSE_COSINE`).
+where it is faster and its outputs are close to the bundle's (`runtime.golden.LEAST_DENSE_COSINE`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from sparsifiner_edge.bundle.engines import (
     mismatches,
     system,
 )
-from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
@@ -40,6 +39,7 @@ from sparsifiner_edge.ops.graph import drop_unused, gets_merged
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import Backend, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, major, probe
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, rejected_model
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 

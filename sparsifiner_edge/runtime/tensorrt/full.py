@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from sparsifiner_edge.files import read_bytes, write_bytes
 from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.backend import cache_folder, import_package, require_stored
+from sparsifiner_edge.runtime.backend import import_package, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, Driver, probe
 from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, has_sparse_attention, prepare_build
@@ -122,8 +123,9 @@ def _save_times(config: Any, path: Path) -> None:
 
 
 def _timing_cache(device: CudaDevice, version: str) -> Path:
-    """Where the times of a device and a version are kept: not in the bundle, since native code reads them and they grow
-    with every model built there.
+    """Where the times of a device and a version are kept, in the user's own folder for such: not in the bundle, since
+    native code reads them and they grow with every model built there.
     """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsifiner-edge"
     name = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-").lower()
-    return cache_folder() / f"tensorrt-{version}-sm{device.compute_capability.replace('.', '')}-{name}.cache"
+    return folder / f"tensorrt-{version}-sm{device.compute_capability.replace('.', '')}-{name}.cache"

@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import onnx
-
 from sparsifiner_edge.bundle.engines import BODIES, DENSE, BatchRange, Details, Engine
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.runtime.backend import import_package, require_stored
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, has_sparse_attention, prepare_build
@@ -45,7 +42,11 @@ class TensorRtRtx(TensorRtBackend):
                     f"It takes {', '.join(ARCHITECTURES)}; for others, such as a Jetson, build on the device with "
                     "--backend tensorrt.",
                 )
-        _refuse_uint8(bundle.model())
+        if bundle.manifest.precision == "int8" and bundle.manifest.float16 is None:
+            raise BackendError(
+                f"TensorRT-RTX takes int8 with zero point 0, and {bundle.folder} is of uint8, for the processor.",
+                "Export it again with --int8-target tensorrt, or run it with --backend onnxruntime.",
+            )
         return [self._planned(bundle, capability, batch) for capability in capabilities]
 
     def _planned(self, bundle: Bundle, capability: str, batch: BatchRange) -> Engine:
@@ -75,19 +76,3 @@ class TensorRtRtx(TensorRtBackend):
                 "Export the model in another precision, or upgrade tensorrt-rtx.",
             )
         return bytes(serialised), Details(layers=int(network.num_layers))
-
-
-def _refuse_uint8(model: onnx.ModelProto) -> None:
-    """Refuse what is quantised as ONNX Runtime likes it; all else that the parser rejects, it names.
-
-    Raises:
-        BackendError: says how to export it.
-    """
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    for node in all_nodes(model):
-        quantises = node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
-        if quantises and types.get(node.input[2]) == onnx.TensorProto.UINT8:
-            raise BackendError(
-                f"TensorRT-RTX takes int8 with zero point 0, and {node.name} is of uint8.",
-                "Export it again with --int8-target tensorrt, or run it with --backend onnxruntime.",
-            )

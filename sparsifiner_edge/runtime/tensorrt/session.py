@@ -33,7 +33,7 @@ class EngineSession(Session):
     processor's memory nothing is copied: the engine works in page-locked memory of both.
 
     Attributes:
-        golden_runs: see `bundle.golden.check_golden`: the first is plain, the second is recorded, the third launches
+        golden_runs: the first is plain, the second is recorded, the third launches
             that recording, as every later one does.
         compute_ms: of the latest run, by the device's clock, copies excluded.
 
@@ -81,7 +81,7 @@ class EngineSession(Session):
             self._graph = stack.enter_context(contextlib.ExitStack())
             self._stack = stack.pop_all()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
-        self._description = Runtime(
+        self.description = Runtime(
             backend=self.backend,
             version=str(trt.__version__),
             provider="TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
@@ -186,7 +186,7 @@ class EngineSession(Session):
         A run that differs from the one before is never recorded: the engine may allocate in it, which a recording
         forbids. One recording is kept: after a change of shapes an engine's earlier ones are no longer valid.
         """
-        if self._description.why_no_graph is not None:
+        if self.description.why_no_graph is not None:
             return None
         if self._recorded != shapes:
             self._launch = self._recorded = None
@@ -211,7 +211,7 @@ class EngineSession(Session):
 
     def _refuse_graphs(self, error: BackendError) -> None:
         """Record nothing from now on. A device that is lost says so in the plain run that follows."""
-        self._description = replace(self._description, why_no_graph=error.what)
+        self.description = replace(self.description, why_no_graph=error.what)
         self._launch = self._recorded = None
         with contextlib.suppress(BackendError):
             self._graph.close()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 
@@ -15,6 +13,7 @@ from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, agreement, aligned
+from sparsifiner_edge.runtime.session import Session
 
 _MOST_TOLERANCE = 1.0
 """Of an output's range: more would pass anything."""
@@ -27,29 +26,7 @@ _MOST_BYTES = 1 << 31
 Pair = tuple[dict[str, Array], dict[str, Array]]
 
 
-class _Runnable(Protocol):
-    """What a golden pair is run through: an open session.
-
-    Attributes:
-        backend: its name, for messages.
-        golden_runs: how many must agree, where later runs are done otherwise than the first.
-        least_batch: it takes no smaller ones; the input is repeated, and each answer must agree.
-        least_tolerance: counts if it is the larger one, where less is computed in than the file holds.
-        in_place_of_sparse: dense attention is computed in the place of sparse. That is another computation: the mean
-            cosine of rows counts, as for another tile at export.
-    """
-
-    backend: str
-    golden_runs: int
-    least_batch: int
-    least_tolerance: float
-    in_place_of_sparse: bool
-
-    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the model once."""
-
-
-def check_golden(session: _Runnable, bundle: Bundle) -> dict[str, dict[str, float]]:
+def check_golden(session: Session, bundle: Bundle) -> dict[str, dict[str, float]]:
     """Run the bundle's golden input and compare every golden output.
 
     Args:
@@ -73,7 +50,7 @@ def check_golden(session: _Runnable, bundle: Bundle) -> dict[str, dict[str, floa
 
 
 def _check_outputs(
-    outputs: dict[str, Array], expected: dict[str, Array], session: _Runnable, bundle: Bundle
+    outputs: dict[str, Array], expected: dict[str, Array], session: Session, bundle: Bundle
 ) -> dict[str, dict[str, float]]:
     """See `check_golden`, of one run."""
     for name, wanted in expected.items():
@@ -144,7 +121,7 @@ def _repeated(pair: Pair, least: int) -> Pair:
 
 
 def _compare(
-    name: str, got: Array, wanted: Array, tolerance: float, beyond: float, session: _Runnable
+    name: str, got: Array, wanted: Array, tolerance: float, beyond: float, session: Session
 ) -> dict[str, float]:
     """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens as close, either may merge."""
     found = agreement(name, got, wanted, tolerance)
@@ -166,7 +143,7 @@ def _compare(
     return figures | ({"share_beyond": found.beyond} if found.error > tolerance else {})
 
 
-def _distrust(session: _Runnable) -> str:
+def _distrust(session: Session) -> str:
     return f"Do not trust {session.backend} with this bundle on this machine; export it again or report it."
 
 
