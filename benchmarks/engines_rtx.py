@@ -52,7 +52,7 @@ CAPABILITIES = ("8.6", "8.9", "12.0")
 LIMIT_S = 60.0
 IMAGES = 3
 """To calibrate int8 with: enough for a file whose building is timed, not for one that is used."""
-KEPT = ("build_seconds", "cpu_seconds", "bytes", "layers")
+KEPT = ("build_seconds", "cpu_seconds", "bytes")
 
 
 def compiled_kernels(engine: bytes) -> dict[str, int]:

@@ -60,7 +60,7 @@ def test_names_carry_everything() -> None:
 
 
 def test_what_is_written_is_read_back_and_what_is_not_known_passed_over(tmp_path: Path) -> None:
-    other = changed(version="2", details=Details(layers=7, golden=Unavailable("no GPU")))
+    other = changed(version="2", details=Details(bytes=7, golden=Unavailable("no GPU")))
     folder = forge(tmp_path / "b", ENGINE, other)
     spoil(folder, lambda m: m["engines"][0].update({"details": {"tactics": ["a"]}, "later": 1}))
     engines = open_bundle(folder).manifest.engines

@@ -43,14 +43,13 @@ class EngineCandidate(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         golden: what the golden check returned, or its message where it failed.
-        compute_ms: median of `runs` runs.
+        compute_ms: median of some runs.
         failed: why there is no such engine, or why it was not run.
         warning: what its time does not say.
     """
 
     golden: Golden | str | None = None
     compute_ms: float | None = None
-    runs: int | None = None
     failed: str | None = None
     warning: str | None = None
 
@@ -59,13 +58,11 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
     """What the builder of an engine reports, for people; a backend leaves out what it does not know.
 
     Attributes:
-        layers: of the network as parsed.
         build_seconds: by the clock; cpu_seconds: of the building process, its start included. bytes: size of the file.
         kernels: the candidate that was kept; candidates: all of them, also those that were not built.
         golden: what the golden check returned before the engine was put into the bundle.
     """
 
-    layers: int | None = None
     build_seconds: float | None = None
     cpu_seconds: float | None = None
     bytes: int | None = None

@@ -144,10 +144,6 @@ def _builder(trt: Any, b: Behaviour) -> list[type]:
     class INetworkDefinition:
         num_inputs = 1
 
-        @property
-        def num_layers(self) -> int:
-            return len(self._model.graph.node)
-
         def get_input(self, index: int) -> ITensor:
             return ITensor(self._model.graph.input[index])
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.engines import (
     DENSE,
@@ -68,8 +67,8 @@ class TensorRtBackend(Backend):
         """
 
     @abc.abstractmethod
-    def compile(self, model: bytes, engine: Engine, bundle: Bundle) -> tuple[bytes, Details]:
-        """The content of an engine of an ONNX file (the bundle's, or `dense_model` of it), and what is known of it."""
+    def compile(self, model: bytes, engine: Engine, bundle: Bundle) -> bytes:
+        """The content of an engine of an ONNX file (the bundle's, or `dense_model` of it)."""
 
     def engine(
         self, bundle: Bundle, capability: str, batch: BatchRange, kernels: Sequence[str], left_out: Mapping[str, str]
@@ -94,7 +93,7 @@ class TensorRtBackend(Backend):
         """
         start, bundle, kernels = time.monotonic(), open_bundle(folder), str(engine.details.kernels)
         model = bundle.read(MODEL_FILE)
-        content, details = self.compile(dense_model(model) if kernels == DENSE else model, engine, bundle)
+        content = self.compile(dense_model(model) if kernels == DENSE else model, engine, bundle)
         with io_errors(output):
             output.write_bytes(content)
         seconds, processor = time.monotonic() - start, time.process_time()
@@ -103,8 +102,8 @@ class TensorRtBackend(Backend):
         if why is None:
             session = EngineSession(self.load(), output, content, engine, bundle.manifest)
             timed = time_engine(session, bundle, engine.batch.best)
-        return replace(
-            details, kernels=kernels, candidates={kernels: timed}, bytes=len(content), build_seconds=seconds,
+        return Details(
+            kernels=kernels, candidates={kernels: timed}, bytes=len(content), build_seconds=seconds,
             cpu_seconds=processor,
         )  # fmt: skip
 
@@ -182,7 +181,7 @@ def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineCan
             times.append(session.compute_ms)
         why = session.description.why_no_graph
     warning = f"runs are not recorded: {why}" if why else None
-    return EngineCandidate(golden=golden, compute_ms=statistics.median(times[WARM_UP:]), runs=RUNS, warning=warning)
+    return EngineCandidate(golden=golden, compute_ms=statistics.median(times[WARM_UP:]), warning=warning)
 
 
 def dense_model(content: bytes) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.artifacts import MAX_FILE
-from sparsifiner_edge.bundle.engines import BODIES, DENSE, PLUGIN, BatchRange, Details, Engine
+from sparsifiner_edge.bundle.engines import BODIES, DENSE, PLUGIN, BatchRange, Engine
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import read_bytes, write_bytes
@@ -65,7 +65,7 @@ class TensorRt(TensorRtBackend):
         candidates = _candidates(trt, bundle, device, batch, self.execution.kernels)
         return [self.engine(bundle, device.compute_capability, batch, *candidates)]
 
-    def compile(self, model: bytes, engine: Engine, bundle: Bundle) -> tuple[bytes, Details]:
+    def compile(self, model: bytes, engine: Engine, bundle: Bundle) -> bytes:
         """See `TensorRtBackend.compile`."""
         trt, driver = self.load(), Driver()
         device, free, version = driver.device, driver.free_bytes(), str(trt.__version__)
@@ -81,7 +81,7 @@ class TensorRt(TensorRtBackend):
         if serialised is None:
             raise build_error(messages, workspace, free)
         _save_times(config, times)
-        return bytes(serialised), Details(layers=int(network.num_layers))
+        return bytes(serialised)
 
 
 def _candidates(

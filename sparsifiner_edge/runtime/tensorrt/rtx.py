@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import BODIES, DENSE, BatchRange, Details, Engine
+from sparsifiner_edge.bundle.engines import BODIES, DENSE, BatchRange, Engine
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.runtime.backend import import_package, require_stored
@@ -60,7 +60,7 @@ class TensorRtRtx(TensorRtBackend):
         reason = f"nothing can be timed here ({why.rstrip('.')}); on a machine with that GPU build compares the two"
         return self.engine(bundle, capability, batch, (BODIES,), {DENSE: reason})
 
-    def compile(self, model: bytes, engine: Engine, _bundle: Bundle) -> tuple[bytes, Details]:
+    def compile(self, model: bytes, engine: Engine, _bundle: Bundle) -> bytes:
         """See `TensorRtBackend.compile`."""
         trt, capability = self.load(), engine.compute_capability
         name = f"TensorRT-RTX {trt.__version__}"
@@ -75,4 +75,4 @@ class TensorRtRtx(TensorRtBackend):
                 f"TensorRT-RTX built no engine for compute capability {capability}: {messages.text()}.",
                 "Export the model in another precision, or upgrade tensorrt-rtx.",
             )
-        return bytes(serialised), Details(layers=int(network.num_layers))
+        return bytes(serialised)
