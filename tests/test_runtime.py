@@ -152,7 +152,7 @@ def test_an_altered_or_corrupt_model_is_a_message(tmp_path, content):
     with pytest.raises(ArtifactError, match=r"model.onnx does not match its SHA-256"):
         open_session(folder)
     reseal(folder)
-    with pytest.raises(SparsifinerError, match=r"(model.onnx has no input|model.onnx is not an ONNX file)"):
+    with pytest.raises(SparsifinerError, match=r"model.onnx (is not an ONNX file|has no input)"):
         open_session(folder)
 
 

@@ -6,6 +6,7 @@ kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin tak
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Annotated, Any, Literal
 
@@ -132,9 +133,7 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
     import numpy as np
     import onnx
 
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    replaced: list[Any] = []
+    made, replaced = copy.deepcopy(model), list[Any]()
     weights = {tensor.name: tensor for tensor in made.graph.initializer}
     missing = set(table.nodes) - {node.name for node in made.graph.node if node.domain == DOMAIN}
     missing |= set(table.float32.values()) - weights.keys()
@@ -143,7 +142,7 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
     for node in made.graph.node:
         launches = table.nodes.get(node.name) if node.domain == DOMAIN else None
         if launches is None:
-            replaced.append(onnx.NodeProto.FromString(node.SerializeToString()))
+            replaced.append(copy.deepcopy(node))
             continue
         for launch in launches:
             names = {"domain": NAMESPACE, "plugin_namespace": NAMESPACE, "plugin_version": "1"}

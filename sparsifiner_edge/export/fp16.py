@@ -15,6 +15,7 @@ where small probabilities tie.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -93,8 +94,7 @@ def convert(model: onnx.ModelProto) -> _Converted:
     walk = _Walk(model)
     for node in model.graph.node:
         walk.visit(node)
-    half = onnx.ModelProto()
-    half.CopyFrom(model)
+    half = copy.deepcopy(model)
     del half.graph.node[:], half.graph.initializer[:]
     for value in half.graph.value_info:
         if walk.types.get(value.name) == HALF:
@@ -125,8 +125,7 @@ class _Walk:
 
     def visit(self, node: onnx.NodeProto) -> None:
         """Append the node, and before it the casts that it needs."""
-        made = onnx.NodeProto()
-        made.CopyFrom(node)
+        made = copy.deepcopy(node)
         floats = [name for name in node.input if name in self.types or name in self.weights]
         kind = SINGLE
         if floats or node.op_type == "Cast":

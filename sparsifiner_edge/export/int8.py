@@ -8,6 +8,7 @@ images that were not calibrated on decide (see `reference`).
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -138,8 +139,7 @@ def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     weight that two layers read it cannot make uint8 (1.32: "attempt to replace the existing tensor"), as
     `session_options` has it do where products saturate.
     """
-    source = onnx.ModelProto()
-    source.CopyFrom(model)
+    source = copy.deepcopy(model)
     weights = {tensor.name: tensor for tensor in source.graph.initializer}
     products = [n for n in source.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
     linear = {node.output[0]: node.name for node in products}
@@ -212,8 +212,7 @@ def _quantise_all(
     # The quantiser watches every MatMul, and keeps what it watches until the end of a run: the score matrices of all
     # dense layers at once. So products of activations bear another name meanwhile.
     products = {n.name for n in source.graph.node if n.op_type == "MatMul"}.difference(layers)
-    hidden = onnx.ModelProto()
-    hidden.CopyFrom(source)
+    hidden = copy.deepcopy(source)
     for node in hidden.graph.node:
         if node.name in products:
             node.op_type = "Einsum"
@@ -252,15 +251,13 @@ def _quantise_all(
 
 def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
     """The quantised file with the layers `kept` as they are in the source."""
-    model = onnx.ModelProto()
-    model.CopyFrom(full)
+    model = copy.deepcopy(full)
     original = {node.name: node for node in source.graph.node if node.name in set(kept)}
     weights = {tensor.name: tensor for tensor in source.graph.initializer}
     present = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.name in original:
-            del node.input[:]
-            node.input.extend(original[node.name].input)
+            node.input[:] = original[node.name].input
             weight = node.input[1]
             if weight not in present:
                 model.graph.initializer.append(weights[weight])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -46,16 +47,14 @@ def results_of(model: onnx.ModelProto, kind: str) -> list[str]:
 
 def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
     """A copy of a file that gives inner tensors too."""
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
+    watched = copy.deepcopy(model)
     watched.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     return watched
 
 
 def with_matches(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a file that is given what its MatchTokens give as inputs: which tokens merge, layer by layer."""
-    given, names = onnx.ModelProto(), results_of(model, "MatchTokens")
-    given.CopyFrom(model)
+    given, names = copy.deepcopy(model), results_of(model, "MatchTokens")
     del given.graph.node[:]
     given.graph.node.extend(node for node in model.graph.node if node.op_type != "MatchTokens")
     given.graph.input.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, None) for name in names)
