@@ -86,10 +86,10 @@ def test_a_manifest_without_precision_is_said(tmp_path, dtype):
         ({}, "'image' is missing", r"image \(uint8 \[batch, 4, 4, 3\]\)"),
         ({"image": image(), "mask": image()}, "Unknown input 'mask'", "image"),
         ({"image": image().tolist()}, "'image' got list", "NumPy array"),
-        ({"image": image().astype(np.float32)}, "'image' got type float32", "Expected uint8"),
-        ({"image": image()[0]}, "'image' got 3 axes", "Expected 4"),
-        ({"image": image(size=5)}, "'image' got 5 on axis 1", "Expected 4 there"),
-        ({"image": image()[:0]}, "'image' got 0 on axis 0", "at least 1"),
+        ({"image": image().astype(np.float32)}, "'image' got float32", "Expected uint8"),
+        ({"image": image()[0]}, r"'image' got uint8 \[4, 4, 3\]", "Expected uint8"),
+        ({"image": image(size=5)}, r"'image' got uint8 \[., 5, 5, 3\]", "Expected uint8"),
+        ({"image": image()[:0]}, r"'image' got uint8 \[0, ", "none is empty"),
     ],
 )
 def test_unfit_inputs_are_named(bundle, inputs, got, expected):
@@ -104,7 +104,7 @@ def test_axes_of_one_name_have_one_size():
     model = SimpleNamespace(inputs=[TensorSpec(name, "float32", ("batch", None)) for name in "ab"])
     ones = np.ones((2, 3), np.float32)
     Session.validate(model, {"a": ones, "b": np.ones((2, 7), np.float32)})
-    with pytest.raises(BackendError, match="'b' got 3 on axis 0"):
+    with pytest.raises(BackendError, match=r"'b' got .*\[3"):
         Session.validate(model, {"a": ones, "b": np.ones((3, 3), np.float32)})
 
 
