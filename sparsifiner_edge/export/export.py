@@ -25,7 +25,7 @@ from sparsifiner_edge.export.check import check_export, smooth_images, tolerance
 from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
 from sparsifiner_edge.export.fp16 import to_fp16
 from sparsifiner_edge.export.gpu_layout import suited_to_gpus
-from sparsifiner_edge.export.graph import export_graph, set_metadata
+from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import INT8_TARGETS, held_out, quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.images import Normalisation, Normalise, centre_text, evenly, list_images, load_image
@@ -202,7 +202,7 @@ def _export(
     file = _file(student.img_size, deployed, form, progress)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
     labels = [shown(label) for label in student.labels or _own_labels(student.model)]
-    set_metadata(file.model, _metadata(student, deployed, labels))
+    onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
         np.savez_compressed(folder / GOLDEN_FILE, **file.golden)

@@ -202,10 +202,3 @@ def _adds_up(node: onnx.NodeProto) -> bool:
     """Whether a node scatters with a reduction, or in a way that not every engine has."""
     replaces = not any(entry.name == "reduction" and entry.s not in (b"", b"none") for entry in node.attribute)
     return "Scatter" in node.op_type and not (node.op_type == "ScatterElements" and replaces)
-
-
-def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:
-    """Replace the file's metadata_props."""
-    del model.metadata_props[:]
-    for key, value in entries.items():
-        model.metadata_props.add(key=key, value=value)
