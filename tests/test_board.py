@@ -221,7 +221,7 @@ def a_node(table):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda t: t["launches"].update({"../evil": a_launch(t)}), "names a launch '../evil'"),
+        (lambda t: t["launches"].update({"../evil": a_launch(t)}), "not str of the form '^[a-z]"),
         (lambda t: t["launches"].update({"other": {}}), "launches[...].symbol is missing"),
         (lambda t: a_launch(t).pop("grid"), "launches[...].grid is missing"),
         (lambda t: a_launch(t).update(grid=[1, 0]), "an entry of launches is not int >= 1"),

@@ -7,7 +7,6 @@ kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin tak
 from __future__ import annotations
 
 import copy
-import re
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -31,8 +30,8 @@ DType = Literal["float32", "float16", "bfloat16", "int32"]
 """Types of tensors that launches take."""
 _Size = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
 _Bytes = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
-_Parameter = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
+"""Of a parameter, or of a launch, which becomes the name of a file and of a plugin."""
 
 
 class LaunchTensor(Struct, frozen=True):
@@ -56,8 +55,8 @@ class CompiledLaunch(Struct, frozen=True, kw_only=True):
     grid: tuple[_Size, _Size]
     threads: _Size
     shared_bytes: _Bytes = field(name="shared")
-    inputs: dict[_Parameter, LaunchTensor]
-    outputs: dict[_Parameter, LaunchTensor]
+    inputs: dict[_Name, LaunchTensor]
+    outputs: dict[_Name, LaunchTensor]
 
 
 class NodeLaunch(Struct, frozen=True):
@@ -79,7 +78,7 @@ class KernelTable(Struct, frozen=True, kw_only=True):
     """
 
     schema_version: int = KERNELS_SCHEMA
-    launches: dict[str, CompiledLaunch]
+    launches: dict[_Name, CompiledLaunch]
     nodes: dict[str, tuple[NodeLaunch, ...]]
     float32: dict[str, str] = {}
     triton: str | None = None
@@ -107,9 +106,6 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
     if file not in bundle.manifest.files:
         return None
     table = read_record(parse_json(bundle.read(file, MAX_JSON), path, KERNELS_SCHEMA, AGAIN), KernelTable, path, AGAIN)
-    for name in table.launches:
-        if not _NAME.fullmatch(name):  # It becomes the name of a file and of a plugin.
-            raise ArtifactError(f"{path} names a launch {name!r:.60}.", AGAIN)
     names = [*table.float32, *table.float32.values()]
     for node in (node for nodes in table.nodes.values() for node in nodes):
         if node.launch not in table.launches:
