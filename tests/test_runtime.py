@@ -190,7 +190,7 @@ def test_golden_refuses_what_differs(tmp_path, spoil, message):
 def test_golden_without_tolerance_or_file_is_refused(tmp_path):
     folder = make_bundle(tmp_path / "b", tolerances={})
     with open_session(folder) as session:
-        with pytest.raises(ArtifactError, match="no tolerance for output 'features'"):
+        with pytest.raises(ArtifactError, match="the tolerance of 'features' is missing"):
             check_golden(session, open_bundle(folder))
         (folder / "golden.npz").write_bytes(b"PK\x03\x04 cut")
         reseal(folder)

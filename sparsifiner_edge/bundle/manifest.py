@@ -82,7 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         shape: the sizes that decide costs. ops: operators of the domain `sparsifiner`.
         inputs, outputs: of the model, in its order. Images are "NHWC", 0 to 255, RGB.
         sparsity: None where attention is dense. plan: what each layer does.
-        tolerances: output -> greatest difference from golden, relative to its range.
+        tolerances: output -> greatest difference from golden, relative to its range; more than 1 would pass anything.
         engines: in the order in which they were built.
         check, retiled, quantisation, float16, boards: what export found, for people.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
@@ -99,7 +99,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     preprocessing: Preprocessing | None = None
     sparsity: SparsityConfig | None = None
     plan: LayerPlan | None = None
-    tolerances: dict[str, float] = {}
+    tolerances: dict[str, Annotated[float, Meta(ge=0, le=1)]] = {}
     engines: tuple[Engine, ...] = ()
     check: Check | None = None
     retiled: Retiled | None = None

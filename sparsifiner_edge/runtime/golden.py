@@ -15,8 +15,6 @@ from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, agreement, aligned
 from sparsifiner_edge.runtime.session import Session
 
-_MOST_TOLERANCE = 1.0
-"""Of an output's range: more would pass anything."""
 _LEAST_MEAN = 0.99
 """Mean cosine of the rows of an output where some tokens that merge are others."""
 LEAST_DENSE_COSINE = 0.97
@@ -65,13 +63,8 @@ def _check_outputs(
     merges = bundle.manifest.plan is not None and any(bundle.manifest.plan.merge)
     report = {}
     for name, wanted in expected.items():
-        tolerance = bundle.manifest.tolerances.get(name)
-        if tolerance is None or not 0 <= tolerance <= _MOST_TOLERANCE:
-            raise ArtifactError(
-                f"{bundle.folder} has no tolerance for output {name!r} from 0 to {_MOST_TOLERANCE:g}.",
-                AGAIN,
-            )
-        tolerance = max(tolerance, session.least_tolerance)
+        stated = bundle.required(bundle.manifest.tolerances.get(name), f"the tolerance of {name!r}")
+        tolerance = max(stated, session.least_tolerance)
         report[name] = _compare(name, outputs[name], wanted, tolerance, OTHER_TOKENS if merges else 0.0, session)
     return report
 
