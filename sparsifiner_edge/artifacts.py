@@ -184,12 +184,9 @@ def _own_files(folder: Path, kind: str) -> set[str]:
         if kind == "student":
             return {STUDENT_FILE, WEIGHTS_FILE, ARCHITECTURE_FILE}
         files = read_json(path, None, "Make it again.").get("files")
-        own = {path.name, *(files if isinstance(files, dict) else ())}
-        if kind == "bundle":
-            left = [file for scratch in scratches(folder) for file in scratch.rglob("*") if file.is_file()]
-            left += unlisted_engines(folder, own)
-            own |= {SIGNATURE_FILE, *(str(file.relative_to(folder)) for file in left)}
-        return own
+        own = {path.name, SIGNATURE_FILE, *(files if isinstance(files, dict) else ())}
+        left = [file for scratch in scratches(folder) for file in scratch.rglob("*") if file.is_file()]
+        return own | {str(file.relative_to(folder)) for file in (*left, *unlisted_engines(folder, own))}
     return set()
 
 

@@ -150,22 +150,16 @@ def load_mask(path: Path, size: ImageSize) -> npt.NDArray[np.bool_]:
     Raises:
         ImageError: see `load_image`.
     """
-    height, width = height_width(size)
-
-    def read(image: Any) -> Any:
-        own_width, own_height = image.size
-        centre = image.convert("L").crop(centre_box(own_width, own_height, size))
-        return np.array(centre.resize((width, height), _pillow().Resampling.BILINEAR)) > 127
-
-    return np.asarray(_use(path, read), dtype=np.bool_)
+    mask = _use(path, lambda image: np.array(centred(image, size, "L", "BILINEAR")))
+    return np.asarray(mask > 127, dtype=np.bool_)
 
 
-def centred(image: Any, size: ImageSize) -> Any:
-    """What `centre_box` takes of a Pillow image, resized bicubically to `size`: Pillow's RGB image."""
+def centred(image: Any, size: ImageSize, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
+    """What `centre_box` takes of a Pillow image, resized to `size`: Pillow's image of that mode."""
     own_width, own_height = image.size
     height, width = height_width(size)
-    centre = image.crop(centre_box(own_width, own_height, size))
-    return centre.convert("RGB").resize((width, height), _pillow().Resampling.BICUBIC)
+    centre = image.crop(centre_box(own_width, own_height, size)).convert(mode)
+    return centre.resize((width, height), _pillow().Resampling[resampling])
 
 
 def centre_box(width: int, height: int, size: ImageSize) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ import datetime
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, overload
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -49,7 +49,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         path: as given. sha256: of the file, or of a bundle's manifest. kind: "bundle" or another artifact's.
-        role: "subject", "against" or "teacher". setting: of a demonstration.
+        role: "subject", "against" or "teacher".
     """
 
     role: str | None = None
@@ -57,7 +57,6 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     path: str | Unavailable
     name: str | None = None
     sha256: str | Unavailable
-    setting: str | None = None
 
 
 def _now() -> str:
@@ -137,15 +136,7 @@ def write_result(path: Path, result: Result) -> None:
     write_text(path, text)
 
 
-@overload
-def read_result(path: Path) -> Result: ...
-
-
-@overload
-def read_result(path: Path, form: type[Form]) -> Form: ...
-
-
-def read_result(path: Path, form: type[Result] = Result) -> Result:
+def read_result(path: Path, form: type[Form] = Result) -> Form:  # type: ignore[assignment]
     """Read and check a result.
 
     Args:

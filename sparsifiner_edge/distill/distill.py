@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
+from sparsifiner_edge.artifacts import require_replaceable
 from sparsifiner_edge.config import Keep
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import ImageSource, folder_source
@@ -47,7 +47,7 @@ class TrainingSummary(msgspec.Struct, frozen=True, kw_only=True):
         metric: what decided. start, best, budgets: by it, of all budgets together and of each; of the first process
             alone.
         teacher: its name. weights: where the teacher's came from.
-        student, student_sha256: what was trained: its folder's name, and the hash of its `config.json`.
+        student: what was trained: its folder's name.
         images: how many were trained on. held_out: names. unreadable: paths of those that could not be read.
         processes: that trained together.
     """
@@ -63,7 +63,6 @@ class TrainingSummary(msgspec.Struct, frozen=True, kw_only=True):
     teacher: str
     weights: Weights
     student: str
-    student_sha256: str
     images: int
     held_out: list[str]
     unreadable: list[str]
@@ -163,7 +162,20 @@ def _source(data: Path, recipe: Recipe, student: Student, labels: bool, held_out
 def _begun(training: Training, resume: bool) -> Iterator[None]:
     """A training in its folder, which its first process holds alone, from the start or from its checkpoint."""
     first, folder = training.accelerator.is_main_process, training.folder
-    _check_folder(folder, resume)
+    with io_errors(folder):
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    own = checkpoint.CHECKPOINT, checkpoint.HISTORY  # and what a process that was killed left of them
+    if foreign := [name for name in names if not any(one in name for one in own)]:
+        raise ConfigError(
+            f"{folder} is where checkpoints go, but holds {foreign[0]!r}.", "Move it, or give another -o."
+        )
+    begun = checkpoint.CHECKPOINT in names
+    if resume and not begun:
+        raise ArtifactError(f"{folder} holds no checkpoint to resume from.", "Leave --resume out to start.")
+    if begun and not resume:
+        raise ConfigError(
+            f"{folder} holds an unfinished training.", "Go on with --resume, or remove that folder to start again."
+        )
     training.accelerator.wait_for_everyone()
     with contextlib.ExitStack() as stack:
         if first:
@@ -180,27 +192,6 @@ def _begun(training: Training, resume: bool) -> Iterator[None]:
         yield
 
 
-_FILES = {checkpoint.CHECKPOINT, checkpoint.HISTORY}
-_SCRATCH = (f".{checkpoint.CHECKPOINT}.", f".{checkpoint.HISTORY}.")
-"""Of a process that was killed while it wrote."""
-
-
-def _check_folder(folder: Path, resume: bool) -> None:
-    with io_errors(folder):
-        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
-    foreign = sorted(name for name in names - _FILES if not name.startswith(_SCRATCH))
-    if foreign or (folder.exists() and not folder.is_dir()):
-        what = f"holds {foreign[0]!r}" if foreign else "is not a folder"
-        raise ConfigError(f"{folder} is where checkpoints go, but {what}.", "Move it, or give another -o.")
-    begun = (folder / checkpoint.CHECKPOINT).is_file()
-    if resume and not begun:
-        raise ArtifactError(f"{folder} holds no checkpoint to resume from.", "Leave --resume out to start.")
-    if begun and not resume:
-        raise ConfigError(
-            f"{folder} holds an unfinished training.", "Go on with --resume, or remove that folder to start again."
-        )
-
-
 def _summary(training: Training, teacher: Student, recipe: str, student: Path) -> TrainingSummary:
     """What was trained and how it went; figures are the first process's."""
     state, source = training.state, training.source
@@ -213,7 +204,6 @@ def _summary(training: Training, teacher: Student, recipe: str, student: Path) -
         start=state.fidelity[0] if judged else None, best=state.fidelity[state.best_step] if judged else None,
         budgets=[BudgetFidelity(b.keep, b.token_keep, b.merge, start, best) for b, start, best in pairs],
         teacher=teacher.name, weights=teacher.provenance.weights or Weights(),
-        student=student.resolve().name, student_sha256=sha256(student / STUDENT_FILE),
-        images=len(source.train), held_out=[path.name for path in source.held_out], unreadable=sorted(state.unreadable),
-        processes=training.accelerator.num_processes,
+        student=student.resolve().name, images=len(source.train), held_out=[path.name for path in source.held_out],
+        unreadable=sorted(state.unreadable), processes=training.accelerator.num_processes,
     )  # fmt: skip
