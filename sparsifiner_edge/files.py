@@ -288,9 +288,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """One process at a time: whether the folder is ours. No file is left, and the lock ends with the process."""
-    handle = os.open(folder, os.O_RDONLY)
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """One process at a time: whether the file or folder is ours. The lock ends with the process."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         yield lock(handle, wait)
     finally:
@@ -299,11 +299,6 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
 
 def is_locked(path: Path) -> bool:
     """Whether a process that locked a file or folder still lives."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        return not lock(handle)
-    finally:
-        os.close(handle)
+    with contextlib.suppress(FileNotFoundError), locked(path, wait=False) as ours:
+        return not ours
+    return False

@@ -55,7 +55,7 @@ def test_a_missing_or_mistyped_field_is_named_and_so_is_what_is_no_result(tmp_pa
     ("changes", "message"),
     [
         ({"kind": "guess"}, 'kind is "guess"'),
-        ({"created": "yesterday"}, "created is 'yesterday'"),
+        ({"created": "yesterday"}, 'created is "yesterday"'),
         ({"subjects": []}, r"subjects is \[\]"),
         ({"subjects": [{"path": "a"}]}, r"subjects\[0\].sha256 is missing"),
         ({"machine": {}}, "machine.cpu_model is missing"),
