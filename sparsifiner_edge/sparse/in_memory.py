@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.config import SparsityConfig, require
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
@@ -131,14 +131,11 @@ def require_images(batch: Any) -> None:
     Raises:
         ConfigError: says what it is.
     """
-    found = type(batch).__name__
-    if isinstance(batch, Tensor):
-        found = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
-        if batch.ndim == 4 and batch.shape[1] == 3 and batch.numel() and batch.is_floating_point():
-            if not bool(torch.isfinite(batch).all()):
-                raise ConfigError("An image holds NaN or infinity.", "Leave it out.")
-            return
-    raise ConfigError(f"Images are {found}.", "Give floating-point [B,3,H,W], normalised as the module expects.")
+    x = batch if isinstance(batch, Tensor) else torch.empty(0)
+    fits = x.ndim == 4 and x.shape[1] == 3 and x.numel() > 0 and x.is_floating_point()
+    found = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if x is batch else type(batch).__name__
+    require(fits, f"Images are {found}.", "Give floating-point [B,3,H,W], normalised as the module expects.")
+    require(bool(torch.isfinite(x).all()), "An image holds NaN or infinity.", "Leave it out.")
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
