@@ -12,6 +12,7 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -131,4 +132,18 @@ def test_a_server_that_asks_for_a_password(way: str, password: str, served: bool
             assert number_of(run.record()["features"]) is not None
         else:
             assert "401" in run.event(state="lost")["reason"]
+        assert run.finish()[0] == 0
+
+
+def test_a_server_that_hangs(cells: Path, service: Any) -> None:
+    """The connection stays, nothing comes: it is given up and made anew."""
+    with Server() as server:
+        run = service(cells, "--source", server.address, "--stall", 1)
+        run.record()
+        server.process.send_signal(signal.SIGSTOP)
+        assert run.event(state="lost")["reason"]
+        server.process.send_signal(signal.SIGCONT)
+        since = time.monotonic()
+        run.event(state="streaming")
+        assert time.monotonic() - since < 5
         assert run.finish()[0] == 0
