@@ -81,32 +81,16 @@ def test_power_modes_lower_what_they_cap() -> None:
     assert board.in_mode("MAXN") == board
 
 
-def test_an_unknown_power_mode_lists_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"no power mode '99W'.\n  Choose one of: 0 \(MODE_10W\), 1 \(MAXN\)"):
-        parse_board(GOOD, "here").in_mode("99W")
-    with pytest.raises(ConfigError, match="the board has none"):
-        load_board("t4").in_mode("0")
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("sm = 87", "smm = 87", "unknown key smm"),
         ("sm = 87\n", "", "sm is missing, for a board of kind 'gpu'"),
-        ("tdp_w = 20\n", "", "tdp_w is missing"),
-        ("sm = 87", "sm = true", "sm is true, not int"),
         ("sm = 87", "sm = 999", "sm is 999, not int <= 200"),
         ("fp32_tflops = 2.0", "fp32_tflops = nan", "fp32_tflops is NaN, not float"),
-        ("fp32_tflops = 2.0", "fp32_tflops = inf", "fp32_tflops is Infinity, not float <= 10000"),
         ('kind = "gpu"', 'kind = "fpga"', 'kind is "fpga", not str of the form'),
-        ('name = "mine"', 'name = " "', 'name is " ", not str with something in it'),
         ("cuda_cores = 512", "cuda_cores = 4096", "power mode MODE_10W: cuda_cores exceeds the board's"),
-        ("bandwidth_gb_s = 50", "bandwidth_gb_s = 500", "bandwidth_gb_s exceeds the board's"),
-        ("id = 1,", "", r"power_modes\[1\].id is missing"),
-        ("cap_w = 10", "watts = 10", r"unknown key power_modes\[0\].watts"),
         ('tdp_w = "x"\n', "", "tdp_w has no source"),
-        ('tdp_w = "x"', 'tdp_w = ""', "an entry of sources is not str with something in it"),
-        ("tdp_w = 20", "tdp_w = 20\njetpack = [3]", r"jetpack\[0\] is 3, not dict"),
         ("sm = 87", "sm = = 87", "here is not TOML"),
     ],
 )

@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.service import run_images
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.reading import labelled
 from sparsifiner_edge.evaluate.scores import score_statistics
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult
+from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call, manifest_of
@@ -90,16 +89,6 @@ def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: 
     assert seen[-1] == (12, 12)
 
 
-def test_under_corruptions_what_learnt_from_clean_images_is_asked(made: dict[str, Path]) -> None:
-    given = {"metric": "knn", "gallery": made["gallery"], "corruptions": "contrast", "severity": 5}
-    result = evaluate_student(made["student"], made["queries"], **given)
-    check_result(result, "test", RobustnessResult)
-    rows = result["statistics"]["accuracy"]
-    assert rows["clean"]["subject"] == rows["clean"]["teacher"] == 1
-    assert rows["all"]["images"] == 12
-    assert set(result["samples"]["accuracy"]["contrast"]["subject"]) <= {0.0, 1.0}
-
-
 def test_a_head_makes_a_classifier_that_exports_with_its_labels(
     made: dict[str, Path], probed: Path, tmp_path: Path
 ) -> None:
@@ -146,22 +135,6 @@ def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], probed: Pa
         evaluate_student(other, tmp_path / "four", metric="top1")
 
 
-@pytest.mark.parametrize(("name", "size"), [("test_vit", (96, 160)), ("deit_tiny_distilled_patch16_224", 96)])
-def test_a_head_of_two_classes_answers_as_its_probe(
-    name: str, size: Any, made: dict[str, Path], tmp_path: Path
-) -> None:
-    for split in ("gallery", "queries"):
-        for colour in ("green", "red"):
-            shutil.copytree(made[split] / colour, tmp_path / split / colour)
-    subject = save_student(student(name, num_classes=0, img_size=size), tmp_path / "student")
-    given = {"metric": "linear", "gallery": tmp_path / "gallery", "head": tmp_path / "head"}
-    probe = evaluate_student(subject, tmp_path / "queries", **given, keep=0.5)
-    own = evaluate_student(tmp_path / "head", tmp_path / "queries", metric="top1")
-    assert load_student(tmp_path / "head").sparsity.keep == 0.5
-    assert own["samples"]["subject_accuracy"] == probe["samples"]["subject_accuracy"]
-    assert share(own) > 0.6
-
-
 def test_the_interval_is_paired() -> None:
     rng = np.random.default_rng(0)
     teacher = (rng.random(2000) < 0.7).astype(float)
@@ -198,24 +171,3 @@ def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pyt
     spoiled = save_student(load_student(made["student"]), tmp_path / "spoiled")
     (spoiled / "config.json").write_text(json.dumps(config))
     assert_refused(call(capsys, "export", spoiled, "-o", tmp_path / "b"), "1 labels for 0 classes")
-
-
-def test_the_command_line_shows_both_and_the_difference(
-    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    outcome = call(
-        capsys, "evaluate", made["student"], "--data", made["queries"], "--gallery", made["gallery"], "--metric", "knn",
-        "--queries", 6, "--keep", 0.1,
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.err
-    some = labelled(made["queries"]).first(3)
-    assert (some.labels.tolist(), some.files[1].parent.name) == ([0, 1, 2], "green")
-    for text in (
-        "subject accuracy",
-        "teacher accuracy",
-        "lost accuracy",
-        "knn, 6 images",
-        "20 nearest by cosine",
-        "45 of",
-    ):
-        assert text in outcome.out

@@ -1,37 +1,32 @@
-"""The CUDA layer, against a fake of cuda-python and, where no driver is, against the real one."""
+"""The CUDA layer, against a fake of cuda-python and, where no driver is, against the real one; and ONNX Runtime on a
+GPU: refused clearly where it is not possible, never replaced by the CPU in silence.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+import warnings
 
+import onnxruntime
 import pytest
 
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.runtime import cuda
-from sparsifiner_edge.runtime.cuda import Driver, probe
+from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.runtime import cuda, open_session
+from sparsifiner_edge.runtime.build import build_engine
+from sparsifiner_edge.runtime.cuda import probe
+from sparsifiner_edge.runtime.onnxruntime import CUDA, FALLBACK, OnnxRuntime
 from tests.fakes.gpu import Gpu, cuda_bindings, install_cuda
+from tests.tiny import make_bundle
 
 REAL = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
-
-
-def test_probe_describes_the_device(monkeypatch):
-    install_cuda(monkeypatch, Gpu("NVIDIA L4", (8, 9), 24 << 30, False, 12080))
-    found = probe()
-    assert (found.name, found.compute_capability) == ("NVIDIA L4", "8.9")
-    assert (found.memory_bytes, found.integrated, found.driver_version) == (24 << 30, False, "12.8")
-
-
-def test_memory_that_is_not_there(monkeypatch):
-    install_cuda(monkeypatch, Gpu(memory=100, integrated=False))
-    assert Driver().free_bytes() == 100
-    with ExitStack() as stack, pytest.raises(BackendError, match=r"(?s)to make 101 pinned bytes.*out of memory: end"):
-        Driver().pinned(101, stack)
 
 
 def test_no_package_gives_the_pip_command(monkeypatch):
@@ -47,7 +42,6 @@ def test_no_package_gives_the_pip_command(monkeypatch):
     ("gpu", "message"),
     [
         (Gpu(driver=0), "No NVIDIA driver"),
-        (Gpu(count=0), "CUDA finds no device"),
         (Gpu(fail={"cudaGetDeviceCount": "cudaErrorNoDevice"}), "CUDA_VISIBLE_DEVICES"),
         (Gpu(fail={"cudaGetDeviceCount": "cudaErrorInsufficientDriver"}), "doctor` says what fits"),
     ],
@@ -56,28 +50,6 @@ def test_no_device_says_why(monkeypatch, gpu, message):
     install_cuda(monkeypatch, gpu)
     with pytest.raises(BackendError, match=message):
         probe()
-
-
-@pytest.mark.parametrize(
-    ("release", "number", "what", "fix"),
-    [
-        ("13.4.4", 12060, "13.4.4 needs a driver for CUDA 13, and this one takes CUDA 12.6", '"cuda-python>=12.6,<13"'),
-        ("12.9.10", 11040, "12.9.10 needs a driver for CUDA 12, and this one takes CUDA 11.4", "JetPack"),
-        ("12.9.10", 12020, None, None),
-        ("12.6.2", 13020, None, None),
-        ("", 12060, None, None),
-    ],
-)
-def test_a_package_newer_than_the_driver_says_what_to_install(monkeypatch, release, number, what, fix):
-    """CUDA's own error would be cudaErrorInsufficientDriver, from the first call that needs a device."""
-    install_cuda(monkeypatch, Gpu(driver=number), release)
-    if what is None:
-        assert probe().name == "Orin"
-        return
-    with pytest.raises(BackendError) as caught:
-        probe()
-    assert what in caught.value.what
-    assert fix in caught.value.fix
 
 
 def test_a_package_that_cannot_load_the_driver(monkeypatch):
@@ -90,20 +62,6 @@ def test_a_package_that_cannot_load_the_driver(monkeypatch):
     module.cudaDriverGetVersion = missing
     with pytest.raises(BackendError, match=r"No NVIDIA driver \(cuda-python 12.6.2: Failed to dlopen"):
         probe()
-
-
-@pytest.mark.parametrize(
-    ("name", "fix"),
-    [
-        ("cudaErrorMemoryAllocation", "out of memory: end other programs"),
-        ("cudaErrorIllegalAddress", "lost to this process"),
-        ("cudaErrorInvalidValue", "Start again; if it stays"),
-    ],
-)
-def test_errors_say_what_to_do(monkeypatch, name, fix):
-    install_cuda(monkeypatch, Gpu(fail={"cudaMemGetInfo": name}))
-    with pytest.raises(BackendError, match=rf"(?s)failed to read free memory: {name}, text of.*{fix}"):
-        Driver().free_bytes()
 
 
 @pytest.mark.skipif(not REAL, reason="cuda-python is not installed")
@@ -167,3 +125,94 @@ def test_the_real_package_with_a_driver_of_an_older_cuda(tmp_path, older):
         assert fix == f'pip install "cuda-python>=12.6,<{cuda + 1}"' or cuda < 12
     else:
         assert "cudaErrorNoDevice" in what
+
+
+BACKEND = OnnxRuntime(Execution(provider="cuda"))
+CPU_BUILD = CUDA not in onnxruntime.get_available_providers()
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return make_bundle(tmp_path / "b")
+
+
+@pytest.fixture
+def gpu_build(monkeypatch):
+    """The CPU's build of ONNX Runtime that says it has the provider of a GPU, as onnxruntime-gpu does anywhere."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+
+
+@pytest.mark.skipif(not CPU_BUILD, reason="onnxruntime-gpu is installed")
+def test_the_real_build_for_the_cpu_is_named(bundle):
+    with pytest.raises(BackendError, match=r"(?s)onnxruntime \d.* has no CUDA.*it offers .*CPU.*edge\[gpu\]"):
+        BACKEND.open(open_bundle(bundle))
+
+
+def test_no_device_is_said_before_a_session_is_made(bundle, gpu_build, monkeypatch):
+    install_cuda(monkeypatch, Gpu(count=0))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", None)
+    with pytest.raises(BackendError, match="CUDA finds no device"):
+        BACKEND.open(open_bundle(bundle))
+
+
+@pytest.mark.skipif(not CPU_BUILD, reason="onnxruntime-gpu is installed")
+def test_a_silent_fallback_is_an_error(bundle, gpu_build, monkeypatch):
+    """The real ONNX Runtime falls back here: it has no such provider."""
+    install_cuda(monkeypatch, Gpu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with pytest.raises(BackendError, match=rf"(?s){CUDA} does not start.*CPUExecutionProvider instead"):
+            BACKEND.open(open_bundle(bundle))
+
+
+def test_what_runs_is_said_and_all_else_refused(tmp_path, bundle, gpu_build, monkeypatch):
+    """The provider starts: the real session on the CPU, under the name that was asked for."""
+    install_cuda(monkeypatch, Gpu())
+    real = onnxruntime.InferenceSession
+
+    class Session:
+        def __init__(self, model, options, providers):
+            (self.name, self.options), self.last = providers
+            assert (self.name, self.options["use_tf32"], self.last) == (CUDA, 0, "CPUExecutionProvider")
+            self._session = real(model, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return [CUDA, "CPUExecutionProvider"]
+
+        def __getattr__(self, name):
+            return getattr(self._session, name)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    for function, said in ((True, FALLBACK), (False, "none (standard operators), with pageable copies")):
+        with BACKEND.open(open_bundle(make_bundle(tmp_path / str(function), function=function))) as session:
+            described = session.description
+        assert (described.kernels, described.provider) == (said, CUDA)
+        assert described.device == "Orin (compute capability 8.7)"
+    with pytest.raises(BackendError, match="native kernels are the processor's"):
+        open_session(bundle, kernels="native", provider="cuda")
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(BackendError, match=f"computes in what a file stores, fp32 here, and not in {precision}"):
+            open_session(bundle, precision=precision, provider="cuda")
+    built = build_engine(bundle, provider="cuda")
+    assert built.description.provider == CUDA
+    assert built.golden["features"]["range_relative_error"] < 1e-5
+
+
+def test_standard_output_stays_clean(bundle):
+    """What ONNX Runtime prints while it looks for CUDA must not mix with JSON."""
+    code = (
+        "import sys, json, onnxruntime\n"
+        "onnxruntime.preload_dlls = lambda: print('Failed to load libcudnn')\n"
+        "onnxruntime.get_available_providers = lambda: ['CUDAExecutionProvider']\n"
+        "from sparsifiner_edge.execution import Execution\n"
+        "from sparsifiner_edge.runtime import onnxruntime as session\n"
+        "from sparsifiner_edge.runtime.cuda import CudaDevice\n"
+        "session.probe = lambda: CudaDevice('x', '8.7', 1, True, '12.6')\n"
+        "from pathlib import Path\n"
+        "from sparsifiner_edge.bundle.store import open_bundle\n"
+        "try: session.OnnxRuntime(Execution(provider='cuda')).open(open_bundle(Path(sys.argv[1])))\n"
+        "except Exception as error: print(json.dumps(str(error)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)
+    assert "does not start" in json.loads(done.stdout)
+    assert "libcudnn" in done.stderr

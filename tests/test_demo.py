@@ -7,11 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from tests.models import vit
 from tests.plain import read_result
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "demo.py"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about its own calls
+
+
+class Saliency(nn.Module):
+    """Images [B,3,H,W] -> a map [B,H,W], 0 to 1."""
+
+    image_mean, image_std, output_names = (0.5,) * 3, (0.25,) * 3, ("saliency",)
+
+    def __init__(self, img_size: int) -> None:
+        super().__init__()
+        self.backbone = vit(img_size=img_size, num_classes=0, depth=2, embed_dim=32, num_heads=1)
+        torch.manual_seed(1)
+        self.decoder = nn.ConvTranspose2d(32, 1, 16, 16)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        (patches,) = self.backbone.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)
+        return self.decoder(patches)[:, 0].sigmoid()
+
+
+def saliency(img_size: int = 160) -> nn.Module:
+    return Saliency(img_size).eval()
 
 
 @pytest.fixture
@@ -27,7 +50,7 @@ def demo() -> Any:
 @pytest.mark.long
 def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo.MODULE, demo.SIZE, demo.AT_LEAST, demo.AFTER_MINUTES, demo.LEAST_MINUTES = (
-        "tests.small_saliency",
+        "tests.test_demo",
         160,
         0.8,
         0,

@@ -25,10 +25,9 @@ from sparsifiner_edge.distill.data import (
 )
 from sparsifiner_edge.distill.losses import Distiller, joint_fidelity
 from sparsifiner_edge.distill.recipe import Budget, Images, Losses, Recipe, names, read_recipe
-from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.student import dense_twin
 from tests.models import images, student
 
@@ -69,41 +68,6 @@ def test_classes_are_numbered_as_the_classifier_numbers_them(folder: Path, tmp_p
     assert {path.parent.name for path in source.train} == {"dogs"}, "what decides is never trained on"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_a_worker_meets_is_told_as_it_is(workers: int, folder: Path, tmp_path: Path) -> None:
-    data = shutil.copytree(folder, tmp_path / "data")
-    source = folder_source(data, 2, labelled=True, held_out=None)
-    for path in data.rglob("*.png"):
-        path.write_bytes(b"no image")
-    drawn = batches(
-        source, augmentation(32, Images()), seed=0, batch=6, first=0, process=0, processes=1, workers=workers
-    )
-    with pytest.raises(ImageError, match=r"^None of the 10 images can be read\.\n  Look at \S+\.png, for instance\.$"):
-        next(drawn)
-
-
-@pytest.mark.parametrize("preset", ["edge", "paper"])
-def test_the_predictor_learns_from_the_students_own_queries(preset: str) -> None:
-    sparsity = SparsityConfig.for_preset(preset, keep=0.2, channels=8, **({} if preset == "paper" else {"cells": 4}))
-    found = student(sparsity=sparsity)
-    qkv: list[tuple[Any, torch.Tensor]] = []
-    with observed(found.model, lambda layer, x, *_: qkv.append((layer, x))):
-        found.model(images(found.model))
-    assert len(qkv) == 6
-    layer, values = qkv[2]
-    values = values.detach().requires_grad_()
-    first = selection_loss(layer, values, torch.Generator().manual_seed(0))
-    first.backward()
-    assert values.grad is None  # it counts as given
-    optimiser = torch.optim.Adam(layer.select.parameters(), 1e-2)
-    for _ in range(30):
-        optimiser.zero_grad()
-        selection_loss(layer, values, torch.Generator().manual_seed(0)).backward()
-        optimiser.step()
-    assert selection_loss(layer, values, torch.Generator().manual_seed(0)) < 0.9 * first
-    assert all(not x._forward_hooks and not x.densely for x in sparse_layers(found.model))
-
-
 def test_losses_are_zero_for_the_teacher_itself() -> None:
     found = student(num_classes=3)
     distiller = Distiller(dense_twin(found).model, dense_twin(found).model, Losses())
@@ -139,9 +103,7 @@ def test_recipes() -> None:
     ("override", "message"),
     [
         ("distil.step=7", "unknown key distil.step"), ("batch=0", "batch is 0"),
-        ("distil=3", "distil is 3"), ("precision=fp8", 'precision is "fp8", not str of the form'),
-        ("distil.steps", "has no value"), ("batch.x=1", "batch is not a section"),
-        ("distil.epochs=2", "both steps and epochs"),
+        ("distil.steps", "has no value"), ("distil.epochs=2", "both steps and epochs"),
         ("distil.steps=0", "has no training steps"), ("budgets=[{merge=4}]", "budgets[0].merge is 4, not str"),
     ],
 )  # fmt: skip
@@ -199,7 +161,7 @@ def seeded(transform: Any, image: Any, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("policy", "size"),
-    [("rand-m9-mstd0.5-inc1", (32, 48)), ("rand-m10-n9-inc1", (32, 32)), ("augmix-m10-w3", (32, 32))],
+    [("rand-m9-mstd0.5-inc1", (32, 48)), ("augmix-m10-w3", (32, 32))],
 )
 def test_policies_at_every_magnitude(policy: str, size: tuple[int, int]) -> None:
     """At its end timm asks Pillow for an image of no bits; and what is drawn leaves others alone."""
@@ -215,22 +177,11 @@ def test_policies_at_every_magnitude(policy: str, size: tuple[int, int]) -> None
     assert torch.equal(before[2], after[2])
 
 
-def test_erasing() -> None:
-    images = torch.zeros(200, 3, 32, 32)
-    with drawn_from(0):
-        erased, labels = BatchAugmentation(Images(erasing=0.25), 0, 200, "cpu")(images.clone(), torch.full((200,), -1))
-    touched = (erased != 0).flatten(1).any(1)
-    assert 0.15 < float(touched.float().mean()) < 0.35
-    assert erased[touched].std() > 0.1
-    assert labels is None
-
-
-@pytest.mark.parametrize(("mixup", "cut"), [(0.8, 1.0), (0.0, 0.0)])
-def test_labels_are_mixed_as_images_are(mixup: float, cut: float) -> None:
+def test_labels_are_mixed_as_images_are() -> None:
     """Each image is its class's number everywhere: what stands in a mixture is what its label says."""
     classes, labels = 5, torch.tensor([0, 1, 2, 3])
     images = labels.float()[:, None, None, None].expand(-1, 3, 20, 20)
-    augment = BatchAugmentation(Images(mixup=mixup, mixup_cut=cut, smoothing=0.1), classes, 4, "cpu")
+    augment = BatchAugmentation(Images(mixup=0.8, mixup_cut=1.0, smoothing=0.1), classes, 4, "cpu")
     for seed in range(10):
         with drawn_from(seed):
             mixed, shares = augment(images, labels)

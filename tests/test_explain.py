@@ -15,7 +15,7 @@ from PIL import Image
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.explain import look
-from sparsifiner_edge.evaluate.faithfulness import answer_of, elsewhere, faithfulness, groups_of, importance_of, saco
+from sparsifiner_edge.evaluate.faithfulness import faithfulness, groups_of, importance_of, saco
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.outcomes import ExplainResult
 from sparsifiner_edge.plan import plan_of
@@ -91,25 +91,6 @@ def test_an_explanation_that_is_true_and_one_that_is_false() -> None:
     assert found.sum() == pytest.approx(1)
     assert (found[:, 5:] == 0).all()
     assert faithfulness(left, image, found)[0] > 0.8
-
-
-@pytest.mark.parametrize("kind", ["merging", "paper"])
-def test_gradients_go_through_lists_and_merges(kind: str) -> None:
-    made = student(sparsity=KINDS[kind])
-    image = smooth_images(160)[0]
-    found = importance_of(answer_of(made), image, made.backbone.grid)
-    assert found.shape == (10, 10)
-    assert (found > 0).all()
-
-
-def test_an_explanation_at_another_place() -> None:
-    """The same values, neighbours as before but at the seams, and its greatest no longer where it was."""
-    for seed in range(20):
-        values = np.random.default_rng(seed).permutation(72).reshape(9, 8)
-        found = elsewhere(values, np.random.default_rng(seed))
-        assert {frozenset(column) for column in found.T} == {frozenset(column) for column in values.T}
-        before, after = (int(np.nonzero(x == values.max())[0][0]) for x in (values, found))
-        assert 2 <= (after - before) % 9 <= 7
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.profiles import flags
 from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS
-from sparsifiner_edge.profiles.measure.observe import busy_s, other_cores
+from sparsifiner_edge.profiles.measure.observe import other_cores
 from sparsifiner_edge.profiles.measure.side import WarmUp
 from sparsifiner_edge.profiles.sensors.conditions import conditions, summarise_conditions
 from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.runtime.onnxruntime import FALLBACK
 
 CALM = np.random.default_rng(0).normal(10.0, 0.1, 2000)
@@ -106,26 +107,14 @@ def test_function_bodies_in_the_place_of_kernels(kernels, is_flagged):
     assert all(kernels in what for what in found.values())
 
 
-def test_busy_time_counts_the_allowed_cores_without_idle_waiting_and_guests(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3})
-    monkeypatch.setattr("os.sysconf", lambda _: 100)
-    (tmp_path / "proc").mkdir()
-    times = []
-    for busy in (100, 300):
-        # One line for all, then one for each core: user nice system idle iowait irq softirq steal guest guest_nice.
-        cores = "\n".join(f"cpu{i} {busy} 0 0 99999 500 0 0 10 {busy} 0" for i in range(4096))
-        (tmp_path / "proc/stat").write_text(f"cpu 1 2 3 4 5 6 7 8 9 10\n{cores}\nintr 5\n")
-        times.append(busy_s(tmp_path))
-    assert times[0] == pytest.approx(2 * 1.1)
-    assert times[1] - times[0] == pytest.approx(4.0)
-    assert "not readable" in other_cores(busy_s(tmp_path / "none"), 1.0, 0.0, 1.0).why
-
-
-def test_the_documentation_names_every_flag_and_kind():
+def test_the_documentation_and_the_page_name_every_flag_and_kind():
     text = (Path(__file__).parents[1] / "docs/profiling.md").read_text(encoding="utf-8")
     source = Path(flags.__file__).read_text(encoding="utf-8")
     found = re.findall(r'Flag\("([a-z-]+)"', source)
     assert len(found) == 7
     for name in (*found, *LAYER_KINDS):
         assert f"| `{name}` |" in text
+    words = Texts("ja")
+    assert all(words.known(f"flag.{name}{more}", "") for name in found for more in ("", ".do"))
+    assert all(words.known(f"kind.{kind}", "") for kind in LAYER_KINDS)
     assert (flags.LEAST_SECONDS, flags.SCATTER, flags.CLOCK) == (3.0, 0.10, 0.05)

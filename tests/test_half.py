@@ -20,7 +20,7 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.fp16 import convert, to_fp16
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.sessions import file_runner
-from sparsifiner_edge.metrics import aligned, cosine, row_cosines
+from sparsifiner_edge.metrics import aligned, cosine
 from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.golden import check_golden
@@ -100,39 +100,6 @@ def test_it_is_close_to_float32_on_another_image(kind: str) -> None:
     assert {value.dtype for value in outputs.values()} == {np.dtype(np.float32)}
     assert all(cosine(value, wanted[name]).min() > 0.999 for name, value in outputs.items())
     assert any(not np.array_equal(value, wanted[name]) for name, value in outputs.items())
-
-
-@pytest.mark.everything
-def test_other_merges_are_no_error_of_float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding decides which of tokens that are alike merge: then rows are others, which is judged on average."""
-    deployed = deploy(student(sparsity=SparsityConfig(keep=1, merge=(24, 24)), depth=4), tokens=True)
-    single = export_graph(deployed, 160, 1, deployed.output_names)
-    images = [smooth_images(160, seed=seed) for seed in range(6)]
-    half, found = to_fp16(single, images)
-    runs = file_runner(single, "portable"), file_runner(half, "portable")
-    rows = [row_cosines("tokens", runs[1](image)["tokens"], runs[0](image)["tokens"]) for image in images]
-    assert min(x.min() for x in rows) < 0.9  # Some of their tokens are others.
-    assert min(found.least_row_cosines.values()) >= module.LEAST_ROW_COSINE
-    assert found.own_matches_cosines["tokens"] == pytest.approx(float(np.mean(rows)))
-    assert to_fp16(small_file("edge"), images[:1])[1].own_matches_cosines == {}
-    monkeypatch.setattr(module, "LEAST_OWN_COSINE", 0.9999)
-    with pytest.raises(GateError, match=r"'tokens'.*allowed 0\.9999 on average, where its own matches merge"):
-        to_fp16(single, images)
-
-
-def test_token_scores_are_ranked_in_float32() -> None:
-    model = convert(small_file("pruned")).model
-    types = types_of(model)
-    makers = {name: node for node in model.graph.node for name in node.output}
-    (ranked,) = [n.input[0] for n in model.graph.node if n.op_type == "TopK" and types[n.input[0]] == TensorProto.FLOAT]
-    way = []
-    while ranked in makers:
-        way.append(makers[ranked].op_type)
-        ranked = makers[ranked].input[0]
-        if way[-1] == "Softmax":
-            break
-    assert way[-1] == "Softmax"
-    assert "Cast" not in way
 
 
 def test_a_bundle_says_what_it_is_and_what_ran(place: Path) -> None:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import sparsifiner_edge as se
 from sparsifiner_edge.errors import ConfigError, SparsifinerError, UnsupportedModelError
 from sparsifiner_edge.images import list_images, load_image
-from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
-from sparsifiner_edge.sparse.outputs import outputs_of
+from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.weights import normalise
 from tests.models import TINY, images, vit
 
@@ -56,28 +55,6 @@ def test_it_is_what_a_folder_holds(
     assert same(model.state_dict(), safetensors.torch.load_file(folder / "model.safetensors"))
     x = images(model)
     assert torch.equal(model(x), se.load_student(folder).model(x))
-
-
-def test_a_rectangle_is_what_a_folder_holds(tmp_path: Path, tiny_weights: Path, pictures: Path) -> None:
-    size = (320, 128)
-    folder = se.sparsify(TINY, tmp_path / "student", weights=tiny_weights, img_size=size, calibrate=pictures)
-    model = load_model(TINY, tiny_weights, size)
-    # 20 x 8 patches: learnt at 16 x 6.
-    seen = torch.cat([torch.from_numpy(load_image(path, (256, 96)))[None] for path in list_images(pictures)])
-    se.sparsify_model(model, calibrate=normalise(seen, preprocessing(model)))
-    assert same(model.state_dict(), safetensors.torch.load_file(folder / "model.safetensors"))
-    found = se.load_student(folder)
-    assert found.img_size == size
-    x = images(model)
-    assert torch.equal(model(x), found.model(x))
-
-
-def test_what_is_not_sparse_is_restored_to_itself() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), vit())
-    before = copy.deepcopy(model)
-    assert se.restore_model(model) is model
-    assert same(model.state_dict(), before.state_dict())
-    assert se.sparsify_model(vit(), keep=1.0)(images(vit())).shape == (2, 1000)
 
 
 def test_a_module_around_it_is_called_with_its_own_images() -> None:
@@ -138,27 +115,16 @@ def test_tokens_that_a_hook_changes_between_layers_are_what_the_next_layer_sees(
         answer(lambda _, __, tokens: tokens.mul_(0.5))
 
 
-@torch.no_grad()
-def test_places_of_pruned_tokens_are_not_guessed_where_a_hook_returns_others() -> None:
-    model = se.sparsify_model(vit(), keep=0.3, token_keep=((1, 0.5),))
-    model.blocks[-1].register_forward_hook(lambda _, __, tokens: tokens * 1.0)
-    with pytest.raises(ConfigError, match="prunes tokens returned other tokens"):
-        outputs_of(model, images(model))
-
-
 @pytest.mark.parametrize(
     ("make", "settings", "error", "said"),
     [
         (lambda: nn.Linear(2, 2), {}, UnsupportedModelError, "This Linear contains 0 vision transformers"),
         (vit, {"channels": 33}, ConfigError, "exceed the head dimension"),
-        (vit, {"tile": 128}, ConfigError, "tile 128 exceeds the 100 patches"),
         (vit, {"keep": (0.1,) * 6 + (1.0,)}, ConfigError, "keep has 7 shares"),
         (lambda: vit("eva02_tiny_patch14_224", depth=2), {"token_keep": ((1, 0.5),)}, ConfigError, "no rotary"),
-        (vit, {"calibrate": []}, ConfigError, "There is no image"),
         (vit, {"calibrate": torch.zeros(2, 160, 160)}, ConfigError, "are float32 [2, 160, 160]"),
         (vit, {"calibrate": torch.zeros(1, 3, 160, 160, dtype=torch.uint8)}, ConfigError, "are uint8"),
         (vit, {"calibrate": torch.full((1, 3, 160, 160), torch.nan)}, ConfigError, "NaN or infinity"),
-        (vit, {"calibrate": ["a.png"]}, ConfigError, "are str"),
         (Unused, {"calibrate": torch.zeros(1, 3, 160, 160)}, ConfigError, "did not use its vision transformer"),
     ],
 )

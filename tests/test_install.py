@@ -41,15 +41,6 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("name", ["export", "runtime", "profiles"])
-def test_the_folders_at_the_root_hold_no_python_package(name: str) -> None:
-    folder = ROOT / name
-    assert folder.is_dir()
-    assert not folder.is_symlink()
-    assert not list(folder.rglob("__init__.py"))
-    assert (folder / "README.md").is_file()
-
-
 def test_an_editable_install_reads_the_folders_themselves() -> None:
     """The install that tests run in. The root is no part of the package: its folders would be modules."""
     for name, source in INSTALLED.items():

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +44,28 @@ STUDENTS: dict[str, tuple[SparsityConfig, dict[str, Any]]] = {
     "int8": (SparsityConfig(keep=0.2, cells=4, channels=8), {"precision": "int8"}),
     "fp16": (SparsityConfig(keep=0.2, cells=4, channels=8), {"precision": "fp16"}),
 }
+Bundles = Callable[[str], Path]
+"""One of `STUDENTS` -> its bundle."""
 
 
-class Bundles(dict[str, Path]):
+@pytest.fixture(scope="module")
+def bundles(once: Once, pictures: Path) -> Bundles:
     """Of each of `STUDENTS`, exported when it is first asked for; its student lies beside it."""
 
-    def __init__(self, once: Once, pictures: Path) -> None:
-        super().__init__()
-        self.once, self.pictures = once, pictures
-
-    def __missing__(self, name: str) -> Path:
+    def exported(name: str) -> Path:
         sparsity, given = STUDENTS[name]
         size = {key: value for key, value in given.items() if key == "img_size"}
         options = {key: value for key, value in given.items() if key not in size}
         if options.get("precision") == "int8":
-            options["calibrate"] = self.pictures
+            options["calibrate"] = pictures
 
         def make(folder: Path) -> None:
             saved = save_student(student(TINY, sparsity, **size), folder / "student")
             export_bundle(saved, folder / name, tokens=True, **options)
 
-        self[name] = self.once(f"openvino {name}", make) / name
-        return self[name]
+        return once(f"openvino {name}", make) / name
 
-
-@pytest.fixture(scope="module")
-def bundles(once: Once, pictures: Path) -> dict[str, Path]:
-    return Bundles(once, pictures)
+    return exported
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -79,12 +75,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kernels", ["native", "portable"])
 @pytest.mark.parametrize("name", first(STUDENTS, 2))
-def test_gives_what_onnx_runtime_gives(bundles: dict[str, Path], name: str, kernels: str) -> None:
+def test_gives_what_onnx_runtime_gives(bundles: Bundles, name: str, kernels: str) -> None:
     if name == "fp16" and kernels == "native":
         with pytest.raises(BackendError, match="The native kernels take no float16"):
-            open_session(bundles[name], "openvino", kernels=kernels)
+            open_session(bundles(name), "openvino", kernels=kernels)
         return
-    with open_session(bundles[name]) as ours, open_session(bundles[name], "openvino", 2, kernels) as theirs:
+    with open_session(bundles(name)) as ours, open_session(bundles(name), "openvino", 2, kernels) as theirs:
         batch = 2 if name == "any batch" else ours.inputs[0].shape[0]
         shape = (batch, *ours.inputs[0].shape[1:])
         image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -112,9 +108,9 @@ def test_gives_what_onnx_runtime_gives(bundles: dict[str, Path], name: str, kern
 
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 @pytest.mark.parametrize("name", first(["edge", "merged", "dense", "int8"]))
-def test_bf16_is_what_really_runs(bundles: dict[str, Path], name: str) -> None:
-    bf16 = open_session(bundles[name], "openvino", precision="bf16")
-    with open_session(bundles[name], "openvino") as exact, bf16 as session:
+def test_bf16_is_what_really_runs(bundles: Bundles, name: str) -> None:
+    bf16 = open_session(bundles(name), "openvino", precision="bf16")
+    with open_session(bundles(name), "openvino") as exact, bf16 as session:
         image = np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)
         wanted, got = exact.infer({"image": image}), session.infer({"image": image})
         assert session.description.precision == ("int8, rest bf16" if name == "int8" else "fp32, run in bf16")
@@ -127,29 +123,29 @@ def test_bf16_is_what_really_runs(bundles: dict[str, Path], name: str) -> None:
 
 
 @pytest.mark.skipif("FP16" in KNOWN, reason="the processor has fp16 arithmetic")
-def test_an_inlined_file_runs_without_us(bundles: dict[str, Path]) -> None:
+def test_an_inlined_file_runs_without_us(bundles: Bundles) -> None:
     """As docs/cpu.md makes it."""
     image = np.random.default_rng(0).integers(0, 256, (1, 160, 160, 3), dtype=np.uint8)
-    core, file = import_openvino().Core(), bundles["merged"] / "model.onnx"
+    core, file = import_openvino().Core(), bundles("merged") / "model.onnx"
     with pytest.raises(RuntimeError, match="sparsifiner"):
         core.compile_model(file, "CPU")
     inlined = onnx.inliner.inline_local_functions(onnx.load(file)).SerializeToString()
     plain = core.compile_model(inlined, b"", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    with open_session(bundles["merged"]) as session:
+    with open_session(bundles("merged")) as session:
         wanted = session.infer({"image": image})
     assert all(cosine(plain({"image": image})[name], value) > 0.9999 for name, value in wanted.items())
 
 
 @pytest.mark.skipif("FP16" in KNOWN, reason="the processor has fp16 arithmetic")
-def test_a_precision_that_the_processor_lacks_is_refused(bundles: dict[str, Path]) -> None:
+def test_a_precision_that_the_processor_lacks_is_refused(bundles: Bundles) -> None:
     with pytest.raises(BackendError, match=r"(?s)no fp16 arithmetic \(OpenVINO: .*FP32.*Leave --precision out"):
-        open_session(bundles["edge"], "openvino", precision="fp16")
+        open_session(bundles("edge"), "openvino", precision="fp16")
 
 
 @pytest.mark.parametrize(
     "precision", ["auto", pytest.param("bf16", marks=pytest.mark.skipif("BF16" not in KNOWN, reason="no bf16"))]
 )
-def test_signals_are_handled_where_they_were_before(precision: str, bundles: dict[str, Path]) -> None:
+def test_signals_are_handled_where_they_were_before(precision: str, bundles: Bundles) -> None:
     """In a process of its own: OpenVINO frees what it gives a thread's handlers, and the next signal would end it."""
     code = (
         "import gc, os, signal, sys\n"
@@ -161,13 +157,13 @@ def test_signals_are_handled_where_they_were_before(precision: str, bundles: dic
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         "print(len(heard))\n"
     )
-    line = [sys.executable, "-c", code, str(bundles["edge"]), precision]
+    line = [sys.executable, "-c", code, str(bundles("edge")), precision]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
-def test_runs_of_several_threads_take_turns(bundles: dict[str, Path]) -> None:
-    with open_session(bundles["merged"], "openvino", 2) as session:
+def test_runs_of_several_threads_take_turns(bundles: Bundles) -> None:
+    with open_session(bundles("merged"), "openvino", 2) as session:
         shape = session.inputs[0].shape
         images = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8) for i in range(3)]
         wanted = [session.infer({"image": image})["tokens"] for image in images]
@@ -189,39 +185,39 @@ def test_runs_of_several_threads_take_turns(bundles: dict[str, Path]) -> None:
     session.close()
 
 
-def test_nothing_compiled_is_kept(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_compiled_is_kept(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO would run it unchecked."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for kernels in ("native", "portable"):
-        open_session(bundles["edge"], "openvino", kernels=kernels).close()
+        open_session(bundles("edge"), "openvino", kernels=kernels).close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_missing_is_said(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_said(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_FILE", "no-such.so")
-    with open_session(bundles["edge"], "openvino") as session:
+    with open_session(bundles("edge"), "openvino") as session:
         assert "function bodies (the native library is not built" in str(session.description.kernels)
     with pytest.raises(BackendError, match="The native library is not built"):
-        open_session(bundles["edge"], "openvino", kernels="native")
+        open_session(bundles("edge"), "openvino", kernels="native")
 
     def missing(*_: Any) -> None:
         raise MissingExtraError("openvino", "openvino")
 
     monkeypatch.setattr(session_module, "import_package", missing)
     with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[openvino\]"):
-        open_session(bundles["edge"], "openvino")
+        open_session(bundles("edge"), "openvino")
 
 
 @pytest.mark.everything
-def test_every_command_takes_it(bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    verify_bundle(bundles["merged"], backend="openvino", kernels="portable")
-    built = call(capsys, "build", bundles["merged"], "--backend", "openvino", "--json")
+def test_every_command_takes_it(bundles: Bundles, capsys: pytest.CaptureFixture[str]) -> None:
+    verify_bundle(bundles("merged"), backend="openvino", kernels="portable")
+    built = call(capsys, "build", bundles("merged"), "--backend", "openvino", "--json")
     assert built.code == 0, built.err
     assert json.loads(built.out)["description"]["kernels"] == f"native, {native.target()}"
     if "BF16" in KNOWN:
         for name in ("edge", "dense", "int8"):
-            checked = call(capsys, "build", bundles[name], "--backend", "openvino", "--precision", "bf16")
+            checked = call(capsys, "build", bundles(name), "--backend", "openvino", "--precision", "bf16")
             assert checked.code == 0, checked.err
             assert checked.out.startswith("openvino 20"), checked.out
-    refused = call(capsys, "build", bundles["edge"], "--backend", "openvino", "--compute-capability", "8.6")
+    refused = call(capsys, "build", bundles("edge"), "--backend", "openvino", "--compute-capability", "8.6")
     assert (refused.code, "openvino builds no engine" in refused.err) == (2, True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,13 +12,11 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.ops import reference, torch_landmarks
-from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, sparse_layers
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of
 from tests.models import images, student
-from tests.ops.matrix import cases, run_body, run_torch
 
 PAPER = SparsityConfig.for_preset("paper", keep=0.25, channels=16)
 HEADS, TOKENS, WIDTH, CHANNELS, LANDMARKS = 6, 197, 64, 32, 32
@@ -66,46 +62,6 @@ def test_lists_are_the_published_ones_where_scores_decide(keep: float) -> None:
         assert bool((ours == mask).all(-1)[decided].all())
 
 
-def test_as_many_coefficients_count_as_were_asked_for_where_some_tie() -> None:
-    """Landmarks in pairs: both of a pair have one coefficient, and three of them count."""
-    torch.manual_seed(0)
-    case = next(case for case in cases("LandmarkKeySelect") if case.patches == 37 and case.attributes["keys"] == 5)
-    assert case.attributes["top_coefficients"] == 3
-    inputs = case.inputs()
-    inputs[5] = inputs[5].repeat(2, 1)[:, : inputs[5].shape[1]]
-    settings = {name: value for name, value in case.attributes.items() if name != "keys"}
-    coefficients = torch_landmarks.landmark_coefficients(
-        *ops.split_heads(torch.from_numpy(inputs[0]), settings["num_heads"])[:2],
-        [torch.from_numpy(x) for x in inputs[1:]], settings["scale"],
-    )  # fmt: skip
-    assert torch.equal(coefficients[..., ::2], coefficients[..., 1::2])
-    third = coefficients[..., ::2].sort(dim=-1, descending=True, stable=True)
-    wanted = torch.zeros_like(coefficients)
-    for rank, taken in ((0, 2), (1, 1)):  # A pair, and of the next the lower one.
-        where = 2 * third.indices[..., rank, None] + torch.arange(taken)
-        wanted.scatter_(-1, where, third.values[..., rank, None].expand_as(where))
-    basis = F.threshold(torch.from_numpy(inputs[6]).abs(), settings["basis_threshold"], 0.0)
-    expected = (wanted @ basis.T).numpy()
-    np.testing.assert_allclose(reference.landmark_scores(*inputs, **settings), expected, atol=1e-6)
-    for run in (run_torch, run_body):
-        got = run(case, inputs).astype(np.int64)
-        least = np.sort(expected, -1)[..., -5, None]
-        assert (np.take_along_axis(expected, got, -1) >= least - 1e-6).all()
-
-
-def test_training_form_is_signed_unthresholded_and_differentiable() -> None:
-    qkv, *weights = (x.requires_grad_() for x in random_inputs(0))
-    q, k, _ = ops.split_heads(qkv, HEADS)
-    rows = torch_landmarks.landmark_attention(q, k, weights, HEADS**-0.5)
-    assert rows.shape == (1, HEADS, TOKENS - 1, TOKENS)
-    assert (rows < 0).any()
-    coefficients = torch_landmarks.landmark_coefficients(q, k, weights, HEADS**-0.5)
-    torch.testing.assert_close(coefficients.sum(-1), torch.ones(1, HEADS, TOKENS - 1))
-    torch.testing.assert_close(rows, coefficients @ weights[-1].T)
-    rows.square().sum().backward()
-    assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in weights)
-
-
 def test_from_student_to_bundle(tmp_path: Path) -> None:
     made = student(sparsity=PAPER)
     layer = sparse_layers(made.model)[0]
@@ -124,12 +80,6 @@ def test_from_student_to_bundle(tmp_path: Path) -> None:
     assert manifest["sparsity"]["preset"] == "paper"
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
     assert manifest["check"]["selected_indices"] == 2 * 4 * 6 * 2 * 100 * 26
-
-
-def test_pruned_layers_count_the_tokens_that_are_left() -> None:
-    made = student(sparsity=dataclasses.replace(PAPER, token_keep=((1, 0.6), (3, 0.9))))
-    assert [layer.layout.keys for layer in sparse_layers(made.model)] == [26, 26, 16, 16, 14, 14]
-    assert [layer.select.down.shape[0] for layer in sparse_layers(made.model)] == [101, 101, 61, 61, 55, 55]
 
 
 @pytest.mark.parametrize("size", [160, (64, 400)])

@@ -1,27 +1,32 @@
 """Profiles of real bundles: latency, memory, energy beside them, and what ends a measurement well all the same."""
 
+from __future__ import annotations
+
 import itertools
 import os
 import signal
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import bundle_hash
-from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.measure import observe as observation
-from sparsifiner_edge.profiles.measure.side import make_rules
+from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS, measure_layers, read_trace
 from sparsifiner_edge.profiles.measure.worker import fixed_inputs
 from sparsifiner_edge.profiles.sensors import PowerSensor
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.runtime.child import Child
+from tests.commands import PROGRAM, process
 from tests.plain import profile_bundle
+from tests.sensors.curves import wait_for
 from tests.tiny import make_bundle
 
 MB, WATTS = 1 << 20, 10.0
@@ -99,35 +104,12 @@ def test_inputs_are_the_same_every_time_and_fill_their_range():
     assert first["image"].shape == (1, 32, 32, 3)
     assert first["x"].dtype == np.float16
     assert (first["image"].min(), first["image"].max()) == (0, 255)
-    for spec in (TensorSpec("a", "uint8", (1, "height", 3)), TensorSpec("a", "int64", (1, 3))):
-        with pytest.raises(BackendError, match="'a'"):
-            fixed_inputs([spec])
-
-
-def test_a_users_file_does_not_take_a_librarys_place(tmp_path, monkeypatch, bundles):
-    (tmp_path / "onnxruntime.py").write_text("raise SystemExit('shadowed')")
-    monkeypatch.chdir(tmp_path)
-    assert profile_bundle(os.path.relpath(bundles["fast"]), **BRIEF)["kind"] == "profile"
 
 
 def test_few_queries_are_said_to_be_few(bundles):
     result = profile_bundle(bundles["slow"], seconds=0.01, min_queries=100_000, **BARE)
     assert "100000 queries" in result["method"]["cut_short"]
     assert 1 <= result["statistics"]["subject"]["queries"] < 100_000
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"backend": "abacus"}, BackendError, "'abacus'"),
-        ({"seconds": 0}, ConfigError, "seconds is 0"),
-        ({"min_queries": 0}, ConfigError, "min_queries is 0"),
-        ({"against": "nowhere"}, ArtifactError, "nowhere is not a folder"),
-    ],
-)
-def test_bad_settings_are_refused_at_once(bundles, changes, error, message):
-    with pytest.raises(error, match=message):
-        profile_bundle(bundles["fast"], **changes)
 
 
 @pytest.mark.parametrize(
@@ -182,27 +164,6 @@ def test_energy_is_power_times_the_time_of_ones_own_queries(monkeypatch, bundles
     assert set(method["conditions"]["subject"]) >= {"before", "during", "throttled_by"}
 
 
-def test_a_sensor_that_averages_has_a_longer_baseline_and_wants_longer_windows(monkeypatch, bundles):
-    result = observed(monkeypatch, steady, bundles["fast"], averaging_s=0.3, seconds=0.4, against=bundles["slow"])
-    assert min(result["method"]["sensor"]["idle_s"]) >= 2 * 0.3 + 1
-    energy = result["statistics"]["subject"]["energy"]
-    assert "averages over 0.3 s" in energy["gross_j_per_inference"]["unavailable"]
-
-
-@pytest.mark.parametrize("asked_for", [{"provider": "cuda"}, {"backend": "tensorrt"}])
-def test_power_is_read_where_the_backend_runs(monkeypatch, asked_for):
-    asked = []
-
-    def find(on):
-        asked.append(on)
-        raise StopIteration
-
-    monkeypatch.setattr(observation, "find_sensor", find)
-    with pytest.raises(StopIteration):
-        observation.observe([types.SimpleNamespace(execution=Execution(**asked_for))], make_rules(1), None, power=True)
-    assert asked == ["gpu"]
-
-
 def test_a_sensor_that_vanishes_ends_the_energy_alone(monkeypatch, bundles):
     count = itertools.count()
 
@@ -243,3 +204,118 @@ def test_a_busy_program_beside_it_is_flagged(bundles):
     figures = result["statistics"]["subject"]
     assert {"other-load", "too-short"} <= {flag["flag"] for flag in figures["flags"]}
     assert figures["other_cores"] > 0.1
+
+
+def test_the_table_shows_both_and_what_ran(bundles):
+    run = process("profile", bundles["fast"], "--against", bundles["slow"], "--seconds", "0.5", "--threads", "1")
+    assert (run.code, run.err) == (0, "")
+    for text in ("p50", "p90", "p99", "throughput", "load", "first inference", "peak memory"):
+        assert text in run.out
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in run.out.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["kernels"]] == ["none (standard operators)", "function bodies"]
+    assert [cell.strip() for cell in rows["threads"]] == ["1", "1"]
+    assert rows["backend"][0].strip().startswith("onnxruntime ")
+    assert rows["precision"][0].strip() == "fp32"
+    assert rows["layers, other, ms"][0].strip().endswith("(100%)")
+    assert "fast: too-short: " in run.out
+
+
+def children(pid):
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def test_an_interrupt_ends_the_workers_and_writes_nothing(tmp_path, bundles):
+    path = tmp_path / "result.json"
+    arguments = [str(bundles["fast"]), "--against", str(bundles["slow"]), "--seconds", "300", "-o", str(path)]
+    with subprocess.Popen(
+        [*PROGRAM, "profile", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        try:
+            wait_for(lambda: len(children(run.pid)) == 2)
+            workers = children(run.pid)
+            os.killpg(run.pid, signal.SIGINT)  # What a terminal does on Ctrl-C.
+            _, remarks = run.communicate(timeout=60)
+        finally:
+            run.kill()
+    assert run.returncode == 130
+    assert "interrupted" in remarks
+    assert "Traceback" not in remarks
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 10)
+    assert not path.exists()
+
+
+DEPTH = 6
+"""Of the tiny model."""
+
+
+@pytest.fixture(scope="module")
+def exported(once, tiny_weights):
+    """The same model sparse, with tokens pruned after layer 3, and dense."""
+    from sparsifiner_edge.export.export import export_bundle
+    from sparsifiner_edge.sparse.student import sparsify
+    from tests.models import TINY
+
+    def make(folder):
+        student = sparsify(TINY, folder / "student", weights=tiny_weights, cells=4, token_keep=((3, 0.7),))
+        export_bundle(student, folder / "sparse")
+        export_bundle(TINY, folder / "dense", weights=tiny_weights)
+
+    folder = once("layers", make)
+    return {name: folder / name for name in ("sparse", "dense")}
+
+
+def measured(bundle, kernels):
+    return measure_layers(bundle, Execution(kernels=kernels, threads=1), query_ms=50.0)
+
+
+def rows_of(rows, kind):
+    return [row for row in rows if row.kind == kind]
+
+
+@pytest.mark.parametrize("kernels", ["native", "portable"])
+def test_selection_stands_apart_from_attention_in_every_layer(exported, kernels):
+    if kernels == "native" and native.library_path() is None:
+        pytest.skip("no native library")
+    rows = measured(exported["sparse"], kernels)
+    selections = [row for row in rows_of(rows, "selection") if row.op == "KeySelect"]
+    attentions = [row for row in rows_of(rows, "attention") if row.op == "SparseAttention"]
+    assert [row.layer for row in selections] == [row.layer for row in attentions] == list(range(DEPTH))
+    # One kernel, or the many nodes of a function's body.
+    assert all((row.nodes == 1) == (kernels == "native") for row in selections + attentions)
+    assert {"Softmax", "TopK", "Gather"} <= {row.op for row in rows_of(rows, "selection") if row.layer == 3}
+
+
+def test_a_costly_part_is_found_costly(tmp_path):
+    """A file without attention has no layers; its products are most of its time."""
+    rows = measured(make_bundle(tmp_path / "b", depth=8, width=256, size=16, function=True), "portable")
+    assert sum(row.ms for row in rows if "MatMul" in row.op) > 0.7 * sum(row.ms for row in rows)
+    assert all(row.layer is None and row.kind == "other" for row in rows)
+
+
+def test_a_profile_has_layers_and_a_profiler_that_fails_costs_these_alone(exported, monkeypatch):
+    asked = {"seconds": 0.05, "min_queries": 1, "threads": 1, "power": False}
+    figures = profile_bundle(exported["dense"], **asked)["statistics"]["subject"]
+    assert {row["kind"] for row in figures["layers"]} <= set(LAYER_KINDS)
+    monkeypatch.setattr("sparsifiner_edge.profiles.profile.LOAD_TIMEOUT_S", 1e-3)
+    figures = profile_bundle(exported["dense"], **asked)["statistics"]["subject"]
+    assert figures["queries"] > 0
+    assert "gave no reply to 'layers'" in figures["layers"]["unavailable"]
+
+
+def event(name, ms):
+    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": ms * 1000}
+
+
+def run(ms):
+    return {"cat": "Session", "name": "model_run", "dur": ms * 1000}
+
+
+@pytest.mark.parametrize("trace", [[], [run(1)], [event("a", 1)]])
+def test_a_trace_that_tells_nothing_is_refused(trace):
+    with pytest.raises(BackendError, match="trace"):
+        read_trace(trace, 1)

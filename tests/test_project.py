@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import collections
 import importlib
 import importlib.metadata
-import pkgutil
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import sparsifiner_edge
 from sparsifiner_edge.artifacts import read_toml
@@ -21,10 +18,8 @@ from sparsifiner_edge.ops.document import operators_markdown
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / ".venv" / "bare" / "bin" / "python"
-CONTRACTS = read_toml(ROOT / "pyproject.toml", "")["tool"]["importlinter"]["contracts"]
-MIRRORED = {"reference", "torch", "torch_merge", "torch_landmarks", "select", "attention", "merge", "run"}
-INTERFACES = {"command", "main", "write", "open_device", "MODULE"}
-"""One meaning, several modules: an operator in each of its implementations, what every command or target has."""
+SETTINGS = read_toml(ROOT / "pyproject.toml", "")
+CONTRACTS = SETTINGS["tool"]["importlinter"]["contracts"]
 
 
 def test_public_names() -> None:
@@ -37,13 +32,6 @@ def test_public_names() -> None:
         assert callable(getattr(sparsifiner_edge, name))
     with pytest.raises(AttributeError, match="nonsense"):
         _ = sparsifiner_edge.nonsense
-
-
-def test_every_module_imports() -> None:
-    for module in pkgutil.walk_packages(sparsifiner_edge.__path__, "sparsifiner_edge."):
-        # The native library is no Python module, whatever its ending.
-        if not module.name.endswith(("__main__", "libsparsifiner_ops")):
-            importlib.import_module(module.name)
 
 
 @pytest.mark.skipif(not BARE.exists(), reason=f"{BARE} is made by `make test`")
@@ -62,6 +50,7 @@ def test_base_install_without_extras() -> None:
         (["sparsify", "vit_tiny_patch16_224", "-o", "x"], "train"),
         (["export", "vit_tiny_patch16_224", "-o", "x"], "train,cpu"),
         (["evaluate", "x", "--data", "."], "train,cpu"),
+        (["bundle", "keygen", "-o", "k.pem"], "sign"),
     ],
 )
 def test_a_missing_extra_names_its_pip_command(arguments: list[str], extra: str, tmp_path: Path) -> None:
@@ -80,17 +69,6 @@ def test_help_and_doctor_in_the_base_install() -> None:
             [BARE, "-m", "sparsifiner_edge", *arguments], capture_output=True, text=True, check=False
         )  # fmt: skip
         assert done.returncode == 0, (arguments, done.stderr)
-
-
-def test_help_imports_nothing_heavy() -> None:
-    script = (
-        "import sys\nfrom sparsifiner_edge.cli.main import main\n"
-        "try: main(['--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'onnx', 'timm', 'onnxruntime', 'rich'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_requirements_are_ranges() -> None:
@@ -132,41 +110,62 @@ def test_the_drawing_of_rooms_is_the_contract() -> None:
     assert rooms <= set(re.findall(r"`(\w+)`", page))
 
 
-def public_names(path: Path) -> set[str]:
-    """Names that a module defines at its top level, without what it keeps to itself."""
-    found: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        found |= {target.id for target in targets if isinstance(target, ast.Name)}
-        found |= {node.name} if isinstance(node, (ast.ClassDef, ast.FunctionDef)) else set()
-    return {name for name in found if not name.startswith("_")}
+PROJECT = SETTINGS["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("sparsifiner_edge/**/*.py")])
+NAMED = re.compile(r"(?:sparsifiner-edge|pip install [\"']?\.)\[([\w,-]+)\]")
+JETSON = ("jetson", "cpu", "camera", "openvino", "report", "sign", "triton")
 
 
-def test_no_public_name_means_two_things() -> None:
-    package = ROOT / "sparsifiner_edge"
-    defined: dict[str, list[Path]] = collections.defaultdict(list)
-    for path in package.rglob("*.py"):
-        for name in public_names(path) - INTERFACES:
-            defined[name].append(path.relative_to(package))
-    several = {name: paths for name, paths in defined.items() if len(paths) > 1}
-    assert {n: x for n, x in several.items() if any(p.parts[0] != "ops" or p.stem not in MIRRORED for p in x)} == {}
+def wanted(*extras: str) -> dict[str, Requirement]:
+    """Packages of the base install and of extras by name, what extras name each other for included."""
+    texts = [*PROJECT["dependencies"], *(text for extra in extras for text in EXTRAS[extra])]
+    found: dict[str, Requirement] = {}
+    for requirement in map(Requirement, texts):
+        own = requirement.name == PROJECT["name"]
+        found |= wanted(*requirement.extras) if own else {requirement.name: requirement}
+    return found
 
 
-def test_tests_import_no_benchmark() -> None:
-    """Not by name, not from a file: what both need is the package's, or each has its own."""
-    scripts = "|".join(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
-    used = rf'^\s*(from|import) (benchmarks|{scripts})\b|/ ["]benchmarks" /'
-    for path in (ROOT / "tests").rglob("*.py"):
-        found = re.search(used, path.read_text(encoding="utf-8"), re.MULTILINE)
-        assert found is None, (path, found)
+def admits(extra: str, package: str, version: str) -> bool:
+    return version in wanted(extra)[package].specifier
 
 
-def test_committed_results_are_summaries() -> None:
-    """Figures, not samples, which stay where they were measured (`benchmarks/summary.py`)."""
-    results = [x for x in (ROOT / "profiles" / "results").rglob("*.json") if "raw" not in x.parts]
-    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in results}
-    assert results
-    assert {path: count for path, count in lines.items() if count > 250} == {}
-    assert sum(lines.values()) < 6_000
-    # What every command of the documentation printed (`benchmarks/commands.py`) is long because they are many.
-    assert all(path.stat().st_size < 80_000 for path in results if path.name != "commands.json")
+def test_the_page_for_jetsons_brings_no_tensorrt_and_no_newer_cuda() -> None:
+    page = (ROOT / "docs" / "jetson.md").read_text(encoding="utf-8")
+    commands = [line for line in page.splitlines() if line.startswith("    ") and "pip install" in line]
+    assert commands
+    for command in commands:
+        (extras,) = NAMED.findall(command)
+        packages = wanted(*extras.split(","))
+        assert not [name for name in packages if name.startswith(("tensorrt", "onnxruntime-gpu"))]
+        assert "13.0" not in packages["cuda-python"].specifier
+        assert set(extras.split(",")) <= set(JETSON)
+    for extra in JETSON:
+        assert f"`{extra}`" in page
+
+
+@pytest.mark.parametrize("extra", ["gpu", "tensorrt", "tensorrt-rtx", "gpu-cu12", "tensorrt-cu12", "jetson"])
+def test_without_a_version_in_its_name_an_extra_is_for_cuda_12(extra: str) -> None:
+    assert admits(extra, "cuda-python", "12.6.2")
+    assert admits(extra, "cuda-python", "12.9.10")
+    assert not admits(extra, "cuda-python", "13.0.0")
+    assert "tensorrt" not in wanted(extra)  # it means tensorrt-cu13
+
+
+def test_onnxruntime_and_tensorrt_by_cuda() -> None:
+    for version, cuda12 in {"1.21.0": True, "1.26.0": True, "1.27.0": False, "1.31.1": False}.items():
+        assert admits("gpu", "onnxruntime-gpu", version) == cuda12
+    assert admits("gpu-cu13", "onnxruntime-gpu", "1.27.0")
+    assert not admits("gpu-cu13", "onnxruntime-gpu", "1.26.0")
+    assert "tensorrt-cu12" in wanted("tensorrt")
+    for extra in ("gpu-cu13", "tensorrt-cu13"):
+        assert admits(extra, "cuda-python", "13.4.4")
+        assert not admits(extra, "cuda-python", "12.9.10")
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    found = {path: NAMED.findall(path.read_text(encoding="utf-8")) for path in PAGES}
+    named = {(path.name, extra) for path, lists in found.items() for text in lists for extra in text.split(",")}
+    assert len({extra for _, extra in named}) > 6
+    assert [(page, extra) for page, extra in sorted(named) if extra not in EXTRAS] == []

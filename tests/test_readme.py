@@ -1,4 +1,4 @@
-"""Every block of the README and of the example runs (in `make everything`); their commands and options exist."""
+"""Blocks of README, example and the page about models run (in `make everything`); commands and options exist."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import safetensors.numpy
 from sparsifiner_edge.cli.main import cli
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.ops import native
+from tests.commands import PROGRAM
 from tests.plain import read_result
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +38,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: list[str], cwd: Path) -> str:
+def run(command: list[str], cwd: Path, **environment: str) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command, cwd=cwd, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+        command, cwd=cwd, env=os.environ | {"PATH": path} | environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -137,3 +138,22 @@ def test_the_example_with_a_decoder(place: Path) -> None:
     assert len(lines) == 4
     assert {"output", "area", "centroid"} <= lines[0]["maps"][0].keys()
     assert "intersection over union" in (folder / "report.html").read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.everything
+@pytest.mark.long
+def test_the_page_about_models(tmp_path: Path, pictures: Path) -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    live, *functions = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    lines = re.findall(r"^    sparsifiner-edge (.*?)(?: +#.*)?$", page, re.MULTILINE)
+    for name in ("images", "masks"):
+        (tmp_path / name).symlink_to(pictures)
+    run([sys.executable, "-c", live], tmp_path)
+    assert (tmp_path / "bundle" / "model.onnx").is_file()
+    (tmp_path / "mymodels.py").write_text("\n".join(functions[:2]), encoding="utf-8")
+    assert len(lines) == 4
+    for line in lines:
+        if "--against dense/" in line:
+            dense = ["export", "mymodels:segmenter", "--img-size", "224", "-o", "dense"]
+            run([*PROGRAM, *dense], tmp_path, PYTHONPATH=str(tmp_path))
+        run([*PROGRAM, *line.split()], tmp_path, PYTHONPATH=str(tmp_path))

@@ -1,8 +1,6 @@
 import dataclasses
 import os
-import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,14 +8,12 @@ import pytest
 
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError, SparsifinerError
+from sparsifiner_edge.errors import ArtifactError, BackendError, GateError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.runtime import BACKENDS, open_session
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.open import find_backend, open_checked
-from sparsifiner_edge.runtime.session import Session
+from sparsifiner_edge.runtime.open import open_checked
 from tests.package.reseal import reseal
 from tests.tiny import make_bundle
 
@@ -71,23 +67,12 @@ def test_a_session_says_what_really_runs(tmp_path, bundle):
         assert session.description.threads == len(os.sched_getaffinity(0))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_manifest_without_precision_is_said(tmp_path, dtype):
-    folder = make_bundle(tmp_path / "b", dtype=dtype, precision=None, tolerances={"features": 1e-2})
-    with open_session(folder) as session:
-        assert session.description.precision == Unavailable("the bundle does not say")
-        assert session.outputs[0].dtype == np.dtype(dtype).name
-        check_golden(session, open_bundle(folder))
-
-
 @pytest.mark.parametrize(
     ("inputs", "got", "expected"),
     [
         ({}, "'image' is missing", r"image \(uint8 \[batch, 4, 4, 3\]\)"),
         ({"image": image(), "mask": image()}, "Unknown input 'mask'", "image"),
-        ({"image": image().tolist()}, "'image' got list", "NumPy array"),
         ({"image": image().astype(np.float32)}, "'image' got float32", "Expected uint8"),
-        ({"image": image()[0]}, r"'image' got uint8 \[4, 4, 3\]", "Expected uint8"),
         ({"image": image(size=5)}, r"'image' got uint8 \[., 5, 5, 3\]", "Expected uint8"),
         ({"image": image()[:0]}, r"'image' got uint8 \[0, ", "none is empty"),
     ],
@@ -98,14 +83,6 @@ def test_unfit_inputs_are_named(bundle, inputs, got, expected):
             with pytest.raises(BackendError, match=got) as caught:
                 check(inputs)
             caught.match(expected)
-
-
-def test_axes_of_one_name_have_one_size():
-    model = SimpleNamespace(inputs=[TensorSpec(name, "float32", ("batch", None)) for name in "ab"])
-    ones = np.ones((2, 3), np.float32)
-    Session.validate(model, {"a": ones, "b": np.ones((2, 7), np.float32)})
-    with pytest.raises(BackendError, match=r"'b' got .*\[3"):
-        Session.validate(model, {"a": ones, "b": np.ones((3, 3), np.float32)})
 
 
 def test_a_closed_session_refuses(bundle):
@@ -133,8 +110,6 @@ def test_a_failure_inside_the_model_is_a_message(tmp_path):
         ({"backend": "opencv"}, r"'opencv'.*\n.*onnxruntime"),
         ({"threads": 0}, "threads is 0"),
         ({"kernels": "fast"}, r"(?s)kernels is 'fast'.*auto, native, portable"),
-        ({"precision": "fp64"}, r"precision is 'fp64'.*\n.*auto, fp32, bf16, fp16"),
-        ({"provider": "rocm"}, r"provider is 'rocm'.*\n.*cpu, cuda"),
         ({"backend": "openvino", "provider": "cuda"}, r"openvino has no provider cuda.*\n.*--backend onnxruntime"),
         ({"precision": "fp16"}, r"ONNX Runtime computes in what a file stores, fp32 here.*\n.*--precision fp16"),
     ],
@@ -144,32 +119,12 @@ def test_a_choice_that_cannot_be_is_refused(bundle, wrong, message):
         open_session(bundle, **wrong)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a model", None])
-def test_an_altered_or_corrupt_model_is_a_message(tmp_path, content):
-    folder = make_bundle(tmp_path / "b")
-    model = folder / "model.onnx"
-    model.write_bytes(model.read_bytes()[:-50] if content is None else content)
-    with pytest.raises(ArtifactError, match=r"model.onnx does not match its SHA-256"):
-        open_session(folder)
-    reseal(folder)
-    with pytest.raises(SparsifinerError, match=r"model.onnx (is not an ONNX file|has no input)"):
-        open_session(folder)
-
-
 def spoil_golden(folder, spoil):
     with np.load(folder / "golden.npz") as file:
         arrays = {key: file[key] for key in file.files}
     arrays["output.features"] = spoil(arrays["output.features"].copy())
     np.savez(folder / "golden.npz", **arrays)
     reseal(folder)
-
-
-def test_golden_error_is_relative_to_the_range(tmp_path):
-    folder = make_bundle(tmp_path / "b", tolerances={"features": 0.5})
-    spoil_golden(folder, lambda features: features + np.float32(0.25) * np.ptp(features))
-    with open_session(folder) as session:
-        report = check_golden(session, open_bundle(folder))["features"]
-    assert report["range_relative_error"] == pytest.approx(0.25, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -196,38 +151,6 @@ def test_golden_without_tolerance_or_file_is_refused(tmp_path):
         reseal(folder)
         with pytest.raises(ArtifactError, match=r"golden.npz cannot be read"):
             check_golden(session, open_bundle(folder))
-
-
-def in_fresh_python(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-
-
-def test_importing_runtime_loads_no_backend_and_no_torch():
-    code = "import sys, sparsifiner_edge.runtime, sparsifiner_edge.profiles; print(*sys.modules)"
-    loaded = {name.split(".")[0] for name in in_fresh_python(code).stdout.split()}
-    assert "sparsifiner_edge" in loaded
-    assert not loaded & {"onnxruntime", "onnx", "torch", "timm"}
-
-
-def test_a_backend_is_found_by_its_name_and_loads_no_other():
-    for name in BACKENDS:
-        assert find_backend(Execution(backend=name)).name == name
-    code = "import sys; from sparsifiner_edge.runtime.open import Execution, find_backend; find_backend(Execution())\n"
-    loaded = in_fresh_python(code + "print(*sys.modules)").stdout.split()
-    assert "sparsifiner_edge.runtime.onnxruntime" in loaded
-    assert not any(name.startswith("sparsifiner_edge.runtime.tensorrt") for name in loaded)
-
-
-def test_a_missing_onnxruntime_gives_the_pip_command(bundle):
-    code = (
-        "import sys; sys.modules['onnxruntime'] = None\n"
-        "from sparsifiner_edge.runtime import open_session\n"
-        "try: open_session(sys.argv[1])\n"
-        "except Exception as error: print(type(error).__name__, error)"
-    )
-    printed = in_fresh_python(code, str(bundle)).stdout
-    assert printed.startswith(MissingExtraError.__name__)
-    assert 'pip install "sparsifiner-edge[cpu]"' in printed
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""The in-place patch of timm's models, calibration, and students on disk."""
+"""The in-place patch of timm's models, calibration, students on disk, images of any shape, and the order of tokens."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 
+from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, keep_text, parse_keep
 from sparsifiner_edge.costs import summary
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ConfigError, WeightsError
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.plan import plan_of
-from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
+from sparsifiner_edge.sparse.calibrate import calibrate_from_weights, sparse_layers
+from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, load_student, save_student
-from tests.models import EVA, TINY_CONFIG, eva, images, student, vit
+from tests.models import EVA, TINY, TINY_CONFIG, eva, images, student, vit
 
 FULL = SparsityConfig(keep=0.999, cells=4, channels=8)
 """So little left out that the result is nearly dense, through the sparse path."""
@@ -108,29 +113,6 @@ def test_gradient_of_sparse_attention_is_that_of_its_formula() -> None:
     assert torch.autograd.gradcheck(attend, (qkv,), eps=1e-2, atol=2e-2, rtol=1e-2, nondet_tol=0)
 
 
-def test_calibration_reports_progress_and_leaves_no_trace() -> None:
-    made = student()
-    before = [layer.select.proj_q.clone() for layer in sparse_layers(made.model)]
-    calls: list[tuple[float, ...]] = []
-    calibrate_from_images(made.model, [images(made.model, 1, s) for s in range(4)], lambda _, *c: calls.append(c))
-    assert calls == [(i + 1, 12) for i in range(12)]
-    for layer, old in zip(sparse_layers(made.model), before, strict=True):
-        assert not torch.equal(layer.select.proj_q, old)
-        assert "attend" not in layer.__dict__
-        assert torch.isfinite(layer.select.proj_q).all()
-
-
-def test_student_at_another_resolution(tmp_path: Path) -> None:
-    save_student(student(sparsity=FULL), tmp_path / "student")
-    larger = load_student(tmp_path / "student", img_size=208)
-    assert larger.model.patch_embed.num_patches == 169
-    assert sparse_layers(larger.model)[0].layout.patches == 169
-    with torch.no_grad():
-        x = images(larger.model)
-        got, expected = larger.model.forward_features(x), dense_twin(larger).model.forward_features(x)
-    assert cosine_similarity(got, expected, dim=-1).min() > 0.999
-
-
 def test_calibration_is_recorded_and_repeatable(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(3):
@@ -163,3 +145,75 @@ def test_layout_covers_every_patch(keep: float, patches: int, cells: int, tile: 
     if cells:
         assert (layout.cells - 1) * layout.cell < patches <= layout.cells * layout.cell
     assert SparsityConfig.from_dict(config.to_dict()) == config
+
+
+LONG = (64, 400)
+"""4 x 25 patches: as many as the 10 x 10 that timm knows of its own weights."""
+
+
+def test_a_rectangle_survives_the_disk(tmp_path: Path) -> None:
+    made = student(img_size=LONG)
+    save_student(made, tmp_path / "student")
+    save_student(student(), tmp_path / "square")
+    sizes = [json.loads((tmp_path / name / "config.json").read_text())["img_size"] for name in ("student", "square")]
+    assert sizes == [[64, 400], 160]
+    again = load_student(tmp_path / "student")
+    assert (again.img_size, again.model.patch_embed.grid_size) == (LONG, (4, 25))
+    x = images(made.model)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(x), made.model(x), rtol=0, atol=0)
+        torch.testing.assert_close(dense_twin(again).model(x), vit(img_size=LONG)(x), rtol=0, atol=0)
+
+
+def positions(size: ImageSize, new: ImageSize, **options: Any) -> torch.Tensor:
+    """A model's position embedding at another size, as timm gives it to a model that it knows the grid of."""
+    model = vit(img_size=size, **options)
+    model.set_input_size(img_size=height_width(new))
+    return model.pos_embed.detach()
+
+
+@pytest.mark.parametrize("size", [(400, 64), 160, 208, (160, 96)])
+def test_a_rectangle_at_another_size(size: ImageSize, tmp_path: Path) -> None:
+    save_student(student(img_size=LONG, sparsity=FULL), tmp_path / "student")
+    found = load_student(tmp_path / "student", img_size=size)
+    assert found.img_size == size
+    torch.testing.assert_close(found.model.pos_embed.detach(), positions(LONG, size))
+    with torch.no_grad():
+        x = images(found.model)
+        got, expected = found.model.forward_features(x), dense_twin(found).model.forward_features(x)
+    assert cosine_similarity(got, expected, dim=-1).min() > 0.999
+
+
+@pytest.mark.parametrize("size", [LONG, (400, 64), (96, 160), 208, 160])
+def test_weights_of_a_square_in_any_shape(size: ImageSize, tiny_weights: Path) -> None:
+    found = load_model(TINY, tiny_weights, size).pos_embed.detach()
+    torch.testing.assert_close(found, positions(160, size, num_classes=10))
+
+
+def test_weights_of_a_rectangle_fit_that_rectangle_alone(tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_file(vit(img_size=(96, 160)).state_dict(), weights)
+    assert torch.equal(load_model(TINY, weights, (96, 160)).pos_embed, vit(img_size=(96, 160)).pos_embed)
+    with pytest.raises(WeightsError, match="does not fit this model"):
+        load_model(TINY, weights, 160)
+
+
+sides = st.integers(1, 40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides, sides)
+def test_permutation_with_short_steps(height: int, width: int) -> None:
+    order = hilbert_order(height, width)
+    assert sorted(order) == list(range(height * width))
+    np.testing.assert_array_equal(order[inverse(order)], np.arange(height * width))
+    y, x = np.divmod(order, width)
+    steps = np.maximum(np.abs(np.diff(y)), np.abs(np.diff(x)))
+    # A curve over an odd grid needs a diagonal step now and then, but never a jump.
+    assert steps.size == 0 or steps.max() == 1
+
+
+def test_runs_on_an_odd_grid_are_compact() -> None:
+    y, x = np.divmod(hilbert_order(37, 37), 37)
+    spans = [max(np.ptp(y[i : i + 16]), np.ptp(x[i : i + 16])) for i in range(0, 37 * 37, 16)]
+    assert np.mean(spans) < 5  # A perfect square spans 3, a run along a row 15.

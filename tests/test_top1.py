@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_dataset, create_loader, create_transform, resolve_data_config
 from timm.models import _registry, get_pretrained_cfg
 
-from sparsifiner_edge.corruptions import corrupt
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.errors import ImageError
 from sparsifiner_edge.evaluate.reading import feed_of, read_images
@@ -161,18 +160,6 @@ def test_workers_change_nothing(made: dict[str, Path]) -> None:
     assert seen == 3 * [(done, 31) for done in range(1, 32)]
 
 
-def test_corrupted_images_are_drawn_by_their_numbers(made: dict[str, Path]) -> None:
-    """However they are read, and clean ones first."""
-    files = list_images(made["data"])[:5]
-    feed = feed_of(TINY, 64)._replace(workers=0, corruptions=("shot_noise", "fog"), severity=2)
-    ((numbers, whole),), apart = (list(read_images(files, *how)) for how in ((feed, 15), (feed._replace(workers=2), 4)))
-    assert (numbers, [x for x, _ in apart]) == ([0, 1, 2, 3, 4], [[0], [1], [2], [3], [4]])
-    np.testing.assert_array_equal(whole, np.concatenate([pixels for _, pixels in apart]))
-    image = feed.load(files[3])
-    np.testing.assert_array_equal(whole[9], image)
-    np.testing.assert_array_equal(whole[10], corrupt(image, "shot_noise", 2, seed=3))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_named(
     workers: int, made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -182,9 +169,6 @@ def test_a_damaged_image_is_named(
     bad.write_bytes(bad.read_bytes()[:300])
     outcome = call(capsys, "evaluate", made["student"], "--data", data, "--metric", "top1", "--workers", workers)
     assert_refused(outcome, f"{bad} cannot be read as an image", "Replace or remove it")
-    outcome = call(capsys, "evaluate", made["student"], "--data", made["data"], "--metric", "top1", "--queries", 9)
-    assert "top1, 9 images" in outcome.out
-    assert "Images: as timm validates test_vit" in outcome.out
     Image.new("RGB", (1, 60_000)).save(tmp_path / "thin.png")
     with pytest.raises(ImageError, match="60000x1 pixels: too long and thin"):
         list(read_images([tmp_path / "thin.png"], feed_of(TINY, 224)._replace(workers=0), 1))

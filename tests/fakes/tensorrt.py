@@ -320,11 +320,6 @@ def _runtime(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             trt._logger = logger
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
-            b.seen["deserialised"] = True
-            try:
-                return ICudaEngine(serialized_engine)
-            except Exception:
-                trt._logger.log(trt.ILogger.ERROR, "IRuntime::deserializeCudaEngine: magicTag mismatch")
-                return None
+            return ICudaEngine(serialized_engine)
 
     return [ICudaEngine, IExecutionContext, Runtime]

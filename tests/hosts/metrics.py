@@ -35,11 +35,6 @@ class Unmade(Brightness):
         raise OSError("no labels here")
 
 
-class Mute(Brightness):
-    def result(self) -> Any:
-        return None
-
-
 class Partial:
     def update(self) -> None:
         pass

@@ -21,7 +21,6 @@ from tests.commands import assert_refused, call, manifest_of, process, snapshot
 from tests.everything import first
 from tests.hosts.factories import Segmenter, inside, outside, segmenter
 from tests.hosts.hugging_face import PROCESSOR, SIXTEEN, saved, sharpen
-from tests.models import TINY
 
 HERE = "tests.hosts.factories"
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -145,13 +144,6 @@ def test_a_live_module_that_declares_nothing_is_refused(tmp_path: Path, normalis
         se.export_model(inside(), torch.zeros(1, 3, 160, 160), tmp_path / "bundle", normalise=normalise)
     assert said in str(caught.value)
     assert not snapshot(tmp_path)
-
-
-def test_what_is_given_for_a_model_of_a_library_stands_before_its_record(
-    tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    done = call(capsys, "export", TINY, "--weights", tiny_weights, *GIVEN, "-o", tmp_path / "bundle")
-    assert FOLDED in done.out, done
 
 
 def test_a_teacher_of_the_same_function_expects_what_its_student_does(tmp_path: Path, pictures: Path) -> None:

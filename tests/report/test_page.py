@@ -104,36 +104,6 @@ def test_the_verdict(changed, tmp_path, verdict, ratio, text):
     assert "accuracy" in summary["verdict"][-1]
 
 
-def test_two_bundles_of_one_name_in_folders_of_one_name_are_told_apart(changed, tmp_path):
-    def change(result):
-        for subject in result["subjects"]:
-            subject |= {"name": "vit", "path": f"{subject['sha256'][:2]}/bundle"}
-
-    summary, _ = written([changed("comparison", change)], tmp_path / "r.html")
-    subjects = json.loads((tmp_path / "changed.json").read_text())["subjects"]
-    names = {f"vit, bundle #{one['sha256'][:6]}" for one in subjects}
-    assert len(names) == 2
-    assert all(name in summary["verdict"][0] for name in names)
-
-
-def test_accuracies_in_percent(changed, tmp_path):
-    def score(value, low, high):
-        mean = {"value": value, "low": low, "high": high, "confidence": 0.95, "interval": "x"}
-        return {"mean": mean, "least": 0.0, "images": 800}
-
-    def change(result):
-        result["method"]["metric"] = "top1"
-        result["statistics"] = {
-            "subject_accuracy": score(0.91, 0.9, 0.92), "teacher_accuracy": score(0.915, 0.9, 0.93),
-            "lost_accuracy": score(0.005, -0.0025, 0.0125),
-        }  # fmt: skip
-
-    summary, page = written([changed("evaluation", change)], tmp_path / "r.html")
-    said = "91.00 % correct (top-1 accuracy), the dense model 91.50 %; 0.50 (-0.25–1.25) points lost"
-    assert said in summary["verdict"][0]
-    assert "dense teacher: accuracy 0.9150 (0.9000–0.9300)" in page.text
-
-
 def test_energy(changed, tmp_path):
     def change(result):
         for role, joules in (("subject", 0.0072), ("against", 0.0144)):
@@ -204,15 +174,3 @@ def test_both_languages_say_the_same():
     assert same == ["how.layers"]  # A command alone.
     with pytest.raises(ConfigError, match="lang is 'de'"):
         Texts("de")
-
-
-def test_every_flag_and_kind_of_a_measurement_has_words():
-    from sparsifiner_edge import profiles
-    from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS
-
-    source = (Path(profiles.__file__).parent / "flags.py").read_text()
-    flags = set(re.findall(r'Flag\(\s*"([a-z-]+)"', source))
-    assert len(flags) > 5
-    words = Texts("ja")
-    assert not [flag for flag in flags if not words.known(f"flag.{flag}", "") or not words.known(f"flag.{flag}.do", "")]
-    assert not [kind for kind in LAYER_KINDS if not words.known(f"kind.{kind}", "")]

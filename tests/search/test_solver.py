@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.plan import LARGEST_MERGE, LayerPlan, plan_of
-from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel
+from sparsifiner_edge.search.fidelity_model import FidelityModel
 from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.search.solve import Solver, possible_counts
 
@@ -66,17 +66,6 @@ def test_no_plan_is_better_at_a_price(price: float) -> None:
     assert cost(found) == pytest.approx(min(map(cost, everything(2))))
 
 
-def test_one_layer_alone_loses_what_was_measured() -> None:
-    merge, reading = [0.01, 0.03], [0.02, 0.05]
-    fidelity = FidelityModel(merge, reading, PATCHES)
-    for layer in range(2):
-        rates, keep = [0, 0], [1.0, 1.0]
-        rates[layer] = PATCHES // 4
-        assert fidelity.of(LayerPlan(tuple(rates), (1.0, 1.0))) == pytest.approx(merge[layer], rel=1e-6)
-        keep[layer] = PROBED
-        assert fidelity.of(LayerPlan((0, 0), tuple(keep))) == pytest.approx(reading[layer], rel=1e-6)
-
-
 def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
     truth, fidelity = model(6, 400), model(6, 400)
     for name, value in (("steep", 0.4), ("size", 0.8), ("left", -0.5)):
@@ -111,23 +100,3 @@ def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distan
         assert plan_of(config, 3, PATCHES) == plan
     ms = solver.latency.of(plan)
     assert solver.latency.of(solver.at_latency(ms * 1.001)) <= ms * 1.001
-
-
-def test_parts_are_fitted_whatever_the_entries() -> None:
-    parts = times()
-    coarse = PlanLatency(COUNTS[::4], times(COUNTS[::4]))
-    for name in ("mlp", "merging", "1"):
-        assert coarse.of_part(name, list(COUNTS)) == pytest.approx(parts[name])
-    odd = parts | {"mlp": [value * (3 if number == 5 else 1) for number, value in enumerate(parts["mlp"])]}
-    steps = np.diff(PlanLatency(COUNTS, odd).of_part("mlp", np.arange(8, PATCHES + 1)))
-    assert (steps > 0).all(), "more tokens never take less"
-
-
-def test_whole_models_correct_the_sum() -> None:
-    plain, nothing, sparse = latency(), LayerPlan.dense(3), LayerPlan((4, 2, 0), (0.2, 0.5, 1.0))
-    other = LayerPlan((2, 2, 0), (1.0,) * 3)
-    scaled = plain.calibrated(nothing, 1.5 * plain.of(nothing))
-    assert scaled.of(sparse) == pytest.approx(1.5 * plain.of(sparse))
-    both = scaled.calibrated(sparse, scaled.of(sparse) + 3)
-    assert both.of(nothing) == pytest.approx(1.5 * plain.of(nothing))
-    assert both.of(other) == pytest.approx(1.5 * plain.of(other) + 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,11 +16,8 @@ from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.graph import gets_merged
 from sparsifiner_edge.plan import LayerPlan, plan_of
-from sparsifiner_edge.profiles.stats import skewed_mean
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.search.explore import Search
-from sparsifiner_edge.search.pieces import attention_piece, linear_pieces, merging_piece
-from sparsifiner_edge.search.request import Bound
+from sparsifiner_edge.search.pieces import attention_piece, linear_pieces
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, sparsify
@@ -130,21 +126,6 @@ def test_a_metric_of_the_users_own(
             Trial(load_student(start, trust=trust), teacher, paths, f"tests.hosts.metrics:{name}")
 
 
-@pytest.mark.parametrize(
-    ("distances", "shape"), [([0.0] * 6, 1.0), ([0.02] * 6, 1.0), ([0.0] * 5 + [0.3], 1 / 6)]
-)  # fmt: skip
-def test_how_images_differ_is_told_of_any_distances(
-    student: Student, pictures: Path, distances: list[float], shape: float
-) -> None:
-    trial = Trial(student, dense_twin(student).model, list_images(pictures), "patches")
-    plan = merging(trial, 4)
-    search = Search(Bound(0.9), trial, cast(Any, None), {}, {}, {})
-    search.distances[plan] = distances
-    assert search.shape(plan) == pytest.approx(shape, rel=1e-6)
-    bound = skewed_mean(distances, search.shape(plan))
-    assert bound.value <= bound.high
-
-
 @torch.no_grad()
 def test_linear_parts_compute_what_the_layer_does(student: Student) -> None:
     layer = student.backbone.layers[0]
@@ -158,12 +139,6 @@ def test_linear_parts_compute_what_the_layer_does(student: Student) -> None:
         wanted = x + layer.after_attention(layer.own_attention.joined(x, qkv[..., :64]))
         (got,) = file_session(projections.model).run(None, projections.feed)
         np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4)
-
-
-def test_int8_parts_hold_int8_products(student: Student) -> None:
-    for piece in linear_pieces(student.backbone.layers[0], 64, True, 1, (32,)).values():
-        assert [node.op_type for node in piece.model.graph.node].count("MatMul") == 2
-        assert file_session(piece.model).run(None, piece.feed)[0].shape == (1, 33, 64)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -182,11 +157,3 @@ def test_attention_parts_are_the_operators(student: Student, share: float, merge
     operators = [node.op_type for node in piece.model.graph.node]
     assert operators == (["DenseAttention"] if share == 1 else ["KeySelect", "SparseAttention"])
     assert all(gets_merged(piece.model, node) == merged for node in piece.model.graph.node)
-
-
-def test_the_merging_part_merges_an_eighth(student: Student) -> None:
-    piece = merging_piece(student.backbone.geometry, 1, 16, 40, 64, 100)
-    values, sizes, places = file_session(piece.model).run(None, piece.feed)
-    assert values.shape == (1, 36, 64)
-    assert sizes.sum() == 41
-    assert places.shape == (1, 100)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import onnx
 import pytest
 
-from sparsifiner_edge.errors import BackendError, ConfigError, GateError, MissingExtraError, UnsupportedModelError
+from sparsifiner_edge.errors import BackendError, ConfigError, GateError, UnsupportedModelError
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.commands import snapshot
 from tests.fakes.tensorrt import Behaviour
 from tests.package.reseal import reseal
@@ -90,18 +87,3 @@ def test_no_cuda_no_tensorrt_object(tmp_path, machine):
     with pytest.raises(BackendError, match="CUDA finds no device"):
         build_engine(make_bundle(tmp_path / "b"), "tensorrt")
     assert set(gpu.calls) <= {"cudaDriverGetVersion", "cudaGetDeviceCount"}
-
-
-def test_a_missing_or_old_or_broken_tensorrt(tmp_path, machine, monkeypatch):
-    _, trt = machine()
-    trt.__version__ = "8.5.2"
-    with pytest.raises(BackendError, match=r"(?s)TensorRT 8.5.2 is older than 10.3.*JetPack 6"):
-        TensorRt().load()
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[tensorrt\]"):
-        TensorRt().load()
-    monkeypatch.delitem(sys.modules, "tensorrt")
-    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(BackendError, match=r"(?s)libnvinfer.so.10.*JetPack"):
-        TensorRt().load()

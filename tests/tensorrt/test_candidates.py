@@ -16,11 +16,9 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.profiles.boards.board import load_board
-from sparsifiner_edge.runtime import build as module
 from sparsifiner_edge.runtime import golden, open_session
 from sparsifiner_edge.runtime.build import build_engine, verdict
 from sparsifiner_edge.runtime.golden import beyond_text, check_golden
-from sparsifiner_edge.runtime.tensorrt.backend import dense_model
 from tests.fakes.tensorrt import Behaviour
 from tests.package.reseal import reseal
 from tests.seal import seal_bundle
@@ -126,38 +124,6 @@ def test_dense_that_answers_too_differently_is_not_kept(tmp_path, bundle, machin
     assert "; not kept: Output 'features' of dense attention" in verdict(found)[1]
 
 
-def test_a_candidate_that_cannot_be_built_is_recorded(tmp_path, bundle, machine):
-    _, behaviour = machine("10.9", SparseAttention=1.5)
-    behaviour.refuse = ("attend",)
-    _, found = details(bundle(tmp_path / "b"))
-    assert found.kernels == "bodies"
-    assert "cannot read the model" in found.candidates["plugin"].failed
-
-
-def test_each_candidate_has_the_time_limit_for_itself(tmp_path, bundle, machine, monkeypatch):
-    machine("10.9", SparseAttention=1.5)
-    limits = {}
-
-    run = module.build_candidate
-
-    def hanging(engine, folder, output, timeout_s):
-        limits[engine.details.kernels] = timeout_s
-        if engine.details.kernels == "dense":
-            raise BackendError("The builder of tensorrt took more than 7 s and was ended.")
-        return run(engine, folder, output, timeout_s)
-
-    monkeypatch.setattr(module, "build_candidate", hanging)
-    folder = bundle(tmp_path / "b")
-    _, found = details(folder, timeout_s=7)
-    assert limits == {"bodies": 7, "plugin": 7, "dense": 7}
-    assert found.kernels == "bodies"
-    assert "took more than 7 s" in found.candidates["dense"].failed
-    for release, seconds in ((None, 600), ("36.4.3", 1800)):
-        monkeypatch.setattr(module, "jetson_release", lambda release=release: release)
-        details(folder)
-        assert set(limits.values()) == {seconds}
-
-
 def test_the_choice_can_be_made_by_hand(tmp_path, bundle, machine):
     machine("10.9", DenseAttention=1.0)
     folder = bundle(tmp_path / "b")
@@ -198,21 +164,3 @@ def test_a_dense_model_that_merges_takes_the_plugin_too(tmp_path, bundle, machin
     assert {name: entry.compute_ms for name, entry in found.candidates.items()} == {"bodies": 3.0, "plugin": 1.0}
     with pytest.raises(BackendError, match="no sparse attention, and no tokens merge"):
         build_engine(reseal(folder, ops=["sparsifiner::DenseAttention"]), "tensorrt", kernels="native")
-
-
-def test_the_dense_model_is_dense_attention():
-    """Against NumPy, on the same weights."""
-    model = sparse_model()
-    image = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    got = onnxruntime.InferenceSession(dense_model(model.SerializeToString())).run(None, {"image": image})[0]
-    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    qkv = image.reshape(2, 64, 3).astype(np.float32) @ weights["embed"] + weights["place"]
-    q, k, v = qkv.reshape(2, 64, 3, 2, 32).transpose(2, 0, 3, 1, 4)
-    logits = q @ k.swapaxes(-1, -2) * 32**-0.5
-    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
-    probabilities /= probabilities.sum(-1, keepdims=True)
-    wanted = (probabilities @ v).transpose(0, 2, 1, 3).reshape(2, 64, 64).mean(1)
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
-    dense = onnx.load_from_string(dense_model(model.SerializeToString()))
-    assert [f.name for f in dense.functions] == ["DenseAttention"]
-    assert {t.name for t in dense.graph.initializer} == {"pixels", "embed", "place", "axes", "single"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import re
 import shutil
@@ -11,13 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.bundle.engines import Details, Engine, EngineCandidate
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError, SparsifinerError
 from sparsifiner_edge.export.check import smooth_images
@@ -28,9 +25,7 @@ from sparsifiner_edge.export.int8 import quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.runtime.build import build_engine, verdict
 from sparsifiner_edge.runtime.tensorrt.backend import dense_model
-from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
 from sparsifiner_edge.sparse.patch import set_budget
 from tests.commands import manifest_of, snapshot
 from tests.everything import first
@@ -157,33 +152,6 @@ def test_merged_attention_is_fused_and_merging_takes_the_kernels_that_the_estima
     assert by_layer == pytest.approx(MERGE_LAUNCHES["bodies"], abs=3)
 
 
-@pytest.mark.everything
-@pytest.mark.parametrize(("kind", "faster"), [("edge", "dense"), ("merged", "bodies")])
-def test_both_are_built_where_their_gpu_is(
-    vit_bundle: VitBundle, monkeypatch: pytest.MonkeyPatch, kind: str, faster: str
-) -> None:
-    """By the real builder; the GPU, and so the times, are made up."""
-    install_cuda(monkeypatch, Gpu("NVIDIA RTX A2000", (8, 6), 12 << 30, False, 13000))
-    kernels: dict[str, int] = {}
-
-    def build(engine: Engine, folder: Path, output: Path, _timeout_s: float) -> Details:
-        details = TensorRtRtx().build(engine, folder, output)
-        kernels[str(details.kernels)] = compiled_kernels(output.read_bytes())["kernels"]
-        return details
-
-    def timed(session: Any, *_: Any) -> EngineCandidate:
-        return EngineCandidate(golden={}, compute_ms=1.0 if session == faster else 2.0)
-
-    monkeypatch.setattr("sparsifiner_edge.runtime.build.build_candidate", build)
-    monkeypatch.setattr("sparsifiner_edge.runtime.tensorrt.backend.EngineSession", lambda *a: a[3].details.kernels)
-    monkeypatch.setattr("sparsifiner_edge.runtime.tensorrt.backend.time_engine", timed)
-    bundle = vit_bundle(kind, "fp16", 1)
-    engine = build_engine(bundle, RTX).engines[0]
-    assert engine.details.kernels == faster
-    assert verdict(engine.details)[-1] == f"kept: {faster}, the fastest of those"
-    assert kernels["dense"] < kernels["bodies"]
-
-
 def test_the_dense_file_of_merged_tokens_is_what_dense_layers_compute() -> None:
     sparsity = SPARSITY["merged"]
     made = student(sparsity=sparsity, depth=2)
@@ -257,20 +225,6 @@ def test_int8_of_the_processor_is_refused_with_the_option_that_exports_another(t
     with pytest.raises(BackendError, match=r"(?s)is of uint8.*--int8-target tensorrt"):
         rtx(tiny, "8.6")
     assert snapshot(tiny) == before
-
-
-@pytest.mark.everything
-@pytest.mark.skipif(importlib.util.find_spec("polygraphy") is None, reason="polygraphy is in the extra dev")
-@pytest.mark.parametrize("kind", ["edge", "dense", "merged", "merged alone"])
-def test_polygraphy_finds_every_node_supported(vit_bundle: VitBundle, tmp_path: Path, kind: str) -> None:
-    bundle = vit_bundle(kind, "fp16", 1)
-    done = subprocess.run(
-        [Path(sys.executable).with_name("polygraphy"), "inspect", "capability", str(bundle / "model.onnx")],
-        env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"},
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Graph is fully supported by TensorRT" in done.stdout + done.stderr
 
 
 @pytest.mark.everything

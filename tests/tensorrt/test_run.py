@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +16,6 @@ from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 from tests.fakes.gpu import install_pycuda
 from tests.fakes.tensorrt import Behaviour
 from tests.tiny import make_bundle
@@ -82,14 +80,6 @@ def test_batches_are_those_asked_for(tmp_path, machine):
     assert gpu.live() == {}
 
 
-def test_a_fixed_batch_needs_no_profile(tmp_path, machine):
-    machine()
-    folder = make_bundle(tmp_path / "b", batch=1)
-    build_engine(folder, "tensorrt")
-    with open_session(folder, "tensorrt") as session:
-        assert session.infer({"image": image()})["features"].shape == (1, 8)
-
-
 def test_the_second_run_of_a_shape_is_a_graph(built):
     folder, gpu, behaviour = built
     with open_session(folder, "tensorrt") as session, open_session(folder) as reference:
@@ -104,9 +94,7 @@ def test_the_second_run_of_a_shape_is_a_graph(built):
     assert gpu.live() == {}
 
 
-@pytest.mark.parametrize(
-    "refuses", ["cudaStreamBeginCapture", "engine", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch"]
-)
+@pytest.mark.parametrize("refuses", ["cudaStreamBeginCapture", "engine", "cudaGraphLaunch"])
 def test_runs_go_on_where_a_recording_is_refused(built, machine, refuses):
     behaviour = Behaviour(recordable=refuses != "engine")
     gpu, _ = machine(behaviour=behaviour, integrated=False, fail={refuses: "cudaErrorInvalidValue"})
@@ -158,31 +146,6 @@ def test_an_engine_whose_recorded_runs_give_something_else_is_not_kept(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("now", "message"),
-    [
-        ({"version": "10.9"}, "built by tensorrt 10.3.0, installed is 10.9.0"),
-        ({"sm": (11, 0), "name": "Thor"}, "built for compute capability 8.7, Thor has 11.0"),
-    ],
-)
-def test_an_engine_for_another_machine_is_refused_unopened(built, machine, now, message):
-    behaviour = Behaviour()
-    machine(behaviour=behaviour, **now)
-    with pytest.raises(BackendError, match=f"(?s){message}.*sparsifiner-edge build"):
-        open_session(built[0], "tensorrt")
-    assert "deserialised" not in behaviour.seen
-
-
-def test_a_damaged_engine_is_a_message(built, tmp_path):
-    folder, gpu, _ = built
-    manifest = open_bundle(folder).manifest
-    (engine,) = manifest.engines
-    cut = (folder / engine.file).read_bytes()[:20]
-    with pytest.raises(BackendError, match=r"(?s)was built by another version or is damaged.*build it again"):
-        EngineSession(sys.modules["tensorrt"], tmp_path / "cut.engine", cut, engine, manifest)
-    assert gpu.live() == {}
-
-
-@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"behaviour": Behaviour(context=("Cuda Runtime (out of memory)",))}, r"(?s)to prepare a run.*Close other pr"),
@@ -200,18 +163,6 @@ def test_a_failure_while_opening_leaves_nothing(built, machine, change, said):
     gpu, _ = machine(**change)
     with pytest.raises(BackendError, match=said):
         open_session(built[0], "tensorrt")
-    assert gpu.live() == {}
-
-
-@pytest.mark.parametrize("function", ["cudaMemcpyAsync", "cudaEventRecord", "cudaStreamSynchronize"])
-def test_a_failure_while_running_leaves_nothing(built, machine, function):
-    gpu, _ = machine(integrated=False)
-    with open_session(built[0], "tensorrt") as session:
-        session.infer({"image": image()})
-        gpu.fail[function] = "cudaErrorLaunchFailure"
-        with pytest.raises(BackendError, match=r"(?s)cudaErrorLaunchFailure.*lost to this process: start it again"):
-            session.infer({"image": image()})
-        del gpu.fail[function]
     assert gpu.live() == {}
 
 
@@ -251,12 +202,3 @@ def test_a_run_that_fails_says_what_tensorrt_said(built):
     with pytest.raises(BackendError, match="closed"):
         session.infer({"image": image()})
     assert gpu.live() == {}
-
-
-def test_a_bundle_without_engines_says_how_to_build(tmp_path, machine):
-    machine()
-    folder = make_bundle(tmp_path / "b")
-    with pytest.raises(BackendError, match=r"(?s)no engine for tensorrt.*build .* --backend tensorrt"):
-        open_session(folder, "tensorrt")
-    with pytest.raises(BackendError, match=r"(?s)kernels are chosen when it is built.*sparsifiner-edge build"):
-        open_session(folder, "tensorrt", kernels="native")
