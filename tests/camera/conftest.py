@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -112,9 +113,14 @@ class Service:
         raise AssertionError(f"no event {wanted}")
 
     def decoder(self) -> int:
-        """The decoding process."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return next(int(pid) for path in children for pid in path.read_text().split())
+        """The decoding process; while a source is lost, between two of them there is none."""
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+            for pid in (int(pid) for path in children for pid in path.read_text().split()):
+                return pid
+            time.sleep(0.01)
+        raise AssertionError("no decoding process")
 
     def finish(self, seconds: float = 20) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
         """SIGTERM; exit code, what records and what events were left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,14 @@ def test_the_command_line(text: str, code: int, cells: Path, service: Any) -> No
 
 
 def test_metrics_health_and_processes(cells: Path, service: Any, tmp_path: Path) -> None:
-    (tmp_path / "source").write_text("rtsp://user:hUntEr2@127.0.0.1:1/x?auth=t0keN\n")
-    run = service(cells, "--source", f"@{tmp_path / 'source'}", "--metrics", "0")
-    address = run.event(event="metrics")["address"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # It never answers, so that the decoding process stays.
+        port = silent.getsockname()[1]
+        (tmp_path / "source").write_text(f"rtsp://user:hUntEr2@127.0.0.1:{port}/x?auth=t0keN\n")
+        run = service(cells, "--source", f"@{tmp_path / 'source'}", "--metrics", "0", "--stall", 5)
+        address = run.event(event="metrics")["address"]
+        for pid in (run.process.pid, run.decoder()):
+            process = Path(f"/proc/{pid}")
+            assert_hidden((process / "cmdline").read_text() + (process / "environ").read_text())
     run.event(state="lost")
     assert_hidden(get(address)[1] + get(address.replace("/metrics", "/healthz"))[1])
-    for pid in (run.process.pid, run.decoder()):
-        process = Path(f"/proc/{pid}")
-        assert_hidden((process / "cmdline").read_text() + (process / "environ").read_text())
     assert run.finish()[0] == 0

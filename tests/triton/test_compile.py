@@ -105,6 +105,7 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match="Unset it"):
         compile_launch(plan, plan.launches[0], 87)
+    monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.delattr("sparsifiner_edge.ops.triton.attend")
     monkeypatch.setitem(sys.modules, "sparsifiner_edge.ops.triton.attend", None)
     with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[triton\]"):

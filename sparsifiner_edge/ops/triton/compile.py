@@ -129,10 +129,9 @@ def _function(name: str, capability: int) -> Any:
             f"Compute capability {capability / 10} is too low for the kernels.",
             f"They need {LEAST_CAPABILITY / 10} or more.",
         )
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Asked before: kernels stay what they were imported as.
+        raise BackendError("TRITON_INTERPRET=1 interprets kernels and cannot compile them.", "Unset it.")
     try:
-        function = kernel(name)
+        return kernel(name)
     except ImportError as error:
         raise MissingExtraError("triton", "triton") from error
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise BackendError("TRITON_INTERPRET=1 interprets kernels and cannot compile them.", "Unset it.")
-    return function
