@@ -67,7 +67,7 @@ def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.Capture
     assert (output / "maps.png").read_bytes().startswith(b"\x89PNG")
     for name in ("default", "found"):
         assert read_result(output / f"{name}-task.json")["statistics"]["iou"]["mean"]["value"] > 0
-        assert read_result(output / f"{name}-speed.json")["statistics"]["comparison"]["ratio"]["value"] > 0
+    assert read_result(output / "default-speed.json")["statistics"]["comparison"]["ratio"]["value"] > 0
     # An earlier one is replaced, and with no time left there are the defaults alone.
     demo.LEAST_MINUTES = 1
     assert list(demo.main(["-o", str(output), "--minutes", "0"])) == ["defaults"]
