@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,17 +85,9 @@ def test_in_memory(place: Path) -> None:
 def test_make_demo(tmp_path: Path) -> None:
     assert BLOCKS[1][1].strip() == "make demo"
     # The environment of this very run serves: `make demo` itself would install into .venv, which CI has just done.
-    command = [
-        "make",
-        "-o",
-        f"{ROOT}/.venv/.demo",
-        "demo",
-        f"DEMO={tmp_path / 'demo'}",
-        f"BIN={Path(sys.executable).parent}",
-    ]
-    begun = time.monotonic()
+    folders = f"DEMO={tmp_path / 'demo'}", f"BIN={Path(sys.executable).parent}"
+    command = ["make", "-o", f"{ROOT}/.venv/.demo", "demo", *folders]
     out = run(command, ROOT)
-    assert time.monotonic() - begun < 420  # Five minutes on a machine that does nothing else.
     assert f"native, {native.target()}" in out
     names = ("default", "found") if "fastest at 0.98" in out else ("default",)
     for name in names:
