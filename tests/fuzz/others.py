@@ -126,7 +126,7 @@ USAGES = {
     "sparsify test_vit --weights {good}/weights.safetensors -o {work}/made": "--keep --set --token-keep --img-size",
     "export {good}/student -o {work}/made": "--keep --batch --merge --precision --board",
     "evaluate {good}/student --data {good}/images": "--keep --token-keep --metric --gallery --queries --workers",
-    "distill {good}/student --data {good}/images -o {work}/made": "--set --recipe --held-out",
+    "distill {good}/student --data {good}/images -o {work}/made": "--set --recipe",
     "bundle verify {good}/plain": "--public-key --backend",
     "bundle sign {good}/plain": "--key",
 }
