@@ -116,7 +116,7 @@ class _FeatureJudge(Judge):
     since some corruptions move patches.
     """
 
-    truth = "features: the dense model's of the clean image; patches: the dense model's of the same, corrupted image"
+    truth = "features: the dense model's of the clean image; patches: the dense model's of the same image"
 
     def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import os
@@ -18,6 +19,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from sparsifiner_edge.camera import confine
 from sparsifiner_edge.camera.capture import Capture
@@ -114,11 +119,23 @@ def test_a_video_with_sound(cells: Path, tmp_path: Path) -> None:
     assert len(records_of(process("run", cells, "--source", tmp_path / "v.mkv"))) == 20
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def certify(folder: Path) -> None:
+    """A key and a certificate of its own, for two days."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+        .serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=2))
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "certificate").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "key").write_bytes(key.private_bytes(serialization.Encoding.PEM, *form))
+
+
 def test_an_encrypted_stream_of_a_host_by_name(tmp_path: Path) -> None:
     """Neither TLS nor the look-up needs a file that cannot be opened any more; no certificate is checked."""
-    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout key -out certificate"
-    subprocess.run(["openssl", *made.split()], cwd=tmp_path, capture_output=True, check=True)
+    certify(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
     events: list[dict[str, Any]] = []
