@@ -71,7 +71,7 @@ DEFAULT = Variant("default", "edge", sizes=ALL_SIZES)
 
 
 def variants() -> list[Variant]:
-    """Every variant that was tried."""
+    """Every variant that is measured."""
     rows = [DEFAULT]
     # Settings that are not a size's default.
     rows += [Variant("default", "keep 0.1", {"keep": 0.1}, sizes=(224,))]

@@ -9,13 +9,13 @@ from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tr
 
 BUDGET = {
     "base": 2705, "ops": 1998, "native": 4165, "triton": 1823, "sparse": 3010, "distill": 1471,
-    "export": 1847, "bundle": 1106, "runtime": 2959, "profiles": 2716, "evaluate": 1732, "search": 1689,
-    "report": 971, "camera": 2024, "package": 355, "cli": 1470, "demo, doctor": 374,
+    "export": 1847, "bundle": 1106, "runtime": 2959, "profiles": 2716, "evaluate": 1736, "search": 1691,
+    "report": 973, "camera": 2024, "package": 355, "cli": 1470, "demo, doctor": 374,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.18
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 20563, "benchmarks": 5189}
+BESIDE = {"tests": 20563, "benchmarks": 5192}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""

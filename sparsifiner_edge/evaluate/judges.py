@@ -89,7 +89,7 @@ def judge_of(
         clean: whether images stay as they are.
     """
     if task is None:
-        return _FeatureJudge(files, size)
+        return _FeatureJudge(files, size, clean)
     return _MapJudge(files, size, output, masks, clean) if task == MAPS else _OwnJudge(files, size, task)
 
 
@@ -116,7 +116,10 @@ class _FeatureJudge(Judge):
     since some corruptions move patches.
     """
 
-    truth = "features: the dense model's of the clean image; patches: the dense model's of the same image"
+    def __init__(self, files: Sequence[Path], size: ImageSize, clean: bool) -> None:
+        super().__init__(files, size)
+        apart = "features: the dense model's of the clean image; patches: the dense model's of the same image"
+        self.truth = "the dense model's" if clean else apart
 
     def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`.
@@ -163,7 +166,8 @@ class _MapJudge(Judge):
         super().__init__(files, size)
         self._folder, self._output, self._measures = masks, output, tuple(MAP_MEASURES) if clean else ("iou",)
         self._masks = [] if masks is None else _masks_of(Path(masks), files)
-        self.truth = "true masks" if self._masks else "the dense model's map of the clean image"
+        dense = "the dense model's map; subject, teacher and lost: true masks" if clean else "true masks"
+        self.truth = dense if self._masks else "the dense model's map" + " of the clean image" * (not clean)
 
     def clean(self, seen: JudgedImage) -> Scores:
         """See `Judge`; first the subject's map against the teacher's."""

@@ -79,7 +79,9 @@ def search_section(data: ReportData) -> Section:
             blocks.append(Note(texts.missing(front.answer, ""), True))
         if not isinstance(front.check, Unavailable):
             value = texts.figure(front.check, digits=4)
-            blocks.append(Note(texts("search.check", value=value, images=len(file.result.method.images["checked"]))))
+            blocks.append(
+                Note(texts("search.check", value=value, images=len(file.result.method.images.get("checked", ()))))
+            )
     return "search", blocks
 
 

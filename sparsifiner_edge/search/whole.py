@@ -34,6 +34,8 @@ CALIBRATED = 16
 """Images at most that int8 is calibrated with."""
 SECONDS = 4.0
 """Least time measured of each."""
+MOST_SECONDS = 60.0
+"""Most, so that slow models get their rounds."""
 LEAST_ROUNDS = 10
 """Of slow models; of ten, the second least and second greatest bound a median at 95 %."""
 PlanInEngine: TypeAlias = tuple[LayerPlan, Deployment]
@@ -95,7 +97,7 @@ class WholeModels:
 
 def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | None = None) -> list[Estimate]:
     """Median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
-    rules = replace(make_rules(SECONDS, LEAST_ROUNDS), blocks=LEAST_ROUNDS)
+    rules = replace(make_rules(SECONDS, LEAST_ROUNDS), blocks=LEAST_ROUNDS, max_seconds=MOST_SECONDS)
     on_stage = stage_progress(progress, len(bundles) * (SECONDS + 2.0))
     with contextlib.ExitStack() as stack:
         sides: list[MeasuredSide] = []
