@@ -145,7 +145,7 @@ def _package() -> tuple[Any, str, str]:
         )
     except MissingExtraError as missing:
         try:
-            text = str(getattr(import_package("pycuda", "pycuda", extra, ""), "VERSION_TEXT", ""))
+            text = str(getattr(import_package("pycuda", "pycuda", extra, "Reinstall pycuda."), "VERSION_TEXT", ""))
             module = import_package("pycuda.driver", "pycuda", extra, "Install NVIDIA's driver, or reinstall pycuda.")
         except MissingExtraError:
             raise missing from None

@@ -17,8 +17,13 @@ import numpy as np
 from sparsifiner_edge.arrays import bytes_at
 
 _TO_DEVICE, _TO_HOST = 1, 2
-_NAMES = {"out of memory": "MemoryAllocation", "launch failed": "LaunchFailure", "no device": "NoDevice"}
-"""Of the runtime API, by words that pycuda has for them; other errors are lost to the process, or say what they are."""
+_NAMES = {
+    "out of memory": "MemoryAllocation", "no device": "NoDevice", "no CUDA-capable device": "NoDevice",
+    "launch failed": "LaunchFailure", "launch failure": "LaunchFailure", "illegal memory access": "IllegalAddress",
+    "illegal instruction": "IllegalInstruction", "misaligned": "MisalignedAddress",
+    "driver combination": "SystemDriverMismatch",
+}  # fmt: skip
+"""Of the runtime API, by words that pycuda has for them; other errors say what they are in its words."""
 
 
 class _Failure(int):
@@ -29,7 +34,7 @@ class _Failure(int):
     @classmethod
     def of(cls, text: str) -> _Failure:
         made = cls(1)
-        made.name = "cudaError" + next((name for words, name in _NAMES.items() if words in text), "Unknown")
+        made.name = "cudaError" + next((name for words, name in _NAMES.items() if words in text), "")
         made.text = text
         return made
 
@@ -114,7 +119,9 @@ class PyCuda:
             atexit.register(context.pop)
             self._thread = threading.get_ident()
         elif self._thread != threading.get_ident():
-            raise self._d.Error("pycuda works in the thread alone that opened it: open the session where it runs")
+            raise self._d.Error(
+                "pycuda works in the thread alone that opened it, of a process: use CUDA there, or install cuda-python"
+            )
 
     def _properties(self, device: int) -> Any:
         found, attribute = self._d.Device(device), self._d.device_attribute.INTEGRATED
