@@ -299,6 +299,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 def is_locked(path: Path) -> bool:
     """Whether a process that locked a file or folder still lives."""
+    if path.is_symlink():  # Somebody else's: what we lock is a file or a folder.
+        return False
     with contextlib.suppress(FileNotFoundError), locked(path, wait=False) as ours:
         return not ours
     return False

@@ -147,7 +147,8 @@ def _require_learnable(student: Student, recipe: Recipe) -> None:
 
 
 def _source(data: Path, recipe: Recipe, student: Student, labels: bool, held_out: Path | None) -> ImageSource:
-    classes = student.backbone.classes
+    # Of a classifier that is a backbone alone: what a decoder gives is nothing that labels could teach.
+    classes = student.backbone.classes if student.backbone.module is student.model else 0
     if labels and not classes:
         raise ConfigError(f"{student.name} has no classifier to learn labels.", "Leave --labels out.")
     source = folder_source(data, recipe.images.held_out, labels, held_out, student.labels)

@@ -48,7 +48,7 @@ def outputs_of(
     if TOKENS in outputs:
         raise ConfigError(
             f"The module's own output {TOKENS!r} bears the name of its backbone's.",
-            "Name it otherwise, or leave --tokens out.",
+            "Name it otherwise; to export it, leaving --tokens out helps too.",
         )
     outputs = outputs | {TOKENS: final}
     if backbone.sparsity is not None and backbone.sparsity.token_keep:
