@@ -49,11 +49,11 @@ def sha256(path: Path, copy: BinaryIO | None = None) -> str:
     Raises:
         ArtifactError: see `files.open_regular`; or it has more than `MAX_FILE` bytes.
     """
-    digest, left = hashlib.sha256(), MAX_FILE
+    digest, remaining = hashlib.sha256(), MAX_FILE
     with open_regular(path) as file:
         while block := file.read(1 << 20):
-            left -= len(block)
-            if left < 0:
+            remaining -= len(block)
+            if remaining < 0:
                 raise ArtifactError(f"{path} has more than {MAX_FILE} bytes.", "Do not use it.")
             digest.update(block)
             if copy is not None:
@@ -85,9 +85,9 @@ def parse_json(text: bytes, path: Path, schema: int | None, again: str) -> dict[
         raise ArtifactError(f"{path} has no schema_version.", "It was not written by sparsifiner-edge.")
     if schema not in (None, version):
         raise ArtifactError(f"{path} has schema {version}; this version reads {schema} alone.", again)
-    found = flaw(content)
-    if found is not None:
-        raise ArtifactError(f"{path}: {found}.", again)
+    defect = flaw(content)
+    if defect is not None:
+        raise ArtifactError(f"{path}: {defect}.", again)
     return dict(content)
 
 
@@ -122,9 +122,9 @@ def parse_toml(text: str, origin: str, fix: str) -> Any:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # Each kind of damage has a ValueError of its own.
         raise ConfigError(f"{origin} is not TOML: {error}.", fix) from error
-    found = flaw(content, finite=False)
-    if found is not None:
-        raise ConfigError(f"{origin}: {found}.", fix)
+    defect = flaw(content, finite=False)
+    if defect is not None:
+        raise ConfigError(f"{origin}: {defect}.", fix)
     return content
 
 
@@ -167,7 +167,7 @@ def require_replaceable(folder: Path, kind: str) -> None:
         busy = [path for path in scratches(folder) if is_locked(path)]
     if busy:
         raise ArtifactError(f"An engine is being built in {folder}.", "Wait for it, or choose another output folder.")
-    ours = _own_files(folder, kind)
+    ours = _written_files(folder, kind)
     fix = "It is left untouched; choose another output folder."
     if not ours:
         raise ArtifactError(f"{folder} exists and is not a {kind} of ours.", fix)
@@ -175,7 +175,7 @@ def require_replaceable(folder: Path, kind: str) -> None:
         raise ArtifactError(f"{folder} also holds {min(present - ours)}, which is not ours.", fix)
 
 
-def _own_files(folder: Path, kind: str) -> set[str]:
+def _written_files(folder: Path, kind: str) -> set[str]:
     """The files that we wrote into a folder of this kind; none if it is of another kind, or damaged."""
     path = folder / _KIND_FILES[kind]
     with contextlib.suppress(ArtifactError):
@@ -184,9 +184,9 @@ def _own_files(folder: Path, kind: str) -> set[str]:
         if kind == "student":
             return {STUDENT_FILE, WEIGHTS_FILE, ARCHITECTURE_FILE}
         files = read_json(path, None, "Make it again.").get("files")
-        own = {path.name, SIGNATURE_FILE, *(files if isinstance(files, dict) else ())}
-        left = [file for scratch in scratches(folder) for file in scratch.rglob("*") if file.is_file()]
-        return own | {str(file.relative_to(folder)) for file in (*left, *unlisted_engines(folder, own))}
+        written = {path.name, SIGNATURE_FILE, *(files if isinstance(files, dict) else ())}
+        in_scratch = [file for scratch in scratches(folder) for file in scratch.rglob("*") if file.is_file()]
+        return written | {str(file.relative_to(folder)) for file in (*in_scratch, *unlisted_engines(folder, written))}
     return set()
 
 

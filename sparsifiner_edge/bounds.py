@@ -82,15 +82,15 @@ def flaw(content: Any, finite: bool = True, nulls: bool = True) -> str | None:
     Returns:
         Where and what, such as "samples.latency_ms[3] is nan"; None: nothing.
     """
-    left: list[tuple[Any, str, int]] = [(content, "", 0)]
-    while left:
-        value, path, depth = left.pop()
+    pending: list[tuple[Any, str, int]] = [(content, "", 0)]
+    while pending:
+        value, path, depth = pending.pop()
         if depth > MOST_DEPTH:
             return f"{path:.60} is nested deeper than {MOST_DEPTH} levels"
         children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for name, child in children:
             if isinstance(child, (dict, list)):
-                left.append((child, _place(path, name), depth + 1))
+                pending.append((child, _place(path, name), depth + 1))
             elif finite and isinstance(child, float) and not math.isfinite(child):
                 return f"{_place(path, name)} is {child}"
             elif child is None and not nulls:

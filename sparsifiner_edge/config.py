@@ -91,8 +91,8 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         # What NumPy computes counts as the number that it is.
-        given = msgspec.to_builtins(vars(self), enc_hook=lambda value: getattr(value, "tolist", lambda: repr(value))())
-        checked = read_record(given, _Ranges, "The settings of sparsity", _FIX, ConfigError)
+        settings = msgspec.to_builtins(vars(self), enc_hook=lambda x: getattr(x, "tolist", lambda: repr(x))())
+        checked = read_record(settings, _Ranges, "The settings of sparsity", _FIX, ConfigError)
         one = isinstance(checked.keep, tuple) and len(set(checked.keep)) == 1
         shortened = {"keep": checked.keep[0]} if one else {}
         if not any(checked.merge):
@@ -173,9 +173,9 @@ class SparsityConfig:
         Raises:
             ConfigError: no such preset, or a value is out of range or cannot be combined with it.
         """
-        given = {name: value for name, value in settings.items() if value is not None}
-        given |= {"merge": (given["merge"],)} if isinstance(given.get("merge"), int) else {}
-        return cls(**{"preset": preset, **PRESETS.get(preset, {}), **given})
+        fields = {name: value for name, value in settings.items() if value is not None}
+        fields |= {"merge": (fields["merge"],)} if isinstance(fields.get("merge"), int) else {}
+        return cls(**{"preset": preset, **PRESETS.get(preset, {}), **fields})
 
     @classmethod
     def from_dict(cls, fields: object) -> SparsityConfig:

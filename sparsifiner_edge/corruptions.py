@@ -146,7 +146,7 @@ def _zoom_blur(x: Array, level: int, _rng: Generator, _scale: float) -> Array:
 
 
 def _snow(x: Array, level: int, rng: Generator, scale: float) -> Array:
-    mean, deviation, zoom, least, radius, sigma, kept = (
+    mean, deviation, zoom, least, radius, sigma, share = (
         (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
         (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
         (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
@@ -160,20 +160,20 @@ def _snow(x: Array, level: int, rng: Generator, scale: float) -> Array:
     flakes = np.clip(np.where(flakes < least, 0, flakes), 0, 1)
     flakes = _dragged(flakes, radius * scale, sigma * scale, rng.uniform(-135, -45))[..., None]
     grey = x @ np.array([0.299, 0.587, 0.114], np.float32)  # luma, ITU-R BT.601
-    pale = kept * x + (1 - kept) * np.maximum(x, grey[..., None] * 1.5 + 0.5)
+    pale = share * x + (1 - share) * np.maximum(x, grey[..., None] * 1.5 + 0.5)
     return np.asarray(pale + flakes + flakes[::-1, ::-1])
 
 
 def _frost(x: Array, level: int, rng: Generator, scale: float) -> Array:
     """Ice on a pane: needles along ridges, bluish; mean .62 and deviation .17, about those of photographs."""
-    kept, ice = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[level]
+    share, ice = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[level]
     shape = x.shape[:2]
     field = _clouds(shape, 1.4, rng)
     ridges = 1 - np.abs(2 * _clouds(shape, 1.3, rng) - 1)
     seeds = rng.random(shape, np.float32) ** 6 * ridges.astype(np.float32)
     drawn = field + ridges**3 + 2 * _dragged(seeds, 12 * scale, 6 * scale, rng.uniform(0, 360))
     drawn = 0.62 + 0.17 * (drawn - drawn.mean()) / drawn.std()
-    return np.asarray(kept * x + ice * np.clip(drawn[..., None] * np.array([0.92, 1, 1.08]), 0, 1))
+    return np.asarray(share * x + ice * np.clip(drawn[..., None] * np.array([0.92, 1, 1.08]), 0, 1))
 
 
 def _fog(x: Array, level: int, rng: Generator, _scale: float) -> Array:

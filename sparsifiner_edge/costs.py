@@ -58,8 +58,8 @@ def layers(shape: ModelShape, sparsity: SparsityConfig) -> Iterator[tuple[ModelS
     """Each layer: the shape with the patches that it sees, its share of keys, and the patches that it leaves."""
     plan = plan_of(sparsity, shape.depth, shape.patches)
     counts = plan.tokens(shape.patches)
-    for share, patches, left in zip(plan.keep, counts, counts[1:], strict=False):
-        yield dataclasses.replace(shape, patches=patches), share, left
+    for share, patches, remaining in zip(plan.keep, counts, counts[1:], strict=False):
+        yield dataclasses.replace(shape, patches=patches), share, remaining
 
 
 def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]:
@@ -67,21 +67,21 @@ def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]
     left.
     """
     costs = []
-    for here, share, left in layers(shape, sparsity):
-        ranking = (here.patches + shape.prefix) * shape.width if here.patches != left else 0
+    for here, share, remaining in layers(shape, sparsity):
+        ranking = (here.patches + shape.prefix) * shape.width if here.patches != remaining else 0
         if ranking and sparsity.merge:
             ranking += here.patches // 2 * sparsity.merge_window * shape.width // shape.heads
         reads = sparsity.of_share(share) if share < 1 else None
-        costs.append(_layer(here, reads, left + shape.prefix, ranking))
+        costs.append(_layer(here, reads, remaining + shape.prefix, ranking))
     return costs
 
 
-def _layer(shape: ModelShape, sparsity: SparsityConfig | None, left: int, ranking: int) -> LayerCosts:
+def _layer(shape: ModelShape, sparsity: SparsityConfig | None, remaining: int, ranking: int) -> LayerCosts:
     """`left`: tokens that the MLP sees; `ranking`: MACs that find those, where it is fewer."""
     tokens, width, hidden = shape.prefix + shape.patches, shape.width, shape.hidden
     costs = dict.fromkeys(MAC_KINDS, Work()) | {
         "projections": Work(4 * tokens * width * width, FLOAT * (4 * width * width + 6 * tokens * width)),
-        "mlp": Work(2 * left * width * hidden, FLOAT * (2 * width * hidden + 2 * left * (width + hidden))),
+        "mlp": Work(2 * remaining * width * hidden, FLOAT * (2 * width * hidden + 2 * remaining * (width + hidden))),
         "pruning": Work(ranking, FLOAT * tokens * width if ranking else 0),
     }
     if sparsity is None:

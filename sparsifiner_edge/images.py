@@ -50,7 +50,7 @@ class Normalisation(msgspec.Struct, frozen=True):
         return cls(_channels("mean", mean), _channels("std", std, 0.0))
 
     @classmethod
-    def given(cls, normalise: Normalise) -> Normalisation | None:
+    def parse(cls, normalise: Normalise) -> Normalisation | None:
         """What a caller said; None: nothing.
 
         Raises:
@@ -89,10 +89,10 @@ def list_images(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ImageError(f"{source} does not exist.", "Give an image or a folder of images.")
-    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
         raise ImageError(f"{source} holds no image.", f"Known endings: {', '.join(sorted(SUFFIXES))}.")
-    return found
+    return paths
 
 
 def evenly(items: Sequence[Item], most: int) -> list[Item]:
@@ -156,9 +156,9 @@ def load_mask(path: Path, size: ImageSize) -> npt.NDArray[np.bool_]:
 
 def centred(image: Any, size: ImageSize, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
     """What `centre_box` takes of a Pillow image, resized to `size`: Pillow's image of that mode."""
-    own_width, own_height = image.size
+    width, height = image.size
     height, width = height_width(size)
-    centre = image.crop(centre_box(own_width, own_height, size)).convert(mode)
+    centre = image.crop(centre_box(width, height, size)).convert(mode)
     return centre.resize((width, height), _pillow().Resampling[resampling])
 
 

@@ -88,25 +88,25 @@ def map_in(outputs: Outputs, name: str | None, role: str) -> tuple[str, Array]:
             f"The {role} gives {len(maps)} dense maps ({', '.join(outputs)}); which is judged?",
             "Name one: --map NAME.",
         )
-    found = np.squeeze(maps[name])
-    if found.ndim != 2:
+    squeezed = np.squeeze(maps[name])
+    if squeezed.ndim != 2:
         raise ConfigError(
             f"{name} has shape {list(maps[name].shape)}: no map of one channel.",
             "Write a metric of your own: --task package.module:object.",
         )
-    return name, found
+    return name, squeezed
 
 
-def map_scores(found: Array, truth: Array, threshold: float, names: Sequence[str] = tuple(MAP_MEASURES)) -> Scores:
+def map_scores(answer: Array, truth: Array, threshold: float, names: Sequence[str] = tuple(MAP_MEASURES)) -> Scores:
     """A map against a true mask (bool), [H,W] of any size, or another model's map of its shape, by `MAP_MEASURES`.
 
     Two maps that do not both lie between 0 and 1 have an error alone.
     """
     masked = truth.dtype == bool
-    mask = matching(truth, found.shape) if masked else truth > threshold
-    if not masked and not all(x.min() >= 0 and x.max() <= 1 for x in (found, truth)):
+    mask = matching(truth, answer.shape) if masked else truth > threshold
+    if not masked and not all(x.min() >= 0 and x.max() <= 1 for x in (answer, truth)):
         names = [name for name in names if name == "error"]
-    pairs = {"error": (found, mask if masked else truth), "iou": (found > threshold, mask), "auroc": (found, mask)}
+    pairs = {"error": (answer, mask if masked else truth), "iou": (answer > threshold, mask), "auroc": (answer, mask)}
     return {name: MAP_MEASURES[name](*pairs[name]) for name in names}
 
 

@@ -108,9 +108,9 @@ def jetson_release(root: Path = Path("/")) -> str | None:
     Args:
         root: where `etc` and `var` are; tests give another tree.
     """
-    told = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release") or "")
-    if told:
-        return f"{told[1]}.{told[2]}"
+    release = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release") or "")
+    if release:
+        return f"{release[1]}.{release[2]}"
     packages = _read(root / "var/lib/dpkg/status") or ""
     core = re.search(r"^Package: nvidia-l4t-core\n(?:.+\n)*?Version: ([\d.]+)", packages, re.MULTILINE)
     return core[1] if core else None

@@ -15,8 +15,8 @@ def cosine(a: Array, b: Array) -> Array:
     a, b = a.astype(np.float64), b.astype(np.float64)
     of_a, of_b = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
     with np.errstate(invalid="ignore"):
-        found = (a * b).sum(-1) / np.maximum(of_a * of_b, 1e-30)
-    return np.asarray(np.where((of_a == 0) & (of_b == 0), 1.0, found))
+        cosines = (a * b).sum(-1) / np.maximum(of_a * of_b, 1e-30)
+    return np.asarray(np.where((of_a == 0) & (of_b == 0), 1.0, cosines))
 
 
 def row_cosines(name: str, got: Array, expected: Array) -> Array:
@@ -114,10 +114,10 @@ def aligned(got: Mapping[str, Array], expected: Mapping[str, Array]) -> tuple[di
         return outputs, 0
     wanted, tokens, missing = expected[POSITIONS], expected["tokens"].copy(), 0
     prefix = tokens.shape[1] - wanted.shape[1]
-    for number, (own, other) in enumerate(zip(got[POSITIONS], wanted, strict=True)):
-        place = np.searchsorted(own, other).clip(max=len(own) - 1)
-        found = own[place] == other
+    for number, (positions, reference) in enumerate(zip(got[POSITIONS], wanted, strict=True)):
+        place = np.searchsorted(positions, reference).clip(max=len(positions) - 1)
+        shared = positions[place] == reference
         tokens[number, :prefix] = got["tokens"][number, :prefix]
-        tokens[number, prefix:][found] = got["tokens"][number, prefix:][place[found]]
-        missing += int((~found).sum())
+        tokens[number, prefix:][shared] = got["tokens"][number, prefix:][place[shared]]
+        missing += int((~shared).sum())
     return outputs | {"tokens": tokens}, missing

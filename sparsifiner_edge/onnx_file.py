@@ -50,9 +50,9 @@ def _messages(message: Any) -> Iterator[Any]:
 
     waiting = [message]
     while waiting:
-        found = waiting.pop()
-        yield found
-        for field, value in () if isinstance(found, onnx.TensorProto) else found.ListFields():
+        message = waiting.pop()
+        yield message
+        for field, value in () if isinstance(message, onnx.TensorProto) else message.ListFields():
             if field.message_type is not None:
                 waiting += [value] if hasattr(value, "ListFields") else value
 

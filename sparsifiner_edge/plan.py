@@ -48,10 +48,10 @@ class LayerPlan:
         """Of an image's patches, how many tokens each layer's attention sees, and as the last entry how many leave the
         last layer.
         """
-        left = [patches]
+        counts = [patches]
         for rate, share in zip(self.merge, self.token_keep or (1.0,) * len(self.merge), strict=True):
-            left.append(share_of(share, left[-1]) - rate)
-        return left
+            counts.append(share_of(share, counts[-1]) - rate)
+        return counts
 
     def config(self, base: SparsityConfig) -> SparsityConfig:
         """A student's config that merges and reads by this plan."""
@@ -74,34 +74,34 @@ def plan_of(sparsity: SparsityConfig, depth: int, patches: int) -> LayerPlan:
         ConfigError: it gives more shares than there are layers, or other rates, or names a layer that does not exist;
             or a layer would leave fewer than `LEAST_PATCHES`.
     """
-    kept = dict(sparsity.token_keep)
-    last = max(kept, default=0)
+    shares = dict(sparsity.token_keep)
+    last = max(shares, default=0)
     require(
         last < depth,
         f"tokens are pruned at layer {last}: the model has {depth} layers.",
         f"Give indices from 0 to {depth - 1}.",
     )
-    merge, left = [], patches
+    merge, remaining = [], patches
     for layer, rate in enumerate(_rates(sparsity.merge, depth)):
-        merge.append(min(rate, left // LARGEST_MERGE))
-        left -= merge[-1]
+        merge.append(min(rate, remaining // LARGEST_MERGE))
+        remaining -= merge[-1]
         require(
-            left >= LEAST_PATCHES or not sparsity.merge,
-            f"merging {rate} tokens in layer {layer} leaves {left} patches.",
+            remaining >= LEAST_PATCHES or not sparsity.merge,
+            f"merging {rate} tokens in layer {layer} leaves {remaining} patches.",
             f"Merge less, so that {LEAST_PATCHES} are left, or choose a larger image.",
         )
-    pruned = tuple(kept.get(layer, 1.0) for layer in range(depth)) if kept else ()
+    pruned = tuple(shares.get(layer, 1.0) for layer in range(depth)) if shares else ()
     return LayerPlan(tuple(merge), _shares(sparsity, depth), pruned)
 
 
 def _shares(sparsity: SparsityConfig, depth: int) -> tuple[float, ...]:
-    given = sparsity.keep if isinstance(sparsity.keep, tuple) else (sparsity.keep,)
+    shares = sparsity.keep if isinstance(sparsity.keep, tuple) else (sparsity.keep,)
     require(
-        len(given) <= depth,
-        f"keep has {len(given)} shares: the model has {depth} layers.",
+        len(shares) <= depth,
+        f"keep has {len(shares)} shares: the model has {depth} layers.",
         f"Give {depth} at most; the last goes on to the layers that are left.",
     )
-    return tuple(float(given[min(layer, len(given) - 1)]) for layer in range(depth))
+    return tuple(float(shares[min(layer, len(shares) - 1)]) for layer in range(depth))
 
 
 def _rates(merge: tuple[int, ...], depth: int) -> list[int]:

@@ -85,10 +85,10 @@ def start_program(command: Sequence[str], **pipes: Any) -> subprocess.Popen[byte
 
 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
-    made = {**NO_TELEMETRY, **os.environ, **(more or {})}
-    if "PYTHONPATH" in made:  # Empty and relative entries would be the working directory's.
-        made["PYTHONPATH"] = os.pathsep.join(filter(os.path.isabs, made["PYTHONPATH"].split(os.pathsep)))
-    return made
+    variables = {**NO_TELEMETRY, **os.environ, **(more or {})}
+    if "PYTHONPATH" in variables:  # Empty and relative entries would be the working directory's.
+        variables["PYTHONPATH"] = os.pathsep.join(filter(os.path.isabs, variables["PYTHONPATH"].split(os.pathsep)))
+    return variables
 
 
 def _serve(module: str, parent: int) -> None:
@@ -155,8 +155,8 @@ def receive_bytes(handle: int, count: int, deadline: float | None) -> bytearray 
     view, poll = memoryview(data), select.poll()
     poll.register(handle, select.POLLIN)
     while view:
-        left = None if deadline is None else 1000 * (deadline - time.monotonic())
-        if (left is not None and left <= 0) or not poll.poll(left):
+        timeout_ms = None if deadline is None else 1000 * (deadline - time.monotonic())
+        if (timeout_ms is not None and timeout_ms <= 0) or not poll.poll(timeout_ms):
             raise StalledError
         got = os.readv(handle, [view])
         if got == 0:
@@ -170,12 +170,12 @@ def stopping() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, once; after that they do what they did before. Only the main thread hears
     them: in another the event stays as it is.
     """
-    asked = threading.Event()
+    requested = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
 
     def stop(_number: int, _frame: object) -> None:
-        asked.set()
+        requested.set()
         restore()
 
     def restore() -> None:
@@ -186,6 +186,6 @@ def stopping() -> Iterator[threading.Event]:
         if before[number] is not signal.SIG_IGN:
             signal.signal(number, stop)
     try:
-        yield asked
+        yield requested
     finally:
         restore()

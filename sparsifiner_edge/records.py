@@ -56,21 +56,21 @@ def read_record(
     """
     try:
         return msgspec.convert(content, kind, dec_hook=_known)
-    except msgspec.ValidationError as found:
-        raise error(f"{origin}: {_told(content, str(found))}.", fix) from found
-    except UnicodeEncodeError as found:  # Half a character, which JSON can hold and UTF-8 cannot.
-        raise error(f"{origin} holds a text that is not Unicode: {found.reason}.", fix) from found
+    except msgspec.ValidationError as cause:
+        raise error(f"{origin}: {_explanation(content, str(cause))}.", fix) from cause
+    except UnicodeEncodeError as cause:  # Half a character, which JSON can hold and UTF-8 cannot.
+        raise error(f"{origin} holds a text that is not Unicode: {cause.reason}.", fix) from cause
 
 
 def _known(kind: Any, content: object) -> object:
     """A `Known` of some record."""
     if get_origin(kind) is not Known:
         raise NotImplementedError(f"{kind} cannot be read")
-    found = isinstance(content, dict) and content.keys() == {MISSING}
+    is_missing = isinstance(content, dict) and content.keys() == {MISSING}
     try:
-        return msgspec.convert(content, Unavailable if found else get_args(kind)[0], dec_hook=_known)
+        return msgspec.convert(content, Unavailable if is_missing else get_args(kind)[0], dec_hook=_known)
     except msgspec.ValidationError as error:  # Its path starts here; of any other error msgspec tells the whole path.
-        raise ValueError(_told(content, str(error))) from error
+        raise ValueError(_explanation(content, str(error))) from error
 
 
 def write_record(record: object) -> Any:
@@ -84,11 +84,11 @@ def _without_none(value: Any) -> Any:
     return [_without_none(child) for child in value] if isinstance(value, (list, tuple)) else value
 
 
-def _told(content: object, said: str) -> str:
+def _explanation(content: object, said: str) -> str:
     """ "preprocessing.size is "4", not int" for msgspec's "Expected `int`, got `str` - at `$.preprocessing.size`"."""
-    found = _PLACE.search(said)
-    place = found[1] if found else ""
-    said = said[: found.start()] if found else said
+    match = _PLACE.search(said)
+    place = match[1] if match else ""
+    said = said[: match.start()] if match else said
     missing = re.fullmatch(r"Object missing required field `(.*)`", said)
     if missing:
         return f"{place}.{missing[1]}".lstrip(".") + " is missing"

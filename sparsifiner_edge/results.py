@@ -107,9 +107,9 @@ def check_result(content: dict[str, Any], origin: object, form: type[Form]) -> F
     for name in ("method", "samples", "statistics"):
         if not isinstance(content[name], dict):
             _refuse(origin, f"{name} is {content[name]!r:.60}, not dict")
-    found = flaw(content, nulls=False)
-    if found is not None:
-        _refuse(origin, found)
+    defect = flaw(content, nulls=False)
+    if defect is not None:
+        _refuse(origin, defect)
     return read_record(content, form, origin, MEASURE_AGAIN)
 
 

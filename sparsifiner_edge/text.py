@@ -81,6 +81,6 @@ def finite(content: Any) -> tuple[Any, int]:
         pairs = {name: finite(value) for name, value in content.items()}
         return {name: value for name, (value, _) in pairs.items()}, sum(count for _, count in pairs.values())
     if isinstance(content, (list, tuple)):
-        found = [finite(value) for value in content]
-        return [value for value, _ in found], sum(count for _, count in found)
+        values = [finite(value) for value in content]
+        return [value for value, _ in values], sum(count for _, count in values)
     return content, 0

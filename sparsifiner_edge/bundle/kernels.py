@@ -129,25 +129,25 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
     import numpy as np
     import onnx
 
-    made, replaced = copy.deepcopy(model), list[Any]()
-    weights = {tensor.name: tensor for tensor in made.graph.initializer}
-    missing = set(table.nodes) - {node.name for node in made.graph.node if node.domain == DOMAIN}
+    converted, nodes = copy.deepcopy(model), list[Any]()
+    weights = {tensor.name: tensor for tensor in converted.graph.initializer}
+    missing = set(table.nodes) - {node.name for node in converted.graph.node if node.domain == DOMAIN}
     missing |= set(table.float32.values()) - weights.keys()
     if missing:
         raise ArtifactError(f"The kernels are for another model: it has no {min(missing)!r}.", "Export it again.")
-    for node in made.graph.node:
+    for node in converted.graph.node:
         launches = table.nodes.get(node.name) if node.domain == DOMAIN else None
         if launches is None:
-            replaced.append(copy.deepcopy(node))
+            nodes.append(copy.deepcopy(node))
             continue
         for launch in launches:
             names = {"domain": NAMESPACE, "plugin_namespace": NAMESPACE, "plugin_version": "1"}
-            replaced.append(onnx.helper.make_node(launch.launch, launch.inputs, launch.outputs, launch.name, **names))
+            nodes.append(onnx.helper.make_node(launch.launch, launch.inputs, launch.outputs, launch.name, **names))
     for name, origin in table.float32.items():
         values = onnx.numpy_helper.to_array(weights[origin]).astype(np.float32)
-        made.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-    del made.graph.node[:]
-    made.graph.node.extend(replaced)
-    drop_unused(made)
-    made.opset_import.append(onnx.helper.make_opsetid(NAMESPACE, 1))
-    return made
+        converted.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    del converted.graph.node[:]
+    converted.graph.node.extend(nodes)
+    drop_unused(converted)
+    converted.opset_import.append(onnx.helper.make_opsetid(NAMESPACE, 1))
+    return converted

@@ -113,9 +113,9 @@ def sign_bundle(folder: Path, key: Path) -> Signature:
     bundle = _open_whole(folder)
     bundle.model()  # One that names other files would run with whatever lies there.
     encoded = base64.b64encode(private.sign(_CONTEXT + bundle.text)).decode()
-    made = Signature(algorithm="ed25519", key=fingerprint(private.public_key()), signature=encoded)
-    write_signature(folder, made)
-    return made
+    signed = Signature(algorithm="ed25519", key=fingerprint(private.public_key()), signature=encoded)
+    write_signature(folder, signed)
+    return signed
 
 
 def write_signature(folder: Path, signature: Signature) -> None:
@@ -189,8 +189,8 @@ def _open_whole(folder: Path) -> Bundle:
 
 def unlisted_files(bundle: Bundle) -> list[str]:
     """Files of a bundle's folder that its manifest does not list; the signature is one only as a link."""
-    own = {name for name in (BUNDLE_FILE, SIGNATURE_FILE) if not (bundle.folder / name).is_symlink()}
-    return sorted(files_in(bundle.folder) - own - set(bundle.manifest.files))
+    unhashed = {name for name in (BUNDLE_FILE, SIGNATURE_FILE) if not (bundle.folder / name).is_symlink()}
+    return sorted(files_in(bundle.folder) - unhashed - set(bundle.manifest.files))
 
 
 def _read_key(path: Path, private: bool) -> Any:

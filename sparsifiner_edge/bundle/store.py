@@ -277,27 +277,27 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
     with io_errors(folder), locked(folder):
         before = parse_manifest(read_manifest(folder), folder / BUNDLE_FILE)
         after = change(before)
-        kept = after.files | {name: sha256(path) for name, path in files.items()}
-        content = manifest_content(msgspec.structs.replace(after, files=kept))
+        hashes = after.files | {name: sha256(path) for name, path in files.items()}
+        content = manifest_content(msgspec.structs.replace(after, files=hashes))
         for path in files.values():
             sync(path)
         with signals_held():
             _move_in(folder, files, dump_json(content))
-            for name in set(before.files) - set(kept):
+            for name in set(before.files) - set(hashes):
                 place_in(folder, name).unlink(missing_ok=True)
 
 
 def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:
     """The manifest's replacement, one rename, is what makes the files part of the bundle."""
-    made: list[Path] = []
+    placed: list[Path] = []
     try:
         for name, path in files.items():
             place = place_in(folder, name)
             place.parent.mkdir(parents=True, exist_ok=True)
-            made.append(path.rename(place))
+            placed.append(path.rename(place))
         write_text(folder / BUNDLE_FILE, manifest)
     except BaseException:
-        for path in made:
+        for path in placed:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # Only when empty.
             (folder / ENGINE_FOLDER).rmdir()

@@ -69,10 +69,10 @@ def _print(result: BuildResult) -> None:
         package = f"{result.backend} {result.version}"
         click.echo(shown(f"{package} runs model.onnx itself: no engine is needed, none was written."))
         click.echo(shown(f"{described.device}, {described.precision}, kernels: {described.kernels}"))
-        for name, found in (result.golden or {}).items():
+        for name, errors in (result.golden or {}).items():
             click.echo(
-                f"{shown(name)}: differs from golden by {found['range_relative_error']:.1e} of its range, "
-                f"allowed {found['tolerance']:.0e}{beyond_text(found)}"
+                f"{shown(name)}: differs from golden by {errors['range_relative_error']:.1e} of its range, "
+                f"allowed {errors['tolerance']:.0e}{beyond_text(errors)}"
             )
         return
     heads = ["compute capability", "precision", "batch", "MB", "seconds", "golden pair"]
@@ -98,5 +98,5 @@ def _checked(engine: Engine) -> str:
     golden = engine.details.golden
     if golden is None or isinstance(golden, Unavailable):
         return "not run"
-    worst = max(golden.values(), key=lambda found: found["range_relative_error"])
+    worst = max(golden.values(), key=lambda errors: errors["range_relative_error"])
     return f"within {worst['range_relative_error']:.1e}{beyond_text(worst)}"

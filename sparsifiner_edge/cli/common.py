@@ -120,8 +120,8 @@ def normalise_options(command: Command) -> Command:
     def with_normalise(*, mean: str | None, std: str | None, no_normalise: bool, **options: Any) -> Any:
         if (mean is None) != (std is None) or (no_normalise and mean is not None):
             raise click.UsageError("Give --mean and --std, or --no-normalise alone.")
-        given = None if mean is None or std is None else (mean.split(","), std.split(","))
-        return command(normalise=False if no_normalise else given, **options)
+        statistics = None if mean is None or std is None else (mean.split(","), std.split(","))
+        return command(normalise=False if no_normalise else statistics, **options)
 
     for option in (
         click.option("--no-normalise", is_flag=True, help="The model normalises inside, of pixels from 0 to 1."),
@@ -158,12 +158,12 @@ def print_json(content: Any) -> None:
     click.echo(dump_json(finite(content)[0]), nl=False)
 
 
-def normalisation_text(found: Normalisation | None) -> str:
+def normalisation_text(normalisation: Normalisation | None) -> str:
     """What the file does to pixels."""
     from sparsifiner_edge.images import AS_IS
 
     none = "no normalisation: the module does it itself, of pixels from 0 to 1"
-    return none if found == AS_IS else f"folded in: {found or 'unknown'}"
+    return none if normalisation == AS_IS else f"folded in: {normalisation or 'unknown'}"
 
 
 Shown = TypeVar("Shown")

@@ -48,7 +48,7 @@ def command(*, student: Path, data: Path, output: Path, as_json: bool, **options
     with common.progress_bar("preparing", visible=first) as progress:
         summary = sparsifiner_edge.distill_student(student, data, output, progress=progress, **options)
     if first:
-        common.print_result(summary, as_json, lambda found: _print(found, output))
+        common.print_result(summary, as_json, lambda trained: _print(trained, output))
 
 
 def _print(summary: TrainingSummary, output: Path) -> None:

@@ -50,20 +50,20 @@ def _list_boards(as_json: bool) -> None:
 
 
 def _print(result: EstimateResult) -> None:
-    found, method = result.statistics, result.method
+    estimate, method = result.statistics, result.method
     rows = [
         [label, *(f"{getattr(figure, bound) * factor:.3g}" for bound in ("value", "low", "high"))]
         for label, figure, factor in (
-            ("latency, ms", found.latency_ms, 1.0),
-            ("memory, MB", found.memory_bytes, 1e-6),
-            ("energy per inference, mJ", found.energy_j, 1e3),
+            ("latency, ms", estimate.latency_ms, 1.0),
+            ("memory, MB", estimate.memory_bytes, 1e-6),
+            ("energy per inference, mJ", estimate.energy_j, 1e3),
         )
     ]
     name, board = Path(str(result.subjects[0].path)).name, method.board
     common.print_table(f"ESTIMATE of {name} on {board['title']}", ["", "value", "low", "high"], rows)
-    click.echo(f"Computed, not measured: {found.latency_ms.interval}.")
+    click.echo(f"Computed, not measured: {estimate.latency_ms.interval}.")
     click.echo(f"Precision: {method.precision['linear']} in linear layers, {method.precision['other']} elsewhere.")
     click.echo(f"Sparse operators: {method.kernels['assumed']}, because {method.kernels['because']}.")
-    click.echo(f"Fits the board's {board['memory_gb']:g} GB: {found.fits_memory}.")
+    click.echo(f"Fits the board's {board['memory_gb']:g} GB: {estimate.fits_memory}.")
     if board["unverified"]:
         click.echo(f"Not confirmed by any document: {', '.join(board['unverified'])}.")

@@ -74,10 +74,10 @@ def _print(result: ScoresResult | RobustnessResult) -> None:
         click.echo(f"{subject.role}: {shown(subject.path)} on {shown(ran)}")
 
 
-def _between(found: Estimate, form: str = ".4f") -> str:
+def _between(estimate: Estimate, form: str = ".4f") -> str:
     """An interval in words."""
-    known = isinstance(found.low, float) and isinstance(found.high, float)
-    return f"{found.low:{form}} to {found.high:{form}}" if known else "too few images"
+    known = isinstance(estimate.low, float) and isinstance(estimate.high, float)
+    return f"{estimate.low:{form}} to {estimate.high:{form}}" if known else "too few images"
 
 
 def _print_scores(result: ScoresResult) -> None:
@@ -86,12 +86,12 @@ def _print_scores(result: ScoresResult) -> None:
     rows = [
         [
             name.replace("_", " "),
-            f"{found.mean.value:.4f}",
-            _between(found.mean),
-            f"{found.least:.4f}",
-            str(found.images),
+            f"{score.mean.value:.4f}",
+            _between(score.mean),
+            f"{score.least:.4f}",
+            str(score.images),
         ]
-        for name, found in result.statistics.items()
+        for name, score in result.statistics.items()
     ]
     title = f"{method.output or method.metric}, {len(method.images)} images"
     common.print_table(title, ["", "mean", "95 % interval", "least", "images"], rows)
@@ -102,16 +102,16 @@ def _print_scores(result: ScoresResult) -> None:
 def _print_robustness(result: RobustnessResult) -> None:
     """By score one row per corruption, and one for all: what each model loses, of 100."""
     method = result.method
-    for score, found in result.statistics.items():
+    for score, by_condition in result.statistics.items():
         rows = []
         for name in ("clean", *method.corruptions, "all"):
-            row = found[name]
+            row = by_condition[name]
             extra = row.extra_lost.times(100)
             rows.append([
                 name, f"{100 * row.teacher:.2f}", f"{100 * row.subject:.2f}", f"{100 * row.teacher_lost.value:.2f}",
                 f"{100 * row.subject_lost.value:.2f}", f"{extra.value:+.2f}", _between(extra, "+.2f"),
             ])  # fmt: skip
         common.print_table(
-            f"{score} of 100, {found['all'].images} images, severity {method.severity}",
+            f"{score} of 100, {by_condition['all'].images} images, severity {method.severity}",
             ["", "dense", "sparse", "dense loses", "sparse loses", "extra loss", "95 % interval"], rows,
         )  # fmt: skip

@@ -60,8 +60,8 @@ def _print(bundle: Bundle) -> None:
         click.echo(line)
     for board in manifest.boards:
         counts = f"{board.launches} kernels for {board.nodes} nodes"
-        left = f"; {len(board.refused)} nodes keep their bodies" if board.refused else ""
-        click.echo(f"{board.board}: {counts}, compute capability {board.compute_capability}{left}")
+        bodies = f"; {len(board.refused)} nodes keep their bodies" if board.refused else ""
+        click.echo(f"{board.board}: {counts}, compute capability {board.compute_capability}{bodies}")
     none = "none: plain dense attention in standard operators"
     click.echo(f"custom operators (with bodies in standard operators): {', '.join(manifest.ops) or none}")
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")
@@ -70,8 +70,8 @@ def _print(bundle: Bundle) -> None:
 def _merged(manifest: Manifest) -> Iterator[str]:
     """What each layer merges."""
     if manifest.plan and manifest.sparsity and manifest.sparsity.merge:
-        merged, asked = ", ".join(map(str, manifest.plan.merge)), merge_text(manifest.sparsity.merge)
-        yield f"tokens merged per layer: {merged} (--merge {asked}; a quarter of a layer's patches at most)"
+        merged, requested = ", ".join(map(str, manifest.plan.merge)), merge_text(manifest.sparsity.merge)
+        yield f"tokens merged per layer: {merged} (--merge {requested}; a quarter of a layer's patches at most)"
 
 
 def _check(manifest: Manifest) -> Iterator[str]:
@@ -91,17 +91,17 @@ def _check(manifest: Manifest) -> Iterator[str]:
 
 def _changes(manifest: Manifest) -> Iterator[str]:
     """What another tile, int8 and float16 cost."""
-    found = manifest.retiled
-    if found and found.refused:
-        yield f"the layout that suits GPUs (tile 64, fewer cells) is not taken whole: {found.refused}"
-    if found and found.cosine is not None and manifest.sparsity:
-        pairs = ("tile", found.tile, manifest.sparsity.tile), ("cells", found.cells, manifest.sparsity.cells)
+    retiled = manifest.retiled
+    if retiled and retiled.refused:
+        yield f"the layout that suits GPUs (tile 64, fewer cells) is not taken whole: {retiled.refused}"
+    if retiled and retiled.cosine is not None and manifest.sparsity:
+        pairs = ("tile", retiled.tile, manifest.sparsity.tile), ("cells", retiled.cells, manifest.sparsity.cells)
         sizes = ", ".join(f"{name} {before} -> {after}" for name, before, after in pairs if before != after)
-        yield f"{sizes}: cosine to before {found.cosine:.4f}, {found.images} images"
+        yield f"{sizes}: cosine to before {retiled.cosine:.4f}, {retiled.images} images"
     if quantised := manifest.quantisation:
         least = min(quantised.cosines.values())
-        own = quantised.own_matches_cosines.values()
-        others = f" with the same merges, {min(own):.4f} with its own" if own else ""
+        cosines = quantised.own_matches_cosines.values()
+        others = f" with the same merges, {min(cosines):.4f} with its own" if cosines else ""
         counts = f"{quantised.quantised} linear layers, {len(quantised.kept)} left out"
         yield f"int8: {counts}, cosine {least:.4f}{others}"
     if half := manifest.float16:

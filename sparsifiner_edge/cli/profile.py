@@ -46,7 +46,7 @@ def _print(result: ProfileResult) -> None:
     rows = [[label, *(_cell(read(figure)) for figure in figures)] for label, read in _ROWS]
     rows += _layer_rows(figures)
     conditions = [result.method.conditions[role] for role in roles]
-    rows += [[label, *(_cell(read(seen)) for seen in conditions)] for label, read in _CONDITIONS]
+    rows += [[label, *(_cell(read(each)) for each in conditions)] for label, read in _CONDITIONS]
     described = [result.method.runtime[role] for role in roles]
     rows.append(["backend", *(f"{_cell(runtime.backend)} {_cell(runtime.version)}" for runtime in described)])
     for what in ("device", "kernels", "precision", "threads"):
@@ -79,15 +79,15 @@ _ROWS: tuple[tuple[str, Callable[[Figures], Cell]], ...] = (
     ("power while measuring, W", lambda f: getattr(f.energy, "mean_w", None)),
 )
 _CONDITIONS: tuple[tuple[str, Callable[[Seen], Cell]], ...] = (
-    ("processor's clock, MHz", lambda seen: _median(seen, "cpu_mhz")),
-    ("GPU's clock, MHz", lambda seen: _median(seen, "gpu_mhz")),
-    ("governor", lambda seen: seen.before.governor),
-    ("power mode", lambda seen: seen.before.power_mode),
+    ("processor's clock, MHz", lambda conditions: _median(conditions, "cpu_mhz")),
+    ("GPU's clock, MHz", lambda conditions: _median(conditions, "gpu_mhz")),
+    ("governor", lambda conditions: conditions.before.governor),
+    ("power mode", lambda conditions: conditions.before.power_mode),
 )
 
 
-def _median(seen: Seen, name: str) -> float | None:
-    return statistics.median(seen.during[name]) if name in seen.during else None
+def _median(conditions: Seen, name: str) -> float | None:
+    return statistics.median(conditions.during[name]) if name in conditions.during else None
 
 
 def _layer_rows(figures: list[Figures]) -> list[list[str]]:

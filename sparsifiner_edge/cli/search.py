@@ -15,7 +15,7 @@ from sparsifiner_edge.records import Unavailable
 if TYPE_CHECKING:
     from sparsifiner_edge.front import Candidate, SearchResult
 
-TOLD_DRIFT = 0.1
+NOTED_DRIFT = 0.1
 """Of the logarithm of the dense model's time."""
 
 
@@ -51,7 +51,7 @@ def command(*, source: str, data: Path, output: Path, as_json: bool, **options: 
 
     with common.progress_bar("searching") as progress:
         result = sparsifiner_edge.search_model(source, data, output, progress=progress, **options)
-    common.print_result(result, as_json, lambda found: _print(found, output))
+    common.print_result(result, as_json, lambda result: _print(result, output))
     if isinstance(result.statistics.answer, Unavailable):
         raise click.exceptions.Exit(1)
 
@@ -68,7 +68,7 @@ def _print(result: SearchResult, output: Path) -> None:
         click.echo(f"Left out: {engine}: {why}", err=True)
     for one in front.dense:
         factor = one.ms.value / one.predicted_ms
-        if abs(math.log(factor)) > TOLD_DRIFT:
+        if abs(math.log(factor)) > NOTED_DRIFT:
             click.echo(
                 f"This machine changed its speed meanwhile: the dense model takes {factor:.2f} times as long in "
                 f"{one.engine} as at the start. Fix its clocks, or close what else runs, and search again.",

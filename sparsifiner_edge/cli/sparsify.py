@@ -50,11 +50,11 @@ def command(*, model: str, output: Path, settings: dict[str, Any], **options: An
     from sparsifiner_edge.sparse.student_file import read_config  # once the extra `train` is known to be there
 
     config = read_config(folder)
-    made = SparsityConfig.from_dict(config.sparsity)
+    sparsity = SparsityConfig.from_dict(config.sparsity)
     click.echo(common.normalisation_text(config.normalisation))
-    merging = f", merge {merge_text(made.merge)}" if any(made.merge) else ""
+    merging = f", merge {merge_text(sparsity.merge)}" if any(sparsity.merge) else ""
     trust = f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
     click.echo(
-        f"{folder}: student written, keep {keep_text(made.keep)}, {made.cells} cells{merging}. "
+        f"{folder}: student written, keep {keep_text(sparsity.keep)}, {sparsity.cells} cells{merging}. "
         f"Next: sparsifiner-edge export {folder}{trust} -o BUNDLE/"
     )

@@ -54,13 +54,13 @@ class ClassJudge(Judge):
             for model in models
         ]  # fmt: skip
 
-    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
+    def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
-        own, dense = (
-            Scores(accuracy=float(self._predicted(f"The {role}", fit, answer.outputs) == self._label(seen)))
-            for role, fit, answer in zip(COMPARED, self.fits, (seen.subject, seen.teacher), strict=True)
+        subject, teacher = (
+            Scores(accuracy=float(self._predicted(f"The {role}", fit, answer.outputs) == self._label(image)))
+            for role, fit, answer in zip(COMPARED, self.fits, (image.subject, image.teacher), strict=True)
         )
-        return own, dense
+        return subject, teacher
 
     def said(self) -> dict[str, Any]:
         """See `Judge`."""
@@ -68,8 +68,8 @@ class ClassJudge(Judge):
         learnt = None if gallery is None else f"{len(gallery)} of {gallery.name}"
         return {"gallery": learnt, "classes": list(self._queries.classes)}
 
-    def _label(self, seen: JudgedImage) -> int:
-        return int(self._queries.labels[seen.number])
+    def _label(self, image: JudgedImage) -> int:
+        return int(self._queries.labels[image.number])
 
     def _predicted(self, model: str, fit: Any, outputs: Outputs) -> int:
         if fit is not None:

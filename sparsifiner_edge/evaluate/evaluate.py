@@ -87,7 +87,7 @@ def evaluate_student(
     execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels)
     compared = TeacherComparison(
         Path(subject), against, weights, keep, token_keep, merge, execution, trust,
-        Normalisation.given(normalise), "logits" if metric == "top1" else None,
+        Normalisation.parse(normalise), "logits" if metric == "top1" else None,
     )  # fmt: skip
     _require_sense(metric, task, map_name, masks, gallery, head, corruptions, severity, workers)
     names = () if corruptions is None else parse_corruptions(corruptions)
@@ -106,14 +106,14 @@ def evaluate_student(
             )
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
-        asked = labelled(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(queries)
+        labelled_queries = labelled(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(queries)
         if head is not None:
-            require_head(compared.subject, Path(head), asked.classes)
-        judge = ClassJudge(asked, metric, gallery, models, feed, progress)
+            require_head(compared.subject, Path(head), labelled_queries.classes)
+        judge = ClassJudge(labelled_queries, metric, gallery, models, feed, progress)
         result = _result(judge, models, feed, metric, progress)
     if head is not None:
         student = load_student(compared.subject, None, keep, token_keep, merge, trust)
-        write_head(student, judge.fits[0], asked.classes, Path(head))
+        write_head(student, judge.fits[0], labelled_queries.classes, Path(head))
     return result
 
 
@@ -121,7 +121,7 @@ def _result(
     judge: Judge, models: tuple[Extractor, Extractor], feed: Feed, metric: str, progress: Progress | None
 ) -> ScoresResult | RobustnessResult:
     """Of images that are judged one by one."""
-    seen, roles = answers(judge, *models, feed, progress), with_roles(*models)
+    judged, roles = answers(judge, *models, feed, progress), with_roles(*models)
 
     def method() -> EvaluationMethod:
         """Once all are judged."""
@@ -133,9 +133,9 @@ def _result(
         )  # fmt: skip
 
     if feed.corruptions:
-        worse = corrupted_scores(judge, seen)
+        worse = corrupted_scores(judge, judged)
         return RobustnessResult("robustness", roles, method(), worse, stability(worse))
-    samples = clean_scores(judge, seen)
+    samples = clean_scores(judge, judged)
     return ScoresResult("evaluation", roles, method(), samples, score_statistics(samples))
 
 

@@ -88,12 +88,12 @@ def explain_image(student: Student, path: Path, seed: int = 0) -> Explained:
     layers = look(student, image)
     importance = importance_of(answer, image, student.backbone.grid)
     orders = {OURS: importance, RANDOM: random.random(importance.shape), MOVED: elsewhere(importance, random)}
-    found = {name: faithfulness(answer, image, values) for name, values in orders.items()}
-    saco = {name: figure for name, (figure, _) in found.items()}
+    results = {name: faithfulness(answer, image, values) for name, values in orders.items()}
+    saco = {name: figure for name, (figure, _) in results.items()}
     better = saco[OURS] > max(0.0, saco[RANDOM], saco[MOVED])
     merged, read, summaries = map(list, zip(*layers, strict=True))
     summary = ImageSummary(image=path.name, layers=summaries, saco=saco, better=better)
-    drops = {name: drop.tolist() for name, (_, drop) in found.items()}
+    drops = {name: drop.tolist() for name, (_, drop) in results.items()}
     return Explained(path, image, merged, read, importance, summary, drops)
 
 
@@ -109,16 +109,16 @@ def look(student: Student, image: Pixels) -> list[Layer]:
         raise ConfigError(f"{student.name} is dense: all tokens attend to all.", "Give a sparse student.")
     if student.sparsity.token_keep:
         raise ConfigError(f"{student.name} prunes tokens.", 'Explain it without: --token-keep "".')
-    seen: list[Layer] = []
+    records: list[Layer] = []
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_watched(layer, seen))
+            stack.enter_context(_watch(layer, records))
         outputs_of(student.model.eval(), normalise(torch.from_numpy(image)[None], student.normalisation), tokens=True)
-    return seen
+    return records
 
 
 @contextlib.contextmanager
-def _watched(layer: SparseLayer, seen: list[Layer]) -> Iterator[None]:
+def _watch(layer: SparseLayer, records: list[Layer]) -> Iterator[None]:
     entered: CarriedTokens | None = None
     read: torch.Tensor | None = None
 
@@ -141,10 +141,10 @@ def _watched(layer: SparseLayer, seen: list[Layer]) -> Iterator[None]:
         share = np.ones(patches) if read is None else np.asarray(read.numpy())
         sparse = layer.own_attention if read is not None else None
         summary = LayerSummary(
-            layer=len(seen), tokens=patches, merged=patches - layer.arrived(output).positions.shape[1],
+            layer=len(records), tokens=patches, merged=patches - layer.arrived(output).positions.shape[1],
             keys=sparse.layout.keys if isinstance(sparse, SparseAttention) else None,
         )  # fmt: skip
-        seen.append((np.asarray(places[layer.curve.raster].numpy()), share, summary))
+        records.append((np.asarray(places[layer.curve.raster].numpy()), share, summary))
 
     hooks = [
         layer.register_forward_pre_hook(enter), layer.own_attention.register_forward_hook(attend),

@@ -57,13 +57,13 @@ def importance_of(answer: AnswerOf, image: Pixels, grid: tuple[int, int]) -> Arr
     total = torch.zeros_like(end)
     for step in range(GRADIENTS):
         between = (start + (step + 0.5) / GRADIENTS * (end - start)).requires_grad_()
-        found = answer(between)
-        if not found.requires_grad:
+        features = answer(between)
+        if not features.requires_grad:
             raise ConfigError(
                 "This module's forward takes no gradient, which the explanation needs.",
                 "Leave torch.no_grad and inference_mode to its caller.",
             )
-        near = torch.nn.functional.cosine_similarity(found, whole, dim=0)
+        near = torch.nn.functional.cosine_similarity(features, whole, dim=0)
         total += torch.autograd.grad(near, between)[0]
     pixels = ((end - start) * total)[0].sum(-1).numpy()
     (height, width), (rows, columns) = pixels.shape, grid

@@ -61,18 +61,18 @@ class Judge:
     def __init__(self, files: Sequence[Path], size: ImageSize) -> None:
         self.files, self.size = files, size
 
-    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
+    def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """The subject's and the teacher's."""
         raise NotImplementedError
 
-    def clean(self, seen: JudgedImage) -> Scores:
+    def clean(self, image: JudgedImage) -> Scores:
         """What a result holds of a clean image: a figure of each model, and what the subject lost."""
-        found, (own, dense) = Scores(), self.scores(seen)
-        for name, got in own.items():
-            expected, sign = dense[name], -1 if name in self.lower else 1
+        scores, (subject, teacher) = Scores(), self.scores(image)
+        for name, got in subject.items():
+            expected, sign = teacher[name], -1 if name in self.lower else 1
             lost = None if got is None or expected is None else sign * (expected - got)
-            found |= {f"subject_{name}": got, f"teacher_{name}": expected, f"lost_{name}": lost}
-        return found
+            scores |= {f"subject_{name}": got, f"teacher_{name}": expected, f"lost_{name}": lost}
+        return scores
 
     def said(self) -> dict[str, Any]:
         """What the method of a result says of it, at the end."""
@@ -90,7 +90,7 @@ def judge_of(
     """
     if task is None:
         return _FeatureJudge(files, size, clean)
-    return _MapJudge(files, size, output, masks, clean) if task == MAPS else _OwnJudge(files, size, task)
+    return _MapJudge(files, size, output, masks, clean) if task == MAPS else _MetricJudge(files, size, task)
 
 
 def answers(
@@ -103,8 +103,8 @@ def answers(
         for number in numbers:
             clean: Prediction | None = None
             for condition in conditions:
-                own, dense = next(pairs)
-                answer, expected = Prediction(own, subject.prefix), Prediction(dense, teacher.prefix)
+                features, teacher_features = next(pairs)
+                answer, expected = Prediction(features, subject.prefix), Prediction(teacher_features, teacher.prefix)
                 clean = clean or expected
                 yield JudgedImage(number, condition, answer, expected, clean)
             if progress:
@@ -121,21 +121,21 @@ class _FeatureJudge(Judge):
         apart = "features: the dense model's of the clean image; patches: the dense model's of the same image"
         self.truth = "the dense model's" if clean else apart
 
-    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
+    def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`.
 
         Raises:
             ConfigError: the teacher is none of the subject.
         """
-        _require_comparable(seen.subject.outputs, seen.teacher.outputs)
-        own, dense = (Scores(features=alike("features", x, seen.clean)) for x in (seen.subject, seen.teacher))
-        if "tokens" in seen.subject.outputs and "tokens" in seen.teacher.outputs:
-            own["patches"], dense["patches"] = alike("patches", seen.subject, seen.teacher), 1.0
-        return own, dense
+        _require_comparable(image.subject.outputs, image.teacher.outputs)
+        subject, teacher = (Scores(features=alike("features", x, image.clean)) for x in (image.subject, image.teacher))
+        if "tokens" in image.subject.outputs and "tokens" in image.teacher.outputs:
+            subject["patches"], teacher["patches"] = alike("patches", image.subject, image.teacher), 1.0
+        return subject, teacher
 
-    def clean(self, seen: JudgedImage) -> Scores:
+    def clean(self, image: JudgedImage) -> Scores:
         """See `Judge`: the subject's alone."""
-        return {f"{name}_cosine": value for name, value in self.scores(seen)[0].items()}
+        return {f"{name}_cosine": value for name, value in self.scores(image)[0].items()}
 
 
 def _require_comparable(got: Outputs, expected: Outputs) -> None:
@@ -166,57 +166,57 @@ class _MapJudge(Judge):
         super().__init__(files, size)
         self._folder, self._output, self._measures = masks, output, tuple(MAP_MEASURES) if clean else ("iou",)
         self._masks = [] if masks is None else _masks_of(Path(masks), files)
-        dense = "the dense model's map; subject, teacher and lost: true masks" if clean else "true masks"
-        self.truth = dense if self._masks else "the dense model's map" + " of the clean image" * (not clean)
+        with_masks = "the dense model's map; subject, teacher and lost: true masks" if clean else "true masks"
+        self.truth = with_masks if self._masks else "the dense model's map" + " of the clean image" * (not clean)
 
-    def clean(self, seen: JudgedImage) -> Scores:
+    def clean(self, image: JudgedImage) -> Scores:
         """See `Judge`; first the subject's map against the teacher's."""
-        own, dense = self._maps(seen)
-        if own.shape != dense.shape:
+        subject, teacher = self._maps(image)
+        if subject.shape != teacher.shape:
             raise ConfigError(
-                f"The subject's map has shape {list(own.shape)}, the teacher's {list(dense.shape)}.",
+                f"The subject's map has shape {list(subject.shape)}, the teacher's {list(teacher.shape)}.",
                 "Give the model that the subject was made from.",
             )
-        apart = map_scores(own, dense, THRESHOLD, self._measures)
-        return apart | super().clean(seen) if self._masks else apart
+        apart = map_scores(subject, teacher, THRESHOLD, self._measures)
+        return apart | super().clean(image) if self._masks else apart
 
-    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
+    def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
-        mask = load_mask(self._masks[seen.number], self.size) if self._masks else self._mask_of(seen.clean)
-        true = mask if seen.condition is None else moved(mask, *seen.condition, seed=seen.number)
-        own, dense = (map_scores(x, true, THRESHOLD, self._measures) for x in self._maps(seen))
-        return own, dense
+        mask = load_mask(self._masks[image.number], self.size) if self._masks else self._mask_of(image.clean)
+        true = mask if image.condition is None else moved(mask, *image.condition, seed=image.number)
+        subject, teacher = (map_scores(x, true, THRESHOLD, self._measures) for x in self._maps(image))
+        return subject, teacher
 
     def said(self) -> dict[str, Any]:
         """See `Judge`."""
         return {"output": self._output, "masks": None if self._folder is None else str(self._folder)}
 
-    def _maps(self, seen: JudgedImage) -> tuple[Array, Array]:
-        self._output, own = map_in(seen.subject.outputs, self._output, "subject")
-        return own, map_in(seen.teacher.outputs, self._output, "teacher")[1]
+    def _maps(self, image: JudgedImage) -> tuple[Array, Array]:
+        self._output, subject = map_in(image.subject.outputs, self._output, "subject")
+        return subject, map_in(image.teacher.outputs, self._output, "teacher")[1]
 
     def _mask_of(self, clean: Prediction) -> Array:
-        name, dense = map_in(clean.outputs, self._output, "teacher")
-        if dense.min() < 0 or dense.max() > 1:
+        name, teacher = map_in(clean.outputs, self._output, "teacher")
+        if teacher.min() < 0 or teacher.max() > 1:
             raise ConfigError(
-                f"{name} has values from {dense.min():.3g} to {dense.max():.3g}; masks are cut from maps from 0 to 1.",
+                f"{name} spans {teacher.min():.3g} to {teacher.max():.3g}; masks are cut from maps from 0 to 1.",
                 "Write a metric of your own: --task package.module:object.",
             )
-        return matching(dense > THRESHOLD, height_width(self.size))
+        return matching(teacher > THRESHOLD, height_width(self.size))
 
 
 def _masks_of(folder: Path, images: Sequence[Path]) -> list[Path]:
     """Each image's mask: the image file of its name, whatever the ending."""
     if not folder.is_dir():
         raise ImageError(f"{folder} does not exist.", "Give a folder of masks.")
-    found = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES}
-    missing = [path.name for path in images if path.stem not in found]
+    masks = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES}
+    missing = [path.name for path in images if path.stem not in masks]
     if missing:
         raise ImageError(f"{folder} holds no mask for {missing[0]}.", "Name masks as the images, such as 7.jpg, 7.png.")
-    return [found[path.stem] for path in images]
+    return [masks[path.stem] for path in images]
 
 
-class _OwnJudge(Judge):
+class _MetricJudge(Judge):
     """ "score" of a user's metric: one for each model and condition, so that each sees all images once."""
 
     def __init__(self, files: Sequence[Path], size: ImageSize, task: str) -> None:
@@ -226,13 +226,13 @@ class _OwnJudge(Judge):
         self._higher = self._metrics["subject", None].higher_is_better
         self.lower = frozenset() if self._higher else frozenset({"score"})
 
-    def scores(self, seen: JudgedImage) -> tuple[Scores, Scores]:
+    def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
-        own, dense = (
-            Scores(score=self._metrics[role, seen.condition].score(answer.outputs, self.files[seen.number]))
-            for role, answer in zip(COMPARED, (seen.subject, seen.teacher), strict=True)
+        subject, teacher = (
+            Scores(score=self._metrics[role, image.condition].score(answer.outputs, self.files[image.number]))
+            for role, answer in zip(COMPARED, (image.subject, image.teacher), strict=True)
         )
-        return own, dense
+        return subject, teacher
 
     def said(self) -> dict[str, Any]:
         """See `Judge`."""

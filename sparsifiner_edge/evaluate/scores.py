@@ -17,10 +17,10 @@ from sparsifiner_edge.outcomes import ALL, CLEAN, ImageScores, Score, Stability
 from sparsifiner_edge.profiles.stats import small_sample_mean
 
 
-def clean_scores(judge: Judge, seen: Iterable[JudgedImage]) -> dict[str, list[float | None]]:
+def clean_scores(judge: Judge, judged: Iterable[JudgedImage]) -> dict[str, list[float | None]]:
     """Samples of a `ScoresResult`."""
     samples: dict[str, list[float | None]] = {}
-    for image in seen:
+    for image in judged:
         for name, value in judge.clean(image).items():
             samples.setdefault(name, []).append(value)
     return samples
@@ -32,10 +32,10 @@ def score_statistics(samples: Mapping[str, Sequence[float | None]]) -> dict[str,
     return {name: Score(small_sample_mean(x), min(x), len(x)) for name, x in known.items() if x}
 
 
-def corrupted_scores(judge: Judge, seen: Iterable[JudgedImage]) -> ImageScores:
+def corrupted_scores(judge: Judge, judged: Iterable[JudgedImage]) -> ImageScores:
     """Samples of a `RobustnessResult`."""
     samples: ImageScores = {}
-    for image in seen:
+    for image in judged:
         label = CLEAN if image.condition is None else image.condition[0]
         for role, scores in zip(COMPARED, judge.scores(image), strict=True):
             for name, value in scores.items():
@@ -46,7 +46,7 @@ def corrupted_scores(judge: Judge, seen: Iterable[JudgedImage]) -> ImageScores:
 
 def stability(samples: ImageScores) -> dict[str, dict[str, Stability]]:
     """Statistics of a `RobustnessResult`."""
-    found = {}
+    stabilities = {}
     for score, by_corruption in samples.items():
         # An image of which a score says nothing under one corruption is left out of all: sums would not be of the same.
         values = {label: np.array([x[role] for role in COMPARED], float) for label, x in by_corruption.items()}
@@ -55,15 +55,15 @@ def stability(samples: ImageScores) -> dict[str, dict[str, Stability]]:
             values = {label: x[:, known] for label, x in values.items()}
             clean, worse = values[CLEAN], [x for label, x in values.items() if label != CLEAN]
             values[ALL] = np.mean(worse, 0)
-            found[score] = {label: _stability(clean, x) for label, x in values.items()}
-    return found
+            stabilities[score] = {label: _stability(clean, x) for label, x in values.items()}
+    return stabilities
 
 
 def _stability(clean: Array, corrupted: Array) -> Stability:
     """Of scores [role, image]."""
     lost = clean - corrupted
     subject, teacher = corrupted.mean(1).tolist()
-    own, dense, extra = (small_sample_mean(x) for x in (lost[0], lost[1], lost[0] - lost[1]))
+    ours, dense, extra = (small_sample_mean(x) for x in (lost[0], lost[1], lost[0] - lost[1]))
     return Stability(
-        subject=subject, teacher=teacher, subject_lost=own, teacher_lost=dense, extra_lost=extra, images=lost.shape[1]
+        subject=subject, teacher=teacher, subject_lost=ours, teacher_lost=dense, extra_lost=extra, images=lost.shape[1]
     )

@@ -96,7 +96,7 @@ def export_bundle(
     target = Path(output)
     require_replaceable(target, "bundle")
     form = _form(precision, batch, calibrate, int8_target, boards)
-    student = _load(source, weights, img_size, keep, token_keep, merge, trust, Normalisation.given(normalise))
+    student = _load(source, weights, img_size, keep, token_keep, merge, trust, Normalisation.parse(normalise))
     student, retiled = suited_to_gpus(student, form.images) if boards else (student, None)
     return _export(student, target, form, tokens, retiled, progress)
 
@@ -139,7 +139,7 @@ def export_model(
     target = Path(output)
     require_replaceable(target, "bundle")
     form, names = _form(precision, batch, calibrate, int8_target), checked_names(outputs)
-    pixels = declared(module, f"This {type(module).__name__}", Normalisation.given(normalise))
+    pixels = declared(module, f"This {type(module).__name__}", Normalisation.parse(normalise))
     backbone = backbone_of(module)
     require_images(example)
     height, width = (int(side) for side in example.shape[-2:])

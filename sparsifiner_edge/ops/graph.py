@@ -35,7 +35,7 @@ def gets_merged(model: Any, node: Any) -> bool:
     if len(node.input) < 2 or OPERATORS[node.op_type].inputs[1].name != "sizes":
         return False
     name = node.input[1]
-    expanded = {made.output[0]: made.input[0] for made in model.graph.node if made.op_type == "Expand"}
+    expanded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Expand"}
     weight = next((t for t in model.graph.initializer if t.name == expanded.get(name, name)), None)
     return weight is None or not bool((onnx.numpy_helper.to_array(weight) == 1).all())
 

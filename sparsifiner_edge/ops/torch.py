@@ -209,23 +209,23 @@ def _tile_attention(
         total = run_sizes(k.shape[2] - first, cell, q.device)
         member = torch.zeros(*indices.shape, len(total), device=q.device)
         member.scatter_(-1, (indices.long() // cell)[..., None], 1.0)
-        is_left = total > member.sum(3)[:, :, :, None]
+        has_rest = total > member.sum(3)[:, :, :, None]
         if counts is not None:
             total = _runs(counts[..., None], cell).sum((2, 3))[:, None, None, None]
         cell_keys, cell_values = (run_means(x[:, :, first:].float(), cell, counts)[:, :, None] for x in (k, v))
         selected = weight @ member
-        safe = torch.where(is_left, total - selected, 1)
+        safe = torch.where(has_rest, total - selected, 1)
         whole = _logits(tiles.float(), cell_keys, scale)
         mean = whole - ((weight * bare) @ member - selected * whole) / safe
-        logits.append((mean + safe.log()).masked_fill(~is_left, -math.inf))
+        logits.append((mean + safe.log()).masked_fill(~has_rest, -math.inf))
     weights = torch.cat(logits, -1).softmax(-1).split([x.shape[-1] for x in logits], -1)
-    own = weights[1]
+    listed = weights[1]
     out: Tensor = weights[0].to(v.dtype) @ shared_values
     if cell:
         share = weights[2] / safe
-        own = own - weight * (share @ member.transpose(-1, -2))
+        listed = listed - weight * (share @ member.transpose(-1, -2))
         out = out + ((share * total) @ cell_values).to(v.dtype)
-    out = out + own.to(v.dtype) @ values
+    out = out + listed.to(v.dtype) @ values
     return out.flatten(2, 3)[:, :, : q.shape[2]]
 
 
@@ -263,12 +263,12 @@ def rows_at(values: Tensor, index: Tensor) -> Tensor:
     """
     batch, patches = values.shape[:2]
     rows = index + patches * torch.arange(batch, device=values.device)[:, None]
-    found: Tensor = values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (-1, index.shape[1]))
-    return found
+    gathered: Tensor = values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (-1, index.shape[1]))
+    return gathered
 
 
-def top_tokens(scores: Tensor, kept: int) -> Tensor:
+def top_tokens(scores: Tensor, count: int) -> Tensor:
     """Indices int64 [B,K] of the highest scores [B,P], ties to the lower index, ascending."""
     if torch.onnx.is_in_onnx_export():  # ONNX's TopK breaks ties as we do
-        return scores.topk(kept, sorted=False).indices.sort().values
-    return top_keys(scores.nan_to_num(nan=-math.inf), kept).long()
+        return scores.topk(count, sorted=False).indices.sort().values
+    return top_keys(scores.nan_to_num(nan=-math.inf), count).long()

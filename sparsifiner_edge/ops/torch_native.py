@@ -60,10 +60,10 @@ def native_result(
     operators = None if torch.compiler.is_compiling() else _OPERATORS.get()
     if operators is None or name not in ("KeySelect", "SparseAttention"):
         return None
-    given = [x for x in inputs if x is not None]
-    if given[0].dtype != torch.float32 or given[0].device.type != "cpu":
+    present = [x for x in inputs if x is not None]
+    if present[0].dtype != torch.float32 or present[0].device.type != "cpu":
         return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in present):
         return None
     tensors, dtype, shape = output()
     result = torch.empty(tuple(shape), dtype=dtype)

@@ -49,12 +49,12 @@ def bar_cells(
 ) -> list[str | tuple[str, float]]:
     """Figures, with bars where they may be compared; where there is none, whether the result gives a reason."""
     figures = [(each, known(each)) for each in row]
-    top = max((found.value for _, found in figures if found), default=0.0)
+    top = max((estimate.value for _, estimate in figures if estimate), default=0.0)
     percent = 100 / top if top > 0 and not data.differences else 0.0
     return [
-        (data.texts("reason.short") if isinstance(each, Unavailable) else "–") if found is None else
-        (data.texts.figure(found.times(factor), "", digits), percent * max(found.value, 0.0))
-        for each, found in figures
+        (data.texts("reason.short") if isinstance(each, Unavailable) else "–") if estimate is None else
+        (data.texts.figure(estimate.times(factor), "", digits), percent * max(estimate.value, 0.0))
+        for each, estimate in figures
     ]  # fmt: skip
 
 

@@ -47,8 +47,8 @@ class Texts:
 
     def figure(self, figure: Figure, unit: str = "", digits: int | None = None) -> str:
         """A figure with its interval; a dash for none."""
-        found = known(figure)
-        return "–" if found is None else with_interval(found, self("interval"), unit, digits)
+        estimate = known(figure)
+        return "–" if estimate is None else with_interval(estimate, self("interval"), unit, digits)
 
     def missing(self, content: object, how: str) -> str:
         """What stands for a figure that is not there: the reason in the result, else how to measure it."""

@@ -20,8 +20,8 @@ def verdict_sentences(data: ReportData) -> list[str]:
     compared = data.compared()
     for subject, against, comparison in compared:
         sentences.append(_compared(subject, against, comparison, texts))
-    told = [conditions_of(subject) for subject, _, _ in compared]
-    for side in (side for side in data.sides if conditions_of(side) not in told):
+    mentioned = [conditions_of(subject) for subject, _, _ in compared]
+    for side in (side for side in data.sides if conditions_of(side) not in mentioned):
         latency = texts.figure(side.figures.latency_ms.p50, "ms")
         sentences.append(texts("verdict.alone", subject=side.label, latency=latency))
     sentences += [sentence for file in data.of(ScoresResult) for sentence in _scores(file, data)]
@@ -52,17 +52,17 @@ def _compared(subject: Side, against: Side, comparison: Comparison, texts: Texts
 
 def _scores(file: ResultFile[ScoresResult], data: ReportData) -> Iterator[str]:
     """How often classes are right, how near features come, or how near a map; nothing of a user's own metric."""
-    texts, found, subject = data.texts, file.result.statistics, data.label_of(file.subject("subject"))
-    if {"subject_accuracy", "teacher_accuracy", "lost_accuracy"} <= found.keys():
-        own, dense = (f"{100 * found[f'{role}_accuracy'].mean.value:.2f}" for role in ("subject", "teacher"))
+    texts, statistics, subject = data.texts, file.result.statistics, data.label_of(file.subject("subject"))
+    if {"subject_accuracy", "teacher_accuracy", "lost_accuracy"} <= statistics.keys():
+        student, dense = (f"{100 * statistics[f'{role}_accuracy'].mean.value:.2f}" for role in ("subject", "teacher"))
         metric = texts.known(f"metric.{file.result.method.metric}", clean(file.result.method.metric))
-        lost = texts.figure(found["lost_accuracy"].mean.times(100), digits=2)
-        yield texts("verdict.accuracy", subject=subject, metric=metric, student=own, teacher=dense, lost=lost)
-    if "features_cosine" in found:
-        yield texts("verdict.cosine", subject=subject, value=texts.figure(found["features_cosine"].mean, digits=4))
+        lost = texts.figure(statistics["lost_accuracy"].mean.times(100), digits=2)
+        yield texts("verdict.accuracy", subject=subject, metric=metric, student=student, teacher=dense, lost=lost)
+    if "features_cosine" in statistics:
+        yield texts("verdict.cosine", subject=subject, value=texts.figure(statistics["features_cosine"].mean, digits=4))
     figures = [
-        f"{texts(f'score.{name}')} {texts.figure(found[name].mean, digits=4)}"
-        for name in ("error", "iou") if name in found
+        f"{texts(f'score.{name}')} {texts.figure(statistics[name].mean, digits=4)}"
+        for name in ("error", "iou") if name in statistics
     ]  # fmt: skip
     if figures:
         yield texts("verdict.task", file=subject, figures=texts.listed(figures))

@@ -82,11 +82,11 @@ def _tightened(search: Search, engine: Deployment) -> tuple[LayerPlan, float]:
     return plan, distance
 
 
-def check(search: Search, plan: LayerPlan, engine: Deployment, kept: Trial) -> tuple[Estimate, list[float]]:
+def check(search: Search, plan: LayerPlan, engine: Deployment, reserved: Trial) -> tuple[Estimate, list[float]]:
     """Fidelity of a plan on images that nothing was chosen by, and on each; those that it was judged by tell how images
     differ.
     """
-    distances = search.whole.distances(plan, engine, kept)
+    distances = search.whole.distances(plan, engine, reserved)
     lost = skewed_mean(distances, search.shape(plan))
     low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (lost.high, lost.low))
     fidelity = estimate(1 - lost.value, low, high, f"1 - distance, {lost.interval}")

@@ -52,16 +52,16 @@ class FidelityModel:
 
     def merging(self, layer: int, before: Array, after: Array) -> Array:
         """What merging so many patches down to so many loses in this layer."""
-        left, merged = (torch.from_numpy(np.asarray(x, float)) for x in (before, before - after))
-        return np.asarray(float(self._merge_weights()[layer]) * self._merging(left, merged).numpy())
+        remaining, merged = (torch.from_numpy(np.asarray(x, float)) for x in (before, before - after))
+        return np.asarray(float(self._merge_weights()[layer]) * self._merging(remaining, merged).numpy())
 
     def reading(self, layer: int, share: float, counts: Array) -> Array:
         """What a share of keys loses in this layer, at numbers of patches."""
         if share == 1:
             return np.zeros(np.shape(counts))
-        left = np.asarray(counts, float) / self.patches
+        remaining = np.asarray(counts, float) / self.patches
         weight = float(self._keep_weights()[layer]) * (share / PROBED) ** -float(self._falls()[layer])
-        return np.asarray(weight * left ** float(self.parameters["left"]))
+        return np.asarray(weight * remaining ** float(self.parameters["left"]))
 
     def of(self, plan: LayerPlan) -> float:
         """The distance of a plan."""
@@ -102,9 +102,10 @@ class FidelityModel:
 
     def _logs(self, plans: Sequence[LayerPlan]) -> Tensor:
         counts = torch.tensor([plan.tokens(self.patches) for plan in plans]).double()
-        left, shares = counts / self.patches, torch.tensor([plan.keep for plan in plans]).double()
+        remaining = (counts / self.patches) ** self.parameters["left"]
+        shares = torch.tensor([plan.keep for plan in plans]).double()
         merging = (self._merge_weights() * self._merging(counts[:, :-1], counts[:, :-1] - counts[:, 1:])).sum(1)
-        reading = self._keep_weights() * (shares / PROBED) ** -self._falls() * left[:, :-1] ** self.parameters["left"]
+        reading = self._keep_weights() * (shares / PROBED) ** -self._falls() * remaining[:, :-1]
         total = merging + (reading * (shares < 1)).sum(1)
         exponent = 1 + self.parameters["exponent"]
         return self.parameters["factor"] + exponent * torch.log(total.clamp_min(self._least))

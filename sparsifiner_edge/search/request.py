@@ -47,8 +47,8 @@ class SearchRequest(NamedTuple):
     Attributes:
         metric: one of `trial.FIDELITIES`, or a user's own. board: None: this machine.
         left_out: backends that do not run here, and why.
-        images: that predictors and int8 are calibrated with, and of which some judge plans. kept: of no use before the
-            last check.
+        images: that predictors and int8 are calibrated with, and of which some judge plans. reserved: of no use before
+            the last check.
     """
 
     bound: Bound
@@ -57,7 +57,7 @@ class SearchRequest(NamedTuple):
     engines: list[Deployment]
     left_out: dict[str, str]
     images: list[Path]
-    kept: list[Path]
+    reserved: list[Path]
 
 
 def read_request(

@@ -107,8 +107,8 @@ def search_model(
         candidates, dense = rank(search)
         (plan, best), checked = candidates[0], None
         if request.bound.is_met(best.fidelity, best.ms.value):
-            kept = Trial(student, dense_model.model, request.kept, metric)
-            checked = check(search, plan, best.engine, kept)
+            reserved = Trial(student, dense_model.model, request.reserved, metric)
+            checked = check(search, plan, best.engine, reserved)
             _keep_answer(whole.bundle(plan, best.engine), start, plan, folder, trust)
     subject = Subject(path=str(source), name=student.name, sha256=sha256(start / STUDENT_FILE))
     result = _result(subject, request, search, [candidate for _, candidate in candidates], dense, checked)
@@ -178,7 +178,7 @@ def _result(
 ) -> SearchResult:  # fmt: skip
     bound = request.bound
     nearest = f"{finalists[0].fidelity:.4f} at {finalists[0].ms.value:.1f} ms"
-    images = {"searched": request.images, "tried": search.trial.paths, "checked": request.kept}
+    images = {"searched": request.images, "tried": search.trial.paths, "checked": request.reserved}
     method = SearchMethod(
         metric=request.metric, at_least=bound.value if bound.by_fidelity else None,
         at_most_ms=None if bound.by_fidelity else bound.value,

@@ -50,7 +50,7 @@ def distance_by(metric: str, student: Student, wanted: Sequence[Prediction], pat
     if metric == MAPS:
         return _overlap(student, wanted)
     if metric not in COSINES:
-        return _own(metric, wanted, paths)
+        return _metric_distance(metric, wanted, paths)
     if metric == "class" and not student.backbone.class_token:
         raise ConfigError("This model has no class token.", "Judge by --metric patches.")
     return lambda number, got: 1 - alike(metric, got, wanted[number])
@@ -71,7 +71,7 @@ def _overlap(student: Student, wanted: Sequence[Prediction]) -> Distance:
     return distance
 
 
-def _own(name: str, wanted: Sequence[Prediction], paths: Sequence[Path]) -> Distance:
+def _metric_distance(name: str, wanted: Sequence[Prediction], paths: Sequence[Path]) -> Distance:
     """A user's `TaskMetric`, whose scores lie from 0 to 1; an image on which a model does better loses nothing."""
     metric = OwnMetric(name)
 
@@ -173,7 +173,7 @@ class Trial:
 def _giving(layers: Sequence[Any], outputs: Sequence[Tensor]) -> Iterator[None]:
     """Meanwhile the first layers return these, whatever comes in."""
     for layer, output in zip(layers, outputs, strict=False):
-        layer.forward = lambda *_, given=output, **__: given
+        layer.forward = lambda *_, replacement=output, **__: replacement
     try:
         yield
     finally:

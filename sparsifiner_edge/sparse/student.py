@@ -111,7 +111,7 @@ def sparsify(
     sparsity = SparsityConfig.for_preset(**options)
     if calibrate is not None:
         list_images(Path(calibrate))
-    dense = load_source(model, Path(weights) if weights else None, img_size, Normalisation.given(normalise))
+    dense = load_source(model, Path(weights) if weights else None, img_size, Normalisation.parse(normalise))
     student = make_student(dense, fit_to_model(sparsity, dense.backbone, options))
     tools = {name: version(name) for name in ("sparsifiner-edge", student.backbone.library, "torch")}
     student = dataclasses.replace(student, provenance=replace(student.provenance, tools=tools))
