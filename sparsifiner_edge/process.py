@@ -118,15 +118,15 @@ class StalledError(Exception):
     """Nothing came within the time allowed."""
 
 
-def write_message(handle: int, content: bytes, *more: memoryview) -> None:
-    """Write one message, and bytes that it announces, to a pipe or socket; waits while the reader is busy.
+def write_message(handle: int, content: bytes) -> None:
+    """Write one message to a pipe or socket; waits while the reader is busy.
 
     Raises:
         OSError: the other side is gone.
     """
-    for data in (memoryview(_LENGTH.pack(len(content)) + content), *more):
-        while data:
-            data = data[os.write(handle, data) :]  # noqa: PLW2901
+    data = memoryview(_LENGTH.pack(len(content)) + content)
+    while data:
+        data = data[os.write(handle, data) :]
 
 
 def read_message(handle: int, deadline: float | None, most: int) -> bytearray | None:
@@ -140,16 +140,16 @@ def read_message(handle: int, deadline: float | None, most: int) -> bytearray | 
         ValueError: it is longer.
         OSError: the other side is gone.
     """
-    prefix = receive_bytes(handle, _LENGTH.size, deadline)
+    prefix = _receive(handle, _LENGTH.size, deadline)
     if prefix is None:
         return None
     (length,) = _LENGTH.unpack(prefix)
     if length > most:
         raise ValueError(f"a message of {length} bytes")
-    return receive_bytes(handle, length, deadline)
+    return _receive(handle, length, deadline)
 
 
-def receive_bytes(handle: int, count: int, deadline: float | None) -> bytearray | None:
+def _receive(handle: int, count: int, deadline: float | None) -> bytearray | None:
     """So many bytes; None at the end of the stream. See `read_message`."""
     data = bytearray(count)
     view, poll = memoryview(data), select.poll()

@@ -11,11 +11,14 @@ import signal
 import subprocess
 import threading
 
+from msgspec.structs import replace
+
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.camera.decoder_protocol import SHOWN_REASON, End, Frame, ProtocolError, receive
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.process import StalledError, start_python
+from sparsifiner_edge.text import shown
 
 FIRST_WAIT_S, MOST_WAIT_S = 0.25, 2.0
 _START_S = 20.0
@@ -140,10 +143,10 @@ class Capture:
             self._status.count("captured")
             self._status.enter("streaming")
             self._leave(message)
-            self._status.count("bad_packets", max(0, message.times.bad_packets - bad))
-            bad = message.times.bad_packets
+            self._status.count("bad_packets", max(0, message.bad_packets - bad))
+            bad = message.bad_packets
             message = receive(handle, self._size, self._stall_s)
-        return None if message.reason is None else self._source.clean(message.reason)[:SHOWN_REASON]
+        return None if message.reason is None else shown(self._source.clean(message.reason), SHOWN_REASON)
 
     def _leave(self, frame: Frame) -> None:
         """A frame, to be taken."""
@@ -153,5 +156,5 @@ class Capture:
                 break
             except queue.Full:
                 if self._source.live and (before := self.take(0)) is not None:
-                    frame = frame._replace(skipped=before.skipped + 1)
+                    frame = replace(frame, skipped=before.skipped + 1)
         self._status.count("dropped", frame.skipped > 0)

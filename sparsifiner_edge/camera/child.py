@@ -23,14 +23,13 @@ from PIL import Image
 
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.camera.confine import confine
-from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, End, Frame, FrameTimes, send
+from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, End, Frame, send
 from sparsifiner_edge.camera.gstreamer import read_pipeline
 from sparsifiner_edge.camera.libav import read_stream
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.sources import place_of
 from sparsifiner_edge.files import open_regular
 from sparsifiner_edge.images import centred
-from sparsifiner_edge.text import shown
 
 
 def main() -> None:
@@ -103,16 +102,16 @@ def _test_frames(fps: float, size: ImageSize) -> Iterator[Frame]:
         time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
         at = time.monotonic_ns()
         image = np.asarray(centred(Image.fromarray(draw_pattern(number)), size))
-        yield Frame(image, FrameTimes(due, due, at, time.monotonic_ns(), number / fps))
+        yield Frame(image.data, due, due, at, time.monotonic_ns(), number / fps)
         number = max(number + 1, int((time.monotonic_ns() - start) * fps / 1e9))
 
 
 def reason_of(error: Exception) -> str:
-    """Why an attempt ended, on one line, of printable characters."""
+    """Why an attempt ended, on one line."""
     if type(error).__name__ == "ExitError":  # How PyAV says that the time is over.
         return "it gave nothing in time"
     what = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return shown(" ".join(str(what).split()).rstrip("."), MAX_REASON)
+    return " ".join(str(what).split()).rstrip(".")[:MAX_REASON]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.camera.decoder_protocol import Frame, FrameTimes
+from sparsifiner_edge.camera.decoder_protocol import Frame
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
@@ -70,10 +70,10 @@ def read_pipeline(pipeline: str, size: ImageSize) -> Iterator[Frame]:
         raise ValueError(errors[0].decode("utf-8", "replace") if errors else "the pipeline failed")
 
 
-def _images(pixels: BinaryIO, size: ImageSize) -> Iterator[Frame]:
+def _images(stream: BinaryIO, size: ImageSize) -> Iterator[Frame]:
     height, width = height_width(size)
     row = -(-width * 3 // 4) * 4  # GStreamer pads rows to four bytes.
-    while len(data := pixels.read(row * height)) == row * height:
+    while len(data := stream.read(row * height)) == row * height:
         at = time.monotonic_ns()
-        image = np.frombuffer(data, np.uint8).reshape(height, row)[:, : width * 3].reshape(height, width, 3)
-        yield Frame(image, FrameTimes(at, at, at, time.monotonic_ns()))
+        pixels = np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(height, row)[:, : width * 3])
+        yield Frame(pixels.data, at, at, at, time.monotonic_ns())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import socket
 import socketserver
@@ -20,11 +19,9 @@ from sparsifiner_edge.text import dump_json
 
 LOOPBACK = "127.0.0.1"
 MOST_CONNECTIONS = 32
-"""Open at a time; one more is closed at once."""
-DEADLINE_S = 5.0
-"""From a connection's beginning to its end, however busy its client is."""
-_MOST_REQUEST = 8192
-"""Bytes."""
+"""Open at a time, threads of the service itself included; one more is closed at once."""
+DEADLINE_S, _MOST_REQUEST = 5.0, 8192
+"""For a request to be whole, and bytes of it; else it is closed unanswered, however busy its client is."""
 
 
 def parse_host_port(text: str) -> tuple[str, int]:
@@ -56,8 +53,6 @@ class HealthServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, address: tuple[str, int], status: Status, stale_s: float) -> None:
         self._status, self._stale_s = status, stale_s
-        self._ends: dict[socket.socket, float] = {}
-        """When each connection that is open has had its time."""
         host, port = address
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -78,22 +73,7 @@ class HealthServer(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
         """Whether a connection is taken on: not where too many are open."""
-        if len(self._ends) >= MOST_CONNECTIONS:
-            return False
-        self._ends[request] = time.monotonic() + DEADLINE_S
-        return True
-
-    def service_actions(self) -> None:
-        """Every tenth of a second: a client that sends a byte now and then is never silent."""
-        for request, ends in list(self._ends.items()):
-            if time.monotonic() > ends:
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
-
-    def shutdown_request(self, request: Any) -> None:
-        """It is answered, or was never taken on."""
-        self._ends.pop(request, None)
-        super().shutdown_request(request)
+        return threading.active_count() < MOST_CONNECTIONS
 
     def handle_error(self, *_: Any) -> None:
         """A client that leaves in the middle is none of the service's troubles; nor that no thread is to be had."""
@@ -115,13 +95,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: HealthServer
     server_version, sys_version = "sparsifiner-edge", ""
 
-    def parse_request(self) -> bool:
-        """Take little more than `_MOST_REQUEST` bytes of header lines: the standard library takes megabytes."""
-        head = b""
-        while len(head) < _MOST_REQUEST and (line := self.rfile.readline(_MOST_REQUEST)).strip():
-            head += line
+    def handle(self) -> None:
+        """The standard library would take megabytes, for as long as a byte comes now and then."""
+        head, ends = b"", time.monotonic() + DEADLINE_S
+        while b"\r\n\r\n" not in head:
+            self.request.settimeout(max(1e-3, ends - time.monotonic()))
+            if len(head) > _MOST_REQUEST or not (more := self.request.recv(_MOST_REQUEST)):
+                return
+            head += more
         self.rfile = io.BytesIO(head)
-        return super().parse_request()
+        self.handle_one_request()
 
     def do_GET(self) -> None:
         """Answer, and close."""

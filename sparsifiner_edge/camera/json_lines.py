@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -43,27 +45,26 @@ class LineWriter:
         live: drop and count lines that find no room, or that the disk refuses, and keep trying: a service goes on, and
             one that is started again goes on in its file. Else wait for the reader, and raise what the disk says.
         stop: once set, writes no longer wait: undelivered lines are dropped and counted.
-
-    Attributes:
-        dropped: lines that were not written, for want of room; of the last one a part may have been.
-        errors: lines that the disk refused.
+        count: told "lines_dropped" of a line that was not written for want of room (of the last one a part may have
+            been), and "output_errors" of one that the disk refused.
 
     Raises:
         ArtifactError: another run writes the file, it is a folder or a device, or the disk refuses.
     """
 
-    def __init__(self, output: Path | TextIO | None, live: bool, stop: threading.Event | None = None) -> None:
-        self.dropped, self.errors = 0, 0
-        self._path = output if isinstance(output, Path) else None
+    def __init__(
+        self, output: Path | TextIO | None, live: bool, stop: threading.Event | None = None,
+        count: Callable[[str], object] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._errors: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         if isinstance(output, Path):
-            self._handle = _open(output, append=live)
+            self._handle, self._errors = _open(output, append=live), functools.partial(io_errors, output)
         elif output is None:
             self._handle = os.open(os.devnull, os.O_WRONLY)
         else:
             output.flush()
             self._handle = os.dup(output.fileno())
-        self._live, self._stop = live, stop or threading.Event()
-        self._lock = threading.Lock()
+        self._live, self._stop, self._count, self._lock = live, stop or threading.Event(), count, threading.Lock()
         self._line, self._written = b"", 0
         """The last one, and how much of it is written."""
         self._is_file = stat.S_ISREG(os.fstat(self._handle).st_mode)
@@ -90,47 +91,44 @@ class LineWriter:
                 self._line, self._written = line, 0
                 self._flushed()
             else:
-                self.dropped += 1
+                self._count("lines_dropped")
 
     def close(self) -> None:
         """Write what waits, for at most 2 s where nothing is waited for, and close. Raises as `write`."""
         with self._lock, self._errors():
             ends = time.monotonic() + _DRAIN_S
             try:
-                while not self._flushed() and time.monotonic() < ends:
+                while not (flushed := self._flushed()) and time.monotonic() < ends:
                     self._room.poll(_TURN_MS)
-                self.dropped += self._written < len(self._line)
+                if not flushed:
+                    self._count("lines_dropped")
             finally:
                 os.close(self._handle)
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._path is None else io_errors(self._path)
 
     def _flushed(self) -> bool:
         """Write as much as there is room for; whether that was all."""
         most = len(self._line) if self._is_file else select.PIPE_BUF
         while self._written < len(self._line):
             waits = not (self._live or self._stop.is_set())
-            if not self._room.poll(_TURN_MS if waits else 0):
-                if waits:
+            if self._room.poll(_TURN_MS if waits else 0):
+                try:
+                    self._written += os.write(self._handle, self._line[self._written : self._written + most])
+                except BlockingIOError:  # Another process was faster to take the room.
                     continue
+                except OSError as error:
+                    self._give_up(error)
+            elif not waits:
                 return False
-            try:
-                self._written += os.write(self._handle, self._line[self._written : self._written + most])
-            except BlockingIOError:  # Another process was faster to take the room.
-                continue
-            except OSError as error:
-                self._give_up(error)
         return True
 
     def _give_up(self, error: OSError) -> None:
         """No half lines: the begun one is removed."""
-        self.errors += 1
         if self._is_file and self._written:
             with contextlib.suppress(OSError):
                 end = os.lseek(self._handle, -self._written, os.SEEK_CUR)
                 os.ftruncate(self._handle, min(end, os.fstat(self._handle).st_size))  # It may have been emptied.
         self._line, self._written = b"", 0
+        self._count("output_errors")
         if not self._live or isinstance(error, BrokenPipeError):
             raise error
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.camera.decoder_protocol import Frame, FrameTimes
+from sparsifiner_edge.camera.decoder_protocol import Frame
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
@@ -31,20 +31,16 @@ _JUMP_NS, _DRIFT = 5_000_000_000, 2_000
 _BEHIND_S, _CAUGHT_UP_S = 0.3, 0.1
 
 
-def require_sane_size(width: int, height: int) -> None:
-    """Refuse a frame that no camera gives.
+def scaled_size(width: int, height: int, size: ImageSize) -> tuple[int, int]:
+    """Width and height of the resized frame before it is cropped: no smaller than `size`, one side as long.
 
     Raises:
-        ValueError: empty, above `MAX_PIXELS`, or more than `MAX_ASPECT` times longer than wide.
+        ValueError: no camera gives such a frame: empty, above `MAX_PIXELS`, or `MAX_ASPECT` times longer than wide.
     """
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise ValueError(f"frames of {width} x {height} px; at most {MAX_PIXELS} px are taken")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"frames of {width} x {height} px, longer than {MAX_ASPECT} times their width")
-
-
-def scaled_size(width: int, height: int, size: ImageSize) -> tuple[int, int]:
-    """Width and height of the resized frame before it is cropped: no smaller than `size`, one side as long."""
     rows, columns = height_width(size)
     if width * rows <= height * columns:
         return columns, round(height * columns / width)
@@ -135,20 +131,19 @@ class _Reader:
 
     def _ready(self, frame: Any, arrived: int) -> Frame:
         at = time.monotonic_ns()
-        require_sane_size(frame.width, frame.height)
+        width, height = scaled_size(frame.width, frame.height, self._size)
         stamp = None if frame.pts is None else int(frame.pts * frame.time_base * 1_000_000_000)
         if stamp is not None and abs(stamp) >= 1 << 63:  # Of a damaged file; no clock goes there.
             stamp = None
         captured = self._clock.captured_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
-        width, height = scaled_size(frame.width, frame.height, self._size)
         scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
         rows, columns = height_width(self._size)
         top, left = (height - rows) // 2, (width - columns) // 2
-        image = np.ascontiguousarray(scaled[top : top + rows, left : left + columns])
+        pixels = np.ascontiguousarray(scaled[top : top + rows, left : left + columns])
         self.count += 1
         pts_s = None if stamp is None else stamp / 1e9
-        return Frame(image, FrameTimes(captured, arrived, at, time.monotonic_ns(), pts_s, self.bad))
+        return Frame(pixels.data, captured, arrived, at, time.monotonic_ns(), pts_s, self.bad)
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""

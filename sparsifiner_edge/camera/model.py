@@ -42,7 +42,6 @@ class Model:
         public_key: Path | None = None,
     ) -> None:  # fmt: skip
         bundle = checked_bundle(folder, public_key)
-        _require_centre(bundle)
         self.size = bundle.image_size
         self.labels = bundle.labels()
         self._top, self._threshold = top, threshold
@@ -135,7 +134,7 @@ def _summary(name: str, values: Array) -> MapSummary:
 
 
 def _require_image(session: Session, bundle: Bundle) -> None:
-    """Refuse a model that takes something else than one image of the size that its manifest says.
+    """Refuse a model that takes something else than one image of the size that its manifest says, made as frames are.
 
     Raises:
         ConfigError: it takes larger batches.
@@ -148,16 +147,8 @@ def _require_image(session: Session, bundle: Bundle) -> None:
             f"{bundle.folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}.",
             f"Export it again: one uint8 image [B, {height}, {width}, 3] is needed.",
         )
+    resize = bundle.required(bundle.manifest.preprocessing, "preprocessing").resize
+    if not resize.startswith(centre_text(bundle.image_size)):
+        raise ArtifactError(f"{bundle.folder}: preprocessing.resize is {resize!r:.60}.", "Export it again.")
     if isinstance(batch, int) and batch != 1:
         raise ConfigError(f"{bundle.folder} takes batches of {batch}.", "Export it with --batch 1 or dynamic.")
-
-
-def _require_centre(bundle: Bundle) -> None:
-    """Refuse a bundle whose images are made in another way than frames are."""
-    resize = bundle.required(bundle.manifest.preprocessing, "preprocessing").resize
-    known = centre_text(bundle.image_size)
-    if not resize.startswith(known):
-        raise ArtifactError(
-            f"{bundle.folder}: preprocessing.resize is {resize!r:.60}; known is {known}.",
-            "Upgrade: pip install -U sparsifiner-edge",
-        )

@@ -17,7 +17,7 @@ from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
-from sparsifiner_edge.files import io_errors, require_file_path
+from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.text import shown
 
 _LEAST_SIDE = 480
@@ -28,26 +28,24 @@ _FAST = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
 _TEXT, _MARGIN, _TEXT_WIDTH = 16, 8, 44
 
 
-def require_overlay_path(path: Path) -> None:
-    """Refuse an overlay file that cannot be one.
+def require_overlay(path: Path) -> None:
+    """Refuse an overlay that cannot be made.
 
     Raises:
         ConfigError: another ending than .mp4 or .mkv.
-        ArtifactError: a folder or a device.
         MissingExtraError: PyAV is missing.
     """
     if importlib.util.find_spec("av") is None:
         raise MissingExtraError("av", "camera")
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"The overlay {path} is no video's name.", f"Let it end with {' or '.join(_SUFFIXES)}.")
-    require_file_path(path)
 
 
 class Overlay:
     """A video of what the model sees, with its answers; times of the file are those of the frames. A context manager.
 
     Args:
-        path: .mp4 (in fragments, so that a file cut short still plays) or .mkv; see `require_overlay_path`.
+        path: .mp4 (in fragments, so that a file cut short still plays) or .mkv; see `require_overlay`.
         model_size: of the model's images.
         live: a service goes on without the overlay when the disk or the encoder refuses, counts and tells that; of
             another source the overlay is what was wanted, and its failure is an error.
@@ -123,12 +121,13 @@ class Overlay:
                 except (av.error.FFmpegError, ValueError) as error:
                     raise OSError(0, getattr(error, "strerror", None) or str(error)) from error
         except ArtifactError as error:
-            told, self._lost = self._lost, True
-            if not self._live and not told:
+            if self._lost:
+                return
+            self._lost = True
+            if not self._live:
                 raise
-            if not told:
-                self._status.count("overlay_errors")
-                self._status.event("overlay_lost", reason=error.what)
+            self._status.count("overlay_errors")
+            self._status.event("overlay_lost", reason=error.what)
 
     def _drawn(self, pixels: Pixels, lines: list[str], heat: Array | None) -> Pixels:
         from PIL import Image, ImageDraw, ImageFont

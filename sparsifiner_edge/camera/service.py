@@ -22,7 +22,7 @@ from sparsifiner_edge.camera.decoder_protocol import Frame
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.json_lines import LineWriter
 from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.overlay import Overlay, require_overlay_path
+from sparsifiner_edge.camera.overlay import Overlay, require_overlay
 from sparsifiner_edge.camera.sources import KNOWN, Source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ConfigError, ImageError
@@ -58,10 +58,6 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     metrics: tuple[str, int] | None = None
     stall_s: float = 3.0
 
-    def open_model(self, bundle: Path) -> Model:
-        """The bundle, opened so."""
-        return Model(bundle, self.execution, self.top, self.threshold, self.public_key)
-
 
 def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
     """Run a bundle on an image or a folder of images: one JSON line per image.
@@ -80,8 +76,8 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name} cannot be combined with images.", "Give a video or a camera, or leave it out.")
     _require_outputs(bundle, source, options)
-    count, failed = 0, 0
-    with options.open_model(bundle) as model, stopping() as stop:
+    count = failed = 0
+    with _opened(bundle, options) as model, stopping() as stop:
         records = run_images(model, Path(source.location))
         first = next(records)  # Before the file: a bad bundle is an error before anything is written.
         with LineWriter(options.output or sys.stdout, live=False, stop=stop) as lines:
@@ -92,6 +88,10 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
                     break
     if failed and not stop.is_set():
         raise ImageError(f"{failed} of {count} images could not be read; their lines say why.")
+
+
+def _opened(bundle: Path, options: RunOptions) -> Model:
+    return Model(bundle, options.execution, options.top, options.threshold, options.public_key)
 
 
 def run_images(model: Model, source: Path) -> Iterator[ImageRecord]:
@@ -134,7 +134,7 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
     require_decoder(source)
     _require_outputs(bundle, source, options)
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(options.open_model(bundle))
+        model = stack.enter_context(_opened(bundle, options))
         events = LineWriter(sys.stderr, live=True)
         stack.callback(_close_quietly, events)
         status = Status(source.shown, events.write)
@@ -159,9 +159,7 @@ def _run(model: Model, source: Source, options: RunOptions, status: Status, stop
     that is not live.
     """
     with contextlib.ExitStack() as stack:
-        lines = LineWriter(options.output or sys.stdout, source.live, stop)
-        stack.callback(_count_lines, status, lines)
-        stack.enter_context(lines)
+        lines = stack.enter_context(LineWriter(options.output or sys.stdout, source.live, stop, status.count))
         overlay = None
         if options.overlay is not None:
             overlay = stack.enter_context(Overlay(options.overlay, model.size, source.live, status))
@@ -172,10 +170,9 @@ def _run(model: Model, source: Source, options: RunOptions, status: Status, stop
             record, outputs = _answered(model, source, frame, status)
             status.processed(record)
             lines.write(record)
-            _count_lines(status, lines)
             if overlay is not None:
-                at_s = frame.times.captured_ns / 1e9 if source.live else frame.times.pts_s or 0.0
-                overlay.write(frame.image, record, model.heat(outputs), at_s)
+                at_s = frame.captured_ns / 1e9 if source.live else frame.pts_s or 0.0
+                overlay.write(frame.image(model.size), record, model.heat(outputs), at_s)
             if status.counts["processed"] == options.frames:
                 break
     return capture.failure
@@ -195,24 +192,24 @@ def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
 def _answered(model: Model, source: Source, frame: Frame, status: Status) -> tuple[FrameRecord, dict[str, Array]]:
     """What the model says of a frame, and its outputs."""
     began = time.monotonic_ns()
-    outputs = model.infer(frame.image)
+    outputs = model.infer(frame.image(model.size))
     inferred = time.monotonic_ns()
     answer = model.frame_answer(outputs)
     status.count("not_finite", answer.not_finite or 0)
-    times, done = frame.times, time.monotonic_ns()
+    done = time.monotonic_ns()
     record = FrameRecord(
         source=source.shown,
         frame=status.counts["processed"],
         skipped=frame.skipped,
-        pts_s=times.pts_s,
+        pts_s=frame.pts_s,
         monotonic_s=round(done / 1e9, 6),
-        capture_ms=_ms(times.captured_ns, times.decoded_ns),
-        preprocess_ms=_ms(times.decoded_ns, times.ready_ns),
-        wait_ms=_ms(times.ready_ns, began),
+        capture_ms=_ms(frame.captured_ns, frame.decoded_ns),
+        preprocess_ms=_ms(frame.decoded_ns, frame.ready_ns),
+        wait_ms=_ms(frame.ready_ns, began),
         infer_ms=_ms(began, inferred),
         postprocess_ms=_ms(inferred, done),
-        end_to_end_ms=_ms(times.arrived_ns, done),
-        frame_age_ms=_ms(times.captured_ns, done) if source.live else None,
+        end_to_end_ms=_ms(frame.arrived_ns, done),
+        frame_age_ms=_ms(frame.captured_ns, done) if source.live else None,
         **asdict(answer),
     )
     return record, outputs
@@ -228,16 +225,9 @@ def _close_quietly(events: LineWriter) -> None:
         events.close()
 
 
-def _count_lines(status: Status, lines: LineWriter) -> None:
-    """And tell when the output fails for the first time."""
-    if lines.errors and not status.counts["output_errors"]:
-        status.event("output_failing", errors=lines.errors)
-    status.counts["lines_dropped"], status.counts["output_errors"] = lines.dropped, lines.errors
-
-
 def _require_outputs(bundle: Path, source: Source, options: RunOptions) -> None:
     if options.overlay is not None:
-        require_overlay_path(options.overlay)
+        require_overlay(options.overlay)
     for path in filter(None, (options.output, options.overlay)):
         require_file_path(path)
         require_other_file(path, source, bundle)

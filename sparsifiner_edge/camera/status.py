@@ -56,9 +56,12 @@ class Status:
         self.sums_s = dict.fromkeys(TIMES, 0.0)
 
     def count(self, name: str, by: int = 1) -> None:
-        """Add to a counter."""
+        """Add to a counter. That the output fails is told once."""
         with self._lock:
+            before = self.counts[name]
             self.counts[name] += by
+        if name == "output_errors" and not before:
+            self.event("output_failing")
 
     def enter(self, state: str, reason: str | None = None, attempt: int | None = None) -> None:
         """Change the state; told unless nothing changed.

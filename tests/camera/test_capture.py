@@ -33,7 +33,7 @@ def test_waiting_grows_to_a_cap_and_varies() -> None:
 def fake_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """A process that does something else in the place of the decoding one."""
     path = tmp_path / "decoder"
-    names = "import numpy as np\nfrom sparsifiner_edge.camera.decoder_protocol import End, Frame, FrameTimes, send\n"
+    names = "from sparsifiner_edge.camera.decoder_protocol import End, Frame, send\n"
     path.write_text(f"#!{sys.executable}\n{names if 'send' in script else ''}{script}\n")
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
@@ -54,7 +54,7 @@ def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [("End(None)", "the stream ended"), ("End('no route')", "no route"),
-     ("Frame(np.zeros((3, 3, 3), np.uint8), FrameTimes(-1, 0, 0, 0))", "the decoder sent what is no message: ")],
+     ("Frame(bytes(8 * 8 * 3), -1, 0, 0, 0)", "the decoder sent what is no message: ")],
 )  # fmt: skip
 def test_no_word_of_a_decoder_ends_a_live_source(
     sent: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

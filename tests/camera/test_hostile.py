@@ -41,7 +41,7 @@ while True:
         File.name = name.decode()
         try:
             for decoded in read_stream(File, 32, 3):
-                assert decoded.image.shape == (32, 32, 3)
+                assert decoded.image(32).shape == (32, 32, 3)
                 frames += 1
         except Exception as error:
             reason = reason_of(error)
