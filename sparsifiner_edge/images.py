@@ -156,9 +156,8 @@ def load_mask(path: Path, size: ImageSize) -> npt.NDArray[np.bool_]:
 
 def centred(image: Any, size: ImageSize, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
     """What `centre_box` takes of a Pillow image, resized to `size`: Pillow's image of that mode."""
-    width, height = image.size
+    centre = image.crop(centre_box(*image.size, size)).convert(mode)
     height, width = height_width(size)
-    centre = image.crop(centre_box(width, height, size)).convert(mode)
     return centre.resize((width, height), _pillow().Resampling[resampling])
 
 
