@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,22 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Outcome:
     captured = capsys.readouterr()
     assert isinstance(caught.value.code, int)
     return Outcome(caught.value.code, captured.out, captured.err)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Until something has happened, however busy the machine is."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or waits for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str | None]:

@@ -156,6 +156,14 @@ def tiny_bundle(once: Once, tiny_student: Path) -> Path:
     return once("bundle", lambda folder: export_bundle(tiny_student, folder / "bundle")) / "bundle"
 
 
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A bundle of two products, for a test of its own."""
+    from tests.tiny import make_bundle
+
+    return make_bundle(tmp_path / "tiny")
+
+
 @pytest.fixture(scope="session")
 def folder(once: Once) -> Path:
     """Twelve smooth images in two classes."""

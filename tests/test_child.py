@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +12,9 @@ from msgspec import to_builtins
 
 from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.process import read_message, write_message
 from sparsifiner_edge.profiles.measure.side import start_worker
 from sparsifiner_edge.runtime.child import start_child
+from tests.commands import ended, wait_for
 
 SOURCES = {
     "aborts": "import os, sys; sys.stderr.write('corrupted list'); sys.stderr.flush(); os.abort()",
@@ -35,9 +31,7 @@ SOURCES = {
         ("raves", r"The child was ended by SIGKILL during 'work'"),
     ],
 )
-def test_one_that_dies_is_told_with_what_it_wrote(
-    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_dies_is_told_with_what_it_wrote(name, said, tmp_path, monkeypatch):
     (tmp_path / "the_child.py").write_text(SOURCES[name])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("sparsifiner_edge.runtime.child._ENDING_S", 1.0)
@@ -56,23 +50,15 @@ def test_an_error_keeps_its_class_and_its_message(tmp_path: Path) -> None:
             worker.ask("nonsense", 60, object)
 
 
-def test_prints_of_libraries_do_not_reach_the_replies() -> None:
-    code = (
+def test_prints_of_libraries_do_not_reach_the_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "the_child.py").write_text(
         "import os\nfrom sparsifiner_edge.runtime.child import serve\n"
         "def noisy():\n    print('noise', flush=True); os.write(1, b'more noise\\n')\n    return 7\n"
         "serve({'noisy': noisy})"
     )
-    near, far = socket.socketpair()
-    handle = far.fileno()
-    with near, subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"SPARSIFINER_PIPE": str(handle)}, pass_fds=[handle],
-        stdout=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        far.close()
-        write_message(near.fileno(), b'{"operation": "noisy"}')
-        assert json.loads(read_message(near.fileno(), None, 1 << 20) or b"") == {"result": 7}
-        near.close()
-        assert process.communicate()[0] == "noise\nmore noise\n"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with start_child("the_child", "The child", "Do this.") as child:
+        assert child.ask("noisy", 60, int) == 7
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -88,12 +74,4 @@ def test_it_ends_with_its_parent(number: signal.Signals) -> None:
         pid = int(parent.stdout.readline())
         parent.send_signal(number)
         parent.wait(30)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        time.sleep(0.05)
-    pytest.fail("it outlived its parent")
+    wait_for(lambda: ended(pid), 30)

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.bundle.kernels import table_file
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
@@ -21,15 +20,10 @@ from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board, board_names, load_board
 from sparsifiner_edge.profiles.estimate import model_of, peak_activations
-from sparsifiner_edge.profiles.roofline import (
-    CPU_FIT,
-    GPU_FIT,
-    KERNEL_SHARE,
-    Workload,
-)
-from tests.commands import assert_refused, process
+from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, KERNEL_SHARE, Workload
+from tests.commands import assert_refused, call
+from tests.package.reseal import reseal
 from tests.plain import estimate_bundle, read_result
-from tests.seal import seal_bundle
 from tests.tiny import make_bundle
 
 VIT_S = ModelShape(12, 6, 384, 1536, 1, 1369, 14)
@@ -49,14 +43,6 @@ def counted(folder: Path, shape: ModelShape = VIT_S, sparsity: SparsityConfig = 
     return make_bundle(folder, batch=1, **(content | manifest))
 
 
-def changed(folder: Path, change: dict[str, Any]) -> Path:
-    """The bundle with other entries in its manifest, sealed again."""
-    manifest = json.loads((folder / BUNDLE_FILE).read_text()) | change
-    (folder / BUNDLE_FILE).unlink()
-    seal_bundle(folder, {name: value for name, value in manifest.items() if name != "files"})
-    return folder
-
-
 def total(work: Workload, board: Board, precision: str = "fp16") -> float:
     return roofline.seconds(roofline.costs(work, board, precision, GPU_FIT if board.kind == "gpu" else CPU_FIT))
 
@@ -72,35 +58,29 @@ def total(work: Workload, board: Board, precision: str = "fp16") -> float:
 )
 @pytest.mark.parametrize("shape", [VIT_S, ModelShape(7, 3, 192, 770, 5, 256, 8)])
 def test_sizes_are_what_the_manifest_says(tmp_path: Path, sparsity: SparsityConfig, shape: ModelShape) -> None:
-    folder = counted(tmp_path / "bundle", shape, sparsity)
-    found, settings_found = model_of(open_bundle(folder))
-    assert settings_found == sparsity
-    assert found == shape
-    work = Workload(found, settings_found)
-    operators = roofline.operators(work)
+    found = model_of(open_bundle(counted(tmp_path / "bundle", shape, sparsity)))
+    assert found == (shape, sparsity)
+    operators = roofline.operators(Workload(*found))
     assert sum(o.macs for o in operators) == summary(shape, sparsity)["total_macs"]
     assert {o.kind for o in operators} <= {*MAC_KINDS, "embedding"}
 
 
-def test_a_real_bundle_through_the_command_line(tmp_path: Path, tiny_bundle: Path) -> None:
-    path = tmp_path / "estimate.json"
-    done = process(
-        "estimate", tiny_bundle, "--board", "jetson-orin-nano-8gb", "--precision", "fp16", "--json", "-o", path
-    )
+def test_a_real_bundle_through_the_command_line(capsys, tmp_path: Path, tiny_bundle: Path) -> None:
+    path, board = tmp_path / "estimate.json", "jetson-orin-nano-8gb"
+    done = call(capsys, "estimate", tiny_bundle, "--board", board, "--precision", "fp16", "--json", "-o", path)
     assert (done.code, done.err) == (0, "")
     result = json.loads(done.out)
     assert result == read_result(path)
-    assert result["kind"] == "estimate"
-    assert "not measured" in result["method"]["estimate"]
-    assert result["method"]["board"]["name"] == "jetson-orin-nano-8gb"
-    assert result["method"]["kernels"]["assumed"] == "portable"
+    method = result["method"]
+    assert (result["kind"], method["board"]["name"], method["kernels"]["assumed"]) == ("estimate", board, "portable")
+    assert "not measured" in method["estimate"]
     figures = result["statistics"]
     for name in ("latency_ms", "memory_bytes", "energy_j"):
         assert 0 < figures[name]["low"] < figures[name]["value"] < figures[name]["high"]
 
 
-def test_the_table_says_that_it_is_an_estimate_and_bad_use_is_refused(tmp_path: Path, tiny_bundle: Path) -> None:
-    done = process("estimate", tiny_bundle, "--board", "jetson-orin-nano-8gb-super", "--power-mode", "25W")
+def test_the_table_says_that_it_is_an_estimate_and_bad_use_is_refused(capsys, tmp_path, tiny_bundle) -> None:
+    done = call(capsys, "estimate", tiny_bundle, "--board", "jetson-orin-nano-8gb-super", "--power-mode", "25W")
     assert (done.code, done.err) == (0, "")
     text = " ".join(done.out.split())
     for part in (
@@ -111,14 +91,11 @@ def test_the_table_says_that_it_is_an_estimate_and_bad_use_is_refused(tmp_path: 
         "Not confirmed by any document: tf32_tflops",
     ):
         assert part in text, text
-    refused = {
-        "There is no board 'abacus'": [tiny_bundle, "--board", "abacus"],
-        "cpu-generic states no peak for fp16": [tiny_bundle, "--board", "cpu-generic", "--precision", "fp16"],
-        "no power mode 'MAXN'": [tiny_bundle, "--board", "t4", "--power-mode", "MAXN"],
-        "is a folder or a device. Give a file's name": [tiny_bundle, "--board", "t4", "-o", tmp_path],
-    }
-    for message, arguments in refused.items():
-        assert_refused(process("estimate", *arguments), message)
+    for message, *arguments in (
+        ("no power mode 'MAXN'", "--power-mode", "MAXN"),
+        ("is a folder or a device. Give a file's name", "-o", tmp_path),
+    ):
+        assert_refused(call(capsys, "estimate", tiny_bundle, "--board", "t4", *arguments), message)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +109,12 @@ def test_the_table_says_that_it_is_an_estimate_and_bad_use_is_refused(tmp_path: 
 def test_manifests_that_do_not_hold_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     folder = counted(tmp_path / "bundle")
     with pytest.raises(ArtifactError, match=message):
-        estimate_bundle(changed(folder, change), "t4")
+        estimate_bundle(reseal(folder, **change), "t4")
 
 
 def test_which_kernels_are_assumed(tmp_path: Path) -> None:
     def kernels(folder: Path, board: str) -> str:
-        method = estimate_bundle(folder, board)["method"]["kernels"]
-        assert method["because"]
-        return str(method["assumed"])
+        return str(estimate_bundle(folder, board)["method"]["kernels"]["assumed"])
 
     sparse = counted(tmp_path / "sparse", sparsity=EDGE)
     assert kernels(sparse, "rtx-3060") == "portable"
@@ -148,7 +123,7 @@ def test_which_kernels_are_assumed(tmp_path: Path) -> None:
     carried = counted(tmp_path / "carried", sparsity=EDGE)
     (carried / "kernels").mkdir()
     (carried / table_file(86)).write_text("{}")
-    changed(carried, {})
+    reseal(carried)
     assert kernels(carried, "rtx-3060") == "native"
     assert kernels(carried, "rtx-4090") == "portable"
     native, portable = (estimate_bundle(f, "rtx-3060")["statistics"]["latency_ms"] for f in (carried, sparse))
@@ -183,9 +158,7 @@ def test_energy_and_memory_are_bounded_by_the_board(tmp_path: Path) -> None:
     more=st.integers(0, 2000),
     batch=st.integers(1, 8),
 )
-def test_more_tokens_are_never_faster_but_for_fewer_cells(
-    board: str, sparsity: SparsityConfig, kernels: str, patches: int, more: int, batch: int
-) -> None:
+def test_more_tokens_are_never_faster_but_for_fewer_cells(board, sparsity, kernels, patches, more, batch):
     """Cells have whole numbers of tokens: 321 patches make 25 cells of 13, 326 make 24 of 14, and fewer cells cost
     less.
     """

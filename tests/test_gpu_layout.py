@@ -44,9 +44,7 @@ def test_tile_64_and_few_cells_are_taken_where_they_pass(pictures: Path, monkeyp
         ({"keep": 0.1}, True, "allowed 0.999999"),
     ],
 )
-def test_what_cannot_be_judged_or_fails_is_kept(
-    changes: dict[str, object], judged: bool, why: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_judged_or_fails_is_kept(changes, judged, why, pictures, monkeypatch):
     monkeypatch.setattr(gpu_layout, "LEAST_TOKENS_COSINE", 0.999999)
     own = wide()
     own = dataclasses.replace(own, sparsity=dataclasses.replace(own.sparsity, **changes))

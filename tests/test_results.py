@@ -9,15 +9,15 @@ from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.machine import has_int8_products, jetson_release
 from sparsifiner_edge.records import write_record
 from tests.plain import environment, machine
+from tests.sensors.trees import write_tree
 
+DPKG = "var/lib/dpkg/status"
 SUBJECT = results.Subject(path="bundle", sha256="0" * 64)
 
 
 def a_result(**changes):
-    made = results.Result(
-        "profile", [SUBJECT], {"clock": "perf_counter"}, {"latency_ms": [1.0, 2.5]}, {"mean_ms": 1.75}
-    )
-    return msgspec.structs.replace(made, **changes)
+    samples, method = {"latency_ms": [1.0, 2.5]}, {"clock": "perf_counter"}
+    return msgspec.structs.replace(results.Result("profile", [SUBJECT], method, samples, {"mean_ms": 1.75}), **changes)
 
 
 def content(**changes):
@@ -67,28 +67,18 @@ def test_what_does_not_fit_the_schema_is_not_written(tmp_path, changes, message)
     assert not list(tmp_path.iterdir())
 
 
-def made_up(root, files):
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return machine(root)
-
-
 def test_a_board_is_recognised_from_its_tree(tmp_path):
-    found = made_up(
-        tmp_path,
-        {
-            "proc/cpuinfo": "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n",
-            "proc/meminfo": "MemTotal:        7800000 kB\nMemFree: 1 kB\n",
-            "proc/device-tree/model": "NVIDIA Jetson Orin Nano\0",
-            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "schedutil\n",
-            "etc/os-release": 'NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 22.04.4 LTS"\n',
-        },
-    )
+    files = {
+        "proc/cpuinfo": "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42",
+        "proc/meminfo": "MemTotal:        7800000 kB\nMemFree: 1 kB",
+        "proc/device-tree/model": "NVIDIA Jetson Orin Nano\0",
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "schedutil",
+        "etc/os-release": 'NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 22.04.4 LTS"',
+    }
+    found = machine(write_tree(tmp_path, files))
     assert found["cpu_model"] == "implementer 0x41, part 0xd42"
     assert found["memory_bytes"] == 7800000 * 1024
-    assert found["board"] == "NVIDIA Jetson Orin Nano"
-    assert found["governor"] == "schedutil"
+    assert (found["board"], found["governor"]) == ("NVIDIA Jetson Orin Nano", "schedutil")
     assert found["os"] == "Ubuntu 22.04.4 LTS"
     nothing = machine(tmp_path / "nothing")
     assert all(nothing[name]["unavailable"] for name in ("cpu_model", "memory_bytes", "governor", "board"))
@@ -97,23 +87,14 @@ def test_a_board_is_recognised_from_its_tree(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "release"),
     [
-        (
-            "etc/nv_tegra_release",
-            "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
-            "36.4.3",
-        ),
-        (
-            "var/lib/dpkg/status",
-            "Package: nvidia-l4t-cuda\nVersion: 1\n\nPackage: nvidia-l4t-core\nStatus: install ok installed\n"
-            "Version: 39.2.0-20260601\n\nPackage: zlib1g\nVersion: 9\n",
-            "39.2.0",
-        ),
-        ("var/lib/dpkg/status", "Package: nvidia-l4t-core\nStatus: deinstall\n\nPackage: zlib1g\nVersion: 9\n", None),
+        ("etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic", "36.4.3"),
+        (DPKG, "Package: nvidia-l4t-cuda\nVersion: 1\n\nPackage: nvidia-l4t-core\nVersion: 39.2.0-2026\n", "39.2.0"),
+        (DPKG, "Package: nvidia-l4t-core\nStatus: deinstall\n\nPackage: zlib1g\nVersion: 9\n", None),
         ("etc/nv_tegra_release", "unknown\n", None),
     ],
 )
 def test_a_jetsons_release(tmp_path, name, text, release):
-    made_up(tmp_path, {name: text})
+    write_tree(tmp_path, {name: text})
     assert jetson_release(tmp_path) == release
 
 
@@ -125,8 +106,7 @@ def test_a_jetsons_release(tmp_path, name, text, release):
     ],
 )  # fmt: skip
 def test_where_products_of_int8_saturate(tmp_path, text, exact):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "cpuinfo").write_text(f"processor\t: 0\n{text}\n")
+    write_tree(tmp_path, {"proc/cpuinfo": f"processor\t: 0\n{text}"})
     assert has_int8_products(tmp_path) == exact
 
 

@@ -1,17 +1,15 @@
-"""A TensorRT that is not there: control flow, and real results. An engine is a profile and the model, which ONNX
+"""A TensorRT that is not there: control flow, and real results. An engine is a line about it and a model, which ONNX
 Runtime evaluates in the fake GPU's memory. `tests/tensorrt/test_bindings.py` holds its names against the real wheels.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import enum
-import functools
 import json
+import math
 import sys
-import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,39 +17,28 @@ import onnx
 import onnxruntime
 import pytest
 
+from sparsifiner_edge.arrays import bytes_at
 from sparsifiner_edge.bundle.kernels import NAMESPACE
 from sparsifiner_edge.runtime.tensorrt import plugin as tensorrt_plugin
 from tests.fakes.gpu import CudaError, Gpu
 
 VERSIONS = {"10.3": "10.3.0", "10.9": "10.9.0.34", "11.4": "11.4.0.106"}
 """JetPack 6's; the first with plugins ahead of time; the newest."""
-_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "UINT8": np.uint8}
-ENUMS = {
-    "BuilderFlag": ["TF32"], "NetworkDefinitionCreationFlag": ["STRONGLY_TYPED"], "MemoryPoolType": ["WORKSPACE"],
-    "TensorIOMode": ["INPUT", "OUTPUT"], "DataType": [*_TYPES, "BF16"],
-}  # fmt: skip
+_DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclasses.dataclass
 class Behaviour:
-    """What goes wrong, and what the fake saw.
+    """What it does and saw. `Gpu.fail` puts errors into "build", "context", "enqueue" and "enqueue to record".
 
     Attributes:
-        build: error messages of a build that gives nothing; None builds. warnings: what a build warns of.
-        refuse: beginnings of operators that the parser refuses.
-        context: error messages when no context can be made.
-        enqueue: error messages of a run that fails. recordable: a run may be captured.
-        original: evaluated in the place of a model that holds launches of kernels.
+        warnings: what a build warns of.
+        original: built in the place of a model that holds launches of kernels.
         milliseconds: of a run, by beginnings of operators in the model: the first that is in it counts.
         seen: what was set on the way, by name.
     """
 
-    build: tuple[str, ...] | None = None
-    warnings: tuple[str, ...] = ()
-    refuse: tuple[str, ...] = ()
-    context: tuple[str, ...] | None = None
-    enqueue: tuple[str, ...] | None = None
-    recordable: bool = True
+    warnings: Sequence[str] = ()
     original: bytes = b""
     milliseconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -59,16 +46,15 @@ class Behaviour:
 
 def install_tensorrt(
     monkeypatch: pytest.MonkeyPatch, gpu: Gpu, version: str = "10.3", behaviour: Behaviour | None = None
-) -> types.ModuleType:
+) -> SimpleNamespace:
     """The fake of a TensorRT version for one test, with its module `plugin` where it has plugins ahead of time."""
     behaviour = behaviour or Behaviour()
-    trt, plugin = make_tensorrt(gpu, behaviour), types.ModuleType("tensorrt.plugin")
-    trt.__version__ = VERSIONS[version]
+    trt, seen = make_tensorrt(gpu, behaviour), behaviour.seen
+    trt.__name__, trt.__version__ = "tensorrt", VERSIONS[version]
+    plugin = SimpleNamespace(TensorDesc=int, KernelLaunchParams=int, SymIntExprs=int)
     for kind in ("register", "aot_impl"):
-        seen = behaviour.seen.setdefault(kind, [])
-        setattr(plugin, kind, lambda name, seen=seen: lambda _: seen.append(name))
-    for kind in ("TensorDesc", "KernelLaunchParams", "SymIntExprs"):
-        setattr(plugin, kind, type(kind, (), {}))
+        seen[kind] = []
+        setattr(plugin, kind, lambda name, kind=kind: lambda _: seen[kind].append(name))
     if version != "10.3":
         trt.QuickPluginCreationRequest = object
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
@@ -77,249 +63,142 @@ def install_tensorrt(
     return trt
 
 
-def make_tensorrt(gpu: Gpu, behaviour: Behaviour) -> types.ModuleType:
-    """A module like `tensorrt`, as far as this package uses it."""
-    trt = types.ModuleType("tensorrt")
-    for kind, members in ENUMS.items():
-        setattr(trt, kind, enum.IntEnum(kind, {member: number for number, member in enumerate(members)}))
-    trt.nptype = _numpy_type
-    for made in (*_builder(trt, behaviour), *_runtime(trt, gpu, behaviour)):
-        setattr(trt, made.__name__, made)
-    return trt
+def _succeeds(gpu: Gpu, logger: Any, action: str) -> bool:
+    """Whether an action shall succeed; else what is said of it is logged."""
+    try:
+        gpu.check(action)
+    except CudaError as error:
+        lost = ", an illegal memory access was encountered" if gpu.lost else ""
+        logger.log(1, f"{error}{lost}")
+        return False
+    return True
 
 
-def _numpy_type(kind: Any) -> Any:
-    if kind.name not in _TYPES:
-        raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
-    return _TYPES[kind.name]
+def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
+    """What stands for the module `tensorrt`, as far as this package uses it."""
+    seen = b.seen
 
+    def timing_cache(content: bytes) -> Any:
+        damaged = bool(content) and not content.startswith(b"times ")
+        return None if damaged else SimpleNamespace(serialize=lambda: content or b"times of nothing")
 
-def _shape(value: Any) -> tuple[int, ...]:
-    """Of a graph's input or output; -1 where dynamic."""
-    return tuple(d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim)
+    config = SimpleNamespace(
+        clear_flag=lambda flag: seen.update(cleared=flag),
+        set_memory_pool_limit=lambda pool, pool_size: seen.update({pool: pool_size}),
+        add_optimization_profile=lambda profile: 0,
+        create_timing_cache=timing_cache,
+        set_timing_cache=lambda cache, ignore_mismatch: not seen.update({"timing cache": cache.serialize()}),
+        get_timing_cache=lambda: timing_cache(b"times of a build"),
+    )
 
+    def parser(network: Any, logger: Any) -> SimpleNamespace:
+        def parse(content: bytes) -> bool:
+            network.model = onnx.load_from_string(content)
+            image = network.model.graph.input[0]
+            shape = [size.dim_value if size.HasField("dim_value") else -1 for size in image.type.tensor_type.shape.dim]
+            network.get_input = lambda index: SimpleNamespace(name=image.name, shape=shape)
+            return True
 
-def _builder(trt: Any, b: Behaviour) -> list[type]:
-    """What a build uses."""
+        return SimpleNamespace(parse=parse)
 
-    class ILogger:
-        INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
-
-    class ITimingCache:
-        def __init__(self, content: bytes) -> None:
-            self._content = content
-
-        def serialize(self) -> bytes:
-            return self._content
-
-    class IOptimizationProfile:
-        def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
-            b.seen["profile"] = {input: [min, opt, max]}
-
-    class IBuilderConfig:
-        def clear_flag(self, flag: Any) -> None:
-            b.seen["cleared"] = flag.name
-
-        def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
-            b.seen[pool.name] = pool_size
-
-        def add_optimization_profile(self, profile: Any) -> int:
-            return 0
-
-        def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
-            damaged = bool(serialized_timing_cache) and not serialized_timing_cache.startswith(b"times ")
-            return None if damaged else ITimingCache(serialized_timing_cache or b"times of nothing")
-
-        def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
-            b.seen["timing cache"] = cache.serialize()
-            return not ignore_mismatch
-
-        def get_timing_cache(self) -> Any:
-            return ITimingCache(b"times of a build")
-
-    class ITensor:
-        def __init__(self, value: Any) -> None:
-            self.name, self.shape = value.name, _shape(value)
-
-    class INetworkDefinition:
-        num_inputs = 1
-
-        def get_input(self, index: int) -> ITensor:
-            return ITensor(self._model.graph.input[index])
-
-    class ParserError:
-        def __init__(self, node: Any) -> None:
-            self._node = node
-
-        def node(self) -> int:
-            return 0
-
-        def node_name(self) -> str:
-            return str(self._node.name)
-
-        def node_operator(self) -> str:
-            return str(self._node.op_type)
-
-        def desc(self) -> str:
-            return "no importer\n registered for op"
-
-        def local_function_stack_size(self) -> int:
-            return len(self.local_function_stack())
-
-        def local_function_stack(self) -> list[str]:
-            return ["SparseAttention"] if self._node.domain else []
-
-    class OnnxParser:
-        def __init__(self, network: Any, logger: ILogger) -> None:
-            self._network, self._errors = network, []
-
-        @property
-        def num_errors(self) -> int:
-            return len(self._errors)
-
-        def parse(self, model: bytes) -> bool:
-            self._network._model = onnx.load_from_string(model)
-            self._errors = [
-                ParserError(node) for node in self._network._model.graph.node if node.op_type.startswith(b.refuse)
-            ]
-            return not self._errors
-
-        def get_error(self, index: int) -> ParserError:
-            return self._errors[index]
-
-    class Builder:
-        def __init__(self, logger: Any) -> None:
-            self._logger = logger
-
-        def create_network(self, flags: int) -> INetworkDefinition:
-            assert flags == 1 << trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-            return INetworkDefinition()
-
-        def create_builder_config(self) -> IBuilderConfig:
-            return IBuilderConfig()
-
-        def create_optimization_profile(self) -> IOptimizationProfile:
-            return IOptimizationProfile()
-
-        def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
+    def builder(logger: Any) -> SimpleNamespace:
+        def build(network: Any, config: Any) -> bytes | None:
             for message in b.warnings:
-                self._logger.log(ILogger.WARNING, message)
-            for message in b.build or ():
-                self._logger.log(ILogger.ERROR, message)
-            profile = json.dumps(b.seen.pop("profile", {})).encode()
-            return None if b.build is not None else profile + b"\n" + network._model.SerializeToString()
+                logger.log(2, message)
+            if not _succeeds(gpu, logger, "build"):
+                return None
+            operators = [node.op_type for node in network.model.graph.node]
+            took = [ms for name, ms in b.milliseconds.items() if any(kind.startswith(name) for kind in operators)]
+            about = {"profile": seen.pop("profile", {}), "milliseconds": (*took, 2.0)[0]}
+            plugins = any(node.domain == NAMESPACE for node in network.model.graph.node)
+            model = b.original if plugins else network.model.SerializeToString()
+            return json.dumps(about).encode() + b"\n" + model
 
-    return [
-        ILogger, ITimingCache, IOptimizationProfile, IBuilderConfig, ITensor, INetworkDefinition, ParserError,
-        OnnxParser, Builder,
-    ]  # fmt: skip
+        return SimpleNamespace(
+            create_network=lambda flags: SimpleNamespace(num_inputs=1),
+            create_builder_config=lambda: config,
+            create_optimization_profile=lambda: SimpleNamespace(
+                set_shape=lambda name, *shapes: seen.update(profile={name: shapes})
+            ),
+            build_serialized_network=build,
+        )
+
+    def runtime(logger: Any) -> SimpleNamespace:
+        # Like the real one, it comes up without a driver; unlike it, it does not end the process on use.
+        assert gpu.calls, "an object of TensorRT before CUDA has answered"
+        return SimpleNamespace(deserialize_cuda_engine=lambda content: ICudaEngine(content, gpu, seen, logger))
+
+    return SimpleNamespace(
+        ILogger=type("ILogger", (), {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2}),
+        Builder=builder, OnnxParser=parser, Runtime=runtime, nptype=lambda dtype: dtype,
+        IBuilderConfig=config, ICudaEngine=ICudaEngine, IExecutionContext=IExecutionContext,
+        BuilderFlag=SimpleNamespace(TF32="TF32"), MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"),
+        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=0), TensorIOMode=SimpleNamespace(INPUT="INPUT"),
+    )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=8)
-def _session(content: bytes) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+class ICudaEngine:
+    def __init__(self, content: bytes, gpu: Gpu, seen: dict[str, Any], logger: Any) -> None:
+        about, _, model = content.partition(b"\n")
+        self._about, self._gpu, self._seen, self._logger = json.loads(about), gpu, seen, logger
+        self._session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        self._inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self._values = {value.name: value for value in (*self._inputs, *outputs)}
+        gpu.hold(self, "ICudaEngine")
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._values)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self._values)[index]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self._values[name].shape)
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return np.dtype(_DTYPES[self._values[name].type])
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "INPUT" if name == self._inputs[0].name else "OUTPUT"
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> Any:
+        return self._about["profile"].get(name, [self.get_tensor_shape(name)] * 3)
+
+    def create_execution_context(self) -> Any:
+        return IExecutionContext(self) if _succeeds(self._gpu, self._logger, "context") else None
 
 
-def _runtime(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
-    """What a run uses."""
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine) -> None:
+        self._engine, self._batch, self._addresses = engine, 0, dict[str, int]()
+        engine._gpu.hold(self, "IExecutionContext")
 
-    class Freed:
-        """What goes with its last reference."""
+    def set_input_shape(self, name: str, shape: Any) -> bool:
+        self._batch = shape[0]
+        return True
 
-        def __init__(self) -> None:
-            self._number = gpu.make(type(self).__name__)
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._batch if size == -1 else size for size in self._engine.get_tensor_shape(name))
 
-        def __del__(self) -> None:
-            if hasattr(self, "_number"):
-                gpu.drop(self._number, type(self).__name__)
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self._addresses[name] = memory
+        return True
 
-    class ICudaEngine(Freed):
-        def __init__(self, content: bytes) -> None:
-            profile, _, model = content.partition(b"\n")
-            self._profile, self._model = json.loads(profile), onnx.load_from_string(model)
-            graph = self._model.graph
-            self._values = {value.name: value for value in (*graph.input, *graph.output)}
-            super().__init__()
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        gpu, seen = self._engine._gpu, self._engine._seen
+        seen["runs"] = seen.get("runs", 0) + 1
+        kinds = ["enqueue", *["enqueue to record"] * (stream_handle in gpu.recording)]
+        succeeds = all(_succeeds(gpu, self._engine._logger, kind) for kind in kinds)
+        if succeeds:
+            gpu.put(stream_handle, self._compute, self._engine._about["milliseconds"])
+        return succeeds
 
-        @property
-        def num_io_tensors(self) -> int:
-            return len(self._values)
+    def _compute(self) -> None:
+        inputs = {value.name: np.array(self._view(value.name)) for value in self._engine._inputs}
+        for output in self._engine._session.get_outputs():
+            np.copyto(self._view(output.name), self._engine._session.run([output.name], inputs)[0])
 
-        def get_tensor_name(self, index: int) -> str:
-            return list(self._values)[index]
-
-        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return _shape(self._values[name])
-
-        def get_tensor_dtype(self, name: str) -> Any:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(self._values[name].type.tensor_type.elem_type)
-            return next(trt.DataType[name] for name, kind in _TYPES.items() if np.dtype(kind) == dtype)
-
-        def get_tensor_mode(self, name: str) -> Any:
-            return trt.TensorIOMode.INPUT if name == self._model.graph.input[0].name else trt.TensorIOMode.OUTPUT
-
-        def get_tensor_profile_shape(self, name: str, profile_index: int) -> Any:
-            return self._profile.get(name, [self.get_tensor_shape(name)] * 3)
-
-        def create_execution_context(self) -> Any:
-            for message in b.context or ():
-                trt._logger.log(trt.ILogger.ERROR, message)
-            return None if b.context is not None else IExecutionContext(self)
-
-    class IExecutionContext(Freed):
-        def __init__(self, engine: ICudaEngine) -> None:
-            self._engine, self._shape, self._addresses = engine, (), dict[str, int]()
-            super().__init__()
-
-        def set_input_shape(self, name: str, shape: Any) -> bool:
-            self._shape = tuple(shape)
-            return True
-
-        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return tuple(self._shape[0] if size == -1 else size for size in self._engine.get_tensor_shape(name))
-
-        def set_tensor_address(self, name: str, memory: int) -> bool:
-            self._addresses[name] = memory
-            return True
-
-        def execute_async_v3(self, stream_handle: int) -> bool:
-            b.seen["runs"] = b.seen.get("runs", 0) + 1
-            messages = b.enqueue or ()
-            if gpu.captures(stream_handle) and not b.recordable:
-                messages = ("not permitted while captured",)
-            try:
-                gpu.check("enqueue")
-            except CudaError as error:
-                messages = (f"Cuda Runtime ({error}, an illegal memory access was encountered)",)
-            for message in messages:
-                trt._logger.log(trt.ILogger.ERROR, message)
-            if not messages:
-                operators = [node.op_type for node in self._engine._model.graph.node]
-                took = [ms for name, ms in b.milliseconds.items() if any(kind.startswith(name) for kind in operators)]
-                gpu.put(stream_handle, self._compute, (*took, 2.0)[0])
-            return not messages
-
-        def _compute(self) -> None:
-            model = self._engine._model
-            name, plugins = model.graph.input[0].name, any(node.domain == NAMESPACE for node in model.graph.node)
-            session = _session(b.original if plugins else model.SerializeToString())
-            for output in model.graph.output:
-                np.copyto(self._view(output.name), session.run([output.name], {name: np.array(self._view(name))})[0])
-
-        def _view(self, name: str) -> Any:
-            shape, dtype = self.get_tensor_shape(name), np.dtype(_numpy_type(self._engine.get_tensor_dtype(name)))
-            memory = (ctypes.c_uint8 * (int(np.prod(shape)) * dtype.itemsize)).from_address(self._addresses[name])
-            return np.frombuffer(memory, dtype).reshape(shape)
-
-    class Runtime:
-        def __init__(self, logger: Any) -> None:
-            # Like the real one, it comes up without a driver; unlike it, it does not end the process on use.
-            assert gpu.calls, "an object of TensorRT before CUDA has answered"
-            trt._logger = logger
-
-        def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
-            return ICudaEngine(serialized_engine)
-
-    return [ICudaEngine, IExecutionContext, Runtime]
+    def _view(self, name: str) -> Any:
+        shape, dtype = self.get_tensor_shape(name), self._engine.get_tensor_dtype(name)
+        return bytes_at(self._addresses[name], math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)

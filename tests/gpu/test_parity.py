@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,16 @@ from tests.ops.matrix import Case, cases
 from tests.triton.inputs import DTYPES, NAMES, case_of, hold, hold_layer, plan_of, run, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+MATRIX = [(case, 8) for name in NAMES for case in cases(name)]
+LAYERS = [
+    (case_of("KeySelect", 300, sized=merged, tile=tile, cell=17, scale=width**-0.5), width)
+    for tile, width, merged in itertools.product((8, 16, 64), (32, 64), (False, True))
+]
+MERGING = [
+    (case, width)
+    for case in (case_of("MatchTokens", 301, num_heads=5, merged=40), case_of("MergeTokens", 301, batch=2))
+    for width in (32, 72, 128)
+]
 LARGE = [
     (case_of("KeySelect", 4096, batch=2, num_heads=3, tile=64, probe=16, cell=164, keys=410), 64),
     (case_of("KeySelect", 9216, num_heads=1, tile=64, probe=16, cell=369, keys=922), 64),
@@ -41,31 +52,16 @@ def agrees(case: Case, width: int, dtype: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("case", [case for name in NAMES for case in cases(name)], ids=str)
-def test_agrees_over_the_matrix(case: Case, dtype: str) -> None:
+@pytest.mark.parametrize(("case", "width"), MATRIX + LAYERS + MERGING, ids=str)
+def test_agrees_over_the_matrix_and_at_every_head_dimension(case: Case, width: int, dtype: str) -> None:
     cell = case.attributes.get("cell", 99)
     if cell and -(-case.patches // cell) < 28:
-        agrees(case, 8, dtype)
-
-
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("width", [32, 64])
-@pytest.mark.parametrize("tile", [8, 16, 64])
-def test_a_layer_agrees_at_every_head_dimension(tile: int, width: int, dtype: str) -> None:
-    for merged in (False, True):
-        agrees(case_of("KeySelect", 300, sized=merged, tile=tile, cell=17, scale=width**-0.5), width, dtype)
+        agrees(case, width, dtype)
 
 
 @pytest.mark.parametrize(("case", "width"), LARGE, ids=str)
 def test_agrees_at_large_sizes(case: Case, width: int) -> None:
     agrees(case, width, "float16")
-
-
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("width", [32, 72, 128])
-def test_merging_agrees_at_every_head_dimension(width: int, dtype: str) -> None:
-    for case in (case_of("MatchTokens", 301, num_heads=5, merged=40), case_of("MergeTokens", 301, batch=2)):
-        agrees(case, width, dtype)
 
 
 def test_as_many_patches_as_there_may_be() -> None:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sparsifiner_edge.results import write_result
-from tests.once import Once
-
-Result = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> dict[str, Path]:
+def real(once, tiny_bundle, tiny_weights, pictures):
     """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle."""
     from sparsifiner_edge.evaluate.evaluate import evaluate_student
     from sparsifiner_edge.export.export import export_bundle
@@ -25,7 +18,7 @@ def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> d
     from sparsifiner_edge.profiles.profile import profile_bundle
     from tests.models import TINY
 
-    def make(folder: Path) -> None:
+    def make(folder):
         dense = export_bundle(TINY, folder / "dense", weights=tiny_weights)
         results = {
             "comparison": profile_bundle(tiny_bundle, against=dense, seconds=0.3, threads=1),
@@ -42,11 +35,11 @@ def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> d
 
 
 @pytest.fixture
-def changed(real: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+def changed(real, tmp_path):
     """Write a real result, changed by a function, to a file of its own."""
 
-    def write(name: str, change: Callable[[Result], None], file: str = "changed.json") -> Path:
-        result = copy.deepcopy(json.loads(real[name].read_text(encoding="utf-8")))
+    def write(name, change, file="changed.json"):
+        result = json.loads(real[name].read_text(encoding="utf-8"))
         change(result)
         path = tmp_path / file
         path.write_text(json.dumps(result), encoding="utf-8")

@@ -25,8 +25,6 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     assert summary["sections"] == ["accuracy", "stability", "latency", "energy", "memory", "layers", "method"]
     assert summary["differences"] == {}
     comparison, evaluation, robustness = (json.loads(real[kind].read_text())["statistics"] for kind in KINDS)
-    if comparison["comparison"]["verdict"] == "faster":
-        assert "times as fast as" in summary["verdict"][0]
     assert f"{evaluation['features_cosine']['mean']['value']:.4f}" in page.text
     losses = robustness["features"]
     assert f"{100 * losses['fog']['teacher']:.2f}" in page.text
@@ -38,10 +36,9 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     assert [tag for tag, _ in page.tags].count("polygon") == 2
     # Nothing is loaded, and nothing runs.
     assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe", "object", "embed", "form")]
-    links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
-    assert links == ["data:,"]
+    attributes = [pair for _, attrs in page.tags for pair in attrs.items()]
+    assert [value for name, value in attributes if name in ("src", "href") or name.startswith("on")] == ["data:,"]
     assert not re.search(r"@import|url\(", (tmp_path / "report.html").read_text())
-    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
 
 
 def test_every_result_says_the_command_that_made_it(changed, tmp_path):
@@ -68,11 +65,8 @@ def test_results_that_differ_stand_below_a_banner(real, changed, tmp_path, field
     assert list(summary["differences"]) == [field]
     assert summary["verdict"][0].startswith("No overall verdict")
     assert "must not be compared" in page.text
-    for value in summary["differences"][field]:
-        assert f"· {value}" in page.text
-    assert not [
-        attrs for tag, attrs in page.tags if attrs.get("class", "").startswith("bar") and attrs["style"] != "width:0.0%"
-    ]
+    assert all(f"· {value}" in page.text for value in summary["differences"][field])
+    assert {attrs["style"] for _, attrs in page.tags if attrs.get("class", "").startswith("bar")} <= {"width:0.0%"}
 
 
 def test_no_ratio_across_precisions_even_within_one_result(real, changed, tmp_path):
@@ -128,11 +122,9 @@ def test_what_is_missing_is_said(real, tmp_path):
 
 def test_warnings_stand_out_in_both_languages(capsys, changed, tmp_path):
     def change(result):
-        result["statistics"]["subject"]["flags"] = [
-            {"flag": "throttled", "what": "the GPU slowed down", "do": "Cool it."},
-            {"flag": "brand-new", "what": "something else", "do": "Wait."},
-        ]
-        result["statistics"]["against"]["flags"] = []
+        known = {"flag": "throttled", "what": "the GPU slowed down", "do": "Cool it."}
+        new = {"flag": "brand-new", "what": "something else", "do": "Wait."}
+        result["statistics"]["subject"]["flags"], result["statistics"]["against"]["flags"] = [known, new], []
 
     path, target = changed("comparison", change), tmp_path / "deep" / "page.html"
     summary, page = written([path], tmp_path / "r.html")
@@ -153,24 +145,12 @@ def test_without_jinja2_the_pip_command_is_named(monkeypatch, real, tmp_path):
         write_report([real["comparison"]], tmp_path / "r.html")
 
 
-def test_a_refused_page_leaves_the_earlier_one(capsys, real, changed, tmp_path):
-    target = tmp_path / "r.html"
-    write_report([real["comparison"]], target)
-    before = target.read_bytes()
-    bad = changed("profile", lambda result: result["statistics"]["subject"].pop("load_ms"))
-    assert call(capsys, "report", real["comparison"], bad, "-o", target).code == 2
-    assert target.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"r.html", bad.name}
-
-
 def test_both_languages_say_the_same():
     catalogue = json.loads(Path(texts.__file__).with_name("texts.json").read_text(encoding="utf-8"))
     for key, words in catalogue.items():
         assert list(words) == ["en", "ja"], key
         assert sorted(re.findall(r"{(\w+)}", words["en"])) == sorted(re.findall(r"{(\w+)}", words["ja"])), key
-    same = [
-        key for key, words in catalogue.items() if words["en"] == words["ja"] and re.search("[a-z]{4}", words["en"])
-    ]
-    assert same == ["how.layers"]  # A command alone.
+    same = [key for key, words in catalogue.items() if words["en"] == words["ja"]]
+    assert [key for key in same if re.search("[a-z]{4}", catalogue[key]["en"])] == ["how.layers"]  # A command alone.
     with pytest.raises(ConfigError, match="lang is 'de'"):
         Texts("de")

@@ -52,7 +52,7 @@ def test_the_card_is_the_one_that_inferences_see(nvml, monkeypatch, variable, as
 
 def test_a_card_that_is_lost(nvml):
     began = time.monotonic()
-    nvml.energy_mj = lambda: int((time.monotonic() - began) * 100e3)  # 100 W
+    nvml.energy_mj = lambda _: int((time.monotonic() - began) * 100e3)  # 100 W
     with Recording(often(find_sensor(on="gpu"))) as recording:
         start = time.monotonic_ns()
         time.sleep(0.8)

@@ -10,9 +10,9 @@ import pytest
 
 from sparsifiner_edge.profiles.sensors import PowerSensor, Recording
 from sparsifiner_edge.profiles.sensors import recording as module
+from tests.commands import wait_for
 from tests.plain import energy
-from tests.sensors import curves
-from tests.sensors.curves import RAIL, SECOND, wait_for
+from tests.sensors.curves import RAIL, SECOND, square
 
 pytestmark = [pytest.mark.usefixtures("no_nvml")]
 
@@ -29,7 +29,7 @@ def steady():
 @pytest.mark.alone
 def test_known_integrals_through_thread_and_clock(tmp_path, counts):
     """Each reading comes after a delay of up to 2 ms."""
-    random, power = np.random.default_rng(0), curves.square(8.0, 24.0, 0.2317)
+    random, power = np.random.default_rng(0), square(8.0, 24.0, 0.11585)
     for _ in range(5):
         began = time.monotonic()
 

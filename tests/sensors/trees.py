@@ -6,6 +6,7 @@ from pathlib import Path
 
 I2C = "sys/bus/i2c/drivers"
 ORIN_NANO_RAILS = {"VDD_IN": (5040, 1132), "VDD_CPU_GPU_CV": (5040, 165), "VDD_SOC": (5040, 322)}
+ORIN_ZONES = {"cpu-thermal": 46531, "gpu-thermal": 46093, "cv0-thermal": -256000, "soc0-thermal": 45406}
 AGX_ORIN_RAILS = {"VDD_GPU_SOC": (19104, 165), "VDD_CPU_CV": (19104, 749), "VIN_SYS_5V0": (4968, 1000)}
 AGX_ORIN_MEMORY = {"NC": (0, 0), "VDDQ_VDD2_1V8AO": (4968, 220), "NC ": (0, 0)}
 THOR_RAILS = {"VDD_GPU": (12000, 410), "VDD_CPU_SOC_MSS": (12000, 520), "VIN_SYS_5V0": (5000, 900)}
@@ -38,13 +39,9 @@ def hwmon_ina3221(address: str, number: int, rails: dict[str, tuple[int, int]]) 
 
 def jetson(release: str, mode: str, conf: dict[int, str]) -> dict[str, object]:
     """What every Jetson has: release, power mode and its names."""
-    return {
-        "etc/nv_tegra_release": f"# {release}, GCID: 38968081, BOARD: generic",
-        "etc/nvpmodel.conf": "".join(
-            f"< POWER_MODEL ID={n} NAME={name} >\nCPU_ONLINE CORE_0 1\n" for n, name in conf.items()
-        ),
-        "var/lib/nvpmodel/status": mode,
-    }
+    modes = "".join(f"< POWER_MODEL ID={n} NAME={name} >\nCPU_ONLINE CORE_0 1\n" for n, name in conf.items())
+    release = f"# {release}, GCID: 38968081, BOARD: generic"
+    return {"etc/nv_tegra_release": release, "etc/nvpmodel.conf": modes, "var/lib/nvpmodel/status": mode}
 
 
 def cpu(*kilohertz: int, governor: str = "schedutil") -> dict[str, object]:
@@ -71,11 +68,7 @@ def orin_nano(root: Path) -> Path:
         | cpu(729600, 1344000)
         | {"sys/class/devfreq/17000000.gpu/cur_freq": 305000000}
         | {"sys/kernel/debug/bpmp/debug/clk/emc/rate": 2133000000}
-        | thermal(
-            "thermal_zone",
-            "temp",
-            {"cpu-thermal": 46531, "gpu-thermal": 46093, "cv0-thermal": -256000, "soc0-thermal": 45406},
-        )
+        | thermal("thermal_zone", "temp", ORIN_ZONES)
         | thermal("cooling_device", "cur_state", {"pwm-fan": 1, "cpu-throttle-alert": 0, "gpu-throttle-alert": 0})
         | {f"sys/class/hwmon/hwmon3/oc{n}_event_cnt": 0 for n in (1, 2, 3)},
     )

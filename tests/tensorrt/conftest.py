@@ -11,12 +11,7 @@ from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime import build
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.gpu import Gpu, install_cuda
-from tests.fakes.tensorrt import install_tensorrt
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+from tests.fakes.tensorrt import Behaviour, install_tensorrt
 
 
 def sent(record, kind):
@@ -26,17 +21,17 @@ def sent(record, kind):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that makes a machine, where builds run in this process."""
+    """A function that makes a GPU and how its TensorRT behaves; builds run in this process."""
 
     def make(version="10.3", behaviour=None, **device):
-        gpu = Gpu(**device)
+        gpu, behaviour = Gpu(**device), behaviour or Behaviour()
         install_cuda(monkeypatch, gpu)
-        trt = install_tensorrt(monkeypatch, gpu, version, behaviour)
+        install_tensorrt(monkeypatch, gpu, version, behaviour)
 
         def run(engine, folder, output, timeout_s):
             return sent(TensorRt().build(sent(engine, Engine), folder, output), Details)
 
         monkeypatch.setattr(build, "build_candidate", run)
-        return gpu, trt
+        return gpu, behaviour
 
     return make

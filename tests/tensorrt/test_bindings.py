@@ -1,7 +1,11 @@
-"""The fake, and kernels of a bundle as plugins, against TensorRT's real Python bindings of several versions."""
+"""The fake, and kernels of a bundle as plugins, against TensorRT's real Python bindings of several versions.
+
+Each is looked at in a process of its own, which runs this file: there they find stub libraries, never called.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,17 +13,23 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+from sparsifiner_edge.bundle.kernels import NAMESPACE, CompiledLaunch
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.profiles.boards.board import load_board
+from sparsifiner_edge.runtime.cuda import CudaDevice
+from sparsifiner_edge.runtime.tensorrt import plugin as kernel_plugin
 from tests.everything import first
-from tests.fakes.tensorrt import VERSIONS
+from tests.fakes.gpu import Gpu
+from tests.fakes.tensorrt import VERSIONS, Behaviour, make_tensorrt
 from tests.sparse_graph import merging_graph, sparse_model
-from tests.tables import table_of
+from tests.tables import bundle_of, table_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -60,7 +70,7 @@ def test_the_real_module_has_every_name_and_takes_the_plugins(tmp_path, version,
     onnx.save(model, folder / "model.onnx")
     board_files(model, "tiny", load_board("jetson-orin-nano-8gb"), folder)
     environment = bindings(VERSIONS[version], tmp_path)
-    line = [sys.executable, "-m", "tests.tensorrt.real_bindings", str(folder)]
+    line = [sys.executable, "-m", "tests.tensorrt.test_bindings", str(folder)]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -80,3 +90,55 @@ def test_the_real_module_has_every_name_and_takes_the_plugins(tmp_path, version,
             "ranks": [1 + len(x.shape) for x in outputs], "symbol": launch.symbol, "kind": "KernelLaunchParams",
             "extra": 0, "in ptx": True,
         }  # fmt: skip
+
+
+ORIN = CudaDevice("Orin", "8.7", 8 << 30, True, "12.6")
+
+
+def lacking(trt: Any) -> list[str]:
+    """Names of the fake that the real module has not."""
+    fake = vars(make_tensorrt(Gpu(), Behaviour()))
+    members = [(name, member) for name, made in fake.items() for member in vars(made) if not member.startswith("_")]
+    found = [f"{name}.{member}" for name, member in members if not hasattr(getattr(trt, name, None), member)]
+    return found + [name for name in fake if not hasattr(trt, name)]
+
+
+def called(trt: Any, identifier: str, launch: CompiledLaunch) -> dict[str, Any]:
+    """What TensorRT's registry knows of a plugin, and what its functions give."""
+    plugin = sys.modules["tensorrt.plugin"]
+    definition = importlib.import_module("tensorrt_bindings.plugin._lib").QDP_REGISTRY[identifier]
+    inputs = [plugin.from_shape_expr((1, *x.shape), trt.DataType.FLOAT) for x in launch.inputs.values()]
+    outputs = definition.register_func(*inputs)
+    symbol, ptx, parameters, extra = definition.aot_impl_func(*inputs, outputs, 0)
+    return {
+        "inputs": definition.input_tensor_names, "types": [o.dtype.name for o in outputs],
+        "ranks": [o.ndim for o in outputs], "symbol": symbol, "kind": type(parameters).__name__, "extra": len(extra),
+        "in ptx": f".entry {symbol}(" in ptx,
+    }  # fmt: skip
+
+
+def result(folder: Path) -> dict[str, Any]:
+    trt, creators = importlib.import_module("tensorrt_bindings"), list[Any]()
+    # Under the names that a whole installation gives it; the stub library has no registry.
+    sys.modules["tensorrt"], trt.__name__ = trt, "tensorrt"
+    registry = SimpleNamespace(
+        register_creator=lambda creator, namespace: creators.append(creator), get_creator=lambda *_: creators[-1]
+    )
+    trt.get_plugin_registry = lambda: registry
+    reason = kernel_plugin.why_not(trt, bundle_of(folder), ORIN)
+    if reason is not None:
+        return {"lacking": lacking(trt), "reason": reason}
+    sys.modules["tensorrt.plugin"] = importlib.import_module("tensorrt_bindings.plugin")
+    table, model = table_of(folder, 87), (folder / "model.onnx").read_bytes()
+    assert table is not None
+    for _ in range(2):  # A name is registered once.
+        kernel_plugin.with_plugins(trt, model, bundle_of(folder), ORIN)
+    found = {name: called(trt, f"{NAMESPACE}::{name}", launch) for name, launch in table.launches.items()}
+    return {"lacking": lacking(trt), "found": found, "registered": len(creators)}
+
+
+if __name__ == "__main__":
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # The bindings' logger prints to standard output.
+    json.dump(result(Path(sys.argv[1])), output)
+    output.close()

@@ -64,11 +64,9 @@ def bundle(tmp_path_factory):
 def machine(machine):
     """A machine where runs take so long as the operators in the model say."""
 
-    def make(version, graph=sparse_model, **values):
-        device = {key: values.pop(key) for key in ("name", "sm", "integrated") if key in values}
+    def make(version, graph=sparse_model, device=(), **values):
         behaviour = Behaviour(original=graph(dtype=np.float16).SerializeToString(), milliseconds=values)
-        gpu, _ = machine(version, behaviour, **device)
-        return gpu, behaviour
+        return machine(version, behaviour, **dict(device))
 
     return make
 
@@ -77,14 +75,14 @@ ONE = (1, 1, 1)
 
 
 def details(folder, batch=ONE, **options):
-    (engine,) = build_engine(folder, "tensorrt", batch=batch, **options).engines
-    return engine, engine.details
+    """Of the engine that is built."""
+    return build_engine(folder, "tensorrt", batch=batch, **options).engines[0].details
 
 
 def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, bundle, machine):
     gpu, behaviour = machine("10.9", attend=1.0, DenseAttention=1.5, SparseAttention=3.0)
     folder = bundle(tmp_path / "b")
-    engine, found = details(folder)
+    found = details(folder)
     assert found.kernels == "plugin"
     times = {name: entry.compute_ms for name, entry in found.candidates.items()}
     assert times == {"bodies": 3.0, "plugin": 1.0, "dense": 1.5}
@@ -96,14 +94,14 @@ def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, bundle, machine
     with open_session(folder, "tensorrt") as session:
         assert session.description.kernels == "CUDA kernels, as a plugin"
         assert check_golden(session, open_bundle(folder))
-    assert [p.name for p in (folder / "engines").iterdir()] == [engine.file.partition("/")[2]]
+    assert len(list((folder / "engines").iterdir())) == 1
     assert gpu.live() == {}
 
 
 def test_dense_is_kept_where_sparse_is_slower(tmp_path, bundle, machine):
     machine("10.3", DenseAttention=1.0, SparseAttention=3.0)
     folder = bundle(tmp_path / "b", kernels=False)
-    _, found = details(folder)
+    found = details(folder)
     assert found.kernels == "dense"
     assert verdict(found)[-1] == "kept: dense, the fastest of those"
     cosine = found.golden["features"]["mean_cosine"]
@@ -118,7 +116,7 @@ def test_dense_is_kept_where_sparse_is_slower(tmp_path, bundle, machine):
 def test_dense_that_answers_too_differently_is_not_kept(tmp_path, bundle, machine, monkeypatch):
     machine("11.4", DenseAttention=1.0, SparseAttention=3.0)
     monkeypatch.setattr(golden, "LEAST_DENSE_COSINE", 0.99)
-    _, found = details(bundle(tmp_path / "b", kernels=False))
+    found = details(bundle(tmp_path / "b", kernels=False))
     assert found.kernels == "bodies"
     assert "of dense attention has mean cosine 0.98" in found.candidates["dense"].golden
     assert "; not kept: Output 'features' of dense attention" in verdict(found)[1]
@@ -128,7 +126,7 @@ def test_the_choice_can_be_made_by_hand(tmp_path, bundle, machine):
     machine("10.9", DenseAttention=1.0)
     folder = bundle(tmp_path / "b")
     for kernels, kept in (("portable", "bodies"), ("native", "plugin")):
-        _, found = details(folder, kernels=kernels)
+        found = details(folder, kernels=kernels)
         assert (found.kernels, set(found.candidates), verdict(found)) == (kept, {kept}, [])
 
 
@@ -145,11 +143,11 @@ CARD = {"name": "NVIDIA A2", "sm": (8, 7), "integrated": False}
     ],
 )
 def test_a_plugin_that_is_not_possible_says_why(tmp_path, bundle, machine, version, kernels, batch, message):
-    machine(version, **CARD)
+    machine(version, device=CARD)
     folder = bundle(tmp_path / "b", **kernels)
     with pytest.raises(BackendError, match=f"The CUDA kernels cannot be used: {message}"):
         build_engine(folder, "tensorrt", batch=batch, kernels="native")
-    _, found = details(folder, batch)
+    found = details(folder, batch)
     assert re.match(f"not built: {message}", found.candidates["plugin"].failed)
     assert found.candidates["bodies"].compute_ms == found.candidates["dense"].compute_ms == 2.0
 
@@ -157,10 +155,10 @@ def test_a_plugin_that_is_not_possible_says_why(tmp_path, bundle, machine, versi
 def test_a_dense_model_that_merges_takes_the_plugin_too(tmp_path, bundle, machine):
     """There is no dense attention to compare with: it has that."""
     machine("10.9", merging_graph, merge=1.0, MergeTokens=3.0)
-    _, found = details(bundle(tmp_path / "plain", merging_graph, kernels=False))
+    found = details(bundle(tmp_path / "plain", merging_graph, kernels=False))
     assert verdict(found)[1] == "plugin: not built: the bundle has no kernels for Orin; export it with --board"
     folder = bundle(tmp_path / "b", merging_graph)
-    _, found = details(folder)
+    found = details(folder)
     assert {name: entry.compute_ms for name, entry in found.candidates.items()} == {"bodies": 3.0, "plugin": 1.0}
     with pytest.raises(BackendError, match="no sparse attention, and no tokens merge"):
         build_engine(reseal(folder, ops=["sparsifiner::DenseAttention"]), "tensorrt", kernels="native")

@@ -83,21 +83,6 @@ def test_merging_compiles(capability: int, dtype: str, width: int, patches: int)
             fits(made)
 
 
-@pytest.mark.everything
-def test_what_a_launcher_is_told() -> None:
-    plan = layer(tile=64)
-    attend = compile_launch(plan, plan.launches[-1], 87, ptx_version=85)
-    assert ".version 8.5" in attend.ptx
-    parameters = re.search(r"\.entry (\w+)\((.*?)\)", attend.ptx, re.DOTALL)
-    assert parameters is not None
-    assert parameters[1] == attend.symbol
-    assert parameters[2].count(".param .u64") >= len(attend.arguments)
-    assert [x.name for x in attend.arguments] == [
-        "qkv", "indices", "cell_sums", "cell_sizes", "partial_out", "partial_stats", "output",
-    ]  # fmt: skip
-    assert (attend.launch.grid, attend.launch.warps) == ((1 + 16, HEADS, 1), 4)
-
-
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = layer()
     with pytest.raises(BackendError, match=r"(?s)7\.5 .*8\.0 or more"):

@@ -1,4 +1,4 @@
-"""Running engines of full TensorRT, on a fake of it: results, graphs, and what is given back."""
+"""Full TensorRT, on a fake of it: what a build is told, what a run gives, what goes wrong, what is given back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.bundle.engines import BatchRange
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.errors import BackendError, GateError
+from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.golden import check_golden
+from tests.commands import snapshot
 from tests.fakes.gpu import install_pycuda
 from tests.fakes.tensorrt import Behaviour
-from tests.tiny import make_bundle
 
 CARD = {"name": "NVIDIA GeForce RTX 4060", "sm": (8, 9), "integrated": False}
 
@@ -28,49 +28,44 @@ def image(batch=1, seed=5):
 
 
 @pytest.fixture
-def built(tmp_path, machine):
+def built(tiny, machine):
     """A bundle with an engine, the GPU, and how its TensorRT behaves."""
-    behaviour = Behaviour()
-    gpu, _ = machine(behaviour=behaviour)
-    folder = make_bundle(tmp_path / "b")
-    build_engine(folder, "tensorrt")
+    gpu, behaviour = machine()
+    build_engine(tiny, "tensorrt")
     behaviour.seen.clear()
     gpu.calls.clear()
-    return folder, gpu, behaviour
+    return tiny, gpu, behaviour
 
 
 @pytest.mark.parametrize("device", [{}, CARD])
-def test_build_and_run(tmp_path, machine, device):
-    behaviour = Behaviour()
-    gpu, _ = machine("10.3", behaviour, **device)
-    folder = make_bundle(tmp_path / "b")
-    (engine,) = build_engine(folder, "tensorrt").engines
+def test_build_and_run(tiny, machine, device):
+    gpu, behaviour = machine(**device)
+    (engine,) = build_engine(tiny, "tensorrt").engines
     capability = "8.9" if device else "8.7"
     assert (engine.compute_capability, engine.version, engine.details.kernels) == (capability, "10.3.0", "bodies")
     assert engine.details.golden["features"]["range_relative_error"] <= 1e-5
-    assert open_bundle(folder).manifest.files[engine.file] == sha256(folder / engine.file)
+    assert open_bundle(tiny).manifest.files[engine.file] == sha256(tiny / engine.file)
     assert behaviour.seen["cleared"] == "TF32"
     assert behaviour.seen["WORKSPACE"] == (8 << 30) // 4 * (3 if device else 2)
     images = image(3)
-    with open_session(folder, "tensorrt") as session, open_session(folder) as reference:
+    with open_session(tiny, "tensorrt") as session, open_session(tiny) as reference:
         wanted = reference.infer({"image": images})["features"]
         np.testing.assert_allclose(session.infer({"image": images})["features"], wanted, rtol=1e-5)
         described = session.description
         assert (session.inputs, session.outputs) == (reference.inputs, reference.outputs)
         assert session.compute_ms == 2.0
-        assert check_golden(session, open_bundle(folder))
+        assert check_golden(session, open_bundle(tiny))
     assert described.device == f"{device.get('name', 'Orin')} (compute capability {capability})"
     assert (described.why_no_graph, described.kernels) == (None, "function bodies")
     assert gpu.live() == {}
 
 
-def test_batches_are_those_asked_for(tmp_path, machine):
+def test_batches_are_those_asked_for(tiny, machine):
     gpu, _ = machine(**CARD)
-    folder = make_bundle(tmp_path / "b")
-    (engine,) = build_engine(folder, "tensorrt", batch=(2, 3, 4)).engines
+    (engine,) = build_engine(tiny, "tensorrt", batch=(2, 3, 4)).engines
     assert engine.batch == BatchRange(2, 3, 4)
-    with open_session(folder, "tensorrt") as session:
-        assert check_golden(session, open_bundle(folder))["features"]["range_relative_error"] < 1e-5  # repeated
+    with open_session(tiny, "tensorrt") as session:
+        assert check_golden(session, open_bundle(tiny))["features"]["range_relative_error"] < 1e-5  # repeated
         for size in (2, 4, 3):
             assert session.infer({"image": image(size)})["features"].shape == (size, 8)
         with pytest.raises(BackendError, match="'image' got 5 on axis 0; this engine takes 2 to 4"):
@@ -94,15 +89,13 @@ def test_the_second_run_of_a_shape_is_a_graph(built):
     assert gpu.live() == {}
 
 
-@pytest.mark.parametrize("refuses", ["cudaStreamBeginCapture", "engine", "cudaGraphLaunch"])
+@pytest.mark.parametrize("refuses", ["enqueue to record", "cudaGraphLaunch"])
 def test_runs_go_on_where_a_recording_is_refused(built, machine, refuses):
-    behaviour = Behaviour(recordable=refuses != "engine")
-    gpu, _ = machine(behaviour=behaviour, integrated=False, fail={refuses: "cudaErrorInvalidValue"})
+    gpu, _ = machine(integrated=False, fail={refuses: "cudaErrorInvalidValue"})
     with open_session(built[0], "tensorrt") as session:
         assert session.description.why_no_graph is None
         results = [session.infer({"image": image(batch)})["features"][0] for batch in (1, 1, 1, 2, 2)]
-        said = "not permitted while captured" if refuses == "engine" else "cudaErrorInvalidValue"
-        assert said in session.description.why_no_graph
+        assert "cudaErrorInvalidValue" in session.description.why_no_graph
         assert gpu.live().keys() == {"ICudaEngine", "IExecutionContext", "stream", "event", "host", "device"}
     for result in results[1:3]:
         np.testing.assert_array_equal(result, results[0])
@@ -111,54 +104,48 @@ def test_runs_go_on_where_a_recording_is_refused(built, machine, refuses):
 
 
 @pytest.mark.parametrize("integrated", [True, False])
-def test_pycuda_runs_without_graphs_and_in_one_thread(tmp_path, machine, monkeypatch, integrated):
+def test_pycuda_runs_without_graphs_and_in_one_thread(tiny, machine, monkeypatch, integrated):
     gpu, _ = machine(integrated=integrated)
     install_pycuda(monkeypatch, gpu)
-    folder = make_bundle(tmp_path / "b")
-    build_engine(folder, "tensorrt")
-    with open_session(folder, "tensorrt") as session:
-        assert check_golden(session, open_bundle(folder))
+    build_engine(tiny, "tensorrt")
+    with open_session(tiny, "tensorrt") as session:
+        assert check_golden(session, open_bundle(tiny))
         assert session.compute_ms == 2.0
         assert "pycuda has no cudaStreamBeginCapture" in session.description.why_no_graph
         with ThreadPoolExecutor(1) as pool, pytest.raises(BackendError, match="the thread alone that opened it"):
             pool.submit(session.infer, {"image": image()}).result()
     gpu.fail["cudaHostAlloc"] = "cudaErrorMemoryAllocation"
     with pytest.raises(BackendError, match=r"(?s)pycuda 2026.1.*end other programs on it"):
-        open_session(folder, "tensorrt")
+        open_session(tiny, "tensorrt")
     gc.collect()
     assert gpu.live() == {}
 
 
-def test_an_engine_whose_recorded_runs_give_something_else_is_not_kept(tmp_path, machine, monkeypatch):
+def test_an_engine_whose_recorded_runs_alone_give_something_else_is_not_kept(tiny, machine, monkeypatch):
     gpu, _ = machine()
-    folder = make_bundle(tmp_path / "b")
     launch = gpu.launch
 
     def wrong(executable, stream):
         launch(executable, stream)
-        for block, size, _ in gpu.blocks.values():
-            ctypes.memset(block, 63, size)
+        for _, block in gpu.taken.values():
+            ctypes.memset(block, 63, len(block))
 
     monkeypatch.setattr(gpu, "launch", wrong)
     with pytest.raises(GateError, match="differs from golden"):
-        build_engine(folder, "tensorrt")
-    assert open_bundle(folder).manifest.engines == ()
+        build_engine(tiny, "tensorrt")
+    assert not (tiny / "engines").exists()
+    assert gpu.live() == {}
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"behaviour": Behaviour(context=("Cuda Runtime (out of memory)",))}, r"(?s)to prepare a run.*Close other pr"),
+        ({"fail": {"context": "Cuda Runtime (out of memory)"}}, r"(?s)to prepare a run.*Close other pr"),
         ({"memory": 300}, "out of memory"),
-        *(
-            ({"integrated": function != "cudaMalloc", "fail": {function: "cudaErrorMemoryAllocation"}}, "out of memory")
-            for function in (
-                "cudaStreamCreateWithFlags", "cudaEventCreate", "cudaHostAlloc", "cudaHostGetDevicePointer",
-                "cudaMalloc",
-            )
-        ),
+        ({"fail": {"cudaStreamCreateWithFlags": "cudaErrorMemoryAllocation"}}, "out of memory"),
+        ({"fail": {"cudaMalloc": "cudaErrorMemoryAllocation"}, "integrated": False}, "out of memory"),
     ],
-)  # fmt: skip
+)
 def test_a_failure_while_opening_leaves_nothing(built, machine, change, said):
     gpu, _ = machine(**change)
     with pytest.raises(BackendError, match=said):
@@ -191,14 +178,62 @@ def test_a_lost_device_is_a_message_and_all_is_let_go(built, at):
 
 
 def test_a_run_that_fails_says_what_tensorrt_said(built):
-    folder, gpu, behaviour = built
+    folder, gpu, _ = built
     with open_session(folder, "tensorrt") as session:
-        behaviour.enqueue = ("Error Code 3: API Usage Error (Neither address nor allocator is set)",)
+        gpu.fail["enqueue"] = "Error Code 3: API Usage Error (Neither address nor allocator is set)"
         with pytest.raises(BackendError, match=r"TensorRT fails to run .*Neither address nor allocator"):
             session.infer({"image": image()})
-        behaviour.enqueue = None
+        gpu.fail.clear()
         assert check_golden(session, open_bundle(folder))
     session.close()
     with pytest.raises(BackendError, match="closed"):
         session.infer({"image": image()})
     assert gpu.live() == {}
+
+
+def test_it_builds_for_this_gpu_alone(tiny, machine):
+    machine()
+    with pytest.raises(ConfigError, match=r"(?s)Orin, 8.7\), not for 8.9.*tensorrt-rtx, which builds ahead of time"):
+        build_engine(tiny, "tensorrt", compute_capabilities=["8.7", "8.9"])
+
+
+@pytest.mark.parametrize(
+    ("error", "warnings", "message"),
+    [
+        ("No implementation for node", ["Device memory is insufficient memory to use tactic"], "ran out of memory"),
+        ("Internal Error: assertion failed", [], "TensorRT built no engine: Internal Error: assertion failed"),
+        ("", [], "TensorRT gave no reason"),
+    ],
+)
+def test_a_build_that_fails_is_translated_and_changes_nothing(tiny, machine, error, warnings, message):
+    gpu, _ = machine(behaviour=Behaviour(warnings=warnings), fail={"build": error})
+    before = snapshot(tiny)
+    with pytest.raises(BackendError, match=message):
+        build_engine(tiny, "tensorrt")
+    assert snapshot(tiny) == before
+    assert gpu.live() == {}
+
+
+def test_the_timing_cache_is_kept_by_device_and_version(tiny, tmp_path, machine, monkeypatch):
+    """What is damaged counts as none, and a disk that refuses costs no build."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, behaviour = machine()
+    build_engine(tiny, "tensorrt")
+    (cache,) = (tmp_path / "cache" / "sparsifiner-edge").iterdir()
+    assert cache.name == "tensorrt-10.3.0-sm87-orin.cache"
+    for content, used in ((cache.read_bytes(), b"times of a build"), (b"cut", b"times of nothing")):
+        cache.write_bytes(content)
+        build_engine(tiny, "tensorrt")
+        assert behaviour.seen["timing cache"] == used
+        assert cache.read_bytes() == b"times of a build"
+    cache.unlink()
+    cache.parent.rmdir()
+    cache.parent.write_text("a file in the place of the folder")
+    assert build_engine(tiny, "tensorrt").engines
+
+
+def test_no_cuda_no_tensorrt_object(tiny, machine):
+    gpu, _ = machine(count=0)
+    with pytest.raises(BackendError, match="CUDA finds no device"):
+        build_engine(tiny, "tensorrt")
+    assert set(gpu.calls) <= {"cudaDriverGetVersion", "cudaGetDeviceCount"}
