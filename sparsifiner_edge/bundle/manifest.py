@@ -39,7 +39,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     name: str
     dtype: str
-    shape: tuple[int | str | None, ...]
+    shape: tuple[Annotated[int, Meta(ge=1)] | str | None, ...]
 
     def __str__(self) -> str:
         return f"{self.dtype} {shape_text(self.shape)}"

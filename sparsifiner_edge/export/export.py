@@ -124,7 +124,8 @@ def export_model(
         output: folder to write; an earlier bundle there is replaced.
         normalise: what the module expects of pixels / 255: (mean, std), three numbers each; False: nothing, it
             normalises inside; None: what it declares as `image_mean` and `image_std`.
-        outputs: names of what it gives: of a dictionary some of its keys; None takes the module's own.
+        outputs: names of what it gives: of a dictionary some of its keys; None takes the module's own, and
+            what it may declare as `output_names`.
         name: of the model, for people; None takes its class. labels: of its classes, if "logits" is an output; none
             takes those of a classifier of timm's or transformers'.
         precision, batch, calibrate, int8_target, progress: as of `export_bundle`.
@@ -138,7 +139,8 @@ def export_model(
     """
     target = Path(output)
     require_replaceable(target, "bundle")
-    form, names = _form(precision, batch, calibrate, int8_target), checked_names(outputs)
+    form = _form(precision, batch, calibrate, int8_target)
+    names = checked_names(getattr(module, "output_names", None) if outputs is None else outputs)
     pixels = declared(module, f"This {type(module).__name__}", Normalisation.parse(normalise))
     backbone = backbone_of(module)
     require_images(example)

@@ -115,6 +115,7 @@ def test_what_is_no_teacher_or_takes_other_batches_or_sizes(
         (lambda m: m["inputs"][0].update(shape=[2**40]), "an input's shape is"),
         (lambda m: m.update(ops=[]), "names no operators for its sparse layers"),
         (lambda m: m["shape"].update(depth=10**300), "shape.depth is 1000000"),
+        (lambda m: m["inputs"][0].update(shape=[-1, 160, 160, 3]), "inputs[0].shape[0] is -1, not int >= 1"),
         (lambda m: m.update(more=float("inf")), "more is inf"),
     ],
 )

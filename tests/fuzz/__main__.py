@@ -51,8 +51,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="number of the first try")
     parser.add_argument("-o", "--output", type=Path, help="folder for fuzz.json")
     given = parser.parse_args()
-    # A shell starts programs in the background deaf to Ctrl-C, and what they start inherits that.
+    # A shell starts programs in the background deaf to Ctrl-C, nohup to SIGHUP, and what they start inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         good, work = Path(scratch) / "good", Path(scratch) / "work"
