@@ -39,7 +39,7 @@ def corrupt(image: Pixels, name: str, severity: int, seed: int) -> Pixels:
     Raises:
         ConfigError: an unknown name or severity.
     """
-    rng, scale = _drawn(name, severity, seed), min(image.shape[:2]) / PUBLISHED_SIDE
+    rng, scale = _draw(name, severity, seed), min(image.shape[:2]) / PUBLISHED_SIDE
     changed = _CHANGES[name](image.astype(np.float32) / 255, severity - 1, rng, scale)
     pixels: Pixels = np.rint(255 * np.clip(changed, 0, 1)).astype(np.uint8)
     return pixels
@@ -47,7 +47,7 @@ def corrupt(image: Pixels, name: str, severity: int, seed: int) -> Pixels:
 
 def moved(mask: npt.NDArray[np.bool_], name: str, severity: int, seed: int) -> npt.NDArray[np.bool_]:
     """Where a mask [H,W] of an image lies once `corrupt` has moved its pixels; all corruptions but one move none."""
-    rng = _drawn(name, severity, seed)
+    rng = _draw(name, severity, seed)
     if name != "elastic_transform":
         return mask
     scale = min(mask.shape) / PUBLISHED_SIDE
@@ -67,7 +67,7 @@ def parse_corruptions(text: str) -> tuple[str, ...]:
     return tuple(name for name in COMMON if name in named)
 
 
-def _drawn(name: str, severity: int, seed: int) -> Generator:
+def _draw(name: str, severity: int, seed: int) -> Generator:
     """What draws, by the arguments alone."""
     (name,) = parse_corruptions(name)
     if severity not in SEVERITIES:
@@ -99,7 +99,7 @@ def _defocus_blur(x: Array, level: int, _rng: Generator, scale: float) -> Array:
     """Every point becomes a disk, whose edge is soft."""
     radius, edge = (scale * x for x in ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[level])
     reach = np.arange(-int(radius + 3), int(radius + 3) + 1)
-    disk = _blurred((reach[:, None] ** 2 + reach**2 <= radius**2).astype(np.float32), edge)
+    disk = _blur((reach[:, None] ** 2 + reach**2 <= radius**2).astype(np.float32), edge)
     around, shape = len(reach) // 2, [length + 2 * len(reach) for length in x.shape[:2]]
     spread = np.fft.rfft2(disk / disk.sum(), shape)[..., None]
     padded = np.pad(x, ((around, around), (around, around), (0, 0)), "reflect")
@@ -109,7 +109,7 @@ def _defocus_blur(x: Array, level: int, _rng: Generator, scale: float) -> Array:
 
 def _glass_blur(x: Array, level: int, rng: Generator, scale: float) -> Array:
     sigma, reach, passes = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[level]
-    x, far = _blurred(x, sigma * scale).copy(), max(1, round(reach * scale))
+    x, far = _blur(x, sigma * scale).copy(), max(1, round(reach * scale))
     # Each pixel changes places with one near it. Published one by one; here a lattice of pixels at a time, no two of
     # which can meet.
     step = 2 * far + 1
@@ -122,12 +122,12 @@ def _glass_blur(x: Array, level: int, rng: Generator, scale: float) -> Array:
                 for at, n in zip((rows, columns), x.shape[:2], strict=True)
             )
             x[rows, columns], x[others] = x[others], x[rows, columns].copy()
-    return _blurred(x, sigma * scale)
+    return _blur(x, sigma * scale)
 
 
 def _motion_blur(x: Array, level: int, rng: Generator, scale: float) -> Array:
     radius, sigma = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))[level]
-    return _dragged(x, radius * scale, sigma * scale, rng.uniform(-45, 45))
+    return _drag(x, radius * scale, sigma * scale, rng.uniform(-45, 45))
 
 
 def _zoom_blur(x: Array, level: int, _rng: Generator, _scale: float) -> Array:
@@ -158,7 +158,7 @@ def _snow(x: Array, level: int, rng: Generator, scale: float) -> Array:
     places = np.meshgrid(*(np.arange(length) / (zoom * scale) for length in x.shape[:2]), indexing="ij")
     flakes = ndimage.map_coordinates(flakes, places, order=1, mode="nearest")
     flakes = np.clip(np.where(flakes < least, 0, flakes), 0, 1)
-    flakes = _dragged(flakes, radius * scale, sigma * scale, rng.uniform(-135, -45))[..., None]
+    flakes = _drag(flakes, radius * scale, sigma * scale, rng.uniform(-135, -45))[..., None]
     grey = x @ np.array([0.299, 0.587, 0.114], np.float32)  # luma, ITU-R BT.601
     pale = share * x + (1 - share) * np.maximum(x, grey[..., None] * 1.5 + 0.5)
     return np.asarray(pale + flakes + flakes[::-1, ::-1])
@@ -171,7 +171,7 @@ def _frost(x: Array, level: int, rng: Generator, scale: float) -> Array:
     field = _clouds(shape, 1.4, rng)
     ridges = 1 - np.abs(2 * _clouds(shape, 1.3, rng) - 1)
     seeds = rng.random(shape, np.float32) ** 6 * ridges.astype(np.float32)
-    drawn = field + ridges**3 + 2 * _dragged(seeds, 12 * scale, 6 * scale, rng.uniform(0, 360))
+    drawn = field + ridges**3 + 2 * _drag(seeds, 12 * scale, 6 * scale, rng.uniform(0, 360))
     drawn = 0.62 + 0.17 * (drawn - drawn.mean()) / drawn.std()
     return np.asarray(share * x + ice * np.clip(drawn[..., None] * np.array([0.92, 1, 1.08]), 0, 1))
 
@@ -258,12 +258,12 @@ def _to_pillow(image: Array) -> Any:
     return Image.fromarray(np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8))
 
 
-def _blurred(image: Array, sigma: float) -> Array:
+def _blur(image: Array, sigma: float) -> Array:
     """Gaussian, along rows and columns."""
     return np.asarray(ndimage.gaussian_filter(image, (sigma, sigma, *(0,) * (image.ndim - 2)), mode="nearest"))
 
 
-def _dragged(x: Array, radius: float, sigma: float, degrees: float) -> Array:
+def _drag(x: Array, radius: float, sigma: float, degrees: float) -> Array:
     """Every point leaves a trail to one side, that fades as a Gaussian."""
     count = 2 * round(radius) + 1
     weights = np.exp(-0.5 * (np.arange(count) / sigma) ** 2)

@@ -182,7 +182,7 @@ def _swap(scratch: Path, target: Path) -> None:
     """The new takes the place of the old, at one moment where the system can; `scratch` then holds the old."""
     if not target.exists():
         scratch.rename(target)
-    elif not _exchanged(scratch, target):
+    elif not _exchange(scratch, target):
         old = scratch.with_name(f"{scratch.name[:-4]}.old")
         target.rename(old)
         try:
@@ -193,7 +193,7 @@ def _swap(scratch: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchanged(one: Path, other: Path) -> bool:
+def _exchange(one: Path, other: Path) -> bool:
     """Whether the two have changed places; not every file system can (renameat2, Linux 3.15)."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2

@@ -156,7 +156,8 @@ def load_mask(path: Path, size: ImageSize) -> npt.NDArray[np.bool_]:
 
 def centred(image: Any, size: ImageSize, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
     """What `centre_box` takes of a Pillow image, resized to `size`: Pillow's image of that mode."""
-    centre = image.crop(centre_box(*image.size, size)).convert(mode)
+    across, down = image.size
+    centre = image.crop(centre_box(across, down, size)).convert(mode)
     height, width = height_width(size)
     return centre.resize((width, height), _pillow().Resampling[resampling])
 
@@ -192,12 +193,12 @@ def open_image(path: Path) -> Any:
 def _use(path: Path, use: Callable[[Any], Any]) -> Any:
     try:
         with open_regular(path) as file:
-            return _decoded(file, path, use)
+            return _decode(file, path, use)
     except ArtifactError as error:  # Missing, a pipe, a device.
         raise ImageError(f"{path} cannot be read as an image: {error.what}", _FIX) from error
 
 
-def _decoded(file: BinaryIO, path: Path, use: Callable[[Any], Any]) -> Any:
+def _decode(file: BinaryIO, path: Path, use: Callable[[Any], Any]) -> Any:
     """Caught here: what Pillow raises of a file that it does not know is an OSError too, for whoever opened it."""
     image_module = _pillow()
     try:

@@ -163,7 +163,7 @@ class OwnMetric:
                 f"The task {name!r} cannot be imported: {type(error).__name__}: {error}.",
                 f"Give {known}, or your own as package.module:class, with its package in PYTHONPATH.",
             ) from error
-        self._metric: TaskMetric = _called(name, make)
+        self._metric: TaskMetric = _call(name, make)
         lacking = [part for part in ("update", "result", "higher_is_better") if not hasattr(self._metric, part)]
         if lacking:
             raise ConfigError(f"{name} has no {lacking[0]}.", "See judge.TaskMetric for what one has.")
@@ -186,10 +186,10 @@ class OwnMetric:
             answer = getattr(self._metric, method)(*arguments)
             return None if answer is None else float(answer)
 
-        return _called(f"{type(self._metric).__name__}.{method}", call)
+        return _call(f"{type(self._metric).__name__}.{method}", call)
 
 
-def _called(name: str, call: Callable[[], _Value]) -> _Value:
+def _call(name: str, call: Callable[[], _Value]) -> _Value:
     try:
         return call()
     except Exception as error:

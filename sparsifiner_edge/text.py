@@ -26,7 +26,7 @@ def _is_hidden(character: str) -> bool:
     return character in _FILLERS or not (character.isprintable() or character == "\u3000")
 
 
-def _escaped(text: str, escape: Callable[[str], str]) -> str:
+def _map_hidden(text: str, escape: Callable[[str], str]) -> str:
     """The text with an escape in the place of each hidden character."""
     hidden = {ord(character): escape(character) for character in set(text) if _is_hidden(character)}
     return text.translate(hidden) if hidden else text
@@ -39,7 +39,7 @@ def shown(text: object, most: int = _SHORT) -> str:
         text: anything; its `str`.
         most: characters; what is longer is cut in the middle.
     """
-    plain = _escaped(str(text), _escape)
+    plain = _map_hidden(str(text), _escape)
     if len(plain) <= most:
         return plain
     half = (most - 5) // 2
@@ -70,7 +70,7 @@ def dump_json(content: Any, indent: int | None = 2) -> str:
     """
     text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
     # Outside of strings JSON's text holds no hidden character but its own line breaks.
-    return "\n".join(_escaped(line, lambda character: json.dumps(character)[1:-1]) for line in text.split("\n")) + "\n"
+    return "\n".join(_map_hidden(line, lambda character: json.dumps(character)[1:-1]) for line in text.split("\n")) + "\n"
 
 
 def finite(content: Any) -> tuple[Any, int]:

@@ -89,10 +89,10 @@ def _row(engine: Engine) -> list[str]:
     batch, details = engine.batch, engine.details
     sizes = "-".join(map(str, dict.fromkeys((batch.least, batch.best, batch.most))))
     megabytes, seconds = f"{(details.bytes or 0) / 1e6:.1f}", f"{details.build_seconds or 0:.1f}"
-    return [engine.compute_capability, engine.precision, sizes, megabytes, seconds, _checked(engine)]
+    return [engine.compute_capability, engine.precision, sizes, megabytes, seconds, _check(engine)]
 
 
-def _checked(engine: Engine) -> str:
+def _check(engine: Engine) -> str:
     from sparsifiner_edge.runtime.golden import beyond_text
 
     golden = engine.details.golden

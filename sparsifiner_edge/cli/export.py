@@ -56,7 +56,7 @@ def _print(bundle: Bundle) -> None:
     folder, manifest = bundle.folder, bundle.manifest
     if manifest.preprocessing is not None:
         click.echo(common.normalisation_text(manifest.preprocessing.folded))
-    for line in (*_check(manifest), *_merged(manifest), *_changes(manifest)):
+    for line in (*_check(manifest), *_merge_lines(manifest), *_changes(manifest)):
         click.echo(line)
     for board in manifest.boards:
         counts = f"{board.launches} kernels for {board.nodes} nodes"
@@ -67,7 +67,7 @@ def _print(bundle: Bundle) -> None:
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")
 
 
-def _merged(manifest: Manifest) -> Iterator[str]:
+def _merge_lines(manifest: Manifest) -> Iterator[str]:
     """What each layer merges."""
     if manifest.plan and manifest.sparsity and manifest.sparsity.merge:
         merged, requested = ", ".join(map(str, manifest.plan.merge)), merge_text(manifest.sparsity.merge)

@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 signal.signal(number, signal.SIG_IGN)
     except BaseException as error:
         # First, because libraries turn what a signal raises into errors of their own.
-        code = _interrupted(received[0]) if received else _explained(error)
-    sys.exit(_flushed(code if isinstance(code, int) else 0))
+        code = _report_interrupt(received[0]) if received else _report_error(error)
+    sys.exit(_flush(code if isinstance(code, int) else 0))
 
 
 def _unwind_on_signals() -> list[int]:
@@ -140,14 +140,14 @@ def _in_native_import(frame: types.FrameType | None) -> bool:
     return False
 
 
-def _interrupted(number: int) -> int:
+def _report_interrupt(number: int) -> int:
     if sys.stderr.isatty():
         click.echo(err=True)  # Ends the line in which the terminal shows ^C.
     _say("interrupted; no partial files were left.")
     return 128 + number
 
 
-def _explained(error: BaseException) -> int:
+def _report_error(error: BaseException) -> int:
     """Print one message for an error that a user can cause, and return the exit code; raise any other again."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
@@ -177,7 +177,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
-def _flushed(code: int) -> int:
+def _flush(code: int) -> int:
     """Flush standard output now, where a failure can still be reported; later Python would print a traceback."""
     if sys.stdout is None:
         return code
@@ -188,7 +188,7 @@ def _flushed(code: int) -> int:
         if error.errno == errno.EPIPE:
             return CLOSED_PIPE
         if code == 0:
-            return _explained(error)
+            return _report_error(error)
     return code
 
 

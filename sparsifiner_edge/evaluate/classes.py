@@ -57,7 +57,7 @@ class ClassJudge(Judge):
     def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
         subject, teacher = (
-            Scores(accuracy=float(self._predicted(f"The {role}", fit, answer.outputs) == self._label(image)))
+            Scores(accuracy=float(self._predict(f"The {role}", fit, answer.outputs) == self._label(image)))
             for role, fit, answer in zip(COMPARED, self.fits, (image.subject, image.teacher), strict=True)
         )
         return subject, teacher
@@ -71,10 +71,10 @@ class ClassJudge(Judge):
     def _label(self, image: JudgedImage) -> int:
         return int(self._queries.labels[image.number])
 
-    def _predicted(self, model: str, fit: Any, outputs: Outputs) -> int:
+    def _predict(self, model: str, fit: Any, outputs: Outputs) -> int:
         if fit is not None:
-            return int(fit.predict(_required(outputs, "features", model))[0])
-        logits, classes = _required(outputs, "logits", model)[0], self._queries.classes
+            return int(fit.predict(_require(outputs, "features", model))[0])
+        logits, classes = _require(outputs, "logits", model)[0], self._queries.classes
         if len(logits) != len(classes):
             raise ConfigError(
                 f"The classifier knows {len(logits)} classes, the images have {len(classes)}.",
@@ -111,13 +111,13 @@ def _features(model: Extractor, gallery: Labelled, feed: Feed, progress: Progres
     """Of clean images [n,C]."""
     rows = list[Array]()
     for _, pixels in read_images(gallery.files, feed._replace(corruptions=()), model.together):
-        rows += [_required(x, "features", str(model.about.path))[0] for x in model.each(pixels)]
+        rows += [_require(x, "features", str(model.about.path))[0] for x in model.each(pixels)]
         if progress:
             progress("gallery", len(rows), len(gallery))
     return np.stack(rows)
 
 
-def _required(outputs: Outputs, name: str, model: str) -> Array:
+def _require(outputs: Outputs, name: str, model: str) -> Array:
     """One of a model's outputs.
 
     Raises:

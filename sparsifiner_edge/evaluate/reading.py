@@ -155,7 +155,7 @@ def read_images(files: Sequence[Path], feed: Feed, batch: int) -> Iterator[tuple
     if workers is None:
         workers = 0 if batches == 1 else min(available_cores(), batches, MOST_WORKERS)
     loader = DataLoader(
-        _Files(files, feed), batch_size=images, num_workers=workers, collate_fn=_collated,
+        _Files(files, feed), batch_size=images, num_workers=workers, collate_fn=_collate,
         worker_init_fn=_ignore_sigint,
     )  # fmt: skip
     try:
@@ -170,7 +170,7 @@ def read_images(files: Sequence[Path], feed: Feed, batch: int) -> Iterator[tuple
         raise ConfigError(f"A process that reads images failed: {why}", "Use fewer, or none: --workers 0.") from error
 
 
-def _collated(images: list[_Prepared]) -> tuple[list[int], Tensor] | SparsifinerError:
+def _collate(images: list[_Prepared]) -> tuple[list[int], Tensor] | SparsifinerError:
     good = []
     for image in images:
         if isinstance(image, SparsifinerError):

@@ -35,7 +35,7 @@ def gets_merged(model: Any, node: Any) -> bool:
     if len(node.input) < 2 or OPERATORS[node.op_type].inputs[1].name != "sizes":
         return False
     name = node.input[1]
-    expanded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Expand"}
+    expanded = {each.output[0]: each.input[0] for each in model.graph.node if each.op_type == "Expand"}
     weight = next((t for t in model.graph.initializer if t.name == expanded.get(name, name)), None)
     return weight is None or not bool((onnx.numpy_helper.to_array(weight) == 1).all())
 

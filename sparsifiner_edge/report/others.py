@@ -120,19 +120,19 @@ def _method_rows(file: ResultFile[Any], data: ReportData) -> list[list[str]]:
     texts, result = data.texts, file.result
     rows = [[texts("method.created"), result.created]]
     for subject in result.subjects[:12]:
-        named = f"{_said(subject.path)} · {_said(subject.sha256)}"
+        named = f"{_text(subject.path)} · {_text(subject.sha256)}"
         rows.append([f"{texts('method.subject')}: {clean(subject.role or '–', 20)}", named])
     for side in (side for side in data.sides if side.file is file):
         conditions = conditions_of(side).items()
         rows += [[f"{texts(f'field.{field}')} · {side.role}", value] for field, value in conditions if value != "?"]
     for name in ("os", "kernel", "architecture", "cpu_model"):
-        rows.append([texts(f"method.{name}"), _said(getattr(result.machine, name))])
+        rows.append([texts(f"method.{name}"), _text(getattr(result.machine, name))])
     for name, between in (("packages", " "), ("variables", "=")):
         pairs = list(getattr(result.environment, name).items())[:MAX_ROWS]
-        listed = ", ".join(f"{clean(key, 40)}{between}{_said(value)}" for key, value in pairs)
+        listed = ", ".join(f"{clean(key, 40)}{between}{_text(value)}" for key, value in pairs)
         rows.append([texts(f"method.{name}"), listed])
     return [*rows, [texts("method.file"), file.sha256], [texts("method.command"), file.command]]
 
 
-def _said(content: object) -> str:
+def _text(content: object) -> str:
     return "–" if isinstance(content, Unavailable) else clean(content, 120)

@@ -135,7 +135,7 @@ def report_data(paths: Sequence[Path], texts: Texts) -> ReportData:
         for field, value in conditions_of(side).items():
             values.setdefault(field, {})[value] = None
     differences = {field: list(those) for field, those in values.items() if len(those) > 1}
-    return ReportData(files, _labelled(sides, differences), differences, texts)
+    return ReportData(files, _label(sides, differences), differences, texts)
 
 
 def _read(path: Path) -> ResultFile[Any]:
@@ -187,7 +187,7 @@ def _name(subject: Subject) -> str:
     return clean(subject.name or Path(str(subject.path)).name)
 
 
-def _labelled(sides: Sequence[Side], differences: Container[str]) -> list[Side]:
+def _label(sides: Sequence[Side], differences: Container[str]) -> list[Side]:
     """With what tells one apart from another: its folder, its file, the conditions in which they differ."""
     shas: dict[str, set[str]] = {}
     for side in sides:
@@ -216,16 +216,16 @@ def conditions_of(side: Side) -> dict[str, str]:
     size = "?" if isinstance(memory, Unavailable) else f"{memory / 2**30:.0f} GiB"
     watts = "?" if before.power_limit_mw is None else f"{before.power_limit_mw / 1000:g} W"
     return {
-        "machine": _joined([machine.board, machine.cpu_model, f"{machine.logical_cores} cores", size], ", "),
-        "power_mode": _joined([before.power_mode, watts, machine.governor], " / "),
-        "device": _joined([runtime.device], ""),
-        "threads": f"{_joined([runtime.threads], '')} / {machine.affinity_cores}",
-        "backend": _joined([runtime.backend, runtime.version, runtime.provider], " "),
-        "precision": _joined([runtime.precision], ""),
+        "machine": _join([machine.board, machine.cpu_model, f"{machine.logical_cores} cores", size], ", "),
+        "power_mode": _join([before.power_mode, watts, machine.governor], " / "),
+        "device": _join([runtime.device], ""),
+        "threads": f"{_join([runtime.threads], '')} / {machine.affinity_cores}",
+        "backend": _join([runtime.backend, runtime.version, runtime.provider], " "),
+        "precision": _join([runtime.precision], ""),
     }
 
 
-def _joined(parts: Sequence[object], separator: str) -> str:
+def _join(parts: Sequence[object], separator: str) -> str:
     """The parts that are known."""
     known = [clean(part, 120) for part in parts if part not in (None, "?") and not isinstance(part, Unavailable)]
     return separator.join(known) or "?"

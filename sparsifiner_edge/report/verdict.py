@@ -19,7 +19,7 @@ def verdict_sentences(data: ReportData) -> list[str]:
     sentences = [texts("verdict.refused", fields=field_names(data.differences, texts))] if data.differences else []
     compared = data.compared()
     for subject, against, comparison in compared:
-        sentences.append(_compared(subject, against, comparison, texts))
+        sentences.append(_comparison(subject, against, comparison, texts))
     mentioned = [conditions_of(subject) for subject, _, _ in compared]
     for side in (side for side in data.sides if conditions_of(side) not in mentioned):
         latency = texts.figure(side.figures.latency_ms.p50, "ms")
@@ -39,7 +39,7 @@ def field_names(fields: Iterable[str], texts: Texts) -> str:
     return texts.listed([texts(f"field.{name}") for name in fields])
 
 
-def _compared(subject: Side, against: Side, comparison: Comparison, texts: Texts) -> str:
+def _comparison(subject: Side, against: Side, comparison: Comparison, texts: Texts) -> str:
     names = {"subject": subject.label, "against": against.label}
     ratio, verdict = comparison.ratio, comparison.verdict
     value, low, high = (0.0 if isinstance(x, Unavailable) else x for x in (ratio.value, ratio.low, ratio.high))

@@ -30,7 +30,7 @@ def rank(search: Search) -> tuple[Ranked, list[Candidate]]:
     """
     bound, dense, chosen = search.bound, search.dense, dict[Deployment, tuple[LayerPlan, float]]()
     while not chosen:  # with the engines that are left
-        chosen = dict(_exported(search))
+        chosen = dict(_export(search))
     fastest = min(dense, key=lambda host: dense[host].predicted_ms)
     hosts = list(dict.fromkeys([fastest, *(engine.dense_host for engine in chosen)]))
     nothing = LayerPlan.dense(len(search.trial.selects))
@@ -54,19 +54,19 @@ def rank(search: Search) -> tuple[Ranked, list[Candidate]]:
     return sorted(rows, key=order), [replace(dense[host], ms=ms) for host, ms in again]
 
 
-def _exported(search: Search) -> Iterator[tuple[Deployment, tuple[LayerPlan, float]]]:
+def _export(search: Search) -> Iterator[tuple[Deployment, tuple[LayerPlan, float]]]:
     """By engine worth measuring, the most promising first: its best plan, and the distance of that as a bundle."""
     costs = {e: search.objective(e, search.best(e, search.limit)) for e in search.latencies}
     least = min(costs.values())
     close = [engine for engine in costs if costs[engine] <= max(least, CLOSE * least)]
     for engine in sorted(close, key=costs.__getitem__)[:MOST_ENGINES]:
         try:
-            yield engine, _tightened(search, engine)
+            yield engine, _tighten(search, engine)
         except GateError as error:
             search.leave_out(engine, error)
 
 
-def _tightened(search: Search, engine: Deployment) -> tuple[LayerPlan, float]:
+def _tighten(search: Search, engine: Deployment) -> tuple[LayerPlan, float]:
     """The plan that meets the bound as a bundle: what int8 and float16 lose on top, or what a whole model takes longer
     than predicted, makes the plan's own limit tighter, a few times at most.
     """

@@ -55,7 +55,7 @@ class PlanLatency:
         self, patches: Sequence[int], parts: Mapping[str, Sequence[float]], scale: float = 1.0, ours: float = 0.0
     ) -> None:
         self.measured, self.parts, self.scale, self.ours = patches, parts, scale, ours
-        self._fits = {name: _fitted(patches, values) for name, values in parts.items()}
+        self._fits = {name: _fit(patches, values) for name, values in parts.items()}
 
     def of_part(self, name: str, counts: Any) -> Any:
         """Of one of the parts, at numbers of patches [n]."""
@@ -85,7 +85,7 @@ def _powers(counts: Any) -> Array:
     return np.stack([np.ones_like(counts), counts, counts**2], -1)
 
 
-def _fitted(patches: Sequence[int], values: Sequence[float]) -> Array:
+def _fit(patches: Sequence[int], values: Sequence[float]) -> Array:
     """Coefficients of 1, n and n^2, none negative, that miss the values least, each by its own share."""
     weight = 1 / np.maximum(np.asarray(values, float), LEAST_MS)
     columns, wanted = _powers(patches) * weight[:, None], np.asarray(values, float) * weight

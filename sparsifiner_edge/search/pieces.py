@@ -165,7 +165,7 @@ def piece_times(
     named = {key: (execution, _hash(piece)) for key, piece in pieces.items()}
     lacking = {name: pieces[key] for key, name in named.items() if name not in _times}
     for number, (name, piece) in enumerate(lacking.items(), 1):
-        _times[name] = _measured(piece, execution)
+        _times[name] = _measure(piece, execution)
         if progress:
             progress(f"timing parts of layers in {execution.backend}", number, len(lacking))
     return {key: _times[name] for key, name in named.items()}
@@ -184,7 +184,7 @@ def _hash(piece: Piece) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _measured(piece: Piece, execution: Execution) -> float:
+def _measure(piece: Piece, execution: Execution) -> float:
     """Milliseconds of a graph, as the faster quarter of runs has them: what else a machine does makes some slower."""
     backend = cast(ProcessorBackend, find_backend(execution))  # A request names no others.
     with backend.session(Path("layer"), piece.model.SerializeToString(), piece.stored) as opened:

@@ -206,11 +206,11 @@ def _points(search: Search) -> list[Point]:
             merge=merge_text(plan.merge), keep=keep_text(plan.short_keep), fidelity=1 - row[0],
             predicted_ms=dict(zip(map(str, latencies), row[1:], strict=True)), on_front=undominated,
         )
-        for plan, row, undominated in zip(plans, rows, _not_dominated(rows), strict=True)
+        for plan, row, undominated in zip(plans, rows, _pareto_front(rows), strict=True)
     ]  # fmt: skip
 
 
-def _not_dominated(rows: Sequence[tuple[float, ...]]) -> list[bool]:
+def _pareto_front(rows: Sequence[tuple[float, ...]]) -> list[bool]:
     """Whether no other row is smaller or equal in everything and smaller in something."""
     return [
         not any(all(a <= b for a, b in zip(other, row, strict=True)) and other != row for other in rows) for row in rows

@@ -66,14 +66,14 @@ class Solver:
 
     def at_latency(self, ms: float) -> LayerPlan:
         """The nearest to the dense model that is predicted to take at most so long; the fastest where none does."""
-        return self._bisected(self.at_price(PRICES[0]), lambda plan: self.latency.of(plan) <= ms, dearer=True)
+        return self._bisect(self.at_price(PRICES[0]), lambda plan: self.latency.of(plan) <= ms, dearer=True)
 
     def at_distance(self, distance: float) -> LayerPlan:
         """The fastest whose distance is predicted to be at most so much; the dense model where none's is."""
         dense = LayerPlan.dense(len(self.selects))
-        return self._bisected(dense, lambda plan: plan.is_dense or self.model.of(plan) <= distance, dearer=False)
+        return self._bisect(dense, lambda plan: plan.is_dense or self.model.of(plan) <= distance, dearer=False)
 
-    def _bisected(self, best: LayerPlan, fits: Callable[[LayerPlan], bool], dearer: bool) -> LayerPlan:
+    def _bisect(self, best: LayerPlan, fits: Callable[[LayerPlan], bool], dearer: bool) -> LayerPlan:
         """The last plan that fits, on the way to the dearest price that gives one, or to the cheapest."""
         low, high = (math.log(price) for price in PRICES)
         for _ in range(BISECTIONS):

@@ -92,7 +92,7 @@ class WholeModels:
         bundles = [(self.bundle(plan, engine), engine) for plan, engine in subjects]
         if self._board is None:
             return whole_ms(bundles, self._progress)
-        return [_estimated(bundle, self._board, engine.stored) for bundle, engine in bundles]
+        return [_estimate(bundle, self._board, engine.stored) for bundle, engine in bundles]
 
 
 def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | None = None) -> list[Estimate]:
@@ -108,7 +108,7 @@ def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | No
         return medians_in_turn([side.blocks for side in sides])
 
 
-def _estimated(bundle: Path, board: Board, precision: str) -> Estimate:
+def _estimate(bundle: Path, board: Board, precision: str) -> Estimate:
     ms = estimate_bundle(bundle, board, precision=precision).statistics.latency_ms
     return Estimate(ms.value, ms.low, ms.high, ms.confidence, f"estimated, not measured: {ms.interval}")
 

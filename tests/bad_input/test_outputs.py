@@ -136,7 +136,7 @@ def test_a_folder_is_replaced_and_nothing_else_is_left(
 ) -> None:
     folder = Path(shutil.copytree(tiny_student, tmp_path / "student"))
     if not exchange:
-        monkeypatch.setattr("sparsifiner_edge.files._exchanged", lambda *_: False)
+        monkeypatch.setattr("sparsifiner_edge.files._exchange", lambda *_: False)
     with new_folder(folder, "student") as scratch:
         assert scratch.name.startswith(".student.")
         (scratch / "new").write_text("new")
