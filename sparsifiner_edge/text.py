@@ -70,7 +70,7 @@ def dump_json(content: Any, indent: int | None = 2) -> str:
     """
     text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
     # Outside of strings JSON's text holds no hidden character but its own line breaks.
-    return "\n".join(_map_hidden(line, lambda character: json.dumps(character)[1:-1]) for line in text.split("\n")) + "\n"
+    return "\n".join(_map_hidden(line, lambda x: json.dumps(x)[1:-1]) for line in text.split("\n")) + "\n"
 
 
 def finite(content: Any) -> tuple[Any, int]:
