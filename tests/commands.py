@@ -69,12 +69,13 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Outcome:
     return Outcome(caught.value.code, captured.out, captured.err)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Until something has happened, however busy the machine is."""
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> Any:
+    """Until something has happened, however busy the machine is; what `condition` then gives."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)
+    return found
 
 
 def ended(pid: int) -> bool:

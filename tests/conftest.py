@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.made import draw_classes, draw_pictures, make_keys, save_weights
-from tests.once import WORKER, Once, make_once, turn
+from tests.once import WORKER, Once, make_once
 
 if WORKER:
     # As many processes as cores run tests already; threads beside them only wait for each other.
@@ -24,40 +26,20 @@ if WORKER:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-BRIEF = 12
-"""Tests that a process begins with while another runs those that run alone."""
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each process gets a part of the list and runs it in its order: long ones lead every part, so that none is left
-    for the end. Those that run alone lead the first, and the other parts begin with brief ones: else either waits for
-    what long ones are at.
+    for the end.
     """
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    alone = [item for item in items if item.get_closest_marker("alone")]
     long = [item for item in items if item.get_closest_marker("long")]
-    brief = [item for item in items if not any(map(item.get_closest_marker, ("alone", "long", "everything")))]
-    brief = brief[: BRIEF * (processes - 1)]
-    leading = {id(item) for item in (*alone, *long, *brief)}
-    left, order = [item for item in items if id(item) not in leading], []
+    left, order = [item for item in items if not item.get_closest_marker("long")], list[pytest.Item]()
     for process in range(processes):
-        lead = [*(brief[(process - 1) * BRIEF : process * BRIEF] if process else alone), *long[process::processes]]
+        lead = long[process::processes]
         fill = max(0, (len(items) - len(order)) // (processes - process) - len(lead))
         order += lead + left[:fill]
         left = left[fill:]
-    assert sorted(map(id, order + left)) == sorted(map(id, items)), "tests were lost or doubled"
     items[:] = order + left
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Tests that speak of time run alone, and nothing is made for others meanwhile."""
-    if not WORKER:
-        return (yield)
-    assert item.config.cache is not None
-    with turn(item.config.cache.mkdir("turn"), item.get_closest_marker("alone") is not None):
-        return (yield)
 
 
 @pytest.fixture(autouse=True)
@@ -94,19 +76,12 @@ def exporter_ready() -> Iterator[None]:
     if "torch" not in sys.modules:
         yield
         return
-    try:
-        from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError:  # They are torch's own: another version may have others, and only takes longer.
-        yield
-        return
-    known: dict[int, ONNXRegistry] = {}
-    listed = ONNXRegistry.from_torchlib
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    def again(opset_version: int = TORCHLIB_OPSET) -> ONNXRegistry:
-        if opset_version not in known:
-            known[opset_version] = listed(opset_version)
-        registry = copy.copy(known[opset_version])
+    listed = functools.cache(ONNXRegistry.from_torchlib)
+
+    def again(**options: Any) -> Any:
+        registry = copy.copy(listed(**options))
         registry.functions = {name: list(found) for name, found in registry.functions.items()}
         return registry
 
@@ -124,15 +99,13 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 @pytest.fixture(scope="session")
 def tiny_weights(once: Once) -> Path:
     """A classifier of 10 classes."""
-    name = "classifier.safetensors"
-    return once("weights", lambda folder: save_weights(folder / name, 10)) / name
+    return once("weights", lambda folder: save_weights(folder / "w.safetensors", 10)) / "w.safetensors"
 
 
 @pytest.fixture(scope="session")
 def feature_weights(once: Once) -> Path:
     """The same without classifier."""
-    name = "features.safetensors"
-    return once("features", lambda folder: save_weights(folder / name, 0)) / name
+    return once("features", lambda folder: save_weights(folder / "w.safetensors", 0)) / "w.safetensors"
 
 
 @pytest.fixture(scope="session")

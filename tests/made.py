@@ -1,11 +1,21 @@
-"""What tests are made from: images, weights and keys, as fixtures in `conftest.py` and as good examples of `fuzz`.
+"""What tests are made from, each made once: as fixtures in `conftest.py`, and as good examples of `fuzz`.
 
 What is heavy is imported where it is used: some tests run without it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+
+SHORT = (
+    "distil.steps=6", "batch=2", "check_every=3", "save_every=2", "images.held_out=2", "ema=0.9",
+    'budgets=[{keep="0.1"},{keep="0.2"}]',
+)  # fmt: skip
+"""Overrides of a training of a second."""
+SHORT_OPTIONS = " ".join(f"--set {override}" for override in SHORT)
 
 
 def draw_pictures(folder: Path) -> None:
@@ -46,3 +56,87 @@ def make_keys(folder: Path) -> None:
 
     for name in ("key", "other"):
         generate_key(folder / f"{name}.pem")
+
+
+def plain(folder: Path) -> None:
+    """A bundle of a few products: quick to open."""
+    from sparsifiner_edge.costs import ModelShape
+    from tests.seal import reseal
+    from tests.tiny import make_bundle
+
+    more = {"preprocessing": {"size": 8}, "shape": dataclasses.asdict(ModelShape(1, 1, 8, 8, 0, 64, 1))}
+    make_bundle(folder, size=8, function=True, **more)
+    (folder / "labels.txt").write_text("cat\ndog\n")
+    reseal(folder)
+
+
+def student(folder: Path) -> None:
+    from sparsifiner_edge.sparse.student import sparsify
+    from tests.models import TINY
+
+    save_weights(folder.parent / "weights.safetensors", 10)
+    sparsify(TINY, folder, weights=folder.parent / "weights.safetensors", cells=4)
+
+
+def bundle(folder: Path) -> None:
+    """A bundle as `export` makes it."""
+    from sparsifiner_edge.export.export import export_bundle
+
+    export_bundle(folder.parent / "student", folder)
+
+
+def results(folder: Path) -> None:
+    """Results that a report takes."""
+    from sparsifiner_edge.evaluate.evaluate import evaluate_student
+    from sparsifiner_edge.profiles.profile import profile_bundle
+    from sparsifiner_edge.results import write_result
+
+    whole, small, images = (folder.parent / name for name in ("bundle", "plain", "images"))
+    made = {
+        "comparison": profile_bundle(whole, against=small, seconds=0.3, threads=1),
+        "profile": profile_bundle(small, seconds=0.2, threads=1),
+        "evaluation": evaluate_student(whole, images, against=whole),
+    }
+    for name, result in made.items():
+        write_result(folder / f"{name}.json", result)
+
+
+def training(folder: Path) -> None:
+    """A training that was cut short, with its checkpoint and history."""
+    from sparsifiner_edge.distill.distill import distill_student
+    from sparsifiner_edge.sparse.student import save_student
+    from tests.models import student as make_student
+
+    good = folder.parent
+    draw_classes(good / "data")
+    save_student(make_student(num_classes=2), good / "start")
+
+    class StopError(Exception):
+        pass
+
+    def stop(_stage: str, done: float, _total: float) -> None:
+        if done == 5:
+            raise StopError
+
+    with contextlib.suppress(StopError):
+        distill_student(good / "start", good / "data", good / "out", overrides=SHORT, progress=stop)
+    assert (good / "out.training").is_dir(), "the training was not cut short"
+
+
+MAKERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "images": (draw_pictures, ()), "plain": (plain, ()), "keys": (make_keys, ()), "student": (student, ()),
+    "bundle": (bundle, ("student",)), "results": (results, ("bundle", "plain", "images")), "training": (training, ()),
+}  # fmt: skip
+"""What a folder of this name is made by, and which others must lie beside it."""
+
+
+def make(good: Path, names: tuple[str, ...]) -> None:
+    """Make what is named and what that needs, unless it is there."""
+    good.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        maker, needs = MAKERS[name]
+        make(good, needs)
+        done = good / f".{name}"
+        if not done.exists():
+            maker(good / name)
+            done.touch()

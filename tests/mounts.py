@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,8 @@ def in_mount(tmp_path: Path, size_kb: int, prepare: str, *arguments: Any) -> tup
     return Outcome(done.returncode, done.stdout, done.stderr), sorted(str(Path(n).relative_to(disk)) for n in names)
 
 
-def mounts_allowed() -> bool:
-    try:
-        probe = ["unshare", "-m", "sh", "-c", "mount -t tmpfs none /mnt"]
-        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
-
-
-needs_mounts = pytest.mark.skipif(not mounts_allowed(), reason="unshare -m and mount are not permitted here")
+_PROBE = ["unshare", "-m", "sh", "-c", "mount -t tmpfs none /mnt"]
+needs_mounts = pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(_PROBE, capture_output=True, check=False).returncode != 0,
+    reason="unshare -m and mount are not permitted here",
+)

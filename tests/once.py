@@ -1,12 +1,10 @@
-"""What the processes that run the tests share: what is made once, and whose turn it is."""
+"""What the processes that run the tests share: what is made once."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +33,3 @@ def make_once(factory: pytest.TempPathFactory) -> Once:
         return folder
 
     return once
-
-
-@contextlib.contextmanager
-def turn(folder: Path, alone: bool) -> Iterator[None]:
-    """The time of one test: beside others, or alone among all processes that have this folder.
-
-    Who wants to be alone holds the door, so that nobody enters while it waits for those inside.
-    """
-    with (folder / "door").open("w") as door, (folder / "room").open("w") as room:
-        fcntl.flock(door, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        if not alone:
-            fcntl.flock(door, fcntl.LOCK_UN)
-        yield

@@ -27,7 +27,6 @@ conditions = _plain("profiles.sensors.conditions", "conditions")
 read_result = _plain("results", "read_result")
 machine = _plain("machine", "machine")
 environment = _plain("machine", "environment")
-estimate = _plain("profiles.stats", "estimate")
 
 
 def examine() -> Any:

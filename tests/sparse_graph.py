@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
@@ -18,13 +19,14 @@ SELECT = {
 }  # fmt: skip
 ATTEND = {"num_heads": HEADS, "num_prefix": 1, "tile": 16, "cell": 16, "scale": WIDTH**-0.5, "prefix_keys": 1}
 MATCH = {"num_heads": HEADS, "num_prefix": 1, "window": 8, "merged": 6}
+KINDS: dict[type, str] = {np.float32: "float", np.float16: "float16"}
 LEFT_OF_MERGING = 5
 """Kernels of a layer that merges beside MatchTokens and MergeTokens: sizes and places. `test_rtx.py` counts them."""
 
 
 def sparse_model(batch: int | str = "batch", dtype: type = np.float32) -> onnx.ModelProto:
     """`image` uint8 [B,8,8,3] -> 64 tokens -> KeySelect, SparseAttention -> `features` [B,64]."""
-    random, kind = np.random.default_rng(0), helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    random = np.random.default_rng(0)
     weights = {
         "embed": random.normal(0, 0.02, (3, 3 * HEADS * WIDTH)).astype(dtype),
         "place": random.normal(0, 1, (SIDE * SIDE, 3 * HEADS * WIDTH)).astype(dtype),
@@ -32,30 +34,21 @@ def sparse_model(batch: int | str = "batch", dtype: type = np.float32) -> onnx.M
         "proj_k": random.normal(0, 0.3, (HEADS, WIDTH, CHANNELS)).astype(dtype),
         "single": np.ones((1, SIDE * SIDE), np.float32),
     }
-    nodes = [
-        helper.make_node("MatMul", ["tokens", "embed"], ["coloured"]),
-        helper.make_node("Add", ["coloured", "place"], ["qkv"]),
-        helper.make_node("Shape", ["qkv"], ["lead"], end=2),
-        helper.make_node("Expand", ["single", "lead"], ["sizes"]),
-        helper.make_node(
-            "KeySelect", ["qkv", "sizes", "proj_q", "proj_k"], ["indices"], "layer/select", domain=DOMAIN, **SELECT
-        ),
-        helper.make_node(
-            "SparseAttention", ["qkv", "sizes", "indices"], ["attended"], "layer/attend", domain=DOMAIN, **ATTEND
-        ),
-    ]
-    between = [
-        helper.make_tensor_value_info("sizes", TensorProto.FLOAT, [batch, SIDE * SIDE]),
-        helper.make_tensor_value_info("indices", TensorProto.INT32, [batch, HEADS, 4, SELECT["keys"]]),
-        helper.make_tensor_value_info("attended", kind, [batch, SIDE * SIDE, HEADS * WIDTH]),
-    ]
+    nodes = f"""
+        coloured = MatMul (tokens, embed)
+        qkv = Add (coloured, place)
+        lead = Shape <end = 2> (qkv)
+        sizes = Expand (single, lead)
+        [select] indices = {DOMAIN}.KeySelect <{_attributes(SELECT)}> (qkv, sizes, proj_q, proj_k)
+        [attend] last = {DOMAIN}.SparseAttention <{_attributes(ATTEND)}> (qkv, sizes, indices)"""
+    between = f"""float[{batch}, {SIDE * SIDE}] sizes, int32[{batch}, {HEADS}, 4, {SELECT["keys"]}] indices,
+        {KINDS[dtype]}[{batch}, {SIDE * SIDE}, {HEADS * WIDTH}] last"""
     bodies = [function_body(name, Structure(merged=False)) for name in ("KeySelect", "SparseAttention")]
-    return _model(nodes, weights, between, bodies, batch, kind)
+    return _model(nodes, weights, between, bodies, batch, dtype)
 
 
 def merging_graph(dtype: type = np.float32) -> onnx.ModelProto:
     """`image` uint8 [1,8,8,3] -> qkv and tokens of `dtype` -> MatchTokens, MergeTokens -> `features`."""
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     weights = {
         "embed": np.random.default_rng(0).normal(0, 0.02, (3, 192)).astype(dtype),
         "channels": np.array([64], np.int64),
@@ -63,40 +56,37 @@ def merging_graph(dtype: type = np.float32) -> onnx.ModelProto:
         "end": np.array([2], np.int64),
         "sizes": np.ones((1, 64), np.float32),
     }
-    nodes = [
-        helper.make_node("MatMul", ["tokens", "embed"], ["qkv"]),
-        helper.make_node("Slice", ["qkv", "none", "channels", "end"], ["x"]),
-        helper.make_node("MatchTokens", ["qkv", "sizes"], ["pairs"], "merging/match", domain=DOMAIN, **MATCH),
-        helper.make_node("MergeTokens", ["x", "sizes", "pairs"], ["fewer"], "merging/merge", domain=DOMAIN),
-    ]
-    between = [
-        helper.make_tensor_value_info("pairs", TensorProto.INT32, [1, 58, 2]),
-        helper.make_tensor_value_info("fewer", kind, [1, 58, 64]),
-    ]
+    nodes = f"""
+        qkv = MatMul (tokens, embed)
+        x = Slice (qkv, none, channels, end)
+        [match] pairs = {DOMAIN}.MatchTokens <{_attributes(MATCH)}> (qkv, sizes)
+        [merge] last = {DOMAIN}.MergeTokens (x, sizes, pairs)"""
     bodies = [function_body(name, Structure(prefix=True)) for name in ("MatchTokens", "MergeTokens")]
-    return _model(nodes, weights, between, bodies, 1, kind)
+    return _model(nodes, weights, f"int32[1, 58, 2] pairs, {KINDS[dtype]}[1, 58, 64] last", bodies, 1, dtype)
+
+
+def _attributes(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in values.items())
 
 
 def _model(
-    nodes: list[Any], weights: dict[str, Any], between: list[Any], bodies: list[Any], batch: int | str, kind: int
+    nodes: str, weights: dict[str, Any], between: str, bodies: list[Any], batch: int | str, dtype: type
 ) -> onnx.ModelProto:
-    """Pixels as "tokens" [B,64,3], these nodes, and the mean over tokens of what the last one gives."""
+    """Pixels as "tokens" [B,64,3], these nodes, and the mean over tokens of "last"; between: what shapes they give."""
     weights |= {"pixels": np.array([0, -1, 3], np.int64), "axes": np.array([1], np.int64)}
-    graph = helper.make_graph(
-        [
-            helper.make_node("Cast", ["image"], ["cast"], to=kind),
-            helper.make_node("Reshape", ["cast", "pixels"], ["tokens"]),
-            *nodes,
-            helper.make_node("ReduceMean", [nodes[-1].output[0], "axes"], ["features"], keepdims=0),
-        ],
-        "small",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, SIDE, SIDE, 3])],
-        [helper.make_tensor_value_info("features", kind, [batch, HEADS * WIDTH])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-        value_info=between,
-    )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    return helper.make_model(graph, ir_version=10, opset_imports=opsets, functions=bodies)
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}]>
+        small (uint8[{batch}, {SIDE}, {SIDE}, 3] image) => ({KINDS[dtype]}[{batch}, {HEADS * WIDTH}] features)
+        <{between}> {{
+            cast = Cast <to = {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}> (image)
+            tokens = Reshape (cast, pixels) {nodes}
+            features = ReduceMean <keepdims = 0> (last, axes)
+        }}""")
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
+    model.functions.extend(bodies)
+    for node in model.graph.node:
+        node.name = node.name and f"layer/{node.name}"
+    return model
 
 
 def merging_model(keep: float = 1.0, merge: Any = (12, 0), depth: int = 2, batch: int | None = None) -> Any:

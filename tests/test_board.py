@@ -41,8 +41,8 @@ from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.golden import check_golden
 from tests.commands import assert_refused, call, manifest_of
+from tests.seal import table_of
 from tests.sparse_graph import LEFT_OF_MERGING, merging_model, sparse_model
-from tests.tables import table_of
 from tests.tiny import make_bundle
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tests.models import vit
 from tests.plain import read_result
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "demo.py"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about its own calls
 
 
@@ -38,24 +37,14 @@ def saliency(img_size: int = 160) -> nn.Module:
 
 
 @pytest.fixture
-def demo() -> Any:
-    spec = importlib.util.spec_from_file_location("demo", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    return importlib.import_module("demo")
 
 
 @pytest.mark.long
 def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo.MODULE, demo.SIZE, demo.AT_LEAST, demo.AFTER_MINUTES, demo.LEAST_MINUTES = (
-        "tests.test_demo",
-        160,
-        0.8,
-        0,
-        0,
-    )
+    vars(demo).update(MODULE="tests.test_demo", SIZE=160, AT_LEAST=0.8, AFTER_MINUTES=0, LEAST_MINUTES=0)
     output = tmp_path / "demo"
     found = demo.main(["-o", str(output), "--minutes", "1.2"])
     assert list(found) == ["defaults", "fastest at 0.8"]

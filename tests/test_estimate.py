@@ -22,8 +22,8 @@ from sparsifiner_edge.profiles.boards.board import Board, board_names, load_boar
 from sparsifiner_edge.profiles.estimate import model_of, peak_activations
 from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, KERNEL_SHARE, Workload
 from tests.commands import assert_refused, call
-from tests.package.reseal import reseal
 from tests.plain import estimate_bundle, read_result
+from tests.seal import reseal
 from tests.tiny import make_bundle
 
 VIT_S = ModelShape(12, 6, 384, 1536, 1, 1369, 14)

@@ -1,15 +1,20 @@
-"""The project itself: a base install that stays light, public names, and no trace of what must not be there."""
+"""The project itself: a base install that stays light, what its pages promise; and what lies at the root in
+`export/`, `runtime/` and `profiles/`, found in every kind of install, by a real build.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
+import importlib.resources
+import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import sparsifiner_edge
 from sparsifiner_edge.artifacts import read_toml
@@ -18,23 +23,19 @@ from sparsifiner_edge.ops.document import operators_markdown
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / ".venv" / "bare" / "bin" / "python"
+needs_bare = pytest.mark.skipif(not BARE.exists(), reason=f"{BARE} is made by `make test`")
 SETTINGS = read_toml(ROOT / "pyproject.toml", "")
 CONTRACTS = SETTINGS["tool"]["importlinter"]["contracts"]
 
 
 def test_public_names() -> None:
-    assert set(sparsifiner_edge.__all__) == {
-        "SparsifinerError", "SparsityConfig", "build_engine", "distill_student", "evaluate_student", "explain_student",
-        "export_bundle", "export_model", "load_student", "open_session", "package_bundle", "profile_bundle",
-        "restore_model", "search_model", "sparsify", "sparsify_model", "verify_bundle",
-    }  # fmt: skip
     for name in sparsifiner_edge.__all__:
         assert callable(getattr(sparsifiner_edge, name))
     with pytest.raises(AttributeError, match="nonsense"):
         _ = sparsifiner_edge.nonsense
 
 
-@pytest.mark.skipif(not BARE.exists(), reason=f"{BARE} is made by `make test`")
+@needs_bare
 def test_base_install_without_extras() -> None:
     modules = [x for x in CONTRACTS[1]["source_modules"] if x.split(".")[1] not in ("demo", "corruptions")]  # Pillow
     modules += [f"sparsifiner_edge.cli.{name}" for name in COMMANDS]
@@ -43,7 +44,7 @@ def test_base_install_without_extras() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not BARE.exists(), reason=f"{BARE} is made by `make test`")
+@needs_bare
 @pytest.mark.parametrize(
     ("arguments", "extra"),
     [
@@ -62,21 +63,12 @@ def test_a_missing_extra_names_its_pip_command(arguments: list[str], extra: str,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not BARE.exists(), reason=f"{BARE} is made by `make test`")
+@needs_bare
 def test_help_and_doctor_in_the_base_install() -> None:
     for arguments in (["--help"], ["doctor", "--json"], *([name, "--help"] for name in COMMANDS)):
-        done = subprocess.run(
-            [BARE, "-m", "sparsifiner_edge", *arguments], capture_output=True, text=True, check=False
-        )  # fmt: skip
+        command = [BARE, "-m", "sparsifiner_edge", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (arguments, done.stderr)
-
-
-def test_requirements_are_ranges() -> None:
-    wanted = importlib.metadata.requires("sparsifiner-edge") or []
-    assert len(wanted) > 10
-    assert all("==" not in requirement.partition(";")[0] for requirement in wanted)
-    base = {re.split(r"[^\w-]", r)[0] for r in wanted if "extra ==" not in r}
-    assert base == {"click", "msgspec", "numpy", "onnx", "rich", "tomli"}
 
 
 def test_the_operators_page_is_that_of_the_schema() -> None:
@@ -84,13 +76,8 @@ def test_the_operators_page_is_that_of_the_schema() -> None:
 
 
 def test_lower_bounds_are_past_the_known_holes() -> None:
-    from packaging.requirements import Requirement
-    from packaging.version import Version
-
-    project = re.findall(r'"((?:[a-z0-9-]+)>=[^"]*)"', (ROOT / "pyproject.toml").read_text())
     bounds: dict[str, list[Version]] = {}
-    for text in project:
-        requirement = Requirement(text)
+    for requirement in map(Requirement, re.findall(r'"([a-z0-9-]+>=[^"]*)"', (ROOT / "pyproject.toml").read_text())):
         bounds.setdefault(requirement.name, []).extend(Version(s.version) for s in requirement.specifier)
     table = (ROOT / "docs" / "dependencies.md").read_text()
     rows = re.findall(r"^\| ([a-z0-9-]+) \| ((?:CVE|GHSA)-\S+) \| (\S+) \|", table, re.MULTILINE)
@@ -127,10 +114,6 @@ def wanted(*extras: str) -> dict[str, Requirement]:
     return found
 
 
-def admits(extra: str, package: str, version: str) -> bool:
-    return version in wanted(extra)[package].specifier
-
-
 def test_the_page_for_jetsons_brings_no_tensorrt_and_no_newer_cuda() -> None:
     page = (ROOT / "docs" / "jetson.md").read_text(encoding="utf-8")
     commands = [line for line in page.splitlines() if line.startswith("    ") and "pip install" in line]
@@ -145,23 +128,22 @@ def test_the_page_for_jetsons_brings_no_tensorrt_and_no_newer_cuda() -> None:
         assert f"`{extra}`" in page
 
 
-@pytest.mark.parametrize("extra", ["gpu", "tensorrt", "tensorrt-rtx", "gpu-cu12", "tensorrt-cu12", "jetson"])
-def test_without_a_version_in_its_name_an_extra_is_for_cuda_12(extra: str) -> None:
-    assert admits(extra, "cuda-python", "12.6.2")
-    assert admits(extra, "cuda-python", "12.9.10")
-    assert not admits(extra, "cuda-python", "13.0.0")
-    assert "tensorrt" not in wanted(extra)  # it means tensorrt-cu13
-
-
-def test_onnxruntime_and_tensorrt_by_cuda() -> None:
-    for version, cuda12 in {"1.21.0": True, "1.26.0": True, "1.27.0": False, "1.31.1": False}.items():
-        assert admits("gpu", "onnxruntime-gpu", version) == cuda12
-    assert admits("gpu-cu13", "onnxruntime-gpu", "1.27.0")
-    assert not admits("gpu-cu13", "onnxruntime-gpu", "1.26.0")
+@pytest.mark.parametrize(
+    ("extras", "package", "taken", "refused"),
+    [
+        # Without a version in its name an extra is for CUDA 12.
+        ("gpu tensorrt tensorrt-rtx gpu-cu12 tensorrt-cu12 jetson", "cuda-python", "12.6.2 12.9.10", "13.0.0"),
+        ("gpu-cu13 tensorrt-cu13", "cuda-python", "13.4.4", "12.9.10"),
+        ("gpu", "onnxruntime-gpu", "1.21.0 1.26.0", "1.27.0 1.31.1"),
+        ("gpu-cu13", "onnxruntime-gpu", "1.27.0", "1.26.0"),
+    ],
+)
+def test_extras_by_cuda(extras: str, package: str, taken: str, refused: str) -> None:
+    for extra in extras.split():
+        versions = wanted(extra)[package].specifier
+        assert [version for version in f"{taken} {refused}".split() if version in versions] == taken.split()
+        assert "tensorrt" not in wanted(extra)  # it means tensorrt-cu13
     assert "tensorrt-cu12" in wanted("tensorrt")
-    for extra in ("gpu-cu13", "tensorrt-cu13"):
-        assert admits(extra, "cuda-python", "13.4.4")
-        assert not admits(extra, "cuda-python", "12.9.10")
 
 
 def test_every_extra_that_is_named_exists() -> None:
@@ -169,3 +151,87 @@ def test_every_extra_that_is_named_exists() -> None:
     named = {(path.name, extra) for path, lists in found.items() for text in lists for extra in text.split(",")}
     assert len({extra for _, extra in named}) > 6
     assert [(page, extra) for page, extra in sorted(named) if extra not in EXTRAS] == []
+
+
+INSTALLED = {
+    "boards": "profiles/boards",
+    "recipes": "export/recipes",
+    "deepstream": "export/deepstream",
+    "triton": "export/triton",
+    "gstreamer": "export/gstreamer",
+}
+"""Folder of the installed package to where it comes from."""
+LOOK = """
+import importlib.resources, json, pathlib, sys
+import sparsifiner_edge
+from sparsifiner_edge.distill.recipe import names
+from sparsifiner_edge.ops.native import library_path
+from sparsifiner_edge.package import template
+from sparsifiner_edge.profiles.boards.board import board_names
+def walk(folder):
+    for x in folder.iterdir():
+        if x.name != "__pycache__":
+            yield from walk(x) if x.is_dir() else [(x.name, x.read_text("utf-8"))]
+files = {name: dict(walk(importlib.resources.files(f"sparsifiner_edge.{name}"))) for name in sys.argv[1:]}
+print(json.dumps({
+    "from": str(pathlib.Path(sparsifiner_edge.__file__).parents[1]), "library": library_path() is not None,
+    "read": [len(board_names()), len(names()), "{" in template("triton/guide.md", name="n", shape="1")], **files,
+}))
+"""
+
+
+def test_an_editable_install_reads_the_folders_themselves() -> None:
+    """The install that tests run in. The root is no part of the package: its folders would be modules."""
+    for name, source in INSTALLED.items():
+        assert Path(str(importlib.resources.files(f"sparsifiner_edge.{name}"))) == ROOT / source
+    assert str(ROOT) not in sparsifiner_edge.__path__
+
+
+def agrees(wheel: Path, folder: Path, *, library: bool) -> None:
+    """That the package which a wheel installs, without the install that tests run in, has all that the folders hold."""
+    into = folder / "installed"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", into, wheel]
+    subprocess.run(command, check=True, cwd=folder)
+    # Without `site` no editable install is found; what the package needs is.
+    paths = {"PYTHONPATH": os.pathsep.join([str(into), *filter(None, sys.path)])}
+    look = [sys.executable, "-S", "-c", LOOK, *INSTALLED]
+    said = subprocess.run(look, check=True, cwd=folder, capture_output=True, text=True, env=os.environ | paths).stdout
+    files = {
+        name: {x.name: x.read_text("utf-8") for x in (ROOT / place).rglob("*.*") if x.suffix != ".pyc"}
+        for name, place in INSTALLED.items()
+    }
+    read = [len(files["boards"]), len(files["recipes"]), False]
+    found = json.loads(said)
+    assert found == {"from": str(into), "library": library, "read": read, **files}
+
+
+def build(source: Path, folder: Path, **environment: str) -> Path:
+    """The wheel of a source tree or archive."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", folder, source], check=True, env=os.environ | environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.everything
+def test_a_wheel_of_the_tree(tmp_path: Path) -> None:
+    agrees(build(ROOT, tmp_path), tmp_path, library=True)
+    native = tmp_path / "installed" / "sparsifiner_edge" / "ops" / "native"
+    assert (native / "sparsifiner.h").is_file()
+    assert not list(native.glob("*.cc"))
+
+
+@pytest.mark.everything
+def test_a_wheel_of_an_archive(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", tmp_path, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    agrees(build(archive, tmp_path), tmp_path, library=True)
+
+
+@pytest.mark.everything
+def test_a_wheel_without_a_compiler(tmp_path: Path) -> None:
+    """CMake fails, and is left out: the package is pure Python, with all its data."""
+    wheel = build(ROOT, tmp_path, CXX="/bin/false")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    agrees(wheel, tmp_path, library=False)

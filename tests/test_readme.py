@@ -48,6 +48,9 @@ def run(command: list[str], cwd: Path, **environment: str) -> str:
 
 def test_the_blocks_are_those_that_are_run_here() -> None:
     assert [kind for kind, _ in BLOCKS] == ["python", "sh", "sh", "sh", "python"]
+    for place in (0, 4):
+        compile(BLOCKS[place][1], "README.md", "exec")
+    assert BLOCKS[2][1].strip() == "make test"  # It is what runs this test.
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -66,12 +69,6 @@ def test_commands_of_every_page_are_there_with_their_options(page: Path) -> None
         while isinstance(command, click.Group) and not arguments[0].startswith("-"):
             command = command.get_command(click.Context(command), arguments.pop(0)) or pytest.fail(f"{arguments}")
         command.make_parser(click.Context(command)).parse_args(arguments)
-
-
-def test_blocks_of_python_are_python() -> None:
-    for kind, text in BLOCKS:
-        if kind == "python":
-            compile(text, "README.md", "exec")
 
 
 @pytest.mark.everything
@@ -98,12 +95,6 @@ def test_make_demo(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 1
     assert "mean absolute error" in page
     assert (tmp_path / "demo" / "maps.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_make_test() -> None:
-    assert BLOCKS[2][1].strip() == "make test"
-    # It is what runs this test; here only that make would run pytest.
-    assert "-m pytest" in run(["make", "--dry-run", "test"], ROOT)
 
 
 @pytest.mark.everything

@@ -14,7 +14,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import open_checked
-from tests.package.reseal import reseal
+from tests.seal import reseal
 from tests.tiny import make_bundle
 
 

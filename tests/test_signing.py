@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import errno
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from sparsifiner_edge.bundle.sign import generate_key, read_signature, require_s
 from sparsifiner_edge.bundle.store import bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError
 from tests.commands import assert_refused, call, snapshot
-from tests.package.reseal import reseal
+from tests.seal import flip, reseal
 from tests.tiny import make_bundle
 
 serialization = pytest.importorskip(
@@ -57,12 +56,6 @@ def test_openssl_agrees(signed: Path, keys: Path, tmp_path: Path) -> None:
     assert subprocess.run(verify, capture_output=True, check=False).returncode != 0
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def other_model(folder: Path) -> None:
     flip(folder / "model.onnx")
     reseal(folder)
@@ -86,11 +79,6 @@ def link_signature(folder: Path) -> None:
     (folder / SIGNATURE_FILE).symlink_to(folder.parent / "elsewhere")
 
 
-def instead(path: Path, make: Callable[[Path], object]) -> None:
-    path.unlink()
-    make(path)
-
-
 def an_engine(folder: Path) -> None:
     with bundle_scratch(folder) as scratch:
         (scratch / "x.engine").write_bytes(b"code")
@@ -108,7 +96,7 @@ def an_engine(folder: Path) -> None:
         (link_signature, "outside itself"),
         (signature(algorithm="none"), 'algorithm is "none"'),
         (lambda folder: (folder / SIGNATURE_FILE).write_bytes(b"\xff{"), "cannot be read"),
-        (lambda folder: instead(folder / SIGNATURE_FILE, os.mkfifo), "is not a regular file"),
+        (lambda f: ((f / SIGNATURE_FILE).unlink(), os.mkfifo(f / SIGNATURE_FILE)), "is not a regular file"),
     ],
 )
 def test_what_is_refused(alter: Callable[[Path], None], said: str, signed: Path, keys: Path) -> None:
@@ -142,52 +130,26 @@ def test_only_whole_bundles_are_signed(tmp_path: Path, keys: Path) -> None:
     assert read_signature(folder) is None
 
 
-@pytest.fixture(scope="module")
-def wrong_keys(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+def test_keys_that_are_none(signed: Path, tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
-    folder = tmp_path_factory.mktemp("wrong")
-    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    curve = ec.generate_private_key(ec.SECP256R1())
-    (folder / "curve.pem").write_bytes(curve.private_bytes(pem, pkcs8, serialization.NoEncryption()))
-    (folder / "curve.pub").write_bytes(
-        curve.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
-    locked = ed25519.Ed25519PrivateKey.generate()
+    pem, curve = serialization.Encoding.PEM, ec.generate_private_key(ec.SECP256R1())
+    private = curve.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public = curve.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
     secret = serialization.BestAvailableEncryption(b"word")
-    (folder / "locked.pem").write_bytes(locked.private_bytes(pem, pkcs8, secret))
-    (folder / "garbage").write_bytes(bytes(range(256)))
-    (folder / "large").write_bytes(b"-" * 100_000)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("curve.pem", "is not an Ed25519 key"), ("curve.pub", "is not an Ed25519 key"),
-        ("locked.pem", "is not a private key without password"), ("garbage", "is not a p(rivate|ublic) key"),
-        ("large", "has more than"), ("nothing", "does not exist"), ("", "Is a directory"),
-    ],
-)  # fmt: skip
-def test_keys_that_are_none(name: str, said: str, wrong_keys: Path, signed: Path) -> None:
-    if not name.endswith(".pub"):
-        with pytest.raises(ArtifactError, match=said):
-            sign_bundle(signed, wrong_keys / name)
-    if not name.endswith(".pem"):
-        with pytest.raises(ArtifactError, match=said):
-            require_signature(signed, wrong_keys / name)
-
-
-def test_a_full_disk_leaves_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", fail)
-        with pytest.raises(ArtifactError, match=r"key\.pem cannot be written: No space left"):
-            generate_key(tmp_path / "key.pem")
-    assert snapshot(tmp_path) == {}
-    generate_key(tmp_path / "key.pem")
+    (tmp_path / "locked").write_bytes(curve.private_bytes(pem, serialization.PrivateFormat.PKCS8, secret))
+    with pytest.raises(ArtifactError, match="is not a private key without password"):
+        sign_bundle(signed, tmp_path / "locked")
+    for use, key in ((sign_bundle, private), (require_signature, public)):
+        for content, said in (
+            (key, "is not an Ed25519 key"), (bytes(range(256)), "is not a p[a-z]+ key"),
+            (b"-" * 100_000, "has more than"), (None, "does not exist"),
+        ):  # fmt: skip
+            path = tmp_path / said
+            if content is not None:
+                path.write_bytes(content)
+            with pytest.raises(ArtifactError, match=said):
+                use(signed, path)
 
 
 def test_keys_are_never_overwritten(tmp_path: Path) -> None:

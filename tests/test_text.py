@@ -1,11 +1,12 @@
-"""What a stranger wrote, shown: nothing of it reaches a terminal, a line or a document as a command."""
+"""What a stranger wrote, shown: nothing of it reaches a terminal, a line or a document as a command. Commands that
+quote it: tests.fuzz.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 
 from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
 from sparsifiner_edge.text import dump_json, finite, shown
-from tests.commands import call
 
 HIDDEN = ["\x1b[31m", "\x9b31m", "\u202e", "\u2066", "\r\n", "\x00", "\x7f", "\ud800", "\u2028", "\ufeff", "\U000e0041"]
 
@@ -52,23 +52,6 @@ def test_numbers_that_json_has_not_are_null_and_counted() -> None:
     assert finite(content) == ({"a": [1.0, None, {"b": None}], "c": [None, 2], "d": "nan", "e": None}, 3)
     with pytest.raises(ValueError, match="Out of range"):
         dump_json(content)
-
-
-def test_the_command_line_quotes_harmlessly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = "\x1b[31m\u202e\x9bx"
-    lines: list[list[Any]] = [
-        ["run", tmp_path / bad],
-        [bad],
-        ["doctor", f"--{bad}"],
-        ["profile", tmp_path / bad, "--seconds", bad],
-        ["report", tmp_path / bad, "-o", tmp_path / "p.html"],
-        ["export", bad, "-o", tmp_path / "x" / bad],
-    ]
-    for line in lines:
-        outcome = call(capsys, *line)
-        assert outcome.code == 2
-        for text in (outcome.out, outcome.err):
-            assert all(c.isprintable() or c == "\n" for c in text), text
 
 
 def test_errors_pass_between_processes() -> None:

@@ -1,20 +1,26 @@
-"""Outputs that are no place, are not ours, or lie on a full or read-only disk: nothing is half-written or lost."""
+"""Outputs that are no place, are not ours, or lie on a full disk, and signals: nothing is half-written or lost."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, new_folder
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.files import _new_scratch, write_text
-from tests.commands import assert_refused, call, snapshot
+from tests.commands import PROGRAM, assert_refused, call, snapshot
 from tests.everything import first
 from tests.models import TINY
 from tests.mounts import in_mount, needs_mounts
@@ -27,10 +33,16 @@ OCCUPIED = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def start(command: str, tiny_student: Path, tiny_weights: Path) -> list[Any]:
+    """The command's words but for its output."""
+    return ["sparsify", TINY, "--weights", tiny_weights] if command == "sparsify" else ["export", tiny_student]
+
+
 @pytest.mark.parametrize("how", OCCUPIED)
 @pytest.mark.parametrize("command", ["sparsify", "export"])
 def test_an_output_that_is_not_ours_is_left_alone(
-    command: str, how: str, tiny_student: Path, tiny_weights: Path, tmp_path: Path, capsys: Capsys
+    start: list[Any], how: str, tiny_student: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     folder = tmp_path / "target"
     if how == "file":
@@ -43,7 +55,6 @@ def test_an_output_that_is_not_ours_is_left_alone(
         name, content = OCCUPIED[how] or ("", "")
         (folder / name).write_text(content)
     before = snapshot(tmp_path)
-    start = ["sparsify", TINY, "--weights", tiny_weights] if command == "sparsify" else ["export", tiny_student]
     assert_refused(call(capsys, *start, "-o", folder), str(folder), "hoose another")
     assert snapshot(tmp_path) == before
 
@@ -83,28 +94,21 @@ def test_errors_anywhere_become_messages(error: Exception, monkeypatch: Any, tmp
         main(["run", str(tmp_path), "--source", str(tmp_path)])
 
 
-# Disks.
-
-
-def hashes(paths: Any) -> set[str]:
-    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
 @needs_mounts
 @pytest.mark.parametrize(("command", "earlier"), first([("sparsify", True), ("sparsify", False), ("export", True)]))
 def test_a_full_disk_leaves_what_was_there(
-    command: str, earlier: bool, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, tmp_path: Path
+    command: str, earlier: bool, start: list[Any], tiny_student: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     old = tiny_student if command == "sparsify" else tiny_bundle
     # Room for the earlier folder and for half of a new one.
     size = (sum(4 * -(-p.stat().st_size // 4096) for p in old.iterdir()) + 64) * (3 if earlier else 1) // 2
     prepare = f"cp -r {old} target" if earlier else "true"
-    start = ["sparsify", TINY, "--weights", tiny_weights] if command == "sparsify" else ["export", tiny_student]
     outcome, names = in_mount(tmp_path, size, prepare, *start, "-o", "disk/target")
     assert_refused(outcome, "disk/target cannot be written: No space left on device", "Free space")
     assert names == (["target", *sorted(f"target/{p.name}" for p in old.iterdir())] if earlier else [])
     if earlier:
-        assert {line.split()[0] for line in (tmp_path / "after").read_text().splitlines()} == hashes(old.iterdir())
+        hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in old.iterdir()}
+        assert {line.split()[0] for line in (tmp_path / "after").read_text().splitlines()} == hashes
 
 
 @needs_mounts
@@ -113,11 +117,8 @@ def test_results_on_a_full_or_read_only_disk(
     command: str, state: str, bundle: Path, pictures: Path, tmp_path: Path
 ) -> None:
     fill = "cat /dev/zero > fill 2> /dev/null" if state == "full" else 'mount -o remount,ro "$PWD"'
-    start = {
-        "profile": ["profile", bundle, "--seconds", "0.05", "-o"],
-        "run": ["run", bundle, "--source", pictures, "--output"],
-    }
-    outcome, names = in_mount(tmp_path, 64, f"echo old > result; {fill}", *start[command], "disk/result")
+    more = ["--seconds", "0.05", "-o"] if command == "profile" else ["--source", pictures, "--output"]
+    outcome, names = in_mount(tmp_path, 64, f"echo old > result; {fill}", command, bundle, *more, "disk/result")
     reason = "No space left on device" if state == "full" else "Read-only file system"
     # What was measured is shown all the same: the reader keeps the figures.
     figures = outcome.out if command == "profile" else ""
@@ -125,9 +126,6 @@ def test_results_on_a_full_or_read_only_disk(
     assert_refused(outcome, f"cannot be written: {reason}", "Free space or choose another place", out=figures)
     assert names == (["fill", "result"] if state == "full" else ["result"])
     assert hashlib.sha256(b"old\n").hexdigest() in (tmp_path / "after").read_text()
-
-
-# Folders and files are replaced whole.
 
 
 @pytest.mark.parametrize("exchange", [True, False])
@@ -161,3 +159,56 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     os.close(handle)
     write_text(target, "{}")
     assert {path.name for path in tmp_path.iterdir()} == {*others, "result.json"}
+
+
+@pytest.mark.parametrize("number", first([signal.SIGINT, signal.SIGTERM]))
+@pytest.mark.parametrize("command", first(["sparsify", "export"]))
+def test_a_signal_at_any_moment(
+    command: str, number: signal.Signals, start: list[Any], tiny_student: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    target = tmp_path / "target"
+    shutil.copytree(tiny_student if command == "sparsify" else tiny_bundle, target)
+    before = snapshot(target)
+    with subprocess.Popen(
+        [*PROGRAM, *map(str, start), "-o", str(target)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        deadline = time.monotonic() + random.uniform(1, 9)  # The moment is the point; while it writes, at the latest.
+        while run.poll() is None and time.monotonic() < deadline and not list(tmp_path.glob(".*")):
+            time.sleep(0.002)
+        run.send_signal(number)
+        out, remarks = run.communicate(timeout=120)
+    assert list(tmp_path.glob(".*")) == []
+    assert "Traceback" not in remarks
+    if run.returncode == 0:  # It was done before.
+        assert "written" in out
+        assert set(snapshot(target)) == set(before)
+        assert command == "sparsify" or open_bundle(target)
+    else:
+        assert run.returncode == 128 + number, remarks
+        # Before it, NumPy may say that its import was cut short.
+        assert remarks.endswith("error: interrupted; no partial files were left.\n")
+        assert out == ""
+        assert snapshot(target) == before
+
+
+def test_a_signal_while_folders_are_swapped_waits(tmp_path: Path, tiny_student: Path) -> None:
+    """Swapped whole, then the signal is heard; with an earlier folder in place."""
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "student"))
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from sparsifiner_edge.artifacts import new_folder\n"
+        "from sparsifiner_edge import files\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "swap = files._swap\n"
+        "def slow(scratch, target):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    swap(scratch, target)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "files._swap = slow\n"
+        "with new_folder(Path(sys.argv[1]), 'student') as folder:\n"
+        "    (folder / 'new').write_text('new')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
+    assert "KeyboardInterrupt" in done.stderr
+    assert snapshot(tmp_path) == {"student": None, "student/new": b"new"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import encodings.idna  # noqa: F401 (for host names: once confined, nothing is imported)
 import errno
 import json
 import os
@@ -38,17 +39,6 @@ def trace(pid: int) -> None:
         raise OSError(ctypes.get_errno(), "")
 
 
-def connect(port: int) -> None:
-    with socket.socket() as one:
-        one.settimeout(5)
-        one.connect(("127.0.0.1", port))
-
-
-def bind() -> None:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-
-
 def tries(folder: Path, parent: int, other: int, port: int) -> dict[str, Callable[[], Any]]:
     return {
         "create": lambda: (folder / "new").write_text(""),
@@ -64,10 +54,10 @@ def tries(folder: Path, parent: int, other: int, port: int) -> dict[str, Callabl
         "signal": lambda: os.kill(parent, signal.SIGURG),
         "write its memory": lambda: write_through_proc(parent),
         "trace": lambda: trace(parent),
-        "bind": bind,
-        "connect": lambda: connect(other),
+        "bind": lambda: socket.create_server(("127.0.0.1", 0)),
+        "connect": lambda: socket.create_connection(("127.0.0.1", other), 5),
         "become root": lambda: os.setuid(0),
-        "its one port": lambda: connect(port),
+        "its one port": lambda: socket.create_connection(("127.0.0.1", port), 5),
         "look up a host": lambda: Path("/etc/hosts").read_bytes(),
     }
 

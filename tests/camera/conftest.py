@@ -5,30 +5,73 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
+from sparsifiner_edge.camera import pattern
 from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.pattern import draw_pattern
-from tests.camera.cells import make_cells_bundle, number_of
-from tests.commands import PROGRAM, Outcome
+from tests.commands import PROGRAM, Outcome, wait_for
+from tests.fuzz.harness import strict_json
 from tests.once import Once
+from tests.seal import seal_bundle
 
 av = pytest.importorskip("av", reason="the extra camera is not installed")
 needs_gst = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="gst-launch-1.0 is not installed")
 
 
+_UNSURE = 0.2
+
+
+def number_of(brightness: Sequence[float]) -> int | None:
+    """The number that cells of mean brightness 0-255, at least the first 32 of the grid, say; None if they do not."""
+    levels = brightness[: pattern.CELLS]
+    if any(abs(level / 255 - 0.5) < _UNSURE for level in levels):
+        return None
+    cells = [level > 127.5 for level in levels]
+    number = sum(white << place for place, white in enumerate(reversed(cells[: pattern.BITS])))
+    return number if cells == pattern.cells_of(number) else None
+
+
+def make_cells_bundle(folder: Path, work: int = 1) -> Path:
+    """A bundle whose features are the brightness of the image's 8 x 8 cells, so that the number which a frame carries
+    (see `sparsifiner_edge.camera.pattern`) comes out of the whole chain, model included.
+
+    `image` uint8 [1,64,64,3] -> `features` [1,64]; work: of how many copies of an image the mean is taken, which costs
+    time as a model does.
+    """
+    folder.mkdir(parents=True)
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]>
+        cells (uint8[1,64,64,3] image) => (float[1,64] features)
+        <int64[4] copies = {{{work}, 1, 1, 1}}, int64[2] mean = {{0, 3}}, int64[4] plane = {{1, 1, 64, 64}},
+         int64[2] flat = {{1, 64}}> {{
+            pixels = Cast <to = 1> (image)
+            many = Expand (pixels, copies)
+            grey = ReduceMean <keepdims = 0> (many, mean)
+            square = Reshape (grey, plane)
+            cells = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (square)
+            features = Reshape (cells, flat)
+        }}""")
+    onnx.save(model, folder / "model.onnx")
+    inputs = [{"name": "image", "dtype": "uint8", "shape": [1, 64, 64, 3]}]
+    outputs = [{"name": "features", "dtype": "float32", "shape": [1, 64]}]
+    manifest = {"name": "cells", "precision": "fp32", "preprocessing": {"size": 64}, "inputs": inputs}
+    seal_bundle(folder, manifest | {"outputs": outputs, "tolerances": {"features": 1e-5}})
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cells(once: Once) -> Path:
     """A bundle that reads the number in the image."""
-    return once("cells", lambda folder: make_cells_bundle(folder / "bundle", size=64)) / "bundle"
+    return once("cells", lambda folder: make_cells_bundle(folder / "bundle")) / "bundle"
 
 
 @pytest.fixture(scope="session")
@@ -51,12 +94,8 @@ def encode(path: Path, pictures: list[np.ndarray[Any, Any]], codec: str = "libx2
 
 def lines(text: str) -> list[dict[str, Any]]:
     """Whole lines of JSON as others read it: without NaN."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(name)
-
     assert text == "" or text.endswith("\n")
-    return [json.loads(line, parse_constant=refuse) for line in text.split("\n")[:-1]]
+    return [strict_json(line) for line in text.split("\n")[:-1]]
 
 
 def records_of(outcome: Outcome) -> list[dict[str, Any]]:
@@ -98,14 +137,12 @@ class Service:
         self.process = subprocess.Popen(line, text=True, **streams)
 
     def record(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.process.stderr and self.process.stderr.read()
         return dict(json.loads(line))
 
     def event(self, **wanted: Any) -> dict[str, Any]:
         """The next event with these fields."""
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             event = json.loads(line)
             if wanted.items() <= event.items():
@@ -114,13 +151,8 @@ class Service:
 
     def decoder(self) -> int:
         """The decoding process; while a source is lost, between two of them there is none."""
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-            for pid in (int(pid) for path in children for pid in path.read_text().split()):
-                return pid
-            time.sleep(0.01)
-        raise AssertionError("no decoding process")
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return int(wait_for(lambda: " ".join(path.read_text() for path in tasks.glob("*/children")).split())[0])
 
     def finish(self, seconds: float = 20) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
         """SIGTERM; exit code, what records and what events were left."""

@@ -16,11 +16,12 @@ from typing import Any
 import gi
 
 gi.require_version("Gst", "1.0")
+gi.require_version("GstRtsp", "1.0")
 gi.require_version("GstRtspServer", "1.0")
 # The module alone that draws numbers: this Python need not have the package's dependencies.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "sparsifiner_edge" / "camera"))
 import pattern  # noqa: E402
-from gi.repository import GLib, Gst, GstRtspServer  # noqa: E402
+from gi.repository import GLib, Gst, GstRtsp, GstRtspServer  # noqa: E402
 
 FPS, WIDTH, HEIGHT = 25, 640, 480
 USER, PASSWORD = "us@er", "p ss:/"
@@ -58,14 +59,9 @@ def ask_for_password(server: Any, factory: Any, way: str) -> None:
     allowed = GstRtspServer.RTSPToken()
     allowed.set_string("media.factory.role", "user")
     auth = GstRtspServer.RTSPAuth()
-    if way == "basic":
-        auth.add_basic(GstRtspServer.RTSPAuth.make_basic(USER, PASSWORD), allowed)
-    else:
-        gi.require_version("GstRtsp", "1.0")
-        from gi.repository import GstRtsp
-
-        auth.set_supported_methods(GstRtsp.RTSPAuthMethod.DIGEST)
-        auth.add_digest(USER, PASSWORD, allowed)
+    auth.set_supported_methods(getattr(GstRtsp.RTSPAuthMethod, way.upper()))
+    auth.add_basic(GstRtspServer.RTSPAuth.make_basic(USER, PASSWORD), allowed)
+    auth.add_digest(USER, PASSWORD, allowed)
     permissions = GstRtspServer.RTSPPermissions()
     permissions.add_permission_for_role("user", "media.factory.access", True)
     permissions.add_permission_for_role("user", "media.factory.construct", True)

@@ -1,10 +1,11 @@
-"""How a frame arrives, and what is said of it: sources, fitting, waiting, clocks, messages of the decoder, answers."""
+"""How a frame arrives, and what is said of it: fitting, waiting, clocks, messages of the decoder, answers."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +16,19 @@ import pytest
 from PIL import Image
 
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.camera import child
+from sparsifiner_edge.camera import capture
+from sparsifiner_edge.camera.capture import FIRST_WAIT_S, MOST_WAIT_S, Capture, wait_s
 from sparsifiner_edge.camera.decoder_protocol import ProtocolError, receive
 from sparsifiner_edge.camera.libav import _StreamClock
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.overlay import Overlay, text_lines
 from sparsifiner_edge.camera.pattern import draw_pattern
-from sparsifiner_edge.camera.sources import parse_source, require_decoder
+from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
+from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.images import centre_box, centred, load_image
 from tests.camera.conftest import record
-
-# Sources.
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "live", "shown"),
-    [
-        ("0", "gst", True, "/dev/video0"),
-        ("/dev/video12", "gst", True, "/dev/video12"),
-        ("test:50", "test", True, "test"),
-        ("rtsp://user:secret@h:554/x?y=1", "rtsp", True, "rtsp://h:554"),
-        ("gst:videotestsrc pattern=ball ! video/x-raw,width=64 ! identity", "gst", True,
-         "gst:videotestsrc ! *** ! identity"),
-        ("missing.mp4", "images", False, "missing.mp4"),
-    ],
-)  # fmt: skip
-def test_sources(text: str, kind: str, live: bool, shown: str, tmp_path: Path) -> None:
-    (tmp_path / "source").write_text(f"{text}\nmore")
-    for given in (text, f"@{tmp_path / 'source'}"):
-        source = parse_source(given)
-        assert (source.kind, source.live, source.shown) == (kind, live, shown)
-    (tmp_path / "source").write_text(f"\n{text}")
-    with pytest.raises(ConfigError, match="names no source in its first line"):
-        parse_source(f"@{tmp_path / 'source'}")
-
-
-def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr("shutil.which", lambda _: None)
-    with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[camera\]"):
-        require_decoder(parse_source(str(video)))
-    with pytest.raises(ConfigError, match=r"apt-get install gstreamer1\.0-tools"):
-        require_decoder(parse_source("0"))
-    require_decoder(parse_source("test"))
-
-
-# Images.
+from tests.commands import wait_for
 
 
 @pytest.mark.parametrize(
@@ -107,11 +73,9 @@ def test_clocks_that_run_apart_add_no_age() -> None:
 
 def test_no_clock_that_can_be_set_is_read() -> None:
     """A jump of the wall clock then changes nothing."""
-    for path in Path(child.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
-                assert node.attr in ("monotonic", "monotonic_ns", "sleep"), (path, node.attr)
-            assert not (isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime")), path
+    for path in Path(capture.__file__).parent.glob("*.py"):
+        wrong = r"\btime\.(?!monotonic|sleep)\w+\(|from (?:time|datetime) import|import datetime"
+        assert not re.findall(wrong, path.read_text(encoding="utf-8")), path
 
 
 # Messages of the decoder.
@@ -196,3 +160,53 @@ def test_what_a_model_sees_and_says_is_drawn(tmp_path: Path) -> None:
     assert pixels[100:, 360:, 0].min() > 100
     assert pixels[100:, :120, 0].max() < 60
     assert pixels[:24, :200].max() > 200  # Text.
+
+
+# Decoders that cannot start, die at once, or say what they may not.
+
+
+def test_waiting_grows_to_a_cap_and_varies() -> None:
+    assert wait_s(0) == 0
+    assert FIRST_WAIT_S / 2 <= wait_s(1) <= FIRST_WAIT_S
+    waits = [wait_s(attempt) for attempt in range(5, 205)]
+    assert all(MOST_WAIT_S / 2 <= wait <= MOST_WAIT_S for wait in waits)
+    assert len({round(wait, 3) for wait in waits}) > 50
+
+
+def fake_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A process that does something else in the place of the decoding one."""
+    path = tmp_path / "decoder"
+    names = "from sparsifiner_edge.camera.decoder_protocol import End, Frame, send\n"
+    path.write_text(f"#!{sys.executable}\n{names if 'send' in script else ''}{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+    monkeypatch.setattr(capture, "MOST_WAIT_S", 0.001)
+
+
+def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_decoder(tmp_path, monkeypatch, "raise SystemExit(1)")
+    events: list[dict[str, Any]] = []
+    status = Status("test", events.append)
+    with Capture(parse_source("test"), 8, 3, status):
+        wait_for(lambda: status.counts["crashes"] > 17)
+    attempts = [event["attempt"] for event in events if event["state"] == "lost"]
+    assert attempts == [1, 2, 3, 4, 8, 16]
+    assert [event["attempt"] for event in events if event["state"] == "connecting"] == [0, *attempts]
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [("End(None)", "the stream ended"), ("End('no route')", "no route"),
+     ("Frame(bytes(8 * 8 * 3), -1, 0, 0, 0)", "the decoder sent what is no message: ")],
+)  # fmt: skip
+def test_no_word_of_a_decoder_ends_a_live_source(
+    sent: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_decoder(tmp_path, monkeypatch, f"send(1, {sent})")
+    events: list[dict[str, Any]] = []
+    status = Status("test", events.append)
+    with Capture(parse_source("test"), 8, 3, status) as running:
+        wait_for(lambda: len([event for event in events if event["state"] == "lost"]) >= 2)
+        assert not running.is_over
+    assert str(status.last_reason).startswith(reason)
+    assert bool(status.counts["crashes"]) == reason.startswith("the decoder")

@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 
 from sparsifiner_edge.camera.pattern import BITS
-from tests.camera.cells import number_of
-from tests.camera.conftest import lines
+from tests.camera.conftest import lines, number_of
+from tests.commands import wait_for
 from tests.once import WORKER
 
 _PROBE = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
@@ -48,25 +48,18 @@ class Server:
             port = one.getsockname()[1]
         self.address = f"rtsp://127.0.0.1:{port}/camera"
         self._start = [PYTHON, str(Path(__file__).with_name("rtsp_server.py")), str(port), *way]
+        self.start()
 
     def start(self) -> float:
         """Start it; the monotonic time at which it listens."""
         self.process = subprocess.Popen(self._start, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
         return time.monotonic()
 
-    def kill(self) -> None:
+    def close(self) -> None:
         """SIGKILL."""
         self.process.kill()
         self.process.communicate()
-
-    def __enter__(self) -> Server:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
 
 
 def resident_kb(service: int) -> int:
@@ -85,13 +78,11 @@ def test_a_server_that_is_killed_again_and_again(cells: Path, service: Any, tmp_
     minutes, output, down_s = float(os.environ.get("SOAK_MINUTES", "0")), tmp_path / "lines", 3.0
     seconds, every_s = (minutes * 60, 60.0) if minutes else (40.0, 10.0)
     memory: list[tuple[float, int]] = []
-    with Server() as server:
+    with contextlib.closing(Server()) as server:
         back = [time.monotonic()]
         with (tmp_path / "events").open("w") as events:
             run = service(cells, "--source", server.address, "--threads", 1, "--output", output, stderr=events)
-        while not (output.exists() and output.stat().st_size):
-            assert time.monotonic() < back[0] + 30, "no frame came"
-            time.sleep(0.05)
+        wait_for(lambda: output.exists() and output.stat().st_size, 30)
         began = time.monotonic()
         while (passed := time.monotonic() - began) < seconds:
             due = began + min(passed + every_s - down_s, seconds)
@@ -99,7 +90,7 @@ def test_a_server_that_is_killed_again_and_again(cells: Path, service: Any, tmp_
                 memory.append((time.monotonic() - began, resident_kb(run.process.pid)))
                 time.sleep(0.5)
             if time.monotonic() - began < seconds - every_s / 2:
-                server.kill()
+                server.close()
                 time.sleep(down_s)
                 back.append(server.start())
         run.process.terminate()
@@ -125,7 +116,7 @@ def test_a_server_that_is_killed_again_and_again(cells: Path, service: Any, tmp_
 @pytest.mark.parametrize("way", ["basic", "digest"])
 @pytest.mark.parametrize(("password", "served"), [("p%20ss%3A%2F", True), ("wrong", False)])
 def test_a_server_that_asks_for_a_password(way: str, password: str, served: bool, cells: Path, service: Any) -> None:
-    with Server(way) as server:
+    with contextlib.closing(Server(way)) as server:
         address = server.address.replace("127.0.0.1", f"us%40er:{password}@localhost")
         run = service(cells, "--source", address)
         if served:
@@ -137,7 +128,7 @@ def test_a_server_that_asks_for_a_password(way: str, password: str, served: bool
 
 def test_a_server_that_hangs(cells: Path, service: Any) -> None:
     """The connection stays, nothing comes: it is given up and made anew."""
-    with Server() as server:
+    with contextlib.closing(Server()) as server:
         run = service(cells, "--source", server.address, "--stall", 1)
         run.record()
         server.process.send_signal(signal.SIGSTOP)

@@ -1,36 +1,44 @@
-"""`sparsifiner-edge run` as a service: sources, records, overlay, systemd."""
+"""`sparsifiner-edge run` as a service: sources, records, overlay, systemd; lines are JSON, whole, and of one run at a
+time; and how it ends, or goes on: readers that do not read, disks that fill, signals.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 from sparsifiner_edge.bundle.sign import sign_bundle
-from tests.camera.cells import make_cells_bundle
-from tests.camera.conftest import encode, lines, needs_gst, numbers_of, records_of
-from tests.commands import process
-from tests.package.reseal import reseal
+from sparsifiner_edge.camera.json_lines import LineWriter, line_of
+from sparsifiner_edge.camera.pattern import draw_pattern
+from tests.camera.conftest import encode, lines, make_cells_bundle, metric, needs_gst, numbers_of, records_of
+from tests.commands import PROGRAM, assert_refused, call, process, snapshot, wait_for
+from tests.mounts import in_mount, needs_mounts
+from tests.seal import reseal
 from tests.tiny import make_bundle
 
 TIMES = ("capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_every_frame_of_a_file(suffix: str, cells: Path, video: Path, tmp_path: Path) -> None:
+def test_every_frame_of_a_file(cells: Path, video: Path, tmp_path: Path) -> None:
     """Into a file whose folder is new, with an overlay."""
-    output, overlay = tmp_path / "new" / "lines.jsonl", tmp_path / f"o{suffix}"
+    output, overlay = tmp_path / "new" / "lines.jsonl", tmp_path / "o.mkv"
     outcome = process("run", cells, "--source", video, "--output", output, "--overlay", overlay)
     assert (outcome.code, outcome.out) == (0, "")
     records, events = lines(output.read_text()), lines(outcome.err)
@@ -47,6 +55,19 @@ def test_every_frame_of_a_file(suffix: str, cells: Path, video: Path, tmp_path: 
     assert times == pytest.approx([n / 10 for n in range(30)], abs=0.001)
 
 
+@pytest.mark.everything
+def test_a_resolution_that_changes_in_the_middle(cells: Path, tmp_path: Path) -> None:
+    whole, overlay = tmp_path / "whole.ts", tmp_path / "o.mp4"
+    for number, (width, height) in enumerate(((320, 240), (640, 360), (160, 160))):
+        part = encode(tmp_path / "part.ts", [draw_pattern(10 * number + i, width, height) for i in range(10)])
+        with whole.open("ab") as file:
+            file.write(part.read_bytes())
+    records = records_of(process("run", cells, "--source", whole, "--overlay", overlay))
+    assert numbers_of(records) == list(range(30))
+    with av.open(str(overlay)) as file:
+        assert {(f.width, f.height) for f in file.decode(video=0)} == {(512, 512)}
+
+
 def test_a_live_source_gives_numbers_and_ages(cells: Path) -> None:
     records = records_of(process("run", cells, "--source", "test:50", "--frames", 40))
     numbers = [number for number in numbers_of(records) if number is not None]
@@ -60,7 +81,7 @@ def test_a_live_source_gives_numbers_and_ages(cells: Path) -> None:
 @pytest.mark.everything
 def test_a_model_slower_than_its_source(tmp_path: Path) -> None:
     """Age of a frame: at most a period until it is taken, and the inference; besides what preparing it takes."""
-    bundle = make_cells_bundle(tmp_path / "b", size=64, work=4)
+    bundle = make_cells_bundle(tmp_path / "b", work=2048)
     outcome = process("run", bundle, "--source", "test:60", "--frames", 40, "--threads", 1)
     records, done = records_of(outcome), lines(outcome.err)[-1]
     assert statistics.median(r["infer_ms"] for r in records) > 1000 / 60
@@ -92,6 +113,29 @@ def test_a_classifier(tiny_bundle: Path, video: Path, tmp_path: Path) -> None:
     assert record["top"] == []
 
 
+@pytest.mark.parametrize("output", ["features", "logits"])
+def test_what_is_no_number_is_null_and_counted(output: str, pictures: Path, tmp_path: Path) -> None:
+    """A bundle whose first channel is always NaN."""
+    bundle = make_bundle(tmp_path / "bundle", size=8, preprocessing={"size": 8})
+    model = onnx.load(bundle / "model.onnx")
+    weights = next(t for t in model.graph.initializer if t.name == "w0")
+    values = np.array(onnx.numpy_helper.to_array(weights))
+    values[:, 0] = np.nan
+    weights.CopyFrom(onnx.numpy_helper.from_array(values, "w0"))
+    model.graph.output[0].name = model.graph.node[-1].output[0] = output
+    onnx.save(model, bundle / "model.onnx")
+    reseal(bundle)
+    live = process("run", bundle, "--source", "test", "--frames", 3)
+    for record in records_of(live) + records_of(process("run", bundle, "--source", pictures)):
+        assert record["not_finite"] == 1
+        assert "change" not in record
+        if output == "logits":
+            assert record["top"] == []
+        else:
+            assert [feature is None for feature in record["features"]] == [True] + [False] * 7
+    assert lines(live.err)[-1]["not_finite"] == 3
+
+
 @pytest.mark.parametrize("source", ["image", "video", pytest.param("pipeline", marks=needs_gst)])
 def test_a_rectangle_sees_the_centre_in_its_shape(source: str, tmp_path: Path) -> None:
     """Of 320 x 240 pixels the middle 160 rows; as a square, or made narrower, blue would be in it."""
@@ -110,10 +154,7 @@ def test_a_rectangle_sees_the_centre_in_its_shape(source: str, tmp_path: Path) -
 
 
 @needs_gst
-def test_pipelines(cells: Path, video: Path, service: Any) -> None:
-    """One that ends, and one that fails and is tried again; neither is confined."""
-    outcome = process("run", cells, "--source", f"gst:filesrc location={video} ! decodebin", "--frames", 5)
-    assert None not in numbers_of(records_of(outcome))
+def test_a_pipeline_that_fails_is_tried_again(cells: Path, service: Any) -> None:
     run = service(cells, "--source", "gst:nosuchelement")
     assert "not confined" in run.event(event="decoding")["missing"][0]
     assert "nosuchelement" in run.event(state="lost")["reason"]
@@ -121,18 +162,45 @@ def test_pipelines(cells: Path, video: Path, service: Any) -> None:
     assert run.finish()[0] == 0
 
 
-def test_only_what_a_key_signed_runs(cells: Path, keys: Path, pictures: Path, tmp_path: Path) -> None:
+def test_only_what_a_key_signed_runs(cells: Path, keys: Path, pictures: Path, tmp_path: Path, capsys: Any) -> None:
     """What else a signature refuses: tests/test_signing.py."""
     output, bundle = tmp_path / "lines.jsonl", Path(shutil.copytree(cells, tmp_path / "signed"))
     run = ("run", bundle, "--source", pictures, "--output", output, "--require-signature")
     for key, said in (("key.pub", "is not signed"), ("none.pub", "none.pub"), ("key.pem", "key.pem")):
-        outcome = process(*run, keys / key)
-        assert (outcome.code, said in outcome.err, output.exists()) == (2, True, False), outcome
+        assert_refused(call(capsys, *run, keys / key), said)
     sign_bundle(bundle, keys / "key.pem")
-    outcome = process(*run, keys / "other.pub")
-    assert (outcome.code, "signed by another key" in outcome.err, output.exists()) == (2, True, False), outcome
-    assert process(*run, keys / "key.pub").code == 0
+    assert_refused(call(capsys, *run, keys / "other.pub"), "signed by another key")
+    assert not output.exists()
+    assert call(capsys, *run, keys / "key.pub").code == 0
     assert len(lines(output.read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "option", "output", "said"),
+    [
+        ("album/picture0.png", "--output", "link", "is what is read"),
+        ("album", "--output", "album/picture0.png", "is what is read"),
+        ("album", "--output", "bundle/new/lines.jsonl", "is in the bundle"),
+        ("copy.mp4", "--overlay", "copy.mp4", "is what is read"),
+        ("test", "--output", "bundle/manifest.json", "is in the bundle"),
+        ("copy.mp4", "--overlay", "a.txt", "is no video's name"),
+        ("album", "--overlay", "o.mp4", "--overlay cannot be combined"),
+        ("film.mp4", "--overlay", "o.mp4", "film.mp4 does not exist"),
+        ("test", "--metrics", "x", "The port of x is x"),
+    ],
+)
+def test_nothing_that_is_read_is_overwritten(
+    source: str, option: str, output: str, said: str, pictures: Path, cells: Path, video: Path, tmp_path: Path,
+    capsys: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    shutil.copytree(cells, tmp_path / "bundle")
+    shutil.copytree(pictures, tmp_path / "album")
+    shutil.copy(video, tmp_path / "copy.mp4")
+    (tmp_path / "link").symlink_to("album/picture0.png")
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    assert_refused(call(capsys, "run", "bundle", "--source", source, option, output), said)
+    assert snapshot(tmp_path) == before
 
 
 def test_systemd_is_told(cells: Path, service: Any, tmp_path: Path) -> None:
@@ -147,14 +215,147 @@ def test_systemd_is_told(cells: Path, service: Any, tmp_path: Path) -> None:
             said.append(system.recv(100).decode())
 
 
-def test_the_unit_for_systemd_names_options_that_exist() -> None:
+def test_the_unit_for_systemd_names_options_that_exist(capsys: Any) -> None:
     file = Path(__file__).parents[2] / "runtime" / "systemd" / "sparsifiner-edge.service"
     command = re.search(r"^ExecStart=((?:.*\\\n)*.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
     assert command is not None
     named = set(re.findall(r"--[a-z]+", command[1]))
-    assert {"--source", "--metrics"} <= named
-    assert named <= set(re.findall(r"--[a-z]+", process("run", "--help").out))
+    assert {"--source", "--metrics"} <= named <= set(re.findall(r"--[a-z]+", call(capsys, "run", "--help").out))
     if shutil.which("systemd-analyze"):
         found = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True, check=False)
         remarks = [line for line in found.stderr.splitlines() if "sparsifiner" in line]
         assert all("is not executable" in line for line in remarks), remarks
+
+
+def test_numbers_that_are_none_and_hidden_characters() -> None:
+    line = line_of({"features": [1.5, float("nan"), -float("inf")], "change": float("inf")})
+    assert lines(line.decode()) == [{"features": [1.5, None, None], "change": None, "not_finite": 3}]
+    content = {"source": "\u009b2J\u202e\u2028\x1b\udcff\ue000 \u00fc\u4e2d.mp4"}
+    line = line_of(content)
+    assert line == b'{"source": "\\u009b2J\\u202e\\u2028\\u001b\\udcff\\ue000 ' + '\u00fc\u4e2d.mp4"}\n'.encode()
+    assert json.loads(line) == content
+
+
+def test_a_run_that_is_killed_leaves_its_lines_and_no_lock(cells: Path, service: Any, tmp_path: Path) -> None:
+    path, again = tmp_path / "lines", ("run", cells, "--source", "test", "--frames", 3, "--output", tmp_path / "lines")
+    run = service(cells, "--source", "test", "--output", path)
+    run.event(state="streaming")
+    outcome = process(*again)
+    assert outcome.code == 2
+    assert f"error: {path} is written by another run" in outcome.err
+    run.process.kill()
+    run.process.wait()
+    before = lines(path.read_text())
+    assert process(*again).code == 0
+    assert [record["frame"] for record in lines(path.read_text())] == [*range(len(before)), 0, 1, 2]
+
+
+def test_a_file_that_is_emptied_has_no_hole_and_a_half_line_takes_no_other_with_it(tmp_path: Path) -> None:
+    """As logrotate empties it (copytruncate), and as a power cut leaves it."""
+    path = tmp_path / "lines"
+    for before, expected in (("", []), ('{"a": 1}\n', ['{"a": 1}']), ('{"a": 1}\n{"a"', ['{"a": 1}', '{"a"'])):
+        path.write_text(before)
+        with LineWriter(path, live=True) as writer:
+            writer.write({"b": 2})
+            assert path.read_text().splitlines() == [*expected, '{"b": 2}']
+            os.truncate(path, 0)
+            writer.write({"b": 3})
+        assert lines(path.read_text()) == [{"b": 3}]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.everything)])
+def test_a_signal_ends_the_run_with_whole_lines(
+    number: signal.Signals, cells: Path, service: Any, tmp_path: Path
+) -> None:
+    overlay = tmp_path / "o.mp4"
+    run = service(cells, "--source", "test", "--overlay", overlay)
+    for _ in range(5):
+        run.record()
+    run.process.send_signal(number)
+    out, err = run.process.communicate(timeout=20)
+    assert run.process.returncode == 0, err
+    done = lines(err)[-1]
+    assert done["event"] == "done"
+    assert len(lines(out)) + 5 == done["processed"]
+    with av.open(str(overlay)) as file:
+        assert len(list(file.decode(video=0))) == done["processed"]
+
+
+def test_images_that_are_cut_short_keep_their_lines(pictures: Path, cells: Path, service: Any, tmp_path: Path) -> None:
+    album, output = tmp_path / "album", tmp_path / "out" / "lines.jsonl"
+    album.mkdir()
+    for number in range(3000):
+        (album / f"{number}.png").symlink_to(pictures / "picture0.png")
+    run = service(cells, "--source", album, "--output", output)
+    wait_for(lambda: output.exists() and output.stat().st_size > 10_000)  # It is written as it comes.
+    run.process.send_signal(signal.SIGINT)
+    _, remarks = run.process.communicate(timeout=20)
+    assert run.process.returncode == 0, remarks
+    assert 10 < len(lines(output.read_text())) < 3000
+
+
+@pytest.mark.everything
+def test_a_reader_that_stops_reading_does_not_stop_the_service(cells: Path, service: Any) -> None:
+    run = service(cells, "--source", "test:200", "--metrics", "0")
+    address = run.event(event="metrics")["address"]
+    run.record()
+    time.sleep(3)
+    assert metric(address, "lines_dropped_total") > 10
+    before = metric(address, "processed_total")
+    time.sleep(0.5)
+    assert metric(address, "processed_total") > before
+    run.process.terminate()  # While its output is full: nobody reads for a while.
+    time.sleep(1)
+    out, _ = run.process.communicate(timeout=20)
+    assert run.process.returncode == 0
+    # The last line may be cut where nobody read on in time; none before it.
+    assert all(json.loads(line)["frame"] >= 0 for line in out.splitlines()[:-1])
+
+
+@pytest.mark.everything
+def test_a_reader_of_the_events_that_leaves(cells: Path, service: Any) -> None:
+    """Who reads the records goes on, until that one leaves as well."""
+    run = service(cells, "--source", "test")
+    limit = threading.Timer(120, run.process.kill)
+    limit.start()
+    last = run.record()
+    run.process.stderr.close()
+    for _ in range(2):
+        os.kill(run.decoder(), signal.SIGKILL)
+        killed = time.monotonic()
+        while last["monotonic_s"] < killed + 0.5:  # Long after those that were on their way.
+            last = run.record()
+    run.process.stdout.close()
+    assert run.process.wait(20) == 141
+    limit.cancel()
+
+
+@pytest.mark.everything
+@needs_mounts
+def test_a_disk_that_is_full_for_a_while(cells: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    script = (
+        "mount -t tmpfs -o size=64k none disk || exit 99; dd if=/dev/zero of=disk/fill bs=1k count=44 2> /dev/null\n"
+        '"$@" & run=$!; sleep 4; rm disk/fill; wait $run; code=$?; cp disk/lines kept; exit $code'
+    )
+    line = [*PROGRAM, "run", cells, "--source", "test:20", "--frames", "120", "--output", "disk/lines"]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *line], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    events, kept = lines(done.stderr), lines((tmp_path / "kept").read_text())
+    assert [e["event"] for e in events if "output" in e["event"]][:1] == ["output_failing"]
+    assert events[-1]["output_errors"] > 0
+    assert len(kept) + events[-1]["output_errors"] + events[-1]["lines_dropped"] == events[-1]["processed"]
+    assert kept[-1]["frame"] > len(kept)  # It went on when there was room again.
+
+
+@needs_mounts
+def test_a_service_goes_on_without_the_overlay_of_a_full_disk(cells: Path, tmp_path: Path) -> None:
+    run = ("run", cells, "--source", "test:50", "--frames", "300", "--overlay", "disk/o.mp4")
+    outcome, _ = in_mount(tmp_path, 64, "true", *run)
+    records, events = records_of(outcome), lines(outcome.err)
+    (lost,) = [event for event in events if event["event"] == "overlay_lost"]
+    assert "No space left on device" in lost["reason"]
+    assert events[-1]["overlay_errors"] == 1
+    assert records[-1]["monotonic_s"] > lost["monotonic_s"]

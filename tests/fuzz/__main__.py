@@ -10,9 +10,11 @@ Every try is drawn from its class and its number alone (`--seed` is the first nu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,28 +24,17 @@ from typing import Any
 
 from sparsifiner_edge.machine import environment, machine
 from sparsifiner_edge.records import write_record
-from tests.fuzz import bundles, kills, materials, others
-from tests.fuzz.harness import Target, Try, attempt
+from tests import made
+from tests.fuzz import kills
+from tests.fuzz.harness import Try, attempt
+from tests.fuzz.targets import TARGETS
 
 SHOWN = 20
-TARGETS = {
-    "golden": Target(105, bundles.golden, ("plain",)),
-    "model": Target(308, bundles.hostile_model, ("plain", "images", "keys")),
-    "manifest": Target(5694, bundles.manifest, ("plain", "bundle", "images", "keys")),
-    "injection": Target(195, bundles.injection, ("plain",)),
-    "report": Target(2100, others.report, ("results",)),
-    "student": Target(294, others.student, ("student",)),
-    "checkpoint": Target(1399, others.checkpoint, ("training",)),
-    "settings": Target(560, others.settings, ("bundle",)),
-    "usage": Target(601, others.usage, ("plain", "student", "results", "images")),
-    "http": Target(200, others.http),
-}
-"""Classes of tries, and how many of each make a full run."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, help="stop after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--full", action="store_true", help="as many tries of each class as make a full run")
     parser.add_argument("--only", choices=[*TARGETS, "kills"], action="append", help="these classes alone")
     parser.add_argument("--tries", type=int, help="so many of each class")
@@ -55,12 +46,12 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    report: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         good, work = Path(scratch) / "good", Path(scratch) / "work"
-        names = [name for name in given.only or TARGETS if name in TARGETS]
-        report = run_classes(names, good, work, given)
+        run_classes(report, [name for name in given.only or TARGETS if name in TARGETS], good, work, given)
         if given.kills or given.only == ["kills"]:
-            report["kills"] = run_kills(good, work / "kills", given.kills or given.tries or 50, given.seed)
+            run_kills(report, good, work / "kills", given.kills or given.tries or 50, given.seed)
     for name, entry in report.items():
         print(f"{name}: {entry['tries']} tries, {entry['failures']} failures, {entry['seconds']:.0f} s")
     tries, failures = (sum(entry[name] for entry in report.values()) for name in ("tries", "failures"))
@@ -73,59 +64,53 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def run_classes(names: list[str], good: Path, work: Path, given: argparse.Namespace) -> dict[str, Any]:
+def count(entry: dict[str, Any], name: str, number: int, since: float, failures: list[str], tries: int = 1) -> None:
+    """Add tries, and what failed, to a class's entry in the report."""
+    entry["tries"] += tries
+    entry["failures"] += len(failures)
+    entry["seconds"] = round(entry["seconds"] + time.monotonic() - since, 3)
+    for failure in failures:
+        if len(entry["found"]) < SHOWN:
+            entry["found"].append({"number": number, "failure": failure})
+        print(f"{name} {number}: {failure}", flush=True)
+
+
+def run_classes(report: dict[str, Any], names: list[str], good: Path, work: Path, given: argparse.Namespace) -> None:
     """A try of each class in turn, until each has had its number or the time is over."""
-    report = {name: new_entry() for name in names}
     for name in names:
-        materials.make(good, TARGETS[name].needs)
+        report[name] = {"tries": 0, "failures": 0, "seconds": 0.0, "found": []}
+        made.make(good, TARGETS[name].needs)
         (work / name).mkdir(parents=True)
-    deadline = time.monotonic() + given.seconds if given.seconds else float("inf")
-    tries = given.tries or (None if given.full else 1 << 30 if given.seconds else 20)
-    left, number = list(names), given.seed
-    while left := [name for name in left if number - given.seed < (tries or TARGETS[name].tries)]:
+    deadline = time.monotonic() + given.seconds
+    tries = given.tries or (None if given.full else 20 if given.seconds == float("inf") else 1 << 30)
+    for number in itertools.count():
+        left = [name for name in names if number < (tries or TARGETS[name].tries)]
         for name in left:
-            if time.monotonic() >= deadline:
-                return report
-            start = time.monotonic()
-            failure = attempt(TARGETS[name], Try(random.Random(f"{name}{number}"), number, good, work / name))
-            report[name]["tries"] += 1
-            report[name]["seconds"] = round(report[name]["seconds"] + time.monotonic() - start, 3)
-            if failure is not None:
-                record(report[name], name, number, failure)
-        number += 1
-    return report
+            if (start := time.monotonic()) >= deadline:
+                return
+            one = Try(random.Random(f"{name}{given.seed + number}"), given.seed + number, good, work / name)
+            failure = attempt(TARGETS[name], one)
+            count(report[name], name, one.number, start, [failure] if failure else [])
+        if not left:
+            return
 
 
-def new_entry() -> dict[str, Any]:
-    return {"tries": 0, "failures": 0, "seconds": 0.0, "found": []}
-
-
-def record(entry: dict[str, Any], name: str, number: int, failure: str) -> None:
-    entry["failures"] += 1
-    if len(entry["found"]) < SHOWN:
-        entry["found"].append({"number": number, "failure": failure})
-    print(f"{name} {number}: {failure}", flush=True)
-
-
-def run_kills(good: Path, work: Path, tries: int, seed: int) -> dict[str, Any]:
+def run_kills(report: dict[str, Any], good: Path, work: Path, tries: int, seed: int) -> None:
     """Each command in turn, ended; at last each runs to its end, and nothing hidden may be left."""
-    materials.make(good, kills.NEEDS)
-    kills.prepare(good, work)
-    entry, start, names = new_entry(), time.monotonic(), list(kills.VERBS)
-    temporary = work.parent / "tmp"
+    made.make(good, kills.NEEDS)
+    for name in ("built", "signed"):  # Bundles that two of the commands write into.
+        shutil.copytree(good / "plain", work / name)
+    entry = report["kills"] = {"tries": 0, "failures": 0, "seconds": 0.0, "found": []}
+    names, temporary = list(kills.VERBS), work.parent / "tmp"
     temporary.mkdir(exist_ok=True)
     os.environ["TMPDIR"] = str(temporary)
     for number in range(seed, seed + tries):
-        name = names[number % len(names)]
-        for failure in kills.end_one(name, good, work, random.Random(f"kill{number}")):
-            record(entry, name, number, failure)
-        entry["tries"] += 1
+        name, start = names[number % len(names)], time.monotonic()
+        count(entry, name, number, start, kills.end_one(name, good, work, random.Random(f"kill{number}")))
     for name in names:
-        for failure in kills.left_over(name, good, work):
-            record(entry, name, -1, failure)
+        start = time.monotonic()
+        count(entry, name, -1, start, kills.left_over(name, good, work), tries=0)
     del os.environ["TMPDIR"]
-    entry["seconds"] = round(time.monotonic() - start, 1)
-    return entry
 
 
 if __name__ == "__main__":

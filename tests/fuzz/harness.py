@@ -31,13 +31,8 @@ class HangError(BaseException):
 
 
 class Try(NamedTuple):
-    """One try.
-
-    Attributes:
-        rng: its randomness, and nothing else's.
-        number: which it is.
-        good: folder of good examples, read only; see `materials`.
-        work: folder for whatever it makes; it lasts as long as the class.
+    """One try: its own randomness, a folder of good examples, read only (see `tests.made`), and one for whatever it
+    makes, which lasts as long as the class.
     """
 
     rng: random.Random
@@ -45,15 +40,18 @@ class Try(NamedTuple):
     good: Path
     work: Path
 
+    def words(self, line: str) -> list[str]:
+        """Arguments of a command, with both folders in the places of {good} and {work}."""
+        return words(line, self.good, self.work)
+
+    def copied(self, name: str, to: str = "subject") -> Path:
+        """A copy of a good folder, in the place of the one of the try before."""
+        shutil.rmtree(self.work / to, ignore_errors=True)
+        return Path(shutil.copytree(self.good / name, self.work / to))
+
 
 class Target(NamedTuple):
-    """A class of tries.
-
-    Attributes:
-        tries: how many make a full run.
-        attempt: one try; raises for a failure.
-        needs: names of materials.
-    """
+    """A class of tries: how many make a full run, one try (raises for a failure), and names of materials."""
 
     tries: int
     attempt: Callable[[Try], None]
@@ -61,15 +59,15 @@ class Target(NamedTuple):
 
 
 def words(line: str, good: Path, work: Path) -> list[str]:
-    """Arguments of a command, with the folder of good examples and its own in the places of {good} and {work}."""
     return [word.replace("{good}", str(good)).replace("{work}", str(work)) for word in line.split()]
 
 
-def command(*arguments: Any) -> tuple[int, str]:
-    """The command line in this process: exit code, and standard output.
+def command(*arguments: Any) -> str:
+    """The command line in this process: what it said.
 
     Raises:
-        FailureError: another exit code, a traceback, characters that a terminal obeys, or JSON that is none.
+        FailureError: an exit code that none of ours is, a traceback, characters that a terminal obeys, or JSON that is
+            none.
     """
     # What a command writes may go past Python, to the descriptor.
     kept = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
@@ -91,31 +89,19 @@ def command(*arguments: Any) -> tuple[int, str]:
         raise FailureError(f"raw {found[0]!r} in {said[max(0, found.start() - 60) : found.end() + 20]!r}")
     if "--json" in map(str, arguments) and code == 0:
         strict_json(printed)
-    return code, printed
+    return said
 
 
 def strict_json(text: str) -> Any:
-    """JSON, and none of the numbers that Python's reader takes beyond it.
-
-    Raises:
-        FailureError: it is none.
-    """
+    """JSON, and none of the numbers that Python's reader takes beyond it; else raises FailureError."""
 
     def refuse(name: str) -> None:
-        raise FailureError(f"{name} in JSON: {text[:200]}")
+        raise ValueError(name)
 
     try:
         return json.loads(text, parse_constant=refuse)
     except ValueError as error:
         raise FailureError(f"no JSON ({error}): {text[:200]}") from error
-
-
-def copied(one: Try, name: str, to: str = "subject") -> Path:
-    """A copy of a good folder, in the place of the one of the try before."""
-    place = one.work / to
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(one.good / name, place)
-    return place
 
 
 def attempt(target: Target, one: Try) -> str | None:

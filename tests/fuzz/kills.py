@@ -16,8 +16,9 @@ from pathlib import Path
 
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.results import read_result
+from tests.commands import ended
 from tests.fuzz.harness import strict_json, words
-from tests.fuzz.materials import SHORT_OPTIONS
+from tests.made import SHORT_OPTIONS
 
 PROGRAM = str(Path(sys.executable).with_name("sparsifiner-edge"))
 GONE_S = 2.0
@@ -41,13 +42,6 @@ VERBS = {
 }
 """Commands, and about how many seconds they run."""
 NEEDS = ("student", "bundle", "plain", "keys", "images", "results", "training")
-
-
-def prepare(good: Path, work: Path) -> None:
-    """Bundles that two of the commands write into."""
-    work.mkdir(parents=True, exist_ok=True)
-    for name in ("built", "signed"):
-        shutil.copytree(good / "plain", work / name)
 
 
 def arguments(name: str, good: Path, work: Path) -> list[str]:
@@ -76,9 +70,8 @@ def require_whole(path: Path) -> None:
         for line in content.splitlines():
             json.loads(line)
     else:
-        assert (
-            path.read_text().rstrip().endswith({".html": "</html>", ".pem": "-----END PRIVATE KEY-----"}[path.suffix])
-        )
+        end = {".html": "</html>", ".pem": "-----END PRIVATE KEY-----"}[path.suffix]
+        assert path.read_text().rstrip().endswith(end)
 
 
 def end_one(name: str, good: Path, work: Path, rng: random.Random) -> list[str]:
@@ -123,9 +116,9 @@ def marked(mark: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            state = (path.parent / "stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z" and f"{_MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+            pid = int(path.parent.name)
+            if not ended(pid) and f"{_MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(pid)
     return found
 
 

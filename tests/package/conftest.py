@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from tests.once import Once
-from tests.package.reseal import reseal
+from tests.seal import reseal
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
     python pipeline.py PIPELINE FOLDER
 
-Prints one JSON line per message of an element, then one per frame: its classes, and its tensors by id. FOLDER gets the
-pixels of each frame, rows without padding.
+Prints, as JSON, messages of elements, and of each frame its classes, and its tensors by id. FOLDER gets the pixels of
+each frame, rows without padding.
 """
 
 from __future__ import annotations
@@ -65,17 +65,12 @@ def main():
         path.write_bytes(pixels(sample))
         buffer = sample.get_buffer()
         frames.append({"classes": classes(buffer), "tensors": tensors(buffer)})
-    bus = pipeline.get_bus()
-    while (message := bus.pop()) is not None:
-        if message.type == Gst.MessageType.ERROR:
-            print(json.dumps({"error": message.parse_error()[0].message}))
-        elif message.type == Gst.MessageType.ELEMENT:
-            structure = message.get_structure()
-            names = [structure.nth_field_name(i) for i in range(structure.n_fields())]
-            values = {name: structure.get_value(name) for name in names}
-            print(json.dumps({"name": structure.get_name(), **values}))
-    for frame in frames:
-        print(json.dumps(frame))
+    bus, messages = pipeline.get_bus(), []
+    while (message := bus.pop_filtered(Gst.MessageType.ELEMENT)) is not None:
+        structure = message.get_structure()
+        names = [structure.nth_field_name(i) for i in range(structure.n_fields())]
+        messages.append({name: structure.get_value(name) for name in names})
+    print(json.dumps([messages, frames]))
     pipeline.set_state(Gst.State.NULL)
 
 

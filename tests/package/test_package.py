@@ -1,10 +1,12 @@
-"""`package`: written whole or not at all, nothing of others touched, and what Triton and DeepStream take in it."""
+"""`package`: written whole or not at all, nothing of others touched, and what Triton and DeepStream take in it; `bundle
+verify`: what passes, each check failing alone, and exit codes.
+"""
 
 from __future__ import annotations
 
 import configparser
-import importlib.util
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,21 +18,20 @@ import onnxruntime
 import pytest
 from google.protobuf import text_format  # type: ignore[import-untyped,unused-ignore]
 
+from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.schema import VERSION
 from sparsifiner_edge.package import package_bundle
+from sparsifiner_edge.runtime.verify import verify_bundle
 from sparsifiner_edge.text import file_name
 from tests.commands import assert_refused, call, snapshot
-from tests.package.reseal import reseal
+from tests.seal import reseal
 from tests.tiny import make_bundle
 
 TARGETS = ("deepstream", "triton", "gstreamer")
 REAL = Path(sys.prefix) / "tritonclient" / "tritonclient" / "grpc" / "model_config_pb2.py"
 """Triton's own definition of a configuration; made by `make test` (target .dev)."""
-
-
-def tiny(folder: Path, **manifest: Any) -> Path:
-    return make_bundle(folder, preprocessing={"size": 4}, **manifest)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -61,7 +62,7 @@ def test_sizes_in_configurations(tmp_path: Path) -> None:
 
 
 def test_places_that_are_refused(tmp_path: Path) -> None:
-    bundle, loop = tiny(tmp_path / "bundle"), tmp_path / "loop"
+    bundle, loop = make_bundle(tmp_path / "bundle", preprocessing={"size": 4}), tmp_path / "loop"
     loop.symlink_to(loop)
     (tmp_path / "link").symlink_to(bundle)
     before = snapshot(tmp_path)
@@ -82,7 +83,8 @@ def test_places_that_are_refused(tmp_path: Path) -> None:
 )
 def test_names_stay_in_their_folder(name: str, safe: str, tmp_path: Path) -> None:
     assert file_name(name) == safe
-    package_bundle(tiny(tmp_path / "bundle", name=name), "triton", tmp_path / "out")
+    bundle = make_bundle(tmp_path / "bundle", preprocessing={"size": 4}, name=name)
+    package_bundle(bundle, "triton", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out" / "models").iterdir()] == [safe]
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "out"}
 
@@ -123,14 +125,7 @@ def read_config(text: str) -> Any:
     """The message as Triton's own definition reads it: an unknown key, or a value of another type, fails."""
     if not REAL.exists():
         pytest.skip(f"{REAL} is made by `make test`")
-    spec = importlib.util.spec_from_file_location("model_config_pb2", REAL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules.get(spec.name) or importlib.util.module_from_spec(spec)
-    if spec.name not in sys.modules:
-        spec.loader.exec_module(module)
-        sys.modules[spec.name] = module  # Protobuf takes one definition of a name.
-    return text_format.Parse(text, module.ModelConfig())
+    return text_format.Parse(text, runpy.run_path(str(REAL))["ModelConfig"]())
 
 
 @pytest.mark.parametrize("name", ["tiny_bundle", "dynamic_bundle"])
@@ -213,3 +208,85 @@ def test_labels(tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path)
     (folder / "labels.txt").unlink()
     package_bundle(reseal(folder), "deepstream", tmp_path / "none")
     assert (tmp_path / "none" / nvinfer(tmp_path / "none")["labelfile-path"]).read_text().startswith("class_0;class_1;")
+
+
+# ---- `bundle verify`
+
+CHECKS = ["files", "signature", "model", "inputs, outputs", "operators", "engines", "golden pair"]
+
+
+def failed(folder: Path) -> dict[str, str]:
+    result = verify_bundle(folder)
+    found = {check.name: check.details for check in result.checks if not check.passed}
+    assert result.passed is (not found)
+    names = [check.name for check in result.checks]
+    assert names == (CHECKS[:3] if "model" in found else CHECKS)  # Nothing is asked of a file that is no valid ONNX.
+    return found
+
+
+def test_real_bundles_pass(tiny_bundle: Path, dynamic_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failed(dynamic_bundle) == {}
+    outcome = call(capsys, "bundle", "verify", tiny_bundle)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert all(f" {name} " in outcome.out for name in CHECKS)
+    result = json.loads(call(capsys, "bundle", "verify", tiny_bundle, "--kernels", "portable", "--json").out)
+    assert (result["passed"], result["hash"]) == (True, bundle_hash(tiny_bundle))
+    assert "logits" in result["checks"][-1]["details"]
+
+
+def other_operator_version(model: Any) -> None:
+    next(entry for entry in model.opset_import if entry.domain == "sparsifiner").version = VERSION + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "said"),
+    [
+        (other_operator_version, "operators", f"of version [{VERSION + 1}]"),
+        (lambda m: m.opset_import.add(domain="com.example", version=1), "model", "foreign domains: com.example"),
+        ({"ops": []}, "operators", "the manifest says []"),
+        ({"outputs": []}, "inputs, outputs", "outputs: manifest and model differ in logits float32 [1, 10]"),
+        ({"inputs": []}, "inputs, outputs", "inputs: manifest and model differ in image uint8 [1, 160, 160, 3]"),
+        ("in another order", "inputs, outputs", "their order"),
+    ],
+)
+def test_manifest_and_model_differ(
+    change: Any, check: str, said: str, tiny_bundle: Path, altered: Callable[..., Path]
+) -> None:
+    if isinstance(change, str):
+        change = {"outputs": json.loads((tiny_bundle / "manifest.json").read_text())["outputs"][::-1]}
+    found = failed(altered(tiny_bundle, **change) if isinstance(change, dict) else altered(tiny_bundle, change))
+    assert list(found) == [check]
+    assert said in found[check]
+
+
+def test_other_weights_fail_golden(
+    tiny_bundle: Path, altered: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(model: Any) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "model.patch_embed.proj.weight")
+        tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float32) * np.float32(1.2)).tobytes()
+
+    folder = altered(tiny_bundle, change)
+    outcome = call(capsys, "bundle", "verify", folder)
+    assert outcome.code == 1
+    assert "[0, " in outcome.out  # What is in brackets is no markup.
+    assert outcome.err.startswith("error: 1 of 7 checks failed.\n  Do not use")
+    assert "differs from golden by" in " ".join(outcome.out.replace("│", "").split())
+    outcome = call(capsys, "bundle", "verify", folder, "--json")
+    assert (outcome.code, json.loads(outcome.out)["passed"]) == (1, False)
+    (folder / "notes.txt").write_text("mine")
+    assert failed(folder)["files"] == "not in the manifest: notes.txt"
+
+
+def test_unusable_bundles_are_no_failed_checks(
+    tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(call(capsys, "bundle", "verify", tmp_path / "none"), "is not a folder")
+    assert_refused(call(capsys, "bundle", "verify", tiny_bundle, "--backend", "abacus"), "Unknown backend")
+    folder = altered(tiny_bundle)
+    with pytest.raises(ArtifactError, match=r"ops\[0\] is 1, not str"):
+        verify_bundle(reseal(folder, ops=[1]))
+    (folder / "model.onnx").write_bytes(b"\xff" * 100)
+    reseal(folder, ops=[])
+    assert_refused(call(capsys, "bundle", "verify", folder), "is not an ONNX file")
+    assert_refused(call(capsys, "package", folder, "--for", "deepstream", "-o", tmp_path / "out"))

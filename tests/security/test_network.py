@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import json
 import shutil
 import subprocess
@@ -35,13 +34,11 @@ def isolated(commands: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-@functools.cache
-def permitted() -> bool:
-    probe = "from tests.security.isolated import enter; enter()"
-    return subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False, cwd=ROOT).returncode == 0
-
-
-needs_namespaces = pytest.mark.skipif(not permitted(), reason="network namespaces are not permitted here")
+_PROBE = [sys.executable, "-c", "from tests.security.isolated import enter; enter()"]
+needs_namespaces = pytest.mark.skipif(
+    subprocess.run(_PROBE, capture_output=True, check=False, cwd=ROOT).returncode != 0,
+    reason="network namespaces are not permitted here",
+)
 
 
 @needs_namespaces
@@ -49,10 +46,9 @@ def test_a_packet_is_seen() -> None:
     """The test itself: a look-up and a connection."""
     asks = "import socket\ntry: socket.getaddrinfo('report.example.org', 443)\nexcept OSError: pass"
     calls = "import socket\nsocket.create_connection(('192.0.2.7', 443), 1)"
-    found = isolated([{"name": "asks", "arguments": [sys.executable, "-c", asks]}], 10)
-    assert any("example" in packet for packet in found["packets"]), found
-    found = isolated([{"name": "calls", "arguments": [sys.executable, "-c", calls]}], 10)
-    assert any("c0000207" in packet for packet in found["packets"]), found
+    for code, sign in ((asks, "example"), (calls, "c0000207")):
+        found = isolated([{"name": "it", "arguments": [sys.executable, "-c", code]}], 10)
+        assert any(sign in packet for packet in found["packets"]), found
 
 
 @pytest.mark.everything
@@ -65,29 +61,29 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
     for number, picture in enumerate(2 * sorted(pictures.iterdir())):
         shutil.copyfile(picture, many / f"{number}{picture.suffix}")
     assert process("profile", bundle, "--seconds", ".1", "-o", result).code == 0
-    lines: dict[str, list[Any]] = {
+    lines = {
         # The two that go on: cameras and measuring run for the whole time.
-        "run test": ["run", bundle, "--source", "test:2"],
-        "profile": ["profile", bundle, "--seconds", str(SECONDS), "-o", tmp_path / "long.json"],
-        "run video": ["run", bundle, "--source", video],
-        "run images": ["run", bundle, "--source", pictures],
-        "sparsify": ["sparsify", TINY, "--weights", tiny_weights, "--img-size", "160", "-o", tmp_path / "student"],
-        "distill": ["distill", tiny_student, "--data", pictures, "--set", "distil.steps=1", "-o", tmp_path / "better"],
-        "evaluate": ["evaluate", tiny_student, "--data", pictures],
-        "explain": ["explain", tiny_student, "--data", pictures, "--images", "1", "-o", tmp_path / "explained.html"],
-        "export": ["export", tiny_student, "-o", tmp_path / "exported"],
-        "build": ["build", bundle],
-        "build openvino": ["build", bundle, "--backend", "openvino"],
-        "search": f"search {tiny_student} --data {many} --at-least .9 --board t4 -o {tmp_path / 'found'}".split(),
-        "estimate": ["estimate", bundle, "--board", "jetson-orin-nano-8gb"],
-        "report": ["report", result, "-o", tmp_path / "page.html"],
-        "package": ["package", bundle, "--for", "triton", "-o", tmp_path / "package"],
-        "bundle": ["bundle", "verify", bundle],
-        "doctor": ["doctor"],
+        "run test": f"{bundle} --source test:2",
+        "profile": f"{bundle} --seconds {SECONDS} -o {tmp_path}/long.json",
+        "run video": f"{bundle} --source {video}",
+        "run images": f"{bundle} --source {pictures}",
+        "sparsify": f"{TINY} --weights {tiny_weights} --img-size 160 -o {tmp_path}/student",
+        "distill": f"{tiny_student} --data {pictures} --set distil.steps=1 -o {tmp_path}/better",
+        "evaluate": f"{tiny_student} --data {pictures}",
+        "explain": f"{tiny_student} --data {pictures} --images 1 -o {tmp_path}/explained.html",
+        "export": f"{tiny_student} -o {tmp_path}/exported",
+        "build": f"{bundle}",
+        "build openvino": f"{bundle} --backend openvino",
+        "search": f"{tiny_student} --data {many} --at-least .9 --board t4 -o {tmp_path}/found",
+        "estimate": f"{bundle} --board jetson-orin-nano-8gb",
+        "report": f"{result} -o {tmp_path}/page.html",
+        "package": f"{bundle} --for triton -o {tmp_path}/package",
+        "bundle": f"verify {bundle}",
+        "doctor": "",
     }
     assert {name.split()[0] for name in lines} == set(COMMANDS)
     commands = [
-        {"name": n, "arguments": [*PROGRAM, *map(str, line)], "environment": {"OMP_NUM_THREADS": "1"}}
+        {"name": n, "arguments": [*PROGRAM, n.split()[0], *line.split()], "environment": {"OMP_NUM_THREADS": "1"}}
         for n, line in lines.items()
     ]
     asked = {"name": "asked", "arguments": commands[0]["arguments"], "environment": {"ORT_DISABLE_TELEMETRY": "0"}}

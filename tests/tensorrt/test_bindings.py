@@ -28,8 +28,8 @@ from sparsifiner_edge.runtime.tensorrt import plugin as kernel_plugin
 from tests.everything import first
 from tests.fakes.gpu import Gpu
 from tests.fakes.tensorrt import VERSIONS, Behaviour, make_tensorrt
+from tests.seal import bundle_of, table_of
 from tests.sparse_graph import merging_graph, sparse_model
-from tests.tables import bundle_of, table_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 

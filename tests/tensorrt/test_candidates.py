@@ -20,8 +20,7 @@ from sparsifiner_edge.runtime import golden, open_session
 from sparsifiner_edge.runtime.build import build_engine, verdict
 from sparsifiner_edge.runtime.golden import beyond_text, check_golden
 from tests.fakes.tensorrt import Behaviour
-from tests.package.reseal import reseal
-from tests.seal import seal_bundle
+from tests.seal import reseal, seal_bundle
 from tests.sparse_graph import merging_graph, sparse_model
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -31,8 +31,7 @@ from tests.commands import manifest_of, snapshot
 from tests.everything import first
 from tests.fakes.gpu import Gpu, install_cuda
 from tests.models import TINY_CONFIG, student
-from tests.package.reseal import reseal
-from tests.seal import seal_bundle
+from tests.seal import reseal, seal_bundle
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx
 
 pytestmark = [needs_rtx]
