@@ -6,9 +6,7 @@ An answer is compared with another, mostly the dense model's: parts of it by the
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -17,6 +15,7 @@ import numpy as np
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS, auroc, cosine, intersection_over_union, mean_absolute_error
+from sparsifiner_edge.plugins import imported, plugins
 
 _Value = TypeVar("_Value")
 Outputs = Mapping[str, Array]
@@ -153,17 +152,10 @@ class OwnMetric:
     """
 
     def __init__(self, name: str) -> None:
-        points = {point.name: point for point in entry_points(group=METRIC_POINTS)} if ":" not in name else {}
-        module, _, attribute = name.partition(":")
-        try:
-            make = points[name].load() if name in points else getattr(importlib.import_module(module), attribute)
-        except Exception as error:
-            known = ", ".join([MAPS, *points])
-            raise ConfigError(
-                f"The task {name!r} cannot be imported: {type(error).__name__}: {error}.",
-                f"Give {known}, or your own as package.module:class, with its package in PYTHONPATH.",
-            ) from error
-        self._metric: TaskMetric = _call(name, make)
+        points = plugins(METRIC_POINTS) if ":" not in name else {}
+        known = ", ".join([MAPS, *points])
+        fix = f"Give {known}, or your own as package.module:class, with its package in PYTHONPATH."
+        self._metric: TaskMetric = _call(name, imported(points.get(name, name), fix))
         lacking = [part for part in ("update", "result", "higher_is_better") if not hasattr(self._metric, part)]
         if lacking:
             raise ConfigError(f"{name} has no {lacking[0]}.", "See judge.TaskMetric for what one has.")

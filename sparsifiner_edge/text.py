@@ -53,6 +53,11 @@ def _escape(character: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+def said(error: object, most: int = 500) -> str:
+    """What a library's error says, in one line; its class where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def file_name(text: str) -> str:
     """A name for a file or folder that we write, after something of others: letters, digits, points, underscores and
     hyphens alone, beginning with a letter or digit.

@@ -17,8 +17,8 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime import cuda, open_session
-from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.cuda import probe
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.onnxruntime import CUDA, FALLBACK, OnnxRuntime
 from tests.fakes.gpu import STATUS, Gpu, cuda_bindings, install_cuda
 from tests.tiny import make_bundle
@@ -133,9 +133,9 @@ def test_what_runs_is_said_and_all_else_refused(tmp_path, tiny, gpu_build, monke
     for precision in ("bf16", "fp16"):
         with pytest.raises(BackendError, match=f"computes in what a file stores, fp32 here, and not in {precision}"):
             open_session(tiny, precision=precision, provider="cuda")
-    built = build_engine(tiny, provider="cuda")
-    assert built.description.provider == CUDA
-    assert built.golden["features"]["range_relative_error"] < 1e-5
+    with open_session(tiny, provider="cuda") as session:
+        assert session.description.provider == CUDA
+        assert check_golden(session, open_bundle(tiny))["features"]["range_relative_error"] < 1e-5
 
 
 def test_standard_output_stays_clean(tiny):
@@ -145,7 +145,7 @@ def test_standard_output_stays_clean(tiny):
         "onnxruntime.preload_dlls = lambda: print('Failed to load libcudnn')\n"
         "onnxruntime.get_available_providers = lambda: ['CUDAExecutionProvider']\n"
         "from sparsifiner_edge.runtime import cuda, open_session, onnxruntime as session\n"
-        "session.probe = lambda: cuda.CudaDevice('x', '8.7', 1, True, '12.6')\n"
+        "session.probe = lambda: cuda.CudaDevice('x', '8.7', True, '12.6')\n"
         "try: open_session(sys.argv[1], provider='cuda')\n"
         "except Exception as error: print(json.dumps(str(error)))"
     )

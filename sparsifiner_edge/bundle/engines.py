@@ -16,7 +16,6 @@ from typing import Annotated, NamedTuple, TypeAlias
 import msgspec
 
 from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.records import Known
 
 BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
 """What carries out sparse attention and merging: bodies, the project's CUDA kernels, or dense attention."""
@@ -60,7 +59,6 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         build_seconds: by the clock; cpu_seconds: of the building process, its start included. bytes: size of the file.
         kernels: the candidate that was kept; candidates: all of them, also those that were not built.
-        golden: what the golden check returned before the engine was put into the bundle.
     """
 
     build_seconds: float | None = None
@@ -68,7 +66,11 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int | None = None
     kernels: str | None = None
     candidates: dict[str, EngineCandidate] = {}
-    golden: Known[Golden] | None = None
+
+    @property
+    def kept(self) -> EngineCandidate:
+        """What is known of the candidate that was kept."""
+        return self.candidates.get(self.kernels or "", EngineCandidate())
 
 
 class Engine(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.execution import KERNEL_CHOICES
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
@@ -35,13 +35,12 @@ def _batch(text: str) -> tuple[int, int, int]:
               help="For a dynamic batch: sizes that an engine takes, tuned for BEST.  [default: 1,1,8]")  # fmt: skip
 @click.option("--timeout", "timeout_s", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
               help="Seconds that one candidate of an engine may take.  [600; 1800 on a Jetson]")  # fmt: skip
-@common.execution_options
+@click.option("--backend", required=True, help="tensorrt or tensorrt-rtx.")
+@click.option("--kernels", type=click.Choice(KERNEL_CHOICES), default="auto", show_default=True,
+              help="Of sparse attention and merging: the fastest, the CUDA kernels, or function bodies.")  # fmt: skip
 @common.json_option
 def command(*, bundle: Path, compute_capability: str | None, as_json: bool, **passed: Any) -> None:
-    """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present.
-
-    For onnxruntime and openvino there is no engine: the golden pair is run.
-    """
+    """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
     import sparsifiner_edge
 
     with common.progress_bar("starting") as progress:
@@ -52,7 +51,7 @@ def command(*, bundle: Path, compute_capability: str | None, as_json: bool, **pa
             **passed,
         )
     common.print_result(result, as_json, _print)
-    if result.engines and (bundle / SIGNATURE_FILE).is_file():
+    if (bundle / SIGNATURE_FILE).is_file():
         click.echo(
             f"warning: {bundle} was signed before, and its signature no longer holds. Sign it again: "
             f"sparsifiner-edge bundle sign {bundle} --key KEY",
@@ -62,27 +61,15 @@ def command(*, bundle: Path, compute_capability: str | None, as_json: bool, **pa
 
 def _print(result: BuildResult) -> None:
     from sparsifiner_edge.runtime.build import verdict
-    from sparsifiner_edge.runtime.golden import beyond_text
 
-    if result.description is not None:
-        described = result.description
-        package = f"{result.backend} {result.version}"
-        click.echo(shown(f"{package} runs model.onnx itself: no engine is needed, none was written."))
-        click.echo(shown(f"{described.device}, {described.precision}, kernels: {described.kernels}"))
-        for name, errors in (result.golden or {}).items():
-            click.echo(
-                f"{shown(name)}: differs from golden by {errors['range_relative_error']:.1e} of its range, "
-                f"allowed {errors['tolerance']:.0e}{beyond_text(errors)}"
-            )
-        return
     heads = ["compute capability", "precision", "batch", "MB", "seconds", "golden pair"]
     common.print_table(f"{result.backend} {result.version}", heads, [_row(engine) for engine in result.engines])
     for engine in result.engines:
         click.echo(shown(f"{result.bundle}/{engine.file}", 5000))
         for line in verdict(engine.details):
             click.echo(f"  {shown(line, 2000)}")
-        if isinstance(engine.details.golden, Unavailable):
-            click.echo(f"  not run here: {shown(engine.details.golden.why, 2000)}")
+        if engine.details.kept.failed:
+            click.echo(f"  not run here: {shown(engine.details.kept.failed, 2000)}")
 
 
 def _row(engine: Engine) -> list[str]:
@@ -95,8 +82,8 @@ def _row(engine: Engine) -> list[str]:
 def _check(engine: Engine) -> str:
     from sparsifiner_edge.runtime.golden import beyond_text
 
-    golden = engine.details.golden
-    if golden is None or isinstance(golden, Unavailable):
+    golden = engine.details.kept.golden
+    if not isinstance(golden, dict):
         return "not run"
     worst = max(golden.values(), key=lambda errors: errors["range_relative_error"])
     return f"within {worst['range_relative_error']:.1e}{beyond_text(worst)}"

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import io_errors, open_regular, read_bytes, replaced_file, write_bytes
-from sparsifiner_edge.sparse.weights import brief
-from sparsifiner_edge.text import dump_json, finite
+from sparsifiner_edge.text import dump_json, finite, said
 
 CHECKPOINT, HISTORY = "checkpoint.safetensors", "history.jsonl"
 ANEW = "Remove its folder to start again, or give another -o."
@@ -75,7 +74,7 @@ def save(folder: Path, state: TrainingState, tensors: Mapping[str, Tensor]) -> N
             # Not by `save_file`, which writes to a file of its own first: a kill would leave that beside ours.
             scratch.write_bytes(safetensors.torch.save(copies, {_STATE: msgspec.json.encode(state).decode()}))
     except (ArtifactError, safetensors.SafetensorError) as error:  # The latter with words of its own.
-        what = error.what if isinstance(error, ArtifactError) else f"{path} cannot be written: {brief(error)}."
+        what = error.what if isinstance(error, ArtifactError) else f"{path} cannot be written: {said(error)}."
         raise ArtifactError(what, "Free space; go on with --resume.") from error
 
 
@@ -95,7 +94,7 @@ def load(folder: Path) -> tuple[TrainingState, Tensors]:
     # Damaged files raise many kinds of error.
     except Exception as error:
         fix = f"Remove {folder}; start again."
-        raise ArtifactError(f"{path} is damaged, or no training's checkpoint: {brief(error)}", fix) from error
+        raise ArtifactError(f"{path} is damaged, or no training's checkpoint: {said(error)}", fix) from error
 
 
 def require_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ from sparsifiner_edge.profiles.measure.side import (
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Subject
-from sparsifiner_edge.runtime.open import check_choices
+from sparsifiner_edge.runtime.open import find_backend
 
 
 def profile_bundle(
@@ -68,7 +68,7 @@ def profile_bundle(
     """
     rules = make_rules(seconds, min_queries)
     execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels, threads=threads)
-    check_choices(execution)
+    find_backend(execution)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     subjects = [open_bundle(path).subject(role) for role, path in folders.items()]
     on_stage = stage_progress(progress, len(subjects) * (rules.seconds + 1.0))

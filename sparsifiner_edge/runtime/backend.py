@@ -192,8 +192,3 @@ def native_library(kernels: str, float16: bool = False) -> Path | None:
     if reason and kernels == "native":
         raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
     return None if reason else native.library_path()
-
-
-def as_line(error: Exception) -> str:
-    """What a runtime says, as one line of a message."""
-    return " ".join(str(error).split())[:500]

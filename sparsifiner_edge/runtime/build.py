@@ -12,32 +12,20 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from sparsifiner_edge.artifacts import ENGINE_FOLDER, sha256
-from sparsifiner_edge.bundle.engines import (
-    DENSE,
-    BatchRange,
-    Details,
-    Engine,
-    EngineCandidate,
-    Golden,
-    parse_capability,
-)
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
-from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle
+from sparsifiner_edge.artifacts import BUNDLE_FILE, ENGINE_FOLDER, sha256
+from sparsifiner_edge.bundle.engines import DENSE, BatchRange, Details, Engine, EngineCandidate, parse_capability
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest, parse_manifest
+from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle, read_manifest
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.progress import Progress, prefixed
-from sparsifiner_edge.records import Unavailable, read_record, write_record
+from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime.child import serve, start_child
-from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 
 DEFAULT_BATCH = BatchRange(1, 1, 8)
@@ -49,33 +37,22 @@ _FIX = (
 
 
 class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What `build_engine` did.
-
-    Attributes:
-        version: of the backend's package.
-        engines: those that were added; none on the processor, which has `description` and `golden` instead: what ran
-            the model, and what the golden check found.
-        seconds: all of it took.
-    """
+    """What `build_engine` did. version: of the backend's package. engines: that were added. seconds: all of it took."""
 
     bundle: str
     backend: str
     version: str
-    engines: tuple[Engine, ...] = ()
-    description: Runtime | None = None
-    golden: Golden | None = None
+    engines: tuple[Engine, ...]
     seconds: float
 
 
 def build_engine(
     bundle: str | Path,
-    backend: str = "onnxruntime",
+    backend: str,
     *,
     compute_capabilities: Sequence[str] = (),
     batch: tuple[int, int, int] | None = None,
     timeout_s: float | None = None,
-    precision: str = "auto",
-    provider: str = "cpu",
     kernels: str = "auto",
     progress: Progress | None = None,
 ) -> BuildResult:
@@ -86,15 +63,12 @@ def build_engine(
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
-        backend: one of `open.BACKENDS`. Those on the processor need no file: the model is loaded, and the golden
-            pair run.
+        backend: "tensorrt" or "tensorrt-rtx"; others run a bundle's model itself.
         compute_capabilities: such as ("8.6", "8.9"), one engine each; none: this machine's GPU.
         batch: least, best and greatest batch size, for a bundle of dynamic batch; None: `DEFAULT_BATCH`.
         timeout_s: seconds that one candidate of an engine may take; None: 600, on a Jetson 1800.
-        precision, provider: what runs the golden pair on the processor; see `open_session`. An engine computes in what
-            the file stores.
-        kernels: of an engine "auto" is the fastest of all, "native" the CUDA kernels of this project, "portable" the
-            operators' bodies; on the processor as in `open_session`.
+        kernels: "auto" is the fastest of all, "native" the CUDA kernels of this project, "portable" the operators'
+            bodies.
         progress: called with (stage, done, total).
 
     Raises:
@@ -102,24 +76,20 @@ def build_engine(
         SparsifinerError: nothing was written, the bundle is as it was.
     """
     start = time.monotonic()
-    found = find_backend(Execution(backend=backend, precision=precision, provider=provider, kernels=kernels))
-    checked, version, ran = open_bundle(Path(bundle)), str(found.load().__version__), dict[str, Any]()
-    if isinstance(found, TensorRtBackend):
-        capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
-        planned = found.plan(checked, capabilities, batch_range(checked, batch))
-        if timeout_s is None:
-            timeout_s = 600.0 if jetson_release() is None else 1800.0  # A Jetson's processor is a small one.
-        ran["engines"] = _build_all(checked, planned, timeout_s, progress)
-    else:
-        if compute_capabilities or batch:
-            raise ConfigError(
-                f"{backend} builds no engine: compute capability and batch sizes are for TensorRT.",
-                "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
-            )
-        with found.open(checked) as session:
-            ran = {"golden": check_golden(session, checked), "description": session.description}
+    found = find_backend(Execution(backend=backend, kernels=kernels))
+    if not isinstance(found, TensorRtBackend):
+        raise ConfigError(
+            f"{backend} builds no engine: it runs a bundle's model itself.",
+            "Choose --backend tensorrt or tensorrt-rtx. The golden pair is run by: sparsifiner-edge bundle verify",
+        )
+    checked, version = open_bundle(Path(bundle)), str(found.load().__version__)
+    capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
+    planned = found.plan(checked, capabilities, batch_range(checked, batch))
+    if timeout_s is None:
+        timeout_s = 600.0 if jetson_release() is None else 1800.0  # A Jetson's processor is a small one.
+    engines = _build_all(checked, planned, timeout_s, progress)
     seconds = time.monotonic() - start
-    return BuildResult(bundle=str(checked.folder), backend=backend, version=version, seconds=seconds, **ran)
+    return BuildResult(bundle=str(checked.folder), backend=backend, version=version, engines=engines, seconds=seconds)
 
 
 def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRange:
@@ -156,25 +126,35 @@ def _build_all(
     with bundle_scratch(bundle.folder) as scratch:
         files: dict[str, Path] = {}
         for number, engine in enumerate(planned):
-            path = scratch.resolve() / f"{engine.name}.engine"
             prefix = f"{number + 1} of {len(planned)}, compute capability {engine.compute_capability}: "
-            details = build_fastest(engine, bundle, path, timeout_s, progress and prefixed(progress, prefix))
+            place = scratch.resolve() / engine.name
+            details = build_fastest(engine, bundle, place, timeout_s, progress and prefixed(progress, prefix))
+            path = _file(place, str(details.kernels))
             # The hash in the name keeps an earlier engine of this kind whole until the manifest is replaced.
-            place = f"{ENGINE_FOLDER}/{engine.name}-{sha256(path)[:8]}.engine"
-            engines.append(msgspec.structs.replace(engine, file=place, details=details))
-            files[place] = path
+            file = f"{ENGINE_FOLDER}/{engine.name}-{sha256(path)[:8]}.engine"
+            engines.append(msgspec.structs.replace(engine, file=file, details=details))
+            files[file] = path
         extend_bundle(bundle.folder, files, lambda manifest: _with_engines(manifest, engines, bundle))
     return tuple(engines)
 
 
-def _with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundle) -> Manifest:
-    """A bundle's manifest with engines added; those of the same names go.
+def _file(place: Path, candidate: str) -> Path:
+    return place.with_name(f"{place.name}.{candidate}")
+
+
+def _require_same(manifest: Manifest, bundle: Bundle) -> None:
+    """Refuse a bundle whose manifest says by now that its model is another.
 
     Raises:
-        ArtifactError: the model is another than the one that the engines were built from.
+        ArtifactError: it does.
     """
-    if manifest.files.get(MODEL_FILE) != built_of.manifest.files[MODEL_FILE]:
-        raise ArtifactError(f"{built_of.folder} was exported anew while the engines were built.", "Build them again.")
+    if manifest.files.get(MODEL_FILE) != bundle.manifest.files[MODEL_FILE]:
+        raise ArtifactError(f"{bundle.folder} was exported anew while the engines were built.", "Build them again.")
+
+
+def _with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundle) -> Manifest:
+    """A bundle's manifest with engines added; those of the same names go."""
+    _require_same(manifest, built_of)
     names = {engine.name for engine in engines}
     replaced = {engine.file for engine in manifest.engines if engine.name in names}
     kept = [engine for engine in manifest.engines if engine.name not in names]
@@ -182,8 +162,8 @@ def _with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundl
     return msgspec.structs.replace(manifest, files=files, engines=(*kept, *engines))
 
 
-def build_fastest(engine: Engine, bundle: Bundle, output: Path, timeout_s: float, progress: Progress | None) -> Details:
-    """Build every candidate, and leave the fastest that gives the golden output at `output`.
+def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float, progress: Progress | None) -> Details:
+    """Build every candidate into a file beside `place`, and find the fastest that gives the golden output.
 
     Args:
         engine: as planned (`TensorRtBackend.plan`). timeout_s: seconds that each candidate may take.
@@ -192,7 +172,7 @@ def build_fastest(engine: Engine, bundle: Bundle, output: Path, timeout_s: float
         What is known of the one that is kept; under `candidates` all of them, those left out too.
 
     Raises:
-        SparsifinerError: not one of them could be built, or not one gives the golden output.
+        SparsifinerError: not one of them could be built, or not one gives the golden output; or the bundle changed.
     """
     tried = dict(engine.details.candidates)
     names = [name for name, one in tried.items() if one.failed is None]
@@ -201,9 +181,10 @@ def build_fastest(engine: Engine, bundle: Bundle, output: Path, timeout_s: float
     for number, name in enumerate(names):
         if progress:
             progress(f"building {name}", number, len(names))
+        _require_same(parse_manifest(read_manifest(bundle.folder), bundle.folder / BUNDLE_FILE), bundle)
         one = msgspec.structs.replace(engine, details=Details(kernels=name))
         try:
-            built[name] = build_candidate(one, bundle.folder.resolve(), _place(output, name), timeout_s)
+            built[name] = build_candidate(one, bundle.folder.resolve(), _file(place, name), timeout_s)
             tried |= built[name].candidates
         except SparsifinerError as error:
             failures.append(error)
@@ -213,20 +194,7 @@ def build_fastest(engine: Engine, bundle: Bundle, output: Path, timeout_s: float
         raise failures[0] if failures else GateError(str(tried[names[0]].golden), "Export it again.")
     # What was not run, for the GPU was lost meanwhile, stands behind whatever was.
     best = min(passed, key=lambda name: math.inf if (ms := tried[name].compute_ms) is None else ms)
-    if not _place(output, best).is_file():
-        raise ArtifactError(f"{output} vanished while it was built.", "Leave the bundle in place and build again.")
-    with io_errors(output):
-        _place(output, best).replace(output)
-        for name in built.keys() - {best}:
-            _place(output, name).unlink(missing_ok=True)
-    golden = tried[best].golden
-    checked = golden if isinstance(golden, dict) else Unavailable(tried[best].failed or "")
-    return msgspec.structs.replace(built[best], candidates=tried, golden=checked)
-
-
-def _place(output: Path, candidate: str) -> Path:
-    """Of a candidate's file."""
-    return output.with_name(f"{output.name}.{candidate}")
+    return msgspec.structs.replace(built[best], candidates=tried)
 
 
 def verdict(details: Details) -> list[str]:
@@ -238,7 +206,7 @@ def verdict(details: Details) -> list[str]:
         took = f"{one.compute_ms:.3f} ms" if one.compute_ms is not None else str(one.failed)
         refused = f"; not kept: {one.golden}" if isinstance(one.golden, str) else ""
         lines.append(f"{name}: {took}{refused}{f' ({one.warning})' if one.warning else ''}")
-    own = details.candidates[details.kernels].compute_ms if details.kernels else None
+    own = details.kept.compute_ms
     others = [name for name, one in details.candidates.items() if (one.compute_ms or math.inf) < (own or 0.0)]
     why = f"though {' and '.join(others)} took less" if others else "the fastest of those"
     advice = "; for dense attention export the student with --keep 1" if DENSE in others else ""

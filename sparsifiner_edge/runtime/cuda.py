@@ -23,6 +23,7 @@ from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.backend import import_package
 from sparsifiner_edge.runtime.pycuda import PyCuda
+from sparsifiner_edge.text import said
 
 OLDEST_CUDA = "12.6"
 """The oldest release of cuda-python, and of CUDA on a Jetson, that is supported."""
@@ -33,16 +34,17 @@ class CudaDevice(msgspec.Struct, frozen=True):
 
     Attributes:
         name: such as "NVIDIA L4" or "Orin". compute_capability: such as "8.7".
-        memory_bytes: its memory; on an integrated device that of the whole board.
         integrated: it shares the processor's memory, as on a Jetson.
         driver_version: the newest CUDA that the driver supports, such as "12.6".
     """
 
     name: str
     compute_capability: str
-    memory_bytes: int
     integrated: bool
     driver_version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {self.compute_capability})"
 
 
 class Driver:
@@ -63,7 +65,7 @@ class Driver:
         try:
             version = int(self.call("to read the driver's version", "cudaDriverGetVersion"))
         except RuntimeError as error:  # cuda-python up to 12.8 and from its path finder on: no libcuda.so.
-            version, reason = 0, " ".join(str(error).split())[:200]
+            version, reason = 0, said(error, 200)
         if version == 0:
             raise BackendError(f"No NVIDIA driver ({self.package}: {reason}).", _FIXES["InsufficientDriver"])
         if unfit := too_new(release, version_text(version)):
@@ -73,9 +75,8 @@ class Driver:
         self.use()
         found = self.call("to describe the device", "cudaGetDeviceProperties", 0)
         name = found.name.decode("utf-8", "replace") if isinstance(found.name, bytes) else found.name
-        capability, memory = f"{int(found.major)}.{int(found.minor)}", int(found.totalGlobalMem)
-        shared = bool(found.integrated)
-        self.device = CudaDevice(str(name).strip("\0 "), capability, memory, shared, version_text(version))
+        capability = f"{int(found.major)}.{int(found.minor)}"
+        self.device = CudaDevice(str(name).strip("\0 "), capability, bool(found.integrated), version_text(version))
 
     def call(self, action: str, function: str, *arguments: Any) -> Any:
         """Call a function of CUDA; returns what it gives beside its status. `action`: such as "to free memory"."""
@@ -83,9 +84,9 @@ class Driver:
         if int(status) != 0:
             meaning = self.runtime.cudaGetErrorString(status)[1]
             name = str(getattr(status, "name", status))
-            said = f", {meaning.decode()}" if isinstance(meaning, bytes) else ""
+            words = f", {meaning.decode()}" if isinstance(meaning, bytes) else ""
             fix = next(fix for part, fix in _FIXES.items() if re.search(part, name))
-            raise BackendError(f"CUDA ({self.package}) failed {action}: {name}{said}.", fix)
+            raise BackendError(f"CUDA ({self.package}) failed {action}: {name}{words}.", fix)
         return values[0] if len(values) == 1 else tuple(values)
 
     def take(self, stack: ExitStack, what: str, function: str, *arguments: Any, free: str) -> int:
@@ -138,11 +139,8 @@ def _package() -> tuple[Any, str, str]:
     extra, fix = "gpu" if jetson_release() is None else "jetson", "Reinstall cuda-python."
     try:
         release = str(getattr(import_package("cuda.bindings", "cuda-python", extra, fix), "__version__", ""))
-        return (
-            import_package("cuda.bindings.runtime", "cuda-python", extra, fix),
-            f"cuda-python {release}".strip(),
-            release,
-        )
+        module = import_package("cuda.bindings.runtime", "cuda-python", extra, fix)
+        return module, f"cuda-python {release}".strip(), release
     except MissingExtraError as missing:
         try:
             text = str(getattr(import_package("pycuda", "pycuda", extra, "Reinstall pycuda."), "VERSION_TEXT", ""))
@@ -220,7 +218,18 @@ class CudaSupport(msgspec.Struct, frozen=True):
 def cuda_support() -> CudaSupport:
     """What this machine's driver takes. A Jetson has no `nvidia-smi` that would say so."""
     driver, jetson = driver_version(), jetson_release()
-    return CudaSupport(driver, jetson, _install(driver, jetson))
+    if jetson and major(jetson) < _LEAST_JETSON:
+        install = f"Jetson Linux {jetson} is older than JetPack 6: upgrade it"
+    elif jetson:
+        install = 'pip install "sparsifiner-edge[jetson]"; TensorRT comes with JetPack, never with pip (docs/jetson.md)'
+    elif isinstance(driver, Unavailable):
+        install = "install NVIDIA's driver first"
+    elif major(driver) < major(OLDEST_CUDA):
+        install = f"update the driver first: it must take CUDA {OLDEST_CUDA}"
+    else:
+        newer = "; or gpu-cu13, tensorrt-cu13" if major(driver) > major(OLDEST_CUDA) else ""
+        install = f'pip install "sparsifiner-edge[gpu,tensorrt]"{newer}'
+    return CudaSupport(driver, jetson, install)
 
 
 def driver_version() -> Known[str]:
@@ -233,16 +242,3 @@ def driver_version() -> Known[str]:
     if status:
         return Unavailable(f"NVIDIA's driver does not say its version: CUDA error {status}")
     return version_text(number.value)
-
-
-def _install(driver: Known[str], jetson: str | None) -> str:
-    if jetson and major(jetson) < _LEAST_JETSON:
-        return f"Jetson Linux {jetson} is older than JetPack 6: upgrade it"
-    if jetson:
-        return 'pip install "sparsifiner-edge[jetson]"; TensorRT comes with JetPack, never with pip (docs/jetson.md)'
-    if isinstance(driver, Unavailable):
-        return "install NVIDIA's driver first"
-    if major(driver) < major(OLDEST_CUDA):
-        return f"update the driver first: it must take CUDA {OLDEST_CUDA}"
-    newer = "; or gpu-cu13, tensorrt-cu13" if major(driver) > major(OLDEST_CUDA) else ""
-    return f'pip install "sparsifiner-edge[gpu,tensorrt]"{newer}'

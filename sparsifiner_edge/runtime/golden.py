@@ -14,6 +14,7 @@ from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, agreement, aligned
 from sparsifiner_edge.runtime.session import Session
+from sparsifiner_edge.text import said
 
 _LEAST_MEAN = 0.99
 """Mean cosine of the rows of an output where some tokens that merge are others."""
@@ -75,21 +76,12 @@ def read_golden(bundle: Bundle) -> Pair:
     Raises:
         ArtifactError: missing, altered, too large once unpacked, or no archive of arrays.
     """
-    path = bundle.folder / GOLDEN_FILE
-    content = bundle.read(GOLDEN_FILE, _MOST_BYTES)
-    arrays: dict[str, Array] = {}
+    path, content = bundle.folder / GOLDEN_FILE, bundle.read(GOLDEN_FILE, _MOST_BYTES)
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size <= _MOST_BYTES:  # Some bytes may unpack to more than memory holds.
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                arrays = {key: np.asarray(file[key]) for key in file.files}
+        arrays = _unpacked(content)
     # An archive is read by zipfile, zlib and NumPy's own parser, which evaluates a header: each has errors of its own.
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ArtifactError(f"{path} cannot be read: {said:.200}.", AGAIN) from error
-    if size > _MOST_BYTES:
-        raise ArtifactError(f"{path} unpacks to {size} bytes.", AGAIN)
+        raise ArtifactError(f"{path} cannot be read: {said(error, 200)}.", AGAIN) from error
     wrong = [key for key, value in arrays.items() if value.dtype.kind not in "fiub" or not value.size or not value.ndim]
     if wrong:
         value = arrays[wrong[0]]
@@ -97,11 +89,22 @@ def read_golden(bundle: Bundle) -> Pair:
             f"{path} holds {wrong[0]!r} of type {value.dtype} and shape {list(value.shape)}.",
             "Export the bundle again: golden arrays are numbers, batch first.",
         )
-    inputs = {key.removeprefix("input."): value for key, value in arrays.items() if key.startswith("input.")}
-    outputs = {key.removeprefix("output."): value for key, value in arrays.items() if key.startswith("output.")}
+    inputs, outputs = (
+        {key.removeprefix(side): value for key, value in arrays.items() if key.startswith(side)}
+        for side in ("input.", "output.")
+    )
     if not inputs or not outputs:
         raise ArtifactError(f"{path} holds no golden input or no output.", AGAIN)
     return inputs, outputs
+
+
+def _unpacked(content: bytes) -> dict[str, Array]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > _MOST_BYTES:  # Some bytes may unpack to more than memory holds.
+        raise ValueError(f"it unpacks to {size} bytes")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        return {key: np.asarray(file[key]) for key in file.files}
 
 
 def _repeated(pair: Pair, least: int) -> Pair:

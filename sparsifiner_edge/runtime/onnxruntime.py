@@ -22,7 +22,6 @@ from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.backend import (
     BF16_TOLERANCE_FREE,
     ProcessorBackend,
-    as_line,
     import_package,
     native_library,
     read_file,
@@ -30,6 +29,7 @@ from sparsifiner_edge.runtime.backend import (
 )
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.session import Runtime, Session
+from sparsifiner_edge.text import said
 
 _ERRORS_ONLY = 3
 CUDA = "CUDAExecutionProvider"
@@ -141,7 +141,7 @@ class _OrtSession(Session):
             backend=self.backend,
             version=str(import_onnxruntime().__version__),
             provider=running[0],
-            device=f"{device.name} (compute capability {device.compute_capability})" if device else "CPU",
+            device=str(device or "CPU"),
             precision=Unavailable("the bundle does not say") if stored is None else precision,
             kernels=text,
             threads=execution.cores,
@@ -198,10 +198,10 @@ def inference_session(
             options.register_custom_ops_library(str(library))
     except Exception as error:  # Such as an ONNX Runtime older than the library's interface.
         raise BackendError(
-            f"ONNX Runtime {ort.__version__} rejects the native library: {as_line(error)}",
+            f"ONNX Runtime {ort.__version__} rejects the native library: {said(error)}",
             "Upgrade onnxruntime, or choose the portable kernels.",
         ) from error
     try:
         return ort.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base but Exception.
-        raise BackendError(f"ONNX Runtime rejects {origin}: {as_line(error)}", fix) from error
+        raise BackendError(f"ONNX Runtime rejects {origin}: {said(error)}", fix) from error

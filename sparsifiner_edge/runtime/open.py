@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from sparsifiner_edge.bounds import MOST_THREADS
@@ -11,33 +10,37 @@ from sparsifiner_edge.bundle.sign import require_signature
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS, Execution
+from sparsifiner_edge.plugins import plugins, subclass
 from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
 
-BACKENDS = {
-    "onnxruntime": "onnxruntime:OnnxRuntime",
-    "openvino": "openvino:OpenVino",
-    "tensorrt": "tensorrt.full:TensorRt",
-    "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
-}
-"""Name -> module beside this one, imported when it is asked for, and class in it."""
 ENTRY_POINTS = "sparsifiner_edge.backends"
 """Group in which other packages name theirs: classes of `backend.Backend`. Looked at for names that are not ours."""
+BACKENDS = {
+    name: EntryPoint(name, f"sparsifiner_edge.runtime.{place}", ENTRY_POINTS)
+    for name, place in {
+        "onnxruntime": "onnxruntime:OnnxRuntime",
+        "openvino": "openvino:OpenVino",
+        "tensorrt": "tensorrt.full:TensorRt",
+        "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
+    }.items()
+}
+"""Ours by name, imported when they are asked for."""
 
 
-def check_choices(execution: Execution) -> None:
-    """Refuse a name that is no backend, or a choice that is none of its kind.
+def find_backend(execution: Execution) -> Backend:
+    """The backend that is asked for, told how it shall run.
 
     Raises:
-        BackendError: lists those of this version.
+        BackendError: there is none of that name, or a choice is none of its kind, and what there is; or another
+            package's is no class of `Backend`, or cannot be imported.
     """
-    others = {} if execution.backend in BACKENDS else _others()
-    if execution.backend not in {**BACKENDS, **others}:
-        names = ", ".join([*BACKENDS, *others])
-        raise BackendError(f"Unknown backend {execution.backend!r}.", f"Choose one of: {names}.")
-    for name, known in (("kernels", KERNEL_CHOICES), ("precision", PRECISIONS), ("provider", PROVIDERS)):
-        if getattr(execution, name) not in known:
-            raise BackendError(f"{name} is {getattr(execution, name)!r}.", f"Choose one of: {', '.join(known)}.")
+    known = BACKENDS if execution.backend in BACKENDS else {**BACKENDS, **plugins(ENTRY_POINTS)}
+    if execution.backend not in known:
+        raise BackendError(f"Unknown backend {execution.backend!r}.", f"Choose one of: {', '.join(known)}.")
+    for name, choices in (("kernels", KERNEL_CHOICES), ("precision", PRECISIONS), ("provider", PROVIDERS)):
+        if getattr(execution, name) not in choices:
+            raise BackendError(f"{name} is {getattr(execution, name)!r}.", f"Choose one of: {', '.join(choices)}.")
     if execution.provider != "cpu" and execution.backend != "onnxruntime":
         raise BackendError(
             f"{execution.backend} has no provider {execution.provider}: those are ONNX Runtime's.",
@@ -47,32 +50,7 @@ def check_choices(execution: Execution) -> None:
         raise BackendError(
             f"threads is {execution.threads}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
         )
-
-
-def find_backend(execution: Execution) -> Backend:
-    """The backend that is asked for, told how it shall run.
-
-    Raises:
-        BackendError: see `check_choices`; or another package's is no class of `Backend`, or cannot be imported.
-    """
-    check_choices(execution)
-    if execution.backend in BACKENDS:
-        module, _, name = BACKENDS[execution.backend].partition(":")
-        ours: type[Backend] = getattr(importlib.import_module(f"sparsifiner_edge.runtime.{module}"), name)
-        return ours(execution)
-    point = _others()[execution.backend]
-    try:
-        kind = point.load()
-    except Exception as error:  # It is anybody's code.
-        raise BackendError(f"{point.value} cannot be imported: {error}.", f"Reinstall {point.name}.") from error
-    if not (isinstance(kind, type) and issubclass(kind, Backend)):
-        raise BackendError(f"{point.value} is no class of Backend.", f"Report it to the authors of {point.name}.")
-    return kind(execution)
-
-
-def _others() -> dict[str, EntryPoint]:
-    """Backends of other packages that are installed, by name; none of them is imported."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    return subclass(Backend, known[execution.backend], BackendError)(execution)  # type: ignore[type-abstract]
 
 
 def open_session(

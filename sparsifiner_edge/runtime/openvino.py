@@ -31,11 +31,11 @@ from sparsifiner_edge.runtime.backend import (
     BF16_TOLERANCE,
     BF16_TOLERANCE_FREE,
     ProcessorBackend,
-    as_line,
     import_package,
     read_file,
 )
 from sparsifiner_edge.runtime.session import Runtime, Session
+from sparsifiner_edge.text import said
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 """Of the linear layers, by OpenVINO's names; int8 layers of a file stay int8 in each."""
@@ -105,18 +105,18 @@ class _OpenVinoSession(Session):
             raise
         except Exception as error:  # OpenVINO raises RuntimeError and others of its own.
             self.close()
-            raise BackendError(f"OpenVINO rejects {model}: {as_line(error)}", "Export the bundle again.") from error
+            raise BackendError(f"OpenVINO rejects {model}: {said(error)}", "Export the bundle again.") from error
         self._request = self._compiled.create_infer_request()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs, self.outputs = file.inputs, file.outputs
-        said = self._operators.precision if self._operators is not None and precision == "bf16" else None
+        attention = self._operators.precision if self._operators is not None and precision == "bf16" else None
         self.description = Runtime(
             backend=self.backend,
             version=str(openvino.__version__).partition("-")[0],
             provider="CPU",
             device="CPU",
             precision=ran,
-            kernels=file.text(said),
+            kernels=file.text(attention),
             threads=threads,
         )
 

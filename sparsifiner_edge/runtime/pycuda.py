@@ -16,7 +16,6 @@ import numpy as np
 
 from sparsifiner_edge.arrays import bytes_at
 
-_TO_DEVICE, _TO_HOST = 1, 2
 _NAMES = {
     "out of memory": "MemoryAllocation", "no device": "NoDevice", "no CUDA-capable device": "NoDevice",
     "launch failed": "LaunchFailure", "launch failure": "LaunchFailure", "illegal memory access": "IllegalAddress",
@@ -29,11 +28,11 @@ _NAMES = {
 class _Failure(int):
     """A status that is not 0. name: as the runtime API has it. text: pycuda's own words."""
 
-    name, text = "", ""
+    name: str
+    text: str
 
-    @classmethod
-    def of(cls, text: str) -> _Failure:
-        made = cls(1)
+    def __new__(cls, text: str) -> _Failure:
+        made = super().__new__(cls, 1)
         made.name = "cudaError" + next((name for words, name in _NAMES.items() if words in text), "")
         made.text = text
         return made
@@ -48,21 +47,23 @@ class PyCuda:
     """
 
     cudaHostAllocMapped, cudaStreamNonBlocking = 2, 1  # noqa: N815 - CUDA's names
-    cudaMemcpyKind = SimpleNamespace(  # noqa: N815
-        cudaMemcpyHostToDevice=_TO_DEVICE, cudaMemcpyDeviceToHost=_TO_HOST
-    )
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
     def __init__(self, driver: Any) -> None:
-        self._d, self._kept, self._thread = driver, dict[int, Any](), 0
-        d, kept = driver, self._kept
+        d, kept = driver, dict[int, Any]()
+        self._d, self._thread = d, 0
+
+        def keep(made: Any, handle: int) -> int:
+            kept[handle] = made
+            return handle
 
         def pin(size: int, _flags: int) -> int:
             array = d.pagelocked_empty(size, np.uint8, mem_flags=d.host_alloc_flags.DEVICEMAP)
-            return self._keep(array, array.ctypes.data)
+            return keep(array, array.ctypes.data)
 
         def copy(target: int, source: int, size: int, kind: int, stream: int) -> None:
-            if kind == _TO_DEVICE:
+            if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
                 d.memcpy_htod_async(target, bytes_at(source, size), kept[stream])
             else:
                 d.memcpy_dtoh_async(bytes_at(target, size), source, kept[stream])
@@ -73,18 +74,18 @@ class PyCuda:
             "cudaSetDevice": self._take,
             "cudaGetDeviceProperties": self._properties,
             "cudaMemGetInfo": d.mem_get_info,
-            "cudaMalloc": lambda size: self._keep(made := d.mem_alloc(size), int(made)),
+            "cudaMalloc": lambda size: keep(made := d.mem_alloc(size), int(made)),
             "cudaFree": lambda pointer: kept.pop(pointer).free(),
             "cudaHostAlloc": pin,
             "cudaFreeHost": lambda pointer: kept.pop(pointer).base.free(),
             "cudaHostGetDevicePointer": lambda pointer, _: int(kept[pointer].base.get_device_pointer()),
-            "cudaStreamCreateWithFlags": lambda flags: self._keep(made := d.Stream(flags), int(made.handle)),
+            "cudaStreamCreateWithFlags": lambda flags: keep(made := d.Stream(flags), int(made.handle)),
             "cudaStreamSynchronize": lambda stream: kept[stream].synchronize(),
-            "cudaStreamDestroy": lambda stream: (kept.pop(stream), None)[1],
-            "cudaEventCreate": lambda: self._keep(made := d.Event(), id(made)),
-            "cudaEventRecord": lambda event, stream: (kept[event].record(kept[stream]), None)[1],
+            "cudaStreamDestroy": kept.pop,
+            "cudaEventCreate": lambda: keep(made := d.Event(), id(made)),
+            "cudaEventRecord": lambda event, stream: kept[event].record(kept[stream]),
             "cudaEventElapsedTime": lambda start, end: kept[start].time_till(kept[end]),
-            "cudaEventDestroy": lambda event: (kept.pop(event), None)[1],
+            "cudaEventDestroy": kept.pop,
             "cudaMemcpyAsync": copy,
         }
 
@@ -93,12 +94,12 @@ class PyCuda:
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             if name not in self._functions:
-                return (_Failure.of(f"pycuda has no {name}"),)
+                return (_Failure(f"pycuda has no {name}"),)
             try:
                 made = self._functions[name](*arguments)
             except self._d.Error as error:
-                return (_Failure.of(str(error)),)
-            return (0, *(made if isinstance(made, tuple) else () if made is None else (made,)))
+                return (_Failure(str(error)),)
+            return 0, *(made if isinstance(made, tuple) else (made,))
 
         return call
 
@@ -106,10 +107,6 @@ class PyCuda:
     def cudaGetErrorString(status: _Failure) -> tuple[int, bytes]:  # noqa: N802 - CUDA's name
         """pycuda's words."""
         return 0, status.text.encode()
-
-    def _keep(self, made: Any, handle: int) -> int:
-        self._kept[handle] = made
-        return handle
 
     def _take(self, device: int) -> None:
         """The context of a device, made current in the thread that asks first until the process ends."""
@@ -124,7 +121,7 @@ class PyCuda:
             )
 
     def _properties(self, device: int) -> Any:
-        found, attribute = self._d.Device(device), self._d.device_attribute.INTEGRATED
-        (major, minor), memory = found.compute_capability(), found.total_memory()
-        about = {"name": found.name(), "major": major, "minor": minor, "totalGlobalMem": memory}
-        return SimpleNamespace(**about, integrated=found.get_attribute(attribute))
+        found = self._d.Device(device)
+        major, minor = found.compute_capability()
+        integrated = found.get_attribute(self._d.device_attribute.INTEGRATED)
+        return SimpleNamespace(name=found.name(), major=major, minor=minor, integrated=integrated)

@@ -14,6 +14,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec, shape_text
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.text import said
 
 Own = TypeVar("Own", bound="Session")
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
@@ -99,8 +100,8 @@ class Session(abc.ABC):
         except BackendError:
             raise
         except Exception as error:  # Runtimes share no base of their errors but Exception.
-            why = " ".join(str(error).split())[:500]
-            raise BackendError(f"{self.backend} failed in {self.model}: {why}", "Export it again.") from error
+            what = f"{self.backend} failed in {self.model}: {said(error)}"
+            raise BackendError(what, "Export it again.") from error
         validate_outputs(self.model, outputs)
         return outputs
 

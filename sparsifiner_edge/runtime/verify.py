@@ -20,6 +20,7 @@ from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.runtime.golden import beyond_text, check_golden
 from sparsifiner_edge.runtime.open import open_checked
+from sparsifiner_edge.text import said
 
 
 class CheckResult(Struct, frozen=True):
@@ -66,40 +67,28 @@ def verify_bundle(
     """
     execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels)
     key, checked = None if public_key is None else Path(public_key), open_bundle(Path(bundle))
-    model = checked.model()
-    results: list[CheckResult] = []
-    for name, check in {
+    model, results = checked.model(), list[CheckResult]()
+    checks: dict[str, Callable[[], str]] = {
         "files": lambda: _files(checked),
         "signature": lambda: _signature(checked, key),
-        **model_checks(checked, model),
+        "model": lambda: _onnx(model),
+        "inputs, outputs": lambda: _interface(checked, model.graph),
+        "operators": lambda: _operators(checked.manifest.ops, model),
         "engines": lambda: ", ".join(map(str, checked.manifest.engines)) or "none",
         "golden pair": lambda: _golden(dataclasses.replace(checked, signed=key is not None), execution),
-    }.items():
-        results.append(run_check(name, check))
+    }
+    for name, check in checks.items():
+        try:
+            results.append(CheckResult(name, True, check()))
+        except GateError as error:
+            results.append(CheckResult(name, False, error.what))
+        except (KeyError, IndexError, ValueError, TypeError) as error:  # Of a form that export does not write.
+            reason = f"cannot be checked: {type(error).__name__}: {said(error, 200)}"
+            results.append(CheckResult(name, False, reason))
         if name in ("signature", "model") and not results[-1].passed:
             break  # An unsigned bundle is not run, and an invalid model is not examined further.
     digest, passed = hashlib.sha256(checked.text).hexdigest(), all(result.passed for result in results)
     return Verification(str(checked.folder), digest, passed, tuple(results))
-
-
-def model_checks(bundle: Bundle, model: Any) -> dict[str, Callable[[], str]]:
-    """What a bundle's manifest says of its model, check by check; each says what it found, or raises."""
-    return {
-        "model": lambda: _onnx(model),
-        "inputs, outputs": lambda: _interface(bundle, model.graph),
-        "operators": lambda: _operators(bundle.manifest.ops, model),
-    }
-
-
-def run_check(name: str, check: Callable[[], str]) -> CheckResult:
-    """Carry out a check; of a form that export does not write its error is the answer."""
-    try:
-        return CheckResult(name, True, check())
-    except GateError as error:
-        return CheckResult(name, False, error.what)
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return CheckResult(name, False, f"cannot be checked: {reason}")
 
 
 def _files(bundle: Bundle) -> str:
@@ -127,7 +116,7 @@ def _onnx(model: Any) -> str:
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        raise GateError(" ".join(str(error).split())[:200]) from error
+        raise GateError(said(error, 200)) from error
     domains = {entry.domain: entry.version for entry in model.opset_import}
     foreign = sorted(set(domains) - {"", DOMAIN})
     if foreign:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import re
 from pathlib import Path
@@ -17,11 +16,12 @@ from sparsifiner_edge.bounds import ImageSize, height_width, size_of, size_text
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import Normalisation
+from sparsifiner_edge.plugins import imported
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
 from sparsifiner_edge.sparse.patch import require_supported
 from sparsifiner_edge.sparse.student_file import HostKind, Provenance, Weights
-from sparsifiner_edge.sparse.weights import brief
+from sparsifiner_edge.text import said
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -125,14 +125,18 @@ def made_by(source: str, img_size: ImageSize | None = None) -> nn.Module:
         ConfigError: it cannot be imported, fails, or makes no module.
         UnsupportedModelError: the module contains no vision transformer, or several.
     """
-    factory = _imported(source)
+    factory = imported(
+        source, "Name a function as package.module:function, with its package installed or in PYTHONPATH."
+    )
+    if not callable(factory):
+        raise ConfigError(f"{source} is a {type(factory).__name__}.", "Name a function that makes a module.")
     takes_size = "img_size" in inspect.signature(factory).parameters
     options = {"img_size": img_size} if takes_size and img_size is not None else {}
     try:
         model = factory(**options)
     # A user's own code may raise anything.
     except Exception as error:
-        raise ConfigError(f"{source} failed: {type(error).__name__}: {brief(error)}.", "Mend the function.") from error
+        raise ConfigError(f"{source} failed: {type(error).__name__}: {said(error)}.", "Mend the function.") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{source} made a {type(model).__name__}.", "Let it return a torch.nn.Module.")
     backbone = backbone_of(model)
@@ -143,20 +147,6 @@ def made_by(source: str, img_size: ImageSize | None = None) -> nn.Module:
             "Let the function take img_size and pass it on, or leave --img-size out.",
         )
     return model.eval()
-
-
-def _imported(source: str) -> Any:
-    module, _, name = source.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ConfigError(
-            f"{source} cannot be imported: {type(error).__name__}: {brief(error)}.",
-            "Name a function as package.module:function, with its package installed or in PYTHONPATH.",
-        ) from error
-    if not callable(factory):
-        raise ConfigError(f"{source} is a {type(factory).__name__}.", "Name a function that makes a module.")
-    return factory
 
 
 def declared(module: nn.Module, whose: str, given: Normalisation | None) -> Normalisation:

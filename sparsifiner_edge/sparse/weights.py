@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.errors import WeightsError
 from sparsifiner_edge.images import Normalisation
+from sparsifiner_edge.text import said
 
 StateDict = dict[str, Tensor]
 FIT = "Give weights of the same architecture, with the library's own key names."
@@ -23,11 +24,6 @@ def normalise(images: Tensor, pre: Normalisation) -> Tensor:
     """uint8 [B,H,W,3] -> float32 [B,3,H,W]."""
     mean, std = (torch.tensor(x, device=images.device) for x in (pre.mean, pre.std))
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-
-def brief(error: Exception) -> str:
-    """The first line of what a library says."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def read_weights(path: Path) -> StateDict:
@@ -49,7 +45,7 @@ def read_weights(path: Path) -> StateDict:
         ) from error
     # torch.load and safetensors raise many kinds of error on damaged files.
     except Exception as error:
-        raise WeightsError(f"{path} cannot be read as weights: {brief(error)}", "Download or make it again.") from error
+        raise WeightsError(f"{path} cannot be read as weights: {said(error)}", "Download or make it again.") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

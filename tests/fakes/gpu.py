@@ -117,7 +117,7 @@ class Gpu:
 
     def functions(self) -> dict[str, Callable[..., Any]]:
         """CUDA's, by name, with the parameters that cuda-python gives them."""
-        about = {"major": self.sm[0], "minor": self.sm[1], "totalGlobalMem": self.memory, "integrated": self.integrated}
+        about = {"major": self.sm[0], "minor": self.sm[1], "integrated": self.integrated}
         return {
             "cudaDriverGetVersion": lambda: self.driver,
             "cudaGetDeviceCount": lambda: self.count,
@@ -216,8 +216,7 @@ def install_pycuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
     def device(number: int) -> Any:
         one = call("cudaGetDeviceProperties", number)
         return SimpleNamespace(
-            name=lambda: gpu.name, compute_capability=lambda: gpu.sm, total_memory=lambda: one.totalGlobalMem,
-            get_attribute=lambda _: one.integrated,
+            name=lambda: gpu.name, compute_capability=lambda: gpu.sm, get_attribute=lambda _: one.integrated,
             retain_primary_context=lambda: SimpleNamespace(push=lambda: None, pop=lambda: None),
         )  # fmt: skip
 

@@ -42,7 +42,7 @@ ON_BUNDLES = (
     "run {work}/subject --source {good}/images/picture0.png",
     "run {work}/subject --source {good}/images/picture0.png --require-signature {good}/keys/key.pub",
     "bundle verify {work}/subject", "bundle verify {work}/subject --json",
-    "build {work}/subject", "build {work}/subject --json",
+    "build {work}/subject --backend tensorrt-rtx --compute-capability 9.9",
     *(f"estimate {{work}}/subject --board jetson-orin-nano-8gb{more}" for more in ("", " --json")),
     "evaluate {work}/subject --against {work}/subject --data {good}/images",
     *(f"package {{work}}/subject --for {kind} -o {{work}}/out" for kind in ("triton", "deepstream", "gstreamer")),

@@ -85,7 +85,7 @@ def test_a_session_of_onnx_runtime_says_so_and_leaves_others_alone(tmp_path: Pat
         np.testing.assert_array_equal(again[name], value)
         assert cosine(got[name], value).min() > 0.9  # random weights have close calls among keys and pairs
     assert any((got[name] != value).any() for name, value in wanted.items())
-    built = process("build", bundle, "--precision", "bf16")
+    built = process("bundle", "verify", bundle, "--precision", "bf16")
     assert built.code == 0, built.err
 
 

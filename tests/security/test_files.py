@@ -87,7 +87,7 @@ def test_a_model_that_names_other_files_is_refused(
         for options in ({}, {"public_key": keys / "key.pub"}):
             with pytest.raises(ArtifactError, match=r"another file|names other files"):
                 open_session(bundle, **options)
-    for line in ("run {} --source test", "profile {}", "build {}", "package {} --for triton -o {}.out"):
+    for line in ("run {} --source test", "profile {}", "bundle verify {}", "package {} --for triton -o {}.out"):
         assert_refused(call(capsys, *line.format(bundle, bundle).split()), "model.onnx", "file")
 
 

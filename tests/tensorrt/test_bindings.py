@@ -92,7 +92,7 @@ def test_the_real_module_has_every_name_and_takes_the_plugins(tmp_path, version,
         }  # fmt: skip
 
 
-ORIN = CudaDevice("Orin", "8.7", 8 << 30, True, "12.6")
+ORIN = CudaDevice("Orin", "8.7", True, "12.6")
 
 
 def lacking(trt: Any) -> list[str]:
@@ -129,7 +129,7 @@ def result(folder: Path) -> dict[str, Any]:
     if reason is not None:
         return {"lacking": lacking(trt), "reason": reason}
     sys.modules["tensorrt.plugin"] = importlib.import_module("tensorrt_bindings.plugin")
-    table, model = table_of(folder, 87), (folder / "model.onnx").read_bytes()
+    table, model = table_of(folder, 87), onnx.load(folder / "model.onnx")
     assert table is not None
     for _ in range(2):  # A name is registered once.
         kernel_plugin.with_plugins(trt, model, bundle_of(folder), ORIN)

@@ -8,14 +8,16 @@ where it is faster and its outputs are close to the bundle's (`runtime.golden.LE
 from __future__ import annotations
 
 import abc
+import contextlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.engines import (
     DENSE,
@@ -28,7 +30,6 @@ from sparsifiner_edge.bundle.engines import (
     mismatches,
     system,
 )
-from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.files import io_errors
@@ -39,7 +40,7 @@ from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import Backend, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, major, probe
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, rejected_model
+from sparsifiner_edge.runtime.tensorrt.errors import build_error, make_logger, rejected_model
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 WARM_UP, RUNS = 10, 30
@@ -47,37 +48,85 @@ _SPARSE, _DENSE = "SparseAttention", "DenseAttention"
 
 
 class TensorRtBackend(Backend):
-    """Either of them; `load` gives its module."""
+    """Either of them; `load` gives its module.
 
-    @abc.abstractmethod
+    Attributes:
+        product: its name, for people.
+    """
+
+    product: ClassVar[str]
+
     def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Engine]:
-        """What is to be built; what cannot be is rejected before anything is. Kernels "portable" are the bodies alone,
-        "native" the project's CUDA kernels.
+        """What is to be built; what cannot be is rejected before anything is.
 
         Args:
             capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
             batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
 
         Returns:
-            Engines without a file. Under `details.candidates` stands what may carry out sparse attention in each, the
-            one that always works first, and with the reason under `failed` what is not built.
+            Engines without a file; under `details.candidates` their `candidates`.
 
         Raises:
             SparsifinerError: says what, and what to do.
         """
+        version, engines = str(self.load().__version__), []
+        for capability in self.targets(bundle, capabilities):
+            engine = Engine(self.name, version, capability, *system(), bundle.precision, batch)
+            reasons = self.candidates(bundle, engine).items()
+            tried = {name: EngineCandidate(failed=why and f"not built: {why}") for name, why in reasons}
+            engines.append(replace(engine, details=Details(candidates=tried)))
+        return engines
 
     @abc.abstractmethod
-    def compile(self, model: bytes, engine: Engine, bundle: Bundle) -> bytes:
-        """The content of an engine of an ONNX file (the bundle's, or `dense_model` of it)."""
+    def targets(self, bundle: Bundle, capabilities: Sequence[str]) -> Sequence[str]:
+        """Compute capabilities to build for, of those that `plan` is given."""
 
-    def engine(
-        self, bundle: Bundle, capability: str, batch: BatchRange, kernels: Sequence[str], left_out: Mapping[str, str]
-    ) -> Engine:
-        """An engine as `plan` gives it; `left_out`: candidates that are not built, and why."""
-        candidates = {name: EngineCandidate() for name in kernels}
-        candidates |= {name: EngineCandidate(failed=f"not built: {why}") for name, why in left_out.items()}
-        version, details = str(self.load().__version__), Details(candidates=candidates)
-        return Engine(self.name, version, capability, *system(), bundle.precision, batch, details)
+    @abc.abstractmethod
+    def candidates(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
+        """What may carry out sparse attention in an engine, the one that always works first, and why it is not built;
+        None: it is. Kernels "portable" are the bodies alone, "native" the project's CUDA kernels.
+        """
+
+    def compile(self, model: onnx.ModelProto, engine: Engine, _bundle: Bundle) -> bytes:
+        """The content of an engine of an ONNX file (the bundle's, or `dense_model` of it).
+
+        The network is strongly typed: every type comes from the file, int8 through its QDQ nodes.
+
+        Raises:
+            UnsupportedModelError: the parser rejects the model; its nodes are named.
+            ConfigError: an axis other than the batch is dynamic.
+            BackendError: TensorRT builds nothing of it.
+        """
+        trt = self.load()
+        messages, name = make_logger(trt), f"{self.product} {trt.__version__}"
+        builder = trt.Builder(messages)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, messages)
+        if not parser.parse(model.SerializeToString()):
+            raise rejected_model(parser, name)
+        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        # TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        dynamic = [tensor for tensor in map(network.get_input, range(network.num_inputs)) if -1 in tensor.shape]
+        for tensor in dynamic:
+            shape = tuple(tensor.shape)
+            if -1 in shape[1:]:
+                raise ConfigError(
+                    f"Input {tensor.name!r} has shape {list(shape)}: only the batch may be dynamic.", "Export it again."
+                )
+            sizes = (engine.batch.least, engine.batch.best, engine.batch.most)
+            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in sizes))
+        if dynamic:  # A model whose axes are all fixed needs no profile.
+            config.add_optimization_profile(profile)
+        with self.configured(trt, config, engine) as how:
+            serialised = builder.build_serialized_network(network, config)
+            if serialised is None:
+                raise build_error(name, messages, how)
+        return bytes(serialised)
+
+    @abc.abstractmethod
+    def configured(self, trt: Any, config: Any, engine: Engine) -> contextlib.AbstractContextManager[str]:
+        """Settings of its own for a build, in the block; gives a sentence about them, for errors."""
 
     def build(self, engine: Engine, folder: Path, output: Path) -> Details:
         """Build one candidate of an engine; called in a worker process that may die.
@@ -92,7 +141,7 @@ class TensorRtBackend(Backend):
             SparsifinerError: reaches the caller of `build_engine`.
         """
         start, bundle, kernels = time.monotonic(), open_bundle(folder), str(engine.details.kernels)
-        model = bundle.read(MODEL_FILE)
+        model = bundle.model()
         content = self.compile(dense_model(model) if kernels == DENSE else model, engine, bundle)
         with io_errors(output):
             output.write_bytes(content)
@@ -184,9 +233,8 @@ def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineCan
     return EngineCandidate(golden=golden, compute_ms=statistics.median(times[WARM_UP:]), warning=warning)
 
 
-def dense_model(content: bytes) -> bytes:
-    """An ONNX file with dense attention, in standard operators, where it had sparse; tokens merge as they did."""
-    model = onnx.load_from_string(content)
+def dense_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A file, changed in place: dense attention in standard operators where it had sparse; tokens merge as they did."""
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type == _SPARSE:
             kept = [a for a in node.attribute if a.name in ("num_heads", "scale")]
@@ -200,41 +248,4 @@ def dense_model(content: bytes) -> bytes:
     if dense:
         merged = any(gets_merged(model, node) for node in dense)
         model.functions.append(function_body(_DENSE, Structure(merged=merged)))
-    return bytes(model.SerializeToString())
-
-
-def prepare_build(trt: Any, model: bytes, batch: BatchRange, name: str) -> tuple[Any, Any, Any, Messages]:
-    """A builder, a strongly typed network of an ONNX file (every type comes from there, int8 through its QDQ nodes), a
-    configuration that keeps its precision and takes its batches, and where TensorRT's messages go.
-
-    Args:
-        trt: the module `tensorrt` or `tensorrt_rtx`; CUDA must have answered where it is the former. name: its name and
-            version, for messages.
-
-    Raises:
-        UnsupportedModelError: the parser rejects the model; its nodes are named.
-        ConfigError: an axis other than the batch is dynamic.
-    """
-    messages = make_logger(trt)
-    builder = trt.Builder(messages)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, messages)
-    if not parser.parse(model):
-        raise rejected_model(parser, name)
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    # TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more.
-    config.clear_flag(trt.BuilderFlag.TF32)
-    dynamic = False  # A model whose axes are all fixed needs no profile.
-    for number in range(network.num_inputs):
-        tensor = network.get_input(number)
-        shape = tuple(tensor.shape)
-        if -1 in shape[1:]:
-            raise ConfigError(
-                f"Input {tensor.name!r} has shape {list(shape)}: only the batch may be dynamic.", "Export it again."
-            )
-        if shape[:1] == (-1,):
-            dynamic = True
-            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in (batch.least, batch.best, batch.most)))
-    if dynamic:
-        config.add_optimization_profile(profile)
-    return builder, network, config, messages
+    return model

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsifiner_edge.errors import BackendError, UnsupportedModelError
 
-MAX_MESSAGES = 50
+_KEPT = 50
 _MEMORY = re.compile(
     r"out ?of ?memory|OutOfMemory|cudaErrorMemoryAllocation|insufficient (?:gpu )?memory", re.IGNORECASE
 )
@@ -18,25 +18,13 @@ _LOST = re.compile(
 )
 
 
-class Messages:
-    """The latest errors and warnings of TensorRT."""
+def make_logger(trt: Any) -> Any:
+    """A logger of TensorRT's that keeps the latest `errors` and `warnings`, and prints nothing."""
 
-    def __init__(self) -> None:
-        self.errors: deque[str] = deque(maxlen=MAX_MESSAGES)
-        self.warnings: deque[str] = deque(maxlen=MAX_MESSAGES)
-
-    def text(self) -> str:
-        """Errors of TensorRT in one line, or that there was none."""
-        return " ".join(" ".join(self.errors).split())[:800] or "TensorRT gave no reason"
-
-
-def make_logger(trt: Any) -> Messages:
-    """A logger of TensorRT's that keeps errors and warnings, and prints nothing."""
-
-    class Logger(trt.ILogger, Messages):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            Messages.__init__(self)
+            self.errors, self.warnings = deque[str](maxlen=_KEPT), deque[str](maxlen=_KEPT)
 
         def log(self, severity: Any, msg: str) -> None:
             """Called by TensorRT, from any of its threads."""
@@ -48,11 +36,15 @@ def make_logger(trt: Any) -> Messages:
     return Logger()
 
 
+def _errors_of(logger: Any) -> str:
+    """In one line, or that there was none."""
+    return " ".join(" ".join(logger.errors).split())[:800] or "TensorRT gave no reason"
+
+
 def rejected_model(parser: Any, name: str) -> UnsupportedModelError:
     """The error for a model that the parser of TensorRT, by its name and version, rejects: names the nodes."""
     lines = []
-    for number in range(parser.num_errors):
-        error = parser.get_error(number)
+    for error in map(parser.get_error, range(parser.num_errors)):
         node = f"node {error.node_name() or error.node()} ({error.node_operator()})"
         inside = f" in {' in '.join(error.local_function_stack())}" if error.local_function_stack_size() else ""
         lines.append(f"{node}{inside}: {' '.join(error.desc().split())}")
@@ -62,29 +54,28 @@ def rejected_model(parser: Any, name: str) -> UnsupportedModelError:
     )
 
 
-def build_error(messages: Messages, workspace: int, free: int) -> BackendError:
-    """The error for a build that gave no engine, with the bytes that it was allowed for scratch and that were free.
+def build_error(name: str, logger: Any, how: str) -> BackendError:
+    """The error for a build that gave no engine; `how` it was done.
 
     TensorRT reports memory that was too small as tactics skipped, and then that no implementation is left.
     """
-    given = f"It was given {workspace >> 20} MiB of workspace, {free >> 20} MiB were free."
-    if any(map(_MEMORY.search, (*messages.errors, *messages.warnings))):
+    if any(map(_MEMORY.search, (*logger.errors, *logger.warnings))):
         return BackendError(
-            f"TensorRT ran out of memory while building. {given}",
+            f"{name} ran out of memory while building. {how}",
             "Close other programs that use the GPU, or build for a smaller batch: a Jetson shares its memory with the "
             "processor.",
         )
     return BackendError(
-        f"TensorRT built no engine: {messages.text()}. {given}",
+        f"{name} built no engine: {_errors_of(logger)}. {how}",
         "If it lacks an implementation, often memory was too small for every one: close other programs. Otherwise "
         "export in another precision, upgrade TensorRT, or use --backend onnxruntime.",
     )
 
 
-def run_error(path: Path, action: str, messages: Messages, fix: str) -> BackendError:
+def run_error(path: Path, action: str, logger: Any, fix: str) -> BackendError:
     """The error for an engine that fails `action`; `fix` where neither its memory nor the device is the reason."""
-    if any(map(_LOST.search, messages.errors)):
+    if any(map(_LOST.search, logger.errors)):
         fix = "The device is lost to this process: start it again; then build the engine again."
-    elif any(map(_MEMORY.search, messages.errors)):
+    elif any(map(_MEMORY.search, logger.errors)):
         fix = "Close other programs that use the GPU, or build for a smaller batch."
-    return BackendError(f"TensorRT fails {action} ({path}): {messages.text()}.", fix)
+    return BackendError(f"TensorRT fails {action} ({path}): {_errors_of(logger)}.", fix)

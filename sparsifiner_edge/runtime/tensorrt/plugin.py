@@ -58,11 +58,8 @@ def _capability(device: CudaDevice) -> int:
     return int(device.compute_capability.replace(".", ""))
 
 
-def with_plugins(trt: Any, content: bytes, bundle: Bundle, device: CudaDevice) -> bytes:
-    """Register the plugins of a bundle for a device, where `why_not` has no reason; returns the model that uses them.
-
-    Args:
-        content: the bundle's `model.onnx`.
+def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaDevice) -> onnx.ModelProto:
+    """Register the plugins of a bundle for a device, where `why_not` has no reason; returns its model that uses them.
 
     Raises:
         ArtifactError: the table does not fit the model.
@@ -76,7 +73,8 @@ def with_plugins(trt: Any, content: bytes, bundle: Bundle, device: CudaDevice) -
             trtp.register(identifier)(_describe(trt, trtp, launch))
             trtp.aot_impl(identifier)(_implement(trtp, launch, ptx))
             _registered.add(identifier)
-    return bytes(kernel_model(onnx.load_from_string(content), table).SerializeToString())
+    made: onnx.ModelProto = kernel_model(model, table)
+    return made
 
 
 def _describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:

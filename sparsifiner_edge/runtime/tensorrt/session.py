@@ -56,13 +56,17 @@ class EngineSession(Session):
         self._trt, self.model, self._messages = trt, path, make_logger(trt)
         self.least_batch, self.in_place_of_sparse = engine.batch.least, engine.details.kernels == DENSE
         self._bound: Mapping[str, Shape] = {}
-        self._recorded: Mapping[str, Shape] | None = None
-        self._last: Mapping[str, Shape] | None = None
+        self._runs = 0
         self._launch: Callable[[], None] | None = None
+        self._graph = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._driver = driver = Driver()
-            self._engine = self._deserialise(content)
+            self._runtime = trt.Runtime(self._messages)
             stack.callback(self._drop)
+            self._engine = self._runtime.deserialize_cuda_engine(content)
+            if self._engine is None:
+                fix = "It was built by another version or is damaged: build it again on this machine."
+                raise run_error(path, "to load an engine", self._messages, fix)
             self._context = self._engine.create_execution_context()
             if self._context is None:
                 raise run_error(path, "to prepare a run", self._messages, _AGAIN)
@@ -78,52 +82,45 @@ class EngineSession(Session):
                 size = math.prod(self._context.get_tensor_shape(spec.name)) * np.dtype(spec.dtype).itemsize
                 self._buffers[spec.name] = driver.pinned(max(size, 1), stack)
                 self._context.set_tensor_address(spec.name, self._buffers[spec.name][1])
-            self._graph = stack.enter_context(contextlib.ExitStack())
+            stack.enter_context(self._graph)
             self._stack = stack.pop_all()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.description = Runtime(
             backend=self.backend,
             version=str(trt.__version__),
             provider="TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
-            device=f"{driver.device.name} (compute capability {driver.device.compute_capability})",
+            device=str(driver.device),
             precision=precision_text(engine.precision, manifest.float_precision),
             kernels=_KERNELS.get(str(engine.details.kernels), "function bodies"),
             threads=1,
             cuda=f"{driver.package}, driver for CUDA {driver.device.driver_version}",
         )
 
-    def _deserialise(self, content: bytes) -> Any:
-        runtime = self._trt.Runtime(self._messages)
-        engine = runtime.deserialize_cuda_engine(content)
-        if engine is None:
-            fix = "It was built by another version or is damaged: build it again on this machine."
-            raise run_error(self.model, "to load an engine", self._messages, fix)
-        self._runtime = runtime
-        return engine
-
     def _specs(self, manifest: Manifest) -> tuple[list[TensorSpec], list[TensorSpec]]:
         """Inputs and outputs, with the manifest's names of dynamic axes."""
         named = {spec.name: spec.shape for spec in (*manifest.inputs, *manifest.outputs)}
         found: dict[bool, list[TensorSpec]] = {True: [], False: []}
-        for number in range(self._engine.num_io_tensors):
-            name = self._engine.get_tensor_name(number)
-            shape = tuple(self._engine.get_tensor_shape(name))
+        for name in map(self._engine.get_tensor_name, range(self._engine.num_io_tensors)):
+            shape, kind = tuple(self._engine.get_tensor_shape(name)), self._engine.get_tensor_dtype(name)
             names = named.get(name, [None] * len(shape))
             axes = tuple(size if size >= 0 else other for size, other in zip(shape, names, strict=True))
-            spec = TensorSpec(name, self._dtype(name), axes)
-            found[self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT].append(spec)
+            try:
+                dtype = str(np.dtype(self._trt.nptype(kind)).name)
+            except TypeError as error:
+                what = f"{name!r} has type {kind}, which NumPy lacks."
+                raise BackendError(what, "Export with another type.") from error
+            is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
+            found[is_input].append(TensorSpec(name, dtype, axes))
         return found[True], found[False]
 
-    def _dtype(self, name: str) -> str:
-        kind = self._engine.get_tensor_dtype(name)
-        try:
-            return str(np.dtype(self._trt.nptype(kind)).name)
-        except TypeError as error:
-            raise BackendError(f"{name!r} has type {kind}, which NumPy lacks.", "Export with another type.") from error
-
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
+        """Take inputs of these shapes from now on. One recording is kept: after a change of shapes an engine's earlier
+        ones are no longer valid.
+        """
         if shapes == self._bound:
             return
+        self._bound, self._runs, self._launch = {}, 0, None
+        self._graph.close()
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 raise run_error(self.model, f"to take {name!r} of shape {list(shape)}", self._messages, _AGAIN)
@@ -144,9 +141,14 @@ class EngineSession(Session):
         if self._engine is None:
             raise self.closed()
         self._driver.use()
-        shapes: dict[str, Shape] = {name: value.shape for name, value in inputs.items()}
-        self._bind(shapes)
-        recording = self._recording(shapes)
+        self._bind({name: value.shape for name, value in inputs.items()})
+        # The first run in some shapes is never recorded: the engine may allocate in it, which a recording forbids.
+        if self._runs and self._launch is None and self.description.why_no_graph is None:
+            try:
+                self._launch = self._driver.capture(self._stream, self._enqueue, self._graph)
+            except BackendError as error:
+                self._refuse_graphs(error)
+        self._runs += 1
         for name, value in inputs.items():
             np.copyto(self._view(name, value.dtype, value.shape), value)
         outputs = {
@@ -156,7 +158,7 @@ class EngineSession(Session):
         start, end = self._events
         self._copy(inputs, to_device=True)
         self._driver.call("to record an event", "cudaEventRecord", start, self._stream)
-        self._start(recording)
+        self._start()
         self._driver.call("to record an event", "cudaEventRecord", end, self._stream)
         self._copy(outputs, to_device=False)
         self._driver.call("while running", "cudaStreamSynchronize", self._stream)
@@ -180,31 +182,11 @@ class EngineSession(Session):
         if not self._context.execute_async_v3(self._stream):
             raise run_error(self.model, "to run", self._messages, _AGAIN)
 
-    def _recording(self, shapes: Mapping[str, Shape]) -> Callable[[], None] | None:
-        """What launches the recording of a run of these shapes; None where there is none.
-
-        A run that differs from the one before is never recorded: the engine may allocate in it, which a recording
-        forbids. One recording is kept: after a change of shapes an engine's earlier ones are no longer valid.
-        """
-        if self.description.why_no_graph is not None:
-            return None
-        if self._recorded != shapes:
-            self._launch = self._recorded = None
-            self._graph.close()
-        if self._launch is None and self._last == shapes:
-            try:
-                self._launch = self._driver.capture(self._stream, self._enqueue, self._graph)
-                self._recorded = shapes
-            except BackendError as error:
-                self._refuse_graphs(error)
-        self._last = shapes
-        return self._launch
-
-    def _start(self, recording: Callable[[], None] | None) -> None:
+    def _start(self) -> None:
         """Put a run's work into the stream: by its recording, or plainly where there is none or it is refused."""
-        if recording is not None:
+        if self._launch is not None:
             try:
-                return recording()
+                return self._launch()
             except BackendError as error:
                 self._refuse_graphs(error)
         return self._enqueue()
@@ -212,7 +194,7 @@ class EngineSession(Session):
     def _refuse_graphs(self, error: BackendError) -> None:
         """Record nothing from now on. A device that is lost says so in the plain run that follows."""
         self.description = replace(self.description, why_no_graph=error.what)
-        self._launch = self._recorded = None
+        self._launch = None
         with contextlib.suppress(BackendError):
             self._graph.close()
 

@@ -8,7 +8,6 @@ import abc
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.bounds import MOST_SIDE, ImageSize, height_width, size_text
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.plugins import plugins, subclass
 from sparsifiner_edge.sparse.attention import HeadGeometry, attention_of, first, geometry_of
 from sparsifiner_edge.sparse.layer import scale_of
 
@@ -170,14 +170,8 @@ def _libraries() -> Iterator[type[Backbone]]:
 
 def _others() -> Iterator[type[Backbone]]:
     """Those that other packages add."""
-    for point in entry_points(group=LIBRARIES):
-        try:
-            kind = point.load()
-        except Exception as error:  # It is anybody's code.
-            raise UnsupportedModelError(f"{point.value} cannot be imported: {error}", f"Mend {point.name}.") from error
-        if not (isinstance(kind, type) and issubclass(kind, Backbone)):
-            raise UnsupportedModelError(f"{point.value} is no class of Backbone.", f"Tell the authors of {point.name}.")
-        yield kind
+    for point in plugins(LIBRARIES).values():
+        yield subclass(Backbone, point, UnsupportedModelError)  # type: ignore[type-abstract]
 
 
 def backbones(module: nn.Module) -> dict[str, Backbone]:

@@ -31,7 +31,8 @@ from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.sparse.hosts import backbone_of, for_size
-from sparsifiner_edge.sparse.weights import brief, check_numbers
+from sparsifiner_edge.sparse.weights import check_numbers
+from sparsifiner_edge.text import said
 
 _ATTENTION = "eager"
 """What every model has, whatever its configuration names."""
@@ -240,7 +241,7 @@ def _loading(source: str) -> Iterator[Any]:
     # It, and what it uses, raise kinds of their own.
     except Exception as error:
         raise WeightsError(
-            f"{source} could not be loaded by transformers: {brief(error)}",
+            f"{source} could not be loaded by transformers: {said(error)}",
             "Give a folder with config.json, model.safetensors and preprocessor_config.json; for a hub's name connect.",
         ) from error
     finally:

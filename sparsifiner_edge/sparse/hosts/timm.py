@@ -26,7 +26,8 @@ from sparsifiner_edge.bounds import MOST_CLASSES, ImageSize, height_width, size_
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsError
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.sparse.hosts import Backbone, for_size, require_size
-from sparsifiner_edge.sparse.weights import FIT, StateDict, brief, load_exactly, read_weights
+from sparsifiner_edge.sparse.weights import FIT, StateDict, load_exactly, read_weights
+from sparsifiner_edge.text import said
 
 TimmModel: TypeAlias = VisionTransformer | Eva
 """What can be made sparse: timm's plain vision transformers, the latter with rotary position embeddings too."""
@@ -202,7 +203,7 @@ def load_model(name: str, weights: Path | None = None, img_size: ImageSize | Non
     # The hub clients raise their own kinds of error; all mean that no weights arrived.
     except Exception as error:
         raise WeightsError(
-            f"The weights of {name!r} could not be downloaded: {brief(error)}",
+            f"The weights of {name!r} could not be downloaded: {said(error)}",
             "Connect, or give a file with --weights.",
         ) from error
 

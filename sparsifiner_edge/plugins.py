@@ -1,0 +1,41 @@
+"""Code that others add: by the entry points of installed packages, or as "package.module:object"."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from sparsifiner_edge.errors import ConfigError, SparsifinerError
+from sparsifiner_edge.text import said
+
+Kind = TypeVar("Kind")
+
+
+def plugins(group: str) -> dict[str, EntryPoint]:
+    """What installed packages name in a group of entry points; none of it is imported."""
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def imported(place: EntryPoint | str, fix: str, error: type[SparsifinerError] = ConfigError) -> Any:
+    """The object that an entry point stands for, or "package.module:object" does.
+
+    Raises:
+        SparsifinerError: `error`, with this `fix`: it cannot be imported, for whatever reason: it is anybody's code.
+    """
+    point = EntryPoint("", place, "") if isinstance(place, str) else place
+    try:
+        return point.load()
+    except Exception as found:
+        raise error(f"{point.value} cannot be imported: {type(found).__name__}: {said(found)}.", fix) from found
+
+
+def subclass(base: type[Kind], point: EntryPoint, error: type[SparsifinerError]) -> type[Kind]:
+    """The class of this base that an entry point stands for.
+
+    Raises:
+        SparsifinerError: `error`: it cannot be imported, or is none.
+    """
+    kind = imported(point, f"Reinstall {point.name}.", error)
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise error(f"{point.value} is no class of {base.__name__}.", f"Report it to the authors of {point.name}.")
+    return kind
