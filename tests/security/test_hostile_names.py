@@ -57,7 +57,8 @@ def hostile(folder: Path, keys: Path, name: str, links: dict[str, str] | None = 
 
 
 COMMANDS = (
-    "bundle verify {bundle}", "bundle verify {bundle} --public-key {keys}/key.pub", "build {bundle} --backend tensorrt-rtx --compute-capability 9.9",
+    "bundle verify {bundle}", "bundle verify {bundle} --public-key {keys}/key.pub",
+    "build {bundle} --backend tensorrt-rtx --compute-capability 9.9",
     "bundle sign {bundle} --key {keys}/key.pem", "run {bundle} --source test --frames 1",
     "run {bundle} --source test --require-signature {keys}/key.pub", "profile {bundle} --seconds .1 -o {place}/out",
     "estimate {bundle} --board orin-nano-8gb -o {place}/out",
