@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from sparsifiner_edge.distill.losses import Judgement
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import io_errors, open_regular, read_bytes, replaced_file, write_bytes
 from sparsifiner_edge.text import dump_json, finite, said
@@ -33,17 +34,16 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
     """Where a training stands, beside its tensors.
 
     Attributes:
-        step: steps done. best_step: of the judgement whose weights are kept.
-        fidelity: of each judgement, by step; see `losses.Judgement.score`. each: of each judgement, by step, the
-            figure of every budget, in the order of `Training.budgets`.
+        step: steps done. best_step: after which the weights that are kept stood.
+        start, best: judgements of the first weights, and of those that are kept.
         unreadable: files. recent: losses that an explosion is measured against.
     """
 
     fingerprint: Fingerprint = {}
     step: int = 0
     best_step: int = 0
-    fidelity: dict[int, float] = {}
-    each: dict[int, list[float]] = {}
+    start: Judgement | None = None
+    best: Judgement | None = None
     unreadable: set[str] = set()
     recent: list[float] = []
 
@@ -53,11 +53,8 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
         Raises:
             ArtifactError: a step lies elsewhere, or a judgement is missing.
         """
-        if not (
-            all(0 <= step <= self.step <= total for step in (self.step, self.best_step, *self.fidelity))
-            and {0, self.best_step} <= self.fidelity.keys() == self.each.keys()
-            and all(len(figures) == budgets for figures in self.each.values())
-        ):
+        judged = all(one is not None and len(one.figures) == budgets for one in (self.start, self.best))
+        if not (judged and 0 <= self.best_step <= self.step <= total):
             raise ArtifactError("The checkpoint's steps do not belong to this training.", ANEW)
 
 

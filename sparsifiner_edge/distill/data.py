@@ -176,23 +176,25 @@ def folder_source(
     if not train:
         raise ImageError(f"{folder} holds {len(files)} images, all of which are held out.", "Give more images.")
     root = folder if held_out is None else held_out
-    labels: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()
-    known: list[int] = []
     if labelled:
-        parts = {path: path.relative_to(folder).parts for path in files}
-        if folder.is_file() or any(len(part) < 2 for part in parts.values()):
+        if folder in files or any(path.parent == folder for path in files):
             raise ConfigError(
                 f"{folder} has images outside the folders of classes.", "Sort them, or leave --labels out."
             )
-        classes = class_order((part[0] for part in parts.values()), classifier)  # those held out are of classes too
-        numbers = {name: number for number, name in enumerate(classes)}
-        labels = tuple(numbers[parts[path][0]] for path in train)
-        known = [numbers[name] for path in kept if (name := path.relative_to(root).parts[0]) in numbers]
+        classes = class_order((_top(path, folder) for path in files), classifier)  # those held out are of classes too
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = tuple(numbers[_top(path, folder)] for path in train) if labelled else ()
+    known = [numbers[top] for path in kept if (top := _top(path, root)) in numbers]
     fingerprint = _fingerprint(folder, train, labels) + _fingerprint(root, kept, ())
     return ImageSource(
         train, tuple(kept), fingerprint, labels, classes, tuple(known) if len(known) == len(kept) else ()
     )
+
+
+def _top(path: Path, root: Path) -> str:
+    """What `path` lies in, or is, directly below `root`; empty where it is `root` itself."""
+    return "".join(path.relative_to(root).parts[:1])
 
 
 Sample = tuple[Tensor, int, str, tuple[str, ...]]

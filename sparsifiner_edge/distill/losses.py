@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -159,12 +160,12 @@ class HeldOut(NamedTuple):
     label: int | None = None
 
 
-class Judgement(NamedTuple):
+class Judgement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of weights, on held-out images.
 
     Attributes:
         fidelity: see `joint_fidelity`; -1 where it is NaN. cosines: of each budget. top1: of each budget, where images
-            have classes.
+            have classes, and decides then.
     """
 
     fidelity: float
@@ -175,6 +176,11 @@ class Judgement(NamedTuple):
     def score(self) -> float:
         """What decides: the greater, the better."""
         return statistics.fmean(self.top1) if self.top1 and self.fidelity > -1 else self.fidelity
+
+    @property
+    def figures(self) -> list[float]:
+        """Of each budget, by what decides."""
+        return self.top1 or self.cosines
 
 
 @torch.no_grad()

@@ -42,8 +42,6 @@ BOUND = (
     "seed", "epsilon", "weight_decay", "predictor_weight_decay", "ema", "freeze_decoder", "precision", "best",
 )  # fmt: skip
 """Of a recipe, that may not change where a training is resumed."""
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What AdamW keeps of a parameter."""
 
 
 def make_accelerator(recipe: Recipe) -> Any:
@@ -167,7 +165,7 @@ class Training:
         Raises:
             GateError: a loss is NaN or infinite, or has exploded.
         """
-        if 0 not in self.state.fidelity:
+        if self.state.start is None:
             self._judge(0)
             self._save()
         stream = self._stream()
@@ -276,12 +274,11 @@ class Training:
             state, judgement = self.state, judge_weights(model, self.held_out, self.budgets, self.distiller.names)
             if step == 0 and judgement.fidelity == -1:
                 raise GateError("The student's tokens of held-out images are NaN or infinite.", "Look at its weights.")
-            figures = {"fidelity": judgement.fidelity, "cosines": judgement.cosines}
-            checkpoint.append_history(self.folder, step, **figures | ({"top1": judgement.top1} if self.by_top1 else {}))
-            state.fidelity[step] = judgement.score
-            state.each[step] = judgement.top1 if self.by_top1 else judgement.cosines
-            if judgement.score >= max(state.fidelity.values()):
-                state.best_step = step
+            top1 = {"top1": judgement.top1} if self.by_top1 else {}
+            checkpoint.append_history(self.folder, step, fidelity=judgement.fidelity, cosines=judgement.cosines, **top1)
+            state.start = state.start or judgement
+            if state.best is None or judgement.score >= state.best.score:
+                state.best, state.best_step = judgement, step
                 self.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         self.accelerator.wait_for_everyone()
 
@@ -326,21 +323,18 @@ class Training:
         state.require_course(self.total, len(self.budgets))
         student, average = self.distiller.student, None if self.average is None else self.average.module
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
-        moments = {
-            number: {name: torch.zeros(()) if name == "step" else parameter for name in MOMENTS}
-            for number, parameter in enumerate(parameters)
-            if f"optimiser/{number}/step" in tensors  # Of those that ever had a gradient.
-        }
+        moments = {number: _part(f"optimiser/{number}", tensors) for number in range(len(parameters))}
+        moments = {number: each for number, each in moments.items() if each}  # Of those that ever had a gradient.
         like = self._tensors() | _named("best", student.state_dict())
-        for number, each in moments.items():
-            like |= _named(f"optimiser/{number}", each)
+        for number in moments:
+            of_adam = {"exp_avg": parameters[number], "exp_avg_sq": parameters[number], "step": torch.zeros(())}
+            like |= _named(f"optimiser/{number}", of_adam)
         checkpoint.require_like(tensors, like)
         student.load_state_dict(_part("student", tensors))
         if average is not None:
             average.load_state_dict(_part("average", tensors))
         # Rates are set at every step, and all else that the groups say the fingerprint has compared.
-        found = {number: _part(f"optimiser/{number}", tensors) for number in moments}
-        self.optimiser.load_state_dict({"state": found, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.optimiser.load_state_dict({"state": moments, "param_groups": self.optimiser.state_dict()["param_groups"]})
         state.unreadable |= self.state.unreadable
         self.best, self.state, self._saved = _part("best", tensors), state, state.step
         if self.accelerator.is_main_process:
