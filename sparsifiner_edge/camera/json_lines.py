@@ -94,8 +94,14 @@ class LineWriter:
                 self._count("lines_dropped")
 
     def close(self) -> None:
-        """Write what waits, for at most 2 s where nothing is waited for, and close. Raises as `write`."""
-        with self._lock, self._errors():
+        """Write what waits, for at most 2 s where nothing is waited for, and close.
+
+        Raises:
+            ArtifactError, OSError: as of `write`, of a source that is not live: else that the reader has gone is no
+                failure of what is over.
+        """
+        gone = contextlib.suppress(BrokenPipeError) if self._live else contextlib.nullcontext()
+        with self._lock, self._errors(), gone:
             ends = time.monotonic() + _DRAIN_S
             try:
                 while not (flushed := self._flushed()) and time.monotonic() < ends:

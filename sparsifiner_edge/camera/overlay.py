@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,36 +15,23 @@ from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
+from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.text import shown
 
 _LEAST_SIDE = 480
 """Pixels along the longer side: smaller images are enlarged, so that text can be read."""
-_SUFFIXES = (".mkv", ".mp4")
+OVERLAY_SUFFIXES = (".mkv", ".mp4")
 _CODEC = "libx264"
 _FAST = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
 _TEXT, _MARGIN, _TEXT_WIDTH = 16, 8, 44
-
-
-def require_overlay(path: Path) -> None:
-    """Refuse an overlay that cannot be made.
-
-    Raises:
-        ConfigError: another ending than .mp4 or .mkv.
-        MissingExtraError: PyAV is missing.
-    """
-    if importlib.util.find_spec("av") is None:
-        raise MissingExtraError("av", "camera")
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"The overlay {path} is no video's name.", f"Let it end with {' or '.join(_SUFFIXES)}.")
 
 
 class Overlay:
     """A video of what the model sees, with its answers; times of the file are those of the frames. A context manager.
 
     Args:
-        path: .mp4 (in fragments, so that a file cut short still plays) or .mkv; see `require_overlay`.
+        path: .mp4 (in fragments, so that a file cut short still plays) or .mkv.
         model_size: of the model's images.
         live: a service goes on without the overlay when the disk or the encoder refuses, counts and tells that; of
             another source the overlay is what was wanted, and its failure is an error.

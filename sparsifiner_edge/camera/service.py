@@ -22,7 +22,7 @@ from sparsifiner_edge.camera.decoder_protocol import Frame
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.json_lines import LineWriter
 from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.overlay import Overlay, require_overlay
+from sparsifiner_edge.camera.overlay import OVERLAY_SUFFIXES, Overlay
 from sparsifiner_edge.camera.sources import KNOWN, Source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ConfigError, ImageError
@@ -131,13 +131,11 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
         BrokenPipeError: the reader of standard output has gone.
         SparsifinerError: the bundle, backend or options are unusable.
     """
-    require_decoder(source)
+    require_decoder(source, options.overlay is not None)
     _require_outputs(bundle, source, options)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(_opened(bundle, options))
-        events = LineWriter(sys.stderr, live=True)
-        stack.callback(_close_quietly, events)
-        status = Status(source.shown, events.write)
+        status = Status(source.shown, stack.enter_context(LineWriter(sys.stderr, live=True)).write)
         if options.metrics is not None:
             server = stack.enter_context(HealthServer(options.metrics, status, max(2.0, 2 * options.stall_s)))
             status.event("metrics", address=server.url)
@@ -219,15 +217,10 @@ def _ms(began_ns: int, ended_ns: int) -> float:
     return round((ended_ns - began_ns) / 1e6, 3)
 
 
-def _close_quietly(events: LineWriter) -> None:
-    """Who read the events may have gone; that is no failure of the run."""
-    with contextlib.suppress(OSError):
-        events.close()
-
-
 def _require_outputs(bundle: Path, source: Source, options: RunOptions) -> None:
-    if options.overlay is not None:
-        require_overlay(options.overlay)
+    if options.overlay is not None and options.overlay.suffix.lower() not in OVERLAY_SUFFIXES:
+        fix = f"Let it end with {' or '.join(OVERLAY_SUFFIXES)}."
+        raise ConfigError(f"The overlay {options.overlay} is no video's name.", fix)
     for path in filter(None, (options.output, options.overlay)):
         require_file_path(path)
         require_other_file(path, source, bundle)

@@ -130,14 +130,14 @@ def require_other_file(path: Path, source: Source, bundle: Path) -> None:
                 )
 
 
-def require_decoder(source: Source) -> None:
-    """Refuse a source whose decoder is not installed.
+def require_decoder(source: Source, overlay: bool = False) -> None:
+    """Refuse a source whose decoder, or with an overlay an encoder, is not installed.
 
     Raises:
         MissingExtraError: PyAV is missing.
         ConfigError: GStreamer's tools are missing.
     """
-    if source.kind in ("file", "rtsp") and importlib.util.find_spec("av") is None:
+    if (overlay or source.kind in ("file", "rtsp")) and importlib.util.find_spec("av") is None:
         raise MissingExtraError("av", "camera")
     if source.kind == "gst" and shutil.which("gst-launch-1.0") is None:
         raise ConfigError(

@@ -47,6 +47,7 @@ def _print(result: ProfileResult) -> None:
     rows += _layer_rows(figures)
     conditions = [result.method.conditions[role] for role in roles]
     rows += [[label, *(_cell(read(each)) for each in conditions)] for label, read in _CONDITIONS]
+    rows.append(["governor", *[_cell(result.machine.governor)] * len(names)])
     described = [result.method.runtime[role] for role in roles]
     rows.append(["backend", *(f"{_cell(runtime.backend)} {_cell(runtime.version)}" for runtime in described)])
     for what in ("device", "kernels", "precision", "threads"):
@@ -81,7 +82,6 @@ _ROWS: tuple[tuple[str, Callable[[Figures], Cell]], ...] = (
 _CONDITIONS: tuple[tuple[str, Callable[[Seen], Cell]], ...] = (
     ("processor's clock, MHz", lambda conditions: _median(conditions, "cpu_mhz")),
     ("GPU's clock, MHz", lambda conditions: _median(conditions, "gpu_mhz")),
-    ("governor", lambda conditions: conditions.before.governor),
     ("power mode", lambda conditions: conditions.before.power_mode),
 )
 

@@ -26,6 +26,10 @@ TensorRT-RTX (`benchmarks/engines_rtx.py`). 5 are left there without MatchTokens
 (`tests/tensorrt/test_rtx.py`), and CUDA kernels are four and one. native: a CPU's library."""
 
 
+PRUNING_LAUNCHES = 6
+"""Kernels of a layer after which tokens are pruned: scores, TopK, and gathers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RooflineFit:
     """What real kernels reach, fitted.
@@ -173,7 +177,7 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sh
         operator("mlp", "linear", 3, 2 * shape.width * shape.hidden),
     ]
     if costs["pruning"].macs:
-        found.append(dataclasses.replace(operator("pruning", "attention", 0), scores=6))
+        found.append(operator("pruning", "attention", 0 if work.sparsity.merge else PRUNING_LAUNCHES))
     if share < 1:
         ours = work.kernels == "kernels"
         found.append(operator("predictor", "kernels" if ours else "predictor", 2))

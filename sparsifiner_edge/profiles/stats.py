@@ -14,6 +14,7 @@ from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Estimate
 
 CONFIDENCE = 0.95
+_NORMAL = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 MARGIN = 0.01
 """Ratios within 1 +- MARGIN are never called a difference: two processes of one model differ by that much."""
 
@@ -87,22 +88,27 @@ def quantile_interval(samples: Series, share: float) -> tuple[float | None, floa
     return low, high
 
 
-def mean_interval(samples: Series) -> tuple[float, float]:
-    """95 % interval of the mean: normal, with the standard error of the effective number of samples."""
-    values = np.asarray(samples, dtype=np.float64)
-    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    error = 1.96 * spread / math.sqrt(effective_size(values))
-    return float(values.mean()) - error, float(values.mean()) + error
+def mean_reach(samples: Series, independent: int | None = None) -> float | None:
+    """How far the 95 % interval of the mean goes to either side: Student's t, which holds for few samples, too.
+
+    Args:
+        independent: how many of them are; None: `effective_size`. Below `MIN_FOR_MEAN` there is no interval: None.
+    """
+    count = effective_size(samples) if independent is None else independent
+    if count < MIN_FOR_MEAN:
+        return None
+    return student_t(count - 1) * float(np.std(samples, ddof=1)) / math.sqrt(count)
+
+
+def mean_of(samples: Series, independent: int | None, method: str) -> Estimate:
+    """The mean with its interval; see `mean_reach`."""
+    mean, reach = float(np.mean(samples)), mean_reach(samples, independent)
+    return estimate(mean, *(None if reach is None else mean + side * reach for side in (-1, 1)), method=method)
 
 
 def small_sample_mean(samples: Series) -> Estimate:
-    """Mean of independent samples with Student's t interval, which holds for few; no bounds below `MIN_FOR_MEAN`."""
-    values = np.asarray(samples, dtype=np.float64)
-    mean, low, high = float(values.mean()), None, None
-    if len(values) >= MIN_FOR_MEAN:
-        reach = student_t(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
-        low, high = mean - reach, mean + reach
-    return estimate(mean, low, high, f"Student's t, {len(values)} samples")
+    """Mean of independent samples, such as images."""
+    return mean_of(samples, len(samples), f"Student's t, {len(samples)} samples")
 
 
 def skewed_mean(samples: Series, shape: float) -> Estimate:
@@ -114,22 +120,22 @@ def skewed_mean(samples: Series, shape: float) -> Estimate:
     """
     values = np.asarray(samples, dtype=np.float64)
     mean, freedom = float(values.mean()), 2 * shape * len(values)
-    low, high = (mean * freedom / chi_squared(freedom, sign) for sign in (1, -1))
-    return estimate(mean, low, high, f"gamma of shape {shape:.2f}, {len(values)} samples")
+    bounds = (mean * freedom / chi_squared(freedom, sign) for sign in (1, -1))
+    return estimate(mean, *bounds, method=f"gamma of shape {shape:.2f}, {len(values)} samples")
 
 
 def chi_squared(freedom: float, sign: int) -> float:
     """Its .975 quantile, or with a sign of -1 its .025 quantile: Wilson and Hilferty's, which is too small, never too
     large, below a few degrees of freedom.
     """
-    z = sign * NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    z = sign * _NORMAL
     part = 2 / (9 * freedom)
     return freedom * max(1 - part + z * math.sqrt(part), 1e-3) ** 3
 
 
 def student_t(freedom: int) -> float:
     """The .975 quantile of Student's t: Cornish and Fisher's expansion, good to .002 from 4 degrees of freedom on."""
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    z = _NORMAL
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
@@ -149,12 +155,10 @@ def summarise(latency_ms: Series) -> tuple[Latency, Estimate]:
         bounds = quantile_interval(latency_ms, share)
         return estimate(percentile(latency_ms, share), *bounds, "order statistics, effective sample size")
 
-    mean = float(np.mean(latency_ms))
-    low, high = mean_interval(latency_ms)
-    normal = "normal, effective sample size"
-    latency = Latency(quantile(0.5), quantile(0.9), quantile(0.99), estimate(mean, low, high, normal))
-    fastest = 1000 / low if low > 0 else None
-    return latency, estimate(1000 / mean, 1000 / high, fastest, normal)
+    mean = mean_of(latency_ms, None, "Student's t, effective sample size")
+    bounds = (1000 / ms if isinstance(ms, float) and ms > 0 else None for ms in (mean.high, mean.low))
+    latency = Latency(quantile(0.5), quantile(0.9), quantile(0.99), mean)
+    return latency, estimate(1000 / mean.value, *bounds, method=mean.interval)
 
 
 def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.ndarray[Any, Any]:

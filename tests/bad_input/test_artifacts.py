@@ -253,7 +253,7 @@ FOREIGN = "does not belong to this training"
     ("change", "text"),
     [
         (lambda s, _: setattr(s, "step", 99), "steps do not belong to this training"),
-        (lambda s, _: s.each.update({0: [0.5]}), "steps do not belong to this training"),
+        (lambda s, _: setattr(s, "start", None), "steps do not belong to this training"),
         (lambda s, _: s.fingerprint.update(seed=7), "began with other seed: 7, now 0"),
         (lambda _, t: t.pop("best/norm.weight"), f"'best/norm.weight' {FOREIGN}"),
         (lambda _, t: t.update({NORM: torch.zeros(3)}), f"{NORM!r} {FOREIGN}"),

@@ -115,7 +115,6 @@ def test_what_goes_wrong_midway_is_told_and_leaves_a_gap(tmp_path, deny, change,
 def test_conditions_of_an_orin_nano_and_what_refuses_is_left_out(tmp_path, deny):
     assert conditions(trees.orin_nano(tmp_path)) == {
         "clocks_mhz": {"cpu": pytest.approx(1344.0), "gpu": pytest.approx(305.0), "memory": pytest.approx(2133.0)},
-        "governor": "schedutil",
         "temperature_c": {"cpu-thermal": 46.531, "gpu-thermal": 46.093, "soc0-thermal": 45.406},
         "throttled_by": [],
         "throttle_counts": {"oc1_event_cnt": 0, "oc2_event_cnt": 0, "oc3_event_cnt": 0},

@@ -22,7 +22,6 @@ CLOCKS: dict[str, tuple[Any, ...]] = {
     "memory": (1e-6, "sys/class/devfreq/bwmgr/cur_freq", "sys/kernel/debug/bpmp/debug/clk/emc/rate"),
 }
 """The factor to MHz and files, by clock; of several files, as of cores, the greatest counts."""
-GOVERNORS = "sys/devices/system/cpu/cpufreq/policy*/scaling_governor"
 THROTTLE_COUNTERS = (
     "sys/class/hwmon/hwmon*/oc*_event_cnt",
     "sys/devices/system/cpu/cpu0/thermal_throttle/*_throttle_count",
@@ -37,7 +36,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """Clocks, temperatures, throttling and power mode at a moment; what a machine does not tell is left out.
 
     Attributes:
-        clocks_mhz: by the keys of `CLOCKS`. governor: of the processor. temperature_c: by zone.
+        clocks_mhz: by the keys of `CLOCKS`. temperature_c: by zone.
         throttled_by: names of what slows the machine down now. throttle_counts: counters that only rise.
         power_mode: of a Jetson, as nvpmodel names or numbers it. power_limit_mw: of an NVIDIA card.
     """
@@ -46,7 +45,6 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     temperature_c: dict[str, float]
     throttled_by: list[str] | Unavailable
     throttle_counts: dict[str, int]
-    governor: str | None = None
     power_mode: str | None = None
     power_limit_mw: int | None = None
 
@@ -80,7 +78,6 @@ def conditions(root: Path = Path("/")) -> Conditions:
         throttled_by=[kind for kind, state in devices if state and not _NOT_PASSIVE.search(kind)]
         if devices else Unavailable("the kernel names no cooling device"),
         throttle_counts=dict(_read(root, lambda file: (file.name, int(read_number(file))), *THROTTLE_COUNTERS)),
-        governor=", ".join(dict.fromkeys(_read(root, read_text, GOVERNORS))) or None,
         power_mode=_power_mode(root),
     )  # fmt: skip
     with contextlib.suppress(UnavailableError):

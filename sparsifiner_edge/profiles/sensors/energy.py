@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.profiles.sensors.recording import Recording, Window
-from sparsifiner_edge.profiles.stats import MIN_FOR_MEAN, effective_size, estimate, student_t
+from sparsifiner_edge.profiles.stats import estimate, mean_reach
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Estimate
 
@@ -153,11 +153,7 @@ def _reach(inside: _Power, recording: Recording) -> float | None:
     """Watts, 95 %: how far the mean power of such windows may lie from what it was; None: too few parts to say."""
     least = _PART_READINGS + math.ceil(recording.sensor.averaging_s / recording.sensor.period_s)
     parts = min(_PARTS, len(inside.watts) // least)
-    means = np.array([part.mean() for part in np.array_split(inside.watts, parts)] if parts else [])
-    count = effective_size(means) if parts else 0
-    if count < MIN_FOR_MEAN:
-        return None
-    return student_t(count - 1) * float(means.std(ddof=1)) / math.sqrt(count)
+    return mean_reach([part.mean() for part in np.array_split(inside.watts, parts)]) if parts else None
 
 
 def _idle(recording: Recording, power: _Power) -> tuple[Known[float], float]:
