@@ -25,7 +25,6 @@ from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.camera.confine import confine
 from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, End, Frame, send
 from sparsifiner_edge.camera.gstreamer import read_pipeline
-from sparsifiner_edge.camera.libav import read_stream
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.sources import place_of
 from sparsifiner_edge.files import open_regular
@@ -71,12 +70,14 @@ def frames_of(kind: str, location: str, size: ImageSize, patience_s: float, star
         if kind == "test":
             frames = _test_frames(float(location), size)
             next(frames)  # So that all is imported.
-        elif kind == "file":
-            frames = read_stream(opened.enter_context(open_regular(Path(location))), size, patience_s)
         else:
-            frames = read_stream(location, size, patience_s)
-            host, port = place_of(location)
-            socket.getaddrinfo(host, port)  # So that the system's libraries for names are loaded.
+            from sparsifiner_edge.camera.libav import read_stream
+
+            file = opened.enter_context(open_regular(Path(location))) if kind == "file" else None
+            frames = read_stream(file or location, size, patience_s)
+            if file is None:
+                host, port = place_of(location)
+                socket.getaddrinfo(host, port)  # So that the system's libraries for names are loaded.
         confine(starter, port)
         yield from frames
 

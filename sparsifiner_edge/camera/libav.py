@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.camera.decoder_protocol import Frame
@@ -59,8 +61,6 @@ def read_stream(source: BinaryIO | str, size: ImageSize, patience_s: float) -> I
     Raises:
         av.FFmpegError, OSError, ValueError: it cannot be opened, was lost, or is no video that can be taken.
     """
-    import av
-
     live = isinstance(source, str)
     limits = {"max_pixels": str(MAX_PIXELS), "max_streams": "64"} | (_STREAM if live else _FILE)
     # PyAV before 19 raises an error for metadata that are no text, unless told; later ones know no such option.
@@ -106,8 +106,6 @@ class _Reader:
     """Decodes packets; remembers when each arrived, since a decoder gives frames back later and in another order."""
 
     def __init__(self, stream: Any, size: ImageSize, live: bool) -> None:
-        from av.video.reformatter import VideoReformatter
-
         self._stream, self._size, self._live = stream, size, live
         self._clock = _StreamClock()
         self._scaler: Any = VideoReformatter()
@@ -115,8 +113,6 @@ class _Reader:
         self.bad, self.count = 0, 0
 
     def frames(self, packet: Any) -> Iterator[Frame]:
-        import av
-
         arrived = time.monotonic_ns()
         self._arrived[packet.pts] = arrived
         while len(self._arrived) > 64:

@@ -9,7 +9,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
+import av
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.bounds import ImageSize, height_width
@@ -21,7 +23,6 @@ from sparsifiner_edge.text import shown
 
 _LEAST_SIDE = 480
 """Pixels along the longer side: smaller images are enlarged, so that text can be read."""
-OVERLAY_SUFFIXES = (".mkv", ".mp4")
 _CODEC = "libx264"
 _FAST = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
 _TEXT, _MARGIN, _TEXT_WIDTH = 16, 8, 44
@@ -42,8 +43,6 @@ class Overlay:
     """
 
     def __init__(self, path: Path, model_size: ImageSize, live: bool, status: Status) -> None:
-        import av
-
         self._path, self._live, self._status = path, False, status  # What cannot be begun is an error of any source.
         height, width = height_width(model_size)
         times = max(1, -(-_LEAST_SIDE // max(height, width)))
@@ -81,8 +80,6 @@ class Overlay:
         Raises:
             ArtifactError: the disk or the encoder refuses, of a source that is not live.
         """
-        import av
-
         if self._lost:
             return
         self._answered_at.append(record.monotonic_s)
@@ -98,8 +95,6 @@ class Overlay:
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
         """FFmpeg's errors are many, and not all of them are the system's. The first alone is raised, or told."""
-        import av
-
         try:
             with io_errors(self._path):
                 try:
@@ -116,8 +111,6 @@ class Overlay:
             self._status.event("overlay_lost", reason=error.what)
 
     def _drawn(self, pixels: Pixels, lines: list[str], heat: Array | None) -> Pixels:
-        from PIL import Image, ImageDraw, ImageFont
-
         image = Image.fromarray(pixels).resize(self._size)
         if heat is not None:
             mask = Image.fromarray((heat * 170).astype(np.uint8)).resize(self._size, Image.Resampling.BILINEAR)

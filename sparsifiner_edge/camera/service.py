@@ -22,7 +22,6 @@ from sparsifiner_edge.camera.decoder_protocol import Frame
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.json_lines import LineWriter
 from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.overlay import OVERLAY_SUFFIXES, Overlay
 from sparsifiner_edge.camera.sources import KNOWN, Source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ConfigError, ImageError
@@ -33,6 +32,7 @@ from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import write_record
 
 _TICK_S = 0.1
+_OVERLAY_SUFFIXES = (".mkv", ".mp4")
 _PIPELINE = {"missing": ["A GStreamer pipeline is your own command line, and is not confined."]}
 
 
@@ -160,6 +160,8 @@ def _run(model: Model, source: Source, options: RunOptions, status: Status, stop
         lines = stack.enter_context(LineWriter(options.output or sys.stdout, source.live, stop, status.count))
         overlay = None
         if options.overlay is not None:
+            from sparsifiner_edge.camera.overlay import Overlay
+
             overlay = stack.enter_context(Overlay(options.overlay, model.size, source.live, status))
         capture = stack.enter_context(Capture(source, model.size, options.stall_s, status))
         stack.callback(notify_systemd, "STOPPING=1")
@@ -218,8 +220,8 @@ def _ms(began_ns: int, ended_ns: int) -> float:
 
 
 def _require_outputs(bundle: Path, source: Source, options: RunOptions) -> None:
-    if options.overlay is not None and options.overlay.suffix.lower() not in OVERLAY_SUFFIXES:
-        fix = f"Let it end with {' or '.join(OVERLAY_SUFFIXES)}."
+    if options.overlay is not None and options.overlay.suffix.lower() not in _OVERLAY_SUFFIXES:
+        fix = f"Let it end with {' or '.join(_OVERLAY_SUFFIXES)}."
         raise ConfigError(f"The overlay {options.overlay} is no video's name.", fix)
     for path in filter(None, (options.output, options.overlay)):
         require_file_path(path)

@@ -64,15 +64,13 @@ def save(folder: Path, state: TrainingState, tensors: Mapping[str, Tensor]) -> N
     Raises:
         ArtifactError: the disk refuses; the checkpoint is the one before.
     """
-    path = folder / CHECKPOINT
     copies = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     try:
-        with replaced_file(path) as scratch:
+        with replaced_file(folder / CHECKPOINT) as scratch:
             # Not by `save_file`, which writes to a file of its own first: a kill would leave that beside ours.
             scratch.write_bytes(safetensors.torch.save(copies, {_STATE: msgspec.json.encode(state).decode()}))
-    except (ArtifactError, safetensors.SafetensorError) as error:  # The latter with words of its own.
-        what = error.what if isinstance(error, ArtifactError) else f"{path} cannot be written: {said(error)}."
-        raise ArtifactError(what, "Free space; go on with --resume.") from error
+    except ArtifactError as error:
+        raise ArtifactError(error.what, "Free space; go on with --resume.") from error
 
 
 def load(folder: Path) -> tuple[TrainingState, Tensors]:

@@ -103,7 +103,8 @@ def mean_reach(samples: Series, independent: int | None = None) -> float | None:
 def mean_of(samples: Series, independent: int | None, method: str) -> Estimate:
     """The mean with its interval; see `mean_reach`."""
     mean, reach = float(np.mean(samples)), mean_reach(samples, independent)
-    return estimate(mean, *(None if reach is None else mean + side * reach for side in (-1, 1)), method=method)
+    low, high = (None, None) if reach is None else (mean - reach, mean + reach)
+    return estimate(mean, low, high, method)
 
 
 def small_sample_mean(samples: Series) -> Estimate:
@@ -120,8 +121,8 @@ def skewed_mean(samples: Series, shape: float) -> Estimate:
     """
     values = np.asarray(samples, dtype=np.float64)
     mean, freedom = float(values.mean()), 2 * shape * len(values)
-    bounds = (mean * freedom / chi_squared(freedom, sign) for sign in (1, -1))
-    return estimate(mean, *bounds, method=f"gamma of shape {shape:.2f}, {len(values)} samples")
+    low, high = (mean * freedom / chi_squared(freedom, sign) for sign in (1, -1))
+    return estimate(mean, low, high, f"gamma of shape {shape:.2f}, {len(values)} samples")
 
 
 def chi_squared(freedom: float, sign: int) -> float:
@@ -156,9 +157,9 @@ def summarise(latency_ms: Series) -> tuple[Latency, Estimate]:
         return estimate(percentile(latency_ms, share), *bounds, "order statistics, effective sample size")
 
     mean = mean_of(latency_ms, None, "Student's t, effective sample size")
-    bounds = (1000 / ms if isinstance(ms, float) and ms > 0 else None for ms in (mean.high, mean.low))
+    slow, fast = (1000 / ms if isinstance(ms, float) and ms > 0 else None for ms in (mean.high, mean.low))
     latency = Latency(quantile(0.5), quantile(0.9), quantile(0.99), mean)
-    return latency, estimate(1000 / mean.value, *bounds, method=mean.interval)
+    return latency, estimate(1000 / mean.value, slow, fast, mean.interval)
 
 
 def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.ndarray[Any, Any]:

@@ -64,27 +64,28 @@ class QueryBlock(NamedTuple):
 
 
 class _Worker:
-    """One session and its one input; each public method is an operation. `execution`: fields of an `Execution`."""
+    """One session and its one input; each public method is an operation, `load` or `layers` the first. `execution`:
+    fields of an `Execution`.
+    """
 
-    def __init__(self) -> None:
-        self.session: Session | None = None
-        self.inputs: dict[str, Array] = {}
+    session: Session
+    inputs: dict[str, Array]
 
     def load(self, bundle: str, execution: dict[str, Any]) -> Loaded:
         chosen = msgspec.convert(execution, Execution)
         find_backend(chosen).load()
         before = process_bytes(RESIDENT)
-        self.session = session = open_checked(checked_bundle(Path(bundle)), chosen)
-        self.inputs = inputs = fixed_inputs(session.inputs)
+        self.session = open_checked(checked_bundle(Path(bundle)), chosen)
+        self.inputs = fixed_inputs(self.session.inputs)
         return Loaded(
-            input_shapes={name: list(value.shape) for name, value in inputs.items()},
-            load_ms=session.load_ms,
-            first_ms=call_ms(lambda: session.infer(inputs), 1)[0],
+            input_shapes={name: list(value.shape) for name, value in self.inputs.items()},
+            load_ms=self.session.load_ms,
+            first_ms=call_ms(lambda: self.session.infer(self.inputs), 1)[0],
             rss_before_load_bytes=before,
         )
 
     def block(self, queries: int, rewarm: int) -> QueryBlock:
-        session, inputs = self._loaded(), self.inputs
+        session, inputs = self.session, self.inputs
         for _ in range(rewarm):
             session.infer(inputs)
         begin = time.monotonic_ns()
@@ -95,17 +96,12 @@ class _Worker:
         return time.process_time()
 
     def describe(self) -> Runtime:  # Costs memory: asked last.
-        return self._loaded().description
+        return self.session.description
 
     def layers(self, bundle: str, execution: dict[str, Any], query_ms: float) -> list[Row]:  # Loaded nothing before.
         from sparsifiner_edge.profiles.measure.layers import measure_layers
 
         return measure_layers(bundle, msgspec.convert(execution, Execution), query_ms)
-
-    def _loaded(self) -> Session:
-        if self.session is None:
-            raise BackendError("The worker has no session.", "Send load first.")
-        return self.session
 
 
 def operations() -> dict[str, Callable[..., Any]]:
