@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import tome
-from accuracy_fashion import fashion
-from accuracy_images import SIZE, collect, distilled, linked
+from accuracy_images import GALLERY, SIZE, Clothes, collect, distilled, fashion_mnist, linked
 from fidelity_subject import weights_file
 from summary import brief, said, write_summary
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.demo import material, split
+from sparsifiner_edge.evaluate.classes import fit_neighbours, fit_probe
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import locked
@@ -39,6 +39,7 @@ from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 
 FINER = ((16, 4), (8, 4))
@@ -57,6 +58,10 @@ PAIRS = {
         "merge, trained, 518 px", "merge, untrained, 518 px, dense from layer 3",
     ),
 }  # fmt: skip
+FASHION: dict[str, tuple[str, dict[str, Any]]] = {
+    "keep .10": ("edge", {"keep": 0.1}), "keep .25, merge 8": ("merge", {"keep": 0.25, "merge": (8,)}),
+}  # fmt: skip
+"""Rows of Fashion-MNIST: the training that each measures, and its budget."""
 WORK = click.option("--work", type=click.Path(path_type=Path), default=Path("build/accuracy"), show_default=True)
 
 
@@ -180,6 +185,59 @@ def differences(rows: dict[str, Any]) -> dict[str, Any]:
             first, second = (np.asarray(rows[name]["samples"]["patches_cosine"]) for name in pair)
             means[label] = write_record(stats.small_sample_mean(first - second))
     return means
+
+
+def fashion_bundle(work: Path, label: str) -> Path:
+    """What Fashion-MNIST is measured with; names hold the trained weights' hash, so that none outlives its student."""
+    if label == "teacher":
+        source, name, options = material.DINOV2, "teacher", {"weights": weights_file(), "img_size": SIZE}
+    else:
+        student, options = FASHION[label]
+        source = work / student
+        digest = json.loads((source / "config.json").read_text())["weights_sha256"]
+        name = f"{label.replace(' ', '-').replace(',', '')}-{digest[:8]}"
+    made = work / f"bundle-{name}"
+    return made if made.exists() else export_bundle(source, made, **options)
+
+
+def features(bundle: Path, pictures: Clothes, tell: Any) -> Any:
+    """Class features of labelled images, kept on disk."""
+    path = bundle.with_name(f"features-{bundle.name}-{pictures.name.split()[-1]}.npy")
+    if path.exists():
+        return np.load(path)
+    rows = []
+    with open_session(bundle) as session:
+        for number in range(len(pictures)):
+            rows.append(session.infer({"image": pictures.load(number, SIZE)[None]})["features"][0])
+            if number % 100 == 0:
+                tell(f"{bundle.name}: {number} of {len(pictures)}")
+    np.save(path.with_suffix(".part.npy"), np.stack(rows))
+    path.with_suffix(".part.npy").rename(path)
+    return np.stack(rows)
+
+
+def fashion(work: Path, tell: Any) -> dict[str, Any]:
+    """Neighbours and linear probe on frozen features: the teacher, and what of `FASHION` is trained."""
+    gallery, queries = fashion_mnist("train").first(GALLERY), fashion_mnist("test")
+    right: dict[str, dict[str, Any]] = {"knn": {}, "linear": {}}
+    for label in ("teacher", *(label for label, (student, _) in FASHION.items() if (work / student).exists())):
+        bundle = fashion_bundle(work, label)
+        known, asked = (features(bundle, pictures, tell) for pictures in (gallery, queries))
+        for metric, fit in (("knn", fit_neighbours), ("linear", fit_probe)):
+            tell(f"{label}: {metric}")
+            right[metric][label] = fit(known, gallery.labels).predict(asked) == queries.labels
+    return {
+        metric: {
+            label: {
+                "subject_percent": 100 * float(ours.mean()),
+                "teacher_percent": 100 * float(found["teacher"].mean()),
+                "difference_points": write_record(stats.small_sample_mean(100.0 * ours - 100.0 * found["teacher"])),
+            }
+            for label, ours in found.items()
+            if label != "teacher"
+        }
+        for metric, found in right.items()
+    }
 
 
 @main.command()

@@ -6,6 +6,8 @@ wallpaper comes in two sizes, on both sides.)
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -14,13 +16,13 @@ from typing import Any
 
 import click
 import numpy as np
-from fashion import fashion_mnist
 from PIL import Image
 
 from sparsifiner_edge.cli.common import progress_bar
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.distill.checkpoint import CHECKPOINT
 from sparsifiner_edge.distill.distill import distill_student
+from sparsifiner_edge.errors import ImageError
 from sparsifiner_edge.images import evenly, open_image
 
 SIZE = 224
@@ -31,6 +33,46 @@ MORE_FASHION = 10100
 """Images of Fashion-MNIST for the student `tokens`, none of them in the gallery; every 101st is held out."""
 HELD_OUT = 6
 """Of so many photographs one is held out."""
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017) as Debian packages it: apt-get install dataset-fashion-mnist."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clothes:
+    """Images uint8 [n,28,28] and the numbers of their classes."""
+
+    images: Any
+    labels: Any
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int) -> Clothes:
+        """At most `count` of them, evenly taken."""
+        taken = evenly(range(len(self.labels)), count)
+        return dataclasses.replace(self, images=self.images[taken], labels=self.labels[taken])
+
+    def load(self, number: int, size: int) -> Any:
+        """uint8 [size,size,3]."""
+        image = Image.fromarray(self.images[number]).convert("RGB")
+        return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def fashion_mnist(split: str) -> Clothes:
+    """Its images; split: "train" or "test"."""
+    prefix = "train" if split == "train" else "t10k"
+    images = _read(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+    labels = _read(f"{prefix}-labels-idx1-ubyte.gz", 8).astype(np.int64)
+    return Clothes(images, labels, f"fashion-mnist {split}")
+
+
+def _read(name: str, header: int) -> Any:
+    path = FASHION / name
+    if not path.is_file():
+        raise ImageError(f"{path} does not exist.", "Debian, Ubuntu: apt-get install dataset-fashion-mnist")
+    with gzip.open(path) as file:
+        return np.frombuffer(file.read(), np.uint8, offset=header)
 
 
 def collect(folder: Path) -> Path:

@@ -5,21 +5,21 @@ frame, records read from a pipe; its period is the time between two answers. Bot
 both alike; the overhead is the median over rounds of the ratio of their medians, with its interval (where there are
 rounds enough for one).
 
-    python -m benchmarks.camera_overhead BUNDLE/ [--video FILE] [--rounds 7] [--frames 60] [--threads N] [-o F]
+    python benchmarks/camera_overhead.py BUNDLE/ [--video FILE] [--rounds 7] [--frames 60] [--threads N] [-o F]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
+from summary import write_summary
 
-from benchmarks.summary import write_summary
 from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.machine import available_cores
@@ -71,22 +71,21 @@ def measure(bundle: Path, video: Path, rounds: int, frames: int, threads: int | 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--video", type=Path, default=VIDEO)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--frames", type=int, default=60)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("-o", "--output", type=Path)
-    given = parser.parse_args()
-    found = measure(given.bundle, given.video, given.rounds, given.frames, given.threads)
-    print(json.dumps(found | {"goal_percent": GOAL_PERCENT}, indent=2))
-    if given.output is not None:
-        subject = Subject(path=str(given.bundle), sha256=bundle_hash(given.bundle))
-        method = {"goal_percent": GOAL_PERCENT, "frames": given.frames, "threads": given.threads or available_cores()}
-        statistics = {name: found[name] for name in ("bare_ms", "pipeline_ms", "stages_ms", "overhead_percent")}
-        write_summary(given.output, Result("evaluation", [subject], method, {}, statistics))
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--video", type=click.Path(path_type=Path), default=VIDEO, show_default=True)
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--frames", default=60, show_default=True)
+@click.option("--threads", type=int)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The result's file.")
+def main(bundle: Path, video: Path, rounds: int, frames: int, threads: int | None, output: Path | None) -> None:
+    """See the module's documentation."""
+    found = measure(bundle, video, rounds, frames, threads)
+    click.echo(json.dumps(found | {"goal_percent": GOAL_PERCENT}, indent=2))
+    if output is not None:
+        subject = Subject(path=str(bundle), sha256=bundle_hash(bundle))
+        method = {"goal_percent": GOAL_PERCENT, "frames": frames, "threads": threads or available_cores()}
+        write_summary(output, Result("evaluation", [subject], method, {}, found))
     raise SystemExit(0 if found["overhead_percent"]["value"] <= GOAL_PERCENT else 1)
 
 

@@ -138,7 +138,7 @@ def merged_tokens(size: int) -> dict[str, Any]:
     wanted = sum(c[kind].macs for c in layer_costs(shape, base(size)) for kind in MAC_KINDS)
     rates = next(
         rates
-        for rates in (tome.constant(rate, shape.depth) for rate in range(1, shape.patches))
+        for rates in ([rate] * shape.depth for rate in range(1, shape.patches))
         if tome.macs(rates, tokens, shape.width, shape.hidden) <= wanted
     )
     model = tome.ToMe(dense_twin(subject.student).model, rates).eval()

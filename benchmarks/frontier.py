@@ -30,24 +30,18 @@ from typing import Any
 
 import click
 import numpy as np
-import tome
-import torch
 from cpu_engines import time_in_turn
-from fidelity_subject import weights_file
-from frontier_points import Case, Point, Setting, ours, photographs, quick_engines, rivals
+from frontier_points import Case, Point, Setting, Teacher, ours, photographs, quick_engines, rivals
 from summary import said, write_summary
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import parse_keep
 from sparsifiner_edge.demo import material
-from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject, read_result
 from sparsifiner_edge.sparse.defaults import default_keep
-from sparsifiner_edge.sparse.hosts.timm import load_model
 
 EARLY, LONG = default_keep(37 * 37, 12), default_keep(74 * 74, 12)
 """Shares of keys at 518 and 1036 px."""
@@ -86,11 +80,7 @@ def of_front(path: Path, size: int) -> Case:
 
 def fidelity(points: list[Point], size: int, photographs: list[Path], tell: Any) -> dict[str, dict[str, Any]]:
     """Cosine of patches and class token to the dense model's, per publication photograph."""
-    images = [load_image(path, size)[None] for path in photographs]
-    model = load_model(material.DINOV2, weights_file(), size)
-    dense = tome.ToMe(model, [0] * len(model.blocks)).eval()
-    with torch.inference_mode():
-        wanted = [dense(torch.from_numpy(image))[1].numpy()[0] for image in images]
+    teacher = Teacher(size, photographs)
     found: dict[str, dict[str, Any]] = {}
     same: dict[tuple[str, str, str], dict[str, Any]] = {}
     for point in points:
@@ -98,11 +88,7 @@ def fidelity(points: list[Point], size: int, photographs: list[Path], tell: Any)
         key = (point.family.partition(",")[0], point.budget, point.precision)
         if point.precision != "fp32" or key not in same:
             tell(f"fidelity of {point.name}")
-            rows = [cosine(point.tokens_of(x)[0], y) for x, y in zip(images, wanted, strict=True)]
-            same[key] = {
-                "patches_cosine": [float(row[1:].mean()) for row in rows],
-                "class_cosine": [float(row[0]) for row in rows],
-            }
+            same[key] = teacher.cosines(point.tokens_of)
         found[point.name] = same[key]
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.export.int8 import quantise
 from sparsifiner_edge.images import evenly, load_image
+from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.student import load_student, sparsify
@@ -101,6 +102,24 @@ class Point:
         return "ours" if self.family.startswith("ours") else "rivals"
 
 
+class Teacher:
+    """The dense model's tokens of images, and how near others come to them."""
+
+    def __init__(self, size: int, paths: Sequence[Path]) -> None:
+        self.images = [load_image(path, size)[None] for path in paths]
+        model: Any = load_model(material.DINOV2, weights_file(), size)
+        dense = tome.ToMe(model, [0] * len(model.blocks)).eval()
+        self.wanted = [in_torch(dense, image)[1].numpy()[0] for image in self.images]
+
+    def cosines(self, tokens: Callable[[np.ndarray], np.ndarray]) -> dict[str, list[float]]:
+        """Of patches, their mean per image, and of the class token. tokens: of images uint8 [1,H,W,3] -> [1,N,C]."""
+        rows = [cosine(tokens(x)[0], y) for x, y in zip(self.images, self.wanted, strict=True)]
+        return {
+            "patches_cosine": [float(row[1:].mean()) for row in rows],
+            "class_cosine": [float(row[0]) for row in rows],
+        }
+
+
 def photographs(size: int, count: int | None) -> list[Path]:
     """Of the publication set; at 1036 px, where a photograph takes a minute, 24 of them if not said otherwise."""
     paths = split.images("publication")
@@ -175,8 +194,8 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     model: Any = load_model(material.DINOV2, weights_file(), of.size)
     depth, tokens, width = len(model.blocks), model.patch_embed.num_patches + 1, model.embed_dim
     settings = [("dense", "dense", [0] * depth)]
-    settings += [("ToMe", f"{rate} a layer", tome.constant(rate, depth)) for rate in case.constant]
-    settings += [("ToMe falling", f"{first}..0", tome.falling(first, depth)) for first in case.falling]
+    settings += [("ToMe", f"{rate} a layer", [rate] * depth) for rate in case.constant]
+    settings += [("ToMe falling", f"{first}..0", list(tome.schedule((first, 1), depth)[0])) for first in case.falling]
     calibration = [load_image(path, of.size)[None] for path in split.images("calibration")]
     torch.set_num_threads(of.threads)
     points = []
@@ -188,7 +207,7 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
         path = tome.export(model, rates, of.size, folder / f"{kind}-{budget}.onnx")
         macs = float(tome.macs(rates, tokens, width, 4 * width))
         points += _in_engines(path, plain, budget, macs, of)
-        merged = functools.partial(_in_torch, tome.ToMe(model, rates).eval())
+        merged = functools.partial(in_torch, tome.ToMe(model, rates).eval())
         points.append(Point(in_torch, budget, merged, 1, of.images, macs))
         if quantised:
             tell(f"quantise {kind}, {budget}")
@@ -202,7 +221,8 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
 
 
 @torch.inference_mode()
-def _in_torch(module: Any, images: np.ndarray) -> Any:
+def in_torch(module: Any, images: np.ndarray) -> Any:
+    """What a module answers to uint8 [B,H,W,3]."""
     return module(torch.from_numpy(images))
 
 

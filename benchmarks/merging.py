@@ -20,10 +20,9 @@ import click
 import numpy as np
 import tome
 import torch
-import torch.nn.functional as F
 from accuracy_images import linked
 from fidelity_subject import weights_file
-from frontier_points import sum_of_layers
+from frontier_points import Teacher, in_torch, sum_of_layers
 from summary import write_summary
 from torch import Tensor
 
@@ -31,10 +30,10 @@ from sparsifiner_edge.cli.common import print_table, progress_bar
 from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.deployed_model import deploy
-from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch_merge as ops
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts.timm import load_model
+from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
@@ -110,33 +109,22 @@ def variants(size: int) -> list[Variant]:
     return rows
 
 
-class Images:
-    """What is measured on, and the dense model's patches of it."""
-
-    def __init__(self, size: int) -> None:
-        training = sorted(split.training())
-        chosen = training[:: len(training) // TRAINING_IMAGES][:TRAINING_IMAGES]
-        few = FEW if size > 1000 else None
-        self.paths = [split.images("development")[:few], chosen[:few]]
-        self.images = [[torch.from_numpy(load_image(path, size)[None]) for path in paths] for paths in self.paths]
-        model: Any = load_model(material.DINOV2, weights_file(), size)
-        dense = tome.ToMe(model, [0] * len(model.blocks)).eval()
-        with torch.inference_mode():
-            self.wanted = [[dense(image)[1][0, 1:] for image in images] for images in self.images]
-
-    @torch.inference_mode()
-    def cosines(self, tokens: Callable[[Tensor], Tensor]) -> list[list[float]]:
-        """Mean patch cosine per image of either set."""
-        return [
-            [
-                float(F.cosine_similarity(tokens(x)[0, 1:], y, dim=-1).mean())
-                for x, y in zip(images, wanted, strict=True)
-            ]
-            for images, wanted in zip(self.images, self.wanted, strict=True)
-        ]
+def teachers(size: int) -> dict[str, Teacher]:
+    """What is measured on, and the dense model's tokens of it."""
+    training = sorted(split.training())
+    sets = {"development": split.images("development"),
+            "training": training[:: len(training) // TRAINING_IMAGES][:TRAINING_IMAGES]}  # fmt: skip
+    return {of: Teacher(size, paths[: FEW if size > 1000 else None]) for of, paths in sets.items()}
 
 
-def run(variant: Variant, images: Images, students: dict[int, Path], size: int) -> dict[str, Any]:
+def cosines(judges: dict[str, Teacher], model: Any, place: int) -> dict[str, list[float]]:
+    """Patch cosines per image of either set; place: of the tokens among the model's outputs."""
+    return {
+        of: judge.cosines(lambda x: in_torch(model, x)[place].numpy())["patches_cosine"] for of, judge in judges.items()
+    }
+
+
+def run(variant: Variant, judges: dict[str, Teacher], students: dict[int, Path], size: int) -> dict[str, Any]:
     """One row: fidelity and cost."""
     folder = students[variant.cells or CELLS[size]]
     rates, named = tome.schedule(variant.rate, 12)
@@ -147,35 +135,32 @@ def run(variant: Variant, images: Images, students: dict[int, Path], size: int) 
             part.forward = functools.partial(_remembering, part)
             part.pairs = functools.partial(variant.pairs, part)
     place = model.output_names.index("tokens")
-    found = images.cosines(lambda image: model(image)[place])
     return {
         "group": variant.group, "name": variant.name, "merge": named, "keep": keep_text(variant.keep),
-        "cells": variant.cells or CELLS[size], "macs": sum_of_layers(student), "development": found[0],
-        "training": found[1],
+        "cells": variant.cells or CELLS[size], "macs": sum_of_layers(student),
+        **cosines(judges, model, place),
     }  # fmt: skip
 
 
-def _remembering(part: Any, x: Tensor, *given: Any) -> Any:
-    part.seen = x
-    return Merging.forward(part, x, *given)
+def _remembering(part: Any, tokens: CarriedTokens, *given: Any) -> Any:
+    part.seen = tokens.values
+    return Merging.forward(part, tokens, *given)
 
 
-def suitors(size: int, images: Images) -> dict[str, Any]:
+def suitors(size: int, judges: dict[str, Teacher]) -> dict[str, Any]:
     """ToMe's own rule at the same rates: partners anywhere, many suitors for one."""
     model: Any = load_model(material.DINOV2, weights_file(), size)
     rates = list(tome.schedule(USUAL[size], len(model.blocks))[0])
     whole, width = model.patch_embed.num_patches + 1, model.embed_dim
-    merged = tome.ToMe(model, rates).eval()
-    found = images.cosines(lambda image: merged(image)[1])
     return {
         "group": "matching", "name": "ToMe's", "merge": tome.schedule(USUAL[size], 12)[1], "keep": "1", "cells": 0,
-        "macs": tome.macs(rates, whole, width, 4 * width), "development": found[0], "training": found[1],
+        "macs": tome.macs(rates, whole, width, 4 * width), **cosines(judges, tome.ToMe(model, rates).eval(), 1),
     }  # fmt: skip
 
 
 def measure(size: int) -> list[dict[str, Any]]:
     rows = variants(size)
-    images = Images(size)
+    judges = teachers(size)
     with tempfile.TemporaryDirectory() as scratch, progress_bar(f"{size} px") as progress:
         calibration, students = linked(Path(scratch) / "calibration", split.images("calibration")), {}
         for cells in {row.cells or CELLS[size] for row in rows}:
@@ -183,10 +168,10 @@ def measure(size: int) -> list[dict[str, Any]]:
                 material.DINOV2, Path(scratch) / f"{cells}", weights=weights_file(), img_size=size,
                 keep=0.25, cells=cells, calibrate=calibration,
             )  # fmt: skip
-        found = [] if size > 1000 else [suitors(size, images)]
+        found = [] if size > 1000 else [suitors(size, judges)]
         for number, row in enumerate(rows):
             progress(f"{row.group}, {row.name}", number, len(rows))
-            found.append(run(row, images, students, size))
+            found.append(run(row, judges, students, size))
     return found
 
 

@@ -25,8 +25,7 @@ import numpy as np
 import stamps
 import tome
 import torch
-from accuracy_images import SIZE, collect, collect_fashion, distilled, linked, photographs_at
-from fashion import fashion_mnist
+from accuracy_images import SIZE, collect, collect_fashion, distilled, fashion_mnist, linked, photographs_at
 from fidelity_subject import weights_file
 from frontier_points import sum_of_layers
 from msgspec.structs import replace

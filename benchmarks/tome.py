@@ -20,16 +20,6 @@ from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, preprocessing
 
 
-def constant(rate: int, depth: int) -> list[int]:
-    """The same rate in every layer."""
-    return [rate] * depth
-
-
-def falling(first: int, depth: int) -> list[int]:
-    """A rate that falls linearly to 0 in the last layer, as ToMe's own "decreasing schedule"."""
-    return [round(first * (1 - layer / (depth - 1))) for layer in range(depth)]
-
-
 def schedule(rate: int | tuple[int, float] | str, depth: int) -> tuple[tuple[int, ...], str]:
     """Rates as `--merge` takes them, and their name: a constant rate, or the first layer's and the power by which it
     falls to 0 in the last, or as a front names them.
