@@ -15,6 +15,7 @@ from sparsifiner_edge.artifacts import tomllib
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import UnsupportedModelError
 from sparsifiner_edge.runtime.golden import check_golden
+from sparsifiner_edge.runtime.verify import verify_bundle
 
 PAGE = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 MODELS = """
@@ -109,7 +110,7 @@ def test_a_package_from_outside(mylab: None, tmp_path: Path, pictures: Path) -> 
     with se.open_session(bundle.folder, "onnx-reference") as session:
         assert check_golden(session, bundle)
         assert session.backend == "onnx-reference"
-    assert se.build_engine(bundle.folder, "onnx-reference").golden
+    assert verify_bundle(bundle.folder, backend="onnx-reference").passed
     result = se.evaluate_student(bundle.folder, pictures, against=bundle.folder, metric="task", task="coverage")
     assert result.method.metric == "coverage"
     assert 0 <= result.statistics["subject_score"].mean.value <= 1
