@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -93,19 +93,6 @@ _Bounds: TypeAlias = tuple[float, float, float]
 """Least, likely and most."""
 
 
-class _Plan(NamedTuple):
-    """What is estimated: the board in its power mode, the work, the precision, and bytes of the model's file."""
-
-    board: Board
-    work: Workload
-    precision: str
-    model_bytes: float
-
-    @property
-    def fit(self) -> RooflineFit:
-        return CPU_FIT if self.board.kind == "cpu" else GPU_FIT
-
-
 def estimate_bundle(
     bundle: str | Path, board: str | Path | Board, *, precision: str | None = None, power_mode: str | None = None
 ) -> EstimateResult:
@@ -140,7 +127,7 @@ def estimate_bundle(
     cpu = device.kind == "cpu"
     kernels = ("native" if cpu else "kernels") if assumed == "native" else "bodies"
     work = Workload(shape, sparsity, batch, kernels, materialised=cpu and assumed == "none")
-    plan = _Plan(device, work, chosen, size)
+    fit = CPU_FIT if cpu else GPU_FIT
     method = EstimateMethod(
         estimate="computed, not measured; `machine` is where it was computed, not the board",
         board={name: value for name, value in msgspec.structs.asdict(device).items() if name not in _LEFT_OUT},
@@ -148,9 +135,10 @@ def estimate_bundle(
         precision={"linear": chosen, "other": roofline.other_precision(chosen, device)},
         kernels={"assumed": assumed, "because": because},
         batch=batch,
-        calibration=plan.fit,
+        calibration=fit,
     )
-    return EstimateResult("estimate", [checked.subject()], method, {}, _statistics(plan))
+    statistics = _statistics(device, work, chosen, fit, size)
+    return EstimateResult("estimate", [checked.subject()], method, {}, statistics)
 
 
 def _kernels(manifest: Manifest, board: Board) -> tuple[str, str]:
@@ -179,16 +167,20 @@ def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
     return shape, sparsity
 
 
-def _statistics(plan: _Plan) -> EstimateStatistics:
-    spent, room = roofline.costs(plan.work, plan.board, plan.precision, plan.fit), plan.board.memory_gb * 1e9
-    latency, spread = _latency(plan, spent)
-    memory = memory_bytes(plan.board.kind, plan.model_bytes, *peak_activations(plan.work, SIZES[plan.precision]))
+def _statistics(
+    board: Board, work: Workload, precision: str, fit: RooflineFit, model_bytes: float
+) -> EstimateStatistics:
+    spent, room = roofline.costs(work, board, precision, fit), board.memory_gb * 1e9
+    gpu = board.kind == "gpu"
+    spread = fit.spread * (UNFITTED if gpu and precision not in FITTED else 1.0)
+    latency = _latency(work, gpu, spread, spent)
+    memory = memory_bytes(board.kind, model_bytes, *peak_activations(work, SIZES[precision]))
     low, _, high = memory
     how = "runtime, weights as often as they are held, tensors of some layers, and scores kept in memory"
     return EstimateStatistics(
         latency_ms=_estimate(latency, 1e3, f"roofline; factor {spread:.3g} either way"),
         memory_bytes=_estimate(memory, 1.0, how),
-        energy_j=_energy(plan, spent, latency),
+        energy_j=_energy(board, spent, latency),
         fits_memory="yes" if high <= room else "no" if low > room else "perhaps",
     )
 
@@ -198,10 +190,8 @@ def _estimate(bounds: _Bounds, factor: float, how: str) -> Estimate:
     return Estimate(value, low, high, ESTIMATED, how)
 
 
-def _latency(plan: _Plan, spent: Sequence[Cost]) -> tuple[_Bounds, float]:
-    """Seconds, and the spread: the fit's; wider for what none was fitted for, on a GPU what is sparse or merges."""
-    work, gpu = plan.work, plan.board.kind == "gpu"
-    spread = plan.fit.spread * (UNFITTED if gpu and plan.precision not in FITTED else 1.0)
+def _latency(work: Workload, gpu: bool, spread: float, spent: Sequence[Cost]) -> _Bounds:
+    """Seconds, by the spread; wider for what none was fitted for, on a GPU what is sparse or merges."""
     sparse_layers = plan_of(work.sparsity, work.shape.depth, work.shape.patches).sparse_layers
     least = most = 0.0
     for cost in spent:
@@ -209,7 +199,7 @@ def _latency(plan: _Plan, spent: Sequence[Cost]) -> tuple[_Bounds, float]:
         judged = gpu and (sparse or (work.sparsity.merge and cost.operator.kind == "pruning"))
         few, many = UNMEASURED[work.kernels] if judged else (1.0, 1.0)
         least, most = least + cost.seconds * few / spread, most + cost.seconds * many * spread
-    return (least, roofline.seconds(spent), most), spread
+    return least, roofline.seconds(spent), most
 
 
 def memory_bytes(kind: str, weights: float, layer: float, scores: float) -> _Bounds:
@@ -244,9 +234,8 @@ def _body_bytes(shape: ModelShape, sparsity: SparsityConfig, size: int) -> float
     return 2.0 * size * layout.tiles * read * shape.width + 4.0 * shape.heads * shape.patches * (read + layout.cells)
 
 
-def _energy(plan: _Plan, spent: Sequence[Cost], latency: _Bounds) -> Estimate:
+def _energy(board: Board, spent: Sequence[Cost], latency: _Bounds) -> Estimate:
     """(idle + utilisation x (cap - idle)) x time; the cap is the power mode's, else the most that the board takes."""
-    board = plan.board
     busy = 1 - sum(c.launch_s for c in spent) / latency[1] if board.kind == "gpu" else 1.0
     low_w, idle_w = (board.idle_w,) * 2 if board.idle_w else (share * board.tdp_w for share in IDLE_SHARE)
     power = idle_w + busy * (board.tdp_w - idle_w)
