@@ -64,6 +64,8 @@ def test_classes_are_numbered_as_the_classifier_numbers_them(folder: Path, tmp_p
         assert folder_source(data, 2, labelled=True, held_out=folder, classifier=labels).classes[0] == first
     with pytest.raises(ConfigError, match="'class10' is not a class of the classifier"):
         folder_source(data, 2, labelled=True, held_out=folder, classifier=("class2", "class3"))
+    one = next((folder / "cats").iterdir())
+    assert folder_source(folder, 2, labelled=True, held_out=one).held_out_labels == (), "it has no class"
     source = folder_source(folder, 2, False, folder / ".." / folder.name / "cats")
     assert {path.parent.name for path in source.train} == {"dogs"}, "what decides is never trained on"
 

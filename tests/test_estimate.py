@@ -191,3 +191,12 @@ def test_how_much_faster_sparse_attention_is() -> None:
     orin = "jetson-orin-nano-8gb-super"
     assert times_faster(orin, 5477) > 2 > times_faster("jetson-agx-thor", 5477)
     assert times_faster(orin, 512) < 1 < times_faster(orin, 1024)
+
+
+def test_pruning_and_merging_cost_their_launches() -> None:
+    for sparsity, launches in ((SparsityConfig(keep=1, token_keep=((2, 0.5),)), 6), (SparsityConfig(merge=(12,)), 8)):
+        found = roofline.operators(Workload(VIT_S, sparsity))
+        by_layer = {o.layer: 0.0 for o in found if o.kind == "pruning"}
+        assert by_layer
+        for layer in by_layer:
+            assert sum(o.launches for o in found if (o.layer, o.kind) == (layer, "pruning")) == launches
