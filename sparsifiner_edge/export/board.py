@@ -127,7 +127,8 @@ def _compile(plan: Plan, sm: int, ptx_version: int, folder: Path, table: KernelT
             shared_bytes=made.shared, inputs=sides[0], outputs=sides[1],
         )  # fmt: skip
         ptx, plain = bare_ptx(made.ptx, made.symbol, len(made.arguments)), write_record(launch)
-        assert [*sides[0], *sides[1]] == [buffer.name for buffer in made.arguments], "TensorRT passes inputs first"
+        if [*sides[0], *sides[1]] != [buffer.name for buffer in made.arguments]:  # TensorRT passes inputs first.
+            raise BackendError(f"The kernel {step.kernel} takes an output before an input.", "Report this.")
         content = f"{ptx}{sorted((plain['inputs'] | plain['outputs']).items())}{plain['grid']}"
         name = f"{step.kernel}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
         if name not in table.launches:

@@ -96,7 +96,20 @@ def export_bundle(
     target = Path(output)
     require_replaceable(target, "bundle")
     form = _form(precision, batch, calibrate, int8_target, boards)
-    student = _load(source, weights, img_size, keep, token_keep, merge, trust, Normalisation.parse(normalise))
+    pixels, folder = Normalisation.parse(normalise), Path(source)
+    kind = kind_of(folder) if folder.is_dir() else None
+    if kind == "student":
+        if weights:
+            raise ConfigError("--weights cannot be combined with a student.", "It has its own weights; leave them out.")
+        refuse_normalisation(pixels)
+        student = load_student(folder, img_size, keep, token_keep, merge, trust)
+    elif kind is not None:
+        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+    elif (keep, token_keep, merge) != (None, None, None):
+        fix = "Make one with `sparsifiner-edge sparsify`."
+        raise ConfigError("--keep, --token-keep and --merge require a student.", fix)
+    else:
+        student = load_source(str(source), Path(weights) if weights else None, img_size, pixels)
     student, retiled = suited_to_gpus(student, form.images) if boards else (student, None)
     return _export(student, target, form, tokens, retiled, progress)
 
@@ -202,8 +215,10 @@ def _export(
     """Check a student's file, then write the bundle."""
     deployed = deploy(student, tokens)
     file = _file(student.img_size, deployed, form, progress)
+    model = student.model
+    own = class_labels(model) if isinstance(model, TimmModel) else hugging_face.configured_labels(model)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
-    labels = [shown(label) for label in student.labels or _own_labels(student.model)]
+    labels = [shown(label) for label in student.labels or own]
     onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
@@ -244,34 +259,6 @@ def _file(size: ImageSize, deployed: DeployedModel, form: _Form, progress: Progr
     return _File(model, golden, check, quantisation, float16)
 
 
-def _load(
-    source: str | Path,
-    weights: str | Path | None,
-    img_size: ImageSize | None,
-    keep: Keep | None,
-    token_keep: tuple[tuple[int, float], ...] | None,
-    merge: tuple[int, ...] | None,
-    trust: Sequence[str],
-    normalisation: Normalisation | None,
-) -> Student:
-    folder = Path(source)
-    kind = kind_of(folder) if folder.is_dir() else None
-    if kind is None:
-        if keep is not None or token_keep is not None or merge is not None:
-            raise ConfigError(
-                "--keep, --token-keep and --merge require a student.", "Make one with `sparsifiner-edge sparsify`."
-            )
-        return load_source(str(source), Path(weights) if weights else None, img_size, normalisation)
-    if kind != "student":
-        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
-    if weights:
-        raise ConfigError(
-            "--weights cannot be combined with a student.", "A student has its own weights; leave it out."
-        )
-    refuse_normalisation(normalisation)
-    return load_student(folder, img_size, keep, token_keep, merge, trust)
-
-
 def model_shape(model: nn.Module) -> ModelShape:
     """The sizes that decide a model's costs."""
     backbone = backbone_of(model)
@@ -286,11 +273,6 @@ def model_shape(model: nn.Module) -> ModelShape:
         patches=backbone.patches,
         patch=backbone.patch[0],
     )
-
-
-def _own_labels(model: nn.Module) -> list[str]:
-    """Of a classifier of timm's or transformers'."""
-    return class_labels(model) if isinstance(model, TimmModel) else list(hugging_face.configured_labels(model))
 
 
 def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> dict[str, str]:

@@ -65,7 +65,7 @@ def to_fp16(
     # In the float32 file: ONNX Runtime's CPU computes float16 products in float32, and passes what overflows on to the
     # next node unharmed.
     reference = Reference(_with_magnitudes(model, converted.halves), images, "portable")
-    magnitudes = [(float(x[_MAGNITUDE.format(name)]), name) for x in reference.outputs for name in converted.halves]
+    magnitudes = [(float(x[f"{name}_largest"]), name) for x in reference.outputs for name in converted.halves]
     largest, where = max(magnitudes, default=(0.0, "none"))
     if not largest <= LARGEST:  # Written so that NaN fails.
         what = f"Activations of {where!r} reach {largest:.3g}, beyond float16 ({LARGEST:.0f})."
@@ -222,12 +222,9 @@ def _float_tensors(model: onnx.ModelProto) -> set[str]:
     return {name for name, kind in known.items() if kind == SINGLE}
 
 
-_MAGNITUDE = "{}_largest"
-
-
 def _with_magnitudes(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """The file with the greatest magnitude of these tensors as further outputs."""
-    largest = [_MAGNITUDE.format(name) for name in names]
+    largest = [f"{name}_largest" for name in names]
     probed = with_outputs(model, largest)
     for name, output in zip(names, largest, strict=True):
         probed.graph.node.append(onnx.helper.make_node("Abs", [name], [f"{name}_size"]))

@@ -89,7 +89,10 @@ def load_pretrained(
         SparsifinerError: it cannot be had, does not fit its configuration, holds NaN, or is none that can be taken.
     """
     with _loading(source) as transformers:
-        folder = Path(source if Path(source).is_dir() else _downloaded(source))
+        folder = Path(source)
+        if not folder.is_dir():
+            hub = importlib.import_module("huggingface_hub")
+            folder = Path(hub.snapshot_download(source, allow_patterns=list(_FETCHED)))
         kind, config = _configuration(folder, source)
         _require_room(kind, config, folder / WEIGHTS_FILE, source)
         if pixels is None:
@@ -107,11 +110,6 @@ def load_pretrained(
         for name, tensor in model.named_parameters():
             check_numbers(tensor, True, f"{source}: {name}")
         return kind.__name__, for_size(_with_attention(model), img_size), pixels
-
-
-def _downloaded(name: str) -> str:
-    """Where a model of the hub lies, once it is downloaded."""
-    return str(importlib.import_module("huggingface_hub").snapshot_download(name, allow_patterns=list(_FETCHED)))
 
 
 def blank(folder: Path, img_size: ImageSize) -> nn.Module:
