@@ -1,4 +1,4 @@
-// Building blocks of attention in bfloat16, for instruction sets that have its dot product; compiled once for each.
+// Attention's arithmetic in bfloat16 (kernels-inl.h says what that is), for instruction sets that have its dot product.
 //
 // A word of 32 bits holds two bfloat16. One instruction multiplies a word's two with another word's two and adds both
 // products to a float32 sum, so that half as many are needed as in float32:
@@ -6,7 +6,8 @@
 //   qt      [d/2][16]     words of two channels      keys    [rows][d/2]   words of two channels
 //   weights [rows/2][16]  words of two rows          values  [rows/2][d]   words of two rows
 //
-// Sums, softmax and what is left of the cells stay in float32. Rounding is to nearest even.
+// Rounding is to nearest even. Where what is listed of a cell far outweighs the rest, and yet the rest attracts more, the
+// cell's rounded weight errs by as many times more: selection lists what attracts.
 
 #if defined(SPARSIFINER_BF16_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_BF16_INL_H_
@@ -17,23 +18,18 @@
 
 #include "hwy/highway.h"
 #include "kernels-inl.h"
+#include "target.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
-#if HWY_TARGET == HWY_AVX3_ZEN4 || HWY_TARGET == HWY_NEON_BF16
+#if SPARSIFINER_BF16
 
 using Words = hn::RebindToUnsigned<D>;
 using W = hn::Vec<Words>;
 
 // Words of a packed row: whole vectors.
 HWY_INLINE size_t PackedWords(size_t width) { return RoundUp(width, 2 * kLanes) / 2; }
-
-HWY_INLINE V Dot(W a, W b, V sum) {
-  const hn::Repartition<hwy::bfloat16_t, D> halves;
-  V unused = hn::Zero(D());
-  return hn::ReorderWidenMulAccumulate(D(), hn::BitCast(halves, a), hn::BitCast(halves, b), sum, unused);
-}
 
 // Of a vector's halves: those of the lower and of the upper half in turn.
 struct InTurn {
@@ -50,17 +46,6 @@ HWY_INLINE W Pair(V low, V high) {
   const hn::Repartition<uint16_t, D> bits;
   const auto both = hn::BitCast(bits, hn::OrderedDemote2To(halves, low, high));
   return hn::BitCast(Words(), hn::TableLookupLanes(both, hn::SetTableIndices(bits, kInTurn.from)));
-}
-
-// out[k][16] = words of two rows of [rows][16] floats; the last of an odd number stands alone.
-HWY_INLINE void PairRows(const float* HWY_RESTRICT from, size_t rows, uint32_t* HWY_RESTRICT out) {
-  const D d;
-  for (size_t k = 0; k < rows; k += 2, from += 2 * kQueries, out += kQueries) {
-    for (size_t v = 0; v < kQueries; v += kLanes) {
-      const V high = k + 1 < rows ? hn::Load(d, from + kQueries + v) : hn::Zero(d);
-      hn::Store(Pair(hn::Load(d, from + v), high), Words(), out + v);
-    }
-  }
 }
 
 // One row of `width` floats to a packed row of words of two channels, the rest zero.
@@ -89,158 +74,296 @@ HWY_INLINE void AddWords(const uint32_t* HWY_RESTRICT row, size_t words, float w
   }
 }
 
-// Two packed rows to one of words of two rows, `2 * words` long.
-HWY_INLINE void Interleave(const uint32_t* HWY_RESTRICT low, const uint32_t* HWY_RESTRICT high, size_t words,
-                           uint32_t* HWY_RESTRICT to) {
-  const hn::Repartition<uint16_t, D> bits;
-  for (size_t w = 0; w < words; w += kLanes, to += 2 * kLanes) {
-    const auto x = hn::BitCast(bits, hn::Load(Words(), low + w)), y = hn::BitCast(bits, hn::Load(Words(), high + w));
-    hn::Store(hn::BitCast(Words(), hn::InterleaveWholeLower(bits, x, y)), Words(), to);
-    hn::Store(hn::BitCast(Words(), hn::InterleaveWholeUpper(bits, x, y)), Words(), to + kLanes);
-  }
-}
+// As Floats.
+struct Halves {
+  using Word = uint32_t;
+  struct Session {};
+  static constexpr size_t kRows = 2;
+  static constexpr bool kRounds = true;
 
-// The same of two rows of floats.
-HWY_INLINE void PackPair(const float* HWY_RESTRICT low, const float* HWY_RESTRICT high, size_t width, size_t words,
-                         uint32_t* HWY_RESTRICT to) {
-  HWY_ALIGN uint32_t rows[2][2 * kLanes];
-  for (size_t w = 0; w < words; w += kLanes, to += 2 * kLanes) {
-    const size_t c = 2 * w, some = c < width ? std::min(width - c, 2 * kLanes) : 0;
-    PackWords(low + c, some, kLanes, rows[0]);
-    PackWords(high + c, some, kLanes, rows[1]);
-    Interleave(rows[0], rows[1], kLanes, to);
+  static HWY_INLINE V AddProduct(W a, W b, V sum) {
+    const hn::Repartition<hwy::bfloat16_t, D> halves;
+    V unused = hn::Zero(D());
+    return hn::ReorderWidenMulAccumulate(D(), hn::BitCast(halves, a), hn::BitCast(halves, b), sum, unused);
   }
-}
 
-// rows: 16 pointers to `width` floats each -> words of two channels [words][16], times `factor`. turned: [width][16].
-HWY_INLINE void PackTurned(const float* const* rows, size_t width, float factor, float* turned, uint32_t* qt) {
-  Transpose16(rows, width, factor, turned);
-  PairRows(turned, width, qt);
-  const size_t filled = (width + 1) / 2;
-  std::memset(qt + filled * kQueries, 0, (PackedWords(width) - filled) * kQueries * sizeof(uint32_t));
-}
+  static size_t RowWords(size_t width) { return PackedWords(width); }
+  static size_t Stride(size_t width) { return 2 * PackedWords(width); }
 
-template <size_t kKeys>
-HWY_INLINE void ScoreWords(const uint32_t* HWY_RESTRICT qt, const uint32_t* HWY_RESTRICT keys, size_t words,
-                           float* HWY_RESTRICT scores) {
-  const D d;
-  V sum[kKeys][kVectors];
-#pragma GCC unroll 16
-  for (size_t j = 0; j < kKeys; ++j) {
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) sum[j][v] = hn::Zero(d);
+  static void PackQueries(const float* const* rows, size_t width, float factor, float* turned, uint32_t* qt) {
+    Transpose16(rows, width, factor, turned);
+    PairRows(turned, width, qt);
+    const size_t filled = (width + 1) / 2;
+    std::memset(qt + filled * kQueries, 0, (PackedWords(width) - filled) * kQueries * sizeof(uint32_t));
   }
-  for (size_t k = 0; k < words; ++k) {
-    W q[kVectors];
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) q[v] = hn::Load(Words(), qt + k * kQueries + v * kLanes);
-#pragma GCC unroll 16
-    for (size_t j = 0; j < kKeys; ++j) {
-      const W key = hn::Set(Words(), keys[j * words + k]);
-#pragma GCC unroll 4
-      for (size_t v = 0; v < kVectors; ++v) sum[j][v] = Dot(key, q[v], sum[j][v]);
+  static void PackRow(const float* from, size_t width, uint32_t* to) { PackWords(from, width, PackedWords(width), to); }
+  static void Scores(const uint32_t* qt, const uint32_t* keys, size_t width, size_t rows, float* scores) {
+    HWY_NAMESPACE::Scores<Halves, true>(qt, keys, PackedWords(width), PackedWords(width), rows, scores);
+  }
+  static void PackValues(const float* low, const float* high, size_t width, uint32_t* to) {
+    HWY_ALIGN uint32_t rows[2][2 * kLanes];
+    for (size_t w = 0; w < PackedWords(width); w += kLanes, to += 2 * kLanes) {
+      const size_t c = 2 * w, some = c < width ? std::min(width - c, 2 * kLanes) : 0;
+      PackWords(low + c, some, kLanes, rows[0]);
+      PackWords(high + c, some, kLanes, rows[1]);
+      JoinValues(rows[0], rows[1], kLanes, to);
     }
   }
-#pragma GCC unroll 16
-  for (size_t j = 0; j < kKeys; ++j) {
-#pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) hn::Store(sum[j][v], d, scores + j * kQueries + v * kLanes);
+  static void KeepWeights(V a, V b, size_t j, size_t v, uint32_t* weights) {
+    hn::Store(Pair(a, b), Words(), weights + j / 2 * kQueries + v);
   }
-}
+  static uint32_t* TakeWeights(Layout* layout, size_t rows, float* /*scores*/) {
+    return layout->Take<uint32_t>(RoundUp(Groups(rows, 2), kPaddedRows), kQueries);
+  }
+  static void AddSums(uint32_t* weights, uint32_t* values, size_t count, size_t stride, const float* carry, float* sums) {
+    Accumulate<Halves, true>(
+        {weights, values, count, stride, nullptr, sums, carry, nullptr, sums, kQueries, stride, stride});
+  }
 
-template <size_t kWords>
-HWY_INLINE void ScoreAll(const uint32_t* qt, const uint32_t* keys, size_t words, size_t rows, float* scores) {
-  if constexpr (kWords != 0) words = kWords;
-  size_t j = 0;
-  for (; j + kKeyBlock <= rows; j += kKeyBlock) ScoreWords<kKeyBlock>(qt, keys + j * words, words, scores + j * kQueries);
-  for (; j < rows; j += 4) ScoreWords<4>(qt, keys + j * words, words, scores + j * kQueries);
-}
+  // What sparse-inl.h needs of those that round: values of two packed rows,
+  static HWY_INLINE void JoinValues(const uint32_t* HWY_RESTRICT low, const uint32_t* HWY_RESTRICT high, size_t words,
+                                    uint32_t* HWY_RESTRICT to) {
+    const hn::Repartition<uint16_t, D> bits;
+    for (size_t w = 0; w < words; w += kLanes, to += 2 * kLanes) {
+      const auto x = hn::BitCast(bits, hn::Load(Words(), low + w)), y = hn::BitCast(bits, hn::Load(Words(), high + w));
+      hn::Store(hn::BitCast(Words(), hn::InterleaveWholeLower(bits, x, y)), Words(), to);
+      hn::Store(hn::BitCast(Words(), hn::InterleaveWholeUpper(bits, x, y)), Words(), to + kLanes);
+    }
+  }
 
-// output[i][c] = factor[i] * (carry[i] * before[i][c] + sum over pairs of weights * values): without kBefore the sum
-// starts at 0, without factor (null) the result is as it is.
-template <size_t kColumns, bool kBefore>
-HWY_INLINE void SumBlock(const uint32_t* HWY_RESTRICT weights, const uint32_t* HWY_RESTRICT values, size_t pairs,
-                         size_t stride, size_t query, size_t channel, const float* before, const float* carry,
-                         const float* factor, size_t valid, size_t width, float* output, size_t out_stride) {
-  const D d;
-  V sum[kQueryBlock][kColumns];
-#pragma GCC unroll 8
-  for (size_t i = 0; i < kQueryBlock; ++i) {
-#pragma GCC unroll 2
-    for (size_t c = 0; c < kColumns; ++c) {
-      sum[i][c] = hn::Zero(d);
-      if constexpr (kBefore) {
-        sum[i][c] = hn::Load(d, before + (query + i) * stride + channel + c * kLanes);
-        sum[i][c] = hn::Mul(hn::Set(d, carry[query + i]), sum[i][c]);
+  // words of two of [rows][16] floats, the last of an odd number alone,
+  static void PairRows(const float* HWY_RESTRICT from, size_t rows, uint32_t* HWY_RESTRICT to) {
+    const D d;
+    for (size_t k = 0; k < rows; k += 2, from += 2 * kQueries, to += kQueries) {
+      for (size_t v = 0; v < kQueries; v += kLanes) {
+        const V high = k + 1 < rows ? hn::Load(d, from + kQueries + v) : hn::Zero(d);
+        hn::Store(Pair(hn::Load(d, from + v), high), Words(), to + v);
       }
     }
   }
-  for (size_t p = 0; p < pairs; ++p) {
-    W value[kColumns];
-#pragma GCC unroll 2
-    for (size_t c = 0; c < kColumns; ++c) value[c] = hn::Load(Words(), values + p * stride + channel + c * kLanes);
-#pragma GCC unroll 8
-    for (size_t i = 0; i < kQueryBlock; ++i) {
-      const W weight = hn::Set(Words(), weights[p * kQueries + query + i]);
-#pragma GCC unroll 2
-      for (size_t c = 0; c < kColumns; ++c) sum[i][c] = Dot(weight, value[c], sum[i][c]);
-    }
-  }
-  for (size_t i = 0; i < kQueryBlock && query + i < valid; ++i) {
-    for (size_t c = 0; c < kColumns; ++c) {
-      const size_t from = channel + c * kLanes;
-      const V result = factor == nullptr ? sum[i][c] : hn::Mul(hn::Set(d, factor[query + i]), sum[i][c]);
-      float* to = output + (query + i) * out_stride + from;
-      if (from + kLanes <= width) {
-        hn::StoreU(result, d, to);
-      } else if (from < width) {
-        hn::StoreN(result, d, to, width - from);
-      }
-    }
-  }
-}
 
-// Every query and channel: output rows [0, valid) of `width` floats, `out_stride` apart; before: [16][stride].
-template <bool kBefore>
-HWY_NOINLINE void SumWords(const uint32_t* weights, const uint32_t* values, size_t pairs, size_t stride,
-                           const float* before, const float* carry, const float* factor, size_t valid, size_t width,
-                           float* output, size_t out_stride) {
-  // A packed row has an even number of vectors.
-  for (size_t query = 0; query < valid; query += kQueryBlock) {
-    for (size_t c = 0; c < stride; c += kChannelBlock * kLanes) {
-      SumBlock<kChannelBlock, kBefore>(weights, values, pairs, stride, query, c, before, carry, factor, valid, width,
-                                       output, out_stride);
-    }
-  }
-}
-
-// Pairs of rows that weights and values have room for.
-HWY_INLINE size_t PaddedPairs(size_t rows) { return RoundUp((rows + 1) / 2, kPaddedRows); }
-
-// The products of attention, by the dot product; amx-inl.h has them too. Strides are multiples of 32; weights and values
-// have room for whole tiles of pairs, and are spoiled.
-struct DotProducts {
-  struct Session {};  // what a thread holds meanwhile
-
-  // scores[j][16] of packed rows; rows up to the next multiple of 16 may be read, and scores written.
-  static HWY_NOINLINE void Scores(const uint32_t* qt, const uint32_t* keys, size_t words, size_t rows, float* scores) {
-    // A constant stride lets the compiler use displacements in place of pointers.
-    return words == 32 ? ScoreAll<32>(qt, keys, words, rows, scores) : ScoreAll<0>(qt, keys, words, rows, scores);
-  }
-
-  // output[i][c] = factor[i] * sum over pairs of weights * values: [0, valid) rows of `width`, `out_stride` apart.
-  static void Sums(uint32_t* weights, uint32_t* values, size_t pairs, size_t stride, float* /*scratch [16][stride]*/,
+  // and output[i] = factor[i] * sum over rows of words: [0, valid) rows of `width`, `out_stride` apart.
+  static void Sums(uint32_t* weights, uint32_t* values, size_t count, size_t stride, float* /*scratch [16][stride]*/,
                    const float* factor, size_t valid, size_t width, float* output, size_t out_stride) {
-    SumWords<false>(weights, values, pairs, stride, nullptr, nullptr, factor, valid, width, output, out_stride);
+    Accumulate<Halves, false>(
+        {weights, values, count, stride, nullptr, nullptr, nullptr, factor, output, valid, width, out_stride});
   }
 
-  // sums[i][c] = carry[i] * sums[i][c] + sum over pairs of weights * values.
-  static void AddSums(uint32_t* weights, uint32_t* values, size_t pairs, size_t stride, const float* carry, float* sums) {
-    SumWords<true>(weights, values, pairs, stride, sums, carry, nullptr, kQueries, stride, sums, stride);
+  // What a list takes out of a cell is the sum of its rounded keys' logits. So the cell's logit is that of the mean of
+  // rounded keys, to twice the precision: where little is left of a cell, any difference between both counts many times.
+  static void CellMean(const uint32_t* rows, size_t words, const float* sizes, size_t count, size_t /*width*/,
+                       float* sum, uint32_t* mean, uint32_t* rest) {
+    float total = 0.0f;
+    std::memset(sum, 0, 2 * words * sizeof(float));
+    for (size_t j = 0; j < count; ++j) {
+      const float size = sizes == nullptr ? 1.0f : sizes[j];
+      AddWords(rows + j * words, words, size, sum);
+      total += size;
+    }
+    for (size_t c = 0; c < 2 * words; ++c) sum[c] *= 1.0f / total;
+    PackWords(sum, 2 * words, words, mean);
+    if (rest == nullptr) return;
+    AddWords(mean, words, -1.0f, sum);
+    PackWords(sum, 2 * words, words, rest);
   }
 };
 
 #endif  // a target with bfloat16
+#if HWY_TARGET == HWY_AVX3_ZEN4
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The same on matrix tiles (Intel AMX): 16 rows of 16 words each. The layouts above are what tiles want, except that of the
+// weights. One instruction adds what 512 multiplications of pairs give:
+//
+//   scores [16 keys][16 queries]      += keys    [16 keys][16 words]    * qt     [16 words][16 queries]
+//   sums   [16 queries][16 channels]  += weights [16 queries][16 words] * values [16 words][16 channels]
+//
+// Numbers too small to be normal count as 0 there. Sums of a word's lower and upper halves are kept apart until the end
+// of a row of words: results differ from the dot product's in their last bits.
+
+constexpr size_t kTileRows = 16;
+
+#if SPARSIFINER_EMULATE_AMX
+
+// The registers, for tests on machines that have none.
+inline uint32_t (&Register(size_t t))[kTileRows][16] {
+  static thread_local uint32_t registers[8][kTileRows][16];
+  return registers[t];
+}
+
+struct TileSession {};
+
+#define SPARSIFINER_TILE_ZERO(t) std::memset(Register(t), 0, sizeof(Register(t)))
+
+inline void MoveTile(size_t t, void* memory, size_t stride, bool load) {
+  for (size_t r = 0; r < kTileRows; ++r) {
+    char* row = static_cast<char*>(memory) + r * stride;
+    load ? std::memcpy(Register(t)[r], row, 64) : std::memcpy(row, Register(t)[r], 64);
+  }
+}
+#define SPARSIFINER_TILE_LOAD(t, from, stride) MoveTile(t, const_cast<void*>(static_cast<const void*>(from)), stride, true)
+#define SPARSIFINER_TILE_STORE(t, to, stride) MoveTile(t, to, stride, false)
+
+inline void TileProduct(size_t c, size_t a, size_t b) {
+  const auto half = [](uint32_t word, bool upper) { return hwy::BitCastScalar<float>(upper ? word & 0xffff0000u : word << 16); };
+  for (size_t r = 0; r < kTileRows; ++r) {
+    for (size_t n = 0; n < 16; ++n) {
+      float even = 0.0f, odd = 0.0f;
+      for (size_t k = 0; k < 16; ++k) {
+        const uint32_t x = Register(a)[r][k], y = Register(b)[k][n];
+        even = std::fma(half(x, false), half(y, false), even);
+        odd = std::fma(half(x, true), half(y, true), odd);
+      }
+      uint32_t& sum = Register(c)[r][n];
+      sum = hwy::BitCastScalar<uint32_t>(hwy::BitCastScalar<float>(sum) + (even + odd));
+    }
+  }
+}
+#define SPARSIFINER_TILE_PRODUCT(c, a, b) TileProduct(c, a, b)
+
+#else
+
+// Compilers' own functions for these take no note of what they read and write.
+#define SPARSIFINER_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::: "memory")
+#define SPARSIFINER_TILE_LOAD(t, from, stride) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(size_t{stride}) : "memory")
+#define SPARSIFINER_TILE_STORE(t, to, stride) \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(size_t{stride}) : "memory")
+#define SPARSIFINER_TILE_PRODUCT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
+
+// While it lives, a thread's eight registers are whole tiles. Then they are configured as before: whoever called, or runs
+// on this thread next, may believe that they still are.
+class TileSession {
+ public:
+  TileSession() {
+    asm volatile("sttilecfg %0" : "=m"(before_) : : "memory");
+    Config whole{};
+    whole.palette = 1;
+    for (size_t t = 0; t < 8; ++t) {
+      whole.row_bytes[t] = 64;
+      whole.rows[t] = kTileRows;
+    }
+    asm volatile("ldtilecfg %0" : : "m"(whole) : "memory");
+  }
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
+  ~TileSession() { asm volatile("ldtilecfg %0" : : "m"(before_) : "memory"); }
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  static_assert(sizeof(Config) == 64, "as the instructions have it");
+  Config before_;
+};
+
+#endif
+
+// [16][16] words, transposed where they are.
+HWY_INLINE void Turn(uint32_t* words) {
+  const Words d;
+  W from[16], to[16];
+#pragma GCC unroll 16
+  for (size_t i = 0; i < 16; ++i) from[i] = hn::Load(d, words + i * 16);
+  // Row and column are a number of eight bits; each step moves its highest bit to the lowest place.
+#pragma GCC unroll 4
+  for (size_t step = 0; step < 4; ++step) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; ++i) {
+      to[2 * i] = hn::InterleaveWholeLower(d, from[i], from[i + 8]);
+      to[2 * i + 1] = hn::InterleaveWholeUpper(d, from[i], from[i + 8]);
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < 16; ++i) from[i] = to[i];
+  }
+#pragma GCC unroll 16
+  for (size_t i = 0; i < 16; ++i) hn::Store(from[i], d, words + i * 16);
+}
+
+// sums[i][c] = sum over pairs of weights * values, and with kMore what is there already. What is beyond the last pair,
+// up to a multiple of 16, becomes zeros, and weights are transposed.
+template <bool kMore>
+HWY_NOINLINE void TileSums(uint32_t* weights, uint32_t* values, size_t pairs, size_t stride, float* sums) {
+  const size_t row = stride * sizeof(float), missing = RoundUp(pairs, kTileRows) - pairs;
+  std::memset(weights + pairs * kQueries, 0, missing * kQueries * sizeof(uint32_t));
+  std::memset(values + pairs * stride, 0, missing * stride * sizeof(uint32_t));
+  for (size_t p = 0; p < pairs; p += kTileRows) Turn(weights + p * kQueries);
+  for (size_t c = 0; c < stride; c += 32) {
+    if constexpr (kMore) {
+      SPARSIFINER_TILE_LOAD(0, sums + c, row);
+      SPARSIFINER_TILE_LOAD(1, sums + c + 16, row);
+    } else {
+      SPARSIFINER_TILE_ZERO(0);
+      SPARSIFINER_TILE_ZERO(1);
+    }
+    for (size_t p = 0; p < pairs; p += kTileRows) {
+      SPARSIFINER_TILE_LOAD(2, weights + p * kQueries, 64);
+      SPARSIFINER_TILE_LOAD(3, values + p * stride + c, row);
+      SPARSIFINER_TILE_LOAD(4, values + p * stride + c + 16, row);
+      SPARSIFINER_TILE_PRODUCT(0, 2, 3);
+      SPARSIFINER_TILE_PRODUCT(1, 2, 4);
+    }
+    SPARSIFINER_TILE_STORE(0, sums + c, row);
+    SPARSIFINER_TILE_STORE(1, sums + c + 16, row);
+  }
+}
+
+// As Halves.
+struct TiledHalves : Halves {
+  using Session = TileSession;
+
+  static HWY_NOINLINE void Scores(const uint32_t* qt, const uint32_t* keys, size_t width, size_t rows, float* scores) {
+    const size_t words = PackedWords(width);
+    const size_t row = words * sizeof(uint32_t);
+    size_t j = 0;
+    for (; j + kTileRows < rows; j += 2 * kTileRows, keys += 2 * kTileRows * words, scores += 2 * kTileRows * kQueries) {
+      SPARSIFINER_TILE_ZERO(0);
+      SPARSIFINER_TILE_ZERO(1);
+      for (size_t w = 0; w < words; w += 16) {
+        SPARSIFINER_TILE_LOAD(4, qt + w * kQueries, 64);
+        SPARSIFINER_TILE_LOAD(2, keys + w, row);
+        SPARSIFINER_TILE_LOAD(3, keys + kTileRows * words + w, row);
+        SPARSIFINER_TILE_PRODUCT(0, 2, 4);
+        SPARSIFINER_TILE_PRODUCT(1, 3, 4);
+      }
+      SPARSIFINER_TILE_STORE(0, scores, 64);
+      SPARSIFINER_TILE_STORE(1, scores + kTileRows * kQueries, 64);
+    }
+    if (j >= rows) return;
+    SPARSIFINER_TILE_ZERO(0);
+    for (size_t w = 0; w < words; w += 16) {
+      SPARSIFINER_TILE_LOAD(4, qt + w * kQueries, 64);
+      SPARSIFINER_TILE_LOAD(2, keys + w, row);
+      SPARSIFINER_TILE_PRODUCT(0, 2, 4);
+    }
+    SPARSIFINER_TILE_STORE(0, scores, 64);
+  }
+
+  static void Sums(uint32_t* weights, uint32_t* values, size_t pairs, size_t stride, float* scratch, const float* factor,
+                   size_t valid, size_t width, float* output, size_t out_stride) {
+    TileSums<false>(weights, values, pairs, stride, scratch);
+    for (size_t i = 0; i < valid; ++i, scratch += stride, output += out_stride) {
+      const V share = hn::Set(D(), factor[i]);
+      for (size_t c = 0; c < width; c += kLanes) {
+        hn::StoreN(hn::Mul(share, hn::Load(D(), scratch + c)), D(), output + c, width - c);
+      }
+    }
+  }
+
+  static void AddSums(uint32_t* weights, uint32_t* values, size_t pairs, size_t stride, const float* carry, float* sums) {
+    for (size_t i = 0; i < kQueries; ++i) {
+      const V share = hn::Set(D(), carry[i]);
+      for (size_t c = 0; c < stride; c += kLanes) {
+        hn::Store(hn::Mul(share, hn::Load(D(), sums + i * stride + c)), D(), sums + i * stride + c);
+      }
+    }
+    TileSums<true>(weights, values, pairs, stride, sums);
+  }
+};
+
+#endif  // a target with bfloat16 and 16 lanes
 }  // namespace HWY_NAMESPACE
 }  // namespace sparsifiner
 HWY_AFTER_NAMESPACE();

@@ -10,7 +10,6 @@
 #include <cstdlib>
 #include <new>
 
-#include "kernels.h"
 #include "scratch.h"
 #include "sparsifiner.h"
 
@@ -74,7 +73,7 @@ class IdleMemory {
 };
 
 // One call's threads and memory.
-class Call final : public Parallel {
+class Call {
  public:
   explicit Call(const sparsifiner_call& given) : given_(given), memory_(IdleMemory::Take()) {}
   Call(const Call&) = delete;
@@ -87,13 +86,24 @@ class Call final : public Parallel {
     }
   }
 
-  void* Shared(size_t bytes) const override {
-    void* memory = memory_ == nullptr ? nullptr : memory_->shared().Reserve(bytes);
+  // Memory for the whole call, once per call: take(&layout) is asked to measure it, and then to deal it out. False: there is
+  // not enough.
+  template <class Take>
+  bool Share(const Take& take) const {
+    Layout measured(nullptr);
+    take(&measured);
+    void* memory = memory_ == nullptr ? nullptr : memory_->shared().Reserve(measured.used());
     failed_ = failed_ || memory == nullptr;
-    return memory;
+    if (failed_) return false;
+    Layout layout(memory);
+    take(&layout);
+    return true;
   }
 
-  bool For(size_t count, size_t bytes, void (*fn)(void*, size_t, void*), void* data) const override {
+  // Runs fn(data, i, own) for i in [0, count), in any order and on any threads; returns when all are done. `own` are
+  // `bytes` of memory, aligned to a cache line, that fn has to itself until it returns; null for 0 bytes. False: there
+  // was not enough memory, and fn did not run for every i.
+  bool For(size_t count, size_t bytes, void (*fn)(void*, size_t, void*), void* data) const {
     if (count == 0) return true;
     failed_ = failed_ || memory_ == nullptr;
     if (failed_) return false;

@@ -1,5 +1,5 @@
-// DenseAttention (ops/schema.py), in float32 and in bfloat16: tiles of 16 queries share chunks of packed keys and values;
-// softmax is carried from chunk to chunk, so that no score matrix is larger than one tile's of one chunk.
+// DenseAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h): tiles of 16 queries share chunks of packed keys
+// and values; softmax is carried from chunk to chunk, so that no score matrix is larger than one tile's of one chunk.
 
 #if defined(SPARSIFINER_DENSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_DENSE_INL_H_
@@ -26,28 +26,45 @@ struct GroupJob {
   size_t groups, tiles;  // of a head; of a group, the last may have less
 };
 
-// What a thread needs for one group. Words of four bytes: what a kind of arithmetic packs queries, keys and values into.
+// What a thread needs for one group.
 template <class Word>
 struct GroupWork {
   float *turned, *scores, *sums, *highest, *totals;
   Word *qt, *keys, *values, *weights;
 };
 
-template <class Kind>
-HWY_INLINE size_t LayOut(const GroupJob& job, void* base, GroupWork<typename Kind::Word>* work) {
-  using Word = typename Kind::Word;
-  const size_t row = Kind::RowWords(job.in.width), stride = Kind::Stride(job.in.width);
+template <class Kind, class Word = typename Kind::Word>
+HWY_INLINE size_t LayOut(const GroupJob& job, void* base, GroupWork<Word>* work) {
+  const size_t words = Kind::RowWords(job.in.width), stride = Kind::Stride(job.in.width);
   Layout layout(base);
   work->turned = layout.Take<float>(job.in.width, kQueries);
   work->scores = layout.Take<float>(kGroupKeys + kPaddedRows, kQueries);
   work->sums = layout.Take<float>(job.tiles, kQueries, stride);
   work->highest = layout.Take<float>(job.tiles, kQueries);
   work->totals = layout.Take<float>(job.tiles, kQueries);
-  work->qt = layout.Take<Word>(job.tiles, row, kQueries);
-  work->keys = layout.Take<Word>(kGroupKeys + kPaddedRows, row);
+  work->qt = layout.Take<Word>(job.tiles, words, kQueries);
+  work->keys = layout.Take<Word>(kGroupKeys + kPaddedRows, words);
   work->values = layout.Take<Word>(kGroupKeys, stride);
-  work->weights = layout.Take<Word>(kGroupKeys, kQueries);
+  work->weights = Kind::TakeWeights(&layout, kGroupKeys, work->scores);
   return layout.used();
+}
+
+// `count` keys and values, `row` floats apart; of an odd number the last value counts with a weight of 0 for the row that
+// is not there.
+template <class Kind>
+HWY_INLINE void PackChunk(const float* keys, const float* values, size_t row, size_t width, size_t count,
+                          const GroupWork<typename Kind::Word>& work) {
+  const size_t words = Kind::RowWords(width), stride = Kind::Stride(width);
+  for (size_t j = 0; j < count; ++j) {
+    const size_t ahead = std::min(j + kRowsAhead, count - 1) * row;
+    FetchRow(keys + ahead, width);
+    FetchRow(values + ahead, width);
+    Kind::PackRow(keys + j * row, width, work.keys + j * words);
+  }
+  for (size_t j = 0; j < count; j += Kind::kRows) {
+    const float* last = values + std::min(j + Kind::kRows, count) * row - row;
+    Kind::PackValues(values + j * row, last, width, work.values + j / Kind::kRows * stride);
+  }
 }
 
 // Softmax is carried from chunk to chunk: logits become weights, which the kind keeps, and `carry` what the sums so far
@@ -72,12 +89,12 @@ HWY_INLINE void WeighChunk(const float* biases, size_t count, const GroupWork<ty
       const V a = weight(j), b = weight(j + 1);
       even = hn::Add(even, a);
       odd = hn::Add(odd, b);
-      Kind::KeepWeights(a, b, j, v, work);
+      Kind::KeepWeights(a, b, j, v, work.weights);
     }
     if (j < count) {
       const V a = weight(j);
       even = hn::Add(even, a);
-      Kind::KeepWeights(a, hn::Zero(d), j, v, work);
+      Kind::KeepWeights(a, hn::Zero(d), j, v, work.weights);
     }
     const V factor = Exp2(hn::Sub(old, top));
     hn::Store(factor, d, carry + v);
@@ -90,10 +107,10 @@ template <class Kind>
 HWY_NOINLINE void GroupItem(void* data, size_t item, void* own) {
   const GroupJob& job = *static_cast<const GroupJob*>(data);
   const Packed& in = job.in;
-  const size_t group = item % job.groups, head = item / job.groups % in.heads, batch = item / job.groups / in.heads;
+  const size_t group = item % job.groups, head = item / job.groups, batch = head / in.heads;
   const size_t begin = group * job.tiles * kQueries, end = std::min(begin + job.tiles * kQueries, in.tokens);
-  const size_t row = Kind::RowWords(in.width), stride = Kind::Stride(in.width);
-  const float *keys = in.Keys(batch, head), *values = in.Values(batch, head), *queries = in.Queries(batch, head);
+  const size_t words = Kind::RowWords(in.width), stride = Kind::Stride(in.width);
+  const float *keys = in.Rows(head, 1), *values = in.Rows(head, 2), *queries = in.Rows(head, 0);
   GroupWork<typename Kind::Word> work;
   LayOut<Kind>(job, own, &work);
   [[maybe_unused]] const typename Kind::Session session;
@@ -104,44 +121,44 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* own) {
     const float* rows[kQueries];
     QueryRows(queries + q * in.Row(), in.Row(), std::min(kQueries, end - q), rows);
     for (size_t i = 0; i < kQueries; ++i) FetchRow(rows[i] + (q + kQueries < end ? kQueries * in.Row() : 0), in.width);
-    Kind::PackQueries(rows, in.width, in.scale * kLog2e, work.turned, work.qt + (q - begin) * row);
+    Kind::PackQueries(rows, in.width, in.scale * kLog2e, work.turned, work.qt + (q - begin) * words);
   }
   for (size_t start = 0; start < in.tokens; start += kGroupKeys) {
     const size_t count = std::min(kGroupKeys, in.tokens - start);
-    Kind::PackChunk(keys + start * in.Row(), values + start * in.Row(), in.Row(), in.width, count, work);
+    PackChunk<Kind>(keys + start * in.Row(), values + start * in.Row(), in.Row(), in.width, count, work);
     for (size_t q = begin; q < end; q += kQueries) {
       float *sums = work.sums + (q - begin) * stride, *state = work.highest + (q - begin);
-      Kind::Scores(work.qt + (q - begin) * row, work.keys, in.width, count, work.scores);
+      Kind::Scores(work.qt + (q - begin) * words, work.keys, in.width, count, work.scores);
       HWY_ALIGN float carry[kQueries];
       WeighChunk<Kind>(job.bias == nullptr ? nullptr : job.bias + batch * in.tokens + start, count, work, state,
                        work.totals + (q - begin), carry);
-      Kind::AddSums(work, count, stride, carry, sums);
+      Kind::AddSums(work.weights, work.values, Groups(count, Kind::kRows), stride, carry, sums);
     }
   }
   for (size_t q = begin; q < end; ++q) {
     const float share = 1.0f / work.totals[q - begin];
-    float* to = job.output + ((batch * in.tokens + q) * in.heads + head) * in.width;
+    float* to = job.output + ((batch * in.tokens + q) * in.heads + head % in.heads) * in.width;
     for (size_t c = 0; c < in.width; ++c) to[c] = share * work.sums[(q - begin) * stride + c];
   }
 }
 
 template <class Kind>
-bool AttendDensely(const Packed& in, float* output, const Parallel& parallel) {
+bool AttendDensely(const Packed& in, float* output, const Call& call) {
   if (in.batch == 0) return true;
   GroupJob job{in, output, nullptr, 0, 0};
   // Groups of a head are alike: a small one would pack all keys too.
-  const size_t tiles = (in.tokens + kQueries - 1) / kQueries;
+  const size_t tiles = Groups(in.tokens, kQueries);
   const size_t least = std::max<size_t>(1, (tiles + kGroupTiles / 2) / kGroupTiles);
-  job.tiles = (tiles + least - 1) / least;
-  job.groups = (tiles + job.tiles - 1) / job.tiles;
+  job.tiles = Groups(tiles, least);
+  job.groups = Groups(tiles, job.tiles);
   if (in.sizes != nullptr) {
-    auto* bias = static_cast<float*>(parallel.Shared(Times(Times(in.batch, in.tokens), sizeof(float))));
-    if (bias == nullptr) return false;
+    float* bias = nullptr;
+    if (!call.Share([&](Layout* layout) { bias = layout->Take<float>(in.batch, in.tokens); })) return false;
     LogSizes(in.sizes, in.batch * in.tokens, bias);
     job.bias = bias;
   }
   GroupWork<typename Kind::Word> work;
-  return parallel.For(in.batch * in.heads * job.groups, LayOut<Kind>(job, nullptr, &work), GroupItem<Kind>, &job);
+  return call.For(in.batch * in.heads * job.groups, LayOut<Kind>(job, nullptr, &work), GroupItem<Kind>, &job);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -27,6 +27,7 @@
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
+#include "kernels.h"
 #include "scratch.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -48,7 +49,7 @@ constexpr size_t kPaddedRows = 16;  // room for the rows that a padded number ex
 constexpr size_t kQueryBlock = kLanes == 8 ? 4 : 8;
 constexpr size_t kChannelBlock = 2;
 
-HWY_INLINE size_t RoundUp(size_t n, size_t step) { return (n + step - 1) / step * step; }
+HWY_INLINE size_t RoundUp(size_t n, size_t step) { return Groups(n, step) * step; }
 
 // Channels of a packed row: whole channel blocks, so that no kernel needs a remainder loop.
 HWY_INLINE size_t PackedWidth(size_t width) { return RoundUp(width, kLanes); }
@@ -119,28 +120,30 @@ HWY_INLINE void QueryRows(const float* first, size_t row, size_t valid, const fl
   for (size_t i = 0; i < kQueries; ++i) rows[i] = first + (i < valid ? i : 0) * row;
 }
 
-// scores[j * out_stride + i] = keys[j] . query i for `kKeys` packed rows of `stride` floats. kFetch: meanwhile the rows at
-// base + ahead[j], that are gathered next, are brought into the first-level cache, one line of 16 floats at a time.
-template <size_t kKeys, bool kFetch>
-HWY_INLINE void ScoreBlock(const float* HWY_RESTRICT qt, const float* HWY_RESTRICT keys, size_t stride, size_t width,
-                           float* HWY_RESTRICT scores, size_t out_stride, const float* base, const uint32_t* ahead) {
+// scores[j * out_stride + i] = keys[j] . query i for `kKeys` packed rows of `stride` words, of which `words` count. kFetch:
+// meanwhile the rows at base + ahead[j], that are gathered next, are brought into the first-level cache, a line at a time.
+template <class Kind, size_t kKeys, bool kFetch = false, class Word = typename Kind::Word>
+HWY_INLINE void ScoreBlock(const Word* HWY_RESTRICT qt, const Word* HWY_RESTRICT keys, size_t stride, size_t words,
+                           float* HWY_RESTRICT scores, size_t out_stride, const Word* base = nullptr,
+                           const uint32_t* ahead = nullptr) {
   const D d;
+  const hn::Rebind<Word, D> dw;
   V sum[kKeys][kVectors];
 #pragma GCC unroll 16
   for (size_t j = 0; j < kKeys; ++j) {
 #pragma GCC unroll 4
     for (size_t v = 0; v < kVectors; ++v) sum[j][v] = hn::Zero(d);
   }
-  for (size_t k = 0; k < width; ++k) {
+  for (size_t k = 0; k < words; ++k) {
     if constexpr (kFetch) hwy::Prefetch(base + ahead[k * kKeys / 64] + k % 4 * 16);
-    V q[kVectors];
+    hn::Vec<decltype(dw)> q[kVectors];
 #pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) q[v] = hn::Load(d, qt + k * kQueries + v * kLanes);
+    for (size_t v = 0; v < kVectors; ++v) q[v] = hn::Load(dw, qt + k * kQueries + v * kLanes);
 #pragma GCC unroll 16
     for (size_t j = 0; j < kKeys; ++j) {
-      const V key = hn::Set(d, keys[j * stride + k]);
+      const auto key = hn::Set(dw, keys[j * stride + k]);
 #pragma GCC unroll 4
-      for (size_t v = 0; v < kVectors; ++v) sum[j][v] = hn::MulAdd(key, q[v], sum[j][v]);
+      for (size_t v = 0; v < kVectors; ++v) sum[j][v] = Kind::AddProduct(key, q[v], sum[j][v]);
     }
   }
 #pragma GCC unroll 16
@@ -152,15 +155,15 @@ HWY_INLINE void ScoreBlock(const float* HWY_RESTRICT qt, const float* HWY_RESTRI
 
 // The same for any number of rows. A constant stride lets the compiler use displacements in place of pointers.
 // kPadded: rows up to the next multiple of 4 may be read, and scores written: single rows waste most of the registers.
-template <size_t kStride, bool kPadded>
-HWY_INLINE void ScoreRows(const float* HWY_RESTRICT qt, const float* HWY_RESTRICT keys, size_t stride, size_t width,
+template <class Kind, size_t kStride, bool kPadded, class Word>
+HWY_INLINE void ScoreRows(const Word* HWY_RESTRICT qt, const Word* HWY_RESTRICT keys, size_t stride, size_t words,
                           size_t rows, float* HWY_RESTRICT scores, size_t out_stride) {
   if constexpr (kStride != 0) stride = kStride;
   if constexpr (kPadded) rows = RoundUp(rows, 4);
   size_t j = 0;
   const auto block = [&](auto size) {
     constexpr size_t kSize = decltype(size)::value;
-    ScoreBlock<kSize, false>(qt, keys + j * stride, stride, width, scores + j * out_stride, out_stride, nullptr, nullptr);
+    ScoreBlock<Kind, kSize>(qt, keys + j * stride, stride, words, scores + j * out_stride, out_stride);
     j += kSize;
   };
   while (j + kKeyBlock <= rows) block(std::integral_constant<size_t, kKeyBlock>());
@@ -170,152 +173,118 @@ HWY_INLINE void ScoreRows(const float* HWY_RESTRICT qt, const float* HWY_RESTRIC
   while (j < rows) block(std::integral_constant<size_t, 1>());
 }
 
-template <bool kPadded>
-HWY_NOINLINE void Scores(const float* qt, const float* keys, size_t stride, size_t width, size_t rows, float* scores,
+template <class Kind, bool kPadded, class Word = typename Kind::Word>
+HWY_NOINLINE void Scores(const Word* qt, const Word* keys, size_t stride, size_t words, size_t rows, float* scores,
                          size_t out_stride = kQueries) {
   switch (stride) {
     case 16:
-      return ScoreRows<16, kPadded>(qt, keys, stride, width, rows, scores, out_stride);
+      return ScoreRows<Kind, 16, kPadded>(qt, keys, stride, words, rows, scores, out_stride);
     case 32:
-      return ScoreRows<32, kPadded>(qt, keys, stride, width, rows, scores, out_stride);
+      return ScoreRows<Kind, 32, kPadded>(qt, keys, stride, words, rows, scores, out_stride);
     case 64:
-      return ScoreRows<64, kPadded>(qt, keys, stride, width, rows, scores, out_stride);
+      return ScoreRows<Kind, 64, kPadded>(qt, keys, stride, words, rows, scores, out_stride);
     default:
-      return ScoreRows<0, kPadded>(qt, keys, stride, width, rows, scores, out_stride);
+      return ScoreRows<Kind, 0, kPadded>(qt, keys, stride, words, rows, scores, out_stride);
   }
 }
-
-// Rows of values and of the weights that 16 queries give them.
-struct Weighted {
-  const float* weights;  // [rows][16]
-  const float* values;   // [rows][stride], or where `places` says
-  size_t rows;
-  const uint32_t* places = nullptr;  // [rows]: floats from `values` to each row
-};
 
 constexpr size_t kRowsAhead = 8;
 
-// output[i][c] = factor[i] * (carry[i] * before[i][c] + sum over parts and rows of weights * values): without kBefore the
-// sum starts at 0, without kCarry `before` counts in full, without factor (null) the result is as it is.
-template <size_t kRows, size_t kColumns, bool kBefore, bool kCarry>
-HWY_INLINE void AccumulateBlock(const Weighted* parts, size_t count, size_t stride, size_t query, size_t channel,
-                                const float* before, const float* carry, const float* factor, size_t valid,
-                                size_t width, float* output, size_t out_stride) {
+// What 16 queries make of values: row i of the output, of `width` floats, is
+// factor[i] * (carry[i] * before[i] + sum over j of weights[j][i] * values[j]); null factors count as 1.
+template <class Word>
+struct Weighted {
+  const Word* weights;  // [count][16]
+  const Word* values;   // [count][stride], or where `places` says
+  size_t count, stride;
+  const uint32_t* places;       // [count + kRowsAhead]: words from `values` to each row, or null
+  const float *before, *carry;  // [16][stride], [16]
+  const float* factor;          // [16]
+  float* output;
+  size_t valid, width, out_stride;  // rows and floats of them that are stored, and how far they lie apart
+  const Weighted* more = nullptr;   // adds its weights and values, which lie side by side
+};
+
+// kBefore: else the sum starts at 0.
+template <class Kind, size_t kColumns, bool kBefore, class Word>
+HWY_INLINE void AccumulateBlock(const Weighted<Word>& sums, size_t query, size_t channel) {
   const D d;
-  V sum[kRows][kColumns];
+  const hn::Rebind<Word, D> dw;
+  const size_t stride = sums.stride, count = sums.count;
+  V sum[kQueryBlock][kColumns];
 #pragma GCC unroll 8
-  for (size_t i = 0; i < kRows; ++i) {
+  for (size_t i = 0; i < kQueryBlock; ++i) {
 #pragma GCC unroll 2
     for (size_t c = 0; c < kColumns; ++c) {
       sum[i][c] = hn::Zero(d);
-      if constexpr (kBefore) sum[i][c] = hn::Load(d, before + (query + i) * stride + channel + c * kLanes);
-      if constexpr (kCarry) sum[i][c] = hn::Mul(hn::Set(d, carry[query + i]), sum[i][c]);
+      if constexpr (kBefore) sum[i][c] = hn::Load(d, sums.before + (query + i) * stride + channel + c * kLanes);
+      if (kBefore && sums.carry != nullptr) sum[i][c] = hn::Mul(hn::Set(d, sums.carry[query + i]), sum[i][c]);
     }
   }
-  const auto add = [&](const float* HWY_RESTRICT weights, const float* HWY_RESTRICT row) {
-    V value[kColumns];
+  const auto add = [&](const Word* HWY_RESTRICT weights, const Word* HWY_RESTRICT row) {
+    hn::Vec<decltype(dw)> value[kColumns];
 #pragma GCC unroll 2
-    for (size_t c = 0; c < kColumns; ++c) value[c] = hn::LoadU(d, row + c * kLanes);
+    for (size_t c = 0; c < kColumns; ++c) value[c] = hn::LoadU(dw, row + c * kLanes);
 #pragma GCC unroll 8
-    for (size_t i = 0; i < kRows; ++i) {
-      const V weight = hn::Set(d, weights[i]);
+    for (size_t i = 0; i < kQueryBlock; ++i) {
+      const auto weight = hn::Set(dw, weights[i]);
 #pragma GCC unroll 2
-      for (size_t c = 0; c < kColumns; ++c) sum[i][c] = hn::MulAdd(weight, value[c], sum[i][c]);
+      for (size_t c = 0; c < kColumns; ++c) sum[i][c] = Kind::AddProduct(weight, value[c], sum[i][c]);
     }
   };
-  for (size_t p = 0; p < count; ++p) {
-    const Weighted& part = parts[p];
-    const float* HWY_RESTRICT weights = part.weights + query;
-    const float* HWY_RESTRICT values = part.values + channel;
-    const uint32_t* HWY_RESTRICT places = part.places;
-    if (places == nullptr) {
-      for (size_t j = 0; j < part.rows; ++j) add(weights + j * kQueries, values + j * stride);
-    } else if (query == 0) {
-      // The first to touch these rows; `places` goes on for kRowsAhead entries.
-      for (size_t j = 0; j < part.rows; ++j) {
-        for (size_t c = 0; c < kColumns * kLanes; c += 16) hwy::Prefetch(values + places[j + kRowsAhead] + c);
-        add(weights + j * kQueries, values + places[j]);
-      }
-    } else {
-      for (size_t j = 0; j < part.rows; ++j) add(weights + j * kQueries, values + places[j]);
+  const Word* HWY_RESTRICT weights = sums.weights + query;
+  const Word* HWY_RESTRICT values = sums.values + channel;
+  const uint32_t* HWY_RESTRICT places = sums.places;
+  if (places == nullptr) {
+    for (size_t j = 0; j < count; ++j) add(weights + j * kQueries, values + j * stride);
+  } else if (query == 0) {  // the first to touch these rows
+    for (size_t j = 0; j < count; ++j) {
+      for (size_t c = 0; c < kColumns * kLanes; c += 16) hwy::Prefetch(values + places[j + kRowsAhead] + c);
+      add(weights + j * kQueries, values + places[j]);
     }
+  } else {
+    for (size_t j = 0; j < count; ++j) add(weights + j * kQueries, values + places[j]);
   }
-  for (size_t i = 0; i < kRows && query + i < valid; ++i) {
+  const Weighted<Word>* more = sums.more;
+  for (size_t j = 0; more != nullptr && j < more->count; ++j) {
+    add(more->weights + j * kQueries + query, more->values + j * stride + channel);
+  }
+  for (size_t i = 0; i < kQueryBlock && query + i < sums.valid; ++i) {
     for (size_t c = 0; c < kColumns; ++c) {
       const size_t from = channel + c * kLanes;
-      const V result = factor == nullptr ? sum[i][c] : hn::Mul(hn::Set(d, factor[query + i]), sum[i][c]);
-      float* to = output + (query + i) * out_stride + from;
-      if (from + kLanes <= width) {
+      const V result = sums.factor == nullptr ? sum[i][c] : hn::Mul(hn::Set(d, sums.factor[query + i]), sum[i][c]);
+      float* to = sums.output + (query + i) * sums.out_stride + from;
+      if (from + kLanes <= sums.width) {
         hn::StoreU(result, d, to);
-      } else {
-        hn::StoreN(result, d, to, width - from);
+      } else if (from < sums.width) {
+        hn::StoreN(result, d, to, sums.width - from);
       }
     }
   }
 }
 
-// Every query and channel: output rows [0, valid) of `width` floats, `out_stride` apart; before: [16][stride].
-template <bool kBefore, bool kCarry>
-HWY_NOINLINE void Accumulate(const Weighted* parts, size_t count, size_t stride, const float* before,
-                             const float* carry, const float* factor, size_t valid, size_t width, float* output,
-                             size_t out_stride) {
-  const size_t vectors = PackedWidth(width) / kLanes;
-  for (size_t query = 0; query < RoundUp(valid, kQueryBlock); query += kQueryBlock) {
-    size_t c = 0;
-    for (; c + kChannelBlock <= vectors; c += kChannelBlock) {
-      AccumulateBlock<kQueryBlock, kChannelBlock, kBefore, kCarry>(parts, count, stride, query, c * kLanes, before,
-                                                                   carry, factor, valid, width, output, out_stride);
+// Every query and channel.
+template <class Kind, bool kBefore, class Word = typename Kind::Word>
+HWY_NOINLINE void Accumulate(const Weighted<Word>& sums) {
+  for (size_t query = 0; query < sums.valid; query += kQueryBlock) {
+    size_t channel = 0;
+    for (; channel + kChannelBlock * kLanes <= sums.stride; channel += kChannelBlock * kLanes) {
+      AccumulateBlock<Kind, kChannelBlock, kBefore>(sums, query, channel);
     }
-    if (c < vectors) {
-      AccumulateBlock<kQueryBlock, 1, kBefore, kCarry>(parts, count, stride, query, c * kLanes, before, carry, factor,
-                                                       valid, width, output, out_stride);
-    }
+    if (channel < sums.stride) AccumulateBlock<Kind, 1, kBefore>(sums, query, channel);
   }
+}
+
+// The first `some` floats of a vector, at least one; the rest is 0.
+HWY_INLINE V LoadSome(const float* from, size_t some) {
+  const D d;
+  return some < kLanes ? hn::LoadN(d, from, some) : hn::LoadU(d, from);
 }
 
 // Brings a row of `width` words of four bytes into the first-level cache.
 template <typename Word>
 HWY_INLINE void FetchRow(const Word* row, size_t width) {
   for (size_t c = 0; c < width; c += 16) hwy::Prefetch(row + c);
-}
-
-// One row of `width` floats to a packed row of `stride`, the rest zero.
-HWY_INLINE void PackRow(const float* HWY_RESTRICT from, size_t width, size_t stride, float* HWY_RESTRICT to) {
-  const D d;
-  size_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) hn::Store(hn::LoadU(d, from + c), d, to + c);
-  if (c < stride) hn::Store(hn::LoadN(d, from + c, width - c), d, to + c);
-}
-
-// One query against `count` keys at rows at(j): weights exp2(logit - highest), not yet normalised; returns their sum.
-// Lanes are channels. bias: added to the logit of row at(j), or null.
-template <class At>
-HWY_INLINE float WeighOne(const float* HWY_RESTRICT query, const float* HWY_RESTRICT keys, size_t row, const At& at,
-                          size_t count, float scale, size_t width, const float* HWY_RESTRICT bias,
-                          float* HWY_RESTRICT weights) {
-  const D d;
-  const size_t whole = width / kLanes * kLanes;
-  float highest = kLowest;
-  for (size_t j = 0; j < count; ++j) {
-    const float* key = keys + at(j) * row;
-    FetchRow(keys + at(std::min(j + kRowsAhead, count - 1)) * row, width);
-    V sum = hn::Zero(d);
-    for (size_t c = 0; c < whole; c += kLanes) sum = hn::MulAdd(hn::LoadU(d, query + c), hn::LoadU(d, key + c), sum);
-    if (whole < width) {
-      sum = hn::MulAdd(hn::LoadN(d, query + whole, width - whole), hn::LoadN(d, key + whole, width - whole), sum);
-    }
-    weights[j] = scale * kLog2e * hn::ReduceSum(d, sum) + (bias == nullptr ? 0.0f : bias[at(j)]);
-    highest = std::max(highest, weights[j]);
-  }
-  V total = hn::Zero(d);
-  for (size_t j = 0; j < count; j += kLanes) {
-    const size_t some = std::min(kLanes, count - j);
-    const V shifted = hn::Sub(hn::LoadN(d, weights + j, some), hn::Set(d, highest));
-    const V weight = hn::IfThenElseZero(hn::FirstN(d, some), Exp2(shifted));
-    total = hn::Add(total, weight);
-    hn::StoreN(weight, d, weights + j, some);
-  }
-  return hn::ReduceSum(d, total);
 }
 
 // Means over runs of `cell` rows of a head's keys or values: rows [patches] of `row` floats -> means [cells][stride].
@@ -335,8 +304,7 @@ HWY_INLINE void CellMeans(const float* rows, size_t row, const float* sizes, siz
       V sum = hn::Zero(d);
       const size_t some = std::min(kLanes, width - c);
       for (size_t j = start; j < end; ++j) {
-        const float* from = rows + j * row + c;
-        const V x = some == kLanes ? hn::LoadU(d, from) : hn::LoadN(d, from, some);
+        const V x = LoadSome(rows + j * row + c, some);
         sum = sizes == nullptr ? hn::Add(sum, x) : hn::MulAdd(hn::Set(d, sizes[j]), x, sum);
       }
       hn::Store(hn::Mul(sum, share), d, means + c);
@@ -348,6 +316,74 @@ HWY_INLINE void CellMeans(const float* rows, size_t row, const float* sizes, siz
 HWY_INLINE void LogSizes(const float* sizes, size_t count, float* HWY_RESTRICT logs) {
   for (size_t i = 0; i < count; ++i) logs[i] = sizes[i] == 1.0f ? 0.0f : std::log2(sizes[i]);
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kinds of arithmetic, the type parameter of all that is attention: float32 here, bfloat16 in bf16-inl.h. A kind packs
+// queries, keys, values and weights into words of four bytes. A word of a query or key holds kRows channels of a row, a word
+// of a value or weight as many rows:
+//
+//   qt      [words][16]            keys   [rows][words]
+//   weights [rows / kRows][16]     values [rows / kRows][stride]
+//
+// Packed rows are whole vectors, filled with zeros, so that no kernel needs a remainder loop. Sums, softmax and what is
+// left of the cells are float32.
+
+struct Floats {
+  using Word = float;
+  struct Session {};  // what a thread holds meanwhile
+  static constexpr size_t kRows = 1;
+  static constexpr bool kRounds = false;  // those that round are packed always, and sparse-inl.h gathers them in tables
+
+  // sum + what a word's elements give times another's.
+  static HWY_INLINE V AddProduct(V a, V b, V sum) { return hn::MulAdd(a, b, sum); }
+
+  static size_t RowWords(size_t width) { return PackedWidth(width); }
+  static size_t Stride(size_t width) { return PackedWidth(width); }
+
+  // 16 queries, times `factor`. turned: scratch [width][16].
+  static void PackQueries(const float* const* rows, size_t width, float factor, float* /*turned*/, float* qt) {
+    Transpose16(rows, width, factor, qt);
+  }
+
+  // A row of keys.
+  static void PackRow(const float* from, size_t width, float* to) {
+    const D d;
+    size_t c = 0;
+    for (; c + kLanes <= width; c += kLanes) hn::Store(hn::LoadU(d, from + c), d, to + c);
+    if (c < width) hn::Store(hn::LoadN(d, from + c, width - c), d, to + c);
+  }
+
+  // scores[j][16] of packed keys; rows up to the next multiple of 16 may be read, and scores written.
+  static void Scores(const float* qt, const float* keys, size_t width, size_t rows, float* scores) {
+    HWY_NAMESPACE::Scores<Floats, true>(qt, keys, PackedWidth(width), width, rows, scores);
+  }
+
+  // A row of words of values, of kRows rows.
+  static void PackValues(const float* low, const float* /*high*/, size_t width, float* to) { PackRow(low, width, to); }
+
+  // Weights of the rows j and j + 1 (or 0) that the queries from v on give; room for one more row is there.
+  static void KeepWeights(V a, V b, size_t j, size_t v, float* weights) {
+    hn::Store(a, D(), weights + j * kQueries + v);
+    hn::Store(b, D(), weights + (j + 1) * kQueries + v);
+  }
+
+  // Where weights are put that scores [rows][16] become.
+  static float* TakeWeights(Layout*, size_t /*rows*/, float* scores) { return scores; }
+
+  // sums[i] = carry[i] * sums[i] + sum over rows of words of weights * values. Both have room for 16 times whole rows, and
+  // are spoiled.
+  static void AddSums(float* weights, float* values, size_t count, size_t stride, const float* carry, float* sums) {
+    Accumulate<Floats, true>(
+        {weights, values, count, stride, nullptr, sums, carry, nullptr, sums, kQueries, stride, stride});
+  }
+
+  // The mean of `count` rows, each of which counts as its size, or null: as one. scratch: [stride]. rest: what rounding
+  // takes from the mean; null where nobody asks.
+  static void CellMean(const float* rows, size_t row, const float* sizes, size_t count, size_t width,
+                       float* /*scratch*/, float* mean, float* /*rest*/) {
+    CellMeans(rows, row, sizes, count, count, width, Stride(width), mean);
+  }
+};
 
 }  // namespace HWY_NAMESPACE
 }  // namespace sparsifiner

@@ -12,21 +12,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "call.h"
+#include "sparsifiner.h"
+
 namespace sparsifiner {
 
-// What a kernel runs on.
-struct Parallel {
-  // `bytes` (not 0) of memory for the whole call, aligned to a cache line, or null. Once per call.
-  virtual void* Shared(size_t bytes) const = 0;
-
-  // Runs fn(data, i, own) for i in [0, count), in any order and on any threads; returns when all are done. `own` are
-  // `bytes` of memory, aligned to a cache line, that fn has to itself until it returns; null for 0 bytes. False: there
-  // was not enough memory, and fn did not run for every i.
-  virtual bool For(size_t count, size_t bytes, void (*fn)(void* data, size_t i, void* own), void* data) const = 0;
-
- protected:
-  ~Parallel() = default;
-};
+// Groups of up to `each` that `count` make.
+constexpr size_t Groups(size_t count, size_t each) { return (count + each - 1) / each; }
 
 // Sizes of packed queries, keys and values: qkv [batch, tokens, 3 * heads * width].
 struct Packed {
@@ -39,9 +31,10 @@ struct Packed {
   const float* sizes = nullptr;  // [batch, tokens]: how many tokens each stands for; null: one
 
   size_t Row() const { return 3 * heads * width; }
-  const float* Queries(size_t b, size_t h) const { return qkv + b * tokens * Row() + h * width; }
-  const float* Keys(size_t b, size_t h) const { return Queries(b, h) + heads * width; }
-  const float* Values(size_t b, size_t h) const { return Queries(b, h) + 2 * heads * width; }
+  // The queries (part 0), keys (1) or values (2) of a head; heads are counted through all images.
+  const float* Rows(size_t head, size_t part) const {
+    return qkv + head / heads * tokens * Row() + (part * heads + head % heads) * width;
+  }
 };
 
 struct SparseSettings {
@@ -79,37 +72,29 @@ struct Merging {
   size_t count;
 };
 
-// softmax(scale q k^T) v: output [batch, tokens, heads * width].
-[[nodiscard]] bool DenseAttention(const Packed& in, float* output, const Parallel& parallel);
+// Attention with products in one precision: output [batch, tokens, heads * width].
+struct Attention {
+  // softmax(scale q k^T) v.
+  bool (*dense)(const Packed& in, float* output, const Call& call);
 
-// indices [batch, heads, tiles, keys] -> output [batch, tokens, heads * width].
-[[nodiscard]] bool SparseAttention(const Packed& in, const int32_t* indices, const SparseSettings& settings,
-                                   float* output, const Parallel& parallel);
+  // The same over listed keys: indices [batch, heads, tiles, keys].
+  bool (*sparse)(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
+                 const Call& call);
+};
 
-// The same, products of patches in bfloat16, where `HasBf16` (else in float32).
-[[nodiscard]] bool DenseAttentionBf16(const Packed& in, float* output, const Parallel& parallel);
-[[nodiscard]] bool SparseAttentionBf16(const Packed& in, const int32_t* indices, const SparseSettings& settings,
-                                       float* output, const Parallel& parallel);
+// Null: the instruction set has no products in this precision.
+const Attention* FindAttention(sparsifiner_precision precision);
 
 // proj_q, proj_k [heads, width, channels] -> indices [batch, heads, tiles, keys], ascending.
 [[nodiscard]] bool KeySelect(const Packed& in, const float* proj_q, const float* proj_k,
-                             const SelectSettings& settings, int32_t* indices, const Parallel& parallel);
+                             const SelectSettings& settings, int32_t* indices, const Call& call);
 
 // pairs [batch, tokens - merged, 2]: which tokens become one; needs in.sizes.
 [[nodiscard]] bool MatchTokens(const Packed& in, const MatchSettings& settings, int32_t* pairs,
-                               const Parallel& parallel);
+                               const Call& call);
 
 // output [batch, count, channels].
-[[nodiscard]] bool MergeTokens(const Merging& in, float* output, const Parallel& parallel);
-
-// Name of the instruction set that the kernels run on, such as "AVX3".
-const char* TargetName();
-
-// Whether the instruction set multiplies bfloat16.
-bool HasBf16();
-
-// Lets the kernels use no better instruction set than the one named. False: no such name, or not on this machine.
-bool LimitTarget(const char* name);
+[[nodiscard]] bool MergeTokens(const Merging& in, float* output, const Call& call);
 
 }  // namespace sparsifiner
 

@@ -44,7 +44,7 @@ HWY_NOINLINE void MetricRows(void* data, size_t item, void*) {
   const size_t block = item % job.blocks, batch = item / job.blocks;
   const V share = hn::Set(d, 1.0f / static_cast<float>(in.heads));
   for (size_t j = block * kRows; j < std::min(job.patches, (block + 1) * kRows); ++j) {
-    const float* keys = in.Keys(batch, 0) + (job.settings.prefix + j) * in.Row();
+    const float* keys = in.Rows(batch * in.heads, 1) + (job.settings.prefix + j) * in.Row();
     float* row = job.metric + (batch * job.patches + j) * job.stride;
     V squares = hn::Zero(d);
     for (size_t c = 0; c < job.stride; c += kLanes) {
@@ -139,7 +139,7 @@ HWY_NOINLINE void Pair(void* data, size_t batch, void*) {
   }
 }
 
-bool MatchTokensTarget(const Packed& in, const MatchSettings& settings, int32_t* pairs, const Parallel& parallel) {
+bool MatchTokensTarget(const Packed& in, const MatchSettings& settings, int32_t* pairs, const Call& call) {
   if (in.batch == 0) return true;
   MatchJob job{};
   job.in = in;
@@ -149,22 +149,20 @@ bool MatchTokensTarget(const Packed& in, const MatchSettings& settings, int32_t*
   job.seekers = (job.patches + 1) / 2;
   job.sought = job.patches / 2;
   job.stride = PackedWidth(in.width);
-  void* base = nullptr;
-  for (int pass = 0; pass < 2; ++pass) {
-    Layout layout(base);
-    job.metric = layout.Take<float>(in.batch, job.patches, job.stride);
-    job.best = layout.Take<float>(in.batch, job.seekers);
-    job.partner = layout.Take<int32_t>(in.batch, job.seekers);
-    job.score = layout.Take<float>(in.batch, job.sought);
-    job.suitor = layout.Take<int32_t>(in.batch, job.sought);
-    job.order = layout.Take<int32_t>(in.batch, job.sought);
-    job.source = layout.Take<int32_t>(in.batch, job.patches);
-    if (pass == 0 && (base = parallel.Shared(layout.used())) == nullptr) return false;
-  }
-  job.blocks = (job.patches + kRows - 1) / kRows;
-  if (!parallel.For(in.batch * job.blocks, 0, MetricRows, &job)) return false;
-  job.blocks = (job.seekers + kRows - 1) / kRows;
-  return parallel.For(in.batch * job.blocks, 0, Seek, &job) && parallel.For(in.batch, 0, Pair, &job);
+  const bool shared = call.Share([&](Layout* layout) {
+    job.metric = layout->Take<float>(in.batch, job.patches, job.stride);
+    job.best = layout->Take<float>(in.batch, job.seekers);
+    job.partner = layout->Take<int32_t>(in.batch, job.seekers);
+    job.score = layout->Take<float>(in.batch, job.sought);
+    job.suitor = layout->Take<int32_t>(in.batch, job.sought);
+    job.order = layout->Take<int32_t>(in.batch, job.sought);
+    job.source = layout->Take<int32_t>(in.batch, job.patches);
+  });
+  if (!shared) return false;
+  job.blocks = Groups(job.patches, kRows);
+  if (!call.For(in.batch * job.blocks, 0, MetricRows, &job)) return false;
+  job.blocks = Groups(job.seekers, kRows);
+  return call.For(in.batch * job.blocks, 0, Seek, &job) && call.For(in.batch, 0, Pair, &job);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -202,9 +200,9 @@ HWY_NOINLINE void MergeRows(void* data, size_t item, void*) {
   }
 }
 
-bool MergeTokensTarget(const Merging& in, float* output, const Parallel& parallel) {
-  MergeJob job{in, output, (in.count + kRows - 1) / kRows};
-  return parallel.For(in.batch * job.blocks, 0, MergeRows, &job);
+bool MergeTokensTarget(const Merging& in, float* output, const Call& call) {
+  MergeJob job{in, output, Groups(in.count, kRows)};
+  return call.For(in.batch * job.blocks, 0, MergeRows, &job);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -214,12 +212,12 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace sparsifiner {
 
-bool MatchTokens(const Packed& in, const MatchSettings& settings, int32_t* pairs, const Parallel& parallel) {
-  return SPARSIFINER_BUILT(MatchTokensTarget)(in, settings, pairs, parallel);
+bool MatchTokens(const Packed& in, const MatchSettings& settings, int32_t* pairs, const Call& call) {
+  return SPARSIFINER_BUILT(MatchTokensTarget)(in, settings, pairs, call);
 }
 
-bool MergeTokens(const Merging& in, float* output, const Parallel& parallel) {
-  return SPARSIFINER_BUILT(MergeTokensTarget)(in, output, parallel);
+bool MergeTokens(const Merging& in, float* output, const Call& call) {
+  return SPARSIFINER_BUILT(MergeTokensTarget)(in, output, call);
 }
 
 }  // namespace sparsifiner

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <new>
 
+#include "kernels.h"
 #include "scratch.h"
 #include "sparsifiner.h"
 #include "tensors.h"
@@ -264,19 +265,24 @@ class Domain {
 };
 
 // What attention computes in: the session's configuration may say so under "sparsifiner.attention".
+constexpr const char* kPrecisions[] = {"float32", "bfloat16"};  // by sparsifiner_precision
+static_assert(SPARSIFINER_FLOAT32 == 0 && SPARSIFINER_BFLOAT16 == 1);
+
 bool AttentionPrecision(const OrtApi& api, const OrtSessionOptions* options, Problem* problem, int32_t* precision) {
   constexpr char kEntry[] = "sparsifiner.attention";
   int given = 0;
-  *precision = SPARSIFINER_FLOAT32;
-  if (!problem->Check(api.HasSessionConfigEntry(options, kEntry, &given))) return false;
-  if (!given) return true;
-  char value[16] = "";
+  char value[16] = "float32";
   size_t size = sizeof(value);
-  if (!problem->Check(api.GetSessionConfigEntry(options, kEntry, value, &size))) return false;
-  if (std::strcmp(value, "float32") == 0) return true;
-  if (std::strcmp(value, "bfloat16") != 0) return problem->Refuse("%s is %s, not float32 or bfloat16", kEntry, value);
-  *precision = SPARSIFINER_BFLOAT16;
-  return sparsifiner_has_bfloat16() || problem->Refuse("%s has no bfloat16", sparsifiner_target());
+  if (!problem->Check(api.HasSessionConfigEntry(options, kEntry, &given))) return false;
+  if (given && !problem->Check(api.GetSessionConfigEntry(options, kEntry, value, &size))) return false;
+  *precision = 0;
+  for (const char* name : kPrecisions) {
+    if (std::strcmp(value, name) == 0) {
+      return FindAttention(*precision) != nullptr || problem->Refuse("%s has no %s", sparsifiner_target(), name);
+    }
+    ++*precision;
+  }
+  return problem->Refuse("%s is %s, not float32 or bfloat16", kEntry, value);
 }
 
 }  // namespace
@@ -293,11 +299,11 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
     return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message);
   }
   Ort::InitApi(api);
-  static Domain float32(SPARSIFINER_FLOAT32), bfloat16(SPARSIFINER_BFLOAT16);
+  static Domain domains[] = {Domain(SPARSIFINER_FLOAT32), Domain(SPARSIFINER_BFLOAT16)};
   Problem problem;
   int32_t precision = 0;
   if (AttentionPrecision(*api, options, &problem, &precision)) {
-    OrtCustomOpDomain* made = (precision == SPARSIFINER_BFLOAT16 ? bfloat16 : float32).Get(&problem);
+    OrtCustomOpDomain* made = domains[precision].Get(&problem);
     if (made == nullptr || !problem.Check(api->AddCustomOpDomain(options, made))) problem.OutOfMemory();
   }
   // Where there is not even memory to say what is wrong, the session knows no operator of this library: it runs the

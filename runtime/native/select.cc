@@ -78,8 +78,7 @@ HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell, cons
   const Packed& in = job.in;
   const D d;
   const size_t run = job.cell_run, begin = cell * run, end = std::min(begin + run, job.patches);
-  const float* values = in.Values(batch_head / in.heads, batch_head % in.heads) +
-                        (job.settings.prefix + begin) * in.Row();
+  const float* values = in.Rows(batch_head, 2) + (job.settings.prefix + begin) * in.Row();
   float* bonus = job.bonus + batch_head * job.padded;
   if (job.settings.value_power == 0) {
     std::fill(bonus + begin, bonus + end, 0.0f);
@@ -97,8 +96,7 @@ HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell, cons
     V sum = hn::Zero(d);
     for (size_t c = 0; c < in.width; c += kLanes) {
       const size_t some = std::min(kLanes, in.width - c);
-      const V x = hn::Sub(some == kLanes ? hn::LoadU(d, value + c) : hn::LoadN(d, value + c, some),
-                          hn::Load(d, mean + c));
+      const V x = hn::Sub(LoadSome(value + c, some), hn::Load(d, mean + c));
       sum = hn::MulAdd(x, x, sum);
     }
     squares[i] = hn::ReduceSum(d, sum);
@@ -115,14 +113,13 @@ HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell, cons
 // 16 keys, projected.
 HWY_INLINE void ProjectKeys(const SelectJob& job, size_t batch_head, size_t block, const PrepareWork& work) {
   const Packed& in = job.in;
-  const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
   const size_t begin = block * kQueries, valid = std::min(kQueries, job.patches - begin);
   const size_t c = job.settings.channels, row = in.Row();
-  const float* keys = in.Keys(batch, head) + (job.settings.prefix + begin) * row;
+  const float* keys = in.Rows(batch_head, 1) + (job.settings.prefix + begin) * row;
   const float* rows[kQueries];
-  for (size_t i = 0; i < kQueries; ++i) rows[i] = keys + (i < valid ? i : 0) * row;
+  QueryRows(keys, row, valid, rows);
   Transpose16(rows, in.width, 1.0f, work.turned);
-  Scores<false>(work.turned, job.proj_k + head * c * job.stride, job.stride, in.width, c,
+  Scores<Floats, false>(work.turned, job.proj_k + batch_head % in.heads * c * job.stride, job.stride, in.width, c,
                 job.projected_k + (batch_head * (job.padded / kQueries) + block) * c * kQueries);
 }
 
@@ -143,18 +140,19 @@ HWY_NOINLINE void PrepareItem(void* data, size_t item, void* own) {
 constexpr size_t kProbes = 16;
 
 // Mean queries of up to 16 probes from `probe` on, projected: [16][projected_q_stride].
-HWY_INLINE void ProjectProbes(const SelectJob& job, size_t batch, size_t head, size_t probe, size_t count,
+HWY_INLINE void ProjectProbes(const SelectJob& job, size_t batch_head, size_t probe, size_t count,
                               float* HWY_RESTRICT means, float* HWY_RESTRICT wide,
                               float* HWY_RESTRICT projected_q) {
   const Packed& in = job.in;
   const size_t c = job.settings.channels, run = job.settings.probe;
   const size_t begin = probe * run, end = std::min(begin + count * run, job.patches);
   const size_t token = job.settings.prefix + begin;
-  CellMeans(in.Queries(batch, head) + token * in.Row(), in.Row(), SizesOf(in, batch, token), end - begin, run, in.width,
+  const float* sizes = SizesOf(in, batch_head / in.heads, token);
+  CellMeans(in.Rows(batch_head, 0) + token * in.Row(), in.Row(), sizes, end - begin, run, in.width,
             job.stride, means);
   for (size_t b = 0; b < job.lane_blocks; ++b) {
-    Scores<true>(job.proj_q + (head * job.lane_blocks + b) * in.width * kQueries, means, job.stride, in.width, count,
-                 wide);
+    const float* proj_q = job.proj_q + (batch_head % in.heads * job.lane_blocks + b) * in.width * kQueries;
+    Scores<Floats, true>(proj_q, means, job.stride, in.width, count, wide);
     const size_t some = std::min(kQueries, c - b * kQueries);
     for (size_t g = 0; g < count; ++g) {
       std::memcpy(projected_q + g * job.projected_q_stride + b * kQueries, wide + g * kQueries, some * sizeof(float));
@@ -169,7 +167,7 @@ HWY_INLINE void ProbeLogits(const SelectJob& job, size_t batch_head, const float
   const size_t c = job.settings.channels, blocks = job.padded / kQueries;
   const float* projected_k = job.projected_k + batch_head * blocks * c * kQueries;
   for (size_t block = 0; block < blocks; ++block) {
-    Scores<true>(projected_k + block * c * kQueries, projected_q, job.projected_q_stride, c, count,
+    Scores<Floats, true>(projected_k + block * c * kQueries, projected_q, job.projected_q_stride, c, count,
                  logits + block * kQueries, job.padded);
   }
   for (size_t g = 0; g < count; ++g) {
@@ -258,11 +256,9 @@ HWY_INLINE size_t LayOut(const SelectJob& job, void* base, SelectWork* work) {
 
 HWY_NOINLINE void SelectGroup(void* data, size_t item, void* own) {
   const SelectJob& job = *static_cast<const SelectJob*>(data);
-  const Packed& in = job.in;
   const SelectSettings& s = job.settings;
-  const size_t group_tiles = GroupTiles(s), groups = (job.tiles + group_tiles - 1) / group_tiles;
+  const size_t group_tiles = GroupTiles(s), groups = Groups(job.tiles, group_tiles);
   const size_t group = item % groups, batch_head = item / groups;
-  const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
   const size_t per_tile = s.tile / s.probe;
   SelectWork work;
   LayOut(job, own, &work);
@@ -279,7 +275,7 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* own) {
   float guess = std::numeric_limits<float>::quiet_NaN();
   if (per_tile <= kProbes) {
     const size_t probe = first * per_tile, count = std::min(end * per_tile, job.probes) - probe;
-    ProjectProbes(job, batch, head, probe, count, means, wide, projected_q);
+    ProjectProbes(job, batch_head, probe, count, means, wide, projected_q);
     ProbeLogits(job, batch_head, projected_q, count, per_tile > 1, logits, log_sums);
     for (size_t tile = first; tile < end; ++tile) {
       const size_t from = (tile - first) * per_tile, some = std::min(per_tile, count - from);
@@ -293,7 +289,7 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* own) {
   Range range{};
   for (size_t probe = first * per_tile; probe < probe_end; probe += kProbes) {
     const size_t count = std::min(kProbes, probe_end - probe);
-    ProjectProbes(job, batch, head, probe, count, means, wide, projected_q);
+    ProjectProbes(job, batch_head, probe, count, means, wide, projected_q);
     ProbeLogits(job, batch_head, projected_q, count, true, logits, log_sums);
     range = TileScores(job, batch_head, logits, log_sums, count, probe != first * per_tile,
                        probe + kProbes >= probe_end, best);
@@ -302,7 +298,7 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* own) {
 }
 
 bool KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
-                     int32_t* indices, const Parallel& parallel) {
+                     int32_t* indices, const Call& call) {
   if (in.batch == 0) return true;
   SelectJob job{};
   job.in = in;
@@ -312,33 +308,30 @@ bool KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k,
   job.given_k = proj_k;
   job.patches = in.tokens - settings.prefix;
   job.padded = RoundUp(job.patches, kQueries);
-  job.probes = (job.patches + settings.probe - 1) / settings.probe;
-  job.tiles = (job.patches + settings.tile - 1) / settings.tile;
+  job.probes = Groups(job.patches, settings.probe);
+  job.tiles = Groups(job.patches, settings.tile);
   job.cell_run = std::min(settings.cell ? settings.cell : 64, job.patches);
-  job.runs = (job.patches + job.cell_run - 1) / job.cell_run;
+  job.runs = Groups(job.patches, job.cell_run);
   job.stride = PackedWidth(in.width);
-  job.lane_blocks = (settings.channels + kQueries - 1) / kQueries;
+  job.lane_blocks = Groups(settings.channels, kQueries);
   job.projected_q_stride = job.lane_blocks * kQueries;
   job.rows = RoundUp(std::min(kProbes, job.probes), kPaddedRows);
   const size_t heads = in.batch * in.heads, blocks = job.padded / kQueries;
-  void* base = nullptr;
-  for (int pass = 0; pass < 2; ++pass) {
-    Layout layout(base);
-    job.proj_k = layout.Take<float>(in.heads, settings.channels, job.stride);
-    job.proj_q = layout.Take<float>(in.heads, job.lane_blocks, in.width, kQueries);
-    job.projected_k = layout.Take<float>(heads, job.padded, settings.channels);
-    job.bonus = layout.Take<float>(heads, job.padded);
-    job.bias = in.sizes == nullptr ? nullptr : layout.Take<float>(in.batch, in.tokens);
-    if (pass == 0 && (base = parallel.Shared(layout.used())) == nullptr) return false;
-  }
+  const bool shared = call.Share([&](Layout* layout) {
+    job.proj_k = layout->Take<float>(in.heads, settings.channels, job.stride);
+    job.proj_q = layout->Take<float>(in.heads, job.lane_blocks, in.width, kQueries);
+    job.projected_k = layout->Take<float>(heads, job.padded, settings.channels);
+    job.bonus = layout->Take<float>(heads, job.padded);
+    job.bias = in.sizes == nullptr ? nullptr : layout->Take<float>(in.batch, in.tokens);
+  });
+  if (!shared) return false;
   PackProjections(job);
   if (in.sizes != nullptr) LogSizes(in.sizes, in.batch * in.tokens, job.bias);
   PrepareWork prepare;
   SelectWork select;
   const size_t group_tiles = GroupTiles(settings);
-  return parallel.For(heads * (blocks + job.runs), LayOut(job, nullptr, &prepare), PrepareItem, &job) &&
-         parallel.For(heads * ((job.tiles + group_tiles - 1) / group_tiles), LayOut(job, nullptr, &select), SelectGroup,
-                      &job);
+  return call.For(heads * (blocks + job.runs), LayOut(job, nullptr, &prepare), PrepareItem, &job) &&
+         call.For(heads * Groups(job.tiles, group_tiles), LayOut(job, nullptr, &select), SelectGroup, &job);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -349,8 +342,8 @@ HWY_AFTER_NAMESPACE();
 namespace sparsifiner {
 
 bool KeySelect(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
-               int32_t* indices, const Parallel& parallel) {
-  return SPARSIFINER_BUILT(KeySelectTarget)(in, proj_q, proj_k, settings, indices, parallel);
+               int32_t* indices, const Call& call) {
+  return SPARSIFINER_BUILT(KeySelectTarget)(in, proj_q, proj_k, settings, indices, call);
 }
 
 }  // namespace sparsifiner

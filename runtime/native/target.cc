@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "hwy/highway.h"
-#include "kernels.h"
+#include "sparsifiner.h"
 
 #if HWY_ARCH_X86
 #include <cpuid.h>
@@ -79,18 +79,16 @@ int64_t Target() {
   return target;
 }
 
-const char* TargetName() { return Name(Target()); }
-
-bool HasBf16() { return (Target() & kBf16Targets) != 0; }
-
-bool LimitTarget(const char* name) {
-  for (int64_t left = Supported(); left != 0; left &= left - 1) {
-    const int64_t target = left & -left;
-    if (std::strcmp(Name(target), name) != 0) continue;
-    chosen.store(target, std::memory_order_relaxed);
-    return true;
-  }
-  return false;
-}
-
 }  // namespace sparsifiner
+
+const char* sparsifiner_target(void) { return sparsifiner::Name(sparsifiner::Target()); }
+
+int sparsifiner_limit_target(const char* name) {
+  for (int64_t left = sparsifiner::Supported(); left != 0; left &= left - 1) {
+    const int64_t target = left & -left;
+    if (std::strcmp(sparsifiner::Name(target), name) != 0) continue;
+    sparsifiner::chosen.store(target, std::memory_order_relaxed);
+    return 1;
+  }
+  return 0;
+}

@@ -10,7 +10,6 @@ give the right answer, to the bit. A crash or a hang is a failure.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import os
 import platform
@@ -26,8 +25,7 @@ from typing import Any, NamedTuple
 import onnxruntime
 
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.schema import OPERATORS
-from tests.ops.matrix import Case, feed, one_node
+from tests.ops.matrix import Case, cases, feed, one_node
 
 HERE = Path(__file__).parent
 LIMIT_S = 0.5
@@ -38,38 +36,19 @@ SUPPORTED = (
 """Whether failing.c can be built and used here."""
 
 
-def case_of(op: str, patches: int = 300, *, width: int = 16, sized: bool = False, **attributes: Any) -> Case:
-    """One node, with all that decides which way the kernel takes; sized: over merged tokens."""
-    known = {attribute.name for attribute in OPERATORS[op].attributes}
-    settings = {"num_heads": 2, "scale": 0.2, "num_prefix": 1, **attributes}
-    return Case(OPERATORS[op], {k: v for k, v in settings.items() if k in known}, patches, merged=sized, width=width)
-
-
-SELECT = {"tile": 16, "probe": 8, "cell": 20, "keys": 7, "value_power": 2.0}
-ATTEND = {"tile": 16, "cell": 20, "prefix_keys": 1}
-# MergeTokens takes no memory of its own.
 SUBJECTS = {
-    "select": case_of("KeySelect", **SELECT | {"cell": 0, "value_power": 0.0}),
-    "select, cells": case_of("KeySelect", **SELECT),
-    "select, many probes": case_of("KeySelect", **SELECT | {"tile": 64, "probe": 1}),
-    "attend, cells": case_of("SparseAttention", **ATTEND),
-    "attend, no cells": case_of("SparseAttention", **ATTEND | {"cell": 0}),
-    "attend, tile 1": case_of("SparseAttention", tile=1, cell=0, prefix_keys=0),
-    "attend, odd width": case_of("SparseAttention", width=20, **ATTEND),
-    "attend, packed": case_of("SparseAttention", 2049, num_heads=1, tile=64, cell=100, prefix_keys=1),
-    "dense": case_of("DenseAttention"),
-    "select, merged": case_of("KeySelect", sized=True, **SELECT),
-    "attend, merged": case_of("SparseAttention", sized=True, **ATTEND),
-    "dense, merged": case_of("DenseAttention", sized=True),
-    "match": case_of("MatchTokens", window=16, merged=40),
+    f"{case}, {width} channels": case
+    for name in ("KeySelect", "SparseAttention", "DenseAttention", "MatchTokens")
+    for width in (16, 20)
+    for case in cases(name, width=width)
 }
+"""By name; rows of 20 channels are packed. MergeTokens takes no memory of its own."""
 
 
 class Trial(NamedTuple):
     """Which allocation fails: the n-th of those counted, and with `always` all later ones."""
 
     subject: str
-    threads: int
     n: int
     always: bool
 
@@ -96,21 +75,21 @@ class Bench:
             inputs = case.inputs()
             fed = feed(case.op.name, inputs)
             self.models[name] = one_node(case.op.name, case.attributes, inputs), fed
-            self.expected[name] = self.session(name, 1).run(None, fed)[0].tobytes()
+            self.expected[name] = self.session(name).run(None, fed)[0].tobytes()
 
-    def session(self, subject: str, threads: int) -> Any:
-        return self.open(self.models[subject][0], threads)
+    def session(self, subject: str) -> Any:
+        return self.open(self.models[subject][0])
 
-    def open(self, model: bytes, threads: int) -> Any:
+    def open(self, model: bytes) -> Any:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 2
         options.log_severity_level = 4
         options.register_custom_ops_library(self.library)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    def counted(self, subject: str, threads: int) -> int:
+    def counted(self, subject: str) -> int:
         """Allocations of a new session, until its first answer."""
-        outcome = self.run(Trial(subject, threads, 0, False))
+        outcome = self.run(Trial(subject, 0, False))
         assert outcome == "right", f"{subject}: {outcome} though nothing failed"
         count = int(self.shim.failing_counted())
         assert count > 2, f"{subject}: not even the node's, the call's and the kernel's own were seen"
@@ -129,7 +108,7 @@ class Bench:
         session, answer, what = None, None, ""
         self.shim.failing_arm(trial.n, trial.always)
         try:
-            session = self.session(trial.subject, trial.threads)
+            session = self.session(trial.subject)
             answer = session.run(None, feed)[0]
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
@@ -137,7 +116,7 @@ class Bench:
             self.shim.failing_disarm()
         if not what:
             what = "right" if answer is not None and answer.tobytes() == expected else "WRONG"
-        session = session or self.session(trial.subject, trial.threads)
+        session = session or self.session(trial.subject)
         if any(session.run(None, feed)[0].tobytes() != expected for _ in range(2)):
             what = f"WRONG afterwards ({what})"
         return what
@@ -147,9 +126,9 @@ def measure(library: str, count: int, seed: int) -> dict[str, Any]:
     """In the process whose allocations fail: `count` trials."""
     bench, counts, wrong = Bench(library), Counter[str](), list[str]()
     every = [
-        Trial(subject, threads, n, always)
-        for subject, threads in itertools.product(SUBJECTS, (1, 2))
-        for n in range(1, bench.counted(subject, threads) + 1)
+        Trial(subject, n, always)
+        for subject in SUBJECTS
+        for n in range(1, bench.counted(subject) + 1)
         for always in (False, True)
     ]
     trials = random.Random(seed).choices(every, k=count)

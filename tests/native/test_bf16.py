@@ -1,10 +1,7 @@
-"""Attention in bfloat16: against the NumPy reference, repeatable on any threads, bounded, never silently float32."""
+"""Attention in bfloat16 in sessions: said, apart from others, never silently float32."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,58 +12,13 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import process
 from tests.models import TINY, student
-from tests.native.test_replay import BF16_SETS
-from tests.ops.matrix import PAPER, cases, check, run_native
+from tests.native.test_kernels import LACKING
 
-LACKING = native.why_unusable() is None and native.target() not in BF16_SETS
-pytestmark = [pytest.mark.skipif(LACKING, reason="the processor multiplies no bfloat16")]
-
-
-@pytest.fixture(scope="module")
-def halves() -> Iterator[Operators]:
-    """In bfloat16, on one thread."""
-    with contextlib.closing(Operators(1, True)) as operators:
-        yield operators
-
-
-@pytest.fixture(scope="module")
-def exact() -> Iterator[Operators]:
-    with contextlib.closing(Operators(1)) as operators:
-        yield operators
-
-
-@pytest.mark.parametrize("width", [8, 64, 20, 72, 17])
-@pytest.mark.parametrize("name", ["SparseAttention", "DenseAttention"])
-def test_agrees_with_the_reference_on_any_number_of_threads(
-    name: str, width: int, halves: Operators, exact: Operators
-) -> None:
-    assert (halves.precision, exact.precision) == ("bfloat16", "float32")
-    rounded = False
-    with contextlib.closing(Operators(5, True)) as five:
-        for seed, case in enumerate(cases(name, full=width == 64, width=width)[:: 3 if width == 64 else 1]):
-            inputs = case.inputs(seed)
-            got = run_native(case, inputs, halves)
-            check(dataclasses.replace(case, dtype="bfloat16"), inputs, got)
-            assert got.tobytes() == run_native(case, inputs, five).tobytes(), case
-            rounded |= got.tobytes() != run_native(case, inputs, exact).tobytes()
-    assert rounded
-
-
-def test_lists_of_one_query_and_prefix_rows_stay_float32(halves: Operators, exact: Operators) -> None:
-    single = PAPER[0]
-    assert (single.attributes["tile"], single.attributes["cell"]) == (1, 0)
-    tiles = next(c for c in cases("SparseAttention") if c.attributes["num_prefix"] and c.attributes["tile"] > 1)
-    inputs = single.inputs()
-    np.testing.assert_array_equal(run_native(single, inputs, halves), run_native(single, inputs, exact))
-    inputs, prefix = tiles.inputs(), tiles.attributes["num_prefix"]
-    got, wanted = run_native(tiles, inputs, halves), run_native(tiles, inputs, exact)
-    np.testing.assert_array_equal(got[:, :prefix], wanted[:, :prefix])
-    assert (got[:, prefix:] != wanted[:, prefix:]).any()
+pytestmark = [LACKING]
 
 
 def test_a_session_of_onnx_runtime_says_so_and_leaves_others_alone(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 
@@ -21,7 +19,6 @@ from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.torch_native import native_kernels
-from tests.everything import first
 from tests.ops.matrix import (
     PAPER,
     Case,
@@ -37,7 +34,15 @@ from tests.ops.matrix import (
 from tests.plain import examine
 
 SETS = ("AVX3", "AVX2", "SSE2") if os.uname().machine == "x86_64" else ("NEON",)
-WIDTHS = (8, 64, 20, 72)
+BF16_SETS = ("AMX", "AVX3_ZEN4", "NEON_BF16")
+LACKING = pytest.mark.skipif(
+    native.why_unusable() is None and native.target() not in BF16_SETS, reason="the processor multiplies no bfloat16"
+)
+PRECISIONS = [
+    *((name, "float32") for name in NATIVE),
+    *(pytest.param(name, "bfloat16", marks=LACKING) for name in NATIVE if name.endswith("Attention")),
+]
+WIDTHS = (8, 64, 17, 72)
 """Channels of a head: less than a vector, the usual, and two that leave remainders."""
 OUTSIDE = (-1, 130, 2**31 - 1, -(2**31))
 
@@ -61,19 +66,34 @@ def test_the_library_was_built_and_doctor_says_so() -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", NATIVE)
-def test_agrees_with_the_reference_on_any_number_of_threads(name: str, width: int) -> None:
+@pytest.mark.parametrize(("name", "precision"), PRECISIONS)
+def test_agrees_with_the_reference_on_any_number_of_threads(name: str, precision: str, width: int) -> None:
     chosen = cases(name, width=width) + cases(name, full=True, width=width)[:: 3 if width == 8 else 30]
     chosen += [dataclasses.replace(case, width=width) for case in PAPER * (name == "SparseAttention")]
     made = [(case, case.inputs(seed)) for seed, case in enumerate(chosen)]
     found = []
     for threads in (1, 2, 5):
-        with contextlib.closing(Operators(threads)) as operators:
+        with contextlib.closing(Operators(threads, precision == "bfloat16")) as operators:
+            assert operators.precision == precision
             results = [run_native(case, inputs, operators) for case, inputs in made]
         for (case, inputs), got in zip(made, results, strict=True):
-            check(case, inputs, got)
+            check(dataclasses.replace(case, dtype=precision), inputs, got)
         found.append([got.tobytes() for got in results])
     assert found[0] == found[1] == found[2]
+
+
+@LACKING
+def test_lists_of_one_query_and_prefix_rows_stay_float32() -> None:
+    single = PAPER[0]
+    assert (single.attributes["tile"], single.attributes["cell"]) == (1, 0)
+    tiles = next(c for c in cases("SparseAttention") if c.prefix and c.attributes["tile"] > 1)
+    with contextlib.closing(Operators(1, True)) as halves, contextlib.closing(Operators(1)) as exact:
+        inputs = single.inputs()
+        np.testing.assert_array_equal(run_native(single, inputs, halves), run_native(single, inputs, exact))
+        inputs = tiles.inputs()
+        got, wanted = run_native(tiles, inputs, halves), run_native(tiles, inputs, exact)
+    np.testing.assert_array_equal(got[:, : tiles.prefix], wanted[:, : tiles.prefix])
+    assert (got[:, tiles.prefix :] != wanted[:, tiles.prefix :]).any()
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -83,29 +103,10 @@ def test_onnx_runtime_calls_the_same_kernels(name: str) -> None:
     assert session(case, inputs)().tobytes() == run_native(case, inputs).tobytes()
 
 
-@pytest.mark.parametrize("target", first((*SETS, "AVX9")))
-def test_every_instruction_set_agrees(target: str) -> None:
-    script = (
-        "import sys\n"
-        "from sparsifiner_edge.ops import native\n"
-        "from sparsifiner_edge.ops.kernels import NATIVE\n"
-        "from tests.ops import matrix\n"
-        "assert native.target() == sys.argv[1], native.target()\n"
-        "for width in (64, 20):\n"
-        "    for name in NATIVE:\n"
-        "        for seed, case in enumerate(matrix.cases(name, width=width)):\n"
-        "            inputs = case.inputs(seed)\n"
-        "            matrix.check(case, inputs, matrix.run_native(case, inputs))\n"
-    )
-    environment = os.environ | {native.TARGET_VARIABLE: target}
-    command = [sys.executable, "-c", script, target]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if target == "AVX9":
-        assert "SPARSIFINER_TARGET is 'AVX9': no instruction set" in done.stderr
-        return
-    if f"'{target}': no instruction set" in done.stderr:
-        pytest.skip(f"this machine has no {target}")
-    assert done.returncode == 0, done.stderr
+def test_an_instruction_set_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.TARGET_VARIABLE, "AVX9")
+    with pytest.raises(ValueError, match="SPARSIFINER_TARGET is 'AVX9': no instruction set"):
+        native.target.__wrapped__()
 
 
 def test_tokens_that_are_equal_or_nan_match_the_first() -> None:

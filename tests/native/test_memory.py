@@ -59,13 +59,15 @@ def test_memory_is_given_back_with_the_last_session() -> None:
     """Some 100 MB of answers and logits, kept from call to call, and then no more."""
     script = (
         "import sys\n"
-        "from tests.native.allocation import SELECT, SUBJECTS, Bench, case_of\n"
+        "from tests.native.allocation import Bench\n"
+        "from tests.ops.matrix import Case, cases\n"
         "def resident():\n"
         "    return int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1]) // 1024\n"
-        "changes = SELECT | {'tile': 2**21, 'probe': 2**21, 'cell': 0, 'value_power': 0.0}\n"
-        "large = case_of('KeySelect', 2**21, width=1, num_heads=1, **changes)\n"
-        "bench = Bench(sys.argv[1], {'small': SUBJECTS['select'], 'large': large}, shim=False)\n"
-        "other, session, feed = bench.session('small', 1), bench.session('large', 2), bench.models['large'][1]\n"
+        "small = cases('KeySelect')[0]\n"
+        "changes = {'num_heads': 1, 'tile': 2**21, 'probe': 2**21, 'cell': 0, 'value_power': 0.0}\n"
+        "large = Case(small.op, small.attributes | changes, 2**21, width=1, merged=False)\n"
+        "bench = Bench(sys.argv[1], {'small': small, 'large': large}, shim=False)\n"
+        "other, session, feed = bench.session('small'), bench.session('large'), bench.models['large'][1]\n"
         "before = resident()\n"
         "for _ in range(3): session.run(None, feed)\n"
         "during = resident()\n"
@@ -80,23 +82,8 @@ def test_memory_is_given_back_with_the_last_session() -> None:
     assert after < before + 10
 
 
-def require_told(library: Path | None) -> None:
-    """Each absurd case ends as it says, in a process with little memory."""
-    command = [sys.executable, "-m", "tests.native.hostile", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} {done.stderr[-2000:]}"
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(told) == len(hostile.CASES)
-    for case, size, expected, got in told:
-        assert size < 800
-        assert expected in got, f"{case}: {got}"
-
-
-def test_absurd_sizes_end_with_an_error_or_an_empty_answer() -> None:
-    require_told(LIBRARY)
-
-
-def test_absurd_sizes_are_reckoned_without_undefined_behaviour(tmp_path: Path) -> None:
+def test_absurd_sizes_end_with_an_error_or_an_empty_answer(tmp_path: Path) -> None:
+    """Each as it says, in a process with little memory, and reckoned without undefined behaviour."""
     # For the least instruction set alone: the others differ in the kernels, not in the sizes, and take long to build.
     flags = "-O1 -g -fsanitize=undefined -fno-sanitize-recover=all -DHWY_COMPILE_ONLY_STATIC"
     made = ["-S", str(SOURCES), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={flags}"]
@@ -106,7 +93,14 @@ def test_absurd_sizes_are_reckoned_without_undefined_behaviour(tmp_path: Path) -
         assert done.returncode == 0, done.stdout + done.stderr
     library = tmp_path / "libsparsifiner_ops.so"
     assert b"__ubsan_handle" in library.read_bytes()
-    require_told(library)
+    command = [sys.executable, "-m", "tests.native.hostile", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} {done.stderr[-2000:]}"
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == len(hostile.CASES)
+    for case, size, expected, got in told:
+        assert size < 800
+        assert expected in got, f"{case}: {got}"
 
 
 def test_keys_beyond_two_to_the_24_are_found_exactly() -> None:
@@ -119,6 +113,6 @@ def test_keys_beyond_two_to_the_24_are_found_exactly() -> None:
     settings = {"num_heads": 1, "num_prefix": 0, "tile": 2**31 - 1, "probe": 2**31 - 1, "cell": 0, "keys": 3,
                 "scale": 0.2, "value_power": 0.0}  # fmt: skip
     inputs = [qkv, np.ones((1, patches), np.float32), one, one]
-    session = allocation.Bench(str(LIBRARY), {}, shim=False).open(one_node("KeySelect", settings, inputs), 2)
+    session = allocation.Bench(str(LIBRARY), {}, shim=False).open(one_node("KeySelect", settings, inputs))
     got = session.run(None, feed("KeySelect", inputs))[0]
     np.testing.assert_array_equal(got, [[[[third, patches - 2, patches - 1]]]])

@@ -21,6 +21,8 @@ import pytest
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.native import interface
 from sparsifiner_edge.ops.schema import OPERATORS
+from tests.everything import first
+from tests.native.test_kernels import BF16_SETS
 from tests.native.test_kernels import SETS as FLOAT_SETS
 from tests.once import Once
 from tests.ops.matrix import PAPER, Case, cases, check, output_type
@@ -29,7 +31,6 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "runtime" / "native"
 OPS = ("DenseAttention", "SparseAttention", "KeySelect", "MatchTokens", "MergeTokens")
 """In the order of `Operator` in replay.c."""
-BF16_SETS = ("AMX", "AVX3_ZEN4", "NEON_BF16")
 SETS = (*FLOAT_SETS, "AMX", "AVX3_ZEN4") if os.uname().machine == "x86_64" else (*FLOAT_SETS, "NEON_BF16")
 DISABLED = re.findall(r'"(HWY_DISABLED_TARGETS=[^"]*)"', (SOURCES / "CMakeLists.txt").read_text())[0]
 STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
@@ -106,11 +107,12 @@ def agree(command: list[str], bf16: bool) -> None:
         check(dataclasses.replace(case, dtype="bfloat16") if bf16 else case, inputs, got)
 
 
-def test_a_program_in_c_runs_the_library_that_was_built(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", first(("", *SETS)))
+def test_a_program_in_c_runs_the_library_that_was_built(tmp_path: Path, target: str) -> None:
     library = native.library_path()
     assert library is not None
     compiled("gcc", *STRICT, f"-I{library.parent}", HERE / "replay.c", library, "-pthread", "-o", tmp_path / "replay")
-    agree([str(tmp_path / "replay"), "", "3"], native.has_bfloat16())
+    agree([str(tmp_path / "replay"), target, "3"], (target or native.target()) in BF16_SETS)
 
 
 @pytest.mark.everything

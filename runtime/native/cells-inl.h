@@ -1,10 +1,10 @@
-// What one tile of SparseAttention does with its list and with the background cells; compiled once per instruction set.
+// What a tile of SparseAttention does with its list and with the background cells; compiled once per instruction set.
 
-#if defined(SPARSIFINER_SPARSE_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef SPARSIFINER_SPARSE_TILE_INL_H_
-#undef SPARSIFINER_SPARSE_TILE_INL_H_
+#if defined(SPARSIFINER_CELLS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SPARSIFINER_CELLS_INL_H_
+#undef SPARSIFINER_CELLS_INL_H_
 #else
-#define SPARSIFINER_SPARSE_TILE_INL_H_
+#define SPARSIFINER_CELLS_INL_H_
 #endif
 
 #include "hwy/highway.h"
@@ -29,28 +29,46 @@ struct List {
 // ---------------------------------------------------------------------------------------------------------------------
 // One query against many keys, lanes are channels: prefix tokens, and lists that belong to one query alone.
 
-// list: tokens to read, or null for all of [0, count). bias: log2 of the tokens' sizes, or null. output: `width` floats.
-inline HWY_NOINLINE void AttendOne(const float* query, const float* keys, const float* values, size_t row, const List* list,
-                            size_t count, float scale, size_t width, const float* bias, float* HWY_RESTRICT weights,
-                            float* HWY_RESTRICT output) {
+// list: tokens to read, or null for all of [0, count). bias: log2 of the tokens' sizes, or null. weights: scratch [count],
+// logits first. output: `width` floats.
+inline HWY_NOINLINE void AttendOne(const float* HWY_RESTRICT query, const float* HWY_RESTRICT keys, const float* values,
+                                   size_t row, const List* list, size_t count, float scale, size_t width,
+                                   const float* HWY_RESTRICT bias, float* HWY_RESTRICT weights,
+                                   float* HWY_RESTRICT output) {
   const D d;
   const auto at = [&](size_t j) -> size_t { return list == nullptr ? j : list->At(j); };
-  const V share = hn::Set(d, 1.0f / WeighOne(query, keys, row, at, count, scale, width, bias, weights));
+  const size_t whole = width / kLanes * kLanes;
+  float highest = kLowest;
+  for (size_t j = 0; j < count; ++j) {
+    const float* key = keys + at(j) * row;
+    FetchRow(keys + at(std::min(j + kRowsAhead, count - 1)) * row, width);
+    V sum = hn::Zero(d);
+    for (size_t c = 0; c < whole; c += kLanes) sum = hn::MulAdd(hn::LoadU(d, query + c), hn::LoadU(d, key + c), sum);
+    if (whole < width) {
+      sum = hn::MulAdd(hn::LoadN(d, query + whole, width - whole), hn::LoadN(d, key + whole, width - whole), sum);
+    }
+    weights[j] = scale * kLog2e * hn::ReduceSum(d, sum) + (bias == nullptr ? 0.0f : bias[at(j)]);
+    highest = std::max(highest, weights[j]);
+  }
+  V total = hn::Zero(d);
+  for (size_t j = 0; j < count; j += kLanes) {
+    const size_t some = std::min(kLanes, count - j);
+    const V shifted = hn::Sub(hn::LoadN(d, weights + j, some), hn::Set(d, highest));
+    const V weight = hn::IfThenElseZero(hn::FirstN(d, some), Exp2(shifted));
+    total = hn::Add(total, weight);
+    hn::StoreN(weight, d, weights + j, some);
+  }
+  const V share = hn::Set(d, 1.0f / hn::ReduceSum(d, total));
   for (size_t c = 0; c < width; c += kLanes) {
     const size_t some = std::min(kLanes, width - c);
     V even = hn::Zero(d), odd = hn::Zero(d);
-    size_t j = 0;
-    for (; j + 2 <= count; j += 2) {
-      const float *x = values + at(j) * row + c, *y = values + at(j + 1) * row + c;
+    const auto add = [&](size_t j, V* sum) {
       if (c == 0) FetchRow(values + at(std::min(j + kRowsAhead, count - 1)) * row, width);
-      if (c == 0) FetchRow(values + at(std::min(j + kRowsAhead + 1, count - 1)) * row, width);
-      even = hn::MulAdd(hn::Set(d, weights[j]), some == kLanes ? hn::LoadU(d, x) : hn::LoadN(d, x, some), even);
-      odd = hn::MulAdd(hn::Set(d, weights[j + 1]), some == kLanes ? hn::LoadU(d, y) : hn::LoadN(d, y, some), odd);
-    }
-    if (j < count) {
-      const float* x = values + at(j) * row + c;
-      even = hn::MulAdd(hn::Set(d, weights[j]), some == kLanes ? hn::LoadU(d, x) : hn::LoadN(d, x, some), even);
-    }
+      *sum = hn::MulAdd(hn::Set(d, weights[j]), LoadSome(values + at(j) * row + c, some), *sum);
+    };
+    size_t j = 0;
+    for (; j + 2 <= count; j += 2) add(j, &even), add(j + 1, &odd);
+    if (j < count) add(j, &even);
     hn::StoreN(hn::Mul(share, hn::Add(even, odd)), d, output + c, some);
   }
 }
@@ -58,29 +76,21 @@ inline HWY_NOINLINE void AttendOne(const float* query, const float* keys, const 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles: 16 queries, one list.
 
-// Tokens from which a head's keys and values are packed first. In qkv its rows lie far apart, most of them on pages of
-// their own, and every tile reads its list anew; a short image is read through before packing would pay.
-constexpr size_t kPackFrom = 2048;
-
 struct SparseJob {
   Packed in;
   SparseSettings settings;
   const int32_t* indices;
   float* output;
-  size_t patches, tiles, cells, stride;
+  size_t patches, tiles, cells;
   size_t run, runs;    // patches packed together, a cell's where there are cells
-  size_t row;            // floats (in bfloat16: words) between the rows that places count
-  float* packed_keys;    // [batch * heads][tokens][stride], or null: read where they are
-  float* packed_values;  // the same
-  float* cell_keys;    // [batch * heads][cells][stride]
-  float* cell_values;  // the same
+  size_t row;          // words between the rows that places count
   float* logs;         // log2 of 0..cell; of 0: the lowest float
   uint16_t* cell_of;   // [patches]
   float* bias;         // [batch][tokens]: log2 of sizes; null, as are the next, where all tokens are single
   float* cell_sizes;   // [batch][cells]: sums of sizes
 };
 
-// What follows from sizes and settings alone; packed keys and values are still to come.
+// What follows from sizes and settings alone.
 HWY_INLINE SparseJob Describe(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output) {
   SparseJob job{};
   job.in = in;
@@ -89,10 +99,10 @@ HWY_INLINE SparseJob Describe(const Packed& in, const int32_t* indices, const Sp
   job.output = output;
   job.patches = in.tokens - settings.prefix;
   job.settings.cell = std::min(settings.cell, job.patches);
-  job.tiles = (job.patches + settings.tile - 1) / settings.tile;
-  job.cells = settings.cell ? (job.patches + job.settings.cell - 1) / job.settings.cell : 0;
+  job.tiles = Groups(job.patches, settings.tile);
+  job.cells = settings.cell ? Groups(job.patches, job.settings.cell) : 0;
   job.run = job.cells ? job.settings.cell : std::min<size_t>(64, job.patches);
-  job.runs = (job.patches + job.run - 1) / job.run;
+  job.runs = Groups(job.patches, job.run);
   return job;
 }
 
@@ -118,16 +128,6 @@ HWY_INLINE void FillTables(const SparseJob& job) {
     const size_t batch = i / job.patches, j = i % job.patches;
     job.cell_sizes[batch * job.cells + job.cell_of[j]] += in.sizes[batch * in.tokens + job.settings.prefix + j];
   }
-}
-
-HWY_INLINE const float* KeysOf(const SparseJob& job, size_t batch, size_t head) {
-  if (job.packed_keys == nullptr) return job.in.Keys(batch, head);
-  return job.packed_keys + (batch * job.in.heads + head) * job.in.tokens * job.stride;
-}
-
-HWY_INLINE const float* ValuesOf(const SparseJob& job, size_t batch, size_t head) {
-  if (job.packed_values == nullptr) return job.in.Values(batch, head);
-  return job.packed_values + (batch * job.in.heads + head) * job.in.tokens * job.stride;
 }
 
 // What a tile's list leaves of each cell, as numbers of single tokens.
@@ -173,34 +173,6 @@ HWY_INLINE void AddBias(const float* bias, const uint32_t* places, uint32_t row,
     for (size_t v = 0; v < kQueries; v += kLanes) {
       hn::Store(hn::Add(hn::Load(d, scores + j * kQueries + v), more), d, scores + j * kQueries + v);
     }
-  }
-}
-
-// Values weighed at a time: they stay in the first-level cache for all passes over them.
-constexpr size_t kChunk = 64;
-// Entries after the last place, which blocks may fetch ahead.
-constexpr size_t kPlacesAhead = 32;
-
-HWY_INLINE void Gather(const float* from, const uint32_t* places, size_t count, size_t width, size_t stride,
-                       float* HWY_RESTRICT to) {
-  for (size_t j = 0; j < count; ++j, to += stride) PackRow(from + places[j], width, stride, to);
-}
-
-// scores[j][16] of the keys at `places`, a block of which is gathered at a time, while the next is fetched.
-HWY_INLINE void GatherScores(const float* qt, const float* keys, const uint32_t* places, size_t count, size_t width,
-                             size_t stride, float* HWY_RESTRICT gathered, float* HWY_RESTRICT scores) {
-  size_t j = 0;
-  if (width == 64) {
-    for (; j + kKeyBlock <= count; j += kKeyBlock) {
-      Gather(keys, places + j, kKeyBlock, 64, 64, gathered);
-      ScoreBlock<kKeyBlock, true>(qt, gathered, 64, 64, scores + j * kQueries, kQueries, keys,
-                                  places + j + kKeyBlock);
-    }
-  }
-  for (; j < count; j += kKeyBlock) {
-    const size_t some = std::min(kKeyBlock, count - j);
-    Gather(keys, places + j, some, width, stride, gathered);
-    Scores<true>(qt, gathered, stride, width, some, scores + j * kQueries);
   }
 }
 
@@ -268,6 +240,9 @@ HWY_INLINE void CountListed(const SparseJob& job, const List& list, size_t count
   }
 }
 
+// Entries after the last place, which blocks may fetch ahead.
+constexpr size_t kPlacesAhead = 32;
+
 // What a thread needs for a tile's list, its scores and its cells.
 struct ListWork {
   float *scores, *sums;
@@ -281,7 +256,7 @@ HWY_INLINE void TakeList(const SparseJob& job, Layout* layout, ListWork* work) {
   work->scores = layout->Take<float>(std::max((count + job.cells + kPaddedRows) * kQueries, job.in.tokens));
   work->sums = layout->Take<float>(job.cells, kQueries);
   work->owner = layout->Take<uint16_t>(job.settings.keys);
-  work->places = layout->Take<uint32_t>(count + kPlacesAhead);
+  work->places = layout->Take<uint32_t>(count + job.cells + kPlacesAhead);
   work->number = layout->Take<uint32_t>(4 * job.cells);
   work->left.whole = layout->Take<float>(job.cells);
   work->left.listed = layout->Take<float>(job.cells);
@@ -317,45 +292,20 @@ HWY_INLINE void CountRest(const SparseJob& job, size_t batch, const List& list, 
   }
 }
 
-// Where the rows of a list lie, as floats from the first token's row; which cells its keys lie in.
-HWY_INLINE void PlaceList(const SparseJob& job, size_t batch, const List& list, const ListWork& work) {
+// Where the rows of a list lie, and those of `cells` after all tokens, as words from the first token's row; which cells the
+// list's keys lie in.
+HWY_INLINE void PlaceList(const SparseJob& job, size_t batch, const List& list, size_t cells, const ListWork& work) {
   const uint32_t first = static_cast<uint32_t>(list.prefix), most = static_cast<uint32_t>(list.limit - 1);
   const uint32_t step = static_cast<uint32_t>(job.row);
   for (uint32_t j = 0; j < first; ++j) work.places[j] = j * step;
   for (size_t j = 0; j < job.settings.keys; ++j) {
     work.places[first + j] = (first + std::min(static_cast<uint32_t>(list.patches[j]), most)) * step;
   }
-  std::fill(work.places + list.count, work.places + list.count + kPlacesAhead, work.places[list.count - 1]);
+  for (size_t r = 0; r < cells; ++r) work.places[list.count + r] = static_cast<uint32_t>(job.in.tokens + r) * step;
+  const size_t rows = list.count + cells;
+  std::fill(work.places + rows, work.places + rows + kPlacesAhead, work.places[list.count - 1]);
   if (job.cells != 0) CountListed(job, list, job.settings.keys, work.owner, work.number);
   CountRest(job, batch, list, work);
-}
-
-// One unit of a head: a prefix token's row, a token with a list of its own, or a tile, of which attend(batch, head,
-// begin, valid, list, fresh) takes 16 queries at a time.
-template <class Attend>
-HWY_INLINE void RunUnit(const SparseJob& job, size_t item, const ListWork& work, const Attend& attend) {
-  const Packed& in = job.in;
-  const SparseSettings& s = job.settings;
-  const size_t units = job.tiles + s.prefix;
-  const size_t unit = item % units, head = item / units % in.heads, batch = item / units / in.heads;
-  const size_t count = s.prefix_keys + s.keys;
-  const bool prefix_row = unit >= job.tiles;
-  const size_t number = (batch * in.heads + head) * job.tiles + unit;
-  const List list{prefix_row ? nullptr : job.indices + number * s.keys, s.prefix_keys, count,
-                  in.tokens - s.prefix_keys};
-  if (prefix_row || (s.tile == 1 && job.cells == 0)) {
-    const size_t token = prefix_row ? unit - job.tiles : s.prefix + unit;
-    const size_t row = job.packed_keys == nullptr ? in.Row() : job.stride;
-    AttendOne(in.Queries(batch, head) + token * in.Row(), KeysOf(job, batch, head), ValuesOf(job, batch, head), row,
-              prefix_row ? nullptr : &list, prefix_row ? in.tokens : count, in.scale, in.width,
-              job.bias == nullptr ? nullptr : job.bias + batch * in.tokens, work.scores,
-              job.output + ((batch * in.tokens + token) * in.heads + head) * in.width);
-    return;
-  }
-  const size_t begin = s.prefix + unit * s.tile, end = std::min(begin + s.tile, in.tokens);
-  for (size_t some = begin; some < end; some += kQueries) {
-    attend(batch, head, some, std::min(kQueries, end - some), list, some == begin);
-  }
 }
 
 }  // namespace HWY_NAMESPACE

@@ -1,0 +1,260 @@
+// SparseAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h): each tile of queries attends to the prefix, to
+// its listed keys, and to background cells (cells-inl.h) that stand for what it did not list. All that a tile reads are
+// rows of one table. Rows of prefix tokens, and lists of one query, are float32.
+
+#if defined(SPARSIFINER_SPARSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SPARSIFINER_SPARSE_INL_H_
+#undef SPARSIFINER_SPARSE_INL_H_
+#else
+#define SPARSIFINER_SPARSE_INL_H_
+#endif
+
+#include "cells-inl.h"
+#include "hwy/highway.h"
+#include "kernels-inl.h"
+#include "kernels.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sparsifiner {
+namespace HWY_NAMESPACE {
+
+// Tokens from which a head's keys and values are packed first. In qkv its rows lie far apart, most of them on pages of
+// their own, and every tile reads its list anew; a short image is read through before packing would pay.
+constexpr size_t kPackFrom = 2048;
+
+template <class Word>
+struct TableJob : SparseJob {
+  size_t words;           // of a packed row
+  size_t packed, rows;    // of a head's rows: its tokens, or 0: floats that are read where they are; then its cells' means
+  Word *keys, *values;    // [batch * heads][rows][words]
+  Word* rests;            // [batch * heads][cells][words]: what rounding takes from the means of keys
+};
+
+// What a thread needs for one tile.
+template <class Word>
+struct TableWork : ListWork {
+  float *turned, *rests, *summed;
+  Word *qt, *keys, *values, *weights;  // floats: keys of a block, no values
+};
+
+// Values weighed at a time where they are read: they stay in the first-level cache for all passes over them.
+constexpr size_t kChunk = 64;
+
+template <class Kind, class Word = typename Kind::Word>
+HWY_INLINE size_t LayOut(const TableJob<Word>& job, void* base, TableWork<Word>* work) {
+  const size_t rows = job.settings.prefix_keys + job.settings.keys + job.cells, stride = Kind::Stride(job.in.width);
+  Layout layout(base);
+  work->turned = layout.Take<float>(job.in.width, kQueries);
+  work->rests = layout.Take<float>(job.cells + kPaddedRows, kQueries);
+  work->summed = layout.Take<float>(kQueries, stride);
+  work->qt = layout.Take<Word>(job.words, kQueries);
+  work->keys = layout.Take<Word>((Kind::kRounds ? rows : 0) + kPaddedRows, job.words);
+  work->values = layout.Take<Word>(Kind::kRounds ? RoundUp(Groups(rows, Kind::kRows), kPaddedRows) : 0, stride);
+  TakeList(job, &layout, work);
+  work->weights = Kind::TakeWeights(&layout, rows, work->scores);
+  return layout.used();
+}
+
+// A head's tokens, `job.row` words apart; part: keys (1) or values (2).
+template <class Word>
+HWY_INLINE const Word* TokensOf(const TableJob<Word>& job, size_t head, size_t part) {
+  if constexpr (std::is_same_v<Word, float>) {
+    if (job.packed == 0) return job.in.Rows(head, part);
+  }
+  return (part == 1 ? job.keys : job.values) + head * job.rows * job.words;
+}
+
+// One run of a head's keys or values: packed where they shall be, and their mean where there are cells. own: [stride].
+template <class Kind, class Word = typename Kind::Word>
+HWY_NOINLINE void PrepareRun(void* data, size_t item, void* own) {
+  const auto& job = *static_cast<const TableJob<Word>*>(data);
+  const Packed& in = job.in;
+  const size_t run = item % job.runs, part = 1 + item / job.runs % 2, head = item / job.runs / 2;
+  const size_t begin = job.settings.prefix + run * job.run, end = std::min(begin + job.run, in.tokens);
+  const float* from = in.Rows(head, part);
+  Word* rows = (part == 1 ? job.keys : job.values) + head * job.rows * job.words;
+  for (size_t j = run ? begin : 0; job.packed != 0 && j < end; ++j) {
+    FetchRow(from + std::min(j + kRowsAhead, end - 1) * in.Row(), in.width);
+    Kind::PackRow(from + j * in.Row(), in.width, rows + j * job.words);
+  }
+  if (job.cells == 0) return;
+  const float* sizes = in.sizes == nullptr ? nullptr : in.sizes + head / in.heads * in.tokens + begin;
+  Word* rest = Kind::kRounds && part == 1 ? job.rests + (head * job.cells + run) * job.words : nullptr;
+  Kind::CellMean(TokensOf(job, head, part) + begin * job.row, job.row, sizes, end - begin, in.width,
+                 static_cast<float*>(own), rows + (job.packed + run) * job.words, rest);
+}
+
+// The rows of a list, then the cells: keys as they are, values of kRows together; of an odd number the last counts with a
+// weight of 0 for the row that is not there.
+template <class Kind, class Word = typename Kind::Word>
+HWY_INLINE void GatherTable(const TableJob<Word>& job, size_t head, size_t rows, const TableWork<Word>& work) {
+  const Word *keys = TokensOf(job, head, 1), *values = TokensOf(job, head, 2);
+  const uint32_t* HWY_RESTRICT places = work.places;
+  const size_t words = job.words;
+  const hn::Rebind<Word, D> d;
+  for (size_t j = 0; j < rows; ++j) {
+    FetchRow(keys + places[j + kRowsAhead], words);
+    FetchRow(values + places[j], words);
+    for (size_t w = 0; w < words; w += kLanes) {
+      hn::Store(hn::Load(d, keys + places[j] + w), d, work.keys + j * words + w);
+    }
+  }
+  for (size_t j = 0; j < rows; j += Kind::kRows) {
+    const size_t last = std::min(j + Kind::kRows, rows) - 1;
+    Kind::JoinValues(values + places[j], values + places[last], words, work.values + j * words);
+  }
+}
+
+// Logits of a gathered table: work.scores [rows][16], of which `cells` are the last.
+template <class Kind, class Word = typename Kind::Word>
+HWY_INLINE void ScoreTable(const TableJob<Word>& job, size_t head, size_t rows, const TableWork<Word>& work,
+                           float* HWY_RESTRICT cells) {
+  Kind::Scores(work.qt, work.keys, job.in.width, rows, work.scores);
+  if (job.cells == 0) return;
+  Kind::Scores(work.qt, job.rests + head * job.cells * job.words, job.in.width, job.cells, work.rests);
+  for (size_t i = 0; i < job.cells * kQueries; i += kLanes) {
+    hn::Store(hn::Add(hn::Load(D(), cells + i), hn::Load(D(), work.rests + i)), D(), cells + i);
+  }
+}
+
+// The same of floats where they are: a block of the list is gathered at a time, while the next is fetched.
+HWY_INLINE void ScoreFloats(const TableJob<float>& job, size_t head, size_t count, const TableWork<float>& work,
+                            float* cells) {
+  const float *keys = TokensOf(job, head, 1), *means = job.keys + (head * job.rows + job.packed) * job.words;
+  const size_t width = job.in.width, stride = job.words;
+  const auto gather = [&](size_t j, size_t some, size_t columns) {
+    for (size_t i = 0; i < some; ++i) Floats::PackRow(keys + work.places[j + i], columns, work.keys + i * stride);
+  };
+  size_t j = 0;
+  for (; width == 64 && j + kKeyBlock <= count; j += kKeyBlock) {
+    gather(j, kKeyBlock, 64);
+    ScoreBlock<Floats, kKeyBlock, true>(work.qt, work.keys, 64, 64, work.scores + j * kQueries, kQueries, keys,
+                                        work.places + j + kKeyBlock);
+  }
+  for (; j < count; j += kKeyBlock) {
+    const size_t some = std::min(kKeyBlock, count - j);
+    gather(j, some, width);
+    Scores<Floats, true>(work.qt, work.keys, stride, width, some, work.scores + j * kQueries);
+  }
+  if (job.cells != 0) Scores<Floats, true>(work.qt, means, stride, width, job.cells, cells);
+}
+
+// output = factor * weights x values of the list and of the cells, a chunk of the list at a time.
+HWY_INLINE void SumFloats(const TableJob<float>& job, size_t head, size_t count, const TableWork<float>& work,
+                          const float* factor, size_t valid, float* output) {
+  const size_t width = job.in.width, stride = job.words, chunk = Groups(count, Groups(count, kChunk));
+  Weighted<float> sums{work.scores, TokensOf(job, head, 2), chunk, stride, work.places, work.summed, nullptr, nullptr,
+                       work.summed, kQueries, stride, stride};
+  Weighted<float> cells{};
+  cells.weights = work.scores + count * kQueries, cells.count = job.cells;
+  cells.values = job.values + (head * job.rows + job.packed) * stride;
+  for (size_t start = 0; start < count; start += chunk, sums.weights += chunk * kQueries, sums.places += chunk) {
+    if (start + chunk >= count) {
+      sums.count = count - start, sums.more = &cells, sums.factor = factor;
+      sums.output = output, sums.valid = valid, sums.width = width, sums.out_stride = job.in.heads * width;
+    }
+    start == 0 ? Accumulate<Floats, false>(sums) : Accumulate<Floats, true>(sums);
+  }
+}
+
+// At most 16 queries [begin, begin + valid) of a tile, whose rows are placed and, where they shall be, gathered.
+template <class Kind, bool kSized, class Word = typename Kind::Word>
+HWY_NOINLINE void AttendTile(const TableJob<Word>& job, size_t head, size_t begin, size_t valid,
+                             const TableWork<Word>& work) {
+  const Packed& in = job.in;
+  const SparseSettings& s = job.settings;
+  const size_t count = s.prefix_keys + s.keys, rows = count + job.cells, batch = head / in.heads;
+  const float* query_rows[kQueries];
+  QueryRows(in.Rows(head, 0) + begin * in.Row(), in.Row(), valid, query_rows);
+  Kind::PackQueries(query_rows, in.width, in.scale * kLog2e, work.turned, work.qt);
+  float* cells = work.scores + count * kQueries;
+  if constexpr (Kind::kRounds) {
+    ScoreTable<Kind>(job, head, rows, work, cells);
+  } else {
+    ScoreFloats(job, head, count, work, cells);
+  }
+  if (job.cells != 0) {
+    RestOfCells<kSized>(job, work.owner, s.keys, work.scores + s.prefix_keys * kQueries, work.left, work.sums, cells);
+  }
+  if (kSized) {
+    AddBias(job.bias + batch * in.tokens, work.places, static_cast<uint32_t>(job.row), count, work.scores);
+  }
+  HWY_ALIGN float shares[kQueries];
+  WeighTile<kSized>(job, count, work.owner, work.left, work.scores, cells, work.sums, shares);
+  float* output = job.output + ((batch * in.tokens + begin) * in.heads + head % in.heads) * in.width;
+  if constexpr (Kind::kRounds) {
+    Kind::PairRows(work.scores, rows, work.weights);
+    Kind::Sums(work.weights, work.values, Groups(rows, Kind::kRows), Kind::Stride(in.width), work.summed, shares, valid,
+               in.width, output, in.heads * in.width);
+  } else {
+    SumFloats(job, head, count, work, shares, valid, output);
+  }
+}
+
+// One unit of a head: a prefix token's row, a token with a list of its own, or a tile.
+template <class Kind, class Word = typename Kind::Word>
+HWY_NOINLINE void SparseItem(void* data, size_t item, void* own) {
+  const auto& job = *static_cast<const TableJob<Word>*>(data);
+  const Packed& in = job.in;
+  const SparseSettings& s = job.settings;
+  const size_t units = job.tiles + s.prefix, unit = item % units, head = item / units;
+  const size_t batch = head / in.heads, count = s.prefix_keys + s.keys;
+  const bool prefix_row = unit >= job.tiles;
+  const List list{prefix_row ? nullptr : job.indices + (head * job.tiles + unit) * s.keys, s.prefix_keys, count,
+                  in.tokens - s.prefix_keys};
+  TableWork<Word> work;
+  LayOut<Kind>(job, own, &work);
+  if (prefix_row || (s.tile == 1 && job.cells == 0)) {
+    const size_t token = prefix_row ? unit - job.tiles : s.prefix + unit;
+    const float *keys = in.Rows(head, 1), *values = in.Rows(head, 2);
+    size_t row = in.Row();
+    if constexpr (!Kind::kRounds) {
+      keys = TokensOf(job, head, 1), values = TokensOf(job, head, 2), row = job.row;
+    }
+    AttendOne(in.Rows(head, 0) + token * in.Row(), keys, values, row, prefix_row ? nullptr : &list,
+              prefix_row ? in.tokens : count, in.scale, in.width,
+              job.bias == nullptr ? nullptr : job.bias + batch * in.tokens, work.scores,
+              job.output + ((batch * in.tokens + token) * in.heads + head % in.heads) * in.width);
+    return;
+  }
+  [[maybe_unused]] const typename Kind::Session session;
+  PlaceList(job, batch, list, Kind::kRounds ? job.cells : 0, work);
+  if constexpr (Kind::kRounds) GatherTable<Kind>(job, head, count + job.cells, work);
+  const size_t begin = s.prefix + unit * s.tile, end = std::min(begin + s.tile, in.tokens);
+  const auto attend = job.bias == nullptr ? AttendTile<Kind, false> : AttendTile<Kind, true>;
+  for (size_t some = begin; some < end; some += kQueries) {
+    attend(job, head, some, std::min(kQueries, end - some), work);
+  }
+}
+
+template <class Kind, class Word = typename Kind::Word>
+bool AttendSparsely(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
+                    const Call& call) {
+  if (in.batch == 0) return true;
+  TableJob<Word> job{};
+  static_cast<SparseJob&>(job) = Describe(in, indices, settings, output);
+  job.words = Kind::RowWords(in.width);
+  const size_t heads = in.batch * in.heads;
+  const bool pack = Kind::kRounds || in.tokens >= kPackFrom || in.width != job.words;
+  job.packed = pack ? in.tokens : 0;
+  job.rows = job.packed + job.cells;
+  job.row = pack ? job.words : in.Row();
+  const bool shared = call.Share([&](Layout* layout) {
+    job.keys = layout->Take<Word>(Plus(Times(heads, job.rows), kPaddedRows), job.words);
+    job.values = layout->Take<Word>(heads, job.rows, job.words);
+    job.rests = layout->Take<Word>(Kind::kRounds ? heads * job.cells + kPaddedRows : 0, job.words);
+    TakeTables(layout, &job);
+  });
+  if (!shared) return false;
+  FillTables(job);
+  const size_t sum = Times(Kind::Stride(in.width), sizeof(float));
+  if ((pack || job.cells != 0) && !call.For(heads * 2 * job.runs, sum, PrepareRun<Kind>, &job)) return false;
+  TableWork<Word> work;
+  return call.For(heads * (job.tiles + settings.prefix), LayOut<Kind>(job, nullptr, &work), SparseItem<Kind>, &job);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sparsifiner
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard
