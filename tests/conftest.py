@@ -138,6 +138,24 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exported(once: Once) -> Path:
+    """`student`, sparse in all layers, with its `bundle`; its teacher's `weights.safetensors`, with theirs, `dense`.
+    Both bundles give tokens.
+    """
+    from sparsifiner_edge.export.export import export_bundle
+    from sparsifiner_edge.sparse.student import save_student
+    from tests.models import TINY, student
+
+    def make(folder: Path) -> None:
+        weights = folder / "weights.safetensors"
+        save_weights(weights, 1000)
+        export_bundle(save_student(student(), folder / "student"), folder / "bundle", tokens=True)
+        export_bundle(TINY, folder / "dense", weights=weights, tokens=True)
+
+    return once("exported", make)
+
+
+@pytest.fixture(scope="session")
 def folder(once: Once) -> Path:
     """Twelve smooth images in two classes."""
     return once("training", draw_classes)

@@ -9,6 +9,10 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
 
 SHORT = (
     "distil.steps=6", "batch=2", "check_every=3", "save_every=2", "images.held_out=2", "ema=0.9",
@@ -140,3 +144,13 @@ def make(good: Path, names: tuple[str, ...]) -> None:
         if not done.exists():
             maker(good / name)
             done.touch()
+
+
+def install_plugin(site: Path, monkeypatch: pytest.MonkeyPatch, group: str, **points: str) -> None:
+    """Another package in `site`, as if installed: entry points of `sparsifiner_edge.<group>`, names to objects."""
+    info = site / "foreign-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1\n")
+    lines = "".join(f"{name} = {point}\n" for name, point in points.items())
+    (info / "entry_points.txt").write_text(f"[sparsifiner_edge.{group}]\n{lines}")
+    monkeypatch.syspath_prepend(site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -15,6 +16,16 @@ from sparsifiner_edge.sparse.student import Student, make_student
 TINY = "test_vit"
 """10 x 10 patches of 16 px, 64 wide, 2 heads of 32, 6 layers, a class token."""
 TINY_CONFIG = SparsityConfig(keep=0.2, cells=4, channels=8)
+KINDS = {
+    "edge": TINY_CONFIG,
+    "no cells": replace(TINY_CONFIG, cells=0),
+    "merging": replace(TINY_CONFIG, merge=(12, 8, 0, 0, 0, 0)),
+    "some dense": replace(TINY_CONFIG, keep=(0.2, 1, 0.2, 0.2, 1, 0.2), merge=(6,)),
+    "pruned": replace(TINY_CONFIG, token_keep=((1, 0.7),)),
+    "paper": SparsityConfig.for_preset("paper", keep=0.25, channels=8),
+    "dense": SparsityConfig(keep=1),
+}
+"""One of each way to be sparse, and none."""
 
 
 def vit(name: str = TINY, seed: int = 0, **options: Any) -> TimmModel:

@@ -1,4 +1,4 @@
-"""The parts of distillation: what is drawn, data sets, augmentations, losses, recipes, what lists hold."""
+"""The parts of distillation: what is drawn, data sets, augmentations, losses, recipes, outputs of a decoder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sparsifiner_edge as se
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.data import (
     BatchAugmentation,
@@ -25,10 +26,11 @@ from sparsifiner_edge.distill.data import (
 )
 from sparsifiner_edge.distill.losses import Distiller, joint_fidelity
 from sparsifiner_edge.distill.recipe import Budget, Images, Losses, Recipe, names, read_recipe
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.distill.train import make_optimiser
+from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.sparse.student import dense_twin
+from sparsifiner_edge.sparse.student import dense_twin, load_student
 from tests.models import images, student
 
 
@@ -94,8 +96,7 @@ def test_losses_are_zero_for_the_teacher_itself() -> None:
 
 def test_recipes() -> None:
     assert names() == ["cpu", "imagenet-deit-s"]
-    for name in names():
-        assert isinstance(read_recipe(name), Recipe)
+    assert all(isinstance(read_recipe(name), Recipe) for name in names())
     recipe = read_recipe("cpu", ["distil.steps=7", 'budgets=[{keep="0.3"}]', "precision=bf16"])
     assert (recipe.distil.steps, recipe.budgets, recipe.precision) == (7, (Budget(keep="0.3"),), "bf16")
     assert json.loads(json.dumps(write_record(recipe)))["distil"]["steps"] == 7
@@ -202,3 +203,43 @@ def test_augmentations_that_are_refused() -> None:
     for policy in ("nonsense", "rand-z3"):
         with pytest.raises(ConfigError, match="timm does not know"):
             augmentation(32, Images(auto_augment=policy))
+
+
+FACTORY = "tests.hosts.factories"
+PIXELS = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    folder = tmp_path_factory.mktemp("training") / "student"
+    return se.sparsify(f"{FACTORY}:Segmenter", folder, keep=0.3, channels=8, merge=(4,), calibrate=pictures)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_training_brings_the_outputs_nearer(segmenter: Path, frozen: bool) -> None:
+    found = load_student(segmenter, trust=[FACTORY])
+    weights = Losses(patches=0, classes=0, selection=0, outputs=1)
+    distiller = Distiller(found.model, dense_twin(found).model, weights, ("mask", "heat"))
+    optimiser = make_optimiser(found.model, Recipe(freeze_decoder=frozen))
+    before = {name: parameter.detach().clone() for name, parameter in found.model.named_parameters()}
+    values = []
+    for step in range(30):
+        losses = distiller(PIXELS, None, torch.Generator().manual_seed(step), False)
+        values.append(float(losses["outputs"].detach().mean()))
+        distiller.total(losses).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert values[-1] < 0.8 * values[0]
+    moved = {name for name, p in found.model.named_parameters() if not torch.equal(p.detach(), before[name])}
+    inside = {name for name in before if name.startswith("encoder.")}
+    assert inside & moved
+    assert bool(moved - inside) is not frozen
+
+
+def test_a_training_of_ones_own_model_is_written_as_a_student(tmp_path: Path, segmenter: Path, pictures: Path) -> None:
+    settings = ["distil.steps=2", "batch=2", "images.held_out=1", "check_every=1"]
+    summary = se.distill_student(segmenter, pictures, tmp_path / "better", overrides=settings, trust=[FACTORY])
+    assert 0.5 < summary.start < 1
+    assert load_student(tmp_path / "better", trust=[FACTORY]).outputs == ("mask", "heat")
+    with pytest.raises(ArtifactError, match="made by the code"):
+        se.distill_student(segmenter, pictures, tmp_path / "other", overrides=settings)

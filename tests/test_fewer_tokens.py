@@ -20,22 +20,19 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, merge_text, parse_merge, parse_token_keep, share_of
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.check import smooth_images
-from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.export.sessions import file_session
+from sparsifiner_edge.export.sessions import file_runner, results_of, with_outputs
 from sparsifiner_edge.metrics import POSITIONS, aligned
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.plan import plan_of
-from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.sparse.attention import HeadGeometry
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.defaults import default_cells, default_keep
 from sparsifiner_edge.sparse.layer import CarriedTokens
-from sparsifiner_edge.sparse.merge import Merging, Pruning
+from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.patch import make_model_sparse, set_budget
 from sparsifiner_edge.sparse.student import load_student, save_student, with_budget
-from tests.commands import call, manifest_of
+from tests.commands import manifest_of
 from tests.everything import first
 from tests.models import TINY, images, student, vit
 from tests.plain import evaluate_student
@@ -46,42 +43,26 @@ ALONE = SparsityConfig(keep=1, merge=(8,))
 
 @given(st.integers(2, 90), st.integers(0, 3), st.sampled_from([2, 8, 16]), st.floats(0, 0.5), st.integers(0, 99))
 def test_every_patch_goes_into_one_token(patches: int, prefix: int, window: int, share: float, seed: int) -> None:
+    """Of which the larger source gives the place; it is the mean of its patches, weighed by their sizes."""
     rng = torch.Generator().manual_seed(seed)
     tokens, merged = prefix + patches, max(1, int(share * patches))
     qkv, x = (torch.randn(2, tokens, width, generator=rng) for width in (3 * 2 * 4, 5))
-    before = CarriedTokens(x, None, None, torch.arange(patches).expand(2, -1))
-    module = Merging(merged, prefix, window)
-    pairs = module.pairs(qkv, torch.ones(2, tokens), 2)
-    joined = pairs[0][pairs[0, :, 0] != pairs[0, :, 1]]
-    assert len(joined) == merged
-    after = module(before, qkv, 2)
-    out = after.values
-    assert out.shape == (2, tokens - merged, 5)
+    sizes = torch.randint(1, 6, (2, tokens), generator=rng).float()
+    module, left = Merging(merged, prefix, window), patches - merged
+    joined = module.pairs(qkv, sizes, 2)[0]
+    assert (joined[:, 0] != joined[:, 1]).sum() == merged
+    after = module(CarriedTokens(x, sizes, None, torch.arange(patches).expand(2, -1)), qkv, 2)
     assert after.sizes is not None
     assert after.places is not None
-    assert after.sizes[:, prefix:].sum(1).tolist() == [patches] * 2
-    counts = torch.stack([torch.bincount(row, minlength=patches - merged) for row in after.places])
-    assert torch.equal(counts.float(), after.sizes[:, prefix:])
-    # What a token is made of is where its patches say that they are.
-    means = torch.zeros(2, patches - merged, 5).scatter_add_(
-        1, after.places[..., None].expand(-1, -1, 5), x[:, prefix:]
+    assert torch.equal(after.values[:, :prefix], x[:, :prefix])
+    of = sizes[:, prefix:]
+    assert torch.equal(torch.zeros(2, left).scatter_add_(1, after.places, of), after.sizes[:, prefix:])
+    sums = torch.zeros(2, left, 5).scatter_add_(
+        1, after.places[..., None].expand(-1, -1, 5), x[:, prefix:] * of[..., None]
     )
-    torch.testing.assert_close(out[:, prefix:], means / after.sizes[:, prefix:, None])
-    assert torch.equal(out[:, :prefix], x[:, :prefix])
-    assert torch.equal(after.places.gather(1, after.positions), torch.arange(patches - merged).expand(2, -1))
-
-
-def test_sizes_add_up_and_the_larger_source_gives_its_angle() -> None:
-    qkv, x = torch.randn(1, 9, 24), torch.randn(1, 9, 4)
-    sizes = torch.tensor([[1.0, 5, 1, 1, 1, 1, 1, 1, 1]])
-    before = CarriedTokens(x, sizes, torch.arange(8)[None], torch.arange(8)[None])
-    part = Merging(1, 1, 2)
-    part.pairs = lambda *_: torch.tensor([[[0, 0], [2, 1], *([i, i] for i in range(3, 9))]], dtype=torch.int32)  # type: ignore[method-assign]
-    after = part(before, qkv, 2)
-    assert after.sizes is not None
-    assert after.sizes[0, 1] == 6
-    torch.testing.assert_close(after.values[0, 1], (5 * x[0, 1] + x[0, 2]) / 6)
-    assert after.positions[0, 0] == 0  # patch 0 was five times as large
+    torch.testing.assert_close(after.values[:, prefix:], sums / after.sizes[:, prefix:, None])
+    assert torch.equal(after.places.gather(1, after.positions), torch.arange(left).expand(2, -1))
+    assert torch.equal(of.gather(1, after.positions), torch.zeros(2, left).scatter_reduce_(1, after.places, of, "amax"))
 
 
 def test_merging_what_is_equal_changes_nothing() -> None:
@@ -104,7 +85,7 @@ def test_rates() -> None:
     assert plan_of(SparsityConfig(merge=(40,)), 4, 100).merge == (25, 18, 14, 10)  # a quarter of what is there at most
     assert [parse_merge(text) for text in ("80", "160..0", "3, 2,1")] == [(80,), (160, 0), (3, 2, 1)]
     assert [merge_text(parse_merge(text)) for text in ("80", "160..0", "3,2,1")] == ["80", "160..0", "3,2,1"]
-    for text in ("", "x", "-1", "1..2..3", "4..", "1.5", "3,,2", "²", "9999999999"):
+    for text in ("", "-1", "1..2..3", "4..", "3,,2", "²", "9999999999"):
         with pytest.raises(ConfigError, match=r"merge(\[0\])? is"):
             SparsityConfig(merge=parse_merge(text))
 
@@ -125,13 +106,8 @@ def test_what_cannot_be_merged(settings: dict[str, Any], message: str) -> None:
         plan_of(SparsityConfig(**settings), 6, 64 if settings["merge"] == (25,) else 100)
 
 
-def test_one_student_many_budgets(
-    tmp_path: Path, tiny_weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    done = call(capsys, "sparsify", TINY, "--weights", tiny_weights, "--keep", ".4", "--merge", "12..2", "--calibrate",
-                pictures, "-o", tmp_path / "s")  # fmt: skip
-    assert "student written, keep 0.4, 15 cells, merge 12..2." in done.out, done
-    folder = tmp_path / "s"
+def test_one_student_many_budgets(tmp_path: Path, tiny_weights: Path, pictures: Path) -> None:
+    folder = se.sparsify(TINY, tmp_path / "s", weights=tiny_weights, keep=0.4, merge=(12, 2), calibrate=pictures)
     assert load_student(folder).sparsity.merge == (12, 2)
     assert load_student(folder, merge=(4,)).sparsity.merge == (4,)
     assert load_student(folder, merge=(0,)).sparsity.merge == ()
@@ -154,20 +130,17 @@ def test_what_is_left_open_suits_size_and_depth() -> None:
     assert default_keep(1369, 24) == (0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 1.0)
     assert default_keep(1369, 3) == (0.1, 1.0)
     for depth in range(1, 49):
-        for patches in (16, 1369, 5476):
-            plan_of(SparsityConfig(keep=default_keep(patches, depth)), depth, patches)
+        plan_of(SparsityConfig(keep=default_keep(1369, depth)), depth, 1369)
 
+    def made(**settings: Any) -> Any:
+        """Shares by layer only where tokens merge and nothing was asked for."""
+        sparsity = se.sparsify_model(vit(img_size=416), channels=8, **settings).sparsity  # 676 patches
+        return sparsity.keep, sparsity.cells
 
-def test_shares_by_layer_only_where_tokens_merge_and_nothing_was_asked_for() -> None:
-    def made(**settings: Any) -> SparsityConfig:
-        model = vit(img_size=416)  # 676 patches
-        return se.sparsify_model(model, channels=8, **settings).sparsity
-
-    assert (made().keep, made().cells) == (0.25, 39)
-    assert made(merge=8).keep == default_keep(676, len(vit().blocks))
-    assert made(merge=8, keep=0.3, cells=5).keep == 0.3
-    assert made(merge=8, keep=0.3, cells=5).cells == 5
-    assert made(preset="paper").keep == 0.25
+    assert made() == (0.25, 39)
+    assert made(merge=8)[0] == default_keep(676, len(vit().blocks))
+    assert made(merge=8, keep=0.3, cells=5) == (0.3, 5)
+    assert made(preset="paper")[0] == 0.25
 
 
 STAGES = ((1, 0.7), (3, 0.5))
@@ -176,29 +149,8 @@ PAPER = SparsityConfig.for_preset("paper", keep=0.3, channels=16, token_keep=STA
 PRUNED_ALONE = SparsityConfig(keep=1, token_keep=STAGES)
 
 
-GEOMETRY = HeadGeometry(2, 4, 0.5)
-
-
-@given(st.integers(2, 40), st.integers(1, 3), st.integers(1, 39), st.integers(0, 9))
-def test_the_best_stay_in_order(patches: int, prefix: int, kept: int, seed: int) -> None:
-    kept = min(kept, patches - 1)
-    rng = torch.Generator().manual_seed(seed)
-    x, qkv = (torch.randn(2, prefix + patches, width, generator=rng) for width in (5, 24))
-    pruning, places = Pruning(kept, prefix), torch.arange(patches).expand(2, -1)
-    got, _, _, positions = pruning(CarriedTokens(x, None, None, places), qkv, GEOMETRY)
-    assert got.shape == (2, prefix + kept, 5)
-    q, k, _ = ops.split_heads(qkv, 2)
-    scores = (0.5 * q[:, :, :1] @ k.mT).softmax(-1)[:, :, 0].mean(1)[:, prefix:]
-    torch.testing.assert_close(pruning.scores(qkv, GEOMETRY), scores)
-    assert ops.top_tokens(torch.tensor([[0.5, 0.5, torch.nan, 0.5]]), 2).tolist() == [[0, 1]], "NaN loses"
-    for row in range(2):
-        wanted = scores[row].sort(descending=True, stable=True).indices[:kept].sort().values
-        assert torch.equal(positions[row], wanted)
-        assert torch.equal(got[row, :prefix], x[row, :prefix])
-        assert torch.equal(got[row, prefix:], x[row, prefix:][wanted])
-
-
 def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
+    assert ops.top_tokens(torch.tensor([[0.5, 0.5, torch.nan, 0.5]]), 2).tolist() == [[0, 1]], "NaN loses"
     dense = vit()
     pruned = make_model_sparse(vit(), PRUNED_ALONE)
     x, order = images(dense, 1), pruned.blocks[0].curve.order
@@ -222,15 +174,15 @@ def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
 @pytest.mark.parametrize(("sparsity", "batch"), first([(PRUNED, 1), (PAPER, "dynamic"), (PRUNED_ALONE, 1)]))
 def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:
     # The export itself holds both kinds of kernels to torch, token by token.
-    save_student(student(sparsity=sparsity), tmp_path / "student")
-    bundle = export_bundle(tmp_path / "student", tmp_path / "bundle", batch=batch, tokens=True)
+    saved = save_student(student(sparsity=sparsity), tmp_path / "student")
+    bundle = se.export_bundle(saved, tmp_path / "bundle", batch=batch, tokens=True)
     manifest = manifest_of(bundle)
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
     assert not any("Score" in name for name in manifest["ops"])
     image = smooth_images(160, 1, seed=5)
     results = []
     for kernels in ("native", "portable"):
-        with open_session(bundle, kernels=kernels) as session:
+        with se.open_session(bundle, kernels=kernels) as session:
             check_golden(session, open_bundle(bundle))
             results.append(session.infer({"image": image}))
             assert results[-1]["tokens"].shape == (1, 36, 64)
@@ -241,21 +193,15 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     np.testing.assert_allclose(outputs["features"], results[1]["features"], atol=2e-2)
     # Nothing is masked: the attention of later layers reads fewer tokens.
     model = onnx.load(bundle / "model.onnx")
-    attention = [n for n in model.graph.node if n.op_type in ("SparseAttention", "DenseAttention")]
-    for node in attention:
-        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
-    read = file_session(model, "portable").run([node.output[0] for node in attention], {"image": image})
-    assert [x.shape[1] for x in read] == [101, 101, 71, 71, 36, 36]
+    attended = results_of(model, "Attention")
+    read = file_runner(with_outputs(model, attended), "portable")(image)
+    assert [read[name].shape[1] for name in attended] == [101, 101, 71, 71, 36, 36]
 
 
-def test_a_pruned_teacher_is_none(tmp_path: Path, pictures: Path) -> None:
+def test_what_cannot_prune_is_refused(tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=PRUNED_ALONE, num_classes=0), tmp_path / "student")
-    bundle = export_bundle(folder, tmp_path / "bundle")
     with pytest.raises(ConfigError, match="teacher prunes"):
-        evaluate_student(folder, pictures, against=bundle)
-
-
-def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
+        evaluate_student(folder, pictures, against=se.export_bundle(folder, tmp_path / "bundle"))
     with pytest.raises(ConfigError, match="layer 9: the model has 6 layers"):
         student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((9, 0.5),)))
     with pytest.raises(ConfigError, match="requires a class token"):
@@ -267,10 +213,7 @@ def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
             dataclasses.replace(PRUNED, token_keep=wrong)
     assert parse_token_keep(" 3:.7, 6:.5 ") == ((3, 0.7), (6, 0.5))
     with pytest.raises(ConfigError, match="require a student"):
-        export_bundle(TINY, tmp_path / "x", keep=0.5)
-
-
-def test_maps_of_layers_are_refused_while_tokens_are_pruned() -> None:
+        se.export_bundle(TINY, tmp_path / "x", keep=0.5)
     made, image = student(sparsity=PRUNED).model, torch.zeros(1, 3, 160, 160)
     with pytest.raises(ConfigError, match="no maps of its layers"):
         made.forward_intermediates(image)

@@ -1,20 +1,43 @@
+"""Sessions: the contract, on ONNX Runtime and a bundle made without torch; another package's backend; and OpenVINO, for
+every kind of student in its graph, plain and int8, in fp32 and bf16.
+"""
+
+from __future__ import annotations
+
 import dataclasses
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 
+import sparsifiner_edge as se
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.errors import ArtifactError, BackendError, GateError
+from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime import openvino as session_module
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import open_checked
-from tests.seal import reseal
+from sparsifiner_edge.runtime.openvino import import_openvino
+from sparsifiner_edge.sparse.student import save_student
+from tests.commands import assert_refused, call
+from tests.everything import first
+from tests.made import install_plugin
+from tests.models import KINDS, TINY_CONFIG, student
+from tests.native.test_replay import BF16_SETS
+from tests.once import Once
+from tests.seal import reseal, spoil_golden
 from tests.tiny import make_bundle
 
 
@@ -27,33 +50,24 @@ def image(batch=1, size=4):
     return np.random.default_rng(5).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
 
 
-def test_outputs_agree_with_numpy(bundle):
-    weights = {
-        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(bundle / "model.onnx").graph.initializer
-    }
+def test_images_may_lie_anyhow_in_memory(bundle):
     images = image(3)
-    tokens = images.reshape(3, -1, 3).astype(np.float32)
-    expected = (tokens @ weights["embed"] @ weights["w0"] @ weights["w1"]).mean(axis=1)
-    with open_session(bundle) as session:
+    with se.open_session(bundle) as session:
         features = session.infer({"image": images})["features"]
         strided = session.infer({"image": np.repeat(images, 2, axis=0)[::2]})["features"]
-    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(strided, features)
 
 
-def test_kernels_are_chosen(tmp_path, bundle, monkeypatch):
-    for kernels in ("auto", "native", "portable"):
-        with open_session(bundle, kernels=kernels) as session:
-            assert session.infer({"image": image(1)})["features"].shape == (1, 8)
+def test_native_kernels_that_are_not_there_are_refused_where_they_are_asked_for(bundle, monkeypatch):
     monkeypatch.setattr(native, "_FILE", "no-such.so")
-    with open_session(bundle) as session:
+    with se.open_session(bundle) as session:
         assert session.description.kernels == "none (standard operators)"
     with pytest.raises(BackendError, match=r"(?s)The native library is not built: install .* portable kernels"):
-        open_session(bundle, kernels="native")
+        se.open_session(bundle, kernels="native")
 
 
 def test_a_session_says_what_really_runs(tmp_path, bundle):
-    with open_session(bundle, threads=1) as session:
+    with se.open_session(bundle, threads=1) as session:
         assert session.backend == "onnxruntime"
         assert session.inputs == [TensorSpec("image", "uint8", ("batch", 4, 4, 3))]
         assert session.outputs == [TensorSpec("features", "float32", ("batch", 8))]
@@ -62,7 +76,7 @@ def test_a_session_says_what_really_runs(tmp_path, bundle):
     assert described.provider == "CPUExecutionProvider"
     assert described.kernels == "none (standard operators)"
     assert (described.precision, described.threads) == ("fp32", 1)
-    with open_session(make_bundle(tmp_path / "f", function=True)) as session:
+    with se.open_session(make_bundle(tmp_path / "f", function=True)) as session:
         assert session.description.kernels == "function bodies"  # an operator that the library has not
         assert session.description.threads == len(os.sched_getaffinity(0))
 
@@ -78,7 +92,7 @@ def test_a_session_says_what_really_runs(tmp_path, bundle):
     ],
 )
 def test_unfit_inputs_are_named(bundle, inputs, got, expected):
-    with open_session(bundle) as session:
+    with se.open_session(bundle) as session:
         for check in (session.validate, session.infer):
             with pytest.raises(BackendError, match=got) as caught:
                 check(inputs)
@@ -86,7 +100,7 @@ def test_unfit_inputs_are_named(bundle, inputs, got, expected):
 
 
 def test_a_closed_session_refuses(bundle):
-    session = open_session(bundle)
+    session = se.open_session(bundle)
     session.close()
     session.close()
     with pytest.raises(BackendError, match="closed"):
@@ -100,7 +114,7 @@ def test_a_failure_inside_the_model_is_a_message(tmp_path):
     shape.CopyFrom(onnx.numpy_helper.from_array(np.array([7, -1, 3], np.int64), "shape"))  # 48 values, no sevens
     onnx.save(model, folder / "model.onnx")
     reseal(folder)
-    with open_session(folder) as session, pytest.raises(BackendError, match="onnxruntime failed"):
+    with se.open_session(folder) as session, pytest.raises(BackendError, match="onnxruntime failed"):
         session.infer({"image": image()})
 
 
@@ -116,15 +130,7 @@ def test_a_failure_inside_the_model_is_a_message(tmp_path):
 )
 def test_a_choice_that_cannot_be_is_refused(bundle, wrong, message):
     with pytest.raises(BackendError, match=message):
-        open_session(bundle, **wrong)
-
-
-def spoil_golden(folder, spoil):
-    with np.load(folder / "golden.npz") as file:
-        arrays = {key: file[key] for key in file.files}
-    arrays["output.features"] = spoil(arrays["output.features"].copy())
-    np.savez(folder / "golden.npz", **arrays)
-    reseal(folder)
+        se.open_session(bundle, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +144,13 @@ def spoil_golden(folder, spoil):
 def test_golden_refuses_what_differs(tmp_path, spoil, message):
     folder = make_bundle(tmp_path / "b")
     spoil_golden(folder, spoil)
-    with open_session(folder) as session, pytest.raises(GateError, match=message):
+    with se.open_session(folder) as session, pytest.raises(GateError, match=message):
         check_golden(session, open_bundle(folder))
 
 
 def test_golden_without_tolerance_or_file_is_refused(tmp_path):
     folder = make_bundle(tmp_path / "b", tolerances={})
-    with open_session(folder) as session:
+    with se.open_session(folder) as session:
         with pytest.raises(ArtifactError, match="the tolerance of 'features' is missing"):
             check_golden(session, open_bundle(folder))
         (folder / "golden.npz").write_bytes(b"PK\x03\x04 cut")
@@ -156,31 +162,27 @@ def test_golden_without_tolerance_or_file_is_refused(tmp_path):
 @pytest.fixture
 def foreign(tmp_path, monkeypatch):
     """Another package's backend, installed: it runs ours under its own name."""
-    info = tmp_path / "site" / "foreign-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1\n")
-    points = "foreign = foreign:Foreign\nbroken = foreign:Missing\nno-backend = foreign:NUMBER\n"
-    (info / "entry_points.txt").write_text(f"[sparsifiner_edge.backends]\n{points}")
+    points = {"foreign": "foreign:Foreign", "broken": "foreign:Missing", "no-backend": "foreign:NUMBER"}
+    install_plugin(tmp_path / "site", monkeypatch, "backends", **points)
     (tmp_path / "site" / "foreign.py").write_text(
         "from sparsifiner_edge.runtime.onnxruntime import OnnxRuntime\n"
         "NUMBER = 1\n"
         "class Foreign(OnnxRuntime):\n"
         "    name = 'foreign'\n"
     )
-    monkeypatch.syspath_prepend(tmp_path / "site")
     yield
     sys.modules.pop("foreign", None)
 
 
 def test_another_package_adds_a_backend(bundle, foreign):
-    with open_session(bundle, "foreign", threads=1) as session:
+    with se.open_session(bundle, "foreign", threads=1) as session:
         assert (session.backend, session.description.threads) == ("foreign", 1)
         assert check_golden(session, open_bundle(bundle))
     for name, message in (("broken", "foreign:Missing cannot be imported"), ("no-backend", "is no class of Backend")):
         with pytest.raises(BackendError, match=message):
-            open_session(bundle, name)
+            se.open_session(bundle, name)
     with pytest.raises(BackendError, match="tensorrt-rtx, foreign, broken"):
-        open_session(bundle, "none")
+        se.open_session(bundle, "none")
 
 
 def test_no_other_package_runs_where_a_signature_is_required(bundle, foreign):
@@ -190,3 +192,176 @@ def test_no_other_package_runs_where_a_signature_is_required(bundle, foreign):
     with pytest.raises(BackendError, match=r"foreign is no backend of sparsifiner-edge itself.*signature.*\n.*onnxrun"):
         open_checked(signed, Execution(backend="foreign"))
     assert "foreign" not in sys.modules
+
+
+KNOWN = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+STUDENTS: dict[str, dict[str, Any]] = {
+    **{kind: {} for kind in ("edge", "some dense", "pruned", "paper", "dense")},
+    "batch 3": {"batch": 3}, "any batch": {"batch": "dynamic"}, "rectangle": {"img_size": (96, 160)},
+    "int8": {"precision": "int8"}, "fp16": {"precision": "fp16"},
+}  # fmt: skip
+"""One of `KINDS`, or what differs from "edge"."""
+Bundles = Callable[[str], Path]
+"""One of `STUDENTS` -> its bundle."""
+
+
+@pytest.fixture(scope="module")
+def bundles(once: Once, pictures: Path) -> Bundles:
+    """Of each of `STUDENTS`, exported when it is first asked for; its student lies beside it."""
+
+    def exported(name: str) -> Path:
+        options = STUDENTS[name] | ({"calibrate": pictures} if name == "int8" else {})
+        size = {"img_size": options.pop("img_size", 160)}
+
+        def make(folder: Path) -> None:
+            saved = save_student(student(sparsity=KINDS.get(name, TINY_CONFIG), **size), folder / "student")
+            se.export_bundle(saved, folder / name, tokens=True, **options)
+
+        return once(f"openvino {name}", make) / name
+
+    return exported
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.ravel().astype(float), b.ravel().astype(float)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("kernels", ["native", "portable"])
+@pytest.mark.parametrize("name", first(STUDENTS, 2))
+def test_gives_what_onnx_runtime_gives(bundles: Bundles, name: str, kernels: str) -> None:
+    if name == "fp16" and kernels == "native":
+        with pytest.raises(BackendError, match="The native kernels take no float16"):
+            se.open_session(bundles(name), "openvino", kernels=kernels)
+        return
+    with se.open_session(bundles(name)) as ours, se.open_session(bundles(name), "openvino", 2, kernels) as theirs:
+        batch = 2 if name == "any batch" else ours.inputs[0].shape[0]
+        shape = (batch, *ours.inputs[0].shape[1:])
+        image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        wanted, got = ours.infer({"image": image}), theirs.infer({"image": image})
+        assert [spec.name for spec in theirs.inputs + theirs.outputs] == [s.name for s in ours.inputs + ours.outputs]
+        assert theirs.outputs[0].dtype == ours.outputs[0].dtype
+        described = theirs.description
+    # The paper's lists have ties.
+    least = {"int8": 0.98, "fp16": 0.98, "paper": 0.999}.get(name, 0.99999)
+    for output, value in wanted.items():
+        assert got[output].shape == value.shape
+        assert cosine(got[output], value) > least, output
+    assert (described.backend, described.threads) == ("openvino", 2)
+    if name == "dense":
+        assert described.kernels == "none (standard operators)"
+    elif kernels == "portable":
+        assert described.kernels == "function bodies"
+    elif name == "paper":
+        assert described.kernels == f"native, {native.target()}; function bodies: LandmarkKeySelect"
+    else:
+        assert described.kernels == f"native, {native.target()}"
+    int8 = "int8, rest fp32" if has_int8_products() else "int8, run in fp32: this processor's products of int8 saturate"
+    assert described.precision == {"int8": int8, "fp16": "fp16, run in fp32"}.get(name, "fp32")
+
+
+@pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
+@pytest.mark.parametrize("name", first(["edge", "some dense", "dense", "int8"]))
+def test_bf16_is_what_really_runs(bundles: Bundles, name: str) -> None:
+    bf16 = se.open_session(bundles(name), "openvino", precision="bf16")
+    with se.open_session(bundles(name), "openvino") as exact, bf16 as session:
+        image = np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)
+        wanted, got = exact.infer({"image": image}), session.infer({"image": image})
+        assert session.description.precision == ("int8, rest bf16" if name == "int8" else "fp32, run in bf16")
+        if name != "dense":
+            attention = f", attention in {'bfloat16' if native.target() in BF16_SETS else 'float32'}"
+            assert session.description.kernels == f"native, {native.target()}{attention}"
+    # Random weights have close calls among keys and pairs.
+    assert all(cosine(got[output], value) > 0.9 for output, value in wanted.items())
+    assert any((got[output] != value).any() for output, value in wanted.items())
+
+
+@pytest.mark.skipif("FP16" in KNOWN, reason="the processor has fp16 arithmetic")
+def test_an_inlined_file_runs_without_us(bundles: Bundles) -> None:
+    """As docs/cpu.md makes it."""
+    image = np.random.default_rng(0).integers(0, 256, (1, 160, 160, 3), dtype=np.uint8)
+    core, file = import_openvino().Core(), bundles("some dense") / "model.onnx"
+    with pytest.raises(RuntimeError, match="sparsifiner"):
+        core.compile_model(file, "CPU")
+    inlined = onnx.inliner.inline_local_functions(onnx.load(file)).SerializeToString()
+    plain = core.compile_model(inlined, b"", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with se.open_session(bundles("some dense")) as session:
+        wanted = session.infer({"image": image})
+    assert all(cosine(plain({"image": image})[name], value) > 0.9999 for name, value in wanted.items())
+
+
+@pytest.mark.skipif("FP16" in KNOWN, reason="the processor has fp16 arithmetic")
+def test_a_precision_that_the_processor_lacks_is_refused(bundles: Bundles) -> None:
+    with pytest.raises(BackendError, match=r"(?s)no fp16 arithmetic \(OpenVINO: .*FP32.*Leave --precision out"):
+        se.open_session(bundles("edge"), "openvino", precision="fp16")
+
+
+@pytest.mark.parametrize(
+    "precision", ["auto", pytest.param("bf16", marks=pytest.mark.skipif("BF16" not in KNOWN, reason="no bf16"))]
+)
+def test_signals_are_handled_where_they_were_before(precision: str, bundles: Bundles) -> None:
+    """In a process of its own: OpenVINO frees what it gives a thread's handlers, and the next signal would end it."""
+    code = (
+        "import gc, os, signal, sys\n"
+        "from sparsifiner_edge.runtime import open_session\n"
+        "heard = []\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))\n"
+        "se.open_session(sys.argv[1], 'openvino', precision=sys.argv[2]).close()\n"
+        "gc.collect()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "print(len(heard))\n"
+    )
+    line = [sys.executable, "-c", code, str(bundles("edge")), precision]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_runs_of_several_threads_take_turns(bundles: Bundles) -> None:
+    with se.open_session(bundles("some dense"), "openvino", 2) as session:
+        shape = session.inputs[0].shape
+        images = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8) for i in range(3)]
+        wanted = [session.infer({"image": image})["tokens"] for image in images]
+        wrong: list[int] = []
+
+        def run(number: int) -> None:
+            for _ in range(10):
+                if (session.infer({"image": images[number]})["tokens"] != wanted[number]).any():
+                    wrong.append(number)
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(run, range(3)))
+        assert not wrong
+    with pytest.raises(BackendError, match="is closed"):
+        session.infer({"image": images[0]})
+    session.close()
+
+
+def test_nothing_compiled_is_kept(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO would run it unchecked."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for kernels in ("native", "portable"):
+        se.open_session(bundles("edge"), "openvino", kernels=kernels).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_missing_is_said(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_FILE", "no-such.so")
+    with se.open_session(bundles("edge"), "openvino") as session:
+        assert "function bodies (the native library is not built" in str(session.description.kernels)
+    with pytest.raises(BackendError, match="The native library is not built"):
+        se.open_session(bundles("edge"), "openvino", kernels="native")
+
+    def missing(*_: Any) -> None:
+        raise MissingExtraError("openvino", "openvino")
+
+    monkeypatch.setattr(session_module, "import_package", missing)
+    with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[openvino\]"):
+        se.open_session(bundles("edge"), "openvino")
+
+
+def test_the_command_builds_it(bundles: Bundles, capsys: pytest.CaptureFixture[str]) -> None:
+    built = call(capsys, "build", bundles("some dense"), "--backend", "openvino", "--json")
+    assert built.code == 0, built.err
+    assert json.loads(built.out)["description"]["kernels"] == f"native, {native.target()}"
+    refused = call(capsys, "build", bundles("edge"), "--backend", "openvino", "--compute-capability", "8.6")
+    assert_refused(refused, "openvino builds no engine")

@@ -1,4 +1,6 @@
-"""The in-place patch of timm's models, calibration, students on disk, images of any shape, and the order of tokens."""
+"""The in-place patch of timm's models, calibration, students on disk, images of any shape, the order of tokens; and
+preset "paper", the published method, exactly, through the same path as ours.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import save_file
-from torch.nn.functional import cosine_similarity
 
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.bundle.store import open_bundle
@@ -22,14 +23,16 @@ from sparsifiner_edge.config import SparsityConfig, keep_text, parse_keep
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ConfigError, WeightsError
 from sparsifiner_edge.export.export import export_bundle, model_shape
+from sparsifiner_edge.ops import reference, torch_landmarks
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.plan import plan_of
-from sparsifiner_edge.sparse.calibrate import calibrate_from_weights, sparse_layers
+from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, load_student, save_student
-from tests.models import EVA, TINY, TINY_CONFIG, eva, images, student, vit
+from tests.commands import manifest_of
+from tests.models import EVA, TINY, eva, images, student, vit
 
 FULL = SparsityConfig(keep=0.999, cells=4, channels=8)
 """So little left out that the result is nearly dense, through the sparse path."""
@@ -55,17 +58,6 @@ def test_projections_from_the_weights_suit_white_noise(options: dict[str, Any]) 
         error = (root_q @ (torch.eye(32) - kept) @ root_k.mT).square().sum((1, 2))
         least = torch.linalg.svdvals(root_q @ root_k.mT)[:, 8:].square().sum(1)
         assert (error < 1.1 * least).all(), (number, error / least)
-
-
-def test_weights_and_object_stay_the_same() -> None:
-    dense = vit()
-    before = {key: value.data_ptr() for key, value in dense.state_dict().items()}
-    made = make_model_sparse(dense, TINY_CONFIG)
-    assert made is dense
-    after = {key: value.data_ptr() for key, value in made.state_dict().items()}
-    assert {key: after[key] for key in before} == before
-    added = {key.split(".", 2)[2] for key in after.keys() - before.keys()}
-    assert added == {"attn.select.proj_q", "attn.select.proj_k"}
 
 
 def test_shares_of_keys_by_layer(tmp_path: Path) -> None:
@@ -101,31 +93,16 @@ def test_shares_as_text() -> None:
             SparsityConfig(keep=parse_keep(text))
 
 
-def test_gradient_of_sparse_attention_is_that_of_its_formula() -> None:
-    torch.manual_seed(0)
-    qkv = torch.randn(1, 21, 12, dtype=torch.float64, requires_grad=True)
-    lists = torch.tensor([[[0, 3, 9], [1, 2, 19], [4, 7, 8]]], dtype=torch.int32)[:, None].expand(1, 2, 3, 3)
-
-    def attend(x: torch.Tensor) -> torch.Tensor:
-        return ops.sparse_attention(x, lists, num_heads=2, num_prefix=1, tile=8, cell=7, scale=0.5)
-
-    # The operator sums in float32 inside; the step is chosen for that.
-    assert torch.autograd.gradcheck(attend, (qkv,), eps=1e-2, atol=2e-2, rtol=1e-2, nondet_tol=0)
-
-
-def test_calibration_is_recorded_and_repeatable(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for number in range(3):
-        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
-    first, second = (calibrate_student(student(), tmp_path) for _ in range(2))
+def test_calibration_is_recorded_and_repeatable(pictures: Path) -> None:
+    first, second = (calibrate_student(student(), pictures) for _ in range(2))
     assert first.provenance.calibration is not None
-    assert first.provenance.calibration.files == ["0.png", "1.png", "2.png"]
+    assert first.provenance.calibration.files == ["picture0.png", "picture1.png", "picture2.png"]
     assert first.provenance.calibration.img_size == 160
-    wide = calibrate_student(student(img_size=(320, 640)), tmp_path).provenance.calibration
-    assert wide is not None
-    assert wide.img_size == (128, 256)  # at most sixteen patches along the longer side
     for a, b in zip(sparse_layers(first.model), sparse_layers(second.model), strict=True):
         assert torch.equal(a.select.proj_q, b.select.proj_q)
+    wide = calibrate_student(student(img_size=(320, 640)), pictures).provenance.calibration
+    assert wide is not None
+    assert wide.img_size == (128, 256)  # at most sixteen patches along the longer side
 
 
 @settings(max_examples=200, deadline=None)
@@ -151,20 +128,6 @@ LONG = (64, 400)
 """4 x 25 patches: as many as the 10 x 10 that timm knows of its own weights."""
 
 
-def test_a_rectangle_survives_the_disk(tmp_path: Path) -> None:
-    made = student(img_size=LONG)
-    save_student(made, tmp_path / "student")
-    save_student(student(), tmp_path / "square")
-    sizes = [json.loads((tmp_path / name / "config.json").read_text())["img_size"] for name in ("student", "square")]
-    assert sizes == [[64, 400], 160]
-    again = load_student(tmp_path / "student")
-    assert (again.img_size, again.model.patch_embed.grid_size) == (LONG, (4, 25))
-    x = images(made.model)
-    with torch.no_grad():
-        torch.testing.assert_close(again.model(x), made.model(x), rtol=0, atol=0)
-        torch.testing.assert_close(dense_twin(again).model(x), vit(img_size=LONG)(x), rtol=0, atol=0)
-
-
 def positions(size: ImageSize, new: ImageSize, **options: Any) -> torch.Tensor:
     """A model's position embedding at another size, as timm gives it to a model that it knows the grid of."""
     model = vit(img_size=size, **options)
@@ -172,25 +135,31 @@ def positions(size: ImageSize, new: ImageSize, **options: Any) -> torch.Tensor:
     return model.pos_embed.detach()
 
 
-@pytest.mark.parametrize("size", [(400, 64), 160, 208, (160, 96)])
-def test_a_rectangle_at_another_size(size: ImageSize, tmp_path: Path) -> None:
-    save_student(student(img_size=LONG, sparsity=FULL), tmp_path / "student")
-    found = load_student(tmp_path / "student", img_size=size)
-    assert found.img_size == size
-    torch.testing.assert_close(found.model.pos_embed.detach(), positions(LONG, size))
+def test_a_rectangle_survives_the_disk_and_takes_other_sizes(tmp_path: Path) -> None:
+    made = student(img_size=LONG, sparsity=FULL)
+    save_student(made, tmp_path / "student")
+    save_student(student(), tmp_path / "square")
+    sizes = [json.loads((tmp_path / name / "config.json").read_text())["img_size"] for name in ("student", "square")]
+    assert sizes == [[64, 400], 160]
+    again = load_student(tmp_path / "student")
+    assert (again.img_size, again.model.patch_embed.grid_size) == (LONG, (4, 25))
     with torch.no_grad():
-        x = images(found.model)
-        got, expected = found.model.forward_features(x), dense_twin(found).model.forward_features(x)
-    assert cosine_similarity(got, expected, dim=-1).min() > 0.999
+        x = images(made.model)
+        torch.testing.assert_close(again.model(x), made.model(x), rtol=0, atol=0)
+        torch.testing.assert_close(dense_twin(again).model(x), vit(img_size=LONG)(x), rtol=0, atol=0)
+        for size in ((400, 64), 160, 208):
+            found = load_student(tmp_path / "student", img_size=size)
+            assert found.img_size == size
+            torch.testing.assert_close(found.model.pos_embed.detach(), positions(LONG, size))
+            x = images(found.model)
+            got, expected = found.model.forward_features(x), dense_twin(found).model.forward_features(x)
+            assert F.cosine_similarity(got, expected, dim=-1).min() > 0.999
 
 
-@pytest.mark.parametrize("size", [LONG, (400, 64), (96, 160), 208, 160])
-def test_weights_of_a_square_in_any_shape(size: ImageSize, tiny_weights: Path) -> None:
-    found = load_model(TINY, tiny_weights, size).pos_embed.detach()
-    torch.testing.assert_close(found, positions(160, size, num_classes=10))
-
-
-def test_weights_of_a_rectangle_fit_that_rectangle_alone(tmp_path: Path) -> None:
+def test_weights_of_a_square_fit_any_shape_those_of_a_rectangle_that_alone(tmp_path: Path, tiny_weights: Path) -> None:
+    for size in (LONG, (96, 160), 208, 160):
+        found = load_model(TINY, tiny_weights, size).pos_embed.detach()
+        torch.testing.assert_close(found, positions(160, size, num_classes=10))
     weights = tmp_path / "w.safetensors"
     save_file(vit(img_size=(96, 160)).state_dict(), weights)
     assert torch.equal(load_model(TINY, weights, (96, 160)).pos_embed, vit(img_size=(96, 160)).pos_embed)
@@ -213,7 +182,90 @@ def test_permutation_with_short_steps(height: int, width: int) -> None:
     assert steps.size == 0 or steps.max() == 1
 
 
-def test_runs_on_an_odd_grid_are_compact() -> None:
-    y, x = np.divmod(hilbert_order(37, 37), 37)
-    spans = [max(np.ptp(y[i : i + 16]), np.ptp(x[i : i + 16])) for i in range(0, 37 * 37, 16)]
-    assert np.mean(spans) < 5  # A perfect square spans 3, a run along a row 15.
+PAPER = SparsityConfig.for_preset("paper", keep=0.25, channels=16)
+HEADS, TOKENS, WIDTH, CHANNELS, LANDMARKS = 6, 197, 64, 32, 32
+
+
+def random_inputs(seed: int) -> tuple[torch.Tensor, ...]:
+    """qkv and weights of DeiT-S's size, drawn as the published code initialises them, but livelier."""
+    torch.manual_seed(seed)
+    reduce = [torch.nn.Linear(WIDTH, CHANNELS) for _ in range(2)]
+    weights = [p.detach() for layer in reduce for p in (layer.weight, layer.bias)]
+    down, up = 0.3 * torch.randn(TOKENS, LANDMARKS), 0.02 * torch.randn(TOKENS, LANDMARKS)
+    return (2 * torch.randn(1, TOKENS, 3 * HEADS * WIDTH), *weights, down, up)
+
+
+def published_mask(inputs: tuple[torch.Tensor, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and mask [B,H,N-1,N] by the published steps, one at a time, with masks as published."""
+    qkv, proj_q, bias_q, proj_k, bias_k, down, up = inputs
+    q, k, _ = qkv.view(-1, TOKENS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
+    q, k = F.linear(q, proj_q, bias_q), F.linear(k, proj_k, bias_k)
+    coefficients = (q @ (k.transpose(-1, -2) @ down) * HEADS**-0.5)[:, :, 1:].softmax(-1)
+    best, where = coefficients.topk(8)
+    coefficients = torch.zeros_like(coefficients).scatter(-1, where, best)
+    scores = coefficients @ F.threshold(up.abs(), 0.02, 0.0).T
+    return scores, torch.zeros_like(scores).scatter(-1, scores.topk(keys).indices, 1.0)
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.25, 0.05])
+def test_lists_are_the_published_ones_where_scores_decide(keep: float) -> None:
+    keys = SparsityConfig.for_preset("paper", keep=keep).layout(196).keys
+    settings = {"num_heads": HEADS, "scale": HEADS**-0.5, "top_coefficients": 8, "basis_threshold": 0.02}
+    inputs = random_inputs(int(100 * keep))
+    scores, mask = published_mask(inputs, keys)
+    ordered = scores.sort(-1, descending=True).values
+    decided = ordered[..., keys - 1] - ordered[..., keys] > 1e-6
+    # The published basis is sparse: with many keys kept, zero scores tie in most rows.
+    assert decided.float().mean() > (0.05 if keep > 0.4 else 0.9)
+    arrays = [x.numpy() for x in inputs]
+    for lists in (
+        torch_landmarks.landmark_key_select(*inputs, keys=keys, **settings),
+        torch.from_numpy(reference.landmark_key_select(*arrays, keys=keys, **settings)),
+    ):
+        ours = torch.zeros_like(scores).scatter(-1, lists.long(), 1.0)
+        assert bool((ours == mask).all(-1)[decided].all())
+
+
+def test_from_student_to_bundle(tmp_path: Path) -> None:
+    made = student(sparsity=PAPER)
+    layer = sparse_layers(made.model)[0]
+    assert layer.select.down.shape == (101, 101 // 6)
+    assert layer.layout.keys == 26  # of 101 tokens, class token included
+    calibrate_from_images(made.model, [images(made.model, 1)])
+    x = images(made.model)
+    with torch.no_grad():
+        dense = dense_twin(made).model.forward_features(x)
+        assert F.cosine_similarity(made.model.forward_features(x), dense, dim=-1).mean() > 0.7
+    manifest = manifest_of(export_bundle(save_student(made, tmp_path / "s"), tmp_path / "b", batch="dynamic"))
+    assert set(manifest["ops"]) == {"sparsifiner::LandmarkKeySelect", "sparsifiner::SparseAttention"}
+    assert manifest["sparsity"]["preset"] == "paper"
+    assert manifest["check"]["kernels_run"] == ["portable", "native"]
+    assert manifest["check"]["selected_indices"] == 2 * 4 * 6 * 2 * 100 * 26
+
+
+@pytest.mark.parametrize("size", [160, (64, 400)])
+def test_landmarks_are_runs_of_the_curve_over_the_images_own_grid(size: int | tuple[int, int]) -> None:
+    made = student(sparsity=PAPER, img_size=size)
+    curve = torch.from_numpy(inverse(hilbert_order(*made.model.patch_embed.grid_size)))
+    for layer in sparse_layers(made.model):
+        down = layer.select.down.detach()
+        assert torch.equal(down[1:].argmax(1), curve * down.shape[1] // 100)
+
+
+def test_the_published_predictor_stays_at_its_size(tmp_path: Path) -> None:
+    save_student(student(sparsity=PAPER, img_size=(64, 400)), tmp_path / "s")
+    assert load_student(tmp_path / "s").img_size == (64, 400)
+    for other in ((400, 64), 160, 208):
+        with pytest.raises(ConfigError, match="published predictor is tied to its tokens"):
+            load_student(tmp_path / "s", img_size=other)
+
+
+def test_what_does_not_go_with_the_paper() -> None:
+    with pytest.raises(ConfigError, match="cells is 4, but the preset 'paper' has 0"):
+        SparsityConfig.for_preset("paper", cells=4)
+    with pytest.raises(ConfigError, match="requires one class token"):
+        student("deit_tiny_distilled_patch16_224", PAPER)
+    with pytest.raises(ConfigError, match="6 tokens; this model has 1 prefix tokens of 5"):
+        student("test_vit", PAPER, img_size=32)
+    with pytest.raises(ConfigError, match="preset is 'none'"):
+        SparsityConfig.for_preset("none")

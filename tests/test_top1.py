@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_dataset, create_loader, create_transform, resolve_data_config
 from timm.models import _registry, get_pretrained_cfg
 
+import sparsifiner_edge as se
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.errors import ImageError
 from sparsifiner_edge.evaluate.reading import feed_of, read_images
-from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.images import list_images, load_image, open_image
 from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.results import check_result
@@ -73,8 +73,8 @@ def made(once: Once) -> dict[str, Path]:
         model = classifier(photographs(folder / "data"))
         save_file(model.state_dict(), folder / "weights.safetensors")
         save_student(sparse(TINY, model), folder / "student")
-        export_bundle(folder / "student", folder / "bundle", batch=4)
-        export_bundle(folder / "student", folder / "dynamic", batch="dynamic")
+        se.export_bundle(folder / "student", folder / "bundle", batch=4)
+        se.export_bundle(folder / "student", folder / "dynamic", batch="dynamic")
 
     folder = once("top1", make)
     names = {name: folder / name for name in ("data", "student", "bundle", "dynamic")}
@@ -98,45 +98,36 @@ def dense(made: dict[str, Path]) -> Any:
     return model
 
 
-OTHER = {
-    "own": {},
-    "border": {"crop_mode": "border", "crop_pct": 1.0, "mean": (0.485, 0.456, 0.406)},
-}
-"""timm's configuration of the model, as other models of timm have it."""
-
-
-def configured(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    changed = dataclasses.replace(get_pretrained_cfg(TINY), **OTHER[name])
-    monkeypatch.setitem(_registry._model_pretrained_cfgs, TINY, changed)
+OTHER = {"crop_mode": "border", "crop_pct": 1.0, "mean": (0.485, 0.456, 0.406)}
+"""In timm's configuration of the model, as other models of timm have it."""
 
 
 @UNCLOSED
-@pytest.mark.parametrize("configuration", list(OTHER))
+@pytest.mark.parametrize(
+    ("subject", "workers"),
+    [("student", 0), ("student", 2), ("bundle", None), ("dynamic", 0), ("another configuration", 0)],
+)
 def test_it_is_timms_validation_to_the_last_image(
-    configuration: str, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    subject: str, workers: int | None, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    configured(monkeypatch, configuration)
-    student = made["student"]
-    if "mean" in OTHER[configuration]:  # A student keeps what it was made with.
-        student = tmp_path / "student"
-        save_student(sparse(TINY, dense(made)), student)
-    result = evaluate_student(student, made["data"], metric="top1", workers=0)
+    """Of bundles of any batch too, with any number of workers."""
+    if another := subject not in made:  # A student keeps what it was made with.
+        changed = dataclasses.replace(get_pretrained_cfg(TINY), **OTHER)
+        monkeypatch.setitem(_registry._model_pretrained_cfgs, TINY, changed)
+    student = save_student(sparse(TINY, dense(made)), tmp_path / "student") if another else made["student"]
+    teacher: dict[str, Any] = {"against": TINY, "weights": made["weights"]} if subject in ("bundle", "dynamic") else {}
+    seen: list[tuple[float, float]] = []
+    result = evaluate_student(
+        made.get(subject, student), made["data"], metric="top1", workers=workers, **teacher,
+        progress=lambda _, done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(done, 31) for done in range(1, 32)]
     check_result(result, "test", ScoresResult)
     assert result["samples"]["subject_accuracy"] == validated(load_student(student).model, made["data"])
     assert result["samples"]["teacher_accuracy"] == validated(dense(made), made["data"])
     assert 0.3 < result["statistics"]["teacher_accuracy"]["mean"]["value"] < 1
-    share = OTHER[configuration].get("crop_pct", 0.95)
     assert "as timm validates test_vit: interpolation bi" in result["method"]["preprocessing"]
-    assert f"crop_pct {share:g}" in result["method"]["preprocessing"]
-
-
-@UNCLOSED
-@pytest.mark.parametrize("bundle", ["bundle", "dynamic"])
-def test_bundles_of_any_batch_answer_as_timm_validates(bundle: str, made: dict[str, Path]) -> None:
-    result = evaluate_student(made[bundle], made["data"], against=TINY, weights=made["weights"], metric="top1")
-    assert result["samples"]["subject_accuracy"] == validated(load_student(made["student"]).model, made["data"])
-    assert result["samples"]["teacher_accuracy"] == validated(dense(made), made["data"])
-    assert evaluate_student(made[bundle], made["data"], against=made[bundle], queries=2)["method"]["images"]
+    assert f"crop_pct {1 if another else 0.95:g}" in result["method"]["preprocessing"]
 
 
 def test_without_a_configuration_the_centre_is_taken(made: dict[str, Path]) -> None:
@@ -147,27 +138,11 @@ def test_without_a_configuration_the_centre_is_taken(made: dict[str, Path]) -> N
         np.testing.assert_array_equal(centre.load(path), load_image(path, (32, 64)))
 
 
-def test_workers_change_nothing(made: dict[str, Path]) -> None:
-    seen: list[tuple[float, float]] = []
-    results = [
-        evaluate_student(
-            made["student"], made["data"], metric="top1", workers=workers,
-            progress=lambda _, done, total: seen.append((done, total)),
-        )
-        for workers in (0, 2, None)
-    ]  # fmt: skip
-    assert all(result["samples"] == results[0]["samples"] for result in results)
-    assert seen == 3 * [(done, 31) for done in range(1, 32)]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_named(
-    workers: int, made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_image_is_named(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = shutil.copytree(made["data"], tmp_path / "data")
     bad = data / "d" / "2.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
-    outcome = call(capsys, "evaluate", made["student"], "--data", data, "--metric", "top1", "--workers", workers)
+    outcome = call(capsys, "evaluate", made["student"], "--data", data, "--metric", "top1", "--workers", 2)
     assert_refused(outcome, f"{bad} cannot be read as an image", "Replace or remove it")
     Image.new("RGB", (1, 60_000)).save(tmp_path / "thin.png")
     with pytest.raises(ImageError, match="60000x1 pixels: too long and thin"):

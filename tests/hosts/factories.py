@@ -1,20 +1,84 @@
-"""Functions of a user's own that make models, good and bad."""
+"""Small models of transformers, with random weights that attend to something; and what makes a user's own models, good
+or bad: classes and functions, which the package takes alike.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from tests.hosts.hugging_face import model
 from tests.models import vit
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+SIXTEEN = {**SIZES, "intermediate_size": 128, "image_size": 160, "patch_size": 16}
+PROCESSOR = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_rescale": True, "rescale_factor": 1 / 255}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT": ("ViTModel", SIXTEEN),
+    "DINOv2": ("Dinov2Model", {**SIZES, "image_size": 140}),
+    "DINOv2-registers": ("Dinov2WithRegistersModel", {**SIZES, "image_size": 140}),
+    "DINOv2-gated": ("Dinov2Model", {**SIZES, "image_size": 140, "use_swiglu_ffn": True}),
+    "DINOv3": ("DINOv3ViTModel", {**SIXTEEN, "num_register_tokens": 4}),
+    "SigLIP": ("SiglipVisionModel", SIXTEEN),
+    "CLIP": ("CLIPVisionModel", SIXTEEN),
+}
+
+
+def model(name: str, seed: int = 0, **options: Any) -> Any:
+    """One of `MODELS`; queries and keys are scaled up, since fresh weights attend to everything alike."""
+    kind, own = MODELS[name]
+    torch.manual_seed(seed)
+    cls = getattr(transformers, kind)
+    made = cls(cls.config_class(**own | options)).eval()
+    if name != "SigLIP":  # its fresh weights are sharp
+        sharpen(made)
+    return made
+
+
+def depth_anything(seed: int = 0) -> Any:
+    """Depth Anything V2 in small: reads four layers of DINOv2, gives depth [B,H,W]."""
+    backbone = transformers.Dinov2Config(
+        **SIZES, image_size=140, out_indices=[1, 2, 3, 4], apply_layernorm=True, reshape_hidden_states=False
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=64, neck_hidden_sizes=[16, 16, 16, 16], fusion_hidden_size=16,
+        head_hidden_size=8, patch_size=14, depth_estimation_type="metric",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    made = transformers.DepthAnythingForDepthEstimation(config).eval()
+    for part in [*made.neck.modules(), *made.head.modules()]:
+        if isinstance(part, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            torch.nn.init.kaiming_normal_(part.weight)  # fresh ones give a constant
+    sharpen(made)
+    return made
+
+
+@torch.no_grad()
+def sharpen(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.mul_(8)
+
+
+def saved(made: Any, folder: Path, processor: dict[str, Any] | None = None) -> Path:
+    """A model's folder, as transformers saves it."""
+    made.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR if processor is None else processor))
+    return folder
+
+
+def images(size: tuple[int, int], batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
 class Segmenter(nn.Module):
     """timm's encoder and a decoder."""
 
-    output_names = ("mask", "heat")
+    output_names: tuple[str, ...] | None = ("mask", "heat")
     image_mean, image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, img_size: int | tuple[int, int] = 160) -> None:
@@ -23,27 +87,19 @@ class Segmenter(nn.Module):
         torch.manual_seed(1)
         self.head = nn.Sequential(nn.Conv2d(64, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 2, 16, 16))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> Any:
         early, late = self.encoder.forward_intermediates(pixels, indices=[2, 5], intermediates_only=True)
         return self.head(late), early.mean(1, keepdim=True)
-
-
-def segmenter(img_size: int | tuple[int, int] = 160) -> nn.Module:
-    return Segmenter(img_size)
 
 
 class Masked(Segmenter):
     """A mask [B,H,W] from 0 to 1, and another map."""
 
-    output_names = None  # type: ignore[assignment]
+    output_names = None
 
     def forward(self, pixels: Tensor) -> Any:
         mask, heat = super().forward(pixels)
         return {"mask": mask[:, 0].sigmoid(), "heat": heat}
-
-
-def masked(img_size: int | tuple[int, int] = 160) -> nn.Module:
-    return Masked(img_size)
 
 
 class Depth(nn.Module):
@@ -60,19 +116,11 @@ class Depth(nn.Module):
         return {"depth": self.head(self.backbone(pixels).last_hidden_state[:, 1:])}
 
 
-def depth() -> nn.Module:
-    return Depth()
-
-
 class TokensToo(Depth):
     """An output with the name of what the backbone gives."""
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         return {"tokens": super().forward(pixels)["depth"]}
-
-
-def tokens_too() -> nn.Module:
-    return TokensToo()
 
 
 class Inside(nn.Module):
@@ -81,15 +129,11 @@ class Inside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = vit(num_classes=0)
+        torch.manual_seed(2)
         self.head = nn.Linear(64, 3)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Any:
         return self.head(self.encoder((pixels - 0.4) / 0.3))
-
-
-def inside() -> nn.Module:
-    torch.manual_seed(2)
-    return Inside()
 
 
 class Outside(Inside):
@@ -97,11 +141,6 @@ class Outside(Inside):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.encoder(pixels))
-
-
-def outside() -> nn.Module:
-    torch.manual_seed(2)
-    return Outside()
 
 
 def fails() -> nn.Module:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 
-class Brightness:
-    """The mean of a map, as a score for each image and for all."""
+class Covered:
+    """How much of the picture a mask covers: a score from 0 to 1 for each image, their mean for all."""
 
     higher_is_better = True
 
@@ -18,38 +18,19 @@ class Brightness:
         self.seen: list[float] = []
 
     def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
+        self.seen.append(float((outputs["mask"] > 0.5).mean()))
+        return self.seen[-1]
+
+    def result(self) -> float:
+        return sum(self.seen) / max(len(self.seen), 1)
+
+
+class Brightness(Covered):
+    """The mean of a map; none of one picture."""
+
+    def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
         self.seen.append(float(outputs["heat"].mean()))
         return None if path.stem == "picture1" else self.seen[-1]
-
-    def result(self) -> float:
-        return sum(self.seen) / len(self.seen)
-
-
-class Broken(Brightness):
-    def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
-        raise KeyError("mask")
-
-
-class Unmade(Brightness):
-    def __init__(self) -> None:
-        raise OSError("no labels here")
-
-
-class Partial:
-    def update(self) -> None:
-        pass
-
-
-class Covered:
-    """How much of the picture a mask covers: a score from 0 to 1."""
-
-    higher_is_better = True
-
-    def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
-        return float((outputs["mask"] > 0.5).mean())
-
-    def result(self) -> float:
-        return 1.0
 
 
 class Sure(Covered):
@@ -66,3 +47,18 @@ class Sure(Covered):
 class Silent(Covered):
     def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
         return None
+
+
+class Broken(Covered):
+    def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
+        raise KeyError("mask")
+
+
+class Unmade(Covered):
+    def __init__(self) -> None:
+        raise OSError("no labels here")
+
+
+class Partial:
+    def update(self) -> None:
+        pass

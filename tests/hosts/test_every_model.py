@@ -1,5 +1,5 @@
-"""Models of timm and of transformers: dense where everything is read, whole and in raster order where tokens merge,
-restored without a trace; what cannot be taken is refused.
+"""Models of timm, transformers and another package made sparse in memory: dense where everything is read, whole and in
+raster order where tokens merge, as through a folder, restored without a trace; what cannot be taken is refused.
 """
 
 from __future__ import annotations
@@ -9,24 +9,32 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import transformers
 from torch import Tensor, nn
 
 import sparsifiner_edge as se
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.metrics import POSITIONS
+from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.calibrate import observed, sparse_layers
-from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
+from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.patch import make_model_sparse
+from sparsifiner_edge.sparse.weights import normalise
 from tests.everything import first
-from tests.hosts.hugging_face import MODELS, images, model
+from tests.hosts.factories import MODELS, Inside, images, model
+from tests.made import install_plugin
 from tests.models import EVA, TINY, eva, student, vit
 
 Make = Callable[[], Any]
@@ -53,6 +61,10 @@ EVERY: list[Make] = first(
     [*SMALL.values(), *(functools.partial(vit, name, **options) for name, options in LARGE.items())], len(SMALL)
 )
 NAMES = [*SMALL, *LARGE]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @torch.no_grad()
@@ -118,12 +130,10 @@ def test_restoring_leaves_no_trace(make: Make, settings: dict[str, Any]) -> None
     for part, before in zip(made.modules(), untouched.modules(), strict=True):
         assert type(part) is type(before)
         assert part.__dict__.keys() == before.__dict__.keys()
-    own = untouched.state_dict()
-    assert all(torch.equal(tensor, own[name]) for name, tensor in made.state_dict().items())
+    assert same(made.state_dict(), untouched.state_dict())
     assert dict(made.named_buffers()).keys() == dict(untouched.named_buffers()).keys()
     assert torch.equal(states(made, x)[-1], states(untouched, x)[-1])
-    again = se.sparsify_model(made, **settings, **tile).state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in learnt.items())
+    assert same(se.sparsify_model(made, **settings, **tile).state_dict(), learnt)
 
 
 def test_tokens_are_pruned_where_a_class_token_is() -> None:
@@ -135,9 +145,73 @@ def test_tokens_are_pruned_where_a_class_token_is() -> None:
     assert outputs["tokens"].shape == (2, 61, 64)
     assert positions.shape == (2, 60)
     assert (positions.diff(dim=1) > 0).all()
-    for name in ("SigLIP", "DINOv3"):
-        with pytest.raises(ConfigError, match="requires a class token, and no rotary"):
-            se.sparsify_model(model(name), token_keep=((1, 0.6),))
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep": 0.1, "token_keep": ((3, 0.7),)}, {"preset": "paper"}])
+def test_it_is_what_a_folder_holds(
+    tmp_path: Path, tiny_weights: Path, pictures: Path, settings: dict[str, Any]
+) -> None:
+    folder = se.sparsify(TINY, tmp_path / "student", weights=tiny_weights, calibrate=pictures, **settings)
+    made = vit(num_classes=10)
+    seen = [torch.from_numpy(load_image(path, 160))[None] for path in list_images(pictures)]
+    se.sparsify_model(made, calibrate=normalise(torch.cat(seen), preprocessing(made)), **settings)
+    assert same(made.state_dict(), safetensors.torch.load_file(folder / "model.safetensors"))
+    x = images((160, 160))
+    assert torch.equal(made(x), se.load_student(folder).model(x))
+
+
+def test_a_module_around_it_is_called_with_its_own_images() -> None:
+    pixels = torch.rand(3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    around, alone = Inside(), vit(num_classes=0)
+    plain = around(pixels)
+    se.sparsify_model(around, keep=0.2, cells=4, calibrate=[pixels[:1], pixels[1:]])
+    se.sparsify_model(alone, keep=0.2, cells=4, calibrate=(pixels - 0.4) / 0.3)
+    assert same(around.encoder.state_dict(), alone.state_dict())
+    assert not torch.equal(around(pixels), plain)
+    assert torch.equal(se.restore_model(around)(pixels), plain)
+
+
+def test_modes_gradients_and_types_stay() -> None:
+    made = Inside().to(torch.bfloat16).train()
+    made.encoder.blocks[0].eval()
+    made.head.requires_grad_(False)
+    modes = {name: part.training for name, part in made.named_modules()}
+    se.sparsify_model(made, calibrate=torch.rand(2, 3, 160, 160, dtype=torch.bfloat16))
+    assert {name: part.training for name, part in made.named_modules() if name in modes} == modes
+    assert all(parameter.dtype is torch.bfloat16 for parameter in made.parameters())
+    assert all(tensor.abs().max() > 0 for name, tensor in made.state_dict().items() if ".select." in name)
+    assert not made.head.weight.requires_grad
+    made.encoder(torch.rand(1, 3, 160, 160, dtype=torch.bfloat16)).sum().backward()
+    assert made.encoder.blocks[0].attn.qkv.weight.grad is not None
+
+
+@torch.no_grad()
+def test_tokens_that_a_hook_changes_between_layers_are_what_the_next_layer_sees() -> None:
+    made = se.sparsify_model(vit(), keep=0.3)
+    x = images((160, 160))
+
+    def answer(hook: Any) -> Tensor:
+        handle = made.blocks[1].register_forward_hook(hook)
+        try:
+            return cast(Tensor, made(x))
+        finally:
+            handle.remove()
+
+    anew = answer(lambda _, __, tokens: tokens * 0.5)
+    assert not torch.equal(anew, made(x))
+    assert torch.equal(answer(lambda _, __, tokens: tokens.mul_(0.5)), anew)
+    se.restore_model(made)
+    se.sparsify_model(made, keep=1.0, merge=4)
+    with pytest.raises(ConfigError, match="or that were changed since"):
+        answer(lambda _, __, tokens: tokens.mul_(0.5))
+
+
+BLANK = torch.zeros(1, 3, 160, 160)
+
+
+class Unused(Inside):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 @pytest.mark.parametrize(
@@ -145,10 +219,7 @@ def test_tokens_are_pruned_where_a_class_token_is() -> None:
     [
         (lambda: timm.create_model("resnet18"), "This ResNet contains 0"),
         (lambda: timm.create_model("test_vit", dynamic_img_size=True), "dynamic image size"),
-        (
-            lambda: vit("test_vit", attn_drop_rate=0.1),
-            "layer 0: attention dropout 0.1",
-        ),
+        (lambda: vit("test_vit", attn_drop_rate=0.1), "layer 0: attention dropout 0.1"),
         (lambda: vit("test_vit", patch_drop_rate=0.5), "patch dropout"),
         (lambda: timm.create_model("vit_small_patch16_18x2_224"), "ParallelThingsBlock"),
         (lambda: timm.create_model("vit_small_resnet26d_224"), "HybridEmbed"),
@@ -168,6 +239,27 @@ def test_anything_else_is_refused_with_the_reason(make: Make, reason: str) -> No
         se.sparsify_model(make())
 
 
+@pytest.mark.parametrize(
+    ("make", "settings", "said"),
+    [
+        (vit, {"keep": (0.1,) * 6 + (1.0,)}, "keep has 7 shares"),
+        (lambda: model("SigLIP"), {"token_keep": ((1, 0.6),)}, "requires a class token, and no rotary"),
+        (lambda: model("DINOv3"), {"token_keep": ((1, 0.6),)}, "requires a class token, and no rotary"),
+        (vit, {"calibrate": BLANK[0]}, r"are float32 \[3, 160, 160\]"),
+        (vit, {"calibrate": BLANK.byte()}, "are uint8"),
+        (vit, {"calibrate": BLANK * torch.nan}, "NaN or infinity"),
+        (Unused, {"calibrate": BLANK}, "did not use its vision transformer"),
+    ],
+)
+def test_what_is_refused_changes_nothing(make: Make, settings: dict[str, Any], said: str) -> None:
+    made = make()
+    before = copy.deepcopy(made)
+    with pytest.raises(ConfigError, match=said):
+        se.sparsify_model(made, **settings)
+    assert [type(part) for part in made.modules()] == [type(part) for part in before.modules()]
+    assert same(made.state_dict(), before.state_dict())
+
+
 def test_masks_and_maps_of_attention_are_refused() -> None:
     made = se.sparsify_model(model("DINOv2"))
     x = images((140, 140))
@@ -179,3 +271,61 @@ def test_masks_and_maps_of_attention_are_refused() -> None:
         made(images((168, 168)))
     with pytest.raises(ConfigError, match="attention mask"):
         student().model.forward_features(images((160, 160)), attn_mask=torch.ones(1))
+
+
+HERE = "tests.hosts.test_every_model"
+
+
+def test_another_package_adds_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = Net().eval(), images((160, 160))
+    with pytest.raises(UnsupportedModelError, match="This Net contains 0 vision transformers"):
+        se.sparsify_model(made)
+    install_plugin(tmp_path / "site", monkeypatch, "hosts", foreign=f"{HERE}:Foreign")
+    with torch.no_grad():
+        expected = made(x)
+        se.sparsify_model(made, keep=0.999, cells=4, channels=8, calibrate=x)
+        torch.testing.assert_close(made(x), expected, atol=1e-2, rtol=1e-2)
+    bundle = open_bundle(se.export_model(made, x, tmp_path / "bundle", normalise=False))
+    assert "sparsifiner::SparseAttention" in bundle.manifest.ops
+    with se.open_session(bundle.folder) as session:
+        assert check_golden(session, bundle)
+    assert torch.equal(se.restore_model(made)(x), expected)
+
+
+def test_what_is_no_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_plugin(tmp_path / "site", monkeypatch, "hosts", foreign=f"{HERE}:Net")
+    with pytest.raises(UnsupportedModelError, match=r"test_every_model:Net is no class of Backbone"):
+        se.sparsify_model(Net())
+
+
+class Net(nn.Module):
+    """Two of timm's layers in a module of its own, without a class token or places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made = vit(depth=2)
+        self.embed, self.blocks, self.norm = made.patch_embed.proj, made.blocks, made.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(self.embed(x).flatten(2).mT))
+
+
+class Foreign(Backbone):
+    library = "foreign"
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Backbone | None:
+        ours = isinstance(module, Net)
+        return cls(module, "blocks", module.embed, (10, 10), 0, False, 64, False) if ours else None
+
+    def refusal(self) -> None:
+        return None
+
+    def resize(self, size: tuple[int, int]) -> None:
+        raise NotImplementedError
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.module(images)
+
+    def heads(self, tokens: Tensor) -> dict[str, Tensor]:
+        return {"features": tokens.mean(1)}

@@ -1,23 +1,29 @@
-"""What plans lose, as it is measured, and the parts that latencies are summed from."""
+"""What plans lose, as it is measured, the parts that latencies are summed from, and the dynamic program on both."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import sparsifiner_edge as se
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.graph import gets_merged
-from sparsifiner_edge.plan import LayerPlan, plan_of
-from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.plan import LARGEST_MERGE, LayerPlan, plan_of
+from sparsifiner_edge.search.fidelity_model import FidelityModel
+from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.search.pieces import attention_piece, linear_pieces
+from sparsifiner_edge.search.solve import Solver, possible_counts
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, sparsify
@@ -54,28 +60,15 @@ def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictu
     assert trial.distances(plan) == found, "a plan in between changes nothing"
 
 
-def test_layers_before_the_first_change_are_not_run_again(
+def test_layers_before_the_first_change_need_no_second_run(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decoder that reads layers in the middle sees what they made."""
-    made = load_student(sparsify(f"{FACTORIES}:depth", tmp_path / "student", keep=0.5), trust=[FACTORIES])
-    trial, layers = Trial(made, dense_twin(made).model, list_images(pictures), "maps"), made.backbone.layers
-    ran: list[int] = []
-    for number, layer in enumerate(layers):
-        layer.own_attention.register_forward_hook(lambda *_, at=number: ran.append(at))
-    depth = len(layers)
-    for changed in range(depth):
-        plan = LayerPlan(
-            *((tuple(value if n == changed else none for n in range(depth))) for value, none in ((9, 0), (0.4, 1.0)))
-        )
-        found = trial.distances(plan)
-        ran.clear()
-        assert trial.distances(plan) == found
-        assert ran == [*range(changed, depth)] * 3
-        with monkeypatch.context() as patch:
-            patch.setattr("sparsifiner_edge.search.trial.MOST_REMEMBERED", 0)
-            assert trial.distances(plan) == found
-        assert "forward" not in vars(layers[0])
+    made = load_student(sparsify(f"{FACTORIES}:Depth", tmp_path / "student", keep=0.5), trust=[FACTORIES])
+    trial, depth = Trial(made, dense_twin(made).model, list_images(pictures), "maps"), len(made.backbone.layers)
+    plans = [LayerPlan(tuple(9 * (n == at) for n in range(depth)), (1.0,) * depth) for at in range(depth)]
+    found = [trial.distances(plan) for plan in plans]
+    monkeypatch.setattr("sparsifiner_edge.search.trial.MOST_REMEMBERED", 0)
+    assert [trial.distances(plan) for plan in plans] == found
 
 
 def test_a_decoders_map_is_judged_by_its_overlap(student: Student, tmp_path: Path, pictures: Path) -> None:
@@ -83,24 +76,18 @@ def test_a_decoders_map_is_judged_by_its_overlap(student: Student, tmp_path: Pat
         made = load_student(sparsify(f"{FACTORIES}:{factory}", tmp_path / factory, keep=0.5), trust=[FACTORIES])
         return Trial(made, dense_twin(made).model, list_images(pictures), "maps")
 
-    judged = trial("depth")
+    judged = trial("Depth")
     depth = len(judged.selects)
     assert judged.distances(LayerPlan.dense(depth)) == [0.0] * 3
     mild, harsh = (np.mean(judged.distances(merging(judged, rate))) for rate in (1, 8))
     assert 0 < mild < harsh <= 1
     with pytest.raises(ConfigError, match="outputs are: mask, heat"):
-        trial("masked")
+        trial("Masked")
     with pytest.raises(ConfigError, match="no decoder"):
         Trial(student, dense_twin(student).model, list_images(pictures), "maps")
 
 
-def test_an_output_of_its_own_with_the_name_of_tokens_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'tokens' bears the name of its backbone's"):
-        export_bundle(f"{FACTORIES}:tokens_too", tmp_path / "bundle", tokens=True, trust=[FACTORIES])
-    assert not (tmp_path / "bundle").exists()
-
-
-@pytest.mark.parametrize(("factory", "metric"), first([(None, "Sure"), ("masked", "Covered")]))
+@pytest.mark.parametrize(("factory", "metric"), first([(None, "Sure"), ("Masked", "Covered")]))
 def test_a_metric_of_the_users_own(
     tmp_path: Path, pictures: Path, tiny_student: Path, factory: str | None, metric: str
 ) -> None:
@@ -114,10 +101,10 @@ def test_a_metric_of_the_users_own(
     lost = judged.distances(plan)
     assert all(0 <= each <= 1 for each in lost)
     assert sum(lost) > 0
-    bundle = export_bundle(
+    bundle = se.export_bundle(
         start, tmp_path / "bundle", merge=plan.merge, keep=plan.short_keep, tokens=factory is None, trust=trust
     )
-    with open_session(bundle) as session:
+    with se.open_session(bundle) as session:
         np.testing.assert_allclose(judged.distances_of(session.infer), lost, atol=0.02)
     for name, words in (
         ("Silent", "A search needs a score"), ("Broken", "Broken.update failed"), ("Missing", "cannot be imported"),
@@ -157,3 +144,89 @@ def test_attention_parts_are_the_operators(student: Student, share: float, merge
     operators = [node.op_type for node in piece.model.graph.node]
     assert operators == (["DenseAttention"] if share == 1 else ["KeySelect", "SparseAttention"])
     assert all(gets_merged(piece.model, node) == merged for node in piece.model.graph.node)
+
+
+PATCHES, TILE = 24, 16
+COUNTS = range(PATCHES, 7, -1)
+
+
+def times(counts: Sequence[int] = COUNTS) -> dict[str, list[float]]:
+    """Linear parts grow with the tokens, dense attention with their square, sparse attention in between."""
+    parts = {"projections": [0.3 * n for n in counts], "mlp": [0.6 * n for n in counts]}
+    parts["merging"] = [0.05 * n for n in counts]
+    return parts | {name_of(share): [0.02 * n * n * share**0.5 for n in counts] for share in SHARES}
+
+
+def latency(**calibration: float) -> PlanLatency:
+    return PlanLatency(COUNTS, times(), **calibration)
+
+
+def model(depth: int = 3, patches: int = PATCHES, seed: int = 0) -> FidelityModel:
+    random = np.random.default_rng(seed)
+    merge = random.uniform(0.001, 0.05, depth)
+    return FidelityModel(merge, random.uniform(0.0005, 0.02, depth), patches)
+
+
+def everything(depth: int) -> list[LayerPlan]:
+    """All plans there are."""
+    counts = possible_counts(PATCHES, TILE)
+    found = []
+    for path in itertools.product(counts, repeat=depth):
+        before = (PATCHES, *path[:-1])
+        rates = tuple(a - b for a, b in zip(before, path, strict=True))
+        if all(0 <= rate <= a // LARGEST_MERGE for rate, a in zip(rates, before, strict=True)):
+            found += [LayerPlan(rates, keep) for keep in itertools.product(SHARES, repeat=depth)]
+    return found
+
+
+@pytest.mark.parametrize("price", [0.01, 100.0, 3000.0, 1e6])
+def test_no_plan_is_better_at_a_price(price: float) -> None:
+    ms, fidelity = latency(scale=1.1, ours=2.0), model(2)
+
+    def cost(plan: LayerPlan) -> float:
+        counts = np.array(plan.tokens(PATCHES))
+        lost = sum(
+            float(fidelity.merging(layer, counts[layer : layer + 1], counts[layer + 1 : layer + 2])[0])
+            + float(fidelity.reading(layer, share, counts[layer : layer + 1])[0])
+            for layer, share in enumerate(plan.keep)
+        )
+        return ms.of(plan) + price * lost
+
+    found = Solver(ms, fidelity, [True, True], TILE).at_price(price)
+    assert cost(found) == pytest.approx(min(map(cost, everything(2))))
+
+
+def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
+    truth, fidelity = model(6, 400), model(6, 400)
+    for name, value in (("steep", 0.4), ("size", 0.8), ("left", -0.5)):
+        truth.parameters[name] += value
+    truth.parameters["merge"][2] += 0.6
+    random = np.random.default_rng(1)
+    plans = []
+    for _ in range(60):
+        left, rates = 400, []
+        for _ in range(6):
+            rates.append(int(random.integers(0, left // LARGEST_MERGE)))
+            left -= rates[-1]
+        plans.append(LayerPlan(tuple(rates), tuple(float(random.choice(SHARES)) for _ in range(6))))
+    wanted = [truth.of(plan) for plan in plans]
+    before = np.abs(np.log([fidelity.of(plan) for plan in plans]) - np.log(wanted)).mean()
+    fidelity.fitted(plans[:40], wanted[:40])
+    after = np.abs(np.log([fidelity.of(plan) for plan in plans[40:]]) - np.log(wanted[40:])).mean()
+    assert after < 0.05
+    assert after < before / 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.floats(1e-4, 0.2))
+def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distance: float) -> None:
+    solver = Solver(latency(), model(3, seed=seed), [True, False, True], TILE)
+    plan = solver.at_distance(distance)
+    assert plan.is_dense or solver.model.of(plan) <= distance
+    assert plan.keep[1] == 1
+    assert solver.latency.of(plan) <= solver.latency.of(LayerPlan.dense(3)) + 1e-9
+    if not plan.is_dense:
+        config = plan.config(SparsityConfig(keep=0.25, cells=4))
+        assert plan_of(config, 3, PATCHES) == plan
+    ms = solver.latency.of(plan)
+    assert solver.latency.of(solver.at_latency(ms * 1.001)) <= ms * 1.001
