@@ -67,35 +67,22 @@ def shortly(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.everything
 @pytest.mark.long
 def test_the_answer_is_what_was_asked_for(found: Path, folder: Path, tiny_weights: Path) -> None:
-    front = json.loads((found / "front.json").read_text())
-    answer = front["statistics"]["answer"]
-    assert answer["fidelity"] >= 0.97
-    assert kind_of(found / "bundle") == "bundle"
-    assert kind_of(found / "student") == "student"
-    images = front["method"]["images"]
+    result = read_result(found / "front.json", SearchResult)
+    front, images = result.statistics, result.method.images
+    assert isinstance(front.answer, Candidate)
+    assert front.answer.fidelity >= 0.97
+    assert (kind_of(found / "bundle"), kind_of(found / "student")) == ("bundle", "student")
     assert not set(images["searched"]) & set(images["checked"])
-    assert len(images["searched"]) == 10
+    assert (len(images["searched"]), len(result.samples["check"])) == (10, 2)
     # What `evaluate` says of it, on the images that it was judged by.
     judged = [folder / name for name in images["tried"]]
     again = se.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
-    assert again.statistics["patches_cosine"].mean.value == pytest.approx(answer["fidelity"], abs=1e-4)
+    assert again.statistics["patches_cosine"].mean.value == pytest.approx(front.answer.fidelity, abs=1e-4)
     # One that merges nowhere says so by no rates; on a busy machine such a plan may be the fastest of so small a model.
-    rates = parse_merge(answer["merge"])
+    rates = parse_merge(front.answer.merge)
     assert load_student(found / "student").sparsity.merge == (rates if any(rates) else ())
-    points = front["statistics"]["points"]
-    assert any(point["on_front"] for point in points)
-    assert all(0 < point["fidelity"] <= 1 for point in points)
-    assert len(front["samples"]["check"]) == 2
-    typed = read_result(found / "front.json", SearchResult).statistics
-    assert isinstance(typed.answer, Candidate)
-    assert typed.answer.merge == answer["merge"]
-
-
-@pytest.mark.everything
-@pytest.mark.long
-def test_the_command_says_what_it_found_and_what_is_nearest_to_a_bound_that_nothing_meets(
-    found: Path, folder: Path, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    assert any(point.on_front for point in front.points)
+    assert all(0 < point.fidelity <= 1 for point in front.points)
     said = (found.parent / "said").read_text()
     assert "Finalists, whole models measured" in said
     assert "On 2 images kept for this" in said
@@ -103,12 +90,18 @@ def test_the_command_says_what_it_found_and_what_is_nearest_to_a_bound_that_noth
     assert (program, following.pop()) == ("sparsifiner-edge", "IMAGES/")
     ran = process(*following, folder)
     assert (ran.code, len(ran.out.splitlines())) == (0, 12), ran.err
-    asked = ("search", TINY, "--weights", tiny_weights, "--data", folder, *PLAIN, "-o", tmp_path / "other")
-    done = call(capsys, *asked, "--at-most-ms", "0.0001")
+
+
+@pytest.mark.everything
+@pytest.mark.long
+def test_where_no_plan_meets_a_bound_the_nearest_is_said(
+    folder: Path, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("search", TINY, "--weights", tiny_weights, "--data", folder, *PLAIN, "--at-most-ms", "0.0001")
+    done = call(capsys, *asked, "-o", tmp_path / "other")
     assert done.code == 1
     assert "no plan meets 0.0001 ms; the nearest has" in done.err
-    assert not (tmp_path / "other" / "bundle").exists()
-    assert not (tmp_path / "other" / "student").exists()
+    assert not {"bundle", "student"} & {path.name for path in (tmp_path / "other").iterdir()}
     front = read_result(tmp_path / "other" / "front.json", SearchResult).statistics
     assert isinstance(front.answer, Unavailable)
     assert all(one.ms.value > 0 and one.fidelity == pytest.approx(1, abs=1e-5) for one in front.dense)
