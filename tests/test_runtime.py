@@ -174,10 +174,7 @@ def foreign(tmp_path, monkeypatch):
     sys.modules.pop("foreign", None)
 
 
-def test_another_package_adds_a_backend(bundle, foreign):
-    with se.open_session(bundle, "foreign", threads=1) as session:
-        assert (session.backend, session.description.threads) == ("foreign", 1)
-        assert check_golden(session, open_bundle(bundle))
+def test_what_another_package_names_and_is_no_backend_is_refused(bundle, foreign):
     for name, message in (("broken", "foreign:Missing cannot be imported"), ("no-backend", "is no class of Backend")):
         with pytest.raises(BackendError, match=message):
             se.open_session(bundle, name)

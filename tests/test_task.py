@@ -34,7 +34,6 @@ from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import read_result
 from sparsifiner_edge.sparse.weights import normalise
 from tests.commands import process
-from tests.made import install_plugin
 
 FACTORY, METRICS = "tests.hosts.factories", "tests.hosts.metrics"
 
@@ -101,24 +100,17 @@ def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Pa
         assert said in page.read_text(encoding="utf-8")
 
 
-def test_a_metric_of_ones_own_and_one_that_a_package_names(
-    student: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which it does by an entry point."""
-    install_plugin(tmp_path, monkeypatch, "metrics", brightness=f"{METRICS}:Brightness")
+def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:
     asked: dict[str, Any] = {"metric": "task", "trust": [FACTORY]}
-    named, pointed = (
-        se.evaluate_student(student, pictures, task=task, **asked) for task in ("brightness", f"{METRICS}:Brightness")
-    )
-    assert (named.method.metric, named.samples) == ("brightness", pointed.samples)
-    samples = named.samples
+    found = se.evaluate_student(student, pictures, task=f"{METRICS}:Brightness", **asked)
+    samples = found.samples
     assert samples["subject_score"][1] is None
     assert samples["lost_score"][1] is None
     assert samples["lost_score"][0] == pytest.approx(samples["teacher_score"][0] - samples["subject_score"][0])
-    assert named.statistics["lost_score"].images == 2
-    assert named.method.results.keys() == {"subject", "teacher"}
-    assert math.isfinite(named.method.results["subject"])
-    with pytest.raises(ConfigError, match="Give maps, brightness, or your own"):
+    assert found.statistics["lost_score"].images == 2
+    assert found.method.results.keys() == {"subject", "teacher"}
+    assert math.isfinite(found.method.results["subject"])
+    with pytest.raises(ConfigError, match="Give maps, or your own"):
         se.evaluate_student(student, pictures, task="darkness", **asked)
 
 

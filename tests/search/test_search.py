@@ -75,7 +75,7 @@ def test_the_answer_is_what_was_asked_for(found: Path, folder: Path, tiny_weight
     assert not set(images["searched"]) & set(images["checked"])
     assert (len(images["searched"]), len(result.samples["check"])) == (10, 2)
     # What `evaluate` says of it, on the images that it was judged by.
-    judged = [folder / name for name in images["tried"]]
+    judged = [path for path in sorted(folder.rglob("*.png")) if path.name in images["tried"]]
     again = se.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
     assert again.statistics["patches_cosine"].mean.value == pytest.approx(front.answer.fidelity, abs=1e-4)
     # One that merges nowhere says so by no rates; on a busy machine such a plan may be the fastest of so small a model.
