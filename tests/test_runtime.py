@@ -303,7 +303,7 @@ def test_signals_are_handled_where_they_were_before(precision: str, bundles: Bun
         "from sparsifiner_edge.runtime import open_session\n"
         "heard = []\n"
         "signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))\n"
-        "se.open_session(sys.argv[1], 'openvino', precision=sys.argv[2]).close()\n"
+        "open_session(sys.argv[1], 'openvino', precision=sys.argv[2]).close()\n"
         "gc.collect()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         "print(len(heard))\n"

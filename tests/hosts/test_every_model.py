@@ -224,7 +224,7 @@ class Unused(Inside):
         (lambda: eva(use_post_norm=True), {}, "it is a EvaBlockPostNorm"),
         (lambda: timm.create_model("vit_base_patch16_rpn_224", depth=1, dynamic_img_size=False), {}, "ResPostBlock"),
         (lambda: eva(attn_type="rope", qkv_fused=False, num_kv_heads=1), {}, "grouped-query attention, 2 query heads"),
-        (lambda: student().model, "sparse already"),
+        (lambda: student().model, {}, "sparse already"),
         (lambda: transformers.SamVisionModel(transformers.SamVisionConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, global_attn_indexes=[1],
         )), {}, "contains 0 vision transformers"),
