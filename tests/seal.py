@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, sha256
 from sparsifiner_edge.bundle.kernels import KernelTable, read_table
@@ -52,11 +50,3 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-def spoil_golden(folder: Path, spoil: Callable[[Any], Any]) -> None:
-    """Change the expected `features` of a bundle's golden data; its hashes match."""
-    with np.load(folder / "golden.npz") as file:
-        arrays = dict(file)
-    np.savez(folder / "golden.npz", **arrays | {"output.features": spoil(arrays["output.features"].copy())})
-    reseal(folder)

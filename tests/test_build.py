@@ -25,7 +25,7 @@ from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import batch_range, build_candidate
 from tests.commands import PROGRAM, assert_refused, call, ended, manifest_of, snapshot, wait_for
 from tests.mounts import in_mount, needs_mounts
-from tests.seal import reseal, spoil_golden
+from tests.seal import reseal
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx
 from tests.tiny import make_bundle
 
