@@ -109,8 +109,8 @@ def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
                 return None
             operators = [node.op_type for node in network.model.graph.node]
             took = [ms for name, ms in b.milliseconds.items() if any(kind.startswith(name) for kind in operators)]
-            about = {"profile": seen.pop("profile", {}), "milliseconds": (*took, 2.0)[0]}
             plugins = any(node.domain == NAMESPACE for node in network.model.graph.node)
+            about = {"profile": seen.pop("profile", {}), "milliseconds": (*took, 2.0)[0], "plugins": plugins}
             model = b.original if plugins else network.model.SerializeToString()
             return json.dumps(about).encode() + b"\n" + model
 

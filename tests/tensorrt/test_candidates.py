@@ -127,6 +127,7 @@ def test_the_choice_can_be_made_by_hand(tmp_path, bundle, machine):
     for kernels, kept in (("portable", "bodies"), ("native", "plugin")):
         found = details(folder, kernels=kernels)
         assert (found.kernels, set(found.candidates), verdict(found)) == (kept, {kept}, [])
+        assert len(list((folder / "engines").iterdir())) == 1  # in the place of the one before
 
 
 CARD = {"name": "NVIDIA A2", "sm": (8, 7), "integrated": False}
