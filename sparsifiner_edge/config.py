@@ -188,6 +188,25 @@ class SparsityConfig:
         return cls(**msgspec.structs.asdict(read_record(fields, _Ranges, "sparsity", fix, ConfigError)))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a student spends in place of its own settings: those of `SparsityConfig`; None leaves one as it is.
+
+    Example:
+        >>> Budget(keep=0.1, merge=(160, 0)).is_unchanged
+        False
+    """
+
+    keep: Keep | None = None
+    token_keep: tuple[tuple[int, float], ...] | None = None
+    merge: tuple[int, ...] | None = None
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nothing is changed."""
+        return self == Budget()
+
+
 _KINDS = get_type_hints(SparsityConfig, include_extras=True)
 _Ranges: Any = msgspec.defstruct(
     "_Ranges",

@@ -23,6 +23,10 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
         backend: one of `runtime.open.BACKENDS`. precision: one of `PRECISIONS`. provider: one of `PROVIDERS`.
         kernels: one of `KERNEL_CHOICES`; a session's `description` says what runs.
         threads: inside one operator; None takes the cores that this process may run on.
+
+    Example:
+        >>> Execution(backend="openvino", precision="bf16", threads=2).cores
+        2
     """
 
     backend: str = "onnxruntime"
@@ -40,6 +44,11 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
     def on_processor(self) -> bool:
         """Whether the processor computes, and not a GPU."""
         return self.backend in ON_PROCESSOR and self.provider == "cpu"
+
+
+def execution_of(choice: Execution | str | None) -> Execution:
+    """What a caller gives: all of it, a backend's name, or None for what is default."""
+    return choice if isinstance(choice, Execution) else Execution() if choice is None else Execution(backend=choice)
 
 
 def precision_text(stored: str | None, computed: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from sparsifiner_edge.config import Pairs, Share, SparsityConfig, require, share_of
+from sparsifiner_edge.config import Budget, Pairs, Share, SparsityConfig, require, share_of
 
 LARGEST_MERGE, LEAST_PATCHES = 4, 16
 """One of so many patches may merge in a layer, and so many must be left after the last."""
@@ -52,6 +52,11 @@ class LayerPlan:
         for rate, share in zip(self.merge, self.token_keep or (1.0,) * len(self.merge), strict=True):
             counts.append(share_of(share, counts[-1]) - rate)
         return counts
+
+    @property
+    def budget(self) -> Budget:
+        """A student's that merges and reads by this plan."""
+        return Budget(keep=self.short_keep, merge=self.merge)
 
     def config(self, base: SparsityConfig) -> SparsityConfig:
         """A student's config that merges and reads by this plan."""

@@ -39,7 +39,7 @@ class Signature(Struct, frozen=True, kw_only=True):
     signature: str
 
 
-def generate_key(path: Path) -> tuple[Path, str]:
+def generate_key(path: str | Path) -> tuple[Path, str]:
     """Write a new private key, readable by its owner alone, and beside it the public one (`.pub`).
 
     Returns:
@@ -48,7 +48,14 @@ def generate_key(path: Path) -> tuple[Path, str]:
     Raises:
         ArtifactError: a file of either name exists, `path` names none, or the disk refuses; no file is left.
         MissingExtraError: `cryptography` is not installed.
+
+    Example:
+        >>> public, fingerprint = generate_key("key.pem")
+        >>> signature = sign_bundle("bundle", "key.pem")
+        >>> signature.key == fingerprint
+        True
     """
+    path = Path(path)
     if not path.name or path.suffix == ".pub":
         raise ArtifactError(f"{path} names no file of a private key.", "Give its name, with another ending: KEY.pem.")
     ed25519, s = _cryptography()
@@ -95,11 +102,11 @@ def fingerprint_of(public_key: Path) -> str:
     return fingerprint(_read_key(public_key, private=False))
 
 
-def sign_bundle(folder: Path, key: Path) -> Signature:
+def sign_bundle(bundle: str | Path, key: str | Path) -> Signature:
     """Sign a bundle: writes `manifest.sig`, in the place of an earlier one.
 
     Args:
-        folder: a bundle whose hashes match and that holds nothing else.
+        bundle: whose hashes match and that holds nothing else.
         key: an Ed25519 private key, PEM (PKCS 8) without password.
 
     Returns:
@@ -108,11 +115,16 @@ def sign_bundle(folder: Path, key: Path) -> Signature:
     Raises:
         ArtifactError: not such a bundle or key, or its model needs other files.
         MissingExtraError: `cryptography` is not installed.
+
+    Example:
+        >>> _ = generate_key("other.pem")
+        >>> sign_bundle("bundle", "other.pem").algorithm
+        'ed25519'
     """
-    private = _read_key(key, private=True)
-    bundle = _open_whole(folder)
-    bundle.model()  # One that names other files would run with whatever lies there.
-    encoded = base64.b64encode(private.sign(_CONTEXT + bundle.text)).decode()
+    folder, private = Path(bundle), _read_key(Path(key), private=True)
+    whole = _open_whole(folder)
+    whole.model()  # One that names other files would run with whatever lies there.
+    encoded = base64.b64encode(private.sign(_CONTEXT + whole.text)).decode()
     signed = Signature(algorithm="ed25519", key=fingerprint(private.public_key()), signature=encoded)
     write_signature(folder, signed)
     return signed

@@ -22,7 +22,7 @@ from sparsifiner_edge.camera.decoder_protocol import Frame
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.json_lines import LineWriter
 from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.sources import KNOWN, Source, require_decoder, require_other_file
+from sparsifiner_edge.camera.sources import KNOWN, Source, parse_source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.execution import Execution
@@ -46,6 +46,10 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
         frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
         stall_s: a source that gives nothing for so long is taken for dead.
+
+    Example:
+        >>> RunOptions(execution=Execution(backend="openvino"), frames=100).top
+        5
     """
 
     execution: Execution = Execution()
@@ -57,6 +61,29 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     frames: int | None = None
     metrics: tuple[str, int] | None = None
     stall_s: float = 3.0
+
+
+def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = None) -> None:
+    """Run a bundle on images, a video or a camera: one JSON line per image or frame, on standard output or into a file.
+
+    SIGTERM and SIGINT end it after the image or frame at hand.
+
+    Args:
+        bundle: a folder made by `sparsifiner-edge export`.
+        source: an image, a folder, a video, a camera, or an address; see `parse_source`.
+        options: how.
+
+    Raises:
+        SparsifinerError: see `run_stills` and `run_service`.
+
+    Example:
+        >>> run_bundle("bundle", "images", RunOptions(output=Path("answers.jsonl"), top=1))
+        >>> Path("answers.jsonl").read_text().count("\\n")
+        6
+    """
+    parsed = parse_source(source)
+    run = run_stills if parsed.kind == "images" else run_service
+    run(Path(bundle), parsed, options or RunOptions())
 
 
 def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:

@@ -39,16 +39,16 @@ def _batch(text: str) -> tuple[int, int, int]:
 @click.option("--kernels", type=click.Choice(KERNEL_CHOICES), default="auto", show_default=True,
               help="Of sparse attention and merging: the fastest, the CUDA kernels, or function bodies.")  # fmt: skip
 @common.json_option
-def command(*, bundle: Path, compute_capability: str | None, as_json: bool, **passed: Any) -> None:
+def command(*, bundle: Path, compute_capability: str | None, as_json: bool, **options: Any) -> None:
     """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
-    import sparsifiner_edge
+    import sparsifiner_edge as se
 
     with common.progress_bar("starting") as progress:
-        result = sparsifiner_edge.build_engine(
+        result = se.build_engine(
             bundle,
             compute_capabilities=compute_capability.split(",") if compute_capability is not None else (),
             progress=progress,
-            **passed,
+            **options,
         )
     common.print_result(result, as_json, _print)
     if (bundle / SIGNATURE_FILE).is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,11 +24,11 @@ def command() -> None:
 @common.execution_options
 @click.option("--public-key", type=common.PATH, help="It must be signed by this key.")
 @common.json_option
-def verify_command(*, bundle: Path, public_key: Path | None, as_json: bool, **execution: str) -> None:
+def verify_command(*, bundle: Path, public_key: Path | None, as_json: bool, **execution: Any) -> None:
     """Check BUNDLE: hashes, signature, manifest against model, and the golden pair. Exit code 1: a check failed."""
-    from sparsifiner_edge.runtime.verify import verify_bundle
+    import sparsifiner_edge as se
 
-    result = verify_bundle(bundle, public_key=public_key, **execution)
+    result = se.verify_bundle(bundle, se.Execution(**execution), public_key=public_key)
     common.print_result(result, as_json, _print)
     if not result.passed:
         sys.exit(1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -131,6 +132,21 @@ def normalise_options(command: Command) -> Command:
     ):  # fmt: skip
         with_normalise = option(with_normalise)
     return cast(Command, with_normalise)
+
+
+def grouped(arguments: Mapping[str, Any], /, **kinds: type) -> dict[str, Any]:
+    """A command's options as its function takes them: the fields of each type as one value, the others as they are.
+
+    Example:
+        >>> from sparsifiner_edge import Budget
+        >>> grouped({"keep": 0.5, "against": "dense"}, budget=Budget)
+        {'against': 'dense', 'budget': Budget(keep=0.5, token_keep=None, merge=None)}
+    """
+    rest, groups = dict(arguments), {}
+    for name, kind in kinds.items():
+        fields = [field for field in inspect.signature(kind).parameters if field in rest]
+        groups[name] = kind(**{field: rest.pop(field) for field in fields})
+    return rest | groups
 
 
 @contextlib.contextmanager

@@ -42,11 +42,12 @@ if TYPE_CHECKING:
 @common.output_option("Student folder to write.")
 def command(*, student: Path, data: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Train STUDENT towards its dense teacher; the best on held-out images is written, the start included."""
-    import sparsifiner_edge
+    import sparsifiner_edge as se
 
+    groups = common.grouped(options, model=se.ModelOptions, options=se.TrainingOptions)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
     with common.progress_bar("preparing", visible=first) as progress:
-        summary = sparsifiner_edge.distill_student(student, data, output, progress=progress, **options)
+        summary = se.distill_student(student, data, output, progress=progress, **groups)
     if first:
         common.print_result(summary, as_json, lambda trained: _print(trained, output))
 

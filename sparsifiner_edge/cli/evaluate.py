@@ -48,10 +48,11 @@ if TYPE_CHECKING:
 @common.result_option
 def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **options: Any) -> None:
     """Compare SUBJECT with its dense teacher, image by image."""
-    import sparsifiner_edge
+    import sparsifiner_edge as se
 
+    groups = {"model": se.ModelOptions, "budget": se.Budget, "execution": se.Execution, "options": se.EvaluationOptions}
     with common.progress_bar("images") as progress:
-        result = sparsifiner_edge.evaluate_student(subject, data, progress=progress, **options)
+        result = se.evaluate_student(subject, data, progress=progress, **common.grouped(options, **groups))
     common.print_result(result, as_json, _print, output)
 
 

@@ -39,12 +39,13 @@ if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
 @common.output_option("Bundle folder to write.")
 def command(*, source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Export a student folder, or MODEL (see sparsify) as the dense baseline, to ONNX, checked against PyTorch."""
-    import sparsifiner_edge
+    import sparsifiner_edge as se
     from sparsifiner_edge.bundle.manifest import manifest_content
     from sparsifiner_edge.bundle.store import open_bundle
 
+    groups = common.grouped(options, model=se.ModelOptions, budget=se.Budget, options=se.ExportOptions)
     with common.progress_bar("exporting and checking") as progress:
-        folder = sparsifiner_edge.export_bundle(source, output, progress=progress, **options)
+        folder = se.export_bundle(source, output, progress=progress, **groups)
     bundle = open_bundle(folder)
     if as_json:
         common.print_json(manifest_content(bundle.manifest))

@@ -33,10 +33,11 @@ Cell: TypeAlias = Estimate | float | str | Unavailable | None
 @common.result_option
 def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any) -> None:
     """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own."""
-    from sparsifiner_edge.profiles.profile import profile_bundle
+    import sparsifiner_edge as se
 
+    groups = common.grouped(options, execution=se.Execution, options=se.ProfileOptions)
     with common.progress_bar("starting") as progress:
-        result = profile_bundle(bundle, progress=progress, **options)
+        result = se.profile_bundle(bundle, progress=progress, **groups)
     common.print_result(result, as_json, _print, output)
 
 

@@ -9,7 +9,6 @@ import click
 
 from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.execution import Execution
 
 
 @click.command()
@@ -38,12 +37,9 @@ def command(*, bundle: Path, source: str, metrics: str | None, **options: Any) -
     A live source is waited for, and opened again when it is lost; events of it go to standard error, one JSON line
     each. SIGTERM and Ctrl-C end the run after the current image or frame, with exit code 0.
     """
+    import sparsifiner_edge as se
     from sparsifiner_edge.camera.health import parse_host_port
-    from sparsifiner_edge.camera.service import RunOptions, run_service, run_stills
-    from sparsifiner_edge.camera.sources import parse_source
 
-    parsed = parse_source(source)
-    execution = Execution(**{name: options.pop(name) for name in Execution.__struct_fields__})
     address = None if metrics is None else parse_host_port(metrics)
-    run = run_stills if parsed.kind == "images" else run_service
-    run(bundle, parsed, RunOptions(execution=execution, metrics=address, **options))
+    options = common.grouped(options, execution=se.Execution)
+    se.run_bundle(bundle, source, se.RunOptions(metrics=address, **options))

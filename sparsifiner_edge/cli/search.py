@@ -47,10 +47,11 @@ NOTED_DRIFT = 0.1
 @common.output_option("Folder for front.json, student/ and bundle/.")
 def command(*, source: str, data: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Find the fastest sparse model at a fidelity, or the most faithful within a latency, on this machine."""
-    import sparsifiner_edge
+    import sparsifiner_edge as se
 
+    groups = common.grouped(options, model=se.ModelOptions, options=se.SearchOptions)
     with common.progress_bar("searching") as progress:
-        result = sparsifiner_edge.search_model(source, data, output, progress=progress, **options)
+        result = se.search_model(source, data, output, progress=progress, **groups)
     common.print_result(result, as_json, lambda result: _print(result, output))
     if isinstance(result.statistics.answer, Unavailable):
         raise click.exceptions.Exit(1)

@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import require_replaceable
-from sparsifiner_edge.config import Keep
+from sparsifiner_edge.config import Keep, require
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import ImageSource, folder_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, front_budgets, read_recipe
@@ -21,7 +21,8 @@ from sparsifiner_edge.files import io_errors, locked
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.student import Student, load_student, save_student, teacher_of
+from sparsifiner_edge.sparse.source import ModelOptions
+from sparsifiner_edge.sparse.student import Student, load_student, refuse_normalisation, save_student, teacher_of
 from sparsifiner_edge.sparse.student_file import Weights
 
 BY_COSINE = "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out images and budgets"
@@ -69,20 +70,47 @@ class TrainingSummary(msgspec.Struct, frozen=True, kw_only=True):
     processes: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a student is trained.
+
+    Attributes:
+        recipe, overrides: see `read_recipe`. budgets: the `front.json` of a search of this student, whose points it
+            learns to work with in place of the recipe's.
+        labels: also learn from labels; for a classifier.
+        held_out: folder of validation images, which choose the checkpoint; None takes some out of the data.
+        resume: continue from the last checkpoint of this output.
+
+    Example:
+        >>> TrainingOptions(overrides=["distil.steps=100"]).settings().distil.steps
+        100
+    """
+
+    recipe: str = DEFAULT
+    overrides: Sequence[str] = ()
+    budgets: str | Path | None = None
+    labels: bool = False
+    held_out: str | Path | None = None
+    resume: bool = False
+
+    def settings(self) -> Recipe:
+        """All that the recipe says.
+
+        Raises:
+            ConfigError: see `read_recipe`.
+        """
+        points = [] if self.budgets is None else [front_budgets(Path(self.budgets))]
+        return read_recipe(self.recipe, [*points, *self.overrides])
+
+
 def distill_student(
     student: str | Path,
     data: str | Path,
     output: str | Path,
     *,
     teacher: str | None = None,
-    weights: str | Path | None = None,
-    labels: bool = False,
-    held_out: str | Path | None = None,
-    recipe: str = DEFAULT,
-    overrides: Sequence[str] = (),
-    budgets: str | Path | None = None,
-    resume: bool = False,
-    trust: Sequence[str] = (),
+    model: ModelOptions | None = None,
+    options: TrainingOptions | None = None,
     progress: Progress | None = None,
 ) -> TrainingSummary:
     """Train a student towards its dense teacher and write the best that was found as a student folder.
@@ -97,13 +125,8 @@ def distill_student(
         output: student folder to write; an earlier student there is replaced.
         teacher: a model (see `load_source`); None: the student's own weights, if it was never
             trained, with dense attention.
-        weights: of the teacher: .safetensors or .pth file; None lets timm download them.
-        labels: also learn from labels; for a classifier.
-        held_out: folder of validation images, which choose the checkpoint; None takes some out of `data`.
-        recipe, overrides: see `read_recipe`. budgets: the `front.json` of a search of this student, whose points it
-            learns to work with in place of the recipe's.
-        resume: continue from the last checkpoint of this output.
-        trust: see `load_student`.
+        model: how the teacher is loaded, in the student's size; `trust` is for the student.
+        options: how it is trained.
         progress: see `Progress`; counts steps, and the stage says the loss.
 
     Returns:
@@ -112,20 +135,27 @@ def distill_student(
     Raises:
         GateError: a loss is NaN or infinite, or exploded; the checkpoint stays.
         SparsifinerError: unusable input; nothing is written.
+
+    Example:
+        >>> few = ["reconstruct.steps=1", "distil.steps=2", "batch=2"]
+        >>> summary = distill_student("student", "images", "trained", options=TrainingOptions(overrides=few))
+        >>> summary.steps
+        3
     """
-    target = Path(output)
+    target, model, options = Path(output), model or ModelOptions(), options or TrainingOptions()
     require_replaceable(target, "student")
-    points = [] if budgets is None else [front_budgets(Path(budgets))]
-    settings, learner = read_recipe(recipe, [*points, *overrides]), load_student(student, trust=trust)
+    require(model.img_size is None, "A student is trained in its own size.", "Leave img_size out.")
+    refuse_normalisation(model.normalise)
+    settings, learner = options.settings(), load_student(student, trust=model.trust)
     _require_learnable(learner, settings)
-    source = _source(Path(data), settings, learner, labels, Path(held_out) if held_out else None)
-    dense = teacher_of(learner, teacher, Path(weights) if weights else None)
+    source = _source(Path(data), settings, learner, options)
+    dense = teacher_of(learner, teacher, model.file)
     folder = target.with_name(f"{target.name}.training")
     accelerator = make_accelerator(settings)
     training = Training(accelerator, learner, dense, source, settings, folder)
-    with _begun(training, resume):
+    with _begun(training, options.resume):
         training.run(progress)
-        summary = _summary(training, dense, recipe, Path(student))
+        summary = _summary(training, dense, options.recipe, Path(student))
         if accelerator.is_main_process:
             learner.model.cpu().load_state_dict(training.best)
             provenance = replace(learner.provenance, training=write_record(summary))
@@ -146,7 +176,8 @@ def _require_learnable(student: Student, recipe: Recipe) -> None:
         )
 
 
-def _source(data: Path, recipe: Recipe, student: Student, labels: bool, held_out: Path | None) -> ImageSource:
+def _source(data: Path, recipe: Recipe, student: Student, options: TrainingOptions) -> ImageSource:
+    labels, held_out = options.labels, None if options.held_out is None else Path(options.held_out)
     # Of a classifier that is a backbone alone: what a decoder gives is nothing that labels could teach.
     classes = student.backbone.classes if student.backbone.module is student.model else 0
     if labels and not classes:

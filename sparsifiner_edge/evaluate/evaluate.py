@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import dataclasses
 from pathlib import Path
 
 from sparsifiner_edge.bounds import MOST_WORKERS
-from sparsifiner_edge.config import Keep
+from sparsifiner_edge.config import Budget, require
 from sparsifiner_edge.corruptions import parse_corruptions
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassJudge, require_head, write_head
@@ -15,14 +15,70 @@ from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open
 from sparsifiner_edge.evaluate.judges import COMPARED, Judge, answers, judge_of
 from sparsifiner_edge.evaluate.reading import Feed, feed_of, labelled
 from sparsifiner_edge.evaluate.scores import clean_scores, corrupted_scores, score_statistics, stability
-from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images
+from sparsifiner_edge.execution import Execution, execution_of
+from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.judge import MAPS
 from sparsifiner_edge.outcomes import EvaluationMethod, RobustnessResult, ScoresResult
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.sparse.source import ModelOptions
 from sparsifiner_edge.sparse.student import load_student
 
 SEVERITY = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """By what a model is judged.
+
+    Attributes:
+        metric: "cosine". "knn": accuracy of the class of most of the 20 nearest gallery features by cosine. "linear":
+            of logistic regression on the gallery's features. "top1": of the classifier's own answer, on images that are
+            prepared as timm validates the model. "task": see task.
+        gallery: for knn and linear: labelled images.
+        queries: use at most so many images, evenly taken; None takes all.
+        head: for linear: student folder to write, the subject with the probe as its classifier.
+        task: for the metric "task": "maps" (None), or a user's metric: see `judge.OwnMetric`. map_name: of maps, the
+            output that is one; None: the only one there is. masks: a folder of true masks, named as the images.
+        corruptions: judge by the same metric while images are corrupted: "all", or names of `corruptions.COMMON` with
+            commas between. severity: of these, 1 to 5; None takes the middle one.
+        workers: processes that read images; see `read_images`.
+
+    Raises:
+        ConfigError: values that have no meaning, or none beside each other.
+
+    Example:
+        >>> EvaluationOptions(corruptions="fog,snow", severity=3).metric
+        'cosine'
+    """
+
+    metric: str = "cosine"
+    gallery: str | Path | None = None
+    queries: int | None = None
+    head: str | Path | None = None
+    task: str | None = None
+    map_name: str | None = None
+    masks: str | Path | None = None
+    corruptions: str | None = None
+    severity: int | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        metric, choices = self.metric, ", ".join(METRICS)
+        known = metric in ("cosine", "task", *METRICS)
+        require(known, f"metric is {metric!r}.", f"Choose one of: cosine, task, {choices}.")
+        of_task = metric == "task" or not (self.task or self.map_name or self.masks)
+        require(of_task, "A task and masks require --metric task.", "Leave them out.")
+        of_maps = self.task in (None, MAPS) or not (self.masks or self.map_name)
+        require(of_maps, "Masks and the name of a map are for the task maps.", "Leave them out.")
+        learnt = self.gallery is None or metric in METRICS
+        require(learnt, "Images to learn from require another metric.", f"Choose: {choices}.")
+        clean = self.head is None or (metric == "linear" and self.corruptions is None)
+        fix = "Use that, or leave --head out."
+        require(clean, "A head is written by the metric linear, on clean images.", fix)
+        counted = self.workers is None or 0 <= self.workers <= MOST_WORKERS
+        require(counted, f"workers is {self.workers}.", f"Give a whole number from 0 to {MOST_WORKERS}.")
+        corrupted = self.severity is None or self.corruptions is not None
+        require(corrupted, "A severity is that of corruptions.", "Name them: --corruptions all.")
 
 
 def evaluate_student(
@@ -30,26 +86,10 @@ def evaluate_student(
     data: str | Path | list[Path],
     *,
     against: str | Path | None = None,
-    weights: str | Path | None = None,
-    metric: str = "cosine",
-    keep: Keep | None = None,
-    token_keep: tuple[tuple[int, float], ...] | None = None,
-    merge: tuple[int, ...] | None = None,
-    gallery: str | Path | None = None,
-    queries: int | None = None,
-    head: str | Path | None = None,
-    backend: str = "onnxruntime",
-    precision: str = "auto",
-    provider: str = "cpu",
-    kernels: str = "auto",
-    trust: Sequence[str] = (),
-    task: str | None = None,
-    map_name: str | None = None,
-    masks: str | Path | None = None,
-    corruptions: str | None = None,
-    severity: int | None = None,
-    workers: int | None = None,
-    normalise: Normalise = None,
+    model: ModelOptions | None = None,
+    budget: Budget | None = None,
+    execution: Execution | str | None = None,
+    options: EvaluationOptions | None = None,
     progress: Progress | None = None,
 ) -> ScoresResult | RobustnessResult:
     """Compare a student or bundle with its dense teacher over images.
@@ -60,20 +100,9 @@ def evaluate_student(
             per class.
         against: the teacher: a model (see `load_source`), or a bundle. None, for a student only: its own weights
             with dense attention everywhere.
-        metric: "cosine". "knn": accuracy of the class of most of the 20 nearest gallery features by cosine. "linear":
-            of logistic regression on the gallery's features. "top1": of the classifier's own answer, on images that are
-            prepared as timm validates the model. "task": see task.
-        gallery: for knn and linear: labelled images.
-        queries: use at most so many images of `data`, evenly taken; None takes all.
-        head: for linear: student folder to write, the subject with the probe as its classifier.
-        keep, token_keep, merge: for a student: other budgets than its own.
-        backend, precision, provider, kernels: what runs bundles; see `open_session`. trust: see `load_student`.
-        task: for the metric "task": "maps" (None), or a user's metric: see `judge.OwnMetric`. map_name: of maps, the
-            output that is one; None: the only one there is. masks: a folder of true masks, named as the images.
-        corruptions: judge by the same metric while images are corrupted: "all", or names of `corruptions.COMMON` with
-            commas between. severity: of these, 1 to 5; None takes the middle one.
-        workers: processes that read images; see `read_images`.
-        normalise: for `against`, a model: what it expects of pixels; see `sparsify`.
+        model: how the teacher is loaded, in the subject's size; `trust` is for the subject.
+        budget: of a student. execution: of bundles: a backend, or all of it.
+        options: by what it is judged.
         progress: see `Progress`; counts images.
 
     Returns:
@@ -83,37 +112,42 @@ def evaluate_student(
         ConfigError: no teacher for a bundle, sizes differ, or nothing to compare; for accuracies: no gallery, a class
             without images, classes that differ, or no classifier.
         SparsifinerError: subject, teacher or images are unusable.
+
+    Example:
+        >>> result = evaluate_student("bundle", "images", against="dense")
+        >>> 0.9 < result.statistics["features_cosine"].mean.value <= 1
+        True
     """
-    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels)
+    model, options = model or ModelOptions(), options or EvaluationOptions()
+    require(model.img_size is None, "An evaluation takes images of the subject's size.", "Leave img_size out.")
+    metric, names = options.metric, () if options.corruptions is None else parse_corruptions(options.corruptions)
     compared = TeacherComparison(
-        Path(subject), against, weights, keep, token_keep, merge, execution, trust,
-        Normalisation.parse(normalise), "logits" if metric == "top1" else None,
+        Path(subject), against, model, budget or Budget(), execution_of(execution),
+        "logits" if metric == "top1" else None,
     )  # fmt: skip
-    _require_sense(metric, task, map_name, masks, gallery, head, corruptions, severity, workers)
-    names = () if corruptions is None else parse_corruptions(corruptions)
     with contextlib.ExitStack() as stack:
         models = open_both(compared, stack)
         size, timm_name = models[0].size, models[0].timm_name if metric == "top1" else None
         feed = feed_of(timm_name, size)._replace(
-            workers=workers, corruptions=names, severity=SEVERITY if severity is None else severity
-        )
+            workers=options.workers, corruptions=names,
+            severity=SEVERITY if options.severity is None else options.severity,
+        )  # fmt: skip
         if metric not in METRICS:
             files = data if isinstance(data, list) else list_images(Path(data))
-            files = files if queries is None else evenly(files, queries)
-            named = (task or MAPS) if metric == "task" else None
-            return _result(
-                judge_of(named, files, size, map_name, masks, not names), models, feed, named or metric, progress
-            )
+            files = files if options.queries is None else evenly(files, options.queries)
+            task = (options.task or MAPS) if metric == "task" else None
+            judge = judge_of(task, files, size, options.map_name, options.masks, clean=not names)
+            return _result(judge, models, feed, task or metric, progress)
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
-        labelled_queries = labelled(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(queries)
-        if head is not None:
-            require_head(compared.subject, Path(head), labelled_queries.classes)
-        judge = ClassJudge(labelled_queries, metric, gallery, models, feed, progress)
-        result = _result(judge, models, feed, metric, progress)
-    if head is not None:
-        student = load_student(compared.subject, None, keep, token_keep, merge, trust)
-        write_head(student, judge.fits[0], labelled_queries.classes, Path(head))
+        queries = labelled(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(options.queries)
+        if options.head is not None:
+            require_head(compared.subject, Path(options.head), queries.classes)
+        classes = ClassJudge(queries, metric, options.gallery, models, feed, progress)
+        result = _result(classes, models, feed, metric, progress)
+    if options.head is not None:
+        student = load_student(compared.subject, budget=compared.budget, trust=model.trust)
+        write_head(student, classes.fits[0], queries.classes, Path(options.head))
     return result
 
 
@@ -137,24 +171,3 @@ def _result(
         return RobustnessResult("robustness", roles, method(), worse, stability(worse))
     samples = clean_scores(judge, judged)
     return ScoresResult("evaluation", roles, method(), samples, score_statistics(samples))
-
-
-def _require_sense(
-    metric: str, task: str | None, map_name: str | None, masks: str | Path | None, gallery: str | Path | None,
-    head: str | Path | None, corruptions: str | None, severity: int | None, workers: int | None,
-) -> None:  # fmt: skip
-    """Refuse arguments that have no meaning beside each other."""
-    if metric not in ("cosine", "task", *METRICS):
-        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, task, {', '.join(METRICS)}.")
-    if metric != "task" and (task or map_name or masks):
-        raise ConfigError("A task and masks require --metric task.", "Leave them out.")
-    if task not in (None, MAPS) and (masks or map_name):
-        raise ConfigError("Masks and the name of a map are for the task maps.", "Leave them out.")
-    if gallery is not None and metric not in METRICS:
-        raise ConfigError("Images to learn from require another metric.", f"Choose: {', '.join(METRICS)}.")
-    if head is not None and (metric != "linear" or corruptions is not None):
-        raise ConfigError("A head is written by the metric linear, on clean images.", "Use that, or leave --head out.")
-    if workers is not None and not 0 <= workers <= MOST_WORKERS:
-        raise ConfigError(f"workers is {workers}.", f"Give a whole number from 0 to {MOST_WORKERS}.")
-    if severity is not None and corruptions is None:
-        raise ConfigError("A severity is that of corruptions.", "Name them: --corruptions all.")

@@ -57,6 +57,11 @@ def explain_student(
     Raises:
         ConfigError: the student is dense or prunes tokens.
         SparsifinerError: an unusable student or image.
+
+    Example:
+        >>> result, images = explain_student("student", "images", most=1)
+        >>> images[0].importance.shape
+        (10, 10)
     """
     folder, model, explained = Path(student), load_student(student, trust=trust), []
     paths = evenly(list_images(Path(data)), most)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +15,14 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
 from sparsifiner_edge.bounds import ImageSize, size_text
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
-from sparsifiner_edge.config import Keep
+from sparsifiner_edge.config import Budget
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.outputs import outputs_of
-from sparsifiner_edge.sparse.source import load_source
+from sparsifiner_edge.sparse.source import ModelOptions, load_source
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, refuse_normalisation
 from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise
@@ -67,19 +66,14 @@ class TeacherComparison(NamedTuple):
     """What is compared with which teacher, and what runs bundles: arguments of `evaluate_student`.
 
     Attributes:
-        normalisation: what a dense model expects of pixels; see `load_source`. output: the only one that is wanted of
-            models in torch; None: all.
+        output: the only one that is wanted of models in torch; None: all.
     """
 
     subject: Path
     against: str | Path | None
-    weights: str | Path | None
-    keep: Keep | None
-    token_keep: tuple[tuple[int, float], ...] | None
-    merge: tuple[int, ...] | None
+    model: ModelOptions
+    budget: Budget
     execution: Execution
-    trust: Sequence[str] = ()
-    normalisation: Normalisation | None = None
     output: str | None = None
 
 
@@ -99,35 +93,34 @@ def open_both(compared: TeacherComparison, stack: contextlib.ExitStack) -> tuple
 
 def _subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
     """A student or bundle."""
-    folder, budget = compared.subject, (compared.keep, compared.token_keep, compared.merge)
-    kind = kind_of(folder)
+    folder, kind = compared.subject, kind_of(compared.subject)
     if kind == "student":
-        student = load_student(folder, None, *budget, compared.trust)
+        student = load_student(folder, budget=compared.budget, trust=compared.model.trust)
         return _torch(student, str(folder), sha256(folder / STUDENT_FILE), compared)
     if kind != "bundle":
         raise ConfigError(f"{folder} is neither a student nor a bundle.", "Give a folder made by sparsify or export.")
-    if budget != (None, None, None):
+    if not compared.budget.is_unchanged:
         raise ConfigError("What a bundle keeps is fixed.", "Give --keep and --merge to export.")
     return _bundle(folder, compared, stack)
 
 
 def _teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib.ExitStack) -> Extractor:
     """The dense teacher: a bundle, a model (see `load_source`), or the subject's own weights, dense."""
-    against, weights = compared.against, compared.weights
+    against, weights = compared.against, compared.model.file
     bundle = against is not None and Path(against).is_dir() and kind_of(Path(against)) is not None
     if weights is not None and (against is None or bundle):
         raise ConfigError("--weights are those of a timm model, and none is named.", "Name it: --against MODEL.")
     if against is None or bundle:
-        refuse_normalisation(compared.normalisation)
+        refuse_normalisation(compared.model.normalise)
     if against is not None:
         if bundle:
             return _bundle(Path(against), compared, stack)
-        dense = load_source(str(against), Path(weights) if weights else None, size, compared.normalisation)
+        dense = load_source(str(against), weights, size, compared.model.normalisation)
         origin = dense.provenance.weights or Weights()
         return _torch(dense, str(against), origin.sha256 or origin.origin or "its own code", compared)
     if kind_of(compared.subject) != "student":
         raise ConfigError("A bundle does not hold its teacher.", "Name it: --against MODEL --weights FILE.")
-    student = load_student(compared.subject, trust=compared.trust)
+    student = load_student(compared.subject, trust=compared.model.trust)
     if student.provenance.training is not None:
         raise ConfigError(
             "This student was trained: its weights are no longer its teacher's.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_numb
 from sparsifiner_edge.bundle.entries import Check, Float16, Quantisation, Retiled
 from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, MODEL_FILE, Manifest, Preprocessing, tensor_spec
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
-from sparsifiner_edge.config import Keep, SparsityConfig
+from sparsifiner_edge.config import Budget, SparsityConfig, require
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export.board import board_files
@@ -38,7 +39,7 @@ from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, class_labels
 from sparsifiner_edge.sparse.in_memory import require_images
 from sparsifiner_edge.sparse.outputs import checked_names
-from sparsifiner_edge.sparse.source import declared, load_source
+from sparsifiner_edge.sparse.source import ModelOptions, declared, load_source
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_student, refuse_normalisation
 from sparsifiner_edge.sparse.student_file import checked_labels
 from sparsifiner_edge.text import shown
@@ -47,33 +48,11 @@ _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
 EXPORT_PRECISIONS = ("fp32", "fp16", "int8")
 
 
-def export_bundle(
-    source: str | Path,
-    output: str | Path,
-    *,
-    weights: str | Path | None = None,
-    img_size: ImageSize | None = None,
-    keep: Keep | None = None,
-    token_keep: tuple[tuple[int, float], ...] | None = None,
-    merge: tuple[int, ...] | None = None,
-    precision: str = "fp32",
-    batch: int | str = 1,
-    tokens: bool = False,
-    calibrate: str | Path | None = None,
-    int8_target: str = "cpu",
-    boards: Sequence[str | Path] = (),
-    trust: Sequence[str] = (),
-    normalise: Normalise = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Export a student folder, or a pretrained model as the dense baseline, to a bundle folder.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What a bundle's file is to be.
 
-    Args:
-        source: student folder, or a model (see `load_source`).
-        output: folder to write; an earlier bundle there is replaced.
-        weights: for a timm model: .safetensors or .pth file; None lets timm download them.
-        img_size: pixels: a square's side, or height and width; None takes the student's or model's own.
-        keep, token_keep, merge: for a student: other budgets than its own (see `SparsityConfig`).
+    Attributes:
         precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
             attention stays in float32, or for the target "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
@@ -81,9 +60,40 @@ def export_bundle(
             without classifier always does.
         calibrate: for int8 and boards: a folder of images like those that the model will see; at most 32 are used.
         int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
+        labels: of classes, if "logits" is an output; none takes those that the model has.
         boards: names or files of boards (see `profiles.boards`) whose GPU kernels go into the bundle, of float16; the
             student gets the tile and cells that suit them if those pass the gate (see `gpu_layout`).
-        trust: see `load_student`. normalise: for a model, what it expects of pixels; see `sparsify`.
+
+    Example:
+        >>> ExportOptions(precision="int8", calibrate="images").batch
+        1
+    """
+
+    precision: str = "fp32"
+    batch: int | str = 1
+    tokens: bool = False
+    calibrate: str | Path | None = None
+    int8_target: str = "cpu"
+    labels: Sequence[str] = ()
+    boards: Sequence[str | Path] = ()
+
+
+def export_bundle(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: ModelOptions | None = None,
+    budget: Budget | None = None,
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Export a student folder, or a pretrained model as the dense baseline, to a bundle folder.
+
+    Args:
+        source: student folder, or a model (see `load_source`).
+        output: folder to write; an earlier bundle there is replaced.
+        model: how the source is loaded. budget: of a student.
+        options: what the file is to be.
         progress: for int8; see `Progress`.
 
     Returns:
@@ -92,26 +102,18 @@ def export_bundle(
     Raises:
         GateError: the file disagrees with torch, or fp16 or int8 with float32; nothing is written.
         SparsifinerError: unusable input; nothing is written.
+
+    Example:
+        >>> folder = export_bundle("student", "sparse", options=ExportOptions(batch="dynamic"))
+        >>> sorted(path.name for path in folder.iterdir())
+        ['golden.npz', 'labels.txt', 'manifest.json', 'model.onnx']
     """
     target = Path(output)
     require_replaceable(target, "bundle")
-    form = _form(precision, batch, calibrate, int8_target, boards)
-    pixels, folder = Normalisation.parse(normalise), Path(source)
-    kind = kind_of(folder) if folder.is_dir() else None
-    if kind == "student":
-        if weights:
-            raise ConfigError("--weights cannot be combined with a student.", "It has its own weights; leave them out.")
-        refuse_normalisation(pixels)
-        student = load_student(folder, img_size, keep, token_keep, merge, trust)
-    elif kind is not None:
-        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
-    elif (keep, token_keep, merge) != (None, None, None):
-        fix = "Make one with `sparsifiner-edge sparsify`."
-        raise ConfigError("--keep, --token-keep and --merge require a student.", fix)
-    else:
-        student = load_source(str(source), Path(weights) if weights else None, img_size, pixels)
-    student, retiled = suited_to_gpus(student, form.images) if boards else (student, None)
-    return _export(student, target, form, tokens, retiled, progress)
+    form = _form(options or ExportOptions())
+    student = _load(source, model or ModelOptions(), budget or Budget())
+    student, retiled = suited_to_gpus(student, form.images) if form.boards else (student, None)
+    return _export(student, target, form, retiled, progress)
 
 
 def export_model(
@@ -122,11 +124,7 @@ def export_model(
     normalise: Normalise = None,
     outputs: Sequence[str] | None = None,
     name: str | None = None,
-    labels: Sequence[str] = (),
-    precision: str = "fp32",
-    batch: int | str = 1,
-    calibrate: str | Path | None = None,
-    int8_target: str = "cpu",
+    options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Export a module in memory that contains a vision transformer, sparse or not, decoder and all, to a bundle folder.
@@ -139,9 +137,8 @@ def export_model(
             normalises inside; None: what it declares as `image_mean` and `image_std`.
         outputs: names of what it gives: of a dictionary some of its keys; None takes the module's own, and
             what it may declare as `output_names`.
-        name: of the model, for people; None takes its class. labels: of its classes, if "logits" is an output; none
-            takes those of a classifier of timm's or transformers'.
-        precision, batch, calibrate, int8_target, progress: as of `export_bundle`.
+        name: of the model, for people; None takes its class.
+        options: what the file is to be, for no boards. progress: for int8; see `Progress`.
 
     Returns:
         The folder.
@@ -149,10 +146,17 @@ def export_model(
     Raises:
         GateError: the file disagrees with torch, or fp16 or int8 with float32; nothing is written.
         SparsifinerError: unusable input; nothing is written.
+
+    Example:
+        >>> import torch
+        >>> model, pixels = load_student("student").model, ((0.5,) * 3, (0.5,) * 3)
+        >>> export_model(model, torch.rand(1, 3, 160, 160), "mine", normalise=pixels).name
+        'mine'
     """
     target = Path(output)
     require_replaceable(target, "bundle")
-    form = _form(precision, batch, calibrate, int8_target)
+    form = _form(options or ExportOptions())
+    require(not form.boards, "A module in memory is exported for no board.", "Write a student: `sparsify`.")
     names = checked_names(getattr(module, "output_names", None) if outputs is None else outputs)
     pixels = declared(module, f"This {type(module).__name__}", Normalisation.parse(normalise))
     backbone = backbone_of(module)
@@ -164,10 +168,9 @@ def export_model(
             "Give an example of the size that the model is used at.",
         )
     student = Student(
-        module, name or type(module).__name__, pixels, backbone.sparsity or SparsityConfig(keep=1),
-        labels=checked_labels(list(labels), "labels"), outputs=names,
-    )  # fmt: skip
-    return _export(student, target, form, progress=progress)
+        module, name or type(module).__name__, pixels, backbone.sparsity or SparsityConfig(keep=1), outputs=names
+    )
+    return _export(student, target, form, None, progress)
 
 
 class _Form(NamedTuple):
@@ -175,50 +178,47 @@ class _Form(NamedTuple):
 
     precision: str
     batch: int | None
+    tokens: bool
     int8_target: str
     images: list[Path]
+    labels: tuple[str, ...]
     boards: list[Board]
 
 
-def _form(
-    precision: str,
-    batch: int | str,
-    calibrate: str | Path | None,
-    int8_target: str,
-    boards: Sequence[str | Path] = (),
-) -> _Form:
+def _form(options: ExportOptions) -> _Form:
     """Refuse what cannot be combined."""
+    precision, int8_target, calibrate = options.precision, options.int8_target, options.calibrate
     if precision not in EXPORT_PRECISIONS:
         raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(EXPORT_PRECISIONS)}.")
     if int8_target not in INT8_TARGETS:
         raise ConfigError(f"int8 target is {int8_target!r}.", f"Choose one of: {', '.join(INT8_TARGETS)}.")
     if precision == "int8" and calibrate is None:
         raise ConfigError("int8 requires images to calibrate with.", "Give a folder of them with --calibrate.")
-    if precision != "int8" and calibrate is not None and not boards:
+    if precision != "int8" and calibrate is not None and not options.boards:
         fix = "Leave them out, or choose --precision int8."
         raise ConfigError("Images to calibrate with require int8, or a board.", fix)
     if precision != "int8" and int8_target != INT8_TARGETS[0]:
         raise ConfigError(f"int8 target {int8_target!r} requires int8.", "Leave it out, or choose --precision int8.")
-    loaded = [load_board(name) for name in boards]
-    if boards and precision != "fp16" and int8_target != "tensorrt":
+    loaded = [load_board(name) for name in options.boards]
+    if loaded and precision != "fp16" and int8_target != "tensorrt":
         fix = "Choose --precision fp16, or int8 with --int8-target tensorrt."
         raise ConfigError(f"A board's kernels are for float16, not for {precision}.", fix)
     images = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
+    batch, labels = options.batch, checked_labels(list(options.labels), "labels")
     size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
-    return _Form(precision, size, int8_target, images, loaded)
+    return _Form(precision, size, options.tokens, int8_target, images, labels, loaded)
 
 
 def _export(
-    student: Student, target: Path, form: _Form, tokens: bool = False, retiled: Retiled | None = None,
-    progress: Progress | None = None,
+    student: Student, target: Path, form: _Form, retiled: Retiled | None, progress: Progress | None
 ) -> Path:  # fmt: skip
     """Check a student's file, then write the bundle."""
-    deployed = deploy(student, tokens)
+    deployed = deploy(student, form.tokens)
     file = _file(student.img_size, deployed, form, progress)
     model = student.model
     own = class_labels(model) if isinstance(model, TimmModel) else hugging_face.configured_labels(model)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
-    labels = [shown(label) for label in student.labels or own]
+    labels = [shown(label) for label in form.labels or student.labels or own]
     onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
@@ -257,6 +257,21 @@ def _file(size: ImageSize, deployed: DeployedModel, form: _Form, progress: Progr
     if form.precision != "fp32":
         golden |= {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
     return _File(model, golden, check, quantisation, float16)
+
+
+def _load(source: str | Path, options: ModelOptions, budget: Budget) -> Student:
+    folder = Path(source)
+    kind = kind_of(folder) if folder.is_dir() else None
+    if kind is None:
+        fix = "Make one with `sparsifiner-edge sparsify`."
+        require(budget.is_unchanged, "--keep, --token-keep and --merge require a student.", fix)
+        return load_source(str(source), options.file, options.img_size, options.normalisation)
+    if kind != "student":
+        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+    fix = "A student has its own weights; leave it out."
+    require(options.file is None, "--weights cannot be combined with a student.", fix)
+    refuse_normalisation(options.normalise)
+    return load_student(folder, options.img_size, budget, options.trust)
 
 
 def model_shape(model: nn.Module) -> ModelShape:

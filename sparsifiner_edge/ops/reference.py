@@ -41,7 +41,7 @@ def run_means(x: Array, run: int, sizes: Array) -> Array:
     return np.stack(sums, 2)
 
 
-def key_scores(
+def _key_scores(
     qkv: Array, sizes: Array, proj_q: Array, proj_k: Array, *, num_heads: int, num_prefix: int, probe: int, tile: int,
     cell: int, scale: float, value_power: float,
 ) -> Array:  # fmt: skip
@@ -70,11 +70,11 @@ def top_keys(scores: Array, keys: int) -> Array:
 
 
 def key_select(qkv: Array, *others: Array, keys: int, **settings: Any) -> Array:
-    """KeySelect: indices int32 [B,H,T,K]; inputs and settings as in `key_scores`."""
-    return top_keys(key_scores(qkv, *others, **settings), keys)
+    """KeySelect: indices int32 [B,H,T,K]; inputs and settings as the schema declares them."""
+    return top_keys(_key_scores(qkv, *others, **settings), keys)
 
 
-def landmark_scores(
+def _landmark_scores(
     qkv: Array, proj_q: Array, bias_q: Array, proj_k: Array, bias_k: Array, down: Array, up: Array, *, num_heads: int,
     scale: float, top_coefficients: int, basis_threshold: float,
 ) -> Array:  # fmt: skip
@@ -91,15 +91,23 @@ def landmark_scores(
 
 
 def landmark_key_select(qkv: Array, *weights: Array, keys: int, **settings: Any) -> Array:
-    """LandmarkKeySelect: indices int32 [B,H,N-1,K]; inputs and settings as in `landmark_scores`."""
-    return top_keys(landmark_scores(qkv, *weights, **settings), keys)
+    """LandmarkKeySelect: indices int32 [B,H,N-1,K]; inputs and settings as the schema declares them."""
+    return top_keys(_landmark_scores(qkv, *weights, **settings), keys)
 
 
-def sparse_attention(
+SCORES = {"KeySelect": _key_scores, "LandmarkKeySelect": _landmark_scores}
+"""Selection scores, of which the K highest are an operator's answer: by its name, for whoever judges another answer."""
+
+
+def sparse_attention(qkv: Array, sizes: Array, indices: Array, **attributes: Any) -> Array:
+    """SparseAttention: float64 [B,N,C]; attributes as the schema declares them."""
+    return _sparse_attention(qkv, sizes, indices, **attributes)
+
+
+def _sparse_attention(
     qkv: Array, sizes: Array, indices: Array, *, num_heads: int, num_prefix: int, tile: int, cell: int, scale: float,
     prefix_keys: int = 1,
 ) -> Array:  # fmt: skip
-    """SparseAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
     counts = sizes.astype(np.float64)
     out = np.empty_like(q)

@@ -108,7 +108,7 @@ def value_deviation(v: Tensor, cell: int, sizes: Tensor | None = None) -> Tensor
 
 
 @torch.no_grad()
-def key_scores(
+def _key_scores(
     qkv: Tensor, proj_q: Tensor, proj_k: Tensor, *, num_heads: int, num_prefix: int, probe: int, tile: int, cell: int,
     scale: float, value_power: float, sizes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -138,7 +138,7 @@ def top_keys(scores: Tensor, keys: int) -> Tensor:
 
 
 def _key_select(qkv: Tensor, sizes: Tensor | None, *projections: Tensor, keys: int, **settings: Any) -> Tensor:
-    return top_keys(key_scores(qkv, *projections, sizes=sizes, **settings), keys)
+    return top_keys(_key_scores(qkv, *projections, sizes=sizes, **settings), keys)
 
 
 def key_select(

@@ -55,6 +55,10 @@ def package_bundle(bundle: str | Path, target: str, output: str | Path) -> Packa
     Raises:
         ConfigError: no such target, or the bundle does not fit it.
         SparsifinerError: unusable input; nothing is written.
+
+    Example:
+        >>> "README.md" in package_bundle("bundle", "triton", "packaged").files
+        True
     """
     writers = {"deepstream": _write_deepstream, "triton": _write_triton, "gstreamer": _write_gstreamer}
     if target not in writers:

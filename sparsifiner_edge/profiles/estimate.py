@@ -108,6 +108,10 @@ def estimate_bundle(
     Raises:
         ArtifactError: not a bundle, altered, of another version, or its costs are missing or do not fit its model.
         ConfigError: unknown board, mode or precision.
+
+    Example:
+        >>> estimate_bundle("bundle", "jetson-orin-nano-8gb", precision="fp16").statistics.latency_ms.value > 0
+        True
     """
     checked = open_bundle(Path(bundle))
     manifest, stored = checked.manifest, checked.required(checked.manifest.precision, "precision")

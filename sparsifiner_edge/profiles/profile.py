@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import SparsifinerError
-from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.figures import Comparison, ProfileResult, Statistics
 from sparsifiner_edge.profiles.measure.layers import Row
@@ -30,33 +31,42 @@ from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import find_backend
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """For how long a bundle is measured, and what beside latency.
+
+    Attributes:
+        seconds, min_queries: least time measured and least number of queries, per bundle; None takes 10 s and
+            64. It takes at most six times `seconds`, or 60 s.
+        layers: also time each layer, afterwards and in another process.
+        power: also read power, where there is a sensor; False spares the idle baselines.
+
+    Example:
+        >>> ProfileOptions(seconds=2).layers
+        True
+    """
+
+    seconds: float | None = None
+    min_queries: int | None = None
+    layers: bool = True
+    power: bool = True
+
+
 def profile_bundle(
     bundle: str | Path,
-    backend: str = "onnxruntime",
+    execution: Execution | str | None = None,
     *,
     against: str | Path | None = None,
-    precision: str = "auto",
-    provider: str = "cpu",
-    threads: int | None = None,
-    kernels: str = "auto",
-    seconds: float | None = None,
-    min_queries: int | None = None,
-    layers: bool = True,
-    power: bool = True,
+    options: ProfileOptions | None = None,
     progress: Progress | None = None,
 ) -> ProfileResult:
     """Measure a bundle; with `against`, also the ratio between the two (docs/profiling.md).
 
     Args:
         bundle: the bundle that is judged.
-        backend, precision, provider, kernels: see `open_session`; for both bundles.
+        execution: what runs both bundles: a backend, or all of it.
         against: the bundle to compare with, in turn with the first.
-        threads: threads inside one operator; None takes the cores that this process may run on.
-        seconds, min_queries: least time measured and least number of queries, per bundle; None takes 10 s and
-            64. It takes at most twice `seconds`, or 60 s.
-        layers: also time each layer, afterwards and in another process.
-        power: also read power, where there is a sensor; False spares the idle baselines.
-        progress: called now and then.
+        options: for how long, and what beside latency. progress: called now and then.
 
     Returns:
         A result of kind "profile", or "comparison" with `against`.
@@ -65,9 +75,14 @@ def profile_bundle(
         ArtifactError: not a bundle, altered, or of another version.
         BackendError: unknown backend, the backend rejects the model, or a process died or hung.
         ConfigError: a number is out of range.
+
+    Example:
+        >>> result = profile_bundle("bundle", against="dense", options=ProfileOptions(seconds=0.2, layers=False))
+        >>> result.statistics.comparison.verdict in ("faster", "slower", "no difference shown")
+        True
     """
-    rules = make_rules(seconds, min_queries)
-    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels, threads=threads)
+    execution, options = execution_of(execution), options or ProfileOptions()
+    rules = make_rules(options.seconds, options.min_queries)
     find_backend(execution)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     subjects = [open_bundle(path).subject(role) for role, path in folders.items()]
@@ -76,8 +91,8 @@ def profile_bundle(
         sides = [
             stack.enter_context(open_side(role, path, execution, on_stage)) for role, path in folders.items()
         ]  # fmt: skip
-        figures, method, readings = observe(sides, rules, on_stage, power)
-    for side in sides if layers else ():
+        figures, method, readings = observe(sides, rules, on_stage, options.power)
+    for side in sides if options.layers else ():
         on_stage(f"timing the layers of {side.role}")
         figures[side.role] = replace(figures[side.role], layers=_layers(side))
     compared = _compare(sides[0], sides[1], _two_names(subjects)) if len(sides) == 2 else None

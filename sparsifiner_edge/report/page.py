@@ -58,6 +58,12 @@ def write_report(
         ConfigError: no result, no such language.
         ImageError: a picture is none, or too large.
         MissingExtraError: jinja2 is not installed.
+
+    Example:
+        >>> from sparsifiner_edge.results import write_result
+        >>> write_result(Path("result.json"), evaluate_student("student", "images"))
+        >>> write_report(["result.json"], "page.html").page
+        'page.html'
     """
     texts, target = Texts(language), Path(output)
     require_file_path(target)

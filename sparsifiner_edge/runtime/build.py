@@ -74,6 +74,11 @@ def build_engine(
     Raises:
         GateError: the golden pair fails; nothing was written.
         SparsifinerError: nothing was written, the bundle is as it was.
+
+    Example:
+        >>> result = build_engine("bundle", "tensorrt-rtx", compute_capabilities=["8.6"])
+        >>> result.engines[0].compute_capability
+        '8.6'
     """
     start = time.monotonic()
     found = find_backend(Execution(backend=backend, kernels=kernels))

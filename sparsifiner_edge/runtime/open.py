@@ -9,7 +9,7 @@ from sparsifiner_edge.bounds import MOST_THREADS
 from sparsifiner_edge.bundle.sign import require_signature
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS, Execution
+from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS, Execution, execution_of
 from sparsifiner_edge.plugins import plugins, subclass
 from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
@@ -55,20 +55,15 @@ def find_backend(execution: Execution) -> Backend:
 
 def open_session(
     bundle: str | Path,
-    backend: str = "onnxruntime",
-    threads: int | None = None,
-    kernels: str = "auto",
-    public_key: str | Path | None = None,
+    execution: Execution | str | None = None,
     *,
-    precision: str = "auto",
-    provider: str = "cpu",
+    public_key: str | Path | None = None,
 ) -> Session:
     """Open a bundle whose hashes match, ready to run.
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
-        backend: one of `BACKENDS`, or another package's (`ENTRY_POINTS`).
-        threads, kernels, precision, provider: see `Execution`.
+        execution: what runs it: a backend of `BACKENDS` or another package's (`ENTRY_POINTS`), or all of it.
         public_key: the bundle must be signed by this key; see `sign.require_signature`.
 
     Raises:
@@ -76,9 +71,15 @@ def open_session(
         BackendError: no such backend, kernels, precision or provider, `threads` below 1 or absurd, the backend has no
             such precision here, or rejects the model.
         MissingExtraError: the backend's package is not installed, or what checks signatures.
+
+    Example:
+        >>> import numpy as np
+        >>> with open_session("bundle", Execution(threads=1)) as session:
+        ...     outputs = session.infer({"image": np.zeros((1, 160, 160, 3), np.uint8)})
+        >>> sorted(outputs)
+        ['features', 'logits']
     """
-    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels, threads=threads)
-    return open_checked(checked_bundle(Path(bundle), public_key), execution)
+    return open_checked(checked_bundle(Path(bundle), public_key), execution_of(execution))
 
 
 def checked_bundle(folder: Path, public_key: str | Path | None = None) -> Bundle:

@@ -15,7 +15,7 @@ from sparsifiner_edge.bundle.manifest import tensor_spec
 from sparsifiner_edge.bundle.sign import fingerprint_of, read_signature, require_signature, unlisted_files
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
-from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.runtime.golden import beyond_text, check_golden
@@ -42,18 +42,15 @@ class Verification(Struct, frozen=True):
 
 def verify_bundle(
     bundle: str | Path,
+    execution: Execution | str | None = None,
     *,
-    backend: str = "onnxruntime",
-    precision: str = "auto",
-    provider: str = "cpu",
-    kernels: str = "auto",
     public_key: str | Path | None = None,
 ) -> Verification:
     """Check all of a bundle.
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
-        backend, precision, provider, kernels: what runs the golden pair; see `open_session`.
+        execution: what runs the golden pair: a backend, or all of it.
         public_key: the signature must be that key's; without it a signature is reported and not checked.
 
     Returns:
@@ -64,8 +61,12 @@ def verify_bundle(
         ArtifactError: not a bundle, a file missing or altered, of another version: there is nothing to check then.
         BackendError: the backend cannot run it.
         MissingExtraError: the backend, or what checks signatures, is not installed.
+
+    Example:
+        >>> verify_bundle("bundle").passed
+        True
     """
-    execution = Execution(backend=backend, precision=precision, provider=provider, kernels=kernels)
+    execution = execution_of(execution)
     key, checked = None if public_key is None else Path(public_key), open_bundle(Path(bundle))
     model, results = checked.model(), list[CheckResult]()
     checks: dict[str, Callable[[], str]] = {

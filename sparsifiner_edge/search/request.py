@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,16 +61,45 @@ class SearchRequest(NamedTuple):
     reserved: list[Path]
 
 
-def read_request(
-    least: float | None, most_ms: float | None, metric: str, backends: Sequence[str], computes: Sequence[str],
-    precisions: Sequence[str], board: str | Path | None, data: str | Path,
-) -> SearchRequest:  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What is searched for, and for how long.
+
+    Attributes:
+        at_least: fidelity in (0, 1). at_most_ms: latency. One of them.
+        metric: "patches" or "class": cosine of these tokens; "maps": IoU of a decoder's map; or a `judge.TaskMetric` of
+            yours with scores from 0 to 1, as package.module:class.
+        backends: of the processor; computes: what of a file that is not int8 they compute in, of "auto" (as stored),
+            "bf16" and "fp16"; none: all that run here.
+        precisions: that files store; none: fp32 and int8, or for a board's GPU fp16 and int8.
+        board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
+            fidelity.
+        minutes: how long to look, about, export and last measurement included. Ctrl-C ends the looking: the best that
+            was found by then is measured whole and exported, as if the time were over.
+
+    Example:
+        >>> SearchOptions(at_least=0.98, backends=["openvino"], minutes=5).metric
+        'patches'
+    """
+
+    at_least: float | None = None
+    at_most_ms: float | None = None
+    metric: str = FIDELITIES[0]
+    backends: Sequence[str] = ()
+    computes: Sequence[str] = ()
+    precisions: Sequence[str] = ()
+    board: str | Path | None = None
+    minutes: float = 20.0
+
+
+def read_request(options: SearchOptions, data: str | Path) -> SearchRequest:
     """See `search_model`.
 
     Raises:
         ConfigError: not one bound, or a value is out of range; too few images.
         SparsifinerError: a backend that was named does not run here; no such board.
     """
+    least, most_ms, metric, precisions = options.at_least, options.at_most_ms, options.metric, options.precisions
     if (least is None) == (most_ms is None):
         raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY or --at-most-ms MS.")
     bound = Bound(least) if least is not None else Bound(most_ms or 0.0, by_fidelity=False)
@@ -77,15 +107,14 @@ def read_request(
         raise ConfigError(f"The bound is {bound.text}.", "Give a fidelity between 0 and 1, or more than 0 ms.")
     fix = f"Give {', '.join(FIDELITIES)}, or your own as package.module:class."
     require(metric in FIDELITIES or ":" in metric, f"metric is {metric!r}.", fix)
-    device = None if board is None else load_board(board)
+    device = None if options.board is None else load_board(options.board)
     known = BOARD_PRECISIONS if device is not None and device.kind == "gpu" else PRECISIONS
     for precision in precisions:
         require(precision in {*known, "fp32"}, f"precision is {precision!r}.", f"Choose of: {', '.join(known)}, fp32.")
     if device is None:
-        return SearchRequest(
-            bound, metric, None, *_engines_here(backends, computes, precisions or known), *_split(data)
-        )
-    plain = not backends and not computes
+        usable = _engines_here(options.backends, options.computes, precisions or known)
+        return SearchRequest(bound, metric, None, *usable, *_split(data))
+    plain = not options.backends and not options.computes
     require(plain, "A board's latency is estimated for no backend.", "Leave one of the two out.")
     stored = precisions or [precision for precision in known if precision in device.peaks]
     engines = [Deployment(device.name, precision) for precision in stored]

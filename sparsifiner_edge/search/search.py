@@ -9,12 +9,11 @@ from pathlib import Path
 from statistics import fmean
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
-from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.config import keep_text, merge_text, require
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.files import io_errors, replaced, scratch_folder
 from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
-from sparsifiner_edge.images import Normalise, evenly
+from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
@@ -22,9 +21,10 @@ from sparsifiner_edge.results import Estimate, Subject, write_result
 from sparsifiner_edge.search.candidates import check, rank
 from sparsifiner_edge.search.explore import Search, explore
 from sparsifiner_edge.search.latency import estimated, measured
-from sparsifiner_edge.search.request import SearchRequest, read_request
-from sparsifiner_edge.search.trial import FIDELITIES, Trial
+from sparsifiner_edge.search.request import SearchOptions, SearchRequest, read_request
+from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.search.whole import WholeModels, linked
+from sparsifiner_edge.sparse.source import ModelOptions
 from sparsifiner_edge.sparse.student import (
     Student,
     load_student,
@@ -45,20 +45,10 @@ def search_model(
     source: str | Path,
     data: str | Path,
     output: str | Path,
+    options: SearchOptions,
     *,
-    at_least: float | None = None,
-    at_most_ms: float | None = None,
-    metric: str = FIDELITIES[0],
-    weights: str | Path | None = None,
-    img_size: ImageSize | None = None,
+    model: ModelOptions | None = None,
     teacher: str | None = None,
-    backends: Sequence[str] = (),
-    computes: Sequence[str] = (),
-    precisions: Sequence[str] = (),
-    board: str | Path | None = None,
-    minutes: float = 20.0,
-    trust: Sequence[str] = (),
-    normalise: Normalise = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Find the fastest plan at a fidelity on this machine, or the most faithful within a latency, and export it.
@@ -67,19 +57,8 @@ def search_model(
         source: a model (see `load_source`), or a student folder with predictors in the layers that may be sparse.
         data: folder of images like those that the model will see; a fifth of them is kept for the last check.
         output: new folder for `front.json`, `student/`, `bundle/`.
-        at_least: fidelity in (0, 1). at_most_ms: latency. One of them.
-        metric: "patches" or "class": cosine of these tokens; "maps": IoU of a decoder's map; or a `judge.TaskMetric` of
-            yours with scores from 0 to 1, as package.module:class.
-        weights, img_size: for a model; weights: or the teacher's.
+        options: what for. model: how the source is loaded, or the teacher.
         teacher: of a student that was trained: its dense model.
-        backends: of the processor; computes: what of a file that is not int8 they compute in, of "auto" (as stored),
-            "bf16" and "fp16"; none: all that run here.
-        precisions: that files store; none: fp32 and int8, or for a board's GPU fp16 and int8.
-        board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
-            fidelity.
-        minutes: how long to look, about, export and last measurement included. Ctrl-C ends the looking: the best that
-            was found by then is measured whole and exported, as if the time were over.
-        trust: see `load_student`. normalise: for a model, what it expects of pixels; see `sparsify`.
         progress: see `Progress`.
 
     Returns:
@@ -89,15 +68,20 @@ def search_model(
     Raises:
         ConfigError: not one bound, or one out of range; too few images; a folder that holds something.
         SparsifinerError: model, student or images are unusable.
+
+    Example:
+        >>> few = SearchOptions(at_least=0.5, backends=["onnxruntime"], precisions=["fp32"], minutes=0.1)
+        >>> result = search_model("student", "images", "searched", few)
+        >>> result.statistics.answer.fidelity > 0.5
+        True
     """
-    end = time.monotonic() + 60 * minutes * (1 - RESERVED)
-    request = read_request(at_least, at_most_ms, metric, backends, computes, precisions, board, data)
-    folder = _new(Path(output))
-    start = start_of(source, folder, weights, img_size, teacher, request.images, normalise, progress)
+    end, model = time.monotonic() + 60 * options.minutes * (1 - RESERVED), model or ModelOptions()
+    request, trust, folder = read_request(options, data), model.trust, _new(Path(output))
+    start = start_of(source, folder, model, teacher, request.images, progress)
     student = load_student(start, trust=trust)
     require_searchable(student, start)
     # A model's weights are those that its student was made of.
-    dense_model = teacher_of(student, teacher, Path(weights) if weights and start == Path(source) else None)
+    dense_model = teacher_of(student, teacher, model.file if start == Path(source) else None)
     with io_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with scratch_folder() as scratch:
@@ -107,7 +91,7 @@ def search_model(
         candidates, dense = rank(search)
         (plan, best), checked = candidates[0], None
         if request.bound.is_met(best.fidelity, best.ms.value):
-            reserved = Trial(student, dense_model.model, request.reserved, metric)
+            reserved = Trial(student, dense_model.model, request.reserved, options.metric)
             checked = check(search, plan, best.engine, reserved)
             _keep_answer(whole.bundle(plan, best.engine), start, plan, folder, trust)
     subject = Subject(path=str(source), name=student.name, sha256=sha256(start / STUDENT_FILE))
@@ -167,7 +151,7 @@ def prepare(
 
 def _keep_answer(bundle: Path, start: Path, plan: LayerPlan, folder: Path, trust: Sequence[str]) -> None:
     """The answer as student and bundle."""
-    save_student(load_student(start, merge=plan.merge, keep=plan.short_keep, trust=trust), folder / STUDENT)
+    save_student(load_student(start, budget=plan.budget, trust=trust), folder / STUDENT)
     with replaced(folder / BUNDLE) as target:
         shutil.copytree(bundle, target, dirs_exist_ok=True)
 
@@ -225,8 +209,8 @@ PREDICTED = 8
 
 
 def start_of(
-    source: str | Path, folder: Path, weights: str | Path | None, img_size: ImageSize | None, teacher: str | None,
-    images: Sequence[Path], normalise: Normalise, progress: Progress | None,
+    source: str | Path, folder: Path, options: ModelOptions, teacher: str | None, images: Sequence[Path],
+    progress: Progress | None,
 ) -> Path:  # fmt: skip
     """The user's student, or one with a predictor in every layer, which is made in `folder`; see `search_model`.
 
@@ -235,16 +219,17 @@ def start_of(
     """
     path = Path(source)
     if path.is_dir() and kind_of(path) == "student":
-        if img_size is not None:
+        if options.img_size is not None:
             raise ConfigError("A student has a size of its own.", "Leave --img-size out.")
-        refuse_normalisation(normalise)
+        refuse_normalisation(options.normalise)
         return path
     if teacher is not None:
         raise ConfigError("--teacher is for a student.", "Leave it out: a model is its own teacher.")
     with scratch_folder() as scratch:
         return sparsify(
-            str(source), folder / START, weights=weights, img_size=img_size, keep=START_SHARE,
-            calibrate=linked(scratch / "images", evenly(images, PREDICTED)), normalise=normalise, progress=progress,
+            str(source), folder / START, weights=options.weights, img_size=options.img_size, keep=START_SHARE,
+            calibrate=linked(scratch / "images", evenly(images, PREDICTED)), normalise=options.normalise,
+            progress=progress,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from msgspec.structs import replace
 
-from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.export.export import ExportOptions, export_bundle
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan
@@ -28,6 +28,7 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.search.trial import Trial
+from sparsifiner_edge.sparse.source import ModelOptions
 from sparsifiner_edge.sparse.student import Student, save_student
 
 CALIBRATED = 16
@@ -72,9 +73,10 @@ class WholeModels:
                 self._progress(f"exporting {'the dense model in ' * plan.is_dense}{stored}", count, count + 1)
             self._bundles[plan, stored] = export_bundle(
                 self._dense if plan.is_dense else self._start, self._folder / f"bundle-{count}",
-                merge=None if plan.is_dense else plan.merge, keep=None if plan.is_dense else plan.short_keep,
-                precision=stored, calibrate=self._calibration if stored == "int8" else None, tokens=True,
-                trust=self._trust,
+                model=ModelOptions(trust=self._trust), budget=None if plan.is_dense else plan.budget,
+                options=ExportOptions(
+                    precision=stored, calibrate=self._calibration if stored == "int8" else None, tokens=True
+                ),
             )  # fmt: skip
         return self._bundles[plan, stored]
 

@@ -50,6 +50,12 @@ def sparsify_model(
     Raises:
         UnsupportedModelError: the module contains no such transformer, or several, or one that cannot be made sparse.
         ConfigError: a value is out of range or does not fit the model, or the images do not. The module is unchanged.
+
+    Example:
+        >>> import timm, torch
+        >>> model = sparsify_model(timm.create_model("deit_tiny_patch16_224"), keep=0.5)
+        >>> model(torch.rand(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
     """
     backbone = require_supported(module)
     sparsity = fit_to_model(SparsityConfig.for_preset(**options), backbone, options)

@@ -81,6 +81,12 @@ def restore_model(model: AnyModule) -> AnyModule:
 
     Returns:
         The same object.
+
+    Example:
+        >>> import timm
+        >>> model = restore_model(sparsify_model(timm.create_model("deit_tiny_patch16_224")))
+        >>> type(model.blocks[0].attn).__name__
+        'Attention'
     """
     for backbone in backbones(model).values():
         for layer, attention in zip(backbone.layers, backbone.attentions, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE, new_folder, require_replaceable, sha256
 from sparsifiner_edge.bounds import ImageSize, size_of
-from sparsifiner_edge.config import Keep, SparsityConfig
+from sparsifiner_edge.config import Budget, Keep, SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
@@ -104,6 +104,11 @@ def sparsify(
 
     Raises:
         SparsifinerError: see `errors.py`; nothing is written then.
+
+    Example:
+        >>> folder = sparsify("test_vit", "student", weights="weights.safetensors", keep=0.5, merge=(4, 0))
+        >>> load_student(folder).sparsity.merge
+        (4, 0)
     """
     target = Path(output)
     require_replaceable(target, "student")
@@ -152,12 +157,10 @@ def save_student(student: Student, output: Path) -> Path:
 def load_student(
     folder: str | Path,
     img_size: ImageSize | None = None,
-    keep: Keep | None = None,
-    token_keep: tuple[tuple[int, float], ...] | None = None,
-    merge: tuple[int, ...] | None = None,
+    budget: Budget | None = None,
     trust: Sequence[str] = (),
 ) -> Student:
-    """Read a student folder, optionally at another image size, or with other budgets than its own (`SparsityConfig`).
+    """Read a student folder, optionally at another image size or with another budget than its own.
 
     Args:
         trust: modules whose functions may make the model: a student of a user's own factory names one.
@@ -165,8 +168,13 @@ def load_student(
     Raises:
         ArtifactError: no student, corrupt, altered, or of another version; it names a module that is not trusted.
         SparsifinerError: its settings do not fit.
+
+    Example:
+        >>> student = load_student("student", budget=Budget(keep=0.5))
+        >>> student.sparsity.keep
+        0.5
     """
-    folder = Path(folder)
+    folder, budget = Path(folder), budget or Budget()
     config, weights = read_config(folder), folder / WEIGHTS_FILE
     sparsity = SparsityConfig.from_dict(config.sparsity)
     if config.labels and len(config.labels) != config.num_classes:
@@ -179,7 +187,7 @@ def load_student(
     state = read_weights(weights)
     model = _dense(folder, config, {k: v for k, v in state.items() if not is_predictor(k)}, img_size, trust)
     # At another size the student's own rate may be too much: the one that is given counts.
-    sparsity = sparsity if merge is None else dataclasses.replace(sparsity, merge=merge)
+    sparsity = sparsity if budget.merge is None else dataclasses.replace(sparsity, merge=budget.merge)
     another_size = size_of(*backbone_of(model).image_size) != config.img_size
     if another_size and sparsity.preset == "paper" and not sparsity.is_dense:
         raise ConfigError("The published predictor is tied to its tokens.", "Make a student of this size: sparsify.")
@@ -189,7 +197,7 @@ def load_student(
         model, config.model, config.normalisation, sparsity, config.provenance, config.labels, config.outputs,
         config.host,
     )  # fmt: skip
-    return with_budget(student, keep, token_keep)
+    return with_budget(student, budget.keep, budget.token_keep)
 
 
 def _dense(

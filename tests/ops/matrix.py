@@ -237,7 +237,7 @@ def check(case: Case, inputs: list[np.ndarray], got: np.ndarray) -> None:
 def check_selection(case: Case, inputs: list[np.ndarray], got: np.ndarray, tolerance: float) -> None:
     """Ascending, within range, and every selected score at least the K-th of the reference, less the tolerance."""
     settings = {k: v for k, v in case.attributes.items() if k != "keys"}
-    scores = (reference.landmark_scores if case.landmarks else reference.key_scores)(*inputs, **settings)
+    scores = reference.SCORES[case.op.name](*inputs, **settings)
     keys = case.attributes["keys"]
     assert got.dtype == np.int32
     assert got.shape == (*scores.shape[:-1], keys)

@@ -58,7 +58,7 @@ def hold(case: Case, given: dict[str, Tensor], got: Tensor, dtype: str) -> None:
         arrays.insert(1, np.ones(arrays[0].shape[:2], np.float32))
     if case.op.name == "KeySelect":
         settings = {k: v for k, v in case.attributes.items() if k != "keys"}
-        scores = reference.key_scores(*arrays, **settings)
+        scores = reference.SCORES[case.op.name](*arrays, **settings)
         most = 2**-12 * float(np.ptp(scores[np.isfinite(scores)]))
         case = dataclasses.replace(case, op=dataclasses.replace(case.op, tolerances={dtype: max(most, 4e-3)}))
     matrix.check(dataclasses.replace(case, dtype=dtype), arrays, _array(got))
