@@ -17,6 +17,7 @@ from tests.rooms import ROOT, code
 
 PUBLIC = {name: getattr(se, name) for name in se.__all__}
 WITHOUT = ("SparsifinerError", "SparsityConfig")
+LONG = ("build_engine", "search_model")
 MOST_PARAMETERS = 8
 
 
@@ -41,7 +42,7 @@ def folder(
 def things() -> Iterator[Any]:
     for name, thing in {**PUBLIC, "grouped": grouped}.items():
         if name not in WITHOUT:
-            yield pytest.param(thing, marks=[pytest.mark.everything] if name == "search_model" else [], id=name)
+            yield pytest.param(thing, marks=[pytest.mark.everything] if name in LONG else [], id=name)
 
 
 @pytest.mark.parametrize("thing", things())
