@@ -29,7 +29,8 @@ from accuracy_images import GALLERY, SIZE, Clothes, collect, distilled, fashion_
 from fidelity_subject import weights_file
 from summary import brief, said, write_summary
 
-from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge import Budget, ModelOptions
+from sparsifiner_edge.cli.common import err_console, grouped, print_table
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.evaluate.classes import fit_neighbours, fit_probe
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
@@ -160,14 +161,15 @@ def long_bundle(work: Path, student: Path | None = None, label: str = "teacher",
     made = work / f"bundle-{'' if student is None else student.name}-{label.replace(', ', '-').replace(' ', '-')}"
     weights = weights_file() if student is None else None
     return made if made.exists() else export_bundle(
-        student or material.DINOV2, made, img_size=518, weights=weights, **budget
+        student or material.DINOV2, made, model=ModelOptions(img_size=518, weights=weights), budget=Budget(**budget)
     )  # fmt: skip
 
 
 def _row(work: Path, subject: Path, **options: Any) -> dict[str, Any]:
     """Cosines on the publication set, and on the development set beside them."""
-    published = evaluate_student(subject, linked(work / "publication", split.images("publication")), **options)
-    chosen_by = evaluate_student(subject, linked(work / "development", split.images("development")), **options)
+    groups = grouped(options, model=ModelOptions, budget=Budget)
+    published = evaluate_student(subject, linked(work / "publication", split.images("publication")), **groups)
+    chosen_by = evaluate_student(subject, linked(work / "development", split.images("development")), **groups)
     assert isinstance(published, ScoresResult)
     assert isinstance(chosen_by, ScoresResult)
     of = write_record(published.statistics)
@@ -197,7 +199,9 @@ def fashion_bundle(work: Path, label: str) -> Path:
         digest = json.loads((source / "config.json").read_text())["weights_sha256"]
         name = f"{label.replace(' ', '-').replace(',', '')}-{digest[:8]}"
     made = work / f"bundle-{name}"
-    return made if made.exists() else export_bundle(source, made, **options)
+    return made if made.exists() else export_bundle(
+        source, made, **grouped(options, model=ModelOptions, budget=Budget)
+    )  # fmt: skip
 
 
 def features(bundle: Path, pictures: Clothes, tell: Any) -> Any:

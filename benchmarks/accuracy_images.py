@@ -18,6 +18,7 @@ import click
 import numpy as np
 from PIL import Image
 
+from sparsifiner_edge import TrainingOptions
 from sparsifiner_edge.cli.common import progress_bar
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.distill.checkpoint import CHECKPOINT
@@ -122,8 +123,9 @@ def distilled(start: Path, pictures: Path, output: Path, held_out: Path, **optio
     began, checkpoint = time.monotonic(), output.with_name(f"{output.name}.training") / CHECKPOINT
     with progress_bar(output.name) as progress:
         summary = distill_student(
-            start, pictures, output, held_out=held_out, resume=checkpoint.exists(), progress=progress, **options
-        )
+            start, pictures, output, progress=progress,
+            options=TrainingOptions(held_out=held_out, resume=checkpoint.exists(), **options),
+        )  # fmt: skip
     minutes = (time.monotonic() - began) / 60
     click.echo(f"{output.name}: {minutes:.1f} minutes, {summary.start} to {summary.best}, kept {summary.kept}")
 

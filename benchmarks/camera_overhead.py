@@ -22,6 +22,7 @@ from summary import write_summary
 
 from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.measure.timing import call_ms
@@ -37,7 +38,7 @@ def bare_ms(bundle: Path, frames: int, threads: int | None) -> list[float]:
     """Milliseconds of each call of the bare model."""
     size = height_width(open_bundle(bundle).image_size)
     image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
-    with open_session(bundle, "onnxruntime", threads) as session:
+    with open_session(bundle, Execution(threads=threads)) as session:
         return call_ms(lambda: session.infer({"image": image}), frames - 5, warm_up=5)
 
 

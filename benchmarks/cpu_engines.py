@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.measure.timing import call_ms
@@ -32,6 +33,11 @@ onnxruntime.create_and_register_allocator(
     ),
     None,
 )
+
+
+def by_kernels(backend: str, precision: str, threads: int) -> Execution:
+    """A backend with our kernels, and no bodies in their place."""
+    return Execution(backend=backend, precision=precision, kernels="native", threads=threads)
 
 
 def ort_session(model: bytes | str, threads: int, kernels: bool = True) -> Any:

@@ -22,6 +22,7 @@ from fidelity_subject import weights_file
 from msgspec.structs import replace
 from summary import write_summary
 
+from sparsifiner_edge import ExportOptions, ModelOptions
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.demo import material, split
@@ -74,11 +75,12 @@ def bundle(root: Path, kind: str, size: int, precision: str) -> Path:
         }
     settings = SETTINGS[size][kind]
     if not settings:
-        return export_bundle(material.DINOV2, target, weights=weights_file(), img_size=size, **options)
+        model = ModelOptions(weights=weights_file(), img_size=size)
+        return export_bundle(material.DINOV2, target, model=model, options=ExportOptions(**options))
     student = root / f"student_{kind}{size}"
     if not student.exists():
         sparsify(material.DINOV2, student, weights=weights_file(), img_size=size, **settings)
-    return export_bundle(student, target, **options)
+    return export_bundle(student, target, options=ExportOptions(**options))
 
 
 def measure(source: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ import onnx
 import tome
 import torch
 from accuracy_images import linked
-from cpu_engines import Run, has_bf16, openvino_run, ort_session
+from cpu_engines import Run, by_kernels, has_bf16, openvino_run, ort_session
 from fidelity_subject import weights_file
 
+from sparsifiner_edge import Budget, ExportOptions
 from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.costs import MAC_KINDS, layer_costs
 from sparsifiner_edge.demo import material, split
@@ -159,14 +160,15 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
         budget = f"merge {named}, keep {keep_text(keep)}"
         for precision in ("fp32", "int8") if of.int8 else ("fp32",):
             tell(f"export ours, {budget}, {precision}")
-            more = {"precision": "int8", "calibrate": images} if precision == "int8" else {}
-            bundle = export_bundle(student, folder / f"ours-{len(points)}", merge=merge, keep=keep, **more)
-            macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
+            spent = Budget(merge=merge, keep=keep)
+            options = ExportOptions(precision=precision, calibrate=images if precision == "int8" else None)
+            bundle = export_bundle(student, folder / f"ours-{len(points)}", budget=spent, options=options)
+            macs = sum_of_layers(load_student(student, budget=spent))
             for family, backend, computes, ran in _our_engines(of, precision):
                 if (backend, computes) == ("onnxruntime", "auto"):
                     points.append(_ort_point(bundle / "model.onnx", True, family, budget, macs, ran, of))
                     continue
-                session = open_session(bundle, backend, of.threads, "native", precision=computes)
+                session = open_session(bundle, by_kernels(backend, computes, of.threads))
                 infer = functools.partial(lambda session, x: session.infer({"image": x}), session)
                 points.append(Point(family, budget, infer, "tokens", of.images, macs, ran))
     return points

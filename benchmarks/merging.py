@@ -26,6 +26,7 @@ from frontier_points import Teacher, in_torch, sum_of_layers
 from summary import write_summary
 from torch import Tensor
 
+from sparsifiner_edge import Budget
 from sparsifiner_edge.cli.common import print_table, progress_bar
 from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.demo import material, split
@@ -128,7 +129,7 @@ def run(variant: Variant, judges: dict[str, Teacher], students: dict[int, Path],
     """One row: fidelity and cost."""
     folder = students[variant.cells or CELLS[size]]
     rates, named = tome.schedule(variant.rate, 12)
-    student = load_student(folder, merge=rates, keep=variant.keep)
+    student = load_student(folder, budget=Budget(merge=rates, keep=variant.keep))
     model = deploy(student).eval()
     for part in model.modules():
         if isinstance(part, Merging) and variant.pairs:

@@ -28,11 +28,12 @@ import onnx
 import tome
 import torch
 from accuracy_images import linked
-from cpu_engines import Run, has_bf16, openvino_run, ort_session, ratio, time_in_turn
+from cpu_engines import Run, by_kernels, has_bf16, openvino_run, ort_session, ratio, time_in_turn
 from fidelity_subject import weights_file
 from safetensors.torch import save_file
 from summary import said, write_summary
 
+from sparsifiner_edge import Execution, ExportOptions, ModelOptions
 from sparsifiner_edge.bundle.manifest import manifest_content
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, print_table
@@ -113,10 +114,10 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
     tell(f"export {OURS}")
     made = {OURS: export_bundle(student, folder / "ours")}
     tell(f"export {OURS8}")
-    int8 = {"precision": "int8", "calibrate": pictures}
-    made[OURS8] = export_bundle(student, folder / "ours-int8", **int8)
+    int8 = ExportOptions(precision="int8", calibrate=pictures)
+    made[OURS8] = export_bundle(student, folder / "ours-int8", options=int8)
     tell(f"export {DENSE}")
-    made[DENSE] = export_bundle(name, folder / "dense", weights=weights, img_size=size)
+    made[DENSE] = export_bundle(name, folder / "dense", model=ModelOptions(weights=weights, img_size=size))
     tell(f"export {DENSE8}")
     images = [load_image(path, size)[None] for path in split.images("calibration")]
     quantised, found = quantise(onnx.load(made[DENSE] / "model.onnx"), images, goal=LEAST_MEAN_COSINE)
@@ -142,7 +143,7 @@ def engines(
         session = ort_session(str(bundle / "model.onnx"), threads)
         runs[label] = lambda session=session: session.run(None, {"image": image})
     for label, (file, backend, precision) in ours_elsewhere().items():
-        opened = open_session(bundles[file], backend, threads, "native", precision=precision)
+        opened = open_session(bundles[file], by_kernels(backend, precision, threads))
         said[label] = {"precision": opened.description.precision, "kernels": opened.description.kernels}
         runs[label] = lambda opened=opened: opened.infer({"image": image})
     for rest, hint in (("fp32", "f32"), ("bf16", "bf16"))[: 2 if has_bf16() else 1]:
@@ -164,7 +165,7 @@ PEAK = """
 import json, resource, sys
 import numpy as np
 from pathlib import Path
-from cpu_engines import openvino_run, ort_session
+from cpu_engines import by_kernels, openvino_run, ort_session
 kind, path, size, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 def resident():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
@@ -198,10 +199,10 @@ def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any
     tokens = {}
     files = {label: (label, "onnxruntime", "auto") for label in (OURS, OURS8)} | ours_elsewhere()
     for label, (file, backend, precision) in files.items():
-        with open_session(bundles[file], backend, threads, precision=precision) as opened:
+        with open_session(bundles[file], by_kernels(backend, precision, threads)) as opened:
             feeds = ({"image": load_image(path, size)[None]} for path in split.images("development"))
             tokens[label] = [opened.infer(feed) for feed in feeds]
-    with open_session(bundles[DENSE], threads=threads) as opened:
+    with open_session(bundles[DENSE], Execution(threads=threads)) as opened:
         feeds = ({"image": load_image(path, size)[None]} for path in split.images("development"))
         tokens[DENSE] = [opened.infer(feed) for feed in feeds]
 

@@ -25,6 +25,7 @@ import numpy as np
 from msgspec.structs import replace
 from summary import said, write_summary
 
+from sparsifiner_edge import Execution, ProfileOptions
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import available_cores
@@ -71,7 +72,9 @@ def same_on_both_sides(bundle: Path, runs: int, seconds: float, threads: int, te
     found = []
     for run in range(runs):
         tell(f"the same on both sides, {run + 1} of {runs}")
-        result = profile_bundle(bundle, against=bundle, seconds=seconds, threads=threads, layers=False)
+        result = profile_bundle(
+            bundle, Execution(threads=threads), options=ProfileOptions(seconds=seconds, layers=False), against=bundle
+        )
         marks = {flag.flag for figures in result.statistics.sides() for flag in figures.flags}
         found.append({**write_record(result.statistics.comparison), "flags": sorted(marks)})
     return found
@@ -97,7 +100,7 @@ def against_a_plain_loop(bundle: Path, rounds: int, seconds: float, threads: int
 
 def _by_profile(bundle: Path, seconds: float, threads: int) -> tuple[float, int]:
     """The median over blocks of a block's mean, and the queries of a block."""
-    result = profile_bundle(bundle, seconds=seconds, threads=threads, layers=False)
+    result = profile_bundle(bundle, Execution(threads=threads), options=ProfileOptions(seconds=seconds, layers=False))
     size = result.method.block_queries["subject"]
     latency = np.array(result.samples["subject"]["latency_ms"])
     return float(np.median(latency.reshape(-1, size).mean(axis=1))), size

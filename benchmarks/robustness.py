@@ -33,7 +33,7 @@ from PIL import Image
 from summary import write_summary
 
 import sparsifiner_edge as se
-from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
+from sparsifiner_edge.cli.common import err_console, grouped, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.images import evenly
@@ -204,8 +204,9 @@ def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> Robus
         if not data.exists():
             stamps.write(work / "stamps", STAMPS, SALIENCY_SIZE)
         options |= {"metric": "task", "masks": work / "stamps" / "masks", "against": f"{MODULE}:saliency"}
+    groups = grouped(options, model=se.ModelOptions, budget=se.Budget, options=se.EvaluationOptions)
     with merging_by(contender.by_tome):
-        found = se.evaluate_student(student, data, **options)
+        found = se.evaluate_student(student, data, **groups)
     assert isinstance(found, RobustnessResult)
     write_result(kept, found)
     return found
@@ -247,7 +248,7 @@ def measure(tasks: tuple[str, ...], only: tuple[str, ...], work: Path, output: P
         with progress_bar(label) as progress:
             found[label] = judged(work, task, name, stage, progress)
         budget = TASKS[task][name].sparsify if TASKS[task][name].of else {}
-        macs[label] = sum_of_layers(se.load_student(folder, trust=[MODULE], **budget))
+        macs[label] = sum_of_layers(se.load_student(folder, budget=se.Budget(**budget), trust=[MODULE]))
     apart = differences(found)
     show(found, macs, apart)
     if output:

@@ -21,7 +21,7 @@ import click
 import numpy as np
 import torch
 from accuracy_images import distilled, linked, photographs_at
-from cpu_engines import openvino_run, ort_session, ratio, time_in_turn
+from cpu_engines import by_kernels, openvino_run, ort_session, ratio, time_in_turn
 from frontier_points import sum_of_layers
 from summary import said, write_summary
 
@@ -85,8 +85,10 @@ def exported(student: Path, folder: Path, tell: Any) -> tuple[Path, dict[str, Ex
     for merge, keep in BUDGETS:
         name = name_of(merge, keep)
         tell(f"export {name}")
-        bundle = se.export_bundle(student, folder / name, merge=merge, keep=keep, trust=[MODULE])
-        macs = sum_of_layers(se.load_student(student, merge=merge, keep=keep, trust=[MODULE]))
+        bundle = se.export_bundle(
+            student, folder / name, model=se.ModelOptions(trust=[MODULE]), budget=se.Budget(merge=merge, keep=keep)
+        )
+        macs = sum_of_layers(se.load_student(student, budget=se.Budget(merge=merge, keep=keep), trust=[MODULE]))
         found[name] = Exported(bundle, macs)
     return dense, found
 
@@ -96,13 +98,17 @@ def fidelity(dense: Path, files: dict[str, Exported], stamps: Path | None, tell:
     rows: dict[str, dict[str, Any]] = {}
     for name, file in files.items():
         tell(f"maps, {name}")
-        found = se.evaluate_student(file.bundle, split.images("publication"), against=dense, metric="task")
+        found = se.evaluate_student(
+            file.bundle, split.images("publication"), options=se.EvaluationOptions(metric="task"), against=dense
+        )
         row: dict[str, Any] = {"macs": file.macs, "photographs": write_record(found.statistics)}
         samples = {"photographs": found.samples}
         if stamps and file.macs <= STAMPED:
             tell(f"stamps, {name}")
             images, masks = stamps / "images", stamps / "masks"
-            found = se.evaluate_student(file.bundle, images, masks=masks, against=dense, metric="task")
+            found = se.evaluate_student(
+                file.bundle, images, options=se.EvaluationOptions(masks=masks, metric="task"), against=dense
+            )
             row["stamps"], samples["stamps"] = write_record(found.statistics), found.samples
         rows[name] = row | {"samples": samples}
     return rows
@@ -128,7 +134,7 @@ def times(dense: Path, files: dict[str, Exported], tell: Any) -> tuple[dict[str,
     }
     for name, file in files.items():
         for engine, backend in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
-            session = open_session(file.bundle, backend, threads, "native")
+            session = open_session(file.bundle, by_kernels(backend, "auto", threads))
             runs[f"{name}, {engine}"] = lambda session=session: session.infer({"image": image})
     taken = time_in_turn(runs, ROUNDS, 1, tell)
     medians = {key: float(np.median(value)) for key, value in taken.items()}

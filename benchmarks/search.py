@@ -35,6 +35,7 @@ from fidelity_subject import weights_file
 from summary import said, write_summary
 
 import sparsifiner_edge as se
+from sparsifiner_edge import Execution
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import material, split
@@ -80,8 +81,9 @@ def searched(
         with progress_bar(f"{size} px, {precision}, at least {bound}") as progress:
             found.append(
                 se.search_model(
-                    material.DINOV2, data, work / "found", at_least=bound, weights=weights_file(), img_size=size,
-                    backends=backends, computes=["auto"], precisions=[precision], progress=progress,
+                    material.DINOV2, data, work / "found",
+                    se.SearchOptions(at_least=bound, backends=backends, computes=["auto"], precisions=[precision]),
+                    model=se.ModelOptions(weights=weights_file(), img_size=size), progress=progress,
                 )
             )  # fmt: skip
     return found
@@ -125,12 +127,12 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
     )
 
     def lost(bundle: Path) -> float:
-        with open_session(bundle, engine.backend, precision=engine.computes) as session:
+        with open_session(bundle, Execution(backend=engine.backend, precision=engine.computes)) as session:
             return fmean(trial.distances_of(session.infer))
 
     tell("the answer over publication photographs")
     own, depth = lost(folder / "bundle"), len(student.backbone.layers)
-    with open_session(folder / "bundle", engine.backend, precision=engine.computes) as session:
+    with open_session(folder / "bundle", Execution(backend=engine.backend, precision=engine.computes)) as session:
         by_few = fmean(few.distances_of(session.infer))
     plans = [
         plan_of(SparsityConfig(keep=share, merge=(round(trial.patches * gone / depth),)), depth, trial.patches)
@@ -228,13 +230,15 @@ def saliency(work: Path) -> dict[str, Any]:
     shutil.rmtree(work / "found", ignore_errors=True)
     with progress_bar("saliency") as progress:
         result = se.search_model(
-            f"{MODULE}:saliency", images, work / "found", at_least=OVERLAP, metric="maps", img_size=518,
-            trust=[MODULE], progress=progress,
+            f"{MODULE}:saliency", images, work / "found", se.SearchOptions(at_least=OVERLAP, metric="maps"),
+            model=se.ModelOptions(img_size=518, trust=[MODULE]), progress=progress,
         )  # fmt: skip
     answer = answer_of(result)
     student = load_student(work / "found" / "start", trust=[MODULE])
     trial = Trial(student, dense_twin(student).model, split.images("publication"), "maps")
-    with open_session(work / "found" / "bundle", answer.backend, precision=answer.computes) as session:
+    with open_session(
+        work / "found" / "bundle", Execution(backend=answer.backend, precision=answer.computes)
+    ) as session:
         overlaps = [1 - distance for distance in trial.distances_of(session.infer)]
     dense = min(result.statistics.dense, key=lambda one: one.ms.value)
     low, high = (bound if isinstance(bound, float) else answer.ms.value for bound in (answer.ms.low, answer.ms.high))

@@ -54,10 +54,10 @@ def main(arguments: list[str] | None = None) -> Found:
             shutil.copyfile(path, images / path.name)
 
         say("dense model, exported")
-        dense = se.export_bundle(f"{MODULE}:saliency", output / "dense", img_size=SIZE)
+        dense = se.export_bundle(f"{MODULE}:saliency", output / "dense", model=se.ModelOptions(img_size=SIZE))
         say("sparse by defaults, exported and measured")
         student = se.sparsify(f"{MODULE}:saliency", Path(scratch, "student"), img_size=SIZE, calibrate=images)
-        bundle = se.export_bundle(student, output / "default", trust=[MODULE])
+        bundle = se.export_bundle(student, output / "default", model=se.ModelOptions(trust=[MODULE]))
         found: Found = {"defaults": (bundle, judged(bundle, dense), *timed(bundle, dense))}
         show(found, dense, output)
 
@@ -66,8 +66,9 @@ def main(arguments: list[str] | None = None) -> Found:
             return found
         say(f"the fastest at a fidelity of {AT_LEAST}, searched for {minutes:.1f} minutes")
         result = se.search_model(
-            student, images, output / "found", at_least=AT_LEAST, backends=["onnxruntime"], computes=["auto"],
-            precisions=["fp32"], minutes=minutes, trust=[MODULE],
+            student, images, output / "found", model=se.ModelOptions(trust=[MODULE]), options=se.SearchOptions(
+                at_least=AT_LEAST, backends=["onnxruntime"], computes=["auto"], precisions=["fp32"], minutes=minutes
+            ),
         )  # fmt: skip
     if isinstance(result.statistics.answer, Unavailable):
         say(f"none was found: {result.statistics.answer.why}")
@@ -99,14 +100,18 @@ def say(text: str) -> None:
 
 def judged(bundle: Path, dense: Path) -> Any:
     """The task done beside the dense model, on photographs that nothing was searched or calibrated with."""
-    task = se.evaluate_student(bundle, split.images("shown"), against=dense, metric="task")
+    task = se.evaluate_student(
+        bundle, split.images("shown"), options=se.EvaluationOptions(metric="task"), against=dense
+    )
     write_result(dense.with_name(f"{named(bundle)}-task.json"), task)
     return task
 
 
 def timed(bundle: Path, dense: Path) -> tuple[float, float]:
     """Milliseconds of the dense model and of a bundle, in turn."""
-    speed = se.profile_bundle(bundle, against=dense, seconds=1.5, min_queries=10, layers=False, power=False)
+    speed = se.profile_bundle(
+        bundle, options=se.ProfileOptions(seconds=1.5, min_queries=10, layers=False, power=False), against=dense
+    )
     write_result(dense.with_name(f"{named(bundle)}-speed.json"), speed)
     against = speed.statistics.against
     assert against is not None

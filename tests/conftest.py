@@ -124,7 +124,7 @@ def tiny_student(once: Once, tiny_weights: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(once: Once, tiny_student: Path) -> Path:
-    from sparsifiner_edge.export.export import export_bundle
+    from tests.flat import export_bundle
 
     return once("bundle", lambda folder: export_bundle(tiny_student, folder / "bundle")) / "bundle"
 

@@ -84,16 +84,15 @@ def student(folder: Path) -> None:
 
 def bundle(folder: Path) -> None:
     """A bundle as `export` makes it."""
-    from sparsifiner_edge.export.export import export_bundle
+    from tests.flat import export_bundle
 
     export_bundle(folder.parent / "student", folder)
 
 
 def results(folder: Path) -> None:
     """Results that a report takes."""
-    from sparsifiner_edge.evaluate.evaluate import evaluate_student
-    from sparsifiner_edge.profiles.profile import profile_bundle
     from sparsifiner_edge.results import write_result
+    from tests.flat import evaluate_student, profile_bundle
 
     whole, small, images = (folder.parent / name for name in ("bundle", "plain", "images"))
     made = {
@@ -107,8 +106,8 @@ def results(folder: Path) -> None:
 
 def training(folder: Path) -> None:
     """A training that was cut short, with its checkpoint and history."""
-    from sparsifiner_edge.distill.distill import distill_student
     from sparsifiner_edge.sparse.student import save_student
+    from tests.flat import distill_student
     from tests.models import student as make_student
 
     good = folder.parent

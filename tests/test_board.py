@@ -38,9 +38,9 @@ from sparsifiner_edge.ops.triton.compile import compile_launch, kernel
 from sparsifiner_edge.ops.triton.plan_layer import plan_layer
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
-from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.golden import check_golden
 from tests.commands import assert_refused, call, manifest_of
+from tests.flat import open_session
 from tests.seal import table_of
 from tests.sparse_graph import LEFT_OF_MERGING, merging_model, sparse_model
 from tests.tiny import make_bundle

@@ -21,9 +21,9 @@ from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime import build as module
-from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import batch_range, build_candidate
 from tests.commands import PROGRAM, assert_refused, call, ended, manifest_of, snapshot, wait_for
+from tests.flat import open_session
 from tests.mounts import in_mount, needs_mounts
 from tests.seal import reseal
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx

@@ -16,11 +16,12 @@ import pytest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.runtime import cuda, open_session
+from sparsifiner_edge.runtime import cuda
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.onnxruntime import CUDA, FALLBACK, OnnxRuntime
 from tests.fakes.gpu import STATUS, Gpu, cuda_bindings, install_cuda
+from tests.flat import open_session
 from tests.tiny import make_bundle
 
 
@@ -144,9 +145,10 @@ def test_standard_output_stays_clean(tiny):
         "import sys, json, onnxruntime\n"
         "onnxruntime.preload_dlls = lambda: print('Failed to load libcudnn')\n"
         "onnxruntime.get_available_providers = lambda: ['CUDAExecutionProvider']\n"
+        "from sparsifiner_edge import Execution\n"
         "from sparsifiner_edge.runtime import cuda, open_session, onnxruntime as session\n"
         "session.probe = lambda: cuda.CudaDevice('x', '8.7', True, '12.6')\n"
-        "try: open_session(sys.argv[1], provider='cuda')\n"
+        "try: open_session(sys.argv[1], Execution(provider='cuda'))\n"
         "except Exception as error: print(json.dumps(str(error)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tiny)], capture_output=True, text=True, check=False)

@@ -15,7 +15,8 @@ from sparsifiner_edge.artifacts import tomllib
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import UnsupportedModelError
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.verify import verify_bundle
+from tests import flat
+from tests.flat import verify_bundle
 
 PAGE = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 MODELS = """
@@ -105,13 +106,13 @@ def test_a_package_from_outside(mylab: None, tmp_path: Path, pictures: Path) -> 
         expected = model(x)
         se.sparsify_model(model, keep=0.999, cells=4, channels=8, calibrate=x)
         torch.testing.assert_close(model(x), expected, atol=1e-2, rtol=1e-2)
-    bundle = open_bundle(se.export_model(model, x[:1], tmp_path / "bundle"))
+    bundle = open_bundle(flat.export_model(model, x[:1], tmp_path / "bundle"))
     assert "sparsifiner::SparseAttention" in bundle.manifest.ops
-    with se.open_session(bundle.folder, "onnx-reference") as session:
+    with flat.open_session(bundle.folder, "onnx-reference") as session:
         assert check_golden(session, bundle)
         assert session.backend == "onnx-reference"
     assert verify_bundle(bundle.folder, backend="onnx-reference").passed
-    result = se.evaluate_student(bundle.folder, pictures, against=bundle.folder, metric="task", task="coverage")
+    result = flat.evaluate_student(bundle.folder, pictures, against=bundle.folder, metric="task", task="coverage")
     assert result.method.metric == "coverage"
     assert 0 <= result.statistics["subject_score"].mean.value <= 1
     assert torch.equal(se.restore_model(model)(x), expected)

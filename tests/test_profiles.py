@@ -199,8 +199,8 @@ DEPTH = 6
 @pytest.fixture(scope="module")
 def exported(once, tiny_weights):
     """The same model sparse, with tokens pruned after layer 3, and dense."""
-    from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
+    from tests.flat import export_bundle
     from tests.models import TINY
 
     def make(folder):

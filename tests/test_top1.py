@@ -22,8 +22,9 @@ from sparsifiner_edge.evaluate.reading import feed_of, read_images
 from sparsifiner_edge.images import list_images, load_image, open_image
 from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.results import check_result
-from sparsifiner_edge.sparse.student import load_student, save_student
+from sparsifiner_edge.sparse.student import save_student
 from tests.commands import assert_refused, call
+from tests.flat import export_bundle, load_student
 from tests.models import TINY, sparse, vit
 from tests.once import Once
 from tests.plain import evaluate_student

@@ -20,14 +20,12 @@ from sparsifiner_edge.bundle.store import LABELS_FILE, open_bundle
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import TrainingState
 from sparsifiner_edge.distill.data import folder_source
-from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
-from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.runtime.verify import verify_bundle
-from sparsifiner_edge.sparse.student import dense_twin, load_student
+from sparsifiner_edge.sparse.student import dense_twin
 from tests.commands import assert_refused, call, process, snapshot
+from tests.flat import distill_student, export_bundle, load_student, verify_bundle
 from tests.fuzz.mutate import json_text
 from tests.made import SHORT, make
 from tests.models import TINY

@@ -9,12 +9,11 @@ import pytest
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import process
+from tests.flat import export_bundle, open_session
 from tests.models import TINY, student
 from tests.native.test_kernels import LACKING
 

@@ -17,8 +17,8 @@ from tests.seal import reseal
 @pytest.fixture(scope="session")
 def dynamic_bundle(once: Once, feature_weights: Path) -> Path:
     """Features and tokens of dynamic batch; half the tokens are pruned."""
-    from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
+    from tests.flat import export_bundle
     from tests.models import TINY
 
     def make(folder: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from sparsifiner_edge.bundle.sign import sign_bundle
 from sparsifiner_edge.images import centred
 from sparsifiner_edge.package import package_bundle
-from sparsifiner_edge.runtime import open_session
+from tests.flat import open_session
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = ROOT / "export" / "gstreamer"

@@ -23,9 +23,9 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.schema import VERSION
 from sparsifiner_edge.package import package_bundle
-from sparsifiner_edge.runtime.verify import verify_bundle
 from sparsifiner_edge.text import file_name
 from tests.commands import assert_refused, call, snapshot
+from tests.flat import verify_bundle
 from tests.seal import reseal
 from tests.tiny import make_bundle
 

@@ -12,10 +12,8 @@ from sparsifiner_edge.results import write_result
 @pytest.fixture(scope="session")
 def real(once, tiny_bundle, tiny_weights, pictures):
     """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle."""
-    from sparsifiner_edge.evaluate.evaluate import evaluate_student
-    from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle
-    from sparsifiner_edge.profiles.profile import profile_bundle
+    from tests.flat import evaluate_student, export_bundle, profile_bundle
     from tests.models import TINY
 
     def make(folder):

@@ -18,9 +18,10 @@ from sparsifiner_edge.bundle.kernels import read_table
 from sparsifiner_edge.bundle.sign import require_signature, sign_bundle
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.runtime import open_session, verify
+from sparsifiner_edge.runtime import verify
 from sparsifiner_edge.runtime.golden import check_golden
 from tests.commands import assert_refused, call
+from tests.flat import open_session
 from tests.seal import reseal
 from tests.tiny import make_bundle
 

@@ -28,13 +28,13 @@ import msgspec
 from sparsifiner_edge import doctor
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge import Execution, open_session
 place = Path(sys.argv[1])
 native.library_path = lambda: place if place.is_file() else None
 told = {}
 for kernels in ("auto", "portable", "native"):
     try:
-        with open_session(sys.argv[2], kernels=kernels) as session:
+        with open_session(sys.argv[2], Execution(kernels=kernels)) as session:
             told[kernels] = session.description.kernels
     except SparsifinerError as error:
         told[kernels] = f"refused: {error}"

@@ -16,10 +16,11 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.profiles.boards.board import load_board
-from sparsifiner_edge.runtime import golden, open_session
+from sparsifiner_edge.runtime import golden
 from sparsifiner_edge.runtime.build import build_engine, verdict
 from sparsifiner_edge.runtime.golden import beyond_text, check_golden
 from tests.fakes.tensorrt import Behaviour
+from tests.flat import open_session
 from tests.seal import reseal, seal_bundle
 from tests.sparse_graph import merging_graph, sparse_model
 

@@ -13,12 +13,12 @@ from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.bundle.engines import BatchRange
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
-from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.golden import check_golden
 from tests.commands import snapshot
 from tests.fakes.gpu import install_pycuda
 from tests.fakes.tensorrt import Behaviour
+from tests.flat import open_session
 
 CARD = {"name": "NVIDIA GeForce RTX 4060", "sm": (8, 9), "integrated": False}
 

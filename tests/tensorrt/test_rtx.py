@@ -24,13 +24,13 @@ from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
-from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.tensorrt.backend import dense_model
 from sparsifiner_edge.sparse.patch import set_budget
 from tests.commands import manifest_of, snapshot
 from tests.everything import first
 from tests.fakes.gpu import Gpu, install_cuda
+from tests.flat import open_session
 from tests.models import TINY_CONFIG, student
 from tests.seal import reseal, seal_bundle
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx

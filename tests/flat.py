@@ -1,0 +1,33 @@
+"""Public functions with their options flat, as the command line has them; see `cli.common.grouped`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sparsifiner_edge as se
+from sparsifiner_edge.cli.common import grouped
+
+
+def _flat(function: str, **kinds: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        if "execution" in kinds and len(arguments) > 1 and function != "evaluate_student":
+            options, arguments = {"backend": arguments[1], **options}, arguments[:1]
+        groups = grouped(options, **{name: getattr(se, kind) for name, kind in kinds.items()})
+        return getattr(se, function)(*arguments, **groups)
+
+    return call
+
+
+_MODEL = {"model": "ModelOptions"}
+distill_student = _flat("distill_student", **_MODEL, options="TrainingOptions")
+evaluate_student = _flat(
+    "evaluate_student", **_MODEL, budget="Budget", execution="Execution", options="EvaluationOptions"
+)
+export_bundle = _flat("export_bundle", **_MODEL, budget="Budget", options="ExportOptions")
+export_model = _flat("export_model", options="ExportOptions")
+load_student = _flat("load_student", budget="Budget")
+open_session = _flat("open_session", execution="Execution")
+profile_bundle = _flat("profile_bundle", execution="Execution", options="ProfileOptions")
+search_model = _flat("search_model", **_MODEL, options="SearchOptions")
+verify_bundle = _flat("verify_bundle", execution="Execution")
