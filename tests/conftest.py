@@ -142,8 +142,8 @@ def exported(once: Once) -> Path:
     """`student`, sparse in all layers, with its `bundle`; its teacher's `weights.safetensors`, with theirs, `dense`.
     Both bundles give tokens.
     """
-    from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.sparse.student import save_student
+    from tests.flat import export_bundle
     from tests.models import TINY, student
 
     def make(folder: Path) -> None:

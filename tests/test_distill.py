@@ -17,11 +17,11 @@ import torch
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
-from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, ImageError
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.sparse.student import load_student, save_student
+from sparsifiner_edge.sparse.student import save_student
 from tests.commands import PROGRAM, assert_refused, call, process
+from tests.flat import distill_student, load_student
 from tests.models import student
 
 BUDGETS = 'budgets=[{keep="0.1"},{keep="0.2"}]'

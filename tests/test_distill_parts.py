@@ -30,7 +30,9 @@ from sparsifiner_edge.distill.train import make_optimiser
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.sparse.student import dense_twin, load_student
+from sparsifiner_edge.sparse.student import dense_twin
+from tests import flat
+from tests.flat import load_student
 from tests.models import images, student
 
 
@@ -238,8 +240,8 @@ def test_training_brings_the_outputs_nearer(segmenter: Path, frozen: bool) -> No
 
 def test_a_training_of_ones_own_model_is_written_as_a_student(tmp_path: Path, segmenter: Path, pictures: Path) -> None:
     settings = ["distil.steps=2", "batch=2", "images.held_out=1", "check_every=1"]
-    summary = se.distill_student(segmenter, pictures, tmp_path / "better", overrides=settings, trust=[FACTORY])
+    summary = flat.distill_student(segmenter, pictures, tmp_path / "better", overrides=settings, trust=[FACTORY])
     assert 0.5 < summary.start < 1
     assert load_student(tmp_path / "better", trust=[FACTORY]).outputs == ("mask", "heat")
     with pytest.raises(ArtifactError, match="made by the code"):
-        se.distill_student(segmenter, pictures, tmp_path / "other", overrides=settings)
+        flat.distill_student(segmenter, pictures, tmp_path / "other", overrides=settings)

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-import sparsifiner_edge as se
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.service import run_images
 from sparsifiner_edge.demo import material, split
@@ -29,8 +28,10 @@ from sparsifiner_edge.outcomes import ExplainResult, ScoresResult
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.results import check_result
-from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
+from sparsifiner_edge.sparse.student import save_student, sparsify
+from tests import flat
 from tests.commands import assert_refused, call, manifest_of, process
+from tests.flat import load_student
 from tests.models import KINDS, TINY, student, vit
 from tests.once import Once
 from tests.plain import evaluate_student
@@ -66,7 +67,7 @@ def test_rectangles(exported: Path, folder: Path, tmp_path: Path) -> None:
     one = student(img_size=size)
     save_student(one, tmp_path / "student")
     save_file(vit(img_size=size).state_dict(), weights)
-    bundle = se.export_bundle(tmp_path / "student", tmp_path / "bundle", tokens=True)
+    bundle = flat.export_bundle(tmp_path / "student", tmp_path / "bundle", tokens=True)
     own = evaluate_student(tmp_path / "student", folder)
     other = evaluate_student(bundle, folder, against="test_vit", weights=weights)
     assert own["method"]["preprocessing"] == other["method"]["preprocessing"]
@@ -79,7 +80,7 @@ def test_rectangles(exported: Path, folder: Path, tmp_path: Path) -> None:
         (record,) = run_images(model, folder / "dogs" / "02.png")
     with Image.open(folder / "dogs" / "02.png") as image:  # 180 x 170: the middle 108 rows are as the model is shaped
         middle = image.crop((0, 31, 180, 139)).resize((160, 96), Image.Resampling.BICUBIC)
-    with se.open_session(bundle) as session:
+    with flat.open_session(bundle) as session:
         logits = session.infer({"image": np.asarray(middle)[None]})["logits"][0]
     assert record.top is not None
     assert record.top[0].number == logits.argmax()
@@ -102,7 +103,7 @@ def made(once: Once) -> dict[str, Path]:
     def make(folder: Path) -> None:
         save_file(vit(num_classes=0).state_dict(), folder / "weights.safetensors")
         save_student(student(num_classes=0), folder / "student")
-        se.export_bundle(folder / "student", folder / "bundle")
+        flat.export_bundle(folder / "student", folder / "bundle")
         colours(folder / "gallery", 15, 0)
         colours(folder / "queries", 4, 1)
 
@@ -149,7 +150,7 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(
     own = evaluate_student(head, made["queries"], metric="top1")
     assert own["samples"]["subject_accuracy"] == probe["samples"]["subject_accuracy"]
     assert own["method"]["classes"] == list(COLOURS)
-    bundle = se.export_bundle(head, tmp_path / "bundle")
+    bundle = flat.export_bundle(head, tmp_path / "bundle")
     assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
     assert manifest_of(bundle)["outputs"][0]["shape"] == [1, 3]
     with Model(bundle) as model:

@@ -16,7 +16,6 @@ import onnx.inliner
 import pytest
 import torch
 
-import sparsifiner_edge as se
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import GateError
@@ -29,10 +28,12 @@ from sparsifiner_edge.ops.bodies import INPUT_PREFIX
 from sparsifiner_edge.ops.schema import VERSION
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.hosts.timm import preprocessing
-from sparsifiner_edge.sparse.student import Student, load_student, save_student
+from sparsifiner_edge.sparse.student import Student, save_student
 from sparsifiner_edge.sparse.weights import normalise
+from tests import flat
 from tests.commands import manifest_of
 from tests.everything import first
+from tests.flat import load_student
 from tests.models import student
 
 OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"
@@ -53,7 +54,7 @@ def export_shallow(made: Student, output: Path, depth: int = 2, **options: Any) 
     """Of a student its first layers alone: what is particular to an architecture is in each of them."""
     made.model.blocks = made.model.blocks[:depth]
     example, pixels = torch.zeros(1, 3, *made.model.patch_embed.img_size), made.normalisation
-    return se.export_model(made.model, example, output, normalise=(pixels.mean, pixels.std), **options)
+    return flat.export_model(made.model, example, output, normalise=(pixels.mean, pixels.std), **options)
 
 
 def model_of(bundle: Path) -> onnx.ModelProto:
@@ -116,7 +117,7 @@ def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path) -> None:
     with torch.no_grad():
         expected = made(normalise(torch.from_numpy(image), preprocessing(made))).numpy()
     for kernels, said in (("portable", "function bodies"), ("native", f"native, {native.target()}")):
-        with se.open_session(bundle, kernels=kernels) as session:
+        with flat.open_session(bundle, kernels=kernels) as session:
             assert session.description.kernels == said
             got = session.infer({"image": image})["logits"]
             check_golden(session, open_bundle(bundle))
@@ -155,7 +156,7 @@ def test_architectures(name: str, options: dict[str, Any], keep: Any, tmp_path: 
     x = smooth_images(made.img_size, 2)
     with torch.no_grad():
         wanted = made.model(normalise(torch.from_numpy(x), preprocessing(made.model))).numpy()
-    with se.open_session(bundle) as session:
+    with flat.open_session(bundle) as session:
         together, *alone = (session.infer({"image": part})[session.outputs[0].name] for part in (x, x[:1], x[1:]))
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-3 * np.ptp(wanted))
     assert np.abs(together - wanted).max() < 0.02 * np.ptp(wanted)

@@ -31,9 +31,11 @@ from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.patch import make_model_sparse, set_budget
-from sparsifiner_edge.sparse.student import load_student, save_student, with_budget
+from sparsifiner_edge.sparse.student import save_student, with_budget
+from tests import flat
 from tests.commands import manifest_of
 from tests.everything import first
+from tests.flat import load_student
 from tests.models import TINY, images, student, vit
 from tests.plain import evaluate_student
 
@@ -175,14 +177,14 @@ def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
 def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:
     # The export itself holds both kinds of kernels to torch, token by token.
     saved = save_student(student(sparsity=sparsity), tmp_path / "student")
-    bundle = se.export_bundle(saved, tmp_path / "bundle", batch=batch, tokens=True)
+    bundle = flat.export_bundle(saved, tmp_path / "bundle", batch=batch, tokens=True)
     manifest = manifest_of(bundle)
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
     assert not any("Score" in name for name in manifest["ops"])
     image = smooth_images(160, 1, seed=5)
     results = []
     for kernels in ("native", "portable"):
-        with se.open_session(bundle, kernels=kernels) as session:
+        with flat.open_session(bundle, kernels=kernels) as session:
             check_golden(session, open_bundle(bundle))
             results.append(session.infer({"image": image}))
             assert results[-1]["tokens"].shape == (1, 36, 64)
@@ -201,7 +203,7 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
 def test_what_cannot_prune_is_refused(tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=PRUNED_ALONE, num_classes=0), tmp_path / "student")
     with pytest.raises(ConfigError, match="teacher prunes"):
-        evaluate_student(folder, pictures, against=se.export_bundle(folder, tmp_path / "bundle"))
+        evaluate_student(folder, pictures, against=flat.export_bundle(folder, tmp_path / "bundle"))
     with pytest.raises(ConfigError, match="layer 9: the model has 6 layers"):
         student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((9, 0.5),)))
     with pytest.raises(ConfigError, match="requires a class token"):
@@ -213,7 +215,7 @@ def test_what_cannot_prune_is_refused(tmp_path: Path, pictures: Path) -> None:
             dataclasses.replace(PRUNED, token_keep=wrong)
     assert parse_token_keep(" 3:.7, 6:.5 ") == ((3, 0.7), (6, 0.5))
     with pytest.raises(ConfigError, match="require a student"):
-        se.export_bundle(TINY, tmp_path / "x", keep=0.5)
+        flat.export_bundle(TINY, tmp_path / "x", keep=0.5)
     made, image = student(sparsity=PRUNED).model, torch.zeros(1, 3, 160, 160)
     with pytest.raises(ConfigError, match="no maps of its layers"):
         made.forward_intermediates(image)

@@ -13,7 +13,6 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-import sparsifiner_edge as se
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.execution import Execution
@@ -27,6 +26,7 @@ from sparsifiner_edge.metrics import aligned, cosine
 from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import find_backend
+from tests import flat
 from tests.commands import manifest_of
 from tests.everything import first
 from tests.models import KINDS, TINY, student
@@ -90,7 +90,7 @@ def test_it_is_close_to_float32_on_another_image(kind: str) -> None:
 
 
 def test_a_bundle_says_what_it_is_and_what_ran(exported: Path, tmp_path: Path) -> None:
-    made = se.export_bundle(exported / "student", tmp_path / "fp16", precision="fp16", batch="dynamic", tokens=True)
+    made = flat.export_bundle(exported / "student", tmp_path / "fp16", precision="fp16", batch="dynamic", tokens=True)
     manifest = manifest_of(made)
     assert manifest["precision"] == "fp16"
     assert set(manifest["tolerances"].values()) == {0.05}
@@ -98,14 +98,14 @@ def test_a_bundle_says_what_it_is_and_what_ran(exported: Path, tmp_path: Path) -
     found = manifest["float16"]["least_row_cosines"]
     assert set(found) == {"logits", "features", "tokens"}
     assert min(found.values()) >= 0.999
-    with se.open_session(made) as session:
+    with flat.open_session(made) as session:
         check_golden(session, open_bundle(made))
         assert (session.description.precision, session.description.kernels) == ("fp16", "function bodies")
         together = session.infer({"image": smooth_images(160, 3)})["logits"]
         alone = session.infer({"image": smooth_images(160, 3)[1:2]})["logits"]
     np.testing.assert_allclose(together[1:2], alone, atol=2e-2 * np.ptp(alone))
     with pytest.raises(BackendError, match="native kernels take no float16"):
-        se.open_session(made, kernels="native")
+        flat.open_session(made, kernels="native")
 
 
 def scaled(model: onnx.ModelProto, place: int, largest: float) -> str:
@@ -137,7 +137,7 @@ def test_every_linear_layer_and_nothing_else_is_int8(
     exported: Path, folder: Path, tmp_path: Path, target: str, sparse: bool
 ) -> None:
     options: dict[str, Any] = {} if sparse else {"weights": exported / "weights.safetensors"}
-    made = se.export_bundle(
+    made = flat.export_bundle(
         exported / "student" if sparse else TINY, tmp_path / "int8", precision="int8", calibrate=folder,
         tokens=True, int8_target=target, **options,
     )  # fmt: skip
@@ -159,7 +159,7 @@ def test_every_linear_layer_and_nothing_else_is_int8(
         assert all(int(values[name]) == 0 for name in zero_points)
     scales = [t for t in model.graph.initializer if t.name.endswith("_scale") and len(t.dims) == 1]
     assert len(scales) >= found["quantised"]  # one per channel of each weight
-    with se.open_session(made) as session:
+    with flat.open_session(made) as session:
         assert session.description.precision == f"int8, rest {'fp32' if target == 'cpu' else 'fp16'}"
         check_golden(session, open_bundle(made))
         if sparse:
@@ -219,7 +219,7 @@ def test_channels_that_exceed_all_others_cost_nothing(exported: Path) -> None:
 
 @pytest.mark.everything
 def test_what_merges_is_no_error_of_the_layers(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    merged = se.export_bundle(exported / "student", tmp_path / "merged", merge=(12,), tokens=True)
+    merged = flat.export_bundle(exported / "student", tmp_path / "merged", merge=(12,), tokens=True)
     model = onnx.load(merged / "model.onnx")
     matches = results_of(model, "MatchTokens")
     assert len(matches) > 3
@@ -262,7 +262,7 @@ def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(
 ) -> None:
     monkeypatch.setattr(int8, "LEAST_MEAN_COSINE", 1.1)
     with pytest.raises(GateError, match=r"int8 file has cosine 0\.\d+ to float32, allowed 1.1, with \d+ of 24"):
-        se.export_bundle(exported / "student", tmp_path / "refused", precision="int8", calibrate=folder)
+        flat.export_bundle(exported / "student", tmp_path / "refused", precision="int8", calibrate=folder)
     assert not (tmp_path / "refused").exists()
 
 
@@ -278,7 +278,7 @@ def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(
 )
 def test_refusals(exported: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        se.export_bundle(exported / "student", tmp_path / "x", **options)
+        flat.export_bundle(exported / "student", tmp_path / "x", **options)
     with pytest.raises(ConfigError, match="no images"):
         int8.quantise(onnx.load(exported / "bundle" / "model.onnx"), [])
     assert not (tmp_path / "x").exists()

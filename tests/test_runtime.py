@@ -18,7 +18,6 @@ import onnx
 import onnx.inliner
 import pytest
 
-import sparsifiner_edge as se
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError
@@ -30,6 +29,7 @@ from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.openvino import import_openvino
 from sparsifiner_edge.sparse.student import save_student
+from tests import flat
 from tests.commands import assert_refused, call
 from tests.everything import first
 from tests.made import install_plugin
@@ -51,7 +51,7 @@ def image(batch=1, size=4):
 
 def test_images_may_lie_anyhow_in_memory(bundle):
     images = image(3)
-    with se.open_session(bundle) as session:
+    with flat.open_session(bundle) as session:
         features = session.infer({"image": images})["features"]
         strided = session.infer({"image": np.repeat(images, 2, axis=0)[::2]})["features"]
     np.testing.assert_array_equal(strided, features)
@@ -59,14 +59,14 @@ def test_images_may_lie_anyhow_in_memory(bundle):
 
 def test_native_kernels_that_are_not_there_are_refused_where_they_are_asked_for(bundle, monkeypatch):
     monkeypatch.setattr(native, "_FILE", "no-such.so")
-    with se.open_session(bundle) as session:
+    with flat.open_session(bundle) as session:
         assert session.description.kernels == "none (standard operators)"
     with pytest.raises(BackendError, match=r"(?s)The native library is not built: install .* portable kernels"):
-        se.open_session(bundle, kernels="native")
+        flat.open_session(bundle, kernels="native")
 
 
 def test_a_session_says_what_really_runs(tmp_path, bundle):
-    with se.open_session(bundle, threads=1) as session:
+    with flat.open_session(bundle, threads=1) as session:
         assert session.backend == "onnxruntime"
         assert session.inputs == [TensorSpec("image", "uint8", ("batch", 4, 4, 3))]
         assert session.outputs == [TensorSpec("features", "float32", ("batch", 8))]
@@ -75,7 +75,7 @@ def test_a_session_says_what_really_runs(tmp_path, bundle):
     assert described.provider == "CPUExecutionProvider"
     assert described.kernels == "none (standard operators)"
     assert (described.precision, described.threads) == ("fp32", 1)
-    with se.open_session(make_bundle(tmp_path / "f", function=True)) as session:
+    with flat.open_session(make_bundle(tmp_path / "f", function=True)) as session:
         assert session.description.kernels == "function bodies"  # an operator that the library has not
         assert session.description.threads == len(os.sched_getaffinity(0))
 
@@ -91,7 +91,7 @@ def test_a_session_says_what_really_runs(tmp_path, bundle):
     ],
 )
 def test_unfit_inputs_are_named(bundle, inputs, got, expected):
-    with se.open_session(bundle) as session:
+    with flat.open_session(bundle) as session:
         for check in (session.validate, session.infer):
             with pytest.raises(BackendError, match=got) as caught:
                 check(inputs)
@@ -99,7 +99,7 @@ def test_unfit_inputs_are_named(bundle, inputs, got, expected):
 
 
 def test_a_closed_session_refuses(bundle):
-    session = se.open_session(bundle)
+    session = flat.open_session(bundle)
     session.close()
     session.close()
     with pytest.raises(BackendError, match="closed"):
@@ -113,7 +113,7 @@ def test_a_failure_inside_the_model_is_a_message(tmp_path):
     shape.CopyFrom(onnx.numpy_helper.from_array(np.array([7, -1, 3], np.int64), "shape"))  # 48 values, no sevens
     onnx.save(model, folder / "model.onnx")
     reseal(folder)
-    with se.open_session(folder) as session, pytest.raises(BackendError, match="onnxruntime failed"):
+    with flat.open_session(folder) as session, pytest.raises(BackendError, match="onnxruntime failed"):
         session.infer({"image": image()})
 
 
@@ -129,7 +129,7 @@ def test_a_failure_inside_the_model_is_a_message(tmp_path):
 )
 def test_a_choice_that_cannot_be_is_refused(bundle, wrong, message):
     with pytest.raises(BackendError, match=message):
-        se.open_session(bundle, **wrong)
+        flat.open_session(bundle, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +146,13 @@ def test_golden_refuses_what_differs(tmp_path, spoil, message):
         arrays = dict(file)
     np.savez(folder / "golden.npz", **arrays | {"output.features": spoil(arrays["output.features"])})
     reseal(folder)
-    with se.open_session(folder) as session, pytest.raises(GateError, match=message):
+    with flat.open_session(folder) as session, pytest.raises(GateError, match=message):
         check_golden(session, open_bundle(folder))
 
 
 def test_golden_without_tolerance_or_file_is_refused(tmp_path):
     folder = make_bundle(tmp_path / "b", tolerances={})
-    with se.open_session(folder) as session:
+    with flat.open_session(folder) as session:
         with pytest.raises(ArtifactError, match="the tolerance of 'features' is missing"):
             check_golden(session, open_bundle(folder))
         (folder / "golden.npz").write_bytes(b"PK\x03\x04 cut")
@@ -179,9 +179,9 @@ def foreign(tmp_path, monkeypatch):
 def test_what_another_package_names_and_is_no_backend_is_refused(bundle, foreign):
     for name, message in (("broken", "foreign:Missing cannot be imported"), ("no-backend", "is no class of Backend")):
         with pytest.raises(BackendError, match=message):
-            se.open_session(bundle, name)
+            flat.open_session(bundle, name)
     with pytest.raises(BackendError, match="tensorrt-rtx, foreign, broken"):
-        se.open_session(bundle, "none")
+        flat.open_session(bundle, "none")
 
 
 def test_no_other_package_runs_where_a_signature_is_required(bundle, foreign):
@@ -214,7 +214,7 @@ def bundles(once: Once, pictures: Path) -> Bundles:
 
         def make(folder: Path) -> None:
             saved = save_student(student(sparsity=KINDS.get(name, TINY_CONFIG), **size), folder / "student")
-            se.export_bundle(saved, folder / name, tokens=True, **options)
+            flat.export_bundle(saved, folder / name, tokens=True, **options)
 
         return once(f"openvino {name}", make) / name
 
@@ -231,9 +231,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 def test_gives_what_onnx_runtime_gives(bundles: Bundles, name: str, kernels: str) -> None:
     if name == "fp16" and kernels == "native":
         with pytest.raises(BackendError, match="The native kernels take no float16"):
-            se.open_session(bundles(name), "openvino", kernels=kernels)
+            flat.open_session(bundles(name), "openvino", kernels=kernels)
         return
-    with se.open_session(bundles(name)) as ours, se.open_session(bundles(name), "openvino", 2, kernels) as theirs:
+    with flat.open_session(bundles(name)) as ours, flat.open_session(bundles(name), "openvino", 2, kernels) as theirs:
         batch = 2 if name == "any batch" else ours.inputs[0].shape[0]
         shape = (batch, *ours.inputs[0].shape[1:])
         image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -262,8 +262,8 @@ def test_gives_what_onnx_runtime_gives(bundles: Bundles, name: str, kernels: str
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 @pytest.mark.parametrize("name", first(["edge", "some dense", "dense", "int8"]))
 def test_bf16_is_what_really_runs(bundles: Bundles, name: str) -> None:
-    bf16 = se.open_session(bundles(name), "openvino", precision="bf16")
-    with se.open_session(bundles(name), "openvino") as exact, bf16 as session:
+    bf16 = flat.open_session(bundles(name), "openvino", precision="bf16")
+    with flat.open_session(bundles(name), "openvino") as exact, bf16 as session:
         image = np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)
         wanted, got = exact.infer({"image": image}), session.infer({"image": image})
         assert session.description.precision == ("int8, rest bf16" if name == "int8" else "fp32, run in bf16")
@@ -284,7 +284,7 @@ def test_an_inlined_file_runs_without_us(bundles: Bundles) -> None:
         core.compile_model(file, "CPU")
     inlined = onnx.inliner.inline_local_functions(onnx.load(file)).SerializeToString()
     plain = core.compile_model(inlined, b"", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    with se.open_session(bundles("some dense")) as session:
+    with flat.open_session(bundles("some dense")) as session:
         wanted = session.infer({"image": image})
     assert all(cosine(plain({"image": image})[name], value) > 0.9999 for name, value in wanted.items())
 
@@ -292,7 +292,7 @@ def test_an_inlined_file_runs_without_us(bundles: Bundles) -> None:
 @pytest.mark.skipif("FP16" in KNOWN, reason="the processor has fp16 arithmetic")
 def test_a_precision_that_the_processor_lacks_is_refused(bundles: Bundles) -> None:
     with pytest.raises(BackendError, match=r"(?s)no fp16 arithmetic \(OpenVINO: .*FP32.*Leave --precision out"):
-        se.open_session(bundles("edge"), "openvino", precision="fp16")
+        flat.open_session(bundles("edge"), "openvino", precision="fp16")
 
 
 @pytest.mark.parametrize(
@@ -302,10 +302,10 @@ def test_signals_are_handled_where_they_were_before(precision: str, bundles: Bun
     """In a process of its own: OpenVINO frees what it gives a thread's handlers, and the next signal would end it."""
     code = (
         "import gc, os, signal, sys\n"
-        "from sparsifiner_edge.runtime import open_session\n"
+        "from sparsifiner_edge import Execution, open_session\n"
         "heard = []\n"
         "signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))\n"
-        "open_session(sys.argv[1], 'openvino', precision=sys.argv[2]).close()\n"
+        "open_session(sys.argv[1], Execution(backend='openvino', precision=sys.argv[2])).close()\n"
         "gc.collect()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         "print(len(heard))\n"
@@ -316,7 +316,7 @@ def test_signals_are_handled_where_they_were_before(precision: str, bundles: Bun
 
 
 def test_runs_of_several_threads_take_turns(bundles: Bundles) -> None:
-    with se.open_session(bundles("some dense"), "openvino", 2) as session:
+    with flat.open_session(bundles("some dense"), "openvino", 2) as session:
         shape = session.inputs[0].shape
         images = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8) for i in range(3)]
         wanted = [session.infer({"image": image})["tokens"] for image in images]
@@ -339,23 +339,23 @@ def test_nothing_compiled_is_kept(bundles: Bundles, tmp_path: Path, monkeypatch:
     """OpenVINO would run it unchecked."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for kernels in ("native", "portable"):
-        se.open_session(bundles("edge"), "openvino", kernels=kernels).close()
+        flat.open_session(bundles("edge"), "openvino", kernels=kernels).close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_missing_is_said(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_FILE", "no-such.so")
-    with se.open_session(bundles("edge"), "openvino") as session:
+    with flat.open_session(bundles("edge"), "openvino") as session:
         assert "function bodies (the native library is not built" in str(session.description.kernels)
     with pytest.raises(BackendError, match="The native library is not built"):
-        se.open_session(bundles("edge"), "openvino", kernels="native")
+        flat.open_session(bundles("edge"), "openvino", kernels="native")
 
     def missing(*_: Any) -> None:
         raise MissingExtraError("openvino", "openvino")
 
     monkeypatch.setattr(session_module, "import_package", missing)
     with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[openvino\]"):
-        se.open_session(bundles("edge"), "openvino")
+        flat.open_session(bundles("edge"), "openvino")
 
 
 def test_the_command_checks_it(bundles: Bundles, capsys: pytest.CaptureFixture[str]) -> None:

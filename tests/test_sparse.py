@@ -22,7 +22,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, keep_text, parse_keep
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ConfigError, WeightsError
-from sparsifiner_edge.export.export import export_bundle, model_shape
+from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.ops import reference, torch_landmarks
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.order import hilbert_order, inverse
@@ -30,8 +30,9 @@ from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.patch import make_model_sparse
-from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, load_student, save_student
+from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, save_student
 from tests.commands import manifest_of
+from tests.flat import export_bundle, load_student
 from tests.models import EVA, TINY, eva, images, student, vit
 
 FULL = SparsityConfig(keep=0.999, cells=4, channels=8)

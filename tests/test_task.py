@@ -33,6 +33,7 @@ from sparsifiner_edge.outcomes import RobustnessResult
 from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import read_result
 from sparsifiner_edge.sparse.weights import normalise
+from tests import flat
 from tests.commands import process
 
 FACTORY, METRICS = "tests.hosts.factories", "tests.hosts.metrics"
@@ -84,7 +85,7 @@ def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Pa
             assert lost == pytest.approx(sign * (dense - own))
     assert result["method"]["output"] == "mask"
     # As computed here, from the modules themselves.
-    found = se.load_student(student, trust=[FACTORY])
+    found = flat.load_student(student, trust=[FACTORY])
     path = sorted(pictures.iterdir())[0]
     x = normalise(torch.from_numpy(load_image(path, 160))[None], found.normalisation)
     with torch.no_grad():
@@ -102,7 +103,7 @@ def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Pa
 
 def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:
     asked: dict[str, Any] = {"metric": "task", "trust": [FACTORY]}
-    found = se.evaluate_student(student, pictures, task=f"{METRICS}:Brightness", **asked)
+    found = flat.evaluate_student(student, pictures, task=f"{METRICS}:Brightness", **asked)
     samples = found.samples
     assert samples["subject_score"][1] is None
     assert samples["lost_score"][1] is None
@@ -111,7 +112,7 @@ def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:
     assert found.method.results.keys() == {"subject", "teacher"}
     assert math.isfinite(found.method.results["subject"])
     with pytest.raises(ConfigError, match="Give maps, or your own"):
-        se.evaluate_student(student, pictures, task="darkness", **asked)
+        flat.evaluate_student(student, pictures, task="darkness", **asked)
 
 
 def test_features_on_the_command_line(exported: Path, pictures: Path, tmp_path: Path) -> None:
@@ -126,8 +127,8 @@ def test_features_on_the_command_line(exported: Path, pictures: Path, tmp_path: 
     assert set(samples) == {"clean", "fog", "snow"}
     # As computed here.
     path = sorted(pictures.iterdir())[1]
-    found = se.load_student(plain)
-    dense = se.restore_model(se.load_student(plain).model)
+    found = flat.load_student(plain)
+    dense = se.restore_model(flat.load_student(plain).model)
     image = load_image(path, found.img_size)
     seen = corrupt(image, "fog", 4, seed=1)
 

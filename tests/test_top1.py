@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_dataset, create_loader, create_transform, resolve_data_config
 from timm.models import _registry, get_pretrained_cfg
 
-import sparsifiner_edge as se
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.errors import ImageError
 from sparsifiner_edge.evaluate.reading import feed_of, read_images
@@ -23,8 +22,9 @@ from sparsifiner_edge.images import list_images, load_image, open_image
 from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import save_student
+from tests import flat
 from tests.commands import assert_refused, call
-from tests.flat import export_bundle, load_student
+from tests.flat import load_student
 from tests.models import TINY, sparse, vit
 from tests.once import Once
 from tests.plain import evaluate_student
@@ -74,8 +74,8 @@ def made(once: Once) -> dict[str, Path]:
         model = classifier(photographs(folder / "data"))
         save_file(model.state_dict(), folder / "weights.safetensors")
         save_student(sparse(TINY, model), folder / "student")
-        se.export_bundle(folder / "student", folder / "bundle", batch=4)
-        se.export_bundle(folder / "student", folder / "dynamic", batch="dynamic")
+        flat.export_bundle(folder / "student", folder / "bundle", batch=4)
+        flat.export_bundle(folder / "student", folder / "dynamic", batch="dynamic")
 
     folder = once("top1", make)
     names = {name: folder / name for name in ("data", "student", "bundle", "dynamic")}

@@ -24,6 +24,7 @@ from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.profiles.measure.layers import node_place
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.hosts import backbone_of
+from tests import flat
 from tests.commands import call, manifest_of, process
 from tests.everything import first
 from tests.hosts.factories import (
@@ -50,7 +51,7 @@ EXAMPLE = torch.zeros(1, 3, 160, 160)
 
 def outputs(bundle: Bundle) -> dict[str, Any]:
     """Names and shapes, once golden data agree."""
-    with se.open_session(bundle.folder) as session:
+    with flat.open_session(bundle.folder) as session:
         assert check_golden(session, bundle)
     return {output.name: output.shape for output in bundle.manifest.outputs}
 
@@ -64,7 +65,7 @@ def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, A
     size = backbone_of(made).image_size
     if settings:
         se.sparsify_model(made, **settings)
-    bundle = open_bundle(se.export_model(made, images(size), tmp_path / "bundle", normalise=SEEN))
+    bundle = open_bundle(flat.export_model(made, images(size), tmp_path / "bundle", normalise=SEEN))
     assert list(outputs(bundle)) == ["features", "tokens"]
     shape, plan = bundle.manifest.shape, bundle.manifest.plan
     assert shape is not None
@@ -79,7 +80,7 @@ def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, A
 @pytest.mark.everything
 def test_depth_anything(tmp_path: Path) -> None:
     made = se.sparsify_model(depth_anything(), **MERGED)
-    bundle = open_bundle(se.export_model(made, images((140, 140), 1), tmp_path / "bundle", normalise=SEEN))
+    bundle = open_bundle(flat.export_model(made, images((140, 140), 1), tmp_path / "bundle", normalise=SEEN))
     assert outputs(bundle) == {"predicted_depth": (1, 140, 140)}
     places = {node.name: node_place(node.name) for node in bundle.model().graph.node}
     assert {kind for layer, kind, _ in places.values() if layer is None} == {"decoder", "other"}
@@ -93,7 +94,7 @@ def test_depth_anything(tmp_path: Path) -> None:
 def test_a_users_decoder(tmp_path: Path, pictures: Path, precision: str) -> None:
     given = {"calibrate": pictures} if precision == "int8" else {}
     made = se.sparsify_model(Masked(), **MERGED)
-    bundle = open_bundle(se.export_model(made, EXAMPLE, tmp_path / "bundle", precision=precision, **given))
+    bundle = open_bundle(flat.export_model(made, EXAMPLE, tmp_path / "bundle", precision=precision, **given))
     assert outputs(bundle) == {"mask": (1, 160, 160), "heat": (1, 1, 10, 10)}
     assert (bundle.manifest.name, bundle.manifest.precision) == ("Masked", precision)
 
@@ -102,10 +103,10 @@ def test_a_users_decoder(tmp_path: Path, pictures: Path, precision: str) -> None
 @pytest.mark.parametrize("batch", ["dynamic", 2])
 def test_batches_and_names(tmp_path: Path, batch: int | str) -> None:
     where = tmp_path / "bundle"
-    bundle = open_bundle(se.export_model(Segmenter(), EXAMPLE, where, outputs=["m", "h"], batch=batch, name="mine"))
+    bundle = open_bundle(flat.export_model(Segmenter(), EXAMPLE, where, outputs=["m", "h"], batch=batch, name="mine"))
     assert list(outputs(bundle)) == ["m", "h"]
     assert (bundle.manifest.name, bundle.manifest.sparsity) == ("mine", None)
-    assert list(outputs(open_bundle(se.export_model(Masked(), EXAMPLE, where, outputs=["heat"])))) == ["heat"]
+    assert list(outputs(open_bundle(flat.export_model(Masked(), EXAMPLE, where, outputs=["heat"])))) == ["heat"]
 
 
 def test_normalisation_is_folded_where_nothing_else_reads_the_pixels() -> None:
@@ -144,7 +145,7 @@ def test_what_is_refused_writes_nothing(
 ) -> None:
     given = {"example": EXAMPLE, "normalise": False} | settings
     with pytest.raises(error) as caught:
-        se.export_model(make(), given.pop("example"), tmp_path / "bundle", **given)
+        flat.export_model(make(), given.pop("example"), tmp_path / "bundle", **given)
     assert said in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -162,7 +163,7 @@ def assert_answers(bundle: Path, module: nn.Module, mean: Any, std: Any) -> None
     with torch.no_grad():
         wanted = module(x)
     wanted = wanted.logits if hasattr(wanted, "logits") else wanted[0] if isinstance(wanted, tuple) else wanted
-    with se.open_session(bundle) as session:
+    with flat.open_session(bundle) as session:
         (got, *_) = session.infer({"image": image}).values()
     assert np.abs(got - wanted.numpy()).max() < 1e-4 * float(wanted.max() - wanted.min())
 
@@ -188,7 +189,7 @@ def test_a_users_module_answers_as_itself(
     assert f"export {student} --trust {HERE} " in done.out
     assert call(capsys, "export", student, "--trust", HERE, "-o", bundle).code == 0
     given = None if not options else False if make is Inside else pixels
-    se.export_model(make(), EXAMPLE, live, normalise=given)
+    flat.export_model(make(), EXAMPLE, live, normalise=given)
     for folder in (dense, bundle, live):
         assert_answers(folder, make(), *pixels)
         folded = manifest_of(folder)["preprocessing"]["folded"]
@@ -206,9 +207,9 @@ def test_a_classifier_of_hugging_face_answers_as_itself_and_keeps_its_labels(tmp
     assert json.loads((student / STUDENT_FILE).read_text())["labels"] == list(names.values())
     shown = ["car", r"red\x1b[31m bus", "<b>cat</b>"]
     for bundle in (
-        se.export_model(made, EXAMPLE, tmp_path / "live", normalise=pixels),
-        se.export_bundle(folder, tmp_path / "dense"),
-        se.export_bundle(student, tmp_path / "bundle"),
+        flat.export_model(made, EXAMPLE, tmp_path / "live", normalise=pixels),
+        flat.export_bundle(folder, tmp_path / "dense"),
+        flat.export_bundle(student, tmp_path / "bundle"),
     ):
         assert_answers(bundle, made, *pixels)
         assert open_bundle(bundle).labels() == shown
@@ -221,17 +222,17 @@ def test_a_classifier_of_hugging_face_answers_as_itself_and_keeps_its_labels(tmp
 
 def test_numbers_of_classes_are_no_names(tmp_path: Path) -> None:
     made = transformers.ViTForImageClassification(transformers.ViTConfig(**SIXTEEN, num_labels=3)).eval()
-    bundle = se.export_bundle(str(saved(made, tmp_path / "vit")), tmp_path / "bundle")
+    bundle = flat.export_bundle(str(saved(made, tmp_path / "vit")), tmp_path / "bundle")
     assert open_bundle(bundle).labels() == []
     made.config.id2label = {0: "a", 7: "b", 8: "c"}
     with pytest.raises(ConfigError, match=r"names the classes \[0, 7, 8\], not 0 to 2"):
-        se.export_model(made, EXAMPLE, tmp_path / "b", normalise=False)
+        flat.export_model(made, EXAMPLE, tmp_path / "b", normalise=False)
 
 
 def test_a_teacher_of_the_same_function_expects_what_its_student_does(tmp_path: Path, pictures: Path) -> None:
     student = se.sparsify(f"{HERE}:Inside", tmp_path / "s", keep=0.5, channels=8, cells=4, normalise=False)
     out, few = tmp_path / "better", ("distil.steps=1", "reconstruct.steps=1", "images.held_out=1")
-    se.distill_student(student, pictures, out, teacher=f"{HERE}:Inside", trust=[HERE], overrides=few)
+    flat.distill_student(student, pictures, out, teacher=f"{HERE}:Inside", trust=[HERE], overrides=few)
     assert json.loads((out / STUDENT_FILE).read_text())["normalisation"]["std"] == [1, 1, 1]
     with pytest.raises(ConfigError, match=r"declares mean 0\.485"):
-        se.distill_student(student, pictures, out, teacher=f"{HERE}:Segmenter", trust=[HERE], overrides=few)
+        flat.distill_student(student, pictures, out, teacher=f"{HERE}:Segmenter", trust=[HERE], overrides=few)

@@ -30,6 +30,7 @@ from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.weights import normalise
+from tests import flat
 from tests.everything import first
 from tests.hosts.factories import MODELS, Inside, images, model
 from tests.made import install_plugin
@@ -155,7 +156,7 @@ def test_it_is_what_a_folder_holds(
     se.sparsify_model(made, calibrate=normalise(torch.cat(seen), preprocessing(made)), **settings)
     assert same(made.state_dict(), safetensors.torch.load_file(folder / "model.safetensors"))
     x = images((160, 160))
-    assert torch.equal(made(x), se.load_student(folder).model(x))
+    assert torch.equal(made(x), flat.load_student(folder).model(x))
 
 
 def test_a_module_around_it_is_called_with_its_own_images() -> None:

@@ -21,9 +21,11 @@ from sparsifiner_edge.images import AS_IS
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.source import load_source
-from sparsifiner_edge.sparse.student import dense_twin, load_student
+from sparsifiner_edge.sparse.student import dense_twin
+from tests import flat
 from tests.commands import assert_refused, call, manifest_of, process, snapshot
 from tests.everything import first
+from tests.flat import load_student
 from tests.hosts.factories import MODELS, PROCESSOR, Segmenter, depth_anything, images, model, saved
 
 HERE = "tests.hosts.factories"
@@ -55,11 +57,11 @@ def test_a_folder_of_hugging_face(tmp_path: Path, pictures: Path, name: str) -> 
 def test_a_trained_student_of_a_folder(tmp_path: Path, dinov2: Path, pictures: Path) -> None:
     student = se.sparsify(str(dinov2), tmp_path / "student", keep=0.5, channels=8, calibrate=pictures)
     few = ("distil.steps=2", "reconstruct.steps=1", "images.held_out=1")
-    se.distill_student(student, pictures, tmp_path / "better", overrides=few)
-    bundle = se.export_bundle(tmp_path / "better", tmp_path / "bundle")
+    flat.distill_student(student, pictures, tmp_path / "better", overrides=few)
+    bundle = flat.export_bundle(tmp_path / "better", tmp_path / "bundle")
     assert manifest_of(bundle)["preprocessing"]["folded"]["mean"] == [0.5, 0.4, 0.3]
     assert manifest_of(bundle)["tools"]["transformers"]
-    found = se.evaluate_student(bundle, pictures, against=str(dinov2))
+    found = flat.evaluate_student(bundle, pictures, against=str(dinov2))
     assert found.statistics["patches_cosine"].images == 3
 
 
@@ -81,7 +83,7 @@ def test_another_size_than_the_configurations(tmp_path: Path, name: str, size: A
     if name == "DINOv2":
         with torch.no_grad():
             assert torch.cosine_similarity(got, model(name)(x).last_hidden_state, dim=-1).mean() > 0.9
-        bundle = open_bundle(se.export_bundle(student, tmp_path / "bundle"))
+        bundle = open_bundle(flat.export_bundle(student, tmp_path / "bundle"))
         assert not [node for node in bundle.model().graph.node if node.op_type == "Resize"]
 
 

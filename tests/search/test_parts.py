@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sparsifiner_edge as se
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.sessions import file_session
@@ -26,9 +25,11 @@ from sparsifiner_edge.search.pieces import attention_piece, linear_pieces
 from sparsifiner_edge.search.solve import Solver, possible_counts
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, sparsify
+from sparsifiner_edge.sparse.student import Student, dense_twin, sparsify
 from sparsifiner_edge.sparse.weights import normalise
+from tests import flat
 from tests.everything import first
+from tests.flat import load_student
 
 FACTORIES = "tests.hosts.factories"
 
@@ -101,10 +102,10 @@ def test_a_metric_of_the_users_own(
     lost = judged.distances(plan)
     assert all(0 <= each <= 1 for each in lost)
     assert sum(lost) > 0
-    bundle = se.export_bundle(
+    bundle = flat.export_bundle(
         start, tmp_path / "bundle", merge=plan.merge, keep=plan.short_keep, tokens=factory is None, trust=trust
     )
-    with se.open_session(bundle) as session:
+    with flat.open_session(bundle) as session:
         np.testing.assert_allclose(judged.distances_of(session.infer), lost, atol=0.02)
     for name, words in (
         ("Silent", "A search needs a score"), ("Broken", "Broken.update failed"), ("Missing", "cannot be imported"),

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import kind_of
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.cli.main import main
@@ -31,8 +30,10 @@ from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.search.request import read_request
 from sparsifiner_edge.search.search import prepare
 from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.sparse.student import dense_twin, load_student
+from sparsifiner_edge.sparse.student import dense_twin
+from tests import flat
 from tests.commands import assert_refused, call, handlers_kept, process
+from tests.flat import load_student
 from tests.models import TINY
 from tests.once import Once
 
@@ -76,7 +77,7 @@ def test_the_answer_is_what_was_asked_for(found: Path, folder: Path, tiny_weight
     assert (len(images["searched"]), len(result.samples["check"])) == (10, 2)
     # What `evaluate` says of it, on the images that it was judged by.
     judged = [path for path in sorted(folder.rglob("*.png")) if path.name in images["tried"]]
-    again = se.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
+    again = flat.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
     assert again.statistics["patches_cosine"].mean.value == pytest.approx(front.answer.fidelity, abs=1e-4)
     # One that merges nowhere says so by no rates; on a busy machine such a plan may be the fastest of so small a model.
     rates = parse_merge(front.answer.merge)
@@ -114,7 +115,7 @@ def test_a_board_is_estimated_and_its_page_says_so(
 ) -> None:
     board, out = {"board": "jetson-orin-nano-8gb", "precisions": ["fp16"]}, tmp_path / "board"
     most = estimate_bundle(found / "bundle", board["board"], precision="fp16").statistics.latency_ms.value
-    within = se.search_model(TINY, folder, out, at_most_ms=most, weights=tiny_weights, **board)
+    within = flat.search_model(TINY, folder, out, at_most_ms=most, weights=tiny_weights, **board)
     answer = within.statistics.answer
     assert (answer.backend, answer.stored, answer.computes) == ("jetson-orin-nano-8gb", "fp16", "auto")
     assert "not measured" in answer.ms.interval
@@ -138,7 +139,7 @@ def test_ctrl_c_gives_the_best_so_far_as_a_bundle(
         return distances(self, plan)
 
     monkeypatch.setattr(Trial, "distances", interrupted)
-    found = se.search_model(TINY, folder, tmp_path / "found", at_least=0.97, weights=tiny_weights, **ENGINE)
+    found = flat.search_model(TINY, folder, tmp_path / "found", at_least=0.97, weights=tiny_weights, **ENGINE)
     assert len(found.statistics.points) == 14, "what was begun is measured"
     assert isinstance(found.statistics.answer, Candidate)
     assert kind_of(tmp_path / "found" / "bundle") == "bundle"
@@ -187,18 +188,18 @@ def test_what_is_refused(tmp_path: Path, folder: Path, tiny_weights: Path, pictu
         ("does not run on the processor", {"at_least": 0.9, "backends": ["tensorrt-rtx"]}),
     ):
         with pytest.raises(ConfigError, match=words):
-            se.search_model(TINY, folder, out, **(given | options))
+            flat.search_model(TINY, folder, out, **(given | options))
     with pytest.raises(ConfigError, match="has 3 images"):
-        se.search_model(TINY, pictures, out, at_least=0.9, **given)
+        flat.search_model(TINY, pictures, out, at_least=0.9, **given)
     assert not out.exists()
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(ConfigError, match="is a file"):
-        se.search_model(TINY, folder, file, at_least=0.9, **given)
+        flat.search_model(TINY, folder, file, at_least=0.9, **given)
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):
-        se.search_model(TINY, folder, out, at_least=0.9, **given)
+        flat.search_model(TINY, folder, out, at_least=0.9, **given)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
