@@ -34,7 +34,7 @@ from tests.commands import assert_refused, call
 from tests.everything import first
 from tests.made import install_plugin
 from tests.models import KINDS, TINY_CONFIG, student
-from tests.native.test_replay import BF16_SETS
+from tests.native.test_kernels import BF16_SETS
 from tests.once import Once
 from tests.seal import reseal
 from tests.tiny import make_bundle
