@@ -186,12 +186,8 @@ def measure(tokens: int, cells: int, threads: int, rounds: int, tell: Any) -> tu
         for name in runs
     }  # fmt: skip
     figures[DENSE]["times_faster_than_fused"] = ratio(times[FUSED], times[DENSE])
-    return {n: x.tolist() for n, x in times.items()}, {
-        "cells": cells,
-        "best_dense": best,
-        "best_dense_any": best16,
-        "operators": figures,
-    }
+    found = {"cells": cells, "best_dense": best, "best_dense_any": best16, "operators": figures}
+    return {n: x.tolist() for n, x in times.items()}, found
 
 
 def show(statistics: dict[str, Any]) -> None:
@@ -200,16 +196,9 @@ def show(statistics: dict[str, Any]) -> None:
         rows = []
         for name, figure in found["operators"].items():
             twin = figure.get("times_faster_than_fp32", {}).get("value", math.nan)
-            rows.append(
-                [
-                    name,
-                    f"{figure['median_ms']:.2f}",
-                    said(figure["times_faster_than_best_dense"]),
-                    f"{twin:.2f}" if not math.isnan(twin) else "",
-                    f"{figure['gflops']:.0f}" if "gflops" in figure else "",
-                    f"{figure['share_of_gemm']:.0%}" if "gflops" in figure else "",
-                ]
-            )
+            work = [f"{figure['gflops']:.0f}", f"{figure['share_of_gemm']:.0%}"] if "gflops" in figure else ["", ""]
+            ours = [f"{figure['median_ms']:.2f}", said(figure["times_faster_than_best_dense"])]
+            rows.append([name, *ours, f"{twin:.2f}" if not math.isnan(twin) else "", *work])
         rival = f"times {found['best_dense']} (bf16: {found['best_dense_any']})"
         columns = ["", "ms", rival, "times fp32", "GFLOP/s", "of gemm"]
         print_table(f"{tokens} tokens, {found['cells']} cells", columns, rows)

@@ -194,14 +194,10 @@ def main(sizes: tuple[str, ...], output: Path | None) -> None:
     for size in map(int, sizes):
         rows = measure(size)
         if output:
-            method = {
-                "development": len(split.images("development")),
-                "training": len(rows[0]["training"]),
-                "size": size,
-            }
+            count = {of: len(rows[0][of]) for of in ("development", "training")}
             means = [row | {of: float(np.mean(row[of])) for of in ("development", "training")} for row in rows]
             subjects = [Subject(path=material.DINOV2, sha256="")]
-            result = Result("comparison", subjects, method, {"rows": rows}, {"rows": means})
+            result = Result("comparison", subjects, count | {"size": size}, {"rows": rows}, {"rows": means})
             write_summary(output / f"merging_{size}.json", result)
         show(size, rows)
 

@@ -256,14 +256,8 @@ def measure(text: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, 
 
 
 def show(case: str, found: dict[str, Any]) -> None:
-    rows = [
-        [
-            label,
-            f"{ms:.1f}",
-            f"{found['peak_memory'][label]['peak_rss_bytes'] / 1e6:.0f}" if label in found["peak_memory"] else "",
-        ]
-        for label, ms in found["median_ms"].items()
-    ]
+    peaks = {label: f"{x['peak_rss_bytes'] / 1e6:.0f}" for label, x in found["peak_memory"].items()}
+    rows = [[label, f"{ms:.1f}", peaks.get(label, "")] for label, ms in found["median_ms"].items()]
     print_table(case, ["", "ms", "peak MB"], rows)
     for estimate in found["ratios"].values():
         click.echo(f"{estimate['ours']}: {said(estimate)} times {estimate['engine']}")

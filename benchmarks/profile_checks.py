@@ -162,10 +162,7 @@ def main(bundle: Path | None, output: Path | None) -> None:
         same = same_on_both_sides(bundle, RUNS, SECONDS, threads, status.update)
         plain = against_a_plain_loop(bundle, ROUNDS, SECONDS, threads, status.update)
     quiet = sum(one["verdict"] == "no difference shown" for one in same)
-    statistics = {
-        "same": {"runs": RUNS, "no_verdict": quiet},
-        "agreement": ratio(plain),
-    }
+    statistics = {"same": {"runs": RUNS, "no_verdict": quiet}, "agreement": ratio(plain)}
     met = show(statistics)
     if output:
         method = {"threads": threads, "seconds": SECONDS, "rounds": ROUNDS, "required": REQUIRED}

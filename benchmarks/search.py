@@ -279,11 +279,8 @@ def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, output: Path) ->
         held = sum(row["low"] <= row["publication"] for row in rows)
         click.echo(f"The bound held in {held} of {seeds}.")
         found = {"seeds": rows, "held": held}
-        write_summary(
-            output / "search_seeds.json",
-            Result("search", [subject], {"script": "benchmarks/search.py --seeds"}, {}, found),
-        )
-
+        result = Result("search", [subject], {"script": "benchmarks/search.py --seeds"}, {}, found)
+        write_summary(output / "search_seeds.json", result)
     if on_saliency:
         found = saliency(output / "work" / "saliency")
         answer, ratio, overlap = found["answer"], found["ratio"], found["publication_overlap"]
