@@ -45,7 +45,7 @@ def things() -> Iterator[Any]:
             yield pytest.param(thing, marks=[pytest.mark.everything] if name in LONG else [], id=name)
 
 
-@pytest.mark.parametrize("thing", things())
+@pytest.mark.parametrize("thing", list(things()))
 def test_the_example_runs(thing: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
