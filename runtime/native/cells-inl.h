@@ -62,13 +62,15 @@ inline HWY_NOINLINE void AttendOne(const float* HWY_RESTRICT query, const float*
   for (size_t c = 0; c < width; c += kLanes) {
     const size_t some = std::min(kLanes, width - c);
     V even = hn::Zero(d), odd = hn::Zero(d);
-    const auto add = [&](size_t j, V* sum) {
-      if (c == 0) FetchRow(values + at(std::min(j + kRowsAhead, count - 1)) * row, width);
-      *sum = hn::MulAdd(hn::Set(d, weights[j]), LoadSome(values + at(j) * row + c, some), *sum);
-    };
     size_t j = 0;
-    for (; j + 2 <= count; j += 2) add(j, &even), add(j + 1, &odd);
-    if (j < count) add(j, &even);
+    for (; j + 2 <= count; j += 2) {
+      const float *x = values + at(j) * row + c, *y = values + at(j + 1) * row + c;
+      if (c == 0) FetchRow(values + at(std::min(j + kRowsAhead, count - 1)) * row, width);
+      if (c == 0) FetchRow(values + at(std::min(j + kRowsAhead + 1, count - 1)) * row, width);
+      even = hn::MulAdd(hn::Set(d, weights[j]), LoadSome(x, some), even);
+      odd = hn::MulAdd(hn::Set(d, weights[j + 1]), LoadSome(y, some), odd);
+    }
+    if (j < count) even = hn::MulAdd(hn::Set(d, weights[j]), LoadSome(values + at(j) * row + c, some), even);
     hn::StoreN(hn::Mul(share, hn::Add(even, odd)), d, output + c, some);
   }
 }

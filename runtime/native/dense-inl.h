@@ -60,10 +60,9 @@ HWY_INLINE void PackChunk(const float* keys, const float* values, size_t row, si
     FetchRow(keys + ahead, width);
     FetchRow(values + ahead, width);
     Kind::PackRow(keys + j * row, width, work.keys + j * words);
-  }
-  for (size_t j = 0; j < count; j += Kind::kRows) {
-    const float* last = values + std::min(j + Kind::kRows, count) * row - row;
-    Kind::PackValues(values + j * row, last, width, work.values + j / Kind::kRows * stride);
+    if ((j + 1) % Kind::kRows != 0 && j + 1 < count) continue;
+    const size_t first = j / Kind::kRows * Kind::kRows;
+    Kind::PackValues(values + first * row, values + j * row, width, work.values + j / Kind::kRows * stride);
   }
 }
 

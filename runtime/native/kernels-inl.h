@@ -191,7 +191,7 @@ HWY_NOINLINE void Scores(const Word* qt, const Word* keys, size_t stride, size_t
 constexpr size_t kRowsAhead = 8;
 
 // What 16 queries make of values: row i of the output, of `width` floats, is
-// factor[i] * (carry[i] * before[i] + sum over j of weights[j][i] * values[j]); null factors count as 1.
+// factor[i] * (carry[i] * before[i] + sum over j of weights[j][i] * values[j]); no factor (null) counts as 1.
 template <class Word>
 struct Weighted {
   const Word* weights;  // [count][16]
@@ -207,7 +207,7 @@ struct Weighted {
 
 // kBefore: else the sum starts at 0.
 template <class Kind, size_t kColumns, bool kBefore, class Word>
-HWY_INLINE void AccumulateBlock(const Weighted<Word>& sums, size_t query, size_t channel) {
+HWY_INLINE void AccumulateBlock(const Weighted<Word> sums, size_t query, size_t channel) {
   const D d;
   const hn::Rebind<Word, D> dw;
   const size_t stride = sums.stride, count = sums.count;
@@ -217,8 +217,10 @@ HWY_INLINE void AccumulateBlock(const Weighted<Word>& sums, size_t query, size_t
 #pragma GCC unroll 2
     for (size_t c = 0; c < kColumns; ++c) {
       sum[i][c] = hn::Zero(d);
-      if constexpr (kBefore) sum[i][c] = hn::Load(d, sums.before + (query + i) * stride + channel + c * kLanes);
-      if (kBefore && sums.carry != nullptr) sum[i][c] = hn::Mul(hn::Set(d, sums.carry[query + i]), sum[i][c]);
+      if constexpr (kBefore) {
+        sum[i][c] = hn::Load(d, sums.before + (query + i) * stride + channel + c * kLanes);
+        sum[i][c] = hn::Mul(hn::Set(d, sums.carry[query + i]), sum[i][c]);
+      }
     }
   }
   const auto add = [&](const Word* HWY_RESTRICT weights, const Word* HWY_RESTRICT row) {

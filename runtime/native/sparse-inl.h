@@ -143,7 +143,9 @@ HWY_INLINE void ScoreFloats(const TableJob<float>& job, size_t head, size_t coun
 HWY_INLINE void SumFloats(const TableJob<float>& job, size_t head, size_t count, const TableWork<float>& work,
                           const float* factor, size_t valid, float* output) {
   const size_t width = job.in.width, stride = job.words, chunk = Groups(count, Groups(count, kChunk));
-  Weighted<float> sums{work.scores, TokensOf(job, head, 2), chunk, stride, work.places, work.summed, nullptr, nullptr,
+  HWY_ALIGN float ones[kQueries];
+  std::fill(ones, ones + kQueries, 1.0f);
+  Weighted<float> sums{work.scores, TokensOf(job, head, 2), chunk, stride, work.places, work.summed, ones, nullptr,
                        work.summed, kQueries, stride, stride};
   Weighted<float> cells{};
   cells.weights = work.scores + count * kQueries, cells.count = job.cells;
