@@ -13,20 +13,20 @@ from sparsifiner_edge.records import write_record
 
 def _plain(module: str, name: str) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
-        return write_record(getattr(importlib.import_module(f"sparsifiner_edge.{module}"), name)(*arguments, **options))
+        return write_record(getattr(importlib.import_module(module, "sparsifiner_edge"), name)(*arguments, **options))
 
     return call
 
 
-profile_bundle = _plain("profiles.profile", "profile_bundle")
-estimate_bundle = _plain("profiles.estimate", "estimate_bundle")
-evaluate_student = _plain("evaluate.evaluate", "evaluate_student")
-write_report = _plain("report", "write_report")
-energy = _plain("profiles.sensors.energy", "energy")
-conditions = _plain("profiles.sensors.conditions", "conditions")
-read_result = _plain("results", "read_result")
-machine = _plain("machine", "machine")
-environment = _plain("machine", "environment")
+profile_bundle = _plain("tests.flat", "profile_bundle")
+estimate_bundle = _plain(".profiles.estimate", "estimate_bundle")
+evaluate_student = _plain("tests.flat", "evaluate_student")
+write_report = _plain(".report", "write_report")
+energy = _plain(".profiles.sensors.energy", "energy")
+conditions = _plain(".profiles.sensors.conditions", "conditions")
+read_result = _plain(".results", "read_result")
+machine = _plain(".machine", "machine")
+environment = _plain(".machine", "environment")
 
 
 def examine() -> Any:

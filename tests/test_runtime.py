@@ -233,7 +233,8 @@ def test_gives_what_onnx_runtime_gives(bundles: Bundles, name: str, kernels: str
         with pytest.raises(BackendError, match="The native kernels take no float16"):
             flat.open_session(bundles(name), "openvino", kernels=kernels)
         return
-    with flat.open_session(bundles(name)) as ours, flat.open_session(bundles(name), "openvino", 2, kernels) as theirs:
+    how = {"threads": 2, "kernels": kernels}
+    with flat.open_session(bundles(name)) as ours, flat.open_session(bundles(name), "openvino", **how) as theirs:
         batch = 2 if name == "any batch" else ours.inputs[0].shape[0]
         shape = (batch, *ours.inputs[0].shape[1:])
         image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -316,7 +317,7 @@ def test_signals_are_handled_where_they_were_before(precision: str, bundles: Bun
 
 
 def test_runs_of_several_threads_take_turns(bundles: Bundles) -> None:
-    with flat.open_session(bundles("some dense"), "openvino", 2) as session:
+    with flat.open_session(bundles("some dense"), "openvino", threads=2) as session:
         shape = session.inputs[0].shape
         images = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8) for i in range(3)]
         wanted = [session.infer({"image": image})["tokens"] for image in images]
