@@ -27,7 +27,7 @@ from sparsifiner_edge.results import read_result
 from sparsifiner_edge.runtime import Session
 from sparsifiner_edge.search import search, whole
 from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
-from sparsifiner_edge.search.request import read_request
+from sparsifiner_edge.search.request import SearchOptions, read_request
 from sparsifiner_edge.search.search import prepare
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import dense_twin
@@ -217,7 +217,9 @@ def test_an_engine_that_refuses_the_dense_model_is_left_out_and_said(
     monkeypatch.setattr(whole, "open_checked", refused)
     monkeypatch.setattr(search, "measured", lambda *_: PlanLatency([100], PARTS))
     student = load_student(tiny_student)
-    request = read_request(0.9, None, "patches", ["onnxruntime", "openvino"], ["auto"], ["fp32"], None, folder)
+    backends = ["onnxruntime", "openvino"]
+    options = SearchOptions(at_least=0.9, backends=backends, computes=["auto"], precisions=["fp32"])
+    request = read_request(options, folder)
     models = whole.WholeModels(tmp_path, tiny_student, dense_twin(student), request.images, None, (), None)
     found = prepare(request, student, dense_twin(student), models, None)
     assert {str(engine): why for engine, why in found.left_out.items()} == {
