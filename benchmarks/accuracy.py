@@ -30,7 +30,7 @@ from fidelity_subject import weights_file
 from summary import brief, said, write_summary
 
 from sparsifiner_edge import Budget, ModelOptions
-from sparsifiner_edge.cli.common import err_console, grouped, print_table
+from sparsifiner_edge.cli.common import err_console, group, print_table
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.evaluate.classes import fit_neighbours, fit_probe
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
@@ -167,7 +167,7 @@ def long_bundle(work: Path, student: Path | None = None, label: str = "teacher",
 
 def _row(work: Path, subject: Path, **options: Any) -> dict[str, Any]:
     """Cosines on the publication set, and on the development set beside them."""
-    groups = grouped(options, model=ModelOptions, budget=Budget)
+    groups = group(options, model=ModelOptions, budget=Budget)
     published = evaluate_student(subject, linked(work / "publication", split.images("publication")), **groups)
     chosen_by = evaluate_student(subject, linked(work / "development", split.images("development")), **groups)
     assert isinstance(published, ScoresResult)
@@ -200,7 +200,7 @@ def fashion_bundle(work: Path, label: str) -> Path:
         name = f"{label.replace(' ', '-').replace(',', '')}-{digest[:8]}"
     made = work / f"bundle-{name}"
     return made if made.exists() else export_bundle(
-        source, made, **grouped(options, model=ModelOptions, budget=Budget)
+        source, made, **group(options, model=ModelOptions, budget=Budget)
     )  # fmt: skip
 
 

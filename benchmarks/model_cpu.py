@@ -259,8 +259,8 @@ def show(case: str, found: dict[str, Any]) -> None:
     peaks = {label: f"{x['peak_rss_bytes'] / 1e6:.0f}" for label, x in found["peak_memory"].items()}
     rows = [[label, f"{ms:.1f}", peaks.get(label, "")] for label, ms in found["median_ms"].items()]
     print_table(case, ["", "ms", "peak MB"], rows)
-    for estimate in found["ratios"].values():
-        click.echo(f"{estimate['ours']}: {said(estimate)} times {estimate['engine']}")
+    for figure in found["ratios"].values():
+        click.echo(f"{figure['ours']}: {said(figure)} times {figure['engine']}")
     click.echo(f"patch cosine: {found['patch_cosine']}")
 
 

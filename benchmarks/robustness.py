@@ -33,14 +33,14 @@ from PIL import Image
 from summary import write_summary
 
 import sparsifiner_edge as se
-from sparsifiner_edge.cli.common import err_console, grouped, print_table, progress_bar
+from sparsifiner_edge.cli.common import err_console, group, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.outcomes import ALL, CLEAN, RobustnessResult
 from sparsifiner_edge.profiles.stats import small_sample_mean
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Estimate, Result, read_result, write_result
+from sparsifiner_edge.results import Quantity, Result, read_result, write_result
 from sparsifiner_edge.sparse import patch
 from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
@@ -204,7 +204,7 @@ def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> Robus
         if not data.exists():
             stamps.write(work / "stamps", STAMPS, SALIENCY_SIZE)
         options |= {"metric": "task", "masks": work / "stamps" / "masks", "against": f"{MODULE}:saliency"}
-    groups = grouped(options, model=se.ModelOptions, budget=se.Budget, options=se.EvaluationOptions)
+    groups = group(options, model=se.ModelOptions, budget=se.Budget, options=se.EvaluationOptions)
     with merging_by(contender.by_tome):
         found = se.evaluate_student(student, data, **groups)
     assert isinstance(found, RobustnessResult)
@@ -260,7 +260,7 @@ def measure(tasks: tuple[str, ...], only: tuple[str, ...], work: Path, output: P
         write_summary(output / "robustness.json", result, statistics=short(found, macs) | write_record(apart))
 
 
-def differences(found: dict[str, RobustnessResult]) -> dict[str, Estimate]:
+def differences(found: dict[str, RobustnessResult]) -> dict[str, Quantity]:
     """Extra loss of ours less that of each rival, image by image; of a rival that was not trained, untrained."""
     apart = {}
     for label, ours in found.items():
@@ -291,7 +291,7 @@ def short(found: dict[str, RobustnessResult], macs: dict[str, float]) -> dict[st
     return rows
 
 
-def show(found: dict[str, RobustnessResult], macs: dict[str, float], apart: dict[str, Estimate]) -> None:
+def show(found: dict[str, RobustnessResult], macs: dict[str, float], apart: dict[str, Quantity]) -> None:
     table = []
     for label, result in found.items():
         for score, by_name in result.statistics.items():
@@ -307,7 +307,7 @@ def show(found: dict[str, RobustnessResult], macs: dict[str, float], apart: dict
     )
 
 
-def in_points(x: Estimate) -> str:
+def in_points(x: Quantity) -> str:
     """Of 100."""
     of_100 = x.times(100)
     return f"{of_100.value:+.2f} ({of_100.low:+.2f} to {of_100.high:+.2f})"

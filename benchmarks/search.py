@@ -156,7 +156,7 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
     return {
         "engine": str(engine), "merge": answer.merge, "keep": answer.keep, "publication_fidelity": 1 - own,
         "ms": ours.value, "uniform_ms": at_equal,
-        "ratio": write_record(stats.estimate(at_equal / ours.value, at_equal / high, at_equal / low, ours.interval)),
+        "ratio": write_record(stats.quantity(at_equal / ours.value, at_equal / high, at_equal / low, ours.interval)),
         "grid": [{"rate": plan.merge[0], "keep": plan.keep[0], "fidelity": 1 - judged[plan]} for plan in plans],
         "timed": [
             {"rate": plan.merge[0], "keep": plan.keep[0], "fidelity": point[0], "ms": point[1]}
@@ -243,7 +243,7 @@ def saliency(work: Path) -> dict[str, Any]:
     dense = min(result.statistics.dense, key=lambda one: one.ms.value)
     low, high = (bound if isinstance(bound, float) else answer.ms.value for bound in (answer.ms.low, answer.ms.high))
     ms = dense.ms.value
-    ratio = stats.estimate(ms / answer.ms.value, ms / high, ms / low, answer.ms.interval)
+    ratio = stats.quantity(ms / answer.ms.value, ms / high, ms / low, answer.ms.interval)
     return {
         "answer": write_record(answer), "dense": {str(dense.engine): ms}, "ratio": write_record(ratio),
         "publication_overlap": write_record(stats.small_sample_mean(overlaps)),

@@ -45,7 +45,7 @@ def corrupt(image: Pixels, name: str, severity: int, seed: int) -> Pixels:
     return pixels
 
 
-def moved(mask: npt.NDArray[np.bool_], name: str, severity: int, seed: int) -> npt.NDArray[np.bool_]:
+def move_mask(mask: npt.NDArray[np.bool_], name: str, severity: int, seed: int) -> npt.NDArray[np.bool_]:
     """Where a mask [H,W] of an image lies once `corrupt` has moved its pixels; all corruptions but one move none."""
     rng = _draw(name, severity, seed)
     if name != "elastic_transform":

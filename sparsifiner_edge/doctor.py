@@ -86,7 +86,7 @@ def examine() -> Findings:
 
 
 def _cuda() -> Known[CudaDevice]:
-    """The device 0, or why there is none; nothing of TensorRT's may be touched where there is none."""
+    """Device 0, or why there is none; without one nothing of TensorRT may be touched."""
     try:
         return probe()
     except SparsifinerError as error:

@@ -8,7 +8,7 @@ import msgspec
 
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution, precision_text
 from sparsifiner_edge.records import Known
-from sparsifiner_edge.results import Estimate, Result
+from sparsifiner_edge.results import Quantity, Result
 
 
 class Deployment(NamedTuple):
@@ -77,7 +77,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     fidelity: float
     predicted_fidelity: float
     predicted_ms: float
-    ms: Estimate
+    ms: Quantity
 
     @property
     def engine(self) -> Deployment:
@@ -112,7 +112,7 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
     points: list[Point]
     finalists: list[Candidate]
     answer: Known[Candidate]
-    check: Known[Estimate]
+    check: Known[Quantity]
     dense: list[Candidate]
     left_out: dict[str, str]
 

@@ -1,7 +1,7 @@
 """How good a model's answer to an image is: one judge, for `evaluate`, `search`, `distill` and `explain`.
 
 An answer is compared with another, mostly the dense model's: parts of it by their cosine (`alike`), dense maps by
-`map_scores`, which take true masks as well. A user's own metric (`OwnMetric`) looks at each model's answer alone.
+`map_scores`, which take true masks as well. A user's own metric (`UserMetric`) looks at each model's answer alone.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class TaskMetric(Protocol):
         """How well it did on all."""
 
 
-class OwnMetric:
+class UserMetric:
     """A user's `TaskMetric`, which may fail in any way.
 
     Args:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.results import Estimate, Result
+from sparsifiner_edge.results import Quantity, Result
 from sparsifiner_edge.runtime.session import Runtime
 
 CLEAN, ALL = "clean", "all"
@@ -47,7 +47,7 @@ class EvaluationMethod(msgspec.Struct, frozen=True, kw_only=True):
 class Score(msgspec.Struct, frozen=True):
     """Over images of which it says something: the mean with Student's t interval, and the least."""
 
-    mean: Estimate
+    mean: Quantity
     least: float
     images: int
 
@@ -75,9 +75,9 @@ class Stability(msgspec.Struct, frozen=True, kw_only=True):
 
     subject: float
     teacher: float
-    subject_lost: Estimate
-    teacher_lost: Estimate
-    extra_lost: Estimate
+    subject_lost: Quantity
+    teacher_lost: Quantity
+    extra_lost: Quantity
     images: int
 
 

@@ -30,7 +30,7 @@ _Time = Annotated[str, Meta(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9
 """In UTC, such as 2025-01-31T12:00:00Z."""
 
 
-class Estimate(msgspec.Struct, frozen=True):
+class Quantity(msgspec.Struct, frozen=True):
     """A value with its interval, and how that was found; in the unit of the field that holds it."""
 
     value: float
@@ -39,10 +39,10 @@ class Estimate(msgspec.Struct, frozen=True):
     confidence: float
     interval: str
 
-    def times(self, factor: float) -> Estimate:
+    def times(self, factor: float) -> Quantity:
         """In another unit."""
         low, high = (bound * factor if isinstance(bound, float) else bound for bound in (self.low, self.high))
-        return Estimate(self.value * factor, low, high, self.confidence, self.interval)
+        return Quantity(self.value * factor, low, high, self.confidence, self.interval)
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):

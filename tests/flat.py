@@ -1,4 +1,4 @@
-"""Public functions with their options flat, as the command line has them; see `cli.common.grouped`."""
+"""Public functions with their options flat, as the command line has them; see `cli.common.group`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import sparsifiner_edge as se
-from sparsifiner_edge.cli.common import grouped
+from sparsifiner_edge.cli.common import group
 
 
 def _flat(function: str, **kinds: str) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
         if "execution" in kinds and len(arguments) > 1 and function != "evaluate_student":
             options, arguments = {"backend": arguments[1], **options}, arguments[:1]
-        groups = grouped(options, **{name: getattr(se, kind) for name, kind in kinds.items()})
+        groups = group(options, **{name: getattr(se, kind) for name, kind in kinds.items()})
         return getattr(se, function)(*arguments, **groups)
 
     return call

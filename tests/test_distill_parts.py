@@ -21,7 +21,7 @@ from sparsifiner_edge.distill.data import (
     ShuffledBatches,
     augmentation,
     batches,
-    drawn_from,
+    fixed_seed,
     folder_source,
 )
 from sparsifiner_edge.distill.losses import Distiller, joint_fidelity
@@ -160,7 +160,7 @@ def test_budgets_are_those_of_the_student_but_for_what_they_say() -> None:
 
 
 def seeded(transform: Any, image: Any, seed: int) -> torch.Tensor:
-    with drawn_from(seed):
+    with fixed_seed(seed):
         return transform(image)
 
 
@@ -188,7 +188,7 @@ def test_labels_are_mixed_as_images_are() -> None:
     images = labels.float()[:, None, None, None].expand(-1, 3, 20, 20)
     augment = BatchAugmentation(Images(mixup=0.8, mixup_cut=1.0, smoothing=0.1), classes, 4, "cpu")
     for seed in range(10):
-        with drawn_from(seed):
+        with fixed_seed(seed):
             mixed, shares = augment(images, labels)
         assert shares is not None
         assert shares.shape == (4, classes)

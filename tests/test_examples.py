@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import sparsifiner_edge as se
-from sparsifiner_edge.cli.common import grouped
+from sparsifiner_edge.cli.common import group
 from tests.rooms import ROOT, code
 
 PUBLIC = {name: getattr(se, name) for name in se.__all__}
@@ -40,7 +40,7 @@ def folder(
 
 
 def things() -> Iterator[Any]:
-    for name, thing in {**PUBLIC, "grouped": grouped}.items():
+    for name, thing in {**PUBLIC, "group": group}.items():
         if name not in WITHOUT:
             yield pytest.param(thing, marks=[pytest.mark.everything] if name in LONG else [], id=name)
 
@@ -50,7 +50,7 @@ def test_the_example_runs(thing: Any, folder: Path, tmp_path: Path, monkeypatch:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     (example,) = doctest.DocTestFinder(recurse=False).find(
-        thing, thing.__name__, globs={**PUBLIC, "grouped": grouped, "Path": Path}
+        thing, thing.__name__, globs={**PUBLIC, "group": group, "Path": Path}
     )
     assert example.examples, f"{thing.__name__} has no example"
     said: list[str] = []

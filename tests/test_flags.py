@@ -106,6 +106,6 @@ def test_the_documentation_and_the_page_name_every_flag_and_kind():
     for name in (*found, *LAYER_KINDS):
         assert f"| `{name}` |" in text
     words = Texts("ja")
-    assert all(words.known(f"flag.{name}{more}", "") for name in found for more in ("", ".do"))
-    assert all(words.known(f"kind.{kind}", "") for kind in LAYER_KINDS)
+    assert all(words.get(f"flag.{name}{more}", "") for name in found for more in ("", ".do"))
+    assert all(words.get(f"kind.{kind}", "") for kind in LAYER_KINDS)
     assert (flags.LEAST_SECONDS, flags.SCATTER, flags.CLOCK) == (3.0, 0.10, 0.05)

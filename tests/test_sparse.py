@@ -50,7 +50,7 @@ def test_projections_from_the_weights_suit_white_noise(options: dict[str, Any]) 
         noise = torch.randn(64, 64 + block.attn.num_prefix, 64) * block.norm1.weight + block.norm1.bias
         table = rope[number] if rope is not None and rope.ndim == 4 else rope
         with torch.no_grad():
-            q, k, _ = ops.split_heads(block.attn.packed(noise, table), 2)
+            q, k, _ = ops.split_heads(block.attn.pack(noise, table), 2)
         q, k = (x[:, :, block.attn.num_prefix :].transpose(0, 1).flatten(1, 2).double() for x in (q, k))
         k = k - k.mean(1, keepdim=True)
         root_q, root_k = (torch.linalg.cholesky(x.mT @ x / x.shape[1]).mT for x in (q, k))

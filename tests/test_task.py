@@ -22,7 +22,7 @@ from skimage import data
 from sklearn.metrics import jaccard_score, roc_auc_score
 
 import sparsifiner_edge as se
-from sparsifiner_edge.corruptions import COMMON, SEVERITIES, corrupt, moved, parse_corruptions
+from sparsifiner_edge.corruptions import COMMON, SEVERITIES, corrupt, move_mask, parse_corruptions
 from sparsifiner_edge.demo.saliency import saliency
 from sparsifiner_edge.demo.split import home, images
 from sparsifiner_edge.errors import ConfigError, ImageError
@@ -250,17 +250,17 @@ def test_any_size_and_any_image(name: str, severity: int, height: int, width: in
     assert found.dtype == np.uint8
     assert (image == value).all()
     mask = image[..., 0] > 100
-    assert moved(mask, name, severity, seed).shape == mask.shape
+    assert move_mask(mask, name, severity, seed).shape == mask.shape
 
 
 @pytest.mark.parametrize("severity", [1, 3, 5])
 def test_a_mask_moves_as_its_image(severity: int) -> None:
     mask, name = np.zeros((120, 160), bool), "elastic_transform"
     mask[40:90, 70:110] = True
-    assert moved(mask, "fog", severity, 5) is mask
+    assert move_mask(mask, "fog", severity, 5) is mask
     image = np.repeat(255 * mask[..., None].astype(np.uint8), 3, -1)
     found = corrupt(image, name, severity, 5)[..., 0] > 127
-    wanted = moved(mask, name, severity, 5)
+    wanted = move_mask(mask, name, severity, 5)
     assert (found & wanted).sum() / (found | wanted).sum() > 0.98
     assert not np.array_equal(wanted, mask)
 

@@ -26,7 +26,7 @@ _START_S = 20.0
 
 
 def wait_s(attempts: int) -> float:
-    """Seconds to wait after so many attempts that failed: doubled with each, and drawn, so that many cameras do not
+    """Seconds to wait after `attempts` failed ones: doubled with each, and random, so that many cameras do not
     return in step.
     """
     most = min(MOST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempts - 1, 16)) if attempts else 0.0
@@ -99,7 +99,7 @@ class Capture:
     def _attempt(self) -> tuple[str, str | None]:
         """Start a process and read it until it ends, hangs or crashes; the state that is then, and why."""
         try:
-            with self._started() as process:
+            with self._start() as process:
                 try:
                     assert process.stdout is not None
                     return "lost", self._read(process.stdout.fileno())
@@ -114,7 +114,7 @@ class Capture:
         except OSError as error:  # The machine is short of memory or processes, for now.
             return "lost", f"the decoder cannot be started: {error.strerror}"
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes]:
         """A process that knows what to read. While it imports its decoder the time to wait goes by."""
         self._process = start_python(
             "sparsifiner_edge.camera.child", {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},

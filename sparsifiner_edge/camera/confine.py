@@ -44,7 +44,7 @@ class Confinement(msgspec.Struct, frozen=True):
     sentence for each that is missing.
     """
 
-    own_user: bool
+    separate_user: bool
     landlock: int | None
     missing: list[str]
 
@@ -62,14 +62,14 @@ def confine(parent: int, port: int | None = None) -> None:
     limit_resource(resource.RLIMIT_FSIZE, 0)  # It writes no file; pipes are none.
     limit_resource(resource.RLIMIT_AS, MEMORY_BYTES)
     offered = confinement()
-    if offered.own_user:
+    if offered.separate_user:
         user = _USERS[os.getpid() % len(_USERS)]
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     if sys.platform == "linux":
         for option, value in ((_SET_DUMPABLE, 0), (_SET_NO_NEW_PRIVS, 1)):
-            _checked(_LIBC.prctl(option, value, 0, 0, 0))
+            _check(_LIBC.prctl(option, value, 0, 0, 0))
     end_with_parent(parent)  # Another user's process forgets that.
     if offered.landlock is not None:
         _restrict(offered.landlock, port)
@@ -77,17 +77,17 @@ def confine(parent: int, port: int | None = None) -> None:
 
 def confinement() -> Confinement:
     """What this machine offers to confine a decoding process that this user starts; nothing is changed."""
-    own_user, landlock, missing = _may_change_user(), _landlock_version(), []
-    if not own_user:
+    separate_user, landlock, missing = _may_change_user(), _landlock_version(), []
+    if not separate_user:
         missing.append("No user of its own: that takes root, with CAP_KILL, CAP_SETGID and CAP_SETUID.")
     if landlock is None:
         missing.append("No Landlock: this kernel lacks it, or has it switched off (lsm=landlock,...).")
     elif landlock < _PORTS_SINCE:
         missing.append(f"Landlock {landlock} limits no TCP ports; 4, of Linux 6.7, does.")
-    return Confinement(own_user, landlock, missing)
+    return Confinement(separate_user, landlock, missing)
 
 
-def _checked(result: int) -> int:
+def _check(result: int) -> int:
     if result < 0:
         raise OSError(ctypes.get_errno(), f"it cannot be confined: {os.strerror(ctypes.get_errno())}")
     return result
@@ -121,13 +121,13 @@ def _restrict(version: int, port: int | None) -> None:
     ports = _BIND_AND_CONNECT if version >= _PORTS_SINCE else 0
     scopes = _SOCKETS_AND_SIGNALS if version >= _SCOPES_SINCE else 0
     rights = struct.pack("=QQQ", files, ports, scopes)
-    rules = _checked(_LIBC.syscall(_CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0))
+    rules = _check(_LIBC.syscall(_CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0))
     try:
         if port is not None:
             _allow_names(rules)
         if port is not None and ports:
-            _checked(_LIBC.syscall(_ADD_RULE, rules, _RULE_PORT, struct.pack("=QQ", _CONNECT, port), 0))
-        _checked(_LIBC.syscall(_RESTRICT_SELF, rules, 0))
+            _check(_LIBC.syscall(_ADD_RULE, rules, _RULE_PORT, struct.pack("=QQ", _CONNECT, port), 0))
+        _check(_LIBC.syscall(_RESTRICT_SELF, rules, 0))
     finally:
         os.close(rules)
 
@@ -137,6 +137,6 @@ def _allow_names(rules: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             file = os.open(f"/etc/{name}", os.O_PATH | os.O_CLOEXEC)
             try:
-                _checked(_LIBC.syscall(_ADD_RULE, rules, _RULE_PATH, struct.pack("=Qi", _READ, file), 0))
+                _check(_LIBC.syscall(_ADD_RULE, rules, _RULE_PATH, struct.pack("=Qi", _READ, file), 0))
             finally:
                 os.close(file)

@@ -24,7 +24,7 @@ from sparsifiner_edge.camera.decoder_protocol import Frame
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
-"""The last so many errors of all that is remarked; of a line without end a part."""
+"""Errors that are quoted, the last ones; and characters read of a line without end."""
 
 
 def launch_line(pipeline: str, size: ImageSize, handle: int) -> list[str]:

@@ -76,7 +76,7 @@ class HealthServer(socketserver.ThreadingTCPServer):
         return threading.active_count() < MOST_CONNECTIONS
 
     def handle_error(self, *_: Any) -> None:
-        """A client that leaves in the middle is none of the service's troubles; nor that no thread is to be had."""
+        """Ignore clients that leave in the middle, and threads that cannot be started."""
 
     def page(self, path: str) -> tuple[int, str, str]:
         """Status, media type and content of a path."""

@@ -87,9 +87,9 @@ class LineWriter:
         """
         line = line_of(content)
         with self._lock, self._errors():
-            if self._flushed():
+            if self._flush():
                 self._line, self._written = line, 0
-                self._flushed()
+                self._flush()
             else:
                 self._count("lines_dropped")
 
@@ -104,14 +104,14 @@ class LineWriter:
         with self._lock, self._errors(), gone:
             ends = time.monotonic() + _DRAIN_S
             try:
-                while not (flushed := self._flushed()) and time.monotonic() < ends:
+                while not (flushed := self._flush()) and time.monotonic() < ends:
                     self._room.poll(_TURN_MS)
                 if not flushed:
                     self._count("lines_dropped")
             finally:
                 os.close(self._handle)
 
-    def _flushed(self) -> bool:
+    def _flush(self) -> bool:
         """Write as much as there is room for; whether that was all."""
         most = len(self._line) if self._is_file else select.PIPE_BUF
         while self._written < len(self._line):

@@ -29,7 +29,7 @@ MAX_PIXELS = 40_000_000
 """Of one frame: 8K is 33 million. Told to the decoder, which refuses more before it allocates."""
 MAX_ASPECT = 16
 _JUMP_NS, _DRIFT = 5_000_000_000, 2_000
-"""A camera's clock that was set; and clocks that run apart by one part in so many."""
+"""A camera's clock that was set; and clocks that drift apart by one part in this many."""
 _BEHIND_S, _CAUGHT_UP_S = 0.3, 0.1
 
 
@@ -90,7 +90,7 @@ class _StreamClock:
         self._least: int | None = None
         self._last_ns = 0
 
-    def captured_ns(self, stamp_ns: int | None, arrived_ns: int) -> int:
+    def capture_ns(self, stamp_ns: int | None, arrived_ns: int) -> int:
         """When the frame that arrived at `arrived_ns` was taken, by the least delay seen; never after its arrival."""
         if stamp_ns is None:
             return arrived_ns
@@ -131,7 +131,7 @@ class _Reader:
         stamp = None if frame.pts is None else int(frame.pts * frame.time_base * 1_000_000_000)
         if stamp is not None and abs(stamp) >= 1 << 63:  # Of a damaged file; no clock goes there.
             stamp = None
-        captured = self._clock.captured_ns(stamp, arrived) if self._live else arrived
+        captured = self._clock.capture_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
         scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
         rows, columns = height_width(self._size)

@@ -28,7 +28,7 @@ class Model:
     Args:
         folder: the bundle.
         execution: how it is run.
-        top: at most so many classes of a classifier's answer.
+        top: most classes of a classifier's answer.
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
 
@@ -78,8 +78,8 @@ class Model:
             return Answer(features=features, not_finite=bad or None)
         maps = dense_maps(outputs)
         if maps:
-            bad = sum(int(np.count_nonzero(~np.isfinite(found))) for found in maps.values())
-            return Answer(maps=[] if bad else [_summary(*found) for found in maps.items()], not_finite=bad or None)
+            bad = sum(int(np.count_nonzero(~np.isfinite(values))) for values in maps.values())
+            return Answer(maps=[] if bad else [_summary(*item) for item in maps.items()], not_finite=bad or None)
         raise ArtifactError(
             f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map.", "Export it again."
         )
@@ -120,16 +120,16 @@ def dense_maps(outputs: dict[str, Array]) -> dict[str, Array]:
 
 
 def _summary(name: str, values: Array) -> MapSummary:
-    found = values.astype(np.float64)
-    low, high = float(found.min()), float(found.max())
+    x = values.astype(np.float64)
+    low, high = float(x.min()), float(x.max())
     area, centroid = None, None
     if low >= 0 and high <= 1:
-        rows, columns = np.nonzero(found > 0.5)
-        area = round(rows.size / found.size, 6)
+        rows, columns = np.nonzero(x > 0.5)
+        area = round(rows.size / x.size, 6)
         if rows.size:
-            place = (columns.mean() + 0.5) / found.shape[1], (rows.mean() + 0.5) / found.shape[0]
+            place = (columns.mean() + 0.5) / x.shape[1], (rows.mean() + 0.5) / x.shape[0]
             centroid = round(float(place[0]), 6), round(float(place[1]), 6)
-    mean, low, high = (round(value, 6) for value in (float(found.mean()), low, high))
+    mean, low, high = (round(value, 6) for value in (float(x.mean()), low, high))
     return MapSummary(output=name, mean=mean, least=low, greatest=high, area=area, centroid=centroid)
 
 

@@ -34,9 +34,9 @@ class Overlay:
     Args:
         path: .mp4 (in fragments, so that a file cut short still plays) or .mkv.
         model_size: of the model's images.
-        live: a service goes on without the overlay when the disk or the encoder refuses, counts and tells that; of
+        live: a service goes on without the overlay when the disk or the encoder refuses, counts and reports that; of
             another source the overlay is what was wanted, and its failure is an error.
-        status: is told.
+        status: counts failures.
 
     Raises:
         ArtifactError: the file cannot be made.
@@ -85,7 +85,7 @@ class Overlay:
         self._answered_at.append(record.monotonic_s)
         span_s = self._answered_at[-1] - self._answered_at[0]
         lines = text_lines(record, (len(self._answered_at) - 1) / span_s if span_s else 0.0)
-        frame = av.VideoFrame.from_ndarray(self._drawn(image, lines, heat), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(self._draw(image, lines, heat), format="rgb24")
         self._began = at_s if self._began is None else self._began
         self._last = max(self._last + 1, round((at_s - self._began) * 1000))
         frame.pts, frame.time_base = self._last, Fraction(1, 1000)
@@ -110,7 +110,7 @@ class Overlay:
             self._status.count("overlay_errors")
             self._status.event("overlay_lost", reason=error.what)
 
-    def _drawn(self, pixels: Pixels, lines: list[str], heat: Array | None) -> Pixels:
+    def _draw(self, pixels: Pixels, lines: list[str], heat: Array | None) -> Pixels:
         image = Image.fromarray(pixels).resize(self._size)
         if heat is not None:
             mask = Image.fromarray((heat * 170).astype(np.uint8)).resize(self._size, Image.Resampling.BILINEAR)

@@ -104,7 +104,7 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
             raise ConfigError(f"--{name} cannot be combined with images.", "Give a video or a camera, or leave it out.")
     _require_outputs(bundle, source, options)
     count = failed = 0
-    with _opened(bundle, options) as model, stopping() as stop:
+    with _open(bundle, options) as model, stopping() as stop:
         records = run_images(model, Path(source.location))
         first = next(records)  # Before the file: a bad bundle is an error before anything is written.
         with LineWriter(options.output or sys.stdout, live=False, stop=stop) as lines:
@@ -117,7 +117,7 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
         raise ImageError(f"{failed} of {count} images could not be read; their lines say why.")
 
 
-def _opened(bundle: Path, options: RunOptions) -> Model:
+def _open(bundle: Path, options: RunOptions) -> Model:
     return Model(bundle, options.execution, options.top, options.threshold, options.public_key)
 
 
@@ -161,7 +161,7 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
     require_decoder(source, options.overlay is not None)
     _require_outputs(bundle, source, options)
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(_opened(bundle, options))
+        model = stack.enter_context(_open(bundle, options))
         status = Status(source.shown, stack.enter_context(LineWriter(sys.stderr, live=True)).write)
         if options.metrics is not None:
             server = stack.enter_context(HealthServer(options.metrics, status, max(2.0, 2 * options.stall_s)))
@@ -194,8 +194,8 @@ def _run(model: Model, source: Source, options: RunOptions, status: Status, stop
         stack.callback(notify_systemd, "STOPPING=1")
         notify_systemd("READY=1")
         for frame in _frames(capture, stop):
-            record, outputs = _answered(model, source, frame, status)
-            status.processed(record)
+            record, outputs = _answer(model, source, frame, status)
+            status.count_answer(record)
             lines.write(record)
             if overlay is not None:
                 at_s = frame.captured_ns / 1e9 if source.live else frame.pts_s or 0.0
@@ -206,17 +206,17 @@ def _run(model: Model, source: Source, options: RunOptions, status: Status, stop
 
 
 def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
-    """Until there will be none, or someone asks to stop; once a second systemd is told that the loop turns."""
-    told_at = 0.0
+    """Frames until there are no more, or a stop is requested; notifies systemd's watchdog once a second."""
+    notified_at = 0.0
     while not stop.is_set() and not capture.is_over:
-        if time.monotonic() >= told_at + 1:
-            told_at = time.monotonic()
+        if time.monotonic() >= notified_at + 1:
+            notified_at = time.monotonic()
             notify_systemd("WATCHDOG=1")
         if (frame := capture.take(_TICK_S)) is not None:
             yield frame
 
 
-def _answered(model: Model, source: Source, frame: Frame, status: Status) -> tuple[FrameRecord, dict[str, Array]]:
+def _answer(model: Model, source: Source, frame: Frame, status: Status) -> tuple[FrameRecord, dict[str, Array]]:
     """What the model says of a frame, and its outputs."""
     began = time.monotonic_ns()
     outputs = model.infer(frame.image(model.size))

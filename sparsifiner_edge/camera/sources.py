@@ -53,37 +53,37 @@ class Source(NamedTuple):
         secrets = {part for word in words for part in (word, word.partition("=")[2]) if part not in self.shown}
         for secret in sorted(secrets, key=len, reverse=True):
             message = message.replace(secret, "***") if len(secret) > 2 else message
-        return _IN_TEXT.sub(lambda found: shown_address(found[0]), message)
+        return _IN_TEXT.sub(lambda match: shown_address(match[0]), message)
 
 
 def shown_address(text: str) -> str:
     """Of an address its scheme, host and port, and no more: all the rest may be a password, or a key."""
-    found = _ADDRESS.fullmatch(text)
-    return f"{found['scheme']}://{found['place']}" if found else text.partition("://")[0] + "://***"
+    match = _ADDRESS.fullmatch(text)
+    return f"{match['scheme']}://{match['place']}" if match else text.partition("://")[0] + "://***"
 
 
 def place_of(address: str) -> tuple[str, int]:
     """Host and port of an RTSP address.
 
     Raises:
-        ConfigError: it is none. The message holds nothing of it.
+        ConfigError: it is not one. The message quotes nothing of it.
     """
-    found = _ADDRESS.fullmatch(address)
-    port = int((found and found["port"]) or (322 if address[:5].lower() == "rtsps" else 554))
-    if found is None or not address.isprintable() or not 0 < port < 1 << 16:
+    match = _ADDRESS.fullmatch(address)
+    port = int((match and match["port"]) or (322 if address[:5].lower() == "rtsps" else 554))
+    if match is None or not address.isprintable() or not 0 < port < 1 << 16:
         raise ConfigError(
             "The address of the camera cannot be read.",
             "Give rtsp://user:password@host:port/path, with @ / ? # % and : in user and password as %40 %2F %3F %23 "
             "%25 and %3A, and @ behind the host as %40.",
         )
-    return found["host"].strip("[]"), port
+    return match["host"].strip("[]"), port
 
 
 def parse_source(text: str) -> Source:
     """Read a source; nothing is opened but the file of `@FILE`, whose first line is read in its place.
 
     Raises:
-        ConfigError: an unknown scheme, an address that is none, or no pipeline after `gst:`.
+        ConfigError: an unknown scheme, an invalid address, or no pipeline after `gst:`.
         ArtifactError: FILE cannot be read.
     """
     if text.startswith("@"):  # A command line is seen by every user of the machine.

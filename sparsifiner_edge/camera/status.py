@@ -1,4 +1,4 @@
-"""What a run is doing: counters, state, one JSON line for each change of state, and what systemd is told."""
+"""What a run is doing: counters, state, one JSON line for each change of state, and messages to systemd."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Status:
         self.sums_s = dict.fromkeys(TIMES, 0.0)
 
     def count(self, name: str, by: int = 1) -> None:
-        """Add to a counter. That the output fails is told once."""
+        """Add to a counter. A failing output is reported once."""
         with self._lock:
             before = self.counts[name]
             self.counts[name] += by
@@ -64,9 +64,9 @@ class Status:
             self.event("output_failing")
 
     def enter(self, state: str, reason: str | None = None, attempt: int | None = None) -> None:
-        """Change the state; told unless nothing changed.
+        """Change the state, and report it unless nothing changed.
 
-        A night without a camera is no reason to fill a log: after four attempts only some are told.
+        A night without a camera is no reason to fill a log: after four attempts only some are reported.
         """
         lost_s = None
         with self._lock:
@@ -90,7 +90,7 @@ class Status:
         with contextlib.suppress(OSError):  # Who read the events may have gone; the records have another reader.
             self._tell(line)
 
-    def processed(self, record: FrameRecord) -> None:
+    def count_answer(self, record: FrameRecord) -> None:
         """A frame's answer is ready."""
         self.count("processed")
         self._processed_at = time.monotonic()

@@ -134,12 +134,12 @@ def normalise_options(command: Command) -> Command:
     return cast(Command, with_normalise)
 
 
-def grouped(arguments: Mapping[str, Any], /, **kinds: type) -> dict[str, Any]:
+def group(arguments: Mapping[str, Any], /, **kinds: type) -> dict[str, Any]:
     """A command's options as its function takes them: the fields of each type as one value, the others as they are.
 
     Example:
         >>> from sparsifiner_edge import Budget
-        >>> grouped({"keep": 0.5, "against": "dense"}, budget=Budget)
+        >>> group({"keep": 0.5, "against": "dense"}, budget=Budget)
         {'against': 'dense', 'budget': Budget(keep=0.5, token_keep=None, merge=None)}
     """
     rest, groups = dict(arguments), {}

@@ -44,7 +44,7 @@ def command(*, student: Path, data: Path, output: Path, as_json: bool, **options
     """Train STUDENT towards its dense teacher; the best on held-out images is written, the start included."""
     import sparsifiner_edge as se
 
-    groups = common.grouped(options, model=se.ModelOptions, options=se.TrainingOptions)
+    groups = common.group(options, model=se.ModelOptions, options=se.TrainingOptions)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
     with common.progress_bar("preparing", visible=first) as progress:
         summary = se.distill_student(student, data, output, progress=progress, **groups)

@@ -13,7 +13,7 @@ from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
     from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult
-    from sparsifiner_edge.results import Estimate
+    from sparsifiner_edge.results import Quantity
 
 
 @click.command()
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
                                       "classifier; or a task's own (see --task).")  # fmt: skip
 @click.option("--gallery", type=common.PATH, help="For knn and linear: labelled images to learn from.")
 @click.option(
-    "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most so many images of --data, evenly taken."
+    "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most this many images of --data, evenly taken."
 )
 @click.option("--task", metavar="maps|NAME|package.module:class",
               help="For task: dense maps against the teacher's, or a metric of your own.  [default: maps]")  # fmt: skip
@@ -52,12 +52,12 @@ def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **o
 
     groups = {"model": se.ModelOptions, "budget": se.Budget, "execution": se.Execution, "options": se.EvaluationOptions}
     with common.progress_bar("images") as progress:
-        result = se.evaluate_student(subject, data, progress=progress, **common.grouped(options, **groups))
+        result = se.evaluate_student(subject, data, progress=progress, **common.group(options, **groups))
     common.print_result(result, as_json, _print, output)
 
 
 def _print(result: ScoresResult | RobustnessResult) -> None:
-    """The figures; then who was compared with whom, and what ran each."""
+    """The figures; then what was compared, and what ran each."""
     from sparsifiner_edge.outcomes import ScoresResult
 
     if isinstance(result, ScoresResult):
@@ -75,10 +75,10 @@ def _print(result: ScoresResult | RobustnessResult) -> None:
         click.echo(f"{subject.role}: {shown(subject.path)} on {shown(ran)}")
 
 
-def _between(estimate: Estimate, form: str = ".4f") -> str:
+def _between(quantity: Quantity, form: str = ".4f") -> str:
     """An interval in words."""
-    known = isinstance(estimate.low, float) and isinstance(estimate.high, float)
-    return f"{estimate.low:{form}} to {estimate.high:{form}}" if known else "too few images"
+    known = isinstance(quantity.low, float) and isinstance(quantity.high, float)
+    return f"{quantity.low:{form}} to {quantity.high:{form}}" if known else "too few images"
 
 
 def _print_scores(result: ScoresResult) -> None:

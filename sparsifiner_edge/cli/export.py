@@ -43,7 +43,7 @@ def command(*, source: str, output: Path, as_json: bool, **options: Any) -> None
     from sparsifiner_edge.bundle.manifest import manifest_content
     from sparsifiner_edge.bundle.store import open_bundle
 
-    groups = common.grouped(options, model=se.ModelOptions, budget=se.Budget, options=se.ExportOptions)
+    groups = common.group(options, model=se.ModelOptions, budget=se.Budget, options=se.ExportOptions)
     with common.progress_bar("exporting and checking") as progress:
         folder = se.export_bundle(source, output, progress=progress, **groups)
     bundle = open_bundle(folder)

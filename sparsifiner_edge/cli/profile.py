@@ -12,14 +12,14 @@ import click
 from sparsifiner_edge.bounds import MOST_SECONDS
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.records import MISSING, Unavailable
-from sparsifiner_edge.results import Estimate
+from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
     from sparsifiner_edge.profiles.figures import Figures, ProfileResult
-    from sparsifiner_edge.profiles.sensors.conditions import Seen
+    from sparsifiner_edge.profiles.sensors.conditions import Observation
 
-Cell: TypeAlias = Estimate | float | str | Unavailable | None
+Cell: TypeAlias = Quantity | float | str | Unavailable | None
 
 
 @click.command()
@@ -35,7 +35,7 @@ def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any)
     """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own."""
     import sparsifiner_edge as se
 
-    groups = common.grouped(options, execution=se.Execution, options=se.ProfileOptions)
+    groups = common.group(options, execution=se.Execution, options=se.ProfileOptions)
     with common.progress_bar("starting") as progress:
         result = se.profile_bundle(bundle, progress=progress, **groups)
     common.print_result(result, as_json, _print, output)
@@ -53,7 +53,7 @@ def _print(result: ProfileResult) -> None:
     rows.append(["backend", *(f"{_cell(runtime.backend)} {_cell(runtime.version)}" for runtime in described)])
     for what in ("device", "kernels", "precision", "threads"):
         rows.append([what, *(_cell(getattr(runtime, what)) for runtime in described)])
-    # No device's memory without a device, no clock where none is told.
+    # No device memory without a device, no clock where none is reported.
     known = [row for row in rows if set(row[1:]) != {"?"}]
     common.print_table("Single stream, value (95 % interval)", ["", *names], known)
     for name, figure in zip(names, figures, strict=True):
@@ -80,14 +80,14 @@ _ROWS: tuple[tuple[str, Callable[[Figures], Cell]], ...] = (
     ("energy per inference, net, J", lambda f: getattr(f.energy, "net_j_per_inference", None)),
     ("power while measuring, W", lambda f: getattr(f.energy, "mean_w", None)),
 )
-_CONDITIONS: tuple[tuple[str, Callable[[Seen], Cell]], ...] = (
+_CONDITIONS: tuple[tuple[str, Callable[[Observation], Cell]], ...] = (
     ("processor's clock, MHz", lambda conditions: _median(conditions, "cpu_mhz")),
     ("GPU's clock, MHz", lambda conditions: _median(conditions, "gpu_mhz")),
     ("power mode", lambda conditions: conditions.before.power_mode),
 )
 
 
-def _median(conditions: Seen, name: str) -> float | None:
+def _median(conditions: Observation, name: str) -> float | None:
     return statistics.median(conditions.during[name]) if name in conditions.during else None
 
 
@@ -116,7 +116,7 @@ def _megabytes(size: int | Unavailable) -> float | Unavailable:
 
 
 def _cell(value: Cell) -> str:
-    if isinstance(value, Estimate):
+    if isinstance(value, Quantity):
         return f"{_cell(value.value)} ({_cell(value.low)} to {_cell(value.high)})"
     if value is None or isinstance(value, Unavailable):
         return "?"

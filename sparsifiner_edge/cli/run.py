@@ -25,7 +25,7 @@ from sparsifiner_edge.cli import common
 @click.option("--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True,
               help="Most classes per answer.")  # fmt: skip
 @click.option("--threshold", type=common.FiniteRange(0, 1), default=0.0, help="Leave out less probable classes.")
-@click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after so many frames.")
+@click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after this many frames.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
 @click.option("--stall", "stall_s", type=common.FiniteRange(0.1, MOST_SECONDS), default=3.0, show_default=True,
               help="Seconds without a frame after which a live source is reopened.")  # fmt: skip
@@ -41,5 +41,5 @@ def command(*, bundle: Path, source: str, metrics: str | None, **options: Any) -
     from sparsifiner_edge.camera.health import parse_host_port
 
     address = None if metrics is None else parse_host_port(metrics)
-    options = common.grouped(options, execution=se.Execution)
+    options = common.group(options, execution=se.Execution)
     se.run_bundle(bundle, source, se.RunOptions(metrics=address, **options))

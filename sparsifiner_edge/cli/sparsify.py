@@ -19,7 +19,7 @@ def _settings(values: tuple[str, ...]) -> dict[str, Any]:
     pairs = [value.partition("=")[::2] for value in values]
     for name, _number in pairs:
         if name not in _SIZES:
-            raise click.BadParameter(f"{name!r:.80} is none of {', '.join(_SIZES)}: give one as tile=8.")
+            raise click.BadParameter(f"{name!r:.80} is not one of {', '.join(_SIZES)}: give one as tile=8.")
     return {name: whole_number(number, name) for name, number in pairs}
 
 
@@ -32,7 +32,7 @@ def _settings(values: tuple[str, ...]) -> dict[str, Any]:
 @common.token_keep_option
 @common.merge_option
 @click.option("--set", "settings", multiple=True, callback=common.read_by(_settings), metavar="NAME=NUMBER",
-              help="A size that is seldom set: tile, probe, channels, cells, merge_window (docs/selection.md).",
+              help="A size that is rarely set: tile, probe, channels, cells, merge_window (docs/selection.md).",
 )  # fmt: skip
 @click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
 @common.normalise_options

@@ -48,7 +48,7 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
     recent: list[float] = []
 
     def require_course(self, total: int, budgets: int) -> None:
-        """Refuse steps and judgements that a training of `total` steps, judged at so many budgets, does not make.
+        """Refuse steps and judgements that a training of `total` steps, judged at that many budgets, does not make.
 
         Raises:
             ArtifactError: a step lies elsewhere, or a judgement is missing.
@@ -131,9 +131,9 @@ def cut_history(folder: Path, step: int) -> None:
     Raises:
         ArtifactError: it is not a regular file, or the disk refuses.
     """
-    path, kept = folder / HISTORY, []
+    path, lines = folder / HISTORY, []
     for line in read_bytes(path, _MOST_HISTORY).splitlines() if path.exists() else []:
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             if msgspec.json.decode(line, type=_Entry).step <= step:
-                kept.append(line + b"\n")
-    write_bytes(path, b"".join(kept))
+                lines.append(line + b"\n")
+    write_bytes(path, b"".join(lines))

@@ -31,7 +31,7 @@ from sparsifiner_edge.images import centred, class_order, evenly, list_images, o
 
 
 @contextlib.contextmanager
-def drawn_from(seed: int) -> Iterator[None]:
+def fixed_seed(seed: int) -> Iterator[None]:
     """Meanwhile all that torch, NumPy and Python draw follows from `seed`; afterwards they draw on as before."""
     numpy, python = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):
@@ -84,7 +84,7 @@ class BatchAugmentation:
     """What is done to whole batches, normalised and on their device.
 
     Args:
-        classes: of the labels; 0: there are none.
+        classes: of the labels; 0: no labels.
 
     Raises:
         ConfigError: batches are odd, for timm mixes and smooths by pairs.
@@ -169,10 +169,10 @@ def folder_source(
         ConfigError: labelled, and an image is not in the folder of a class.
     """
     files = list_images(folder)
-    kept = list_images(held_out) if held_out is not None else evenly(files, min(count, max(1, len(files) // 5)))
-    taken = {path.resolve() for path in kept}
+    chosen = list_images(held_out) if held_out is not None else evenly(files, min(count, max(1, len(files) // 5)))
+    taken = {path.resolve() for path in chosen}
     train = [path for path in files if path.resolve() not in taken]
-    kept = evenly(kept, count)
+    chosen = evenly(chosen, count)
     if not train:
         raise ImageError(f"{folder} holds {len(files)} images, all of which are held out.", "Give more images.")
     root = folder if held_out is None else held_out
@@ -185,10 +185,10 @@ def folder_source(
         classes = class_order((_top(path, folder) for path in files), classifier)  # those held out are of classes too
     numbers = {name: number for number, name in enumerate(classes)}
     labels = tuple(numbers[_top(path, folder)] for path in train) if labelled else ()
-    known = [numbers[top] for path in kept if (top := _top(path, root)) in numbers]
-    fingerprint = _fingerprint(folder, train, labels) + _fingerprint(root, kept, ())
+    known = [numbers[top] for path in chosen if (top := _top(path, root)) in numbers]
+    fingerprint = _fingerprint(folder, train, labels) + _fingerprint(root, chosen, ())
     return ImageSource(
-        train, tuple(kept), fingerprint, labels, classes, tuple(known) if len(known) == len(kept) else ()
+        train, tuple(chosen), fingerprint, labels, classes, tuple(known) if len(known) == len(chosen) else ()
     )
 
 
@@ -236,7 +236,7 @@ class ShuffledBatches(Dataset[Batch | SparsifinerError]):
                 unreadable.append(str(path))
                 continue
             label = self.source.labels[index] if self.source.labels else -1
-            with drawn_from(self.seed + number):
+            with fixed_seed(self.seed + number):
                 return self.transform(image), label, str(path), tuple(unreadable)
         raise ImageError(f"None of the {count} images can be read.", f"Look at {unreadable[0]}, for instance.")
 

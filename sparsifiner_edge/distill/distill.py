@@ -196,8 +196,8 @@ def _begun(training: Training, resume: bool) -> Iterator[None]:
     first, folder = training.accelerator.is_main_process, training.folder
     with io_errors(folder):
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    own = checkpoint.CHECKPOINT, checkpoint.HISTORY  # and what a process that was killed left of them
-    if foreign := [name for name in names if not any(one in name for one in own)]:
+    expected = checkpoint.CHECKPOINT, checkpoint.HISTORY  # and what a process that was killed left of them
+    if foreign := [name for name in names if not any(one in name for one in expected)]:
         raise ConfigError(
             f"{folder} is where checkpoints go, but holds {foreign[0]!r}.", "Move it, or give another -o."
         )

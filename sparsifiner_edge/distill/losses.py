@@ -21,7 +21,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.judge import Prediction, alike, correlation
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.calibrate import observed, selection_loss
+from sparsifiner_edge.sparse.calibrate import observe, selection_loss
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.outputs import TOKENS, outputs_of, prediction_of
 from sparsifiner_edge.sparse.patch import set_budget
@@ -78,7 +78,7 @@ class Distiller(nn.Module):
                 selection.append(selection_loss(attention, qkv.float(), generator, sizes))
 
         counts = reconstruct or (predictors and bool(self.weights.selection))
-        with observed(self.student, watch, densely=reconstruct) if counts else contextlib.nullcontext():
+        with observe(self.student, watch, densely=reconstruct) if counts else contextlib.nullcontext():
             if reconstruct:
                 with torch.no_grad():
                     self.student(images)
@@ -98,7 +98,7 @@ class Distiller(nn.Module):
             ConfigError: none of them has a weight.
         """
         weighted = [
-            getattr(self.weights, name) * self._counted(name, loss)
+            getattr(self.weights, name) * self._scale(name, loss)
             for name, loss in losses.items()
             if getattr(self.weights, name)
         ]
@@ -106,7 +106,7 @@ class Distiller(nn.Module):
             raise ConfigError(f"No loss of {', '.join(losses)} has a weight.", "Set one: --set losses.patches=1.0.")
         return torch.stack(weighted).sum()
 
-    def _counted(self, name: str, loss: Tensor) -> Tensor:
+    def _scale(self, name: str, loss: Tensor) -> Tensor:
         """A loss as it counts: where losses are relative, of its own value but with the slope of its logarithm."""
         if not self.weights.relative or name not in RELATIVE:
             return loss.mean()
@@ -124,8 +124,8 @@ def token_losses(
     prefix, tokens = backbone.prefix, got[TOKENS].float()
     expected = wanted[TOKENS].float()
     if POSITIONS in got:  # Tokens that were pruned are not asked for.
-        left = ops.rows_at(expected[:, prefix:], got[POSITIONS])
-        expected = torch.cat([expected[:, :prefix], left], 1)
+        rows = ops.rows_at(expected[:, prefix:], got[POSITIONS])
+        expected = torch.cat([expected[:, :prefix], rows], 1)
     apart = 1 - F.cosine_similarity(tokens, expected, dim=-1)
     losses = {"patches": apart[:, prefix:].mean(1), "tokens": F.mse_loss(tokens[:, prefix:], expected[:, prefix:])}
     if prefix:

@@ -54,8 +54,8 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Of the highest learning rates, what they are after a share of the steps."""
         if share <= self.warmup:
             return share / self.warmup
-        left = 0.5 + 0.5 * math.cos(math.pi * (share - self.warmup) / (1 - self.warmup + 1e-9))
-        return self.final + (1 - self.final) * left
+        decay = 0.5 + 0.5 * math.cos(math.pi * (share - self.warmup) / (1 - self.warmup + 1e-9))
+        return self.final + (1 - self.final) * decay
 
 
 class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -218,10 +218,10 @@ def front_budgets(path: Path) -> str:
         ArtifactError: not the result of a search.
         ConfigError: the search found nothing to train for.
     """
-    found = read_result(path, SearchResult).statistics
-    points = sorted((point for point in found.points if point.on_front), key=lambda point: point.fidelity)
-    if found.finalists:
-        lost = 1 - found.finalists[0].fidelity
+    search = read_result(path, SearchResult).statistics
+    points = sorted((point for point in search.points if point.on_front), key=lambda point: point.fidelity)
+    if search.finalists:
+        lost = 1 - search.finalists[0].fidelity
         points = [point for point in points if lost / NEAR <= 1 - point.fidelity <= lost * NEAR]
     if not points:
         raise ConfigError(f"{path} has no point to train for.", "Search again, with another bound.")

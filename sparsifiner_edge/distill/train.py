@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import Fingerprint, Tensors, TrainingState
-from sparsifiner_edge.distill.data import Batch, BatchAugmentation, ImageSource, augmentation, batches, drawn_from
+from sparsifiner_edge.distill.data import Batch, BatchAugmentation, ImageSource, augmentation, batches, fixed_seed
 from sparsifiner_edge.distill.losses import Distiller, HeldOut, judge_weights
 from sparsifiner_edge.distill.recipe import Budget, Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
@@ -89,11 +89,11 @@ def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 def digest(model: nn.Module) -> str:
     """Tells models apart by their weights."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Training:
@@ -132,7 +132,7 @@ class Training:
         self.wrapped, self.optimiser = accelerator.prepare(distiller, self.optimiser)
         self.distiller = cast(Distiller, accelerator.unwrap_model(self.wrapped))
         self.average = ModelEmaV3(self.distiller.student, decay=recipe.ema) if recipe.ema else None
-        self.held_out = self._held_out(teacher.model)
+        self.held_out = self._held_out_images(teacher.model)
 
     def _steps(self, phase: Phase) -> int:
         if not phase.epochs:
@@ -141,7 +141,7 @@ class Training:
         return max(1, math.ceil(phase.epochs * len(self.source.train) / per_step))
 
     @torch.no_grad()
-    def _held_out(self, teacher: nn.Module) -> list[HeldOut]:
+    def _held_out_images(self, teacher: nn.Module) -> list[HeldOut]:
         """Validation images, and what the teacher makes of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []
@@ -211,7 +211,7 @@ class Training:
         torch.manual_seed(self.recipe.seed + step)
         batch, processes = next(stream), int(self.accelerator.num_processes)
         self.state.unreadable.update(batch.unreadable)
-        with drawn_from(self.recipe.seed + processes * step + int(self.accelerator.process_index)):
+        with fixed_seed(self.recipe.seed + processes * step + int(self.accelerator.process_index)):
             images, labels = self._inputs(batch)
         kind = phase is self.recipe.reconstruct, phase.predictor_learning_rate > 0
         losses = self.wrapped(images, labels, torch.Generator().manual_seed(self.recipe.seed + step), *kind)
@@ -295,15 +295,15 @@ class Training:
         self._saved = self.state.step
         self.state.unreadable = set(gather_object(sorted(self.state.unreadable)))
         if self.accelerator.is_main_process:
-            checkpoint.save(self.folder, self.state, self._tensors() | _named("best", self.best))
+            checkpoint.save(self.folder, self.state, self._tensors() | _with_part("best", self.best))
         self.accelerator.wait_for_everyone()
 
     def _tensors(self) -> Tensors:
         """All that steps change."""
         average = {} if self.average is None else self.average.module.state_dict()
-        tensors = _named("student", self.distiller.student.state_dict()) | _named("average", average)
+        tensors = _with_part("student", self.distiller.student.state_dict()) | _with_part("average", average)
         for number, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= _named(f"optimiser/{number}", moments)
+            tensors |= _with_part(f"optimiser/{number}", moments)
         return tensors
 
     def restore(self, state: TrainingState, tensors: Tensors) -> None:
@@ -325,10 +325,10 @@ class Training:
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         moments = {number: _part(f"optimiser/{number}", tensors) for number in range(len(parameters))}
         moments = {number: each for number, each in moments.items() if each}  # Of those that ever had a gradient.
-        like = self._tensors() | _named("best", student.state_dict())
+        like = self._tensors() | _with_part("best", student.state_dict())
         for number in moments:
             of_adam = {"exp_avg": parameters[number], "exp_avg_sq": parameters[number], "step": torch.zeros(())}
-            like |= _named(f"optimiser/{number}", of_adam)
+            like |= _with_part(f"optimiser/{number}", of_adam)
         checkpoint.require_like(tensors, like)
         student.load_state_dict(_part("student", tensors))
         if average is not None:
@@ -351,10 +351,10 @@ class Training:
         }  # fmt: skip
 
 
-def _named(part: str, tensors: dict[str, Tensor]) -> Tensors:
+def _with_part(part: str, tensors: dict[str, Tensor]) -> Tensors:
     return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
 
 
 def _part(part: str, tensors: Tensors) -> Tensors:
-    """The reverse of `_named`."""
+    """The reverse of `_with_part`."""
     return {name.removeprefix(f"{part}/"): x for name, x in tensors.items() if name.startswith(f"{part}/")}

@@ -19,11 +19,11 @@ from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.evaluate.extract import Extractor
 from sparsifiner_edge.evaluate.judges import COMPARED, Judge, JudgedImage
-from sparsifiner_edge.evaluate.reading import Feed, Labelled, labelled, read_images
+from sparsifiner_edge.evaluate.reading import Feed, Labelled, class_set, read_images
 from sparsifiner_edge.judge import Outputs, Scores
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.student import Student, save_student
-from sparsifiner_edge.sparse.student_file import checked_labels, read_config
+from sparsifiner_edge.sparse.student_file import check_labels, read_config
 
 NEIGHBOURS = 20
 METRICS = {"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}
@@ -62,7 +62,7 @@ class ClassJudge(Judge):
         )
         return subject, teacher
 
-    def said(self) -> dict[str, Any]:
+    def details(self) -> dict[str, Any]:
         """See `Judge`."""
         gallery = self._gallery
         learnt = None if gallery is None else f"{len(gallery)} of {gallery.name}"
@@ -87,7 +87,7 @@ def gallery_of(metric: str, folder: str | Path | None, queries: Labelled) -> Lab
     """Images to learn from, with the queries' classes; None for a classifier.
 
     Raises:
-        ConfigError: there are none, or of some classes none.
+        ConfigError: no images, or none of some class.
     """
     if metric == "top1":
         if folder is not None:
@@ -99,7 +99,7 @@ def gallery_of(metric: str, folder: str | Path | None, queries: Labelled) -> Lab
         raise ConfigError("Neighbours and probes require labelled images.", "Give some: --gallery DIR.")
     if len(queries.classes) < 2:
         raise ConfigError(f"Only one class was found, {queries.classes[0]!r}.", "Give images of several.")
-    gallery = labelled(Path(folder), queries.classes)
+    gallery = class_set(Path(folder), queries.classes)
     if missing := set(range(len(queries.classes))).difference(gallery.labels.tolist()):
         raise ConfigError(
             f"The gallery has no image of {queries.classes[min(missing)]!r}.", "Give some of every class."
@@ -156,7 +156,7 @@ def require_head(subject: Path, head: Path, classes: tuple[str, ...]) -> None:
     if kind_of(subject) != "student" or read_config(subject).host != "timm":
         raise ConfigError("A head is written for a student of a model of timm alone.", "Leave --head out.")
     require_replaceable(head, "student")
-    checked_labels(classes, subject)
+    check_labels(classes, subject)
 
 
 def write_head(student: Student, fitted: Any, classes: tuple[str, ...], output: Path) -> Path:

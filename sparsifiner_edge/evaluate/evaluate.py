@@ -13,7 +13,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassJudge, require_head, write_head
 from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_both, with_roles
 from sparsifiner_edge.evaluate.judges import COMPARED, Judge, answers, judge_of
-from sparsifiner_edge.evaluate.reading import Feed, feed_of, labelled
+from sparsifiner_edge.evaluate.reading import Feed, class_set, feed_of
 from sparsifiner_edge.evaluate.scores import clean_scores, corrupted_scores, score_statistics, stability
 from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.images import evenly, list_images
@@ -35,9 +35,9 @@ class EvaluationOptions:
             of logistic regression on the gallery's features. "top1": of the classifier's own answer, on images that are
             prepared as timm validates the model. "task": see task.
         gallery: for knn and linear: labelled images.
-        queries: use at most so many images, evenly taken; None takes all.
+        queries: use at most this many images, evenly taken; None takes all.
         head: for linear: student folder to write, the subject with the probe as its classifier.
-        task: for the metric "task": "maps" (None), or a user's metric: see `judge.OwnMetric`. map_name: of maps, the
+        task: for the metric "task": "maps" (None), or a user's metric: see `judge.UserMetric`. map_name: of maps, the
             output that is one; None: the only one there is. masks: a folder of true masks, named as the images.
         corruptions: judge by the same metric while images are corrupted: "all", or names of `corruptions.COMMON` with
             commas between. severity: of these, 1 to 5; None takes the middle one.
@@ -140,7 +140,7 @@ def evaluate_student(
             return _result(judge, models, feed, task or metric, progress)
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
-        queries = labelled(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(options.queries)
+        queries = class_set(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(options.queries)
         if options.head is not None:
             require_head(compared.subject, Path(options.head), queries.classes)
         classes = ClassJudge(queries, metric, options.gallery, models, feed, progress)
@@ -163,7 +163,7 @@ def _result(
             metric=metric, truth=judge.truth, images=[path.name for path in judge.files],
             preprocessing=feed.text + ", then corrupted" * bool(feed.corruptions),
             runtime={role: model.runtime for role, model in zip(COMPARED, models, strict=True)},
-            corruptions=feed.corruptions, severity=feed.severity if feed.corruptions else None, **judge.said(),
+            corruptions=feed.corruptions, severity=feed.severity if feed.corruptions else None, **judge.details(),
         )  # fmt: skip
 
     if feed.corruptions:

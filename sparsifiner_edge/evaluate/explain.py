@@ -129,7 +129,7 @@ def _watch(layer: SparseLayer, records: list[Layer]) -> Iterator[None]:
 
     def enter(_: Any, inputs: Any) -> None:
         nonlocal entered, read
-        entered, read = layer.arrived(inputs[0]), None
+        entered, read = layer.receive(inputs[0]), None
 
     def attend(attention: Any, _: Any, outputs: Any) -> None:
         nonlocal read
@@ -144,15 +144,15 @@ def _watch(layer: SparseLayer, records: list[Layer]) -> Iterator[None]:
         patches = entered.positions.shape[1]
         places = torch.arange(patches) if entered.places is None else entered.places[0]
         share = np.ones(patches) if read is None else np.asarray(read.numpy())
-        sparse = layer.own_attention if read is not None else None
+        sparse = layer.packed_attention if read is not None else None
         summary = LayerSummary(
-            layer=len(records), tokens=patches, merged=patches - layer.arrived(output).positions.shape[1],
+            layer=len(records), tokens=patches, merged=patches - layer.receive(output).positions.shape[1],
             keys=sparse.layout.keys if isinstance(sparse, SparseAttention) else None,
         )  # fmt: skip
         records.append((np.asarray(places[layer.curve.raster].numpy()), share, summary))
 
     hooks = [
-        layer.register_forward_pre_hook(enter), layer.own_attention.register_forward_hook(attend),
+        layer.register_forward_pre_hook(enter), layer.packed_attention.register_forward_hook(attend),
         layer.register_forward_hook(leave),
     ]  # fmt: skip
     try:

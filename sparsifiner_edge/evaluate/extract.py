@@ -28,7 +28,7 @@ from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise
 
 TOKENS_TOGETHER = 2048
-"""Of so many tokens images are computed together in torch: more of them gain nothing on a CPU, and take memory."""
+"""Tokens of the images that torch computes together: more gain nothing on a CPU, and take memory."""
 GPU_TOKENS_TOGETHER = 16 * TOKENS_TOGETHER
 
 
@@ -81,7 +81,7 @@ def open_both(compared: TeacherComparison, stack: contextlib.ExitStack) -> tuple
     """The subject and its teacher, open until the stack is left.
 
     Raises:
-        ConfigError: there are none that can be compared, or they take images of different sizes.
+        ConfigError: they cannot be compared, or they take images of different sizes.
     """
     subject = _subject(compared, stack)
     teacher = _teacher(compared, subject.size, stack)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.corruptions import moved
+from sparsifiner_edge.corruptions import move_mask
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.extract import Extractor
 from sparsifiner_edge.evaluate.reading import Feed, read_images
@@ -19,9 +19,9 @@ from sparsifiner_edge.judge import (
     MAPS,
     THRESHOLD,
     Outputs,
-    OwnMetric,
     Prediction,
     Scores,
+    UserMetric,
     alike,
     map_in,
     map_scores,
@@ -74,7 +74,7 @@ class Judge:
             scores |= {f"subject_{name}": got, f"teacher_{name}": expected, f"lost_{name}": lost}
         return scores
 
-    def said(self) -> dict[str, Any]:
+    def details(self) -> dict[str, Any]:
         """What the method of a result says of it, at the end."""
         return {}
 
@@ -125,7 +125,7 @@ class _FeatureJudge(Judge):
         """See `Judge`.
 
         Raises:
-            ConfigError: the teacher is none of the subject.
+            ConfigError: the teacher is not one of the subject.
         """
         _require_comparable(image.subject.outputs, image.teacher.outputs)
         subject, teacher = (Scores(features=alike("features", x, image.clean)) for x in (image.subject, image.teacher))
@@ -183,11 +183,11 @@ class _MapJudge(Judge):
     def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
         mask = load_mask(self._masks[image.number], self.size) if self._masks else self._mask_of(image.clean)
-        true = mask if image.condition is None else moved(mask, *image.condition, seed=image.number)
+        true = mask if image.condition is None else move_mask(mask, *image.condition, seed=image.number)
         subject, teacher = (map_scores(x, true, THRESHOLD, self._measures) for x in self._maps(image))
         return subject, teacher
 
-    def said(self) -> dict[str, Any]:
+    def details(self) -> dict[str, Any]:
         """See `Judge`."""
         return {"output": self._output, "masks": None if self._folder is None else str(self._folder)}
 
@@ -222,7 +222,7 @@ class _MetricJudge(Judge):
     def __init__(self, files: Sequence[Path], size: ImageSize, task: str) -> None:
         super().__init__(files, size)
         self.truth = task
-        self._metrics = collections.defaultdict[Any, OwnMetric](lambda: OwnMetric(task))
+        self._metrics = collections.defaultdict[Any, UserMetric](lambda: UserMetric(task))
         self._higher = self._metrics["subject", None].higher_is_better
         self.lower = frozenset() if self._higher else frozenset({"score"})
 
@@ -234,7 +234,7 @@ class _MetricJudge(Judge):
         )
         return subject, teacher
 
-    def said(self) -> dict[str, Any]:
+    def details(self) -> dict[str, Any]:
         """See `Judge`."""
         results = {role: self._metrics[role, None].result() for role in COMPARED}
         missing = [role for role, value in results.items() if value is None]

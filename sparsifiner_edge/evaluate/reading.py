@@ -51,7 +51,7 @@ class Labelled:
         return dataclasses.replace(self, files=files, labels=self.labels[taken])
 
 
-def labelled(folder: Path, classes: tuple[str, ...] | None = None, classifier: tuple[str, ...] = ()) -> Labelled:
+def class_set(folder: Path, classes: tuple[str, ...] | None = None, classifier: tuple[str, ...] = ()) -> Labelled:
     """Images of a folder with one folder per class.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.metrics import POSITIONS
-from sparsifiner_edge.sparse.calibrate import observed
+from sparsifiner_edge.sparse.calibrate import observe
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
 from sparsifiner_edge.sparse.outputs import ALONE, outputs_of
 from sparsifiner_edge.sparse.student import Student
@@ -88,7 +88,7 @@ class DeployedModel(nn.Module):
         some = torch.randint(256, (1, 3, *backbone.image_size), generator=generator).float()
         projection = backbone.embedding
         weight, bias = projection.weight.detach().clone(), projection.bias
-        with observed(self.model, lambda *_: None, densely=True):
+        with observe(self.model, lambda *_: None, densely=True):
             expected = self._outputs(self._normalised(some))
             fold_normalisation(backbone, self.pre)
             try:

@@ -38,10 +38,10 @@ from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, class_labels
 from sparsifiner_edge.sparse.in_memory import require_images
-from sparsifiner_edge.sparse.outputs import checked_names
-from sparsifiner_edge.sparse.source import ModelOptions, declared, load_source
+from sparsifiner_edge.sparse.outputs import check_names
+from sparsifiner_edge.sparse.source import ModelOptions, load_source, normalisation_of
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_student, refuse_normalisation
-from sparsifiner_edge.sparse.student_file import checked_labels
+from sparsifiner_edge.sparse.student_file import check_labels
 from sparsifiner_edge.text import shown
 
 _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
@@ -157,8 +157,8 @@ def export_model(
     require_replaceable(target, "bundle")
     form = _form(options or ExportOptions())
     require(not form.boards, "A module in memory is exported for no board.", "Write a student: `sparsify`.")
-    names = checked_names(getattr(module, "output_names", None) if outputs is None else outputs)
-    pixels = declared(module, f"This {type(module).__name__}", Normalisation.parse(normalise))
+    names = check_names(getattr(module, "output_names", None) if outputs is None else outputs)
+    pixels = normalisation_of(module, f"This {type(module).__name__}", Normalisation.parse(normalise))
     backbone = backbone_of(module)
     require_images(example)
     height, width = (int(side) for side in example.shape[-2:])
@@ -204,7 +204,7 @@ def _form(options: ExportOptions) -> _Form:
         fix = "Choose --precision fp16, or int8 with --int8-target tensorrt."
         raise ConfigError(f"A board's kernels are for float16, not for {precision}.", fix)
     images = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
-    batch, labels = options.batch, checked_labels(list(options.labels), "labels")
+    batch, labels = options.batch, check_labels(list(options.labels), "labels")
     size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
     return _Form(precision, size, options.tokens, int8_target, images, labels, loaded)
 

@@ -78,7 +78,7 @@ def package_bundle(bundle: str | Path, target: str, output: str | Path) -> Packa
 
 
 def _open(folder: Path) -> Bundle:
-    """A bundle that takes one image, whose tensors have names that can lead nowhere."""
+    """A bundle that takes one image, whose tensor names cannot be paths."""
     bundle = open_bundle(folder)
     manifest, (height, width) = bundle.manifest, height_width(bundle.image_size)
     bundle.model()  # A model that needs other files is not passed on.

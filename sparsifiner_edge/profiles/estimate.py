@@ -28,7 +28,7 @@ from sparsifiner_edge.profiles.roofline import (
     Workload,
 )
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.results import Estimate, Result
+from sparsifiner_edge.results import Quantity, Result
 
 ESTIMATED = 0.9
 """Of bounds: what the fit was widened to."""
@@ -49,7 +49,7 @@ was read; how many layers' tensors are alive then. CPU: recorded; GPU: judged.
 SCORE_COPIES = (1.0, 1.0, 2.0)
 """The same for scores and gathered keys, where they are kept in memory."""
 _AGAIN = "Export the bundle again."
-_LEFT_OUT = ("sources", "power_modes", "jetpack")
+_OMITTED = ("sources", "power_modes", "jetpack")
 """Of a board, in a result."""
 
 
@@ -60,9 +60,9 @@ class EstimateStatistics(msgspec.Struct, frozen=True, kw_only=True):
         fits_memory: "yes" by the upper bound, "no" by the lower one, else "perhaps".
     """
 
-    latency_ms: Estimate
-    memory_bytes: Estimate
-    energy_j: Estimate
+    latency_ms: Quantity
+    memory_bytes: Quantity
+    energy_j: Quantity
     fits_memory: str
 
 
@@ -134,7 +134,7 @@ def estimate_bundle(
     fit = CPU_FIT if cpu else GPU_FIT
     method = EstimateMethod(
         estimate="computed, not measured; `machine` is where it was computed, not the board",
-        board={name: value for name, value in msgspec.structs.asdict(device).items() if name not in _LEFT_OUT},
+        board={name: value for name, value in msgspec.structs.asdict(device).items() if name not in _OMITTED},
         power_mode=power_mode or Unavailable("none chosen: full clocks"),
         precision={"linear": chosen, "other": roofline.other_precision(chosen, device)},
         kernels={"assumed": assumed, "because": because},
@@ -182,16 +182,16 @@ def _statistics(
     low, _, high = memory
     how = "runtime, weights as often as they are held, tensors of some layers, and scores kept in memory"
     return EstimateStatistics(
-        latency_ms=_estimate(latency, 1e3, f"roofline; factor {spread:.3g} either way"),
-        memory_bytes=_estimate(memory, 1.0, how),
+        latency_ms=_quantity(latency, 1e3, f"roofline; factor {spread:.3g} either way"),
+        memory_bytes=_quantity(memory, 1.0, how),
         energy_j=_energy(board, spent, latency),
         fits_memory="yes" if high <= room else "no" if low > room else "perhaps",
     )
 
 
-def _estimate(bounds: _Bounds, factor: float, how: str) -> Estimate:
+def _quantity(bounds: _Bounds, factor: float, how: str) -> Quantity:
     low, value, high = (factor * bound for bound in bounds)
-    return Estimate(value, low, high, ESTIMATED, how)
+    return Quantity(value, low, high, ESTIMATED, how)
 
 
 def _latency(work: Workload, gpu: bool, spread: float, spent: Sequence[Cost]) -> _Bounds:
@@ -238,11 +238,11 @@ def _body_bytes(shape: ModelShape, sparsity: SparsityConfig, size: int) -> float
     return 2.0 * size * layout.tiles * read * shape.width + 4.0 * shape.heads * shape.patches * (read + layout.cells)
 
 
-def _energy(board: Board, spent: Sequence[Cost], latency: _Bounds) -> Estimate:
+def _energy(board: Board, spent: Sequence[Cost], latency: _Bounds) -> Quantity:
     """(idle + utilisation x (cap - idle)) x time; the cap is the power mode's, else the most that the board takes."""
     busy = 1 - sum(c.launch_s for c in spent) / latency[1] if board.kind == "gpu" else 1.0
     low_w, idle_w = (board.idle_w,) * 2 if board.idle_w else (share * board.tdp_w for share in IDLE_SHARE)
     power = idle_w + busy * (board.tdp_w - idle_w)
     how = f"{power:.3g} W: {idle_w:.3g} at rest, up to {board.tdp_w:.3g}, by the share of time that it computes"
     least, likely, most = latency
-    return _estimate((low_w * least, power * likely, board.tdp_w * most), 1.0, how)
+    return _quantity((low_w * least, power * likely, board.tdp_w * most), 1.0, how)

@@ -10,11 +10,11 @@ from sparsifiner_edge.profiles.flags import Flag
 from sparsifiner_edge.profiles.measure.layers import Row
 from sparsifiner_edge.profiles.measure.memory import Bytes
 from sparsifiner_edge.profiles.measure.side import Rules, WarmUp
-from sparsifiner_edge.profiles.sensors.conditions import Seen
+from sparsifiner_edge.profiles.sensors.conditions import Observation
 from sparsifiner_edge.profiles.sensors.energy import Energy
 from sparsifiner_edge.profiles.stats import Latency
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.results import Estimate, Result
+from sparsifiner_edge.results import Quantity, Result
 from sparsifiner_edge.runtime.session import Runtime
 
 
@@ -28,7 +28,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     latency_ms: Latency
-    throughput_per_s: Estimate
+    throughput_per_s: Quantity
     queries: int
     load_ms: float
     first_inference_ms: float
@@ -50,7 +50,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         verdict: "faster", "slower", "no difference shown". sentence: with both names.
     """
 
-    ratio: Estimate
+    ratio: Quantity
     rounds: int
     verdict: str
     sentence: str
@@ -82,7 +82,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     warm_up: dict[str, WarmUp]
     block_queries: dict[str, int]
     sensor: dict[str, Any]
-    conditions: dict[str, Seen]
+    conditions: dict[str, Observation]
     problems: list[str]
     cut_short: str | None = None
 

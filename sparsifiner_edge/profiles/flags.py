@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from sparsifiner_edge.profiles.measure.side import WarmUp
-from sparsifiner_edge.profiles.sensors.conditions import Seen
+from sparsifiner_edge.profiles.sensors.conditions import Observation
 from sparsifiner_edge.profiles.stats import Series, percentile, quantile_interval
 from sparsifiner_edge.records import Unavailable
 
@@ -42,37 +42,37 @@ class Flag(msgspec.Struct, frozen=True):
 
 
 def flags_of(
-    latency_ms: Series, warm_up: WarmUp, seen: Seen, on: str, others: float | Unavailable,
+    latency_ms: Series, warm_up: WarmUp, conditions: Observation, on: str, others: float | Unavailable,
     kernels: object, cut_short: str | None = None,
 ) -> list[Flag]:  # fmt: skip
     """Of one side.
 
     Args:
-        seen: before, during and after. on: "cpu" or "gpu", where inferences run: an idle GPU's clock does not matter.
+        conditions: before, during and after. on: "cpu" or "gpu", where inferences run (an idle GPU's clock is ignored).
         others: cores that other programs kept busy. kernels: as a session's description says.
         cut_short: why it ended before the rules were met.
     """
-    values, found = np.asarray(latency_ms, dtype=np.float64), list[Flag]()
+    values, flags = np.asarray(latency_ms, dtype=np.float64), list[Flag]()
     if short := "; ".join(_too_short(values, cut_short)):
-        found.append(Flag("too-short", short, "Measure longer (--seconds)."))
+        flags.append(Flag("too-short", short, "Measure longer (--seconds)."))
     if not warm_up.settled:
         what = f"after {warm_up.seconds:.1f} s and {warm_up.queries} queries of warm-up the latency still moved"
-        found.append(Flag("not-warmed-up", what, "Close other programs, or fix the clocks, and measure again."))
+        flags.append(Flag("not-warmed-up", what, "Close other programs, or fix the clocks, and measure again."))
     for what in _unstable(values):
-        found.append(Flag("unstable", what, "Close other programs, let the machine cool, and measure longer."))
-    if isinstance(seen.throttled_by, list) and seen.throttled_by:
-        what = f"slowed down by {', '.join(seen.throttled_by)}"
-        found.append(Flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
-    for what in _drifting_clocks(seen, on):
+        flags.append(Flag("unstable", what, "Close other programs, let the machine cool, and measure longer."))
+    if isinstance(conditions.throttled_by, list) and conditions.throttled_by:
+        what = f"slowed down by {', '.join(conditions.throttled_by)}"
+        flags.append(Flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
+    for what in _drifting_clocks(conditions, on):
         do = "Fix the clocks (jetson_clocks, nvidia-smi -lgc, the performance governor), and measure again."
-        found.append(Flag("clock-drift", what, do))
+        flags.append(Flag("clock-drift", what, do))
     if isinstance(others, float) and others > OTHER_CORES:
         what = f"other programs kept {others:.2f} of a core busy"
-        found.append(Flag("other-load", what, "Close other programs, and measure again."))
+        flags.append(Flag("other-load", what, "Close other programs, and measure again."))
     for part, do in _FALLBACKS.items():
         if part in str(kernels):
-            found.append(Flag("portable-kernels", f"sparse attention ran as {kernels}", do))
-    return found
+            flags.append(Flag("portable-kernels", f"sparse attention ran as {kernels}", do))
+    return flags
 
 
 def _too_short(values: np.ndarray[Any, Any], cut_short: str | None) -> Iterator[str]:
@@ -104,9 +104,9 @@ def _unstable(values: np.ndarray[Any, Any]) -> Iterator[str]:
         yield f"the last third is {abs(change):.1%} {'slower' if change > 0 else 'faster'} than the first"
 
 
-def _drifting_clocks(seen: Seen, on: str) -> Iterator[str]:
+def _drifting_clocks(conditions: Observation, on: str) -> Iterator[str]:
     clocks = {"cpu_mhz": "the processor's clock"} | ({"gpu_mhz": "the GPU's clock"} if on == "gpu" else {})
     for key, name in clocks.items():
-        lowest, highest = (bound(seen.during.get(key, [0.0])) for bound in (min, max))
+        lowest, highest = (bound(conditions.during.get(key, [0.0])) for bound in (min, max))
         if lowest > 0 and highest / lowest - 1 > CLOCK:
             yield f"{name} went from {lowest:.0f} to {highest:.0f} MHz while queries ran"

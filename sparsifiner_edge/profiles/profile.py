@@ -123,7 +123,7 @@ def _compare(subject: MeasuredSide, against: MeasuredSide, names: list[str]) -> 
     ratio = float(np.median(ratios))
     verdict = stats.judge(low, high)
     return Comparison(
-        ratio=stats.estimate(ratio, low, high, "order statistics of paired rounds, effective sample size"),
+        ratio=stats.quantity(ratio, low, high, "order statistics of paired rounds, effective sample size"),
         rounds=len(ratios),
         verdict=verdict,
         sentence=_sentence(verdict, names, ratio, low, high),

@@ -21,7 +21,7 @@ SPARSE_KINDS = ("predictor", "cells", "attention")
 SCORE_PASSES = 6
 """Times that plain attention writes or reads its scores: product, scale, softmax, product."""
 MERGE_LAUNCHES = {"native": 8, "kernels": 10, "bodies": 25}
-"""Kernels of a layer that merges, sizes and places of its tokens included: as bodies so many are in an engine of
+"""Kernels of a layer that merges, sizes and places of its tokens included: of bodies as counted in an engine of
 TensorRT-RTX (`benchmarks/engines_rtx.py`). 5 are left there without MatchTokens and MergeTokens
 (`tests/tensorrt/test_rtx.py`), and CUDA kernels are four and one. native: a CPU's library."""
 
@@ -66,7 +66,7 @@ CPU_FIT = RooflineFit(
     spread=1.35, points=24,
 )  # fmt: skip
 """Recorded models, dense and sparse; left-out ones fell within 1.1, six on another processor within 1.2; `spread` is
-judged, since peaks are seldom known as well."""
+set by judgement, since peaks are rarely known as well."""
 
 
 KERNEL_SHARE = {80: 0.25, 86: 0.7, 87: 0.4, 89: 0.5, 90: 0.15, 100: 0.15, 110: 0.14, 120: 0.4}
@@ -135,13 +135,13 @@ class Workload:
 
 def operators(work: Workload) -> list[OperatorWork]:
     """Every operator of an inference, in order."""
-    shape, found = work.shape, [_embedding(work)]
+    shape, parts = work.shape, [_embedding(work)]
     costs = layer_costs(shape, work.sparsity)
-    for number, (here, share, left) in enumerate(layers(shape, work.sparsity)):
-        found += _layer(number, costs[number], here, work, share)
-        if here.patches > left and work.sparsity.merge:
-            found.append(_merging(number, here, here.patches - left, work))
-    return found
+    for number, (here, share, after) in enumerate(layers(shape, work.sparsity)):
+        parts += _layer(number, costs[number], here, work, share)
+        if here.patches > after and work.sparsity.merge:
+            parts.append(_merging(number, here, here.patches - after, work))
+    return parts
 
 
 def _merging(number: int, shape: ModelShape, merged: int, work: Workload) -> OperatorWork:
@@ -172,23 +172,23 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sh
         moved = costs[kind].bytes / FLOAT - weights  # The bytes of `costs` hold the weights once.
         return OperatorWork(number, kind, engine, work.batch * costs[kind].macs, weights, work.batch * moved, launches)
 
-    found = [
+    parts = [
         operator("projections", "linear", 3, 4 * shape.width**2),
         operator("mlp", "linear", 3, 2 * shape.width * shape.hidden),
     ]
     if costs["pruning"].macs:
-        found.append(operator("pruning", "attention", 0 if work.sparsity.merge else PRUNING_LAUNCHES))
+        parts.append(operator("pruning", "attention", 0 if work.sparsity.merge else PRUNING_LAUNCHES))
     if share < 1:
         ours = work.kernels == "kernels"
-        found.append(operator("predictor", "kernels" if ours else "predictor", 2))
-        found.append(operator("attention", "kernels" if ours else "attention", 1))
-        found.append(operator("cells", "kernels" if ours else "attention", 1 if costs["cells"].macs else 0))
-        return [*found, *_bodies(number, shape, work, share)] if work.portable else found
-    found.append(operator("attention", "attention", 1))
+        parts.append(operator("predictor", "kernels" if ours else "predictor", 2))
+        parts.append(operator("attention", "kernels" if ours else "attention", 1))
+        parts.append(operator("cells", "kernels" if ours else "attention", 1 if costs["cells"].macs else 0))
+        return [*parts, *_bodies(number, shape, work, share)] if work.portable else parts
+    parts.append(operator("attention", "attention", 1))
     if work.materialised:
         scores = work.batch * shape.heads * (shape.prefix + shape.patches) ** 2 * SCORE_PASSES
-        found.append(OperatorWork(number, "attention", "attention", 0, 0, 0, 4, scores=scores))
-    return found
+        parts.append(OperatorWork(number, "attention", "attention", 0, 0, 0, 4, scores=scores))
+    return parts
 
 
 def _bodies(number: int, shape: ModelShape, work: Workload, share: float) -> list[OperatorWork]:

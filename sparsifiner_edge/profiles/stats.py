@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.results import Estimate
+from sparsifiner_edge.results import Quantity
 
 CONFIDENCE = 0.95
 _NORMAL = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
@@ -28,10 +28,10 @@ Series = Sequence[float] | np.ndarray[Any, Any]
 class Latency(msgspec.Struct, frozen=True):
     """Of one query, in ms."""
 
-    p50: Estimate
-    p90: Estimate
-    p99: Estimate
-    mean: Estimate
+    p50: Quantity
+    p90: Quantity
+    p99: Quantity
+    mean: Quantity
 
 
 def percentile(samples: Series, share: float) -> float:
@@ -100,32 +100,32 @@ def mean_reach(samples: Series, independent: int | None = None) -> float | None:
     return student_t(count - 1) * float(np.std(samples, ddof=1)) / math.sqrt(count)
 
 
-def mean_of(samples: Series, independent: int | None, method: str) -> Estimate:
+def mean_of(samples: Series, independent: int | None, method: str) -> Quantity:
     """The mean with its interval; see `mean_reach`."""
     mean, reach = float(np.mean(samples)), mean_reach(samples, independent)
     low, high = (None, None) if reach is None else (mean - reach, mean + reach)
-    return estimate(mean, low, high, method)
+    return quantity(mean, low, high, method)
 
 
-def small_sample_mean(samples: Series) -> Estimate:
+def small_sample_mean(samples: Series) -> Quantity:
     """Mean of independent samples, such as images."""
     return mean_of(samples, len(samples), f"Student's t, {len(samples)} samples")
 
 
-def skewed_mean(samples: Series, shape: float) -> Estimate:
+def skewed_mean(samples: Series, shape: float) -> Quantity:
     """Mean of few independent samples of something positive and skewed, such as distances of images: as of a gamma
-    distribution, whose samples' sum tells its mean. Student's t interval of such holds too seldom on the far side.
+    distribution, whose mean follows from the samples' sum. Student's t interval misses it too often on the far side.
 
     Args:
         shape: of it, 1 for an exponential one: the inverse of the squared ratio of deviation to mean.
     """
     values = np.asarray(samples, dtype=np.float64)
     mean, freedom = float(values.mean()), 2 * shape * len(values)
-    low, high = (mean * freedom / chi_squared(freedom, sign) for sign in (1, -1))
-    return estimate(mean, low, high, f"gamma of shape {shape:.2f}, {len(values)} samples")
+    low, high = (mean * freedom / chi_square(freedom, sign) for sign in (1, -1))
+    return quantity(mean, low, high, f"gamma of shape {shape:.2f}, {len(values)} samples")
 
 
-def chi_squared(freedom: float, sign: int) -> float:
+def chi_square(freedom: float, sign: int) -> float:
     """Its .975 quantile, or with a sign of -1 its .025 quantile: Wilson and Hilferty's, which is too small, never too
     large, below a few degrees of freedom.
     """
@@ -144,22 +144,22 @@ def student_t(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3 + fourth / freedom**4
 
 
-def estimate(value: float, low: float | None, high: float | None, method: str) -> Estimate:
+def quantity(value: float, low: float | None, high: float | None, method: str) -> Quantity:
     """A value with its interval, whose bounds are None where samples were too few."""
-    return Estimate(value, _FEW if low is None else low, _FEW if high is None else high, CONFIDENCE, method)
+    return Quantity(value, _FEW if low is None else low, _FEW if high is None else high, CONFIDENCE, method)
 
 
-def summarise(latency_ms: Series) -> tuple[Latency, Estimate]:
+def summarise(latency_ms: Series) -> tuple[Latency, Quantity]:
     """p50, p90, p99 and mean of the latency in ms, and the throughput in queries per second, with intervals."""
 
-    def quantile(share: float) -> Estimate:
+    def quantile(share: float) -> Quantity:
         bounds = quantile_interval(latency_ms, share)
-        return estimate(percentile(latency_ms, share), *bounds, "order statistics, effective sample size")
+        return quantity(percentile(latency_ms, share), *bounds, "order statistics, effective sample size")
 
     mean = mean_of(latency_ms, None, "Student's t, effective sample size")
     slow, fast = (1000 / ms if isinstance(ms, float) and ms > 0 else None for ms in (mean.high, mean.low))
     latency = Latency(quantile(0.5), quantile(0.9), quantile(0.99), mean)
-    return latency, estimate(1000 / mean.value, slow, fast, mean.interval)
+    return latency, quantity(1000 / mean.value, slow, fast, mean.interval)
 
 
 def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.ndarray[Any, Any]:
@@ -172,12 +172,12 @@ def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.nda
     return np.array([np.median(b) / np.median(a) for a, b in zip(subject, against, strict=True)])
 
 
-def median(values: Series, method: str = "order statistics of rounds") -> Estimate:
+def median(values: Series, method: str = "order statistics of rounds") -> Quantity:
     """Of values by round, with its interval."""
-    return estimate(float(np.median(values)), *quantile_interval(values, 0.5), method)
+    return quantity(float(np.median(values)), *quantile_interval(values, 0.5), method)
 
 
-def medians_in_turn(blocks: Sequence[Sequence[Series]]) -> list[Estimate]:
+def medians_in_turn(blocks: Sequence[Sequence[Series]]) -> list[Quantity]:
     """Medians of sides that were measured in turn, block by block; what slowed all of a round's blocks is taken out.
 
     Args:

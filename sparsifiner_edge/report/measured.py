@@ -8,7 +8,7 @@ from typing import Any
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report.blocks import Block, Note, Section, Table, strips
 from sparsifiner_edge.report.reading import ReportData, Side
-from sparsifiner_edge.report.values import Figure, clean, known
+from sparsifiner_edge.report.values import Figure, clean, quantity_of
 
 _LATENCY: dict[str, Callable[[Side], Figure]] = {
     "p50": lambda side: side.figures.latency_ms.p50,
@@ -48,13 +48,13 @@ def bar_cells(
     row: Sequence[Figure], data: ReportData, factor: float, digits: int | None = None
 ) -> list[str | tuple[str, float]]:
     """Figures, with bars where they may be compared; where there is none, whether the result gives a reason."""
-    figures = [(each, known(each)) for each in row]
-    top = max((estimate.value for _, estimate in figures if estimate), default=0.0)
+    figures = [(each, quantity_of(each)) for each in row]
+    top = max((quantity.value for _, quantity in figures if quantity), default=0.0)
     percent = 100 / top if top > 0 and not data.differences else 0.0
     return [
-        (data.texts("reason.short") if isinstance(each, Unavailable) else "–") if estimate is None else
-        (data.texts.figure(estimate.times(factor), "", digits), percent * max(estimate.value, 0.0))
-        for each, estimate in figures
+        (data.texts("reason.short") if isinstance(each, Unavailable) else "–") if quantity is None else
+        (data.texts.figure(quantity.times(factor), "", digits), percent * max(quantity.value, 0.0))
+        for each, quantity in figures
     ]  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def layers_section(data: ReportData) -> Section:
             blocks.append(Note(f"{side.label}: {texts.missing(layers, texts('how.layers'))}", True))
             continue
         for kind in dict.fromkeys(layer.kind for layer in layers):
-            row = times.setdefault(texts.known(f"kind.{kind}", clean(kind, 40)), [None] * len(data.sides))
+            row = times.setdefault(texts.get(f"kind.{kind}", clean(kind, 40)), [None] * len(data.sides))
             row[column] = sum(layer.ms for layer in layers if layer.kind == kind)
     if times:
         blocks.insert(0, _table(texts("layers.chart"), times, data))

@@ -41,13 +41,13 @@ def accuracy_section(data: ReportData, pictures: Sequence[Block]) -> Section:
 
 def _title(file: ResultFile[ScoresResult], texts: Texts) -> str:
     method = file.result.method
-    judged = texts.known(f"metric.{method.metric}", clean(method.output or method.metric))
+    judged = texts.get(f"metric.{method.metric}", clean(method.output or method.metric))
     return f"{file.name}: {judged} ({clean(method.truth, 120)})"
 
 
 def _score_name(name: str, texts: Texts) -> str:
     of, _, figure = name.partition("_") if name.partition("_")[0] in _OF else ("", "", name.removesuffix("_cosine"))
-    label = texts.known(f"score.{figure}", clean(figure, 40))
+    label = texts.get(f"score.{figure}", clean(figure, 40))
     return f"{texts(f'score.{of}')}: {label}" if of else label
 
 
@@ -98,7 +98,7 @@ def stability_section(data: ReportData) -> Section:
                 "stability.held", file=file.name, images=count, severity=method.severity,
                 truth=clean(method.truth, 120), dense=f"{100 * means[0]:.2f}", sparse=f"{100 * means[1]:.2f}",
             )))  # fmt: skip
-            title = f"{texts('stability.chart')} — {texts.known(f'score.{score}', clean(score, 40))}, {file.name}"
+            title = f"{texts('stability.chart')} — {texts.get(f'score.{score}', clean(score, 40))}, {file.name}"
             heads = texts.heads("stability", ("corruption", "dense", "sparse", "dense_lost", "sparse_lost", "extra"))
             blocks.append(Table(heads, [_losses(name, loss, data) for name, loss in rows], title))
     return "stability", blocks
@@ -108,7 +108,7 @@ def _losses(name: str, loss: Stability, data: ReportData) -> list[str | tuple[st
     """In points of 100; bars compare what was lost."""
     lost = (loss.teacher_lost, loss.subject_lost, loss.extra_lost)
     shares = [f"{100 * share:.2f}" for share in (loss.teacher, loss.subject)]
-    return [data.texts.known(f"corruption.{name}", clean(name, 60)), *shares, *bar_cells(lost, data, 100, 2)]
+    return [data.texts.get(f"corruption.{name}", clean(name, 60)), *shares, *bar_cells(lost, data, 100, 2)]
 
 
 def method_section(data: ReportData) -> Section:

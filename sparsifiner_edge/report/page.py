@@ -56,7 +56,7 @@ def write_report(
         ArtifactError: a file is no result that the page shows, of another version, or holds what nothing measures; or
             the disk refuses.
         ConfigError: no result, no such language.
-        ImageError: a picture is none, or too large.
+        ImageError: a picture is not an image, or too large.
         MissingExtraError: jinja2 is not installed.
 
     Example:
@@ -109,7 +109,7 @@ def _warnings(data: ReportData) -> int:
 def _html(data: ReportData, sections: Sequence[Section]) -> str:
     texts, sentences = data.texts, verdict_sentences(data)
     names = list(dict.fromkeys(side.bundle_name for side in data.sides))
-    verdict = next((comparison.verdict for *_, comparison in data.compared()), "")
+    verdict = next((comparison.verdict for *_, comparison in data.comparisons()), "")
     text: str = templates().get_template("page.html").render(
         t=texts, names=texts("names.separator").join(names[:4]) or data.files[0].name,
         created=sorted({file.result.created[:16].replace("T", " ") for file in data.files}),

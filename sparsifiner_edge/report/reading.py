@@ -108,7 +108,7 @@ class ReportData(NamedTuple):
         names = {side.sha: side.bundle_name for side in self.sides}
         return names.get(str(subject.sha256), _name(subject))
 
-    def compared(self) -> list[tuple[Side, Side, Comparison]]:
+    def comparisons(self) -> list[tuple[Side, Side, Comparison]]:
         """Sides that one run measured in turn under the same conditions, the subject first."""
         pairs = [
             (one, other, one.file.result.statistics.comparison)

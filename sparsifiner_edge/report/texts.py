@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report.values import Figure, clean, known, with_interval
+from sparsifiner_edge.report.values import Figure, clean, quantity_of, with_interval
 
 LANGUAGES = ("en", "ja")
 
@@ -18,7 +18,7 @@ class Texts:
     """Words of one language: `texts("verdict.faster", subject=..., against=...)`.
 
     Raises:
-        ConfigError: the language is none of `LANGUAGES`.
+        ConfigError: the language is not one of `LANGUAGES`.
     """
 
     def __init__(self, language: str) -> None:
@@ -33,11 +33,11 @@ class Texts:
         """The text of `key` with `values` in place of its fields."""
         return self._texts[key].format(**values)
 
-    def known(self, key: str, otherwise: str) -> str:
+    def get(self, key: str, otherwise: str) -> str:
         """The text of a name that a result holds, or what the result itself says."""
         return self._texts.get(key, otherwise)
 
-    def listed(self, parts: Sequence[str]) -> str:
+    def join(self, parts: Sequence[str]) -> str:
         """Parts in a row, as the language writes lists."""
         return self("list.separator").join(parts)
 
@@ -47,8 +47,8 @@ class Texts:
 
     def figure(self, figure: Figure, unit: str = "", digits: int | None = None) -> str:
         """A figure with its interval; a dash for none."""
-        estimate = known(figure)
-        return "–" if estimate is None else with_interval(estimate, self("interval"), unit, digits)
+        quantity = quantity_of(figure)
+        return "–" if quantity is None else with_interval(quantity, self("interval"), unit, digits)
 
     def missing(self, content: object, how: str) -> str:
         """What stands for a figure that is not there: the reason in the result, else how to measure it."""

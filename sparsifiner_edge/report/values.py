@@ -6,20 +6,20 @@ import math
 from typing import TypeAlias
 
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.results import Estimate
+from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.text import shown
 
-Figure: TypeAlias = Estimate | float | Unavailable | None
+Figure: TypeAlias = Quantity | float | Unavailable | None
 _LONG = 10_000
 """Characters that are looked at: the page's own limits are far below."""
 _EXACT = Unavailable("it is a count, or a single reading")
 
 
-def known(figure: Figure) -> Estimate | None:
+def quantity_of(figure: Figure) -> Quantity | None:
     """A figure of a result with its bounds, None where there is none."""
     if figure is None or isinstance(figure, Unavailable):
         return None
-    return figure if isinstance(figure, Estimate) else Estimate(float(figure), _EXACT, _EXACT, 0.0, "")
+    return figure if isinstance(figure, Quantity) else Quantity(float(figure), _EXACT, _EXACT, 0.0, "")
 
 
 def clean(text: object, most: int = 80) -> str:
@@ -35,8 +35,8 @@ def plain(value: float) -> str:
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
-def with_interval(figure: Estimate, to: str = "–", unit: str = "", digits: int | None = None) -> str:
-    """A figure and its interval, as `plain` or with so many decimals: "0.334 ms (0.332–0.337)"."""
+def with_interval(figure: Quantity, to: str = "–", unit: str = "", digits: int | None = None) -> str:
+    """A figure and its interval, as `plain` or with `digits` decimals: "0.334 ms (0.332–0.337)"."""
     value, low, high = (
         "?" if isinstance(x, Unavailable) else plain(x) if digits is None else f"{x:,.{digits}f}"
         for x in (figure.value, figure.low, figure.high)

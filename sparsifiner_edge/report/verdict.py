@@ -17,10 +17,10 @@ def verdict_sentences(data: ReportData) -> list[str]:
     """The verdict: what the page shows, a sentence each, the most important first."""
     texts = data.texts
     sentences = [texts("verdict.refused", fields=field_names(data.differences, texts))] if data.differences else []
-    compared = data.compared()
-    for subject, against, comparison in compared:
+    comparisons = data.comparisons()
+    for subject, against, comparison in comparisons:
         sentences.append(_comparison(subject, against, comparison, texts))
-    mentioned = [conditions_of(subject) for subject, _, _ in compared]
+    mentioned = [conditions_of(subject) for subject, _, _ in comparisons]
     for side in (side for side in data.sides if conditions_of(side) not in mentioned):
         latency = texts.figure(side.figures.latency_ms.p50, "ms")
         sentences.append(texts("verdict.alone", subject=side.label, latency=latency))
@@ -36,7 +36,7 @@ def verdict_sentences(data: ReportData) -> list[str]:
 
 def field_names(fields: Iterable[str], texts: Texts) -> str:
     """The names of fields of the conditions, in a row."""
-    return texts.listed([texts(f"field.{name}") for name in fields])
+    return texts.join([texts(f"field.{name}") for name in fields])
 
 
 def _comparison(subject: Side, against: Side, comparison: Comparison, texts: Texts) -> str:
@@ -55,7 +55,7 @@ def _scores(file: ResultFile[ScoresResult], data: ReportData) -> Iterator[str]:
     texts, statistics, subject = data.texts, file.result.statistics, data.label_of(file.subject("subject"))
     if {"subject_accuracy", "teacher_accuracy", "lost_accuracy"} <= statistics.keys():
         student, dense = (f"{100 * statistics[f'{role}_accuracy'].mean.value:.2f}" for role in ("subject", "teacher"))
-        metric = texts.known(f"metric.{file.result.method.metric}", clean(file.result.method.metric))
+        metric = texts.get(f"metric.{file.result.method.metric}", clean(file.result.method.metric))
         lost = texts.figure(statistics["lost_accuracy"].mean.times(100), digits=2)
         yield texts("verdict.accuracy", subject=subject, metric=metric, student=student, teacher=dense, lost=lost)
     if "features_cosine" in statistics:
@@ -65,7 +65,7 @@ def _scores(file: ResultFile[ScoresResult], data: ReportData) -> Iterator[str]:
         for name in ("error", "iou") if name in statistics
     ]  # fmt: skip
     if figures:
-        yield texts("verdict.task", file=subject, figures=texts.listed(figures))
+        yield texts("verdict.task", file=subject, figures=texts.join(figures))
 
 
 def _search(file: ResultFile[SearchResult], texts: Texts) -> Iterator[str]:
@@ -85,5 +85,5 @@ def _stability(file: ResultFile[RobustnessResult], texts: Texts) -> Iterator[str
         if ALL in losses and losses[ALL].teacher_lost.value:
             lost = (losses[ALL].teacher_lost, losses[ALL].extra_lost)
             dense, extra = (texts.figure(each.times(100), digits=2) for each in lost)
-            named = texts.known(f"score.{score}", clean(score, 40))
+            named = texts.get(f"score.{score}", clean(score, 40))
             yield texts("verdict.stability", score=named, dense=dense, extra=extra)

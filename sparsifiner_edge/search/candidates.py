@@ -11,8 +11,8 @@ from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.front import Candidate, Deployment
 from sparsifiner_edge.plan import LayerPlan
-from sparsifiner_edge.profiles.stats import estimate, skewed_mean
-from sparsifiner_edge.results import Estimate
+from sparsifiner_edge.profiles.stats import quantity, skewed_mean
+from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Search
 from sparsifiner_edge.search.trial import Trial
 
@@ -82,12 +82,12 @@ def _tighten(search: Search, engine: Deployment) -> tuple[LayerPlan, float]:
     return plan, distance
 
 
-def check(search: Search, plan: LayerPlan, engine: Deployment, reserved: Trial) -> tuple[Estimate, list[float]]:
+def check(search: Search, plan: LayerPlan, engine: Deployment, reserved: Trial) -> tuple[Quantity, list[float]]:
     """Fidelity of a plan on images that nothing was chosen by, and on each; those that it was judged by tell how images
     differ.
     """
     distances = search.whole.distances(plan, engine, reserved)
     lost = skewed_mean(distances, search.shape(plan))
     low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (lost.high, lost.low))
-    fidelity = estimate(1 - lost.value, low, high, f"1 - distance, {lost.interval}")
+    fidelity = quantity(1 - lost.value, low, high, f"1 - distance, {lost.interval}")
     return fidelity, [1 - distance for distance in distances]

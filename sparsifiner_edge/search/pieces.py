@@ -61,9 +61,9 @@ class _Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mlp:
             return x + self.layer.after_mlp(x)
-        attention = self.layer.own_attention
-        qkv = attention.packed(self.layer.entry_norm(x))
-        return x + self.layer.after_attention(attention.joined(x, qkv[..., : qkv.shape[-1] // 3]))
+        attention = self.layer.packed_attention
+        qkv = attention.pack(self.layer.entry_norm(x))
+        return x + self.layer.after_attention(attention.join(x, qkv[..., : qkv.shape[-1] // 3]))
 
 
 class _Merge(nn.Module):

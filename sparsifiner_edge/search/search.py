@@ -17,7 +17,7 @@ from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.results import Estimate, Subject, write_result
+from sparsifiner_edge.results import Quantity, Subject, write_result
 from sparsifiner_edge.search.candidates import check, rank
 from sparsifiner_edge.search.explore import Search, explore
 from sparsifiner_edge.search.latency import estimated, measured
@@ -158,7 +158,7 @@ def _keep_answer(bundle: Path, start: Path, plan: LayerPlan, folder: Path, trust
 
 def _result(
     subject: Subject, request: SearchRequest, search: Search, finalists: list[Candidate], dense: list[Candidate],
-    checked: tuple[Estimate, list[float]] | None,
+    checked: tuple[Quantity, list[float]] | None,
 ) -> SearchResult:  # fmt: skip
     bound = request.bound
     nearest = f"{finalists[0].fidelity:.4f} at {finalists[0].ms.value:.1f} ms"

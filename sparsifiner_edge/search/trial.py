@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
-from sparsifiner_edge.judge import MAPS, THRESHOLD, Outputs, OwnMetric, Prediction, alike, map_scores
+from sparsifiner_edge.judge import MAPS, THRESHOLD, Outputs, Prediction, UserMetric, alike, map_scores
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.torch_native import native_kernels
 from sparsifiner_edge.plan import LayerPlan
@@ -73,7 +73,7 @@ def _overlap(student: Student, wanted: Sequence[Prediction]) -> Distance:
 
 def _metric_distance(name: str, wanted: Sequence[Prediction], paths: Sequence[Path]) -> Distance:
     """A user's `TaskMetric`, whose scores lie from 0 to 1; an image on which a model does better loses nothing."""
-    metric = OwnMetric(name)
+    metric = UserMetric(name)
 
     def score(number: int, outputs: Outputs) -> float:
         value = metric.score(outputs, paths[number])

@@ -25,7 +25,7 @@ from sparsifiner_edge.profiles.measure.side import (
 )
 from sparsifiner_edge.profiles.stats import medians_in_turn
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import Estimate
+from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.source import ModelOptions
@@ -85,7 +85,7 @@ class WholeModels:
         with open_checked(checked_bundle(self.bundle(plan, engine)), engine.execution) as session:
             return trial.distances_of(session.infer)
 
-    def times(self, subjects: Sequence[PlanInEngine]) -> list[Estimate]:
+    def times(self, subjects: Sequence[PlanInEngine]) -> list[Quantity]:
         """Median milliseconds, measured in turn, each in a process of its own; or an estimate with its bounds.
 
         Raises:
@@ -97,7 +97,7 @@ class WholeModels:
         return [_estimate(bundle, self._board, engine.stored) for bundle, engine in bundles]
 
 
-def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | None = None) -> list[Estimate]:
+def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | None = None) -> list[Quantity]:
     """Median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
     rules = replace(make_rules(SECONDS, LEAST_ROUNDS), blocks=LEAST_ROUNDS, max_seconds=MOST_SECONDS)
     on_stage = stage_progress(progress, len(bundles) * (SECONDS + 2.0))
@@ -110,9 +110,9 @@ def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | No
         return medians_in_turn([side.blocks for side in sides])
 
 
-def _estimate(bundle: Path, board: Board, precision: str) -> Estimate:
+def _estimate(bundle: Path, board: Board, precision: str) -> Quantity:
     ms = estimate_bundle(bundle, board, precision=precision).statistics.latency_ms
-    return Estimate(ms.value, ms.low, ms.high, ms.confidence, f"estimated, not measured: {ms.interval}")
+    return Quantity(ms.value, ms.low, ms.high, ms.confidence, f"estimated, not measured: {ms.interval}")
 
 
 def linked(folder: Path, images: Sequence[Path]) -> Path:

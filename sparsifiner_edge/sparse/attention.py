@@ -82,7 +82,7 @@ def geometry_of(attention: Any) -> HeadGeometry:
     return HeadGeometry(int(heads), int(attention.head_dim), float(scale))
 
 
-def rotated(x: Tensor, table: Tensor, half: bool) -> Tensor:
+def rotate(x: Tensor, table: Tensor, half: bool) -> Tensor:
     """Rotary position embedding of heads x [B,P,H,d].
 
     Args:
@@ -92,8 +92,8 @@ def rotated(x: Tensor, table: Tensor, half: bool) -> Tensor:
     table = table if table.ndim == 4 else table.transpose(0, 1) if table.ndim == 3 else table[:, None]
     sines, cosines = table.chunk(2, -1)
     if half:
-        left, right = x.chunk(2, -1)
-        turned = torch.cat([-right, left], -1)
+        low, high = x.chunk(2, -1)
+        turned = torch.cat([-high, low], -1)
     else:
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
     return (x * cosines + turned * sines).type_as(x)
@@ -138,14 +138,14 @@ class PackedAttention(nn.Module):
         norms = first(self, "q_norm"), first(self, "k_norm")
         return None if all(norm is None or isinstance(norm, nn.Identity) for norm in norms) else norms
 
-    def rotated(self, x: Tensor, table: Tensor) -> Tensor:
-        """Heads [B,P,H,d] of the patches turned to their places; see the function `rotated`.
+    def rotate(self, x: Tensor, table: Tensor) -> Tensor:
+        """Heads [B,P,H,d] of the patches turned to their places; see the function `rotate`.
 
         timm's attention, which has `qkv`, says whether by halves (not, where it says nothing); transformers' always is.
         """
-        return rotated(x, table, getattr(self, "rotate_half", not hasattr(self, "qkv")))
+        return rotate(x, table, getattr(self, "rotate_half", not hasattr(self, "qkv")))
 
-    def joined(self, x: Tensor, attended: Tensor) -> Tensor:
+    def join(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's input x [B,N,D] and heads' results [B,N,C] -> [B,N,D]."""
         attended, gate = through(attended, first(self, "norm")), first(self, "gate")
         if gate is not None:
@@ -160,27 +160,27 @@ class PackedAttention(nn.Module):
         """For the layer alone, which knows how its tokens lie: x [B,N,D] along the curve, the patches' rotary table and
         the tokens' sizes [B,N] -> [B,N,D], and qkv [B,N,3C].
         """
-        qkv = self.packed(x, table)
-        return self.joined(x, self.attend(qkv, sizes)), qkv
+        qkv = self.pack(x, table)
+        return self.join(x, self.attend(qkv, sizes)), qkv
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,N,D] -> q, k, v [B,N,H,d], before rotation."""
-        q, k, v = self.projected(x).unflatten(-1, (3, self.geometry.heads, self.geometry.dim)).unbind(2)
+        q, k, v = self.project(x).unflatten(-1, (3, self.geometry.heads, self.geometry.dim)).unbind(2)
         norms = self.norms
         return (q, k, v) if norms is None else (norms[0](q), norms[1](k), v)
 
-    def projected(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """x [B,N,D] -> qkv [B,N,3C], after bias."""
         return F.linear(x, *self.projection())
 
-    def packed(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+    def pack(self, x: Tensor, table: Tensor | None = None) -> Tensor:
         """x [B,N,D], and a rotary table for the patches, which come last -> qkv [B,N,3C]."""
         if table is None and self.norms is None:
-            return self.projected(x)
+            return self.project(x)
         q, k, v = self.heads(x)
         if table is not None:
             prefix = x.shape[1] - table.shape[-3 if table.ndim == 4 else -2]
-            q, k = (torch.cat([y[:, :prefix], self.rotated(y[:, prefix:], table)], 1) for y in (q, k))
+            q, k = (torch.cat([y[:, :prefix], self.rotate(y[:, prefix:], table)], 1) for y in (q, k))
         return torch.stack([q, k, v], 2).flatten(2)
 
 
@@ -201,7 +201,7 @@ class SparseAttention(PackedAttention):
 
     def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """See `PackedAttention`."""
-        if self.densely or self.sparsity.keep == 1:  # in the budget of now
+        if self.densely or self.sparsity.keep == 1:  # in the current budget
             return super().attend(qkv, sizes)
         together = self.together(qkv, sizes)
         if together is not None:
@@ -264,7 +264,7 @@ class LandmarkAttention(SparseAttention):
 _MIXED: dict[tuple[Any, Any], Any] = {}
 
 
-def mixed(name: str, ours: Any, before: Any) -> Any:
+def mix(name: str, ours: Any, before: Any) -> Any:
     """The class of an object of a library (of class `before`) that has become one of ours as well."""
     if (ours, before) not in _MIXED:
         _MIXED[ours, before] = type(name, (ours, before), {"__doc__": ours.__doc__})
@@ -272,7 +272,7 @@ def mixed(name: str, ours: Any, before: Any) -> Any:
 
 
 def restore(part: Any, ours: Any, *names: str) -> None:
-    """Turn an object of a class made by `mixed`, in place, into the library's own again, without these attributes."""
+    """Turn an object of a class made by `mix`, in place, into the library's own again, without these attributes."""
     if isinstance(part, ours):
         for name in names:
             if hasattr(part, name):
@@ -282,7 +282,7 @@ def restore(part: Any, ours: Any, *names: str) -> None:
 
 def make_dense(attention: Any) -> None:
     """Turn an attention of a library, in place, into `PackedAttention`."""
-    attention.__class__ = mixed("PackedAttention", PackedAttention, type(attention))
+    attention.__class__ = mix("PackedAttention", PackedAttention, type(attention))
 
 
 def restore_attention(attention: Any) -> None:
@@ -320,5 +320,5 @@ def make_sparse(attention: Any, sparsity: SparsityConfig, patches: int, num_pref
     else:
         kind, select = SparseAttention, KeySelector(heads, head_dim, sparsity.channels)
     weight = attention.projection()[0]
-    attention.__class__ = mixed(kind.__name__, kind, before)
+    attention.__class__ = mix(kind.__name__, kind, before)
     attention.select = select.to(weight)

@@ -83,7 +83,7 @@ def _at_all_positions(attention: SparseAttention, x: Tensor, table: Tensor, posi
     mean = x.mean(1, keepdim=True)
     spread = _roots((x - mean).mT @ (x - mean) / x.shape[1])[0] * x.shape[2] ** 0.5
     few = torch.cat([mean + spread, mean - spread], 1).transpose(0, 1)
-    return attention.rotated(few[:, None].expand(-1, some.shape[-2], -1, -1), some).flatten(0, 1).transpose(0, 1)
+    return attention.rotate(few[:, None].expand(-1, some.shape[-2], -1, -1), some).flatten(0, 1).transpose(0, 1)
 
 
 def calibrate_from_images(
@@ -116,10 +116,10 @@ def calibrate_from_images(
 
 def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:
     """Run a model with dense attention and yield each sparse layer with its qkv [1,N,3C]."""
-    seen: list[tuple[SparseAttention, Tensor]] = []
-    with observed(model, lambda attention, qkv, _: seen.append((attention, qkv)), densely=True), torch.no_grad():
+    calls: list[tuple[SparseAttention, Tensor]] = []
+    with observe(model, lambda attention, qkv, _: calls.append((attention, qkv)), densely=True), torch.no_grad():
         model(image)
-    return seen
+    return calls
 
 
 Observer = Callable[[SparseAttention, Tensor, "Tensor | None"], None]
@@ -127,8 +127,8 @@ Observer = Callable[[SparseAttention, Tensor, "Tensor | None"], None]
 
 
 @contextlib.contextmanager
-def observed(model: nn.Module, observer: Observer, densely: bool = False) -> Iterator[None]:
-    """Let `observer` see every layer that is sparse in the budget of now; meanwhile, if `densely`, all attend to all
+def observe(model: nn.Module, observer: Observer, densely: bool = False) -> Iterator[None]:
+    """Let `observer` see every layer that is sparse in the current budget; meanwhile, if `densely`, all attend to all
     keys and no tokens are merged.
     """
 
@@ -181,9 +181,9 @@ def _factors(moments: _Moments, channels: int, gain: float = 1.0) -> tuple[Tenso
     """Best rank-c factors of the bilinear form q . k under the two moments (truncated SVD after whitening)."""
     root_q, unroot_q = _roots(moments.queries)
     root_k, unroot_k = _roots(moments.keys)
-    left, values, right = torch.linalg.svd(root_q @ root_k)
+    u, values, vh = torch.linalg.svd(root_q @ root_k)
     share = values[:, None, :channels].sqrt() * gain
-    return unroot_q @ left[:, :, :channels] * share, unroot_k @ right.mT[:, :, :channels] * share
+    return unroot_q @ u[:, :, :channels] * share, unroot_k @ vh.mT[:, :, :channels] * share
 
 
 def _set_landmarks(select: LandmarkSelector, patches: int, grid: tuple[int, int]) -> None:
@@ -204,7 +204,7 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Learner:
-    """The descent of one layer's predictor, over so many steps."""
+    """The descent of one layer's predictor over `steps` steps."""
 
     def __init__(self, attention: SparseAttention, steps: int) -> None:
         select = cast(KeySelector, attention.select)

@@ -18,7 +18,7 @@ _BY_LAYER: tuple[tuple[int, tuple[float, ...]], ...] = (
     (600, (0.1, 0.1, 0.2, 1.0)),
     (0, (1.0,)),
 )
-"""From so many patches on: shares of keys of the twelfths of the layers, where tokens merge."""
+"""From this many patches on: shares of keys of the twelfths of the layers, where tokens merge."""
 
 
 class SparsityOptions(TypedDict, total=False):

@@ -18,7 +18,7 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.defaults import SparsityOptions, default_cells, fit_to_model
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
-from sparsifiner_edge.sparse.patch import AnyModule, make_model_sparse, require_supported, restore_model
+from sparsifiner_edge.sparse.patch import AnyModule, make_model_sparse, require_support, restore_model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,7 +57,7 @@ def sparsify_model(
         >>> model(torch.rand(1, 3, 224, 224)).shape
         torch.Size([1, 1000])
     """
-    backbone = require_supported(module)
+    backbone = require_support(module)
     sparsity = fit_to_model(SparsityConfig.for_preset(**options), backbone, options)
     images = [] if calibrate is None else arriving(module, backbone, calibrate)
     make_model_sparse(module, sparsity)
@@ -86,7 +86,7 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
     # Nothing is merged while a predictor learns, and a rate may be too much for the smaller image.
     make_model_sparse(dense, dataclasses.replace(sparsity, merge=()))
     like = twin.embedding.weight
-    calibrate_from_images(dense, [_resized(image, size).to(like) for image in images], progress)
+    calibrate_from_images(dense, [_resize(image, size).to(like) for image in images], progress)
     for layer, learnt in zip(sparse_layers(backbone.module), sparse_layers(dense), strict=True):
         layer.select.load_state_dict(learnt.select.state_dict())
 
@@ -112,23 +112,23 @@ def arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[Te
     if not batches:
         raise ConfigError("There is no image to calibrate with.", "Give some, or leave calibrate out.")
     like = backbone.embedding.weight
-    seen: list[Tensor] = []
+    tensors: list[Tensor] = []
     if module is backbone.module:
-        seen = [batch.to(like) for batch in batches]
+        tensors = [batch.to(like) for batch in batches]
     else:
-        hook = backbone.embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        hook = backbone.embedding.register_forward_pre_hook(lambda _, inputs: tensors.append(inputs[0].detach()))
         try:
             with _evaluating(module), torch.no_grad():
                 for batch in batches:
                     module(batch.to(like))
         finally:
             hook.remove()
-        if not seen:
+        if not tensors:
             raise ConfigError(
                 f"This {type(module).__name__} did not use its vision transformer when it was called with the images.",
                 "Give the transformer itself to sparsify_model.",
             )
-    return [image[None] for batch in seen for image in batch]
+    return [image[None] for batch in tensors for image in batch]
 
 
 def require_images(batch: Any) -> None:
@@ -139,12 +139,12 @@ def require_images(batch: Any) -> None:
     """
     x = batch if isinstance(batch, Tensor) else torch.empty(0)
     fits = x.ndim == 4 and x.shape[1] == 3 and x.numel() > 0 and x.is_floating_point()
-    found = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if x is batch else type(batch).__name__
-    require(fits, f"Images are {found}.", "Give floating-point [B,3,H,W], normalised as the module expects.")
+    kind = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if x is batch else type(batch).__name__
+    require(fits, f"Images are {kind}.", "Give floating-point [B,3,H,W], normalised as the module expects.")
     require(bool(torch.isfinite(x).all()), "An image holds NaN or infinity.", "Leave it out.")
 
 
-def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(image.shape[-2:]) == size:
         return image
     return F.interpolate(image.float(), size, mode="bicubic", antialias=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.attention import PackedAttention, attention_of, first, mixed, restore, through
+from sparsifiner_edge.sparse.attention import PackedAttention, attention_of, first, mix, restore, through
 
 _RIDER = "_sparsifiner_tokens"
 
@@ -69,7 +69,7 @@ class SparseLayer(nn.Module):
     pruning: nn.Module | None
 
     @property
-    def own_attention(self) -> PackedAttention:
+    def packed_attention(self) -> PackedAttention:
         """The layer's attention."""
         return cast(PackedAttention, attention_of(self))
 
@@ -112,7 +112,7 @@ class SparseLayer(nn.Module):
 
     def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
         """x [B,N,C] as the library has it -> the same."""
-        tokens, attention = self.arrived(x), self.own_attention
+        tokens, attention = self.receive(x), self.packed_attention
         table = self.rotary_table(*masks, **options)
         turns = None if table is None else self._at(table, tokens.positions)
         attended, qkv = attention(self.entry_norm(tokens.values), turns, tokens.sizes)
@@ -123,13 +123,13 @@ class SparseLayer(nn.Module):
             tokens = self.merging(tokens, qkv, attention.geometry.heads)
         return self._leaving(tokens._replace(values=tokens.values + self.after_mlp(tokens.values)))
 
-    def arrived(self, x: Tensor) -> CarriedTokens:
+    def receive(self, x: Tensor) -> CarriedTokens:
         """What rides along on what the layer gets, or the tokens laid along the curve."""
         known, version = getattr(x, _RIDER, (None, None))
         if known is not None and version == _version(x):
             return cast(CarriedTokens, known)
         order, prefix = self.curve.order, self.curve.prefix
-        if self.entering != len(order) and not self.own_attention.densely:
+        if self.entering != len(order) and not self.packed_attention.densely:
             raise ConfigError(
                 "A layer behind merged or pruned tokens was called with tokens that no layer of the model returned, or "
                 "that were changed since.",
@@ -146,7 +146,7 @@ class SparseLayer(nn.Module):
 
     def _at(self, table: Tensor, positions: Tensor) -> Tensor:
         """Rows of a rotary table at the raster places [B,P'] of the patches: [P,2d], [H,P,2d] or [B,P',1 or H,2d]."""
-        if self.entering == len(self.curve.order) or self.own_attention.densely:
+        if self.entering == len(self.curve.order) or self.packed_attention.densely:
             return table.index_select(-2, self.curve.order)
         rows = table[..., positions, :]
         return rows.permute(1, 2, 0, 3) if table.ndim == 3 else rows[:, :, None]
@@ -194,7 +194,7 @@ def scale_of(layer: Any, number: int) -> nn.Module | None:
 
 def make_layer(layer: Any, curve: TokenOrder) -> None:
     """Turn a layer of a library, in place, into a `SparseLayer`."""
-    layer.__class__ = mixed(f"Sparse{type(layer).__name__}", SparseLayer, type(layer))
+    layer.__class__ = mix(f"Sparse{type(layer).__name__}", SparseLayer, type(layer))
     layer.curve, layer.merging, layer.pruning = curve, None, None
 
 

@@ -45,7 +45,7 @@ class Merging(nn.Module):
         return CarriedTokens(
             torch_merge.merge_tokens(x, sizes, pairs),
             torch.where(first == second, a, a + b),
-            self._carried(here, there, tokens.places),
+            self._carry(here, there, tokens.places),
             tokens.positions.gather(1, larger),
         )
 
@@ -55,7 +55,7 @@ class Merging(nn.Module):
             qkv, sizes, num_heads=num_heads, num_prefix=self.prefix, window=self.window, merged=self.merged
         )
 
-    def _carried(self, here: Tensor, there: Tensor, places: Tensor | None) -> Tensor:
+    def _carry(self, here: Tensor, there: Tensor, places: Tensor | None) -> Tensor:
         """Places of the original patches after the pairs."""
         new = torch.arange(here.shape[1], device=here.device).expand_as(here)
         room = torch.zeros(here.shape[0], here.shape[1] + self.merged, dtype=torch.long, device=here.device)
@@ -67,22 +67,22 @@ class Pruning(nn.Module):
     """What a pruned block does between attention and MLP; it has no parameters.
 
     Attributes:
-        kept: patch tokens that go on. prefix: tokens before the patches, the class token first.
+        remaining: patch tokens that go on. prefix: tokens before the patches, the class token first.
     """
 
-    def __init__(self, kept: int, prefix: int) -> None:
+    def __init__(self, remaining: int, prefix: int) -> None:
         super().__init__()
-        self.kept, self.prefix = kept, prefix
+        self.remaining, self.prefix = remaining, prefix
 
     def forward(self, tokens: CarriedTokens, qkv: Tensor, geometry: HeadGeometry) -> CarriedTokens:
-        """Keep the `kept` patches that score highest by the layer's qkv [B,N,3C], in their order: tokens
-        [B, prefix + kept, C].
+        """Keep the `remaining` patches that score highest by the layer's qkv [B,N,3C], in their order: tokens
+        [B, prefix + remaining, C].
         """
         x = tokens.values
-        winners = ops.top_tokens(self.scores(qkv, geometry), self.kept)
-        left = ops.rows_at(x[:, self.prefix :], winners)
+        winners = ops.top_tokens(self.scores(qkv, geometry), self.remaining)
+        rows = ops.rows_at(x[:, self.prefix :], winners)
         return tokens._replace(
-            values=torch.cat([x[:, : self.prefix], left], 1), positions=ops.rows_at(tokens.positions, winners)
+            values=torch.cat([x[:, : self.prefix], rows], 1), positions=ops.rows_at(tokens.positions, winners)
         )
 
     def scores(self, qkv: Tensor, geometry: HeadGeometry) -> Tensor:

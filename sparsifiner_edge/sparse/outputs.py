@@ -40,11 +40,11 @@ def outputs_of(
     backbone = backbone_of(module)
     alone = backbone.module is module
     if not alone and not tokens:
-        return _named(module(images), names)
+        return _tensors(module(images), names)
     result, last = backbone.last_output(lambda: backbone.tokens(images) if alone else module(images))
     if last is None:
         raise ConfigError("This module does not run its vision transformer to the last layer.", "Let it read that too.")
-    final, outputs = (result, backbone.heads(result)) if alone else (backbone.final_norm(last), _named(result, names))
+    final, outputs = (result, backbone.heads(result)) if alone else (backbone.final_norm(last), _tensors(result, names))
     if TOKENS in outputs:
         raise ConfigError(
             f"The module's own output {TOKENS!r} bears the name of its backbone's.",
@@ -64,7 +64,7 @@ def prediction_of(module: nn.Module, images: Tensor, names: Sequence[str] | None
     return Prediction(arrays, backbone_of(module).prefix)
 
 
-def _named(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:
+def _tensors(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:
     """The tensors in what a module returned."""
     if isinstance(result, Mapping):
         tensors = {str(name): value for name, value in result.items() if isinstance(value, Tensor)}
@@ -96,7 +96,7 @@ def _kinds(result: Any) -> str:
     return f"a {type(result).__name__}"
 
 
-def checked_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
+def check_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
     """Names as they may stand in a file.
 
     Raises:

@@ -20,7 +20,7 @@ from sparsifiner_edge.sparse.merge import Merging, Pruning
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def require_supported(model: nn.Module) -> Backbone:
+def require_support(model: nn.Module) -> Backbone:
     """The backbone of a model that can be made sparse.
 
     Raises:
@@ -47,7 +47,7 @@ def make_model_sparse(model: AnyModule, sparsity: SparsityConfig) -> AnyModule:
         UnsupportedModelError: with the reason.
         ConfigError: tile, cells or dense layers do not fit this model; it is unchanged then.
     """
-    backbone = require_supported(model)
+    backbone = require_support(model)
     if sparsity.is_dense:
         return model
     try:
@@ -127,12 +127,12 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
             "Token pruning requires a class token, and no rotary position embedding.",
             "Leave --token-keep out, or choose a plain ViT with a class token.",
         )
-    plan, own = (
+    plan, current = (
         plan_of(config, len(backbone.layers), backbone.patches)
         for config in (sparsity, cast(SparsityConfig, backbone.sparsity))
     )
     counts = plan.tokens(backbone.patches)
-    if sparsity.preset == "paper" and counts != own.tokens(backbone.patches):
+    if sparsity.preset == "paper" and counts != current.tokens(backbone.patches):
         raise ConfigError("The published predictor is tied to its tokens.", "Give --token-keep to sparsify.")
     here = [sparsity.of_share(share) for share in plan.keep]
     layouts = {number: here[number].layout(counts[number], prefix) for number in plan.sparse_layers}

@@ -20,7 +20,7 @@ from sparsifiner_edge.images import Normalisation, Normalise
 from sparsifiner_edge.plugins import imported
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
-from sparsifiner_edge.sparse.patch import require_supported
+from sparsifiner_edge.sparse.patch import require_support
 from sparsifiner_edge.sparse.student_file import HostKind, Provenance, Weights
 from sparsifiner_edge.text import said
 
@@ -109,7 +109,7 @@ def load_source(
         weights: for timm's names: file with its key names; None lets timm download them.
         img_size: pixels: a square's side, or height and width; None takes the model's own.
         normalisation: what it expects of pixels, where that is not what is recorded for a model of timm's or
-            transformers'; a user's own declares it otherwise (see `declared`).
+            transformers'; a user's own declares it otherwise (see `normalisation_of`).
 
     Raises:
         SparsifinerError: there is no such model, it cannot be had, the size does not suit it, or nobody says what it
@@ -118,10 +118,10 @@ def load_source(
     folder = Path(source)
     if is_factory(source):
         _require_no_weights(weights, source)
-        module = made_by(source, img_size)
+        module = call_factory(source, img_size)
         names = getattr(module, "output_names", None)
-        pixels = declared(module, source, normalisation)
-        found = Student(module, source, pixels, outputs=None if names is None else tuple(names), kind="factory")
+        pixels = normalisation_of(module, source, normalisation)
+        student = Student(module, source, pixels, outputs=None if names is None else tuple(names), kind="factory")
     elif _HUB.fullmatch(source) and not folder.exists() and folder.parent.is_dir():
         # A slip in a path is no reason to ask a network.
         raise ArtifactError(f"{source} does not exist.", "Give a folder, or a hub's name from another place.")
@@ -132,15 +132,15 @@ def load_source(
                 "Make one with `sparsifiner-edge sparsify`.",
             )
         _require_no_weights(weights, source)
-        name, module, pixels = hugging_face.load_pretrained(source, img_size, normalisation)
+        name, module, pixels = hugging_face.load(source, img_size, normalisation)
         labels, provenance = hugging_face.configured_labels(module), Provenance(Weights(origin=source))
-        found = Student(module, name, pixels, provenance=provenance, labels=labels, kind="transformers")
+        student = Student(module, name, pixels, provenance=provenance, labels=labels, kind="transformers")
     else:
         model = load_model(source, weights, img_size)
         origin = Weights(file=weights.name, sha256=sha256(weights)) if weights else Weights(origin="timm hub")
-        found = Student(model, source, normalisation or preprocessing(model), provenance=Provenance(origin))
-    require_supported(found.model)
-    return found
+        student = Student(model, source, normalisation or preprocessing(model), provenance=Provenance(origin))
+    require_support(student.model)
+    return student
 
 
 def is_factory(source: str) -> bool:
@@ -153,9 +153,9 @@ def _require_no_weights(weights: Path | None, source: str) -> None:
         raise ConfigError(f"--weights are for timm's names; {source!r} brings its own.", "Leave --weights out.")
 
 
-def made_by(source: str, img_size: ImageSize | None = None) -> nn.Module:
+def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
     """What a user's own function makes, in evaluation mode: it is imported, and called with `img_size` where it takes
-    that. The module may say what it expects of pixels (see `declared`), and name what it gives (`output_names`).
+    that. The module may say what it expects of pixels (see `normalisation_of`), and name its outputs (`output_names`).
 
     Raises:
         ConfigError: it cannot be imported, fails, or makes no module.
@@ -185,7 +185,7 @@ def made_by(source: str, img_size: ImageSize | None = None) -> nn.Module:
     return model.eval()
 
 
-def declared(module: nn.Module, whose: str, given: Normalisation | None) -> Normalisation:
+def normalisation_of(module: nn.Module, whose: str, requested: Normalisation | None) -> Normalisation:
     """What a user's own module expects of pixels / 255, per RGB channel: its `image_mean` and `image_std`, or what the
     caller gives. Whether it normalises inside cannot be seen, and a record of the backbone in it says nothing of that.
 
@@ -196,10 +196,10 @@ def declared(module: nn.Module, whose: str, given: Normalisation | None) -> Norm
         ConfigError: neither says; or both, and something else; or it is nonsense.
     """
     mean, std = getattr(module, "image_mean", None), getattr(module, "image_std", None)
-    own = None if mean is None or std is None else Normalisation.checked(mean, std)
-    if own is not None and given not in (None, own):
-        raise ConfigError(f"{whose} declares {own}; {given} was given.", "Leave that out, or mend the declaration.")
-    pixels = own or given
+    declared = None if mean is None or std is None else Normalisation.checked(mean, std)
+    if declared is not None and requested not in (None, declared):
+        raise ConfigError(f"{whose} declares {declared}, not {requested}.", "Leave yours out, or mend the declaration.")
+    pixels = declared or requested
     if pixels is None:
         raise ConfigError(
             f"{whose} does not say what its module expects of pixels: it declares no image_mean and image_std.",

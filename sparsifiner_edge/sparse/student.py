@@ -28,12 +28,12 @@ from sparsifiner_edge.sparse.hosts.timm import create
 from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_model, set_budget
 from sparsifiner_edge.sparse.source import Student as Student  # noqa: PLC0414
-from sparsifiner_edge.sparse.source import is_factory, load_source, made_by
+from sparsifiner_edge.sparse.source import call_factory, is_factory, load_source
 from sparsifiner_edge.sparse.student_file import (
     SPARSIFY_AGAIN,
     Calibration,
     StudentConfig,
-    checked_labels,
+    check_labels,
     read_config,
 )
 from sparsifiner_edge.sparse.weights import StateDict, check_fit, load_exactly, normalise, read_weights
@@ -131,7 +131,7 @@ def save_student(student: Student, output: Path) -> Path:
     Raises:
         ArtifactError: labels that no student takes (see `ClassNames`), or the disk refuses.
     """
-    checked_labels(student.labels, "The student")
+    check_labels(student.labels, "The student")
     state: dict[str, Tensor] = {k: v.contiguous() for k, v in student.model.state_dict().items()}
     with new_folder(output, "student") as folder:
         # A file's own writes, not a memory map: a full disk is then an error and not a crash.
@@ -237,7 +237,7 @@ def _maker(folder: Path, config: StudentConfig, trust: Sequence[str]) -> Callabl
             f"{folder} is made by the code of {module!r}, which is run to load it.",
             f"If you know that code, say so: --trust {module}.",
         )
-    return lambda size: made_by(config.model, size)
+    return lambda size: call_factory(config.model, size)
 
 
 def is_predictor(key: str) -> bool:
@@ -251,7 +251,7 @@ def with_budget(
     """The student, its model changed in place, with another share of keys and tokens; None leaves its own.
 
     Raises:
-        ConfigError: a share is out of range, or the student is dense, or shall be.
+        ConfigError: a share is out of range, or the student is dense, or would be.
     """
     changes = {name: x for name, x in (("keep", keep), ("token_keep", token_keep)) if x is not None}
     if not changes:
@@ -289,16 +289,16 @@ def teacher_of(student: Student, name: str | None, weights: Path | None) -> Stud
     # A function's own module may leave to its student what both expect.
     pixels = student.normalisation if is_factory(name) else None
     teacher = load_source(name, weights, student.img_size, pixels)
-    for (what, value), (_, own) in zip(_compared(teacher), _compared(student), strict=True):
-        if value != own and not (what == "classes" and 0 in (value, own)):
+    for (what, value), (_, ours) in zip(_traits(teacher), _traits(student), strict=True):
+        if value != ours and not (what == "classes" and 0 in (value, ours)):
             raise ConfigError(
-                f"The teacher {name} has {value} {what}, the student {own}.",
+                f"The teacher {name} has {value} {what}, the student {ours}.",
                 "Give a teacher of the student's architecture.",
             )
     return teacher
 
 
-def _compared(student: Student) -> list[tuple[str, object]]:
+def _traits(student: Student) -> list[tuple[str, object]]:
     """What must agree for tokens to be compared; both see the same normalised images."""
     backbone = student.backbone
     return [
@@ -310,13 +310,13 @@ def _compared(student: Student) -> list[tuple[str, object]]:
     ]
 
 
-def refuse_normalisation(given: object) -> None:
+def refuse_normalisation(normalise: object) -> None:
     """Of a student, or where there is no model.
 
     Raises:
-        ConfigError: some was given.
+        ConfigError: it is not None.
     """
-    if given is not None:
+    if normalise is not None:
         raise ConfigError(
             "--mean, --std and --no-normalise (in Python normalise) are of a model: a student or bundle has its own.",
             "Leave them out.",

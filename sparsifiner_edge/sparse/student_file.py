@@ -101,7 +101,7 @@ def read_config(folder: Path) -> StudentConfig:
     return read_record(content, StudentConfig, path, SPARSIFY_AGAIN)
 
 
-def checked_labels(labels: object, origin: object) -> tuple[str, ...]:
+def check_labels(labels: object, origin: object) -> tuple[str, ...]:
     """Names of classes as a student takes them; see `ClassNames`.
 
     Args:

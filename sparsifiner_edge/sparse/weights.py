@@ -55,17 +55,17 @@ def read_weights(path: Path) -> StateDict:
     return tensors
 
 
-def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
     """Refuse tensors of other names or shapes than a model's; what they hold is not looked at.
 
     Raises:
         WeightsError: one is missing, left over, or of another shape.
     """
     refused = f"{source} does not fit this model"
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         raise WeightsError(f"{refused}: missing {_some(missing)}; left over {_some(extra)}.", FIT)
-    for key, tensor in found.items():
+    for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
             raise WeightsError(
                 f"{refused}: {key} has shape {list(tensor.shape)}, the model has {list(expected[key].shape)}.", FIT

@@ -55,20 +55,20 @@ def test_the_largest_box_of_a_shape(
 
 def test_a_backlog_is_part_of_a_frames_age() -> None:
     clock, second = _StreamClock(), 1_000_000_000
-    assert clock.captured_ns(5 * second, 100 * second) == 100 * second
+    assert clock.capture_ns(5 * second, 100 * second) == 100 * second
     # Half a second late: taken when due, not when it came.
-    assert clock.captured_ns(6 * second, 101 * second + second // 2) == pytest.approx(101 * second, abs=second // 1000)
-    assert clock.captured_ns(7 * second, 102 * second - 1000) == 102 * second - 1000
+    assert clock.capture_ns(6 * second, 101 * second + second // 2) == pytest.approx(101 * second, abs=second // 1000)
+    assert clock.capture_ns(7 * second, 102 * second - 1000) == 102 * second - 1000
     # The camera's clock jumps by an hour: a new beginning.
-    assert clock.captured_ns(3607 * second, 103 * second) == 103 * second
-    assert clock.captured_ns(None, 104 * second) == 104 * second
+    assert clock.capture_ns(3607 * second, 103 * second) == 103 * second
+    assert clock.capture_ns(None, 104 * second) == 104 * second
 
 
 def test_clocks_that_run_apart_add_no_age() -> None:
     clock, second = _StreamClock(), 1_000_000_000
     for at in range(3600):  # 200 ppm: 0.7 s in an hour.
         arrived = at * second + at * second // 5000
-        assert arrived - clock.captured_ns(at * second, arrived) < 0.02 * second
+        assert arrived - clock.capture_ns(at * second, arrived) < 0.02 * second
 
 
 def test_no_clock_that_can_be_set_is_read() -> None:

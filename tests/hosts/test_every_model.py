@@ -24,7 +24,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.metrics import POSITIONS
-from sparsifiner_edge.sparse.calibrate import observed, sparse_layers
+from sparsifiner_edge.sparse.calibrate import observe, sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.outputs import outputs_of
@@ -106,7 +106,7 @@ def test_merged_tokens_come_out_whole_and_in_raster_order(make: Make) -> None:
         )
         assert here > 0.6
         assert here > beside + 0.1
-    with observed(made, lambda *_: None, densely=True):
+    with observe(made, lambda *_: None, densely=True):
         for got, expected in zip(states(made, x), plain, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 

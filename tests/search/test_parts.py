@@ -123,8 +123,8 @@ def test_linear_parts_compute_what_the_layer_does(student: Student) -> None:
         x = torch.from_numpy(mlp.feed["image"])
         (got,) = file_session(mlp.model).run(None, mlp.feed)
         np.testing.assert_allclose(got, (x + layer.after_mlp(x)).numpy(), atol=1e-4)
-        qkv = layer.own_attention.packed(layer.entry_norm(x))
-        wanted = x + layer.after_attention(layer.own_attention.joined(x, qkv[..., :64]))
+        qkv = layer.packed_attention.pack(layer.entry_norm(x))
+        wanted = x + layer.after_attention(layer.packed_attention.join(x, qkv[..., :64]))
         (got,) = file_session(projections.model).run(None, projections.feed)
         np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4)
 

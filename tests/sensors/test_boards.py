@@ -106,7 +106,7 @@ def test_what_goes_wrong_midway_is_told_and_leaves_a_gap(tmp_path, deny, change,
         time.sleep(0.2)
         change(tmp_path / ORIN / "curr1_input", deny)
         time.sleep(0.2)
-    assert any(problem in text for text in recording.told())
+    assert any(problem in text for text in recording.problem_counts())
     assert all(reading["VDD_IN"] > 0 for reading in recording.readings)
     figures = energy(recording, [(recording.start_ns, time.monotonic_ns())], 10)
     assert "cover" in figures["gross_j_per_inference"]["unavailable"]

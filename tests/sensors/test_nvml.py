@@ -60,7 +60,7 @@ def test_a_card_that_is_lost(nvml):
         time.sleep(0.8)
         end = time.monotonic_ns()
     figures = energy(recording, [(start, end)], 10)
-    assert any("GPU is lost" in problem for problem in recording.told())
+    assert any("GPU is lost" in problem for problem in recording.problem_counts())
     assert set(recording.samples()) == {"gpu_j", "time_s"}
     assert "cover" in figures["gross_j_per_inference"]["unavailable"]
     clocks = [look.clocks_mhz.get("gpu") for _, look in (recording.looks[0], recording.looks[-1])]

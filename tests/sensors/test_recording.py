@@ -48,7 +48,7 @@ def test_known_integrals_through_thread_and_clock(tmp_path, counts):
     first, last = start / SECOND - began, end / SECOND - began
     expected = float(power.joules(np.array(last)) - power.joules(np.array(first))) / 20
     assert figures["gross_j_per_inference"]["value"] == pytest.approx(expected, rel=0.02)
-    assert recording.told() == []
+    assert recording.problem_counts() == []
 
 
 def test_a_thread_that_dies_is_told_with_what_was_known_until_then(tmp_path):
@@ -63,7 +63,7 @@ def test_a_thread_that_dies_is_told_with_what_was_known_until_then(tmp_path):
         wait_for(lambda: recording.problems)
         time.sleep(0.2)
         end = time.monotonic_ns()
-    assert recording.told() == ["the sampling thread died: RuntimeError: driver bug"]
+    assert recording.problem_counts() == ["the sampling thread died: RuntimeError: driver bug"]
     figures = energy(recording, [(recording.times_ns[0], recording.times_ns[-1])], 4)
     assert figures["mean_w"] == pytest.approx(10.0, rel=0.01)
     late = energy(recording, [(recording.times_ns[0], end)], 4)
@@ -77,5 +77,5 @@ def test_a_sensor_that_never_answers_does_not_hold_the_measurement_up(tmp_path, 
     with Recording(sensor_reading(lambda: (release.wait(10), steady())[1]), tmp_path) as recording:
         time.sleep(0.05)
     assert time.monotonic() - began < 2
-    assert any("did not answer" in problem for problem in recording.told())
+    assert any("did not answer" in problem for problem in recording.problem_counts())
     release.set()

@@ -109,16 +109,16 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         Raises:
             ConfigError: no such mode.
         """
-        for found in self.power_modes:
-            name = found.name.casefold()
-            if mode.strip().casefold() in (name, name.removeprefix("mode_"), str(found.id)):
-                share = (found.gpu_ghz or self.clock_ghz) / self.clock_ghz
-                share *= found.cuda_cores / self.cuda_cores if found.cuda_cores else 1.0
+        for entry in self.power_modes:
+            name = entry.name.casefold()
+            if mode.strip().casefold() in (name, name.removeprefix("mode_"), str(entry.id)):
+                share = (entry.gpu_ghz or self.clock_ghz) / self.clock_ghz
+                share *= entry.cuda_cores / self.cuda_cores if entry.cuda_cores else 1.0
                 return msgspec.structs.replace(
                     self,
-                    clock_ghz=found.gpu_ghz or self.clock_ghz,
-                    bandwidth_gb_s=found.bandwidth_gb_s or self.bandwidth_gb_s,
-                    tdp_w=found.cap_w or self.tdp_w,
+                    clock_ghz=entry.gpu_ghz or self.clock_ghz,
+                    bandwidth_gb_s=entry.bandwidth_gb_s or self.bandwidth_gb_s,
+                    tdp_w=entry.cap_w or self.tdp_w,
                     **{name: getattr(self, name) * share for name in _PEAKS.values()},
                 )
         known = ", ".join(f"{m.id} ({m.name})" for m in self.power_modes)
@@ -186,8 +186,8 @@ def _board(content: Mapping[str, Any], origin: str) -> Board:
     for name in sorted(content.keys() - _BARE - board.sources.keys()):
         _refuse(origin, f"{name} has no source", f"Add it to the section [sources]. {_DOCUMENT}")
     for mode in board.power_modes:
-        for name, own in (("cuda_cores", "cuda_cores"), ("gpu_ghz", "clock_ghz"), ("bandwidth_gb_s", "bandwidth_gb_s")):
-            if getattr(mode, name) > getattr(board, own):
+        for name, cap in (("cuda_cores", "cuda_cores"), ("gpu_ghz", "clock_ghz"), ("bandwidth_gb_s", "bandwidth_gb_s")):
+            if getattr(mode, name) > getattr(board, cap):
                 _refuse(origin, f"power mode {mode.name}: {name} exceeds the board's")
     return board
 

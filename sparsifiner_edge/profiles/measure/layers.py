@@ -84,12 +84,12 @@ def measure_layers(bundle: str | Path, execution: Execution, query_ms: float) ->
             raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
     library = native_library("native" if str(ran.kernels).startswith("native") else "portable")
     options = session_options(execution.cores, execution.precision == "bf16")
-    trace = _run_profiled(checked.read(MODEL_FILE), options, library, inputs, queries + _WARM_UP)
+    trace = _record_trace(checked.read(MODEL_FILE), options, library, inputs, queries + _WARM_UP)
     return _rows(read_trace(trace, queries), {node.name for node in checked.model().graph.node})
 
 
-def _run_profiled(model: bytes, options: Any, library: Path | None, inputs: Mapping[str, Array], queries: int) -> Trace:
-    """The trace of so many runs with ONNX Runtime's profiler on."""
+def _record_trace(model: bytes, options: Any, library: Path | None, inputs: Mapping[str, Array], queries: int) -> Trace:
+    """The trace of `queries` runs with ONNX Runtime's profiler on."""
     with scratch_folder() as folder:
         options.enable_profiling = True
         options.profile_file_prefix = str(folder / "trace")
@@ -139,10 +139,10 @@ def node_place(name: str) -> tuple[int | None, str, str]:
     if name.startswith(_INLINED):
         op = name.removeprefix(_INLINED).partition("_")[0]
         return None, _kind_of_operator(op) or "other", op
-    found, op = _SCOPE.fullmatch(name), re.sub(r"_\d+$", "", name.rpartition(".")[2])
-    if found is None:
+    match, op = _SCOPE.fullmatch(name), re.sub(r"_\d+$", "", name.rpartition(".")[2])
+    if match is None:
         return None, "decoder" if name.startswith("decoder") else "other", op
-    return int(found[1]), _kind_of_operator(op) or _kind_of_module((found[2] or "").split(".")), op
+    return int(match[1]), _kind_of_operator(op) or _kind_of_module((match[2] or "").split(".")), op
 
 
 def _kind_of_operator(op: str) -> str | None:

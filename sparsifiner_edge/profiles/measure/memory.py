@@ -32,7 +32,7 @@ def _kilobytes(path: Path, field: str) -> Bytes:
 
 
 def device_bytes(root: Path = Path("/")) -> tuple[Bytes, str]:
-    """What all programs hold of the device's memory, and for people who tells what it rose by. On a Jetson, whose
+    """What all programs hold of the device's memory, and for people the source of its rise. On a Jetson, whose
     processor and GPU share their memory, less than nothing: what is not available.
 
     Args:

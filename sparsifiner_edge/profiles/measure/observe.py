@@ -63,12 +63,12 @@ def _method(sides: list[MeasuredSide], rules: Rules, recording: Recording) -> Me
     return Method(
         rules=rules,
         input_shapes=sides[0].loaded.input_shapes,
-        runtime={side.role: _described(side) for side in sides},
+        runtime={side.role: _describe(side) for side in sides},
         warm_up={side.role: side.warm_up for side in sides},
         block_queries={side.role: len(side.blocks[0]) for side in sides},
-        sensor=recording.described(),
+        sensor=recording.describe(),
         conditions={side.role: recording.conditions(side.windows) for side in sides},
-        problems=recording.told(),
+        problems=recording.problem_counts(),
         cut_short=f"{rules.max_seconds:g} s came before {rules.min_queries} queries" if few else None,
     )
 
@@ -77,13 +77,13 @@ def _figures(
     side: MeasuredSide, peak: Bytes, recording: Recording, method: Method, others: float | Unavailable, on: str
 ) -> Figures:
     latency_ms, throughput = stats.summarise(side.latency_ms)
-    seen, kernels = method.conditions[side.role], method.runtime[side.role].kernels
+    conditions, kernels = method.conditions[side.role], method.runtime[side.role].kernels
     return Figures(
         latency_ms=latency_ms, throughput_per_s=throughput, queries=side.queries, load_ms=side.loaded.load_ms,
         first_inference_ms=side.loaded.first_ms, rss_before_load_bytes=side.loaded.rss_before_load_bytes,
         peak_rss_bytes=peak, device_bytes=side.device[0], device_source=side.device[1],
         energy=_joules(recording, side), other_cores=others,
-        flags=flags_of(side.latency_ms, side.warm_up, seen, on, others, kernels, method.cut_short),
+        flags=flags_of(side.latency_ms, side.warm_up, conditions, on, others, kernels, method.cut_short),
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def _processor_s(sides: list[MeasuredSide]) -> float:
     return time.process_time() + sum(side.worker.ask("processor_s", 60, float) for side in sides)
 
 
-def _described(side: MeasuredSide) -> Runtime:
+def _describe(side: MeasuredSide) -> Runtime:
     """What ran. Reading the model once more may fail where memory is short; the figures stand all the same."""
     try:
         return side.worker.ask("describe", LOAD_TIMEOUT_S, Runtime)
@@ -140,7 +140,7 @@ def busy_s(root: Path = Path("/")) -> float | None:
     return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
 
 
-def other_cores(before: float | None, after: float | None, own_s: float, seconds: float) -> float | Unavailable:
+def other_cores(before: float | None, after: float | None, our_s: float, seconds: float) -> float | Unavailable:
     """Cores that other programs kept busy, of those that this process may use; other virtual machines count.
 
     Args:
@@ -149,4 +149,4 @@ def other_cores(before: float | None, after: float | None, own_s: float, seconds
     """
     if before is None or after is None:
         return Unavailable("/proc/stat is not readable")
-    return max(0.0, (after - before - own_s) / seconds)
+    return max(0.0, (after - before - our_s) / seconds)

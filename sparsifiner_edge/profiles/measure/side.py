@@ -57,7 +57,7 @@ class Rules(msgspec.Struct, frozen=True):
     blocks: int = MIN_BLOCKS
 
     def enough(self, seconds: float, queries: int, blocks: int, wall_s: float = 0.0) -> bool:
-        """Whether a side with so much measured, in so much wall time, is done."""
+        """Whether a side that has measured this much, in `wall_s` of wall time, is done."""
         done = seconds >= self.seconds and queries >= self.min_queries and blocks >= self.blocks
         return done or wall_s >= self.max_seconds
 
@@ -163,7 +163,7 @@ def open_side(role: str, bundle: Path, execution: Execution, on_stage: OnStage) 
 
 
 def load_request(bundle: Path, execution: Execution) -> dict[str, Any]:
-    """What a worker is told of a bundle, JSON-ready."""
+    """The request that makes a worker load a bundle, JSON-ready."""
     return {"bundle": str(bundle.resolve()), "execution": to_builtins(execution)}
 
 

@@ -11,7 +11,7 @@ def call_ms(call: Callable[[], object], runs: int, *, least_s: float = 0.0, warm
     """Milliseconds of each call, one after the other.
 
     Args:
-        runs, least_s: so many at least, and for so long. warm_up: calls before, not timed.
+        runs, least_s: at least this many runs, and this many seconds. warm_up: calls before, not timed.
     """
     for _ in range(warm_up):
         call()

@@ -49,7 +49,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     power_limit_mw: int | None = None
 
 
-class Seen(msgspec.Struct, frozen=True, kw_only=True):
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """What a measurement ran under.
 
     Attributes:
@@ -127,7 +127,7 @@ def _power_mode(root: Path) -> str | None:
     return name[1] if name else number[1]
 
 
-def summarise_conditions(before: Conditions, during: Sequence[Conditions], after: Conditions) -> Seen:
+def summarise_conditions(before: Conditions, during: Sequence[Conditions], after: Conditions) -> Observation:
     """Of looks before, during and after a measurement."""
     series: dict[str, list[float]] = {}
     for look in during:
@@ -136,8 +136,8 @@ def summarise_conditions(before: Conditions, during: Sequence[Conditions], after
             series.setdefault(name, []).append(value)
     lists = [look.throttled_by for look in (before, *during, after) if isinstance(look.throttled_by, list)]
     counts = before.throttle_counts
-    names = [name for found in lists for name in found]
+    names = [name for kinds in lists for name in kinds]
     names += [name for name, count in after.throttle_counts.items() if count > counts.get(name, count)]
-    told = lists or counts
-    throttled = list(dict.fromkeys(names)) if told else Unavailable("nothing here tells of throttling")
-    return Seen(before=before, during=series, throttled_by=throttled)
+    sources = lists or counts
+    throttled = list(dict.fromkeys(names)) if sources else Unavailable("nothing here reports throttling")
+    return Observation(before=before, during=series, throttled_by=throttled)

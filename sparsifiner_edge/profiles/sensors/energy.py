@@ -11,15 +11,15 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.profiles.sensors.recording import Recording, Window
-from sparsifiner_edge.profiles.stats import estimate, mean_reach
+from sparsifiner_edge.profiles.stats import mean_reach, quantity
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.results import Estimate
+from sparsifiner_edge.results import Quantity
 
 Spans = list[tuple[float, float]]
 """Seconds since a recording's start, ascending, apart."""
 _LEAST_COVERED = 0.8
 _PARTS, _PART_READINGS = 20, 5
-"""An interval is over so many parts of the windows at most, of so many readings at least."""
+"""An interval divides the windows into at most this many parts, of at least this many readings."""
 _PAUSE_S = 0.02
 """Blocks of one process follow each other within it; another's, and what is run unrecorded after it, last longer."""
 _MOST_WATTS = 3000.0
@@ -42,8 +42,8 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
     total: str
     window_s: float
     readings: int
-    gross_j_per_inference: Known[Estimate]
-    net_j_per_inference: Known[Estimate]
+    gross_j_per_inference: Known[Quantity]
+    net_j_per_inference: Known[Quantity]
     mean_w: float | Unavailable
     idle_w: float | Unavailable
 
@@ -59,8 +59,8 @@ class _Power(NamedTuple):
         """Those measured wholly within one of the windows: others hold the power of what ran outside."""
         starts, ends = np.array([*spans, (math.inf, math.inf)]).T
         place = np.searchsorted(starts, self.since, "right") - 1
-        kept = (place >= 0) & (self.until <= ends[place])
-        return _Power(self.since[kept], self.until[kept], self.watts[kept])
+        whole = (place >= 0) & (self.until <= ends[place])
+        return _Power(self.since[whole], self.until[whole], self.watts[whole])
 
     @property
     def mean_w(self) -> float:
@@ -72,12 +72,12 @@ class _Power(NamedTuple):
 def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> Energy:
     """What `inferences` inferences within `windows` cost.
 
-    Gross is all that the sensor's total saw; net is gross minus idle power times the windows' time, hence what a
-    machine that is on anyway spends. Power is the mean of the readings within the windows; of a sensor that counts
+    Gross is all that the sensor's total saw; net is gross minus idle power times the windows' time, that is, what
+    a machine that is on anyway spends. Power is the mean of the readings within the windows; of a sensor that counts
     energy itself, of what it counted between two of them.
 
     Args:
-        recording: whose block was left.
+        recording: after its block has ended.
         windows: when the inferences ran, CLOCK_MONOTONIC nanoseconds; windows that overlap count once.
         inferences: how many they were, all windows together.
     """
@@ -86,8 +86,8 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
     inside, (idle, drift) = power.within(spans), _idle(recording, power)
     none = Unavailable(_why_none(recording, spans, window_s, inferences, len(inside.watts)))
     mean_w: Known[float] = none if none.why else inside.mean_w
-    gross: Known[Estimate] = none
-    net: Known[Estimate] = none
+    gross: Known[Quantity] = none
+    net: Known[Quantity] = none
     if isinstance(mean_w, float):
         reach, seconds = _reach(inside, recording), window_s / inferences
         gross = _joules(mean_w, reach, seconds)
@@ -105,13 +105,13 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
 
 def _spans(recording: Recording, windows: Sequence[Window], pause_s: float = _PAUSE_S) -> Spans:
     """Windows, those with no more than `pause_s` between them as one; those of no length left out."""
-    start, found = recording.start_ns, list[tuple[float, float]]()
+    start, spans = recording.start_ns, list[tuple[float, float]]()
     for begin, end in sorted(((begin - start) / 1e9, (end - start) / 1e9) for begin, end in windows if end > begin):
-        if found and begin - found[-1][1] <= pause_s:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
+        if spans and begin - spans[-1][1] <= pause_s:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
         else:
-            found.append((begin, end))
-    return found
+            spans.append((begin, end))
+    return spans
 
 
 def _power(recording: Recording) -> _Power:
@@ -128,8 +128,8 @@ def _power(recording: Recording) -> _Power:
         return _Power(since, moments, table.sum(axis=1))
     steps, gains = np.diff(moments), np.diff(table, axis=0)
     gains = np.where(gains < 0, gains + np.array([sensor.wraps_j.get(rail, math.nan) for rail in rails]), gains)
-    kept = np.all((gains >= 0) & (gains <= _MOST_WATTS * steps[:, None]), axis=1)
-    return _Power(since[:-1][kept], moments[1:][kept], gains.sum(axis=1)[kept] / steps[kept])
+    valid = np.all((gains >= 0) & (gains <= _MOST_WATTS * steps[:, None]), axis=1)
+    return _Power(since[:-1][valid], moments[1:][valid], gains.sum(axis=1)[valid] / steps[valid])
 
 
 def _why_none(recording: Recording, spans: Spans, window_s: float, inferences: int, inside: int) -> str:
@@ -165,7 +165,7 @@ def _idle(recording: Recording, power: _Power) -> tuple[Known[float], float]:
     return float(np.mean(means)), abs(means[0] - means[-1]) / 2
 
 
-def _joules(watts: float, reach_w: float | None, seconds: float) -> Estimate:
-    """An inference's, of so many seconds, with so many watts to either side."""
+def _joules(watts: float, reach_w: float | None, seconds: float) -> Quantity:
+    """Energy of one inference of `seconds`, its power known to within `reach_w` on either side."""
     low, high = (None if reach_w is None else (watts + way * reach_w) * seconds for way in (-1, 1))
-    return estimate(watts * seconds, low, high, _METHOD)
+    return quantity(watts * seconds, low, high, _METHOD)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.profiles.sensors.conditions import Conditions, Seen, conditions, summarise_conditions
+from sparsifiner_edge.profiles.sensors.conditions import Conditions, Observation, conditions, summarise_conditions
 from sparsifiner_edge.profiles.sensors.nvml import open_card
 from sparsifiner_edge.profiles.sensors.power import PowerSensor, UnavailableError, why
 
@@ -85,19 +85,19 @@ class Recording:
         columns = {f"{rail}_{unit}": [reading[rail] for reading in self.readings] for rail in self.readings[0]}
         return {"time_s": self.seconds().tolist(), **columns}
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The sensor, seconds of the idle baselines, and how many readings there are; for a result."""
         names = ("name", "total", "period_s", "averaging_s", "not_used")
         idle = [(end - start) / 1e9 for start, end in self.idle]
         return {name: getattr(self.sensor, name) for name in names} | {"idle_s": idle, "readings": len(self.readings)}
 
-    def conditions(self, windows: Sequence[Window]) -> Seen:
+    def conditions(self, windows: Sequence[Window]) -> Observation:
         """Before, during (within `windows`) and after. Once the block is left."""
         (_, before), *between, (_, after) = self.looks
         during = [look for moment, look in between if any(start <= moment <= end for start, end in windows)]
         return summarise_conditions(before, during, after)
 
-    def told(self) -> list[str]:
+    def problem_counts(self) -> list[str]:
         """The problems, each with its count."""
         return [text if count == 1 else f"{text} ({count} times)" for text, count in self.problems.items()]
 

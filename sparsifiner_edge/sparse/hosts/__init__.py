@@ -27,7 +27,7 @@ SUPPORTED = (
     "DINOv3, SigLIP and CLIP"
 )
 LIBRARIES = "sparsifiner_edge.hosts"
-"""Group in which other packages name classes of `Backbone`. Looked at for modules in which there is none of ours."""
+"""Group in which other packages name classes of `Backbone`. Searched for modules that hold none of ours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Backbone(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def of(cls, module: nn.Module) -> Backbone | None:
-        """A module as a backbone; None if it is none of this library's."""
+        """A module as a backbone; None if it is not of this library."""
 
     @abc.abstractmethod
     def refusal(self) -> str | None:
@@ -200,7 +200,7 @@ def backbone_of(module: nn.Module) -> Backbone:
 
 
 def require_size(size: tuple[int, int], patch: tuple[int, int]) -> None:
-    """Refuse an image size, height and width, that does not suit patches of so many pixels.
+    """Refuse an image size, height and width, that does not suit patches of this size.
 
     Raises:
         ConfigError: a side is no multiple of the patch's, or too large.

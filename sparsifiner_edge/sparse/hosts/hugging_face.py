@@ -76,7 +76,7 @@ class _Processor(msgspec.Struct):
     image_std: list[float] | None = None
 
 
-def load_pretrained(
+def load(
     source: str, img_size: ImageSize | None = None, pixels: Normalisation | None = None
 ) -> tuple[str, nn.Module, Normalisation]:
     """A pretrained model: its class, itself, and what it expects of pixels.

@@ -128,7 +128,7 @@ def create(name: str, img_size: ImageSize | None = None, num_classes: int | None
         ConfigError: a side of the image is no multiple of the patch size, or there are too many pixels or classes.
     """
     options = _options(name, img_size, num_classes)
-    with _named(name):
+    with _name_errors(name):
         return cast(TimmModel, timm.create_model(name, pretrained=False, **options).eval())
 
 
@@ -159,7 +159,7 @@ def on_paper(name: str, num_classes: int | None = None) -> TimmModel:
     if num_classes is not None and not 0 <= num_classes <= MOST_CLASSES:
         raise ConfigError(f"num_classes is {num_classes}.", f"Give from 0 to {MOST_CLASSES} classes.")
     options = {} if num_classes is None else {"num_classes": num_classes}
-    with _named(name), torch.device("meta"):
+    with _name_errors(name), torch.device("meta"):
         kind = timm.create_model(name, pretrained=False, **options)
     if isinstance(kind, TimmModel):
         return kind
@@ -170,7 +170,7 @@ def on_paper(name: str, num_classes: int | None = None) -> TimmModel:
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
+def _name_errors(name: str) -> Iterator[None]:
     """What timm raises in the block becomes an `UnsupportedModelError` about the name."""
     try:
         yield
