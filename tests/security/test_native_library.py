@@ -29,7 +29,7 @@ from sparsifiner_edge import doctor
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge import Execution
-from tests.flat import open_session
+from sparsifiner_edge.runtime import open_session
 place = Path(sys.argv[1])
 native.library_path = lambda: place if place.is_file() else None
 told = {}
