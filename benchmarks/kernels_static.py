@@ -17,9 +17,9 @@ from summary import write_summary
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_plan, resources
-from sparsifiner_edge.ops.triton.plan import Plan
-from sparsifiner_edge.ops.triton.plan_layer import plan_layer
+from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_schedule, resources
+from sparsifiner_edge.ops.triton.schedule import Schedule
+from sparsifiner_edge.ops.triton.schedule_layer import schedule_layer
 from sparsifiner_edge.results import Result, Subject
 
 ROOT = Path(__file__).parent.parent
@@ -63,13 +63,13 @@ def _up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def layer(dtype: str, width: int, tile: int) -> Plan:
+def layer(dtype: str, width: int, tile: int) -> Schedule:
     """At 1025 tokens and keep .10, one image."""
     a: dict[str, Any] = {
         "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": CELL, "scale": width**-0.5, "probe": 8, "keys": KEYS,
         "value_power": 2.0,
     }  # fmt: skip
-    return plan_layer([(1, PATCHES + 1, 3 * HEADS * width), *[(HEADS, width, CHANNELS)] * 2], a, dtype)
+    return schedule_layer([(1, PATCHES + 1, 3 * HEADS * width), *[(HEADS, width, CHANNELS)] * 2], a, dtype)
 
 
 def describe(dtype: str, width: int, tile: int, made: Compiled) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def measure(capabilities: tuple[int, ...]) -> list[dict[str, Any]]:
     for capability in capabilities:
         for dtype, width, tile in SHOWN:
             err_console.print(f"sm_{capability}: {dtype}, d {width}, tile {tile}")
-            made = compile_plan(layer(dtype, width, tile), capability)
+            made = compile_schedule(layer(dtype, width, tile), capability)
             rows += [describe(dtype, width, tile, each) for each in made]
     return rows
 

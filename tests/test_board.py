@@ -35,7 +35,7 @@ from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.fp16 import convert
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.ops.triton.compile import compile_launch, kernel
-from sparsifiner_edge.ops.triton.plan_layer import plan_layer
+from sparsifiner_edge.ops.triton.schedule_layer import schedule_layer
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
 from sparsifiner_edge.runtime.golden import check_golden
@@ -149,12 +149,12 @@ def test_a_launch_takes_smaller_blocks_where_plugins_would_refuse_its_shared_mem
     """As attention of float16 on a Thor with a list of four blocks."""
     select = {"num_heads": 1, "num_prefix": 1, "tile": 64, "cell": 93, "scale": 0.125, "probe": 16, "keys": 231}
     shapes = [(1, 2305, 192), (1, 64, 24), (1, 64, 24)]
-    plan = plan_layer(shapes, {**select, "value_power": 2.0}, "float16")
-    assert compile_launch(plan, plan.launches[-1], 110).shared > MOST_SHARED_BYTES
-    made = boards._compile_launch(plan, plan.launches[-1], 110, 90)
+    layer = schedule_layer(shapes, {**select, "value_power": 2.0}, "float16")
+    assert compile_launch(layer, layer.launches[-1], 110).shared > MOST_SHARED_BYTES
+    made = boards._compile_launch(layer, layer.launches[-1], 110, 90)
     assert made.shared <= MOST_SHARED_BYTES
     assert made.launch.constants["block_n"] == 32
-    assert boards._compile_launch(plan, plan.launches[0], 110, 90).launch.constants == plan.launches[0].constants
+    assert boards._compile_launch(layer, layer.launches[0], 110, 90).launch.constants == layer.launches[0].constants
 
 
 def test_another_model_is_refused(bundle, model):
@@ -222,7 +222,7 @@ def test_export_refuses_a_board_it_does_not_know(tiny_student, tmp_path, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-def operator(name: str, plan: Any, launch: Any, entry: CompiledLaunch) -> type[OpRun]:
+def operator(name: str, schedule: Any, launch: Any, entry: CompiledLaunch) -> type[OpRun]:
     """A launch of the table as an operator of the reference evaluator."""
 
     def _run(self: Any, *inputs: Any, **_attributes: Any) -> tuple[Any, ...]:
@@ -230,7 +230,7 @@ def operator(name: str, plan: Any, launch: Any, entry: CompiledLaunch) -> type[O
         given = dict(zip(entry.inputs, inputs, strict=True))
         tensors = {}
         for n, declared in (entry.inputs | entry.outputs).items():
-            buffer = plan.buffers[n]
+            buffer = schedule.buffers[n]
             raw = given.get(n)
             if raw is None:
                 raw = np.zeros((batch, *declared.shape), declared.dtype)
@@ -255,11 +255,11 @@ def interpret(folder: Path) -> None:
     assert table is not None
     types, operators = boards._tensor_types(model), {}
     for together in boards._layers([node for node in model.graph.node if node.name in table.nodes]):
-        plan: Any = boards._plan(model, together, types, 87)
+        schedule: Any = boards._schedule(model, together, types, 87)
         entries = [entry for node in together for entry in table.nodes[node.name]]
-        for entry, launch in zip(entries, plan.launches, strict=True):
+        for entry, launch in zip(entries, schedule.launches, strict=True):
             name = entry.launch
-            operators[name] = operator(name, plan, launch, table.launches[name])
+            operators[name] = operator(name, schedule, launch, table.launches[name])
     side = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
     image = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
     wanted = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": image})[0]

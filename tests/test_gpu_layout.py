@@ -9,7 +9,7 @@ import pytest
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.export import gpu_layout
-from sparsifiner_edge.export.gpu_layout import suited_to_gpus
+from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from tests.models import TINY_CONFIG, student
@@ -27,13 +27,13 @@ def layout(made: Student) -> tuple[int, int]:
 def test_tile_64_and_few_cells_are_taken_where_they_pass(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, images = wide(), sorted(pictures.iterdir())
     assert layout(own) == (16, 40)
-    taken, found = suited_to_gpus(own, images)
+    taken, found = fit_to_gpus(own, images)
     assert found is not None
     assert (layout(taken), found.tile, found.cells, found.images, found.refused) == ((64, 31), 16, 40, 3, None)
     assert 0.97 <= (found.cosine or 0) < 1
     assert taken.model.blocks[0].attn.sparsity.tile == 64
     assert layout(own) == (own.model.blocks[0].attn.sparsity.tile, 40) == (16, 40)
-    assert suited_to_gpus(taken, ()) == (taken, None)
+    assert fit_to_gpus(taken, ()) == (taken, None)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_cannot_be_judged_or_fails_is_kept(changes, judged, why, pictures, 
     own = wide()
     own = dataclasses.replace(own, sparsity=dataclasses.replace(own.sparsity, **changes))
     set_budget(own.model, own.sparsity)
-    kept, found = suited_to_gpus(own, sorted(pictures.iterdir()) if judged else ())
+    kept, found = fit_to_gpus(own, sorted(pictures.iterdir()) if judged else ())
     assert kept is own
     assert found is not None
     assert why in (found.refused or "")
@@ -58,4 +58,4 @@ def test_what_cannot_be_judged_or_fails_is_kept(changes, judged, why, pictures, 
 def test_what_has_no_such_layout_is_left_alone() -> None:
     for sparsity in (SparsityConfig(keep=1), SparsityConfig.for_preset("paper", keep=0.25)):
         own = student(sparsity=sparsity)
-        assert suited_to_gpus(own, ()) == (own, None)
+        assert fit_to_gpus(own, ()) == (own, None)

@@ -20,7 +20,7 @@ from sparsifiner_edge.export import fp16, int8
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.export.reference import LEAST_OWN_COSINE
+from sparsifiner_edge.export.reference import LEAST_FREE_COSINE
 from sparsifiner_edge.export.sessions import file_runner, results_of, with_matches, with_outputs
 from sparsifiner_edge.metrics import aligned, cosine
 from sparsifiner_edge.ops.schema import OPERATORS
@@ -232,11 +232,11 @@ def test_what_merges_is_no_error_of_the_layers(exported: Path, tmp_path: Path, m
     images = list(np.random.default_rng(0).integers(0, 256, (3, 1, 160, 160, 3), dtype=np.uint8))
     _, found = int8.quantise(onnx.load(merged / "model.onnx"), images)
     assert 0 < len(found.kept) <= 6
-    assert min(found.own_matches_cosines.values()) >= LEAST_OWN_COSINE
+    assert min(found.own_matches_cosines.values()) >= LEAST_FREE_COSINE
     monkeypatch.setattr(int8, "MAX_FLOAT_SHARE", 0)
     with pytest.raises(GateError, match=r"where its own matches merge, with 0 of 24 linear layers left"):
         int8.quantise(onnx.load(merged / "model.onnx"), images)
-    monkeypatch.setattr(int8, "LEAST_OWN_COSINE", 0)
+    monkeypatch.setattr(int8, "LEAST_FREE_COSINE", 0)
     _, found = int8.quantise(onnx.load(merged / "model.onnx"), images)
     assert found.cosines["tokens"] > 0.995 > 0.9 > found.own_matches_cosines["tokens"]
     assert not int8.quantise(onnx.load(exported / "bundle" / "model.onnx"), images)[1].own_matches_cosines

@@ -100,24 +100,24 @@ HWY_INLINE float BestKeys(const float* HWY_RESTRICT row, size_t padded, size_t p
   const size_t counted = low == kLowest ? CountAbove(row, padded, low) : patches;
   const float least = counted < keys ? kLowest : KthLargest(row, padded, counted, keys, low, high, guess, scratch);
   const V threshold = hn::Set(d, least);
-  int32_t* HWY_RESTRICT found = reinterpret_cast<int32_t*>(scratch);
+  int32_t* HWY_RESTRICT winners = reinterpret_cast<int32_t*>(scratch);
   size_t count = 0;
   for (size_t j = 0; j < padded; j += kLanes) {
     const auto wins = hn::RebindMask(di, hn::Ge(hn::Load(d, row + j), threshold));
-    count += Compact(di, hn::Iota(di, static_cast<int32_t>(j)), wins, found + count);
+    count += Compact(di, hn::Iota(di, static_cast<int32_t>(j)), wins, winners + count);
   }
   if (count > keys) {
     // More equal the threshold than there is room for: the last of them lose.
-    size_t losers = count - keys, kept = count;
+    size_t losers = count - keys, remaining = count;
     for (size_t i = count; i-- > 0 && losers > 0;) {
-      if (row[found[i]] == least) {
-        std::memmove(found + i, found + i + 1, (kept - i - 1) * sizeof(int32_t));
-        --kept;
+      if (row[winners[i]] == least) {
+        std::memmove(winners + i, winners + i + 1, (remaining - i - 1) * sizeof(int32_t));
+        --remaining;
         --losers;
       }
     }
   }
-  std::memcpy(list, found, keys * sizeof(int32_t));
+  std::memcpy(list, winners, keys * sizeof(int32_t));
   return least;
 }
 

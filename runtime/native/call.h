@@ -32,12 +32,12 @@ class CallMemory : public Allocated {
     }
     return static_cast<size_t>(__builtin_ctzll(free));
   }
-  Scratch& own(size_t borrowed) { return own_[borrowed]; }
+  Scratch& piece(size_t borrowed) { return pieces_[borrowed]; }
   void Return(size_t borrowed) { free_.fetch_or(uint64_t{1} << borrowed, std::memory_order_release); }
 
  private:
   Scratch shared_;
-  Scratch own_[kPieces];
+  Scratch pieces_[kPieces];
   std::atomic<uint64_t> free_{~uint64_t{0}};
 };
 
@@ -47,35 +47,35 @@ class IdleMemory {
  public:
   static void Hold(int more) {
     if ((holds_ += more) > 0) return;
-    for (auto& kept : kept_) delete kept.exchange(nullptr);
+    for (auto& slot : slots_) delete slot.exchange(nullptr);
   }
 
   static CallMemory* Take() {
-    for (auto& kept : kept_) {
-      if (kept.load(std::memory_order_relaxed) == nullptr) continue;
-      if (CallMemory* memory = kept.exchange(nullptr, std::memory_order_acquire)) return memory;
+    for (auto& slot : slots_) {
+      if (slot.load(std::memory_order_relaxed) == nullptr) continue;
+      if (CallMemory* memory = slot.exchange(nullptr, std::memory_order_acquire)) return memory;
     }
     return new (std::nothrow) CallMemory;
   }
 
   static void Keep(CallMemory* memory) {
-    for (auto& kept : kept_) {
+    for (auto& slot : slots_) {
       if (holds_.load(std::memory_order_relaxed) <= 0) break;
       CallMemory* none = nullptr;
-      if (kept.compare_exchange_strong(none, memory, std::memory_order_release, std::memory_order_relaxed)) return;
+      if (slot.compare_exchange_strong(none, memory, std::memory_order_release, std::memory_order_relaxed)) return;
     }
     delete memory;
   }
 
  private:
   static inline std::atomic<int> holds_{0};
-  static inline std::atomic<CallMemory*> kept_[16] = {};
+  static inline std::atomic<CallMemory*> slots_[16] = {};
 };
 
 // One call's threads and memory.
 class Call {
  public:
-  explicit Call(const sparsifiner_call& given) : given_(given), memory_(IdleMemory::Take()) {}
+  explicit Call(const sparsifiner_call& call) : call_(call), memory_(IdleMemory::Take()) {}
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
   ~Call() {
@@ -100,7 +100,7 @@ class Call {
     return true;
   }
 
-  // Runs fn(data, i, own) for i in [0, count), in any order and on any threads; returns when all are done. `own` are
+  // Runs fn(data, i, base) for i in [0, count), in any order and on any threads; returns when all are done. `base` are
   // `bytes` of memory, aligned to a cache line, that fn has to itself until it returns; null for 0 bytes. False: there
   // was not enough memory, and fn did not run for every i.
   bool For(size_t count, size_t bytes, void (*fn)(void*, size_t, void*), void* data) const {
@@ -109,10 +109,10 @@ class Call {
     if (failed_) return false;
     Loop loop{memory_, count, std::min(count, kPieces), bytes, fn, data, {false}, {0}};
     bool called = true;
-    if (given_.parallel_for == nullptr) {
+    if (call_.parallel_for == nullptr) {
       for (size_t piece = 0; piece < loop.pieces; ++piece) RunPiece(&loop, piece);
     } else {
-      called = given_.parallel_for(given_.threads, loop.pieces, RunPiece, &loop) != 0;
+      called = call_.parallel_for(call_.threads, loop.pieces, RunPiece, &loop) != 0;
     }
     // Counted: the threads may be a runtime's that lacks the memory to say that it lacked memory.
     failed_ = !called || loop.failed || loop.done != loop.pieces;
@@ -134,19 +134,19 @@ class Call {
     Loop& loop = *static_cast<Loop*>(data);
     if (loop.failed.load(std::memory_order_relaxed)) return;
     const size_t borrowed = loop.memory->Borrow();
-    void* own = loop.bytes == 0 ? nullptr : loop.memory->own(borrowed).Reserve(loop.bytes);
-    if (loop.bytes != 0 && own == nullptr) {
+    void* base = loop.bytes == 0 ? nullptr : loop.memory->piece(borrowed).Reserve(loop.bytes);
+    if (loop.bytes != 0 && base == nullptr) {
       loop.failed = true;
     } else {
       const size_t each = loop.count / loop.pieces, more = loop.count % loop.pieces;
       const size_t begin = piece * each + std::min(piece, more), end = begin + each + (piece < more ? 1 : 0);
-      for (size_t i = begin; i < end && !loop.failed.load(std::memory_order_relaxed); ++i) loop.fn(loop.data, i, own);
+      for (size_t i = begin; i < end && !loop.failed.load(std::memory_order_relaxed); ++i) loop.fn(loop.data, i, base);
       ++loop.done;
     }
     loop.memory->Return(borrowed);
   }
 
-  const sparsifiner_call& given_;
+  const sparsifiner_call& call_;
   CallMemory* memory_;
   mutable bool failed_ = false;
 };

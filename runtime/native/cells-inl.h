@@ -142,13 +142,13 @@ struct Rest {
 // those of whole cells, on exit those of the rest, raised by the log of its number. sums: scratch [R][16].
 template <bool kSized>
 HWY_INLINE void RestOfCells(const SparseJob& job, const uint16_t* owner, size_t count, const float* selected,
-                            const Rest& left, float* HWY_RESTRICT sums, float* HWY_RESTRICT cells) {
+                            const Rest& counts, float* HWY_RESTRICT sums, float* HWY_RESTRICT cells) {
   const D d;
   std::memset(sums, 0, job.cells * kQueries * sizeof(float));
   for (size_t v = 0; v < kQueries; v += kLanes) {
     const auto logit = [&](size_t j) {
       const V x = hn::Load(d, selected + j * kQueries + v);
-      return kSized ? hn::Mul(hn::Set(d, left.sizes[j]), x) : x;
+      return kSized ? hn::Mul(hn::Set(d, counts.sizes[j]), x) : x;
     };
     // Lists ascend, so that a cell's keys come in one run; any other order is right too, and slower.
     for (size_t j = 0; j < count;) {
@@ -159,9 +159,9 @@ HWY_INLINE void RestOfCells(const SparseJob& job, const uint16_t* owner, size_t 
     }
     for (size_t r = 0; r < job.cells; ++r) {
       const V whole = hn::Load(d, cells + r * kQueries + v);
-      const V taken = hn::NegMulAdd(hn::Set(d, left.listed[r]), whole, hn::Load(d, sums + r * kQueries + v));
-      const V share = hn::Set(d, left.rest[r] > 0 ? -1.0f / left.rest[r] : 0.0f);
-      hn::Store(hn::Add(hn::MulAdd(taken, share, whole), hn::Set(d, left.log_rest[r])), d, cells + r * kQueries + v);
+      const V taken = hn::NegMulAdd(hn::Set(d, counts.listed[r]), whole, hn::Load(d, sums + r * kQueries + v));
+      const V share = hn::Set(d, counts.rest[r] > 0 ? -1.0f / counts.rest[r] : 0.0f);
+      hn::Store(hn::Add(hn::MulAdd(taken, share, whole), hn::Set(d, counts.log_rest[r])), d, cells + r * kQueries + v);
     }
   }
 }
@@ -181,7 +181,7 @@ HWY_INLINE void AddBias(const float* bias, const uint32_t* places, uint32_t row,
 // Softmax of a tile over listed keys and cells. On entry logits, on exit weights: scores [count][16], cells [R][16];
 // shares [16]: what makes them sum to 1. sums: scratch [R][16].
 template <bool kSized>
-HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* owner, const Rest& left,
+HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* owner, const Rest& counts,
                             float* HWY_RESTRICT scores, float* HWY_RESTRICT cells, float* HWY_RESTRICT sums,
                             float* HWY_RESTRICT shares) {
   const SparseSettings& s = job.settings;
@@ -192,14 +192,14 @@ HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* 
     for (size_t j = 1; j < rows; ++j) top = hn::Max(top, hn::Load(d, scores + j * kQueries + v));
     V total = hn::Zero(d);
     for (size_t r = 0; r < job.cells; ++r) {
-      const float rest = left.rest[r];
+      const float rest = counts.rest[r];
       const V weight = Exp2(hn::Sub(hn::Load(d, cells + r * kQueries + v), top));
       total = hn::Add(total, rest > 0 ? weight : hn::Zero(d));
       // Each of the rest has this share. The cell's mean value stands for all its tokens, so those that were selected
       // must give their share back.
       const V share = hn::Mul(weight, hn::Set(d, rest > 0 ? 1.0f / rest : 0.0f));
       hn::Store(share, d, sums + r * kQueries + v);
-      hn::Store(hn::Mul(share, hn::Set(d, left.whole[r])), d, cells + r * kQueries + v);
+      hn::Store(hn::Mul(share, hn::Set(d, counts.whole[r])), d, cells + r * kQueries + v);
     }
     for (size_t j = 0; j < s.prefix_keys; ++j) {
       const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
@@ -212,9 +212,9 @@ HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* 
       *sum = hn::Add(*sum, weight);
       const size_t key = j - s.prefix_keys;
       const V back = job.cells ? hn::Load(d, sums + owner[key] * kQueries + v) : hn::Zero(d);
-      const V own = kSized && job.cells ? hn::NegMulAdd(hn::Set(d, left.sizes[key]), back, weight)
+      const V net = kSized && job.cells ? hn::NegMulAdd(hn::Set(d, counts.sizes[key]), back, weight)
                                         : hn::Sub(weight, back);
-      hn::Store(own, d, scores + j * kQueries + v);
+      hn::Store(net, d, scores + j * kQueries + v);
     };
     size_t j = s.prefix_keys;
     for (; j + 2 <= count; j += 2) {
@@ -250,7 +250,7 @@ struct ListWork {
   float *scores, *sums;
   uint16_t* owner;
   uint32_t *number, *places;
-  Rest left;
+  Rest counts;
 };
 
 HWY_INLINE void TakeList(const SparseJob& job, Layout* layout, ListWork* work) {
@@ -260,36 +260,36 @@ HWY_INLINE void TakeList(const SparseJob& job, Layout* layout, ListWork* work) {
   work->owner = layout->Take<uint16_t>(job.settings.keys);
   work->places = layout->Take<uint32_t>(count + job.cells + kPlacesAhead);
   work->number = layout->Take<uint32_t>(4 * job.cells);
-  work->left.whole = layout->Take<float>(job.cells);
-  work->left.listed = layout->Take<float>(job.cells);
-  work->left.rest = layout->Take<float>(job.cells);
-  work->left.log_rest = layout->Take<float>(job.cells);
-  work->left.sizes = job.bias == nullptr ? nullptr : layout->Take<float>(job.settings.keys);
+  work->counts.whole = layout->Take<float>(job.cells);
+  work->counts.listed = layout->Take<float>(job.cells);
+  work->counts.rest = layout->Take<float>(job.cells);
+  work->counts.log_rest = layout->Take<float>(job.cells);
+  work->counts.sizes = job.bias == nullptr ? nullptr : layout->Take<float>(job.settings.keys);
 }
 
 // What is left of each cell, once its listed keys are counted.
 HWY_INLINE void CountRest(const SparseJob& job, size_t batch, const List& list, const ListWork& work) {
-  const Rest& left = work.left;
+  const Rest& counts = work.counts;
   for (size_t r = 0; r < job.cells; ++r) {
     const size_t size = std::min(job.settings.cell, job.patches - r * job.settings.cell);
     const size_t listed = std::min<size_t>(work.number[r], size);
-    left.whole[r] = static_cast<float>(size);
-    left.listed[r] = static_cast<float>(listed);
-    left.rest[r] = static_cast<float>(size - listed);
-    left.log_rest[r] = job.logs[size - listed];
+    counts.whole[r] = static_cast<float>(size);
+    counts.listed[r] = static_cast<float>(listed);
+    counts.rest[r] = static_cast<float>(size - listed);
+    counts.log_rest[r] = job.logs[size - listed];
   }
   if (job.bias == nullptr) return;
   const float* sizes = job.in.sizes + batch * job.in.tokens + list.prefix;
-  std::memset(left.listed, 0, job.cells * sizeof(float));
+  std::memset(counts.listed, 0, job.cells * sizeof(float));
   for (size_t j = 0; j < job.settings.keys; ++j) {
-    left.sizes[j] = sizes[std::min<size_t>(static_cast<uint32_t>(list.patches[j]), list.limit - 1)];
-    if (job.cells != 0) left.listed[work.owner[j]] += left.sizes[j];
+    counts.sizes[j] = sizes[std::min<size_t>(static_cast<uint32_t>(list.patches[j]), list.limit - 1)];
+    if (job.cells != 0) counts.listed[work.owner[j]] += counts.sizes[j];
   }
   for (size_t r = 0; r < job.cells; ++r) {
-    left.whole[r] = job.cell_sizes[batch * job.cells + r];
-    if (left.rest[r] > 0) {
-      left.rest[r] = left.whole[r] - left.listed[r];
-      left.log_rest[r] = std::log2(left.rest[r]);
+    counts.whole[r] = job.cell_sizes[batch * job.cells + r];
+    if (counts.rest[r] > 0) {
+      counts.rest[r] = counts.whole[r] - counts.listed[r];
+      counts.log_rest[r] = std::log2(counts.rest[r]);
     }
   }
 }

@@ -103,7 +103,7 @@ HWY_INLINE void WeighChunk(const float* biases, size_t count, const GroupWork<ty
 }
 
 template <class Kind>
-HWY_NOINLINE void GroupItem(void* data, size_t item, void* own) {
+HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
   const GroupJob& job = *static_cast<const GroupJob*>(data);
   const Packed& in = job.in;
   const size_t group = item % job.groups, head = item / job.groups, batch = head / in.heads;
@@ -111,7 +111,7 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* own) {
   const size_t words = Kind::RowWords(in.width), stride = Kind::Stride(in.width);
   const float *keys = in.Rows(head, 1), *values = in.Rows(head, 2), *queries = in.Rows(head, 0);
   GroupWork<typename Kind::Word> work;
-  LayOut<Kind>(job, own, &work);
+  LayOut<Kind>(job, base, &work);
   [[maybe_unused]] const typename Kind::Session session;
   std::memset(work.sums, 0, job.tiles * kQueries * stride * sizeof(float));
   std::memset(work.totals, 0, job.tiles * kQueries * sizeof(float));

@@ -110,22 +110,22 @@ Packed Attended(Packed in) {
   return in;
 }
 
-SelectSettings Checked(const sparsifiner_select& given, Answer* answer) {
-  const SelectSettings settings{answer->Whole("num_prefix", given.num_prefix, 0),
-                                answer->Whole("probe", given.probe, 1),
-                                answer->Whole("tile", given.tile, 1),
-                                answer->Whole("cell", given.cell, 0),
-                                answer->Whole("keys", given.keys, 1),
-                                answer->Whole("channels", given.channels, 1),
-                                answer->Number("value_power", given.value_power)};
+SelectSettings Checked(const sparsifiner_select& options, Answer* answer) {
+  const SelectSettings settings{answer->Whole("num_prefix", options.num_prefix, 0),
+                                answer->Whole("probe", options.probe, 1),
+                                answer->Whole("tile", options.tile, 1),
+                                answer->Whole("cell", options.cell, 0),
+                                answer->Whole("keys", options.keys, 1),
+                                answer->Whole("channels", options.channels, 1),
+                                answer->Number("value_power", options.value_power)};
   answer->Require(settings.tile % settings.probe == 0, "tile is not a multiple of probe");
   return settings;
 }
 
-SparseSettings Checked(const sparsifiner_attend& given, Answer* answer) {
-  SparseSettings settings{answer->Whole("num_prefix", given.num_prefix, 0),
-                          answer->Whole("prefix_keys", given.prefix_keys, 0), answer->Whole("tile", given.tile, 1),
-                          answer->Whole("cell", given.cell, 0), answer->Whole("keys", given.keys, 1)};
+SparseSettings Checked(const sparsifiner_attend& options, Answer* answer) {
+  SparseSettings settings{answer->Whole("num_prefix", options.num_prefix, 0),
+                          answer->Whole("prefix_keys", options.prefix_keys, 0), answer->Whole("tile", options.tile, 1),
+                          answer->Whole("cell", options.cell, 0), answer->Whole("keys", options.keys, 1)};
   const bool single = settings.tile == 1 && settings.cell == 0;
   answer->Require(settings.prefix_keys <= 1, "prefix_keys must be 0 or 1");
   answer->Require(settings.prefix_keys == 1 || single, "prefix_keys 0 goes with tile 1 and cell 0");
@@ -133,9 +133,9 @@ SparseSettings Checked(const sparsifiner_attend& given, Answer* answer) {
   return settings;
 }
 
-MatchSettings Checked(const sparsifiner_match& given, Answer* answer) {
-  const MatchSettings settings{answer->Whole("num_prefix", given.num_prefix, 0),
-                               answer->Whole("window", given.window, 2), answer->Whole("merged", given.merged, 1)};
+MatchSettings Checked(const sparsifiner_match& options, Answer* answer) {
+  const MatchSettings settings{answer->Whole("num_prefix", options.num_prefix, 0),
+                               answer->Whole("window", options.window, 2), answer->Whole("merged", options.merged, 1)};
   answer->Require(settings.window % 2 == 0, "window %zu is odd", settings.window);
   return settings;
 }
@@ -163,11 +163,11 @@ void sparsifiner_hold_memory(int holds) { IdleMemory::Hold(holds); }
 // Each looks at the version before it reads a structure.
 
 sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifiner_qkv* qkv,
-                                          const sparsifiner_select* given, sparsifiner_floats proj_q,
+                                          const sparsifiner_select* options, sparsifiner_floats proj_q,
                                           sparsifiner_floats proj_k, sparsifiner_output indices) {
   Answer answer(call, indices.data == nullptr);
   if (!answer.well()) return answer.status();
-  const SelectSettings settings = Checked(*given, &answer);
+  const SelectSettings settings = Checked(*options, &answer);
   const Packed in = Checked(*qkv, settings.prefix, &answer);
   answer.Require(settings.keys <= in.tokens - settings.prefix, "keys exceed the patches");
   const size_t projected = Times(Times(in.heads, in.width), settings.channels);
@@ -180,11 +180,11 @@ sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifi
 }
 
 sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv,
-                                                const sparsifiner_attend* given, sparsifiner_ints indices,
+                                                const sparsifiner_attend* options, sparsifiner_ints indices,
                                                 sparsifiner_output output) {
   Answer answer(call, output.data == nullptr);
   if (!answer.well()) return answer.status();
-  const SparseSettings settings = Checked(*given, &answer);
+  const SparseSettings settings = Checked(*options, &answer);
   const Packed in = Checked(*qkv, settings.prefix, &answer);
   answer.Require(settings.keys <= in.tokens - settings.prefix_keys, "keys exceed the patches");
   answer.Require(settings.cell == 0 || Groups(in.tokens - settings.prefix, settings.cell) <= 65535,
@@ -212,10 +212,10 @@ sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const spa
 }
 
 sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* qkv,
-                                            const sparsifiner_match* given, sparsifiner_output pairs) {
+                                            const sparsifiner_match* options, sparsifiner_output pairs) {
   Answer answer(call, pairs.data == nullptr);
   if (!answer.well()) return answer.status();
-  const MatchSettings settings = Checked(*given, &answer);
+  const MatchSettings settings = Checked(*options, &answer);
   const Packed in = Checked(*qkv, settings.prefix, &answer);
   const size_t patches = in.tokens - settings.prefix;
   answer.Require(settings.merged <= patches / 2, "merged %zu exceeds half of the %zu patches", settings.merged, patches);
@@ -224,23 +224,23 @@ sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsi
   return answer.Of(MatchTokens(in, settings, static_cast<int32_t*>(pairs.data), Call(*call)));
 }
 
-sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const sparsifiner_pairs* given,
+sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const sparsifiner_pairs* input,
                                             sparsifiner_output output) {
   Answer answer(call, output.data == nullptr);
   if (!answer.well()) return answer.status();
-  const Merging in{given->x.data,
-                   given->sizes.data,
-                   given->pairs.data,
-                   answer.Whole("batch", given->batch, 0),
-                   answer.Whole("tokens", given->tokens, 1),
-                   answer.Whole("channels", given->channels, 0),
-                   answer.Whole("merged_tokens", given->merged_tokens, 1)};
+  const Merging in{input->x.data,
+                   input->sizes.data,
+                   input->pairs.data,
+                   answer.Whole("batch", input->batch, 0),
+                   answer.Whole("tokens", input->tokens, 1),
+                   answer.Whole("channels", input->channels, 0),
+                   answer.Whole("merged_tokens", input->merged_tokens, 1)};
   answer.Require(in.count <= in.tokens, "%zu pairs of %zu tokens", in.count, in.tokens);
-  const size_t tokens = in.batch * in.tokens, left = in.batch * in.count;
-  answer.Input("x", given->x, Times(tokens, in.channels));
-  answer.Input("sizes", given->sizes, tokens);
-  answer.Input("pairs", given->pairs, Times(left, 2));
-  answer.Output("output", output, Times(left, in.channels));
+  const size_t tokens = in.batch * in.tokens, rows = in.batch * in.count;
+  answer.Input("x", input->x, Times(tokens, in.channels));
+  answer.Input("sizes", input->sizes, tokens);
+  answer.Input("pairs", input->pairs, Times(rows, 2));
+  answer.Output("output", output, Times(rows, in.channels));
   if (!answer.computes()) return answer.status();
   return answer.Of(MergeTokens(in, static_cast<float*>(output.data), Call(*call)));
 }

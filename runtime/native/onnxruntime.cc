@@ -200,7 +200,7 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus
            ONNXTensorElementDataType output, int32_t of_attention)
       : name(operator_name), inputs(input_count), last_type(last), output_type(output), precision(of_attention) {}
 
-  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** made) const {
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     Problem problem;
     auto* node = new (std::nothrow) Node<Kernel>(name, precision);
     if (node == nullptr || !node->kernel.Read(Attributes(info, &problem))) {
@@ -208,7 +208,7 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus
       delete node;
       node = nullptr;
     }
-    *made = node;
+    *kernel = node;
     return problem.Get(name);
   }
   const char* GetName() const { return name; }
@@ -233,12 +233,12 @@ class Domain {
   Domain(const Domain&) = delete;
   Domain& operator=(const Domain&) = delete;
   ~Domain() {
-    if (OrtCustomOpDomain* domain = made_.exchange(nullptr)) Ort::GetApi().ReleaseCustomOpDomain(domain);
+    if (OrtCustomOpDomain* domain = domain_.exchange(nullptr)) Ort::GetApi().ReleaseCustomOpDomain(domain);
   }
 
   OrtCustomOpDomain* Get(Problem* problem) {
     const OrtApi& api = Ort::GetApi();
-    if (OrtCustomOpDomain* made = made_.load()) return made;
+    if (OrtCustomOpDomain* existing = domain_.load()) return existing;
     OrtCustomOpDomain* domain = nullptr;
     if (!problem->Check(api.CreateCustomOpDomain("sparsifiner", &domain)) || domain == nullptr) return nullptr;
     const OrtCustomOp* const operators[] = {&select_, &sparse_, &dense_, &match_, &merge_};
@@ -248,7 +248,7 @@ class Domain {
       return nullptr;
     }
     OrtCustomOpDomain* first = nullptr;
-    if (made_.compare_exchange_strong(first, domain)) return domain;
+    if (domain_.compare_exchange_strong(first, domain)) return domain;
     api.ReleaseCustomOpDomain(domain);
     return first;
   }
@@ -261,7 +261,7 @@ class Domain {
   const Operator<DenseKernel> dense_{"DenseAttention", 2, kFloat, kFloat, precision_};
   const Operator<MatchKernel> match_{"MatchTokens", 2, kFloat, kInt, precision_};
   const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat, precision_};
-  std::atomic<OrtCustomOpDomain*> made_{nullptr};
+  std::atomic<OrtCustomOpDomain*> domain_{nullptr};
 };
 
 // What attention computes in: the session's configuration may say so under "sparsifiner.attention".
@@ -270,11 +270,11 @@ static_assert(SPARSIFINER_FLOAT32 == 0 && SPARSIFINER_BFLOAT16 == 1);
 
 bool AttentionPrecision(const OrtApi& api, const OrtSessionOptions* options, Problem* problem, int32_t* precision) {
   constexpr char kEntry[] = "sparsifiner.attention";
-  int given = 0;
+  int present = 0;
   char value[16] = "float32";
   size_t size = sizeof(value);
-  if (!problem->Check(api.HasSessionConfigEntry(options, kEntry, &given))) return false;
-  if (given && !problem->Check(api.GetSessionConfigEntry(options, kEntry, value, &size))) return false;
+  if (!problem->Check(api.HasSessionConfigEntry(options, kEntry, &present))) return false;
+  if (present && !problem->Check(api.GetSessionConfigEntry(options, kEntry, value, &size))) return false;
   *precision = 0;
   for (const char* name : kPrecisions) {
     if (std::strcmp(value, name) == 0) {
@@ -303,8 +303,8 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
   Problem problem;
   int32_t precision = 0;
   if (AttentionPrecision(*api, options, &problem, &precision)) {
-    OrtCustomOpDomain* made = domains[precision].Get(&problem);
-    if (made == nullptr || !problem.Check(api->AddCustomOpDomain(options, made))) problem.OutOfMemory();
+    OrtCustomOpDomain* domain = domains[precision].Get(&problem);
+    if (domain == nullptr || !problem.Check(api->AddCustomOpDomain(options, domain))) problem.OutOfMemory();
   }
   // Where there is not even memory to say what is wrong, the session knows no operator of this library: it runs the
   // function bodies in the file, or refuses the file.

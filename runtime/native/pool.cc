@@ -102,8 +102,8 @@ struct sparsifiner_pool : sparsifiner::Allocated {
 
   static void* Work(void* data) {
     auto* pool = static_cast<sparsifiner_pool*>(data);
-    uint64_t seen = 0;
-    while (Loop* loop = pool->Next(&seen)) {
+    uint64_t last = 0;
+    while (Loop* loop = pool->Next(&last)) {
       RunItems(loop);
       pool->inside_.fetch_sub(1);
     }
@@ -111,17 +111,17 @@ struct sparsifiner_pool : sparsifiner::Allocated {
   }
 
   // The next loop, entered; null at the end.
-  Loop* Next(uint64_t* seen) {
+  Loop* Next(uint64_t* last) {
     for (;;) {
-      for (int look = 0; look < kLooks && numbered_.load() == *seen && !ending_.load(); ++look) Pause();
+      for (int look = 0; look < kLooks && numbered_.load() == *last && !ending_.load(); ++look) Pause();
       const Lock lock(&mutex_);
-      while (numbered_.load() == *seen && !ending_.load()) {
+      while (numbered_.load() == *last && !ending_.load()) {
         ++asleep_;
         pthread_cond_wait(&wake_, &mutex_);
         --asleep_;
       }
       if (ending_.load()) return nullptr;
-      *seen = numbered_.load();
+      *last = numbered_.load();
       if (loop_ == nullptr) continue;
       inside_.fetch_add(1);
       return loop_;

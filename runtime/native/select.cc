@@ -37,7 +37,7 @@ struct SelectJob {
   float* projected_k;   // [batch * heads][padded / 16][c][16]
   float* bonus;         // [batch * heads][padded]
   float* bias;          // [batch][tokens]: log2 of sizes, or null
-  const float *given_q, *given_k;
+  const float *input_q, *input_k;
 };
 
 void PackProjections(const SelectJob& job) {
@@ -45,11 +45,11 @@ void PackProjections(const SelectJob& job) {
   for (size_t h = 0; h < job.in.heads; ++h) {
     for (size_t k = 0; k < d; ++k) {
       for (size_t j = 0; j < c; ++j) {
-        job.proj_k[(h * c + j) * job.stride + k] = job.given_k[(h * d + k) * c + j];
+        job.proj_k[(h * c + j) * job.stride + k] = job.input_k[(h * d + k) * c + j];
       }
       for (size_t j = 0; j < job.lane_blocks * kQueries; ++j) {
         job.proj_q[((h * job.lane_blocks + j / kQueries) * d + k) * kQueries + j % kQueries] =
-            j < c ? job.in.scale * kLog2e * job.given_q[(h * d + k) * c + j] : 0.0f;
+            j < c ? job.in.scale * kLog2e * job.input_q[(h * d + k) * c + j] : 0.0f;
       }
     }
   }
@@ -124,10 +124,10 @@ HWY_INLINE void ProjectKeys(const SelectJob& job, size_t batch_head, size_t bloc
 }
 
 // What all tiles of a head share: a block of projected keys, or a cell's bonus.
-HWY_NOINLINE void PrepareItem(void* data, size_t item, void* own) {
+HWY_NOINLINE void PrepareItem(void* data, size_t item, void* base) {
   const SelectJob& job = *static_cast<const SelectJob*>(data);
   PrepareWork work;
-  LayOut(job, own, &work);
+  LayOut(job, base, &work);
   const size_t blocks = job.padded / kQueries, units = blocks + job.runs;
   const size_t unit = item % units, batch_head = item / units;
   if (unit < blocks) {
@@ -254,14 +254,14 @@ HWY_INLINE size_t LayOut(const SelectJob& job, void* base, SelectWork* work) {
   return layout.used();
 }
 
-HWY_NOINLINE void SelectGroup(void* data, size_t item, void* own) {
+HWY_NOINLINE void SelectGroup(void* data, size_t item, void* base) {
   const SelectJob& job = *static_cast<const SelectJob*>(data);
   const SelectSettings& s = job.settings;
   const size_t group_tiles = GroupTiles(s), groups = Groups(job.tiles, group_tiles);
   const size_t group = item % groups, batch_head = item / groups;
   const size_t per_tile = s.tile / s.probe;
   SelectWork work;
-  LayOut(job, own, &work);
+  LayOut(job, base, &work);
   float *means = work.means, *wide = work.wide, *projected_q = work.projected_q;
   float *logits = work.logits, *best = work.best;
   float log_sums[kProbes];
@@ -304,8 +304,8 @@ bool KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k,
   job.in = in;
   job.settings = settings;
   job.indices = indices;
-  job.given_q = proj_q;
-  job.given_k = proj_k;
+  job.input_q = proj_q;
+  job.input_k = proj_k;
   job.patches = in.tokens - settings.prefix;
   job.padded = RoundUp(job.patches, kQueries);
   job.probes = Groups(job.patches, settings.probe);

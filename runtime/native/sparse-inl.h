@@ -64,9 +64,9 @@ HWY_INLINE const Word* TokensOf(const TableJob<Word>& job, size_t head, size_t p
   return (part == 1 ? job.keys : job.values) + head * job.rows * job.words;
 }
 
-// One run of a head's keys or values: packed where they shall be, and their mean where there are cells. own: [stride].
+// One run of a head's keys or values: packed where that pays, and their mean where there are cells. base: [stride].
 template <class Kind, class Word = typename Kind::Word>
-HWY_NOINLINE void PrepareRun(void* data, size_t item, void* own) {
+HWY_NOINLINE void PrepareRun(void* data, size_t item, void* base) {
   const auto& job = *static_cast<const TableJob<Word>*>(data);
   const Packed& in = job.in;
   const size_t run = item % job.runs, part = 1 + item / job.runs % 2, head = item / job.runs / 2;
@@ -81,7 +81,7 @@ HWY_NOINLINE void PrepareRun(void* data, size_t item, void* own) {
   const float* sizes = in.sizes == nullptr ? nullptr : in.sizes + head / in.heads * in.tokens + begin;
   Word* rest = Kind::kRounds && part == 1 ? job.rests + (head * job.cells + run) * job.words : nullptr;
   Kind::CellMean(TokensOf(job, head, part) + begin * job.row, job.row, sizes, end - begin, in.width,
-                 static_cast<float*>(own), rows + (job.packed + run) * job.words, rest);
+                 static_cast<float*>(base), rows + (job.packed + run) * job.words, rest);
 }
 
 // The rows of a list, then the cells: keys as they are, values of kRows together; of an odd number the last counts with a
@@ -159,7 +159,7 @@ HWY_INLINE void SumFloats(const TableJob<float>& job, size_t head, size_t count,
   }
 }
 
-// At most 16 queries [begin, begin + valid) of a tile, whose rows are placed and, where they shall be, gathered.
+// At most 16 queries [begin, begin + valid) of a tile, whose rows are placed and, for a table, gathered.
 template <class Kind, bool kSized, class Word = typename Kind::Word>
 HWY_NOINLINE void AttendTile(const TableJob<Word>& job, size_t head, size_t begin, size_t valid,
                              const TableWork<Word>& work) {
@@ -176,13 +176,13 @@ HWY_NOINLINE void AttendTile(const TableJob<Word>& job, size_t head, size_t begi
     ScoreFloats(job, head, count, work, cells);
   }
   if (job.cells != 0) {
-    RestOfCells<kSized>(job, work.owner, s.keys, work.scores + s.prefix_keys * kQueries, work.left, work.sums, cells);
+    RestOfCells<kSized>(job, work.owner, s.keys, work.scores + s.prefix_keys * kQueries, work.counts, work.sums, cells);
   }
   if (kSized) {
     AddBias(job.bias + batch * in.tokens, work.places, static_cast<uint32_t>(job.row), count, work.scores);
   }
   HWY_ALIGN float shares[kQueries];
-  WeighTile<kSized>(job, count, work.owner, work.left, work.scores, cells, work.sums, shares);
+  WeighTile<kSized>(job, count, work.owner, work.counts, work.scores, cells, work.sums, shares);
   float* output = job.output + ((batch * in.tokens + begin) * in.heads + head % in.heads) * in.width;
   if constexpr (Kind::kRounds) {
     Kind::PairRows(work.scores, rows, work.weights);
@@ -195,7 +195,7 @@ HWY_NOINLINE void AttendTile(const TableJob<Word>& job, size_t head, size_t begi
 
 // One unit of a head: a prefix token's row, a token with a list of its own, or a tile.
 template <class Kind, class Word = typename Kind::Word>
-HWY_NOINLINE void SparseItem(void* data, size_t item, void* own) {
+HWY_NOINLINE void SparseItem(void* data, size_t item, void* base) {
   const auto& job = *static_cast<const TableJob<Word>*>(data);
   const Packed& in = job.in;
   const SparseSettings& s = job.settings;
@@ -205,7 +205,7 @@ HWY_NOINLINE void SparseItem(void* data, size_t item, void* own) {
   const List list{prefix_row ? nullptr : job.indices + (head * job.tiles + unit) * s.keys, s.prefix_keys, count,
                   in.tokens - s.prefix_keys};
   TableWork<Word> work;
-  LayOut<Kind>(job, own, &work);
+  LayOut<Kind>(job, base, &work);
   if (prefix_row || (s.tile == 1 && job.cells == 0)) {
     const size_t token = prefix_row ? unit - job.tiles : s.prefix + unit;
     const float *keys = in.Rows(head, 1), *values = in.Rows(head, 2);

@@ -84,8 +84,8 @@ int64_t Target() {
 const char* sparsifiner_target(void) { return sparsifiner::Name(sparsifiner::Target()); }
 
 int sparsifiner_limit_target(const char* name) {
-  for (int64_t left = sparsifiner::Supported(); left != 0; left &= left - 1) {
-    const int64_t target = left & -left;
+  for (int64_t targets = sparsifiner::Supported(); targets != 0; targets &= targets - 1) {
+    const int64_t target = targets & -targets;
     if (std::strcmp(sparsifiner::Name(target), name) != 0) continue;
     sparsifiner::chosen.store(target, std::memory_order_relaxed);
     return 1;

@@ -29,9 +29,9 @@ from sparsifiner_edge.ops.graph import gets_merged
 from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Launch, Plan, refusals, shortened
-from sparsifiner_edge.ops.triton.plan_layer import make_a_layer, plan_layer
-from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
+from sparsifiner_edge.ops.triton.schedule import LEAST_CAPABILITY, Launch, Schedule, refusals, shorten
+from sparsifiner_edge.ops.triton.schedule_layer import make_a_layer, schedule_layer
+from sparsifiner_edge.ops.triton.schedule_merge import schedule_match, schedule_merge
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
@@ -41,7 +41,7 @@ PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
 LEAST_PTX = {100: 86, 110: 90, 120: 87}
 """Compute capability -> first PTX version that knows it, where the oldest that we write, 8.5, does not."""
 OLDEST_TENSORRT = (10, 3)
-PLANS = {"KeySelect": plan_layer, "MatchTokens": plan_match, "MergeTokens": plan_merge}
+SCHEDULES = {"KeySelect": schedule_layer, "MatchTokens": schedule_match, "MergeTokens": schedule_merge}
 """By operator; KeySelect stands for its layer."""
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name of a tensor -> element type and shape, 1 where the batch is dynamic."""
@@ -83,13 +83,13 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
     done: dict[str, list[str]] = {}
     (folder / FOLDER / f"sm{board.sm}").mkdir(parents=True, exist_ok=True)
     for together in _layers(nodes):
-        plan = _plan(model, together, types, board.sm)
-        if isinstance(plan, str):
-            refused |= {node.name: plan for node in together}
+        schedule = _schedule(model, together, types, board.sm)
+        if isinstance(schedule, str):
+            refused |= {node.name: schedule for node in together}
             continue
-        key = str(plan)  # Layers of equal sizes share their launches.
+        key = str(schedule)  # Layers of equal sizes share their launches.
         if key not in done:
-            done[key] = _compile(plan, board.sm, ptx_version, folder, table)
+            done[key] = _compile(schedule, board.sm, ptx_version, folder, table)
         _enter(together, types, done[key], table)
     if not table.nodes:
         raise ConfigError(
@@ -109,25 +109,25 @@ def _ptx_version(board: Board) -> int:
     return least
 
 
-def _compile(plan: Plan, sm: int, ptx_version: int, folder: Path, table: KernelTable) -> list[str]:
-    """Write the code of a plan's launches, enter them into the table; returns their names.
+def _compile(schedule: Schedule, sm: int, ptx_version: int, folder: Path, table: KernelTable) -> list[str]:
+    """Write the code of a schedule's launches, enter them into the table; returns their names.
 
-    A launch writes what is no input of the plan and no launch before it has.
+    A launch writes what is no input of the schedule and no launch before it has.
     """
-    known, names = {name for name, buffer in plan.buffers.items() if buffer.role == "input"}, []
-    for step in plan.launches:
-        made = _compile_launch(plan, step, sm, ptx_version)
+    known, names = {name for name, buffer in schedule.buffers.items() if buffer.role == "input"}, []
+    for step in schedule.launches:
+        code = _compile_launch(schedule, step, sm, ptx_version)
         sides: tuple[dict[str, LaunchTensor], dict[str, LaunchTensor]] = ({}, {})
-        for buffer in made.arguments:
+        for buffer in code.arguments:
             shape = buffer.shape[1:] if buffer.name not in ("proj_q", "proj_k") else buffer.shape  # Without batch.
             tensor = LaunchTensor(cast(DType, buffer.dtype), shape)
             sides[buffer.name not in known][buffer.name] = tensor
         launch = CompiledLaunch(
-            kernel=step.kernel, symbol=made.symbol, grid=made.launch.grid[:2], threads=32 * made.launch.warps,
-            shared_bytes=made.shared, inputs=sides[0], outputs=sides[1],
+            kernel=step.kernel, symbol=code.symbol, grid=code.launch.grid[:2], threads=32 * code.launch.warps,
+            shared_bytes=code.shared, inputs=sides[0], outputs=sides[1],
         )  # fmt: skip
-        ptx, plain = bare_ptx(made.ptx, made.symbol, len(made.arguments)), write_record(launch)
-        if [*sides[0], *sides[1]] != [buffer.name for buffer in made.arguments]:  # TensorRT passes inputs first.
+        ptx, plain = bare_ptx(code.ptx, code.symbol, len(code.arguments)), write_record(launch)
+        if [*sides[0], *sides[1]] != [buffer.name for buffer in code.arguments]:  # TensorRT passes inputs first.
             raise BackendError(f"The kernel {step.kernel} takes an output before an input.", "Report this.")
         content = f"{ptx}{sorted((plain['inputs'] | plain['outputs']).items())}{plain['grid']}"
         name = f"{step.kernel}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
@@ -147,8 +147,8 @@ def bare_ptx(ptx: str, symbol: str, parameters: int) -> str:
         BackendError: there is no such kernel, or it reads a parameter that is left out.
     """
     ptx = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{.*?\}\s*$", "", ptx, flags=re.MULTILINE | re.DOTALL)
-    kept = [line for line in ptx.splitlines() if not re.match(r"\s*\.(loc|file)\s", line)]
-    ptx = "\n".join(kept).rstrip() + "\n"
+    lines = [line for line in ptx.splitlines() if not re.match(r"\s*\.(loc|file)\s", line)]
+    ptx = "\n".join(lines).rstrip() + "\n"
     match = re.search(rf"(\.entry\s+{re.escape(symbol)}\s*\()([^)]*)(\))", ptx)
     declared = [line.strip() for line in match[2].split(",")] if match else []
     if match is None or len(declared) < parameters:
@@ -157,17 +157,17 @@ def bare_ptx(ptx: str, symbol: str, parameters: int) -> str:
     for name in (line.split()[-1] for line in declared[parameters:]):
         if re.search(rf"{re.escape(name)}\b", rest):
             raise BackendError(f"The kernel {symbol!r} reads the compiler's parameter {name}.", "Report this.")
-    own = ",\n\t".join(declared[:parameters])
-    return f"{ptx[: match.start()]}{match[1]}\n\t{own}\n{match[3]}{rest}"
+    passed = ",\n\t".join(declared[:parameters])
+    return f"{ptx[: match.start()]}{match[1]}\n\t{passed}\n{match[3]}{rest}"
 
 
-def _compile_launch(plan: Plan, launch: Launch, sm: int, ptx_version: int) -> Compiled:
+def _compile_launch(schedule: Schedule, launch: Launch, sm: int, ptx_version: int) -> Compiled:
     """A launch, in smaller blocks where TensorRT's plugins would refuse the shared memory that it takes."""
-    made = compile_launch(plan, launch, sm, ptx_version)
-    smaller = shortened(launch)
-    if made.shared <= MOST_SHARED_BYTES or smaller is launch:
-        return made
-    return _compile_launch(plan, smaller, sm, ptx_version)
+    code = compile_launch(schedule, launch, sm, ptx_version)
+    smaller = shorten(launch)
+    if code.shared <= MOST_SHARED_BYTES or smaller is launch:
+        return code
+    return _compile_launch(schedule, smaller, sm, ptx_version)
 
 
 def _layers(nodes: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -193,20 +193,20 @@ def _attributes(node: Any) -> dict[str, Any]:
 def _tensor_types(model: onnx.ModelProto) -> Types:
     """What the file states, and what follows; tensors with an axis other than the first unknown are left out."""
     graph = onnx.shape_inference.infer_shapes(model).graph
-    found = {t.name: (_element(t.data_type), tuple(t.dims)) for t in graph.initializer}
+    types = {t.name: (_element(t.data_type), tuple(t.dims)) for t in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
         tensor = value.type.tensor_type
         dims = [d.dim_value for d in tensor.shape.dim]
         if tensor.HasField("shape") and all(dims[1:]):
-            found[value.name] = (_element(tensor.elem_type), tuple(size or 1 for size in dims))
-    return found
+            types[value.name] = (_element(tensor.elem_type), tuple(size or 1 for size in dims))
+    return types
 
 
 def _element(number: int) -> str:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).name if number else "unknown"
 
 
-def _plan(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm: int) -> Plan | str:
+def _schedule(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm: int) -> Schedule | str:
     """How nodes of a model are launched together, or why not."""
     first = together[0]
     unknown = [name for name in first.input if name not in types]
@@ -220,7 +220,7 @@ def _plan(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm: int
         return "; ".join(reasons)
     # A layer reads no sizes where all are 1; what merges reads them anyhow.
     sized = gets_merged(model, first) or first.op_type != "KeySelect"
-    return PLANS[first.op_type](shapes if sized else [shapes[0], *shapes[2:]], attributes, dtype)
+    return SCHEDULES[first.op_type](shapes if sized else [shapes[0], *shapes[2:]], attributes, dtype)
 
 
 def _enter(together: Sequence[Any], types: Types, launches: Sequence[str], table: KernelTable) -> None:
@@ -233,12 +233,12 @@ def _enter(together: Sequence[Any], types: Types, launches: Sequence[str], table
         op = OPERATORS[node.op_type]
         names |= {tensor.name: name for tensor, name in zip(op.inputs, node.input, strict=True)}
         names[op.output.name] = node.output[0]
-    for made in ("proj_q", "proj_k"):
-        if made in names and types[names[made]][0] != "float32":
-            table.float32[f"{names[made]}.float32"] = names[made]
-            names[made] = f"{names[made]}.float32"
-    own = [launches] if len(together) == 1 else [launches[:-1], launches[-1:]]
-    for node, parts in zip(together, own, strict=True):
+    for projection in ("proj_q", "proj_k"):
+        if projection in names and types[names[projection]][0] != "float32":
+            table.float32[f"{names[projection]}.float32"] = names[projection]
+            names[projection] = f"{names[projection]}.float32"
+    groups = [launches] if len(together) == 1 else [launches[:-1], launches[-1:]]
+    for node, parts in zip(together, groups, strict=True):
         chain = []
         for name in parts:
             launch = table.launches[name]

@@ -114,8 +114,8 @@ def check_export(
             pruned += missing
             indices += sum(x.size for x in chosen)
             differing += others
-    errors, alike = ({name: found.error for name, found in worst.items()} for worst in (free, equal))
-    cosines = {name: found.cosine for name, found in free.items()}
+    errors, alike = ({name: stats.error for name, stats in worst.items()} for worst in (free, equal))
+    cosines = {name: stats.cosine for name, stats in free.items()}
     return Check(errors, cosines, alike, indices, differing, pruned, tuple(batches), kernels), golden
 
 
@@ -149,18 +149,18 @@ def _compare(
         if name == POSITIONS:
             continue
         allowed = MAPS_OTHERS if limits is not SAME and name not in ALONE else limits
-        found = agreement(name, results[name], reference, allowed.error)
-        near = found.error <= allowed.error or found.beyond <= allowed.beyond
-        if not (near and found.cosine >= allowed.least and found.mean >= allowed.mean):
+        stats = agreement(name, results[name], reference, allowed.error)
+        near = stats.error <= allowed.error or stats.beyond <= allowed.beyond
+        if not (near and stats.cosine >= allowed.least and stats.mean >= allowed.mean):
             raise GateError(
-                f"Output {name!r} at batch {batch} differs from torch: at {list(found.worst)} {found.got:.6g} instead "
-                f"of {found.expected:.6g} ({found.error:.2e} of the range, allowed {allowed.error:.0e}; "
-                f"{found.beyond:.2%} of the elements beyond; least cosine of a row {found.cosine:.6f}, allowed "
-                f"{allowed.least}; mean {found.mean:.6f}, allowed {allowed.mean}).",
+                f"Output {name!r} at batch {batch} differs from torch: at {list(stats.worst)} {stats.got:.6g} instead "
+                f"of {stats.expected:.6g} ({stats.error:.2e} of the range, allowed {allowed.error:.0e}; "
+                f"{stats.beyond:.2%} of the elements beyond; least cosine of a row {stats.cosine:.6f}, allowed "
+                f"{allowed.least}; mean {stats.mean:.6f}, allowed {allowed.mean}).",
                 "Nothing was written. Report this with the command.",
             )
-        if name not in worst or found.error > worst[name].error:
-            worst[name] = found
+        if name not in worst or stats.error > worst[name].error:
+            worst[name] = stats
 
 
 def count_differing(a: Array, b: Array) -> int:
@@ -193,17 +193,17 @@ def _run_torch(
 
 
 @contextlib.contextmanager
-def _choices(parts: Sequence[nn.Module], method: str, given: Sequence[Array] | None) -> Iterator[list[Array]]:
-    """What a method of modules gives in the block, call by call; with `given`, it gives that instead."""
+def _choices(parts: Sequence[nn.Module], method: str, fixed: Sequence[Array] | None) -> Iterator[list[Array]]:
+    """What a method of modules gives in the block, call by call; with `fixed`, it gives that instead."""
     chosen: list[Array] = []
 
     def instead(part: nn.Module) -> Callable[..., torch.Tensor]:
-        own = getattr(part, method)
+        original = getattr(part, method)
 
         def choose(*inputs: Any) -> torch.Tensor:
-            found: torch.Tensor = own(*inputs) if given is None else torch.from_numpy(given[len(chosen)])
-            chosen.append(found.numpy())
-            return found
+            choice: torch.Tensor = original(*inputs) if fixed is None else torch.from_numpy(fixed[len(chosen)])
+            chosen.append(choice.numpy())
+            return choice
 
         return choose
 

@@ -43,7 +43,7 @@ class DeployedModel(nn.Module):
         self.mean, self.std = (nn.Buffer(torch.tensor(x)[:, None, None], persistent=False) for x in (pre.mean, pre.std))
         self.eval()
         alone = backbone.module is self.model
-        self.output_names = self._own_names(backbone)
+        self.output_names = self._infer_names(backbone)
         if alone:
             order = ALONE[:2] if "logits" in self.output_names and not tokens else (*ALONE, POSITIONS)
             self.output_names = [name for name in order if name in self.output_names]
@@ -54,7 +54,7 @@ class DeployedModel(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """uint8 [B,H,W,3] -> the outputs, in the order of `output_names`."""
         pixels = image.float().permute(0, 3, 1, 2)
-        pixels = pixels if self.folded else self._normalised(pixels)
+        pixels = pixels if self.folded else self._normalise(pixels)
         outputs = self._outputs(pixels)
         if POSITIONS in outputs:
             outputs[POSITIONS] = outputs[POSITIONS].int()
@@ -63,11 +63,11 @@ class DeployedModel(nn.Module):
     def _outputs(self, pixels: Tensor) -> dict[str, Tensor]:
         return outputs_of(self.model, pixels, self.names, tokens=self.tokens)
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def _normalise(self, pixels: Tensor) -> Tensor:
         return (pixels / 255 - self.mean) / self.std
 
     @torch.no_grad()
-    def _own_names(self, backbone: Backbone) -> list[str]:
+    def _infer_names(self, backbone: Backbone) -> list[str]:
         some = torch.zeros(1, 3, *backbone.image_size)
         try:
             return list(self._outputs(some))
@@ -89,7 +89,7 @@ class DeployedModel(nn.Module):
         projection = backbone.embedding
         weight, bias = projection.weight.detach().clone(), projection.bias
         with observe(self.model, lambda *_: None, densely=True):
-            expected = self._outputs(self._normalised(some))
+            expected = self._outputs(self._normalise(some))
             fold_normalisation(backbone, self.pre)
             try:
                 got = self._outputs(some)

@@ -25,9 +25,9 @@ from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.check import check_export, smooth_images, tolerances_of
 from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
 from sparsifiner_edge.export.fp16 import to_fp16
-from sparsifiner_edge.export.gpu_layout import suited_to_gpus
+from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.export.int8 import INT8_TARGETS, held_out, quantise
+from sparsifiner_edge.export.int8 import INT8_TARGETS, held_out_images, quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.images import Normalisation, Normalise, centre_text, evenly, list_images, load_image
 from sparsifiner_edge.ops.schema import DOMAIN
@@ -112,7 +112,7 @@ def export_bundle(
     require_replaceable(target, "bundle")
     form = _form(options or ExportOptions())
     student = _load(source, model or ModelOptions(), budget or Budget())
-    student, retiled = suited_to_gpus(student, form.images) if form.boards else (student, None)
+    student, retiled = fit_to_gpus(student, form.images) if form.boards else (student, None)
     return _export(student, target, form, retiled, progress)
 
 
@@ -216,9 +216,9 @@ def _export(
     deployed = deploy(student, form.tokens)
     file = _file(student.img_size, deployed, form, progress)
     model = student.model
-    own = class_labels(model) if isinstance(model, TimmModel) else hugging_face.configured_labels(model)
+    fallback = class_labels(model) if isinstance(model, TimmModel) else hugging_face.configured_labels(model)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
-    labels = [shown(label) for label in form.labels or student.labels or own]
+    labels = [shown(label) for label in form.labels or student.labels or fallback]
     onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
@@ -246,14 +246,14 @@ def _file(size: ImageSize, deployed: DeployedModel, form: _Form, progress: Progr
     batches = (1, 3) if form.batch is None else (form.batch,)
     model = export_graph(deployed, size, form.batch, deployed.output_names)
     check, golden = check_export(model, deployed, size, batches)
-    quantisation = float16 = seen = None
+    quantisation = float16 = judged = None
     if form.precision == "int8":
         images = [np.repeat(load_image(path, size)[None], batches[0], 0) for path in form.images]
         model, quantisation = quantise(model, images, form.int8_target, progress)
-        seen = held_out(images)[:3]
+        judged = held_out_images(images)[:3]
     if form.precision == "fp16" or form.int8_target == "tensorrt":
         images = [smooth_images(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
-        model, float16 = to_fp16(model, images, seen)
+        model, float16 = to_fp16(model, images, judged)
     if form.precision != "fp32":
         golden |= {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
     return _File(model, golden, check, quantisation, float16)

@@ -26,7 +26,7 @@ from onnx import TensorProto, numpy_helper
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Float16
 from sparsifiner_edge.errors import GateError
-from sparsifiner_edge.export.reference import LEAST_OWN_COSINE, Reference, mean_cosines, require_cosines
+from sparsifiner_edge.export.reference import LEAST_FREE_COSINE, Reference, mean_cosines, require_cosines
 from sparsifiner_edge.export.sessions import with_outputs
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
@@ -46,14 +46,14 @@ _IN_HALF = frozenset({
 
 
 def to_fp16(
-    model: onnx.ModelProto, images: Sequence[Array], own_images: Sequence[Array] | None = None
+    model: onnx.ModelProto, images: Sequence[Array], free_images: Sequence[Array] | None = None
 ) -> tuple[onnx.ModelProto, Float16]:
     """Make a float16 file of an exported float32 file, or of one with int8 products, which stay.
 
     Args:
         model: left as it is.
         images: uint8 [B,H,W,3]; both files are run on them, by their bodies, and compared (see `reference`).
-        own_images: where tokens merge, what the file's own matches are judged on; None: `images`.
+        free_images: where tokens merge, what the file's own matches are judged on; None: `images`.
 
     Returns:
         The file, and how close it is.
@@ -70,15 +70,15 @@ def to_fp16(
     if not largest <= LARGEST:  # Written so that NaN fails.
         what = f"Activations of {where!r} reach {largest:.3g}, beyond float16 ({LARGEST:.0f})."
         raise GateError(what, f"Nothing was written. {fix}")
-    rows, own = reference.rows(converted.model), dict[str, float]()
+    rows, free = reference.rows(converted.model), dict[str, float]()
     cosines = {name: min(float(np.nan_to_num(x[name], nan=-1.0).min()) for x in rows) for name in rows[0]}
     if reference.merges:
-        judged = reference if own_images is None else Reference(model, own_images, "portable")
-        own = mean_cosines(judged.rows(converted.model, own=True))
+        judged = reference if free_images is None else Reference(model, free_images, "portable")
+        free = mean_cosines(judged.rows(converted.model, free=True))
     int8 = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     require_cosines(cosines, LEAST_ROW_COSINE_INT8 if int8 else LEAST_ROW_COSINE, "float16", "", fix)
-    require_cosines(own, LEAST_OWN_COSINE, "float16", " on average, where its own matches merge", fix)
-    return converted.model, Float16(cosines, own, converted.counts[HALF], converted.counts[SINGLE])
+    require_cosines(free, LEAST_FREE_COSINE, "float16", " on average, where its own matches merge", fix)
+    return converted.model, Float16(cosines, free, converted.counts[HALF], converted.counts[SINGLE])
 
 
 class _Converted(NamedTuple):
@@ -125,15 +125,15 @@ class _Walk:
 
     def visit(self, node: onnx.NodeProto) -> None:
         """Append the node, and before it the casts that it needs."""
-        made = copy.deepcopy(node)
+        copied = copy.deepcopy(node)
         floats = [name for name in node.input if name in self.types or name in self.weights]
         kind = SINGLE
         if floats or node.op_type == "Cast":
             kind = self._kind(node, floats)
             wanted = dict(zip(node.input, _input_types(node, kind), strict=False))
-            made.input[:] = [self._as(name, wanted[name]) if name in floats else name for name in node.input]
+            copied.input[:] = [self._as(name, wanted[name]) if name in floats else name for name in node.input]
             self.counts[kind] += 1
-        self.nodes.append(made)
+        self.nodes.append(copied)
         self.types |= {name: kind for name in node.output if name in self.floats}
 
     def halves(self) -> list[str]:
@@ -169,7 +169,7 @@ class _Walk:
     def _weight(self, name: str, kind: int) -> str:
         """Where it is read in both types, the first keeps its name."""
         both = (name, SINGLE if kind == HALF else HALF) in self._names
-        stored = _named_in(name, kind) if both else name
+        stored = _name_in(name, kind) if both else name
         values = numpy_helper.to_array(self.weights[name])
         if kind == HALF:
             largest = float(np.abs(values).max(initial=0))
@@ -184,7 +184,7 @@ class _Walk:
     def _cast(self, name: str, kind: int) -> str:
         if self.types[name] == kind:
             return name
-        cast = _named_in(name, kind)
+        cast = _name_in(name, kind)
         self.nodes.append(onnx.helper.make_node("Cast", [name], [cast], name=f"node_{cast}", to=kind))
         return cast
 
@@ -207,7 +207,7 @@ def _input_types(node: onnx.NodeProto, kind: int) -> list[int]:
     return [SINGLE if tensor.dtypes == ("float32",) else kind for tensor in OPERATORS[node.op_type].inputs]
 
 
-def _named_in(name: str, kind: int) -> str:
+def _name_in(name: str, kind: int) -> str:
     return f"{name}_as_{'float16' if kind == HALF else 'float32'}"
 
 

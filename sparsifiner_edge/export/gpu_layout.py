@@ -17,7 +17,7 @@ import torch
 from sparsifiner_edge.bundle.entries import Retiled
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
-from sparsifiner_edge.ops.triton.plan import MOST_CELLS
+from sparsifiner_edge.ops.triton.schedule import MOST_CELLS
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
@@ -28,54 +28,54 @@ LEAST_TOKENS_COSINE = 0.97
 """Gate: mean cosine of the final tokens to those of the student with its own layout, over the images."""
 
 
-def suited_to_gpus(student: Student, images: Sequence[Path]) -> tuple[Student, Retiled | None]:
+def fit_to_gpus(student: Student, images: Sequence[Path]) -> tuple[Student, Retiled | None]:
     """The student with `GPU_TILE` and no more cells than the kernels have room for (`MOST_CELLS`), or with those cells
     alone, or as it is, where that fails the gate or cannot be judged; and the manifest's entry, which says why. None
     where nothing is to change.
     """
-    own, refused = student.sparsity, None
-    if own.is_dense or own.preset != "edge":
+    current, refused = student.sparsity, None
+    if current.is_dense or current.preset != "edge":
         return student, None
-    cells = min(own.cells, MOST_CELLS - student.backbone.prefix)
-    for tile in dict.fromkeys((max(own.tile, GPU_TILE), own.tile)):
-        if (tile, cells) == (own.tile, own.cells):
+    cells = min(current.cells, MOST_CELLS - student.backbone.prefix)
+    for tile in dict.fromkeys((max(current.tile, GPU_TILE), current.tile)):
+        if (tile, cells) == (current.tile, current.cells):
             continue
-        found = _with_layout(student, tile, cells, images)
-        if not isinstance(found, str):
-            made, cosine = found
-            return made, Retiled(own.tile, own.cells, cosine, len(images), refused)
-        refused = refused or found
-    return student, Retiled(own.tile, own.cells, refused=refused) if refused else None
+        outcome = _with_layout(student, tile, cells, images)
+        if not isinstance(outcome, str):
+            changed, cosine = outcome
+            return changed, Retiled(current.tile, current.cells, cosine, len(images), refused)
+        refused = refused or outcome
+    return student, Retiled(current.tile, current.cells, refused=refused) if refused else None
 
 
 def _with_layout(student: Student, tile: int, cells: int, images: Sequence[Path]) -> tuple[Student, float] | str:
     """A copy of a student with another layout, and how near its tokens are; or why there is none."""
-    own = student.sparsity
-    if own.token_keep:
+    current = student.sparsity
+    if current.token_keep:
         return "With another layout other tokens are pruned, so the two cannot be compared: `sparsify --set tile=64`."
     if not images:
         return "There are no images to judge it by: give some with --calibrate DIR."
-    sparsity = dataclasses.replace(own, tile=tile, cells=cells)
-    made = dataclasses.replace(student, model=copy.deepcopy(student.model), sparsity=sparsity)
+    sparsity = dataclasses.replace(current, tile=tile, cells=cells)
+    changed = dataclasses.replace(student, model=copy.deepcopy(student.model), sparsity=sparsity)
     try:
-        set_budget(made.model, sparsity)
+        set_budget(changed.model, sparsity)
     except ConfigError as error:
         return f"{error.what} {error.fix}"
-    found = _cosine(student, made, images)
-    if found >= LEAST_TOKENS_COSINE:
-        return made, found
+    cosine = _cosine(student, changed, images)
+    if cosine >= LEAST_TOKENS_COSINE:
+        return changed, cosine
     return (
-        f"With tile {tile}, {cells} cells the final tokens have cosine {found:.4f} to those with tile {own.tile}, "
-        f"{own.cells} cells, allowed {LEAST_TOKENS_COSINE}; read more keys: --keep."
+        f"With tile {tile}, {cells} cells the final tokens have cosine {cosine:.4f} to those with tile {current.tile}, "
+        f"{current.cells} cells, allowed {LEAST_TOKENS_COSINE}; read more keys: --keep."
     )
 
 
 @torch.no_grad()
-def _cosine(own: Student, changed: Student, images: Sequence[Path]) -> float:
+def _cosine(original: Student, changed: Student, images: Sequence[Path]) -> float:
     """Mean over images and final tokens."""
     means = []
     for path in images:
-        image = normalise(torch.from_numpy(load_image(path, own.img_size))[None], own.normalisation)
-        before, after = (student.backbone.tokens(image) for student in (own, changed))
+        image = normalise(torch.from_numpy(load_image(path, original.img_size))[None], original.normalisation)
+        before, after = (student.backbone.tokens(image) for student in (original, changed))
         means.append(float(torch.cosine_similarity(before, after, dim=-1).mean()))
     return statistics.fmean(means)

@@ -124,10 +124,10 @@ class _Names(NamedTuple):
         if backbone is None:
             return cls("", "blocks", frozenset())
         names = cls(f"{path.removeprefix('model').removeprefix('.')}.".lstrip("."), backbone.layers_name, frozenset())
-        found = {names.own(name) for name, part in module.named_modules() if isinstance(part, PackedAttention)}
-        return names._replace(packed=found)
+        packed = {names.rename(name) for name, part in module.named_modules() if isinstance(part, PackedAttention)}
+        return names._replace(packed=packed)
 
-    def own(self, scope: str) -> str:
+    def rename(self, scope: str) -> str:
         """What the name of a module becomes."""
         name = scope.removeprefix("model.")
         if f"{name}." == self.backbone:
@@ -157,16 +157,16 @@ def _module(node: onnx.NodeProto, names: _Names) -> str:
     """The innermost module that a node comes from, such as "blocks.3.mlp.fc1"; "" for the model itself."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
     modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith("model.")]
-    return names.own(modules[-1]) if modules else ""
+    return names.rename(modules[-1]) if modules else ""
 
 
 def add_bodies(model: onnx.ModelProto) -> None:
     """Append the body of every operator of the domain that the graph uses, and import the domain."""
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     for name in sorted({node.op_type for node in nodes}):
-        own = [node for node in nodes if node.op_type == name]
-        merged = any(gets_merged(model, node) for node in own)
-        structures = {_structure(node, merged) for node in own}
+        uses = [node for node in nodes if node.op_type == name]
+        merged = any(gets_merged(model, node) for node in uses)
+        structures = {_structure(node, merged) for node in uses}
         if len(structures) > 1:
             raise GateError(f"{name} is used with {len(structures)} structures in one file.", "Use one per model.")
         model.functions.append(function_body(name, structures.pop()))

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.export.reference import LEAST_OWN_COSINE, Reference, mean_cosines, require_cosines
+from sparsifiner_edge.export.reference import LEAST_FREE_COSINE, Reference, mean_cosines, require_cosines
 from sparsifiner_edge.export.sessions import file_runner, with_outputs
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.graph import drop_unused
@@ -40,7 +40,7 @@ MAX_FLOAT_SHARE = 0.25
 """Share of the linear layers that may be put back."""
 
 
-def held_out(images: Sequence[Array]) -> list[Array]:
+def held_out_images(images: Sequence[Array]) -> list[Array]:
     """Of the images that a file is quantised with, every third: those it is judged on; all where there are few."""
     return list(images[2::3]) or list(images)
 
@@ -66,41 +66,41 @@ def quantise(
 
     Raises:
         ConfigError: no images.
-        GateError: an output is further from the float32 file than `LEAST_MEAN_COSINE` or `LEAST_OWN_COSINE` allows,
+        GateError: an output is further from the float32 file than `LEAST_MEAN_COSINE` or `LEAST_FREE_COSINE` allows,
             whatever is put back.
     """
     if not images:
         raise ConfigError("There are no images to calibrate with.", "Give a folder of images with --calibrate.")
-    judged_on = held_out(images)
+    judged_on = held_out_images(images)
     calibrated = [x for number, x in enumerate(images) if number % 3 != 2] if len(images) > 2 else list(images)
-    source, layers = _prepared(model)
+    source, layers = _prepare(model)
     reference = Reference(source, judged_on)
     _equalise(source, layers, calibrated)
     full = _quantise_all(source, layers, calibrated, symmetric=int8_target == "tensorrt")
 
-    def measure(kept: Sequence[str], count: int | None = None, own: bool = False) -> dict[str, float]:
-        return mean_cosines(reference.rows(_restored(full, source, kept), own, count))
+    def measure(restored: Sequence[str], count: int | None = None, free: bool = False) -> dict[str, float]:
+        return mean_cosines(reference.rows(_restore(full, source, restored), free, count))
 
-    kept = _layers_that_hurt(measure, layers, goal, progress)
-    own: dict[str, float] = measure(kept, own=True) if reference.merges else {}
-    if own and min(own.values()) < LEAST_OWN_COSINE:
-        more = _layers_that_hurt(functools.partial(measure, own=True), layers, LEAST_OWN_COSINE, progress)
-        kept = list(dict.fromkeys([*kept, *more]))
-        own = measure(kept, own=True)
-    cosines, fix = measure(kept), "Calibrate with more images like those it will see, or export fp32."
-    how = f", with {len(kept)} of {len(layers)} linear layers left in float32"
+    restored = _layers_that_hurt(measure, layers, goal, progress)
+    free: dict[str, float] = measure(restored, free=True) if reference.merges else {}
+    if free and min(free.values()) < LEAST_FREE_COSINE:
+        more = _layers_that_hurt(functools.partial(measure, free=True), layers, LEAST_FREE_COSINE, progress)
+        restored = list(dict.fromkeys([*restored, *more]))
+        free = measure(restored, free=True)
+    cosines, fix = measure(restored), "Calibrate with more images like those it will see, or export fp32."
+    how = f", with {len(restored)} of {len(layers)} linear layers left in float32"
     require_cosines(cosines, LEAST_MEAN_COSINE, "int8", how, fix)
-    require_cosines(own, LEAST_OWN_COSINE, "int8", f", where its own matches merge{how}", fix)
-    report = Quantisation(cosines, own, len(layers) - len(kept), tuple(kept), len(calibrated), len(judged_on))
-    return _restored(full, source, kept), report
+    require_cosines(free, LEAST_FREE_COSINE, "int8", f", where its own matches merge{how}", fix)
+    report = Quantisation(cosines, free, len(layers) - len(restored), tuple(restored), len(calibrated), len(judged_on))
+    return _restore(full, source, restored), report
 
 
-def quantised_alike(model: onnx.ModelProto, inputs: Sequence[Array]) -> onnx.ModelProto:
+def quantise_ungated(model: onnx.ModelProto, inputs: Sequence[Array]) -> onnx.ModelProto:
     """A file with all of its linear layers in int8, for the processor, behind no gate: it takes as long as a good one.
 
     inputs: of the name `image`.
     """
-    source, layers = _prepared(model)
+    source, layers = _prepare(model)
     return _quantise_all(source, layers, inputs, symmetric=False)
 
 
@@ -117,22 +117,22 @@ def _layers_that_hurt(
             progress("int8: finding layers that hurt", done, len(layers) + 2)
 
     step(1)
-    kept: list[str] = []
-    if min(measure(kept).values()) < goal:
+    restored: list[str] = []
+    if min(measure(restored).values()) < goal:
         harm = {}
         for number, name in enumerate(layers):
             # One image ranks the layers; all that are held out decide how many of them are put back.
             harm[name] = min(measure([other for other in layers if other != name], 1).values())
             step(2 + number)
         for name in sorted(harm, key=lambda layer: harm[layer])[: int(MAX_FLOAT_SHARE * len(layers))]:
-            kept.append(name)
-            if min(measure(kept).values()) >= goal:
+            restored.append(name)
+            if min(measure(restored).values()) >= goal:
                 break
     step(len(layers) + 2)
-    return kept
+    return restored
 
 
-def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+def _prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     """A copy whose biases have shape [1,1,N] and whose linear layers have weights of their own, and the layers' names.
 
     ONNX Runtime turns MatMul and a bias of shape [N] into Gemm, with which its int8 product does not fuse; and of a
@@ -143,14 +143,14 @@ def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     weights = {tensor.name: tensor for tensor in source.graph.initializer}
     products = [n for n in source.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
     linear = {node.output[0]: node.name for node in products}
-    seen: set[str] = set()
+    read: set[str] = set()
     for node in source.graph.node:
         if node.output[0] in linear:
-            if node.input[1] in seen:
+            if node.input[1] in read:
                 copied = source.graph.initializer.add()
                 copied.CopyFrom(weights[node.input[1]])
                 node.input[1] = copied.name = f"{node.name}_own"
-            seen.add(node.input[1])
+            read.add(node.input[1])
     for node in source.graph.node:
         if node.op_type == "Add" and any(name in linear for name in node.input):
             for name in node.input:
@@ -168,11 +168,11 @@ def _equalise(source: onnx.ModelProto, layers: Sequence[str], images: Sequence[A
     """
     graph = source.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    made = {node.output[0]: node for node in graph.node if node.op_type == "LayerNormalization"}
+    norms = {node.output[0]: node for node in graph.node if node.op_type == "LayerNormalization"}
     uses = Counter(name for node in graph.node for name in node.input)
     pairs = []
     for node in graph.node:
-        norm = made.get(node.input[0]) if node.name in layers else None
+        norm = norms.get(node.input[0]) if node.name in layers else None
         if norm and uses[norm.output[0]] == 1 and all(name in weights for name in norm.input[1:] if name):
             pairs.append((norm, node))
     if not pairs:
@@ -249,10 +249,10 @@ def _quantise_all(
     return model
 
 
-def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
-    """The quantised file with the layers `kept` as they are in the source."""
+def _restore(full: onnx.ModelProto, source: onnx.ModelProto, restored: Sequence[str]) -> onnx.ModelProto:
+    """The quantised file with the layers `restored` as they are in the source."""
     model = copy.deepcopy(full)
-    original = {node.name: node for node in source.graph.node if node.name in set(kept)}
+    original = {node.name: node for node in source.graph.node if node.name in set(restored)}
     weights = {tensor.name: tensor for tensor in source.graph.initializer}
     present = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:

@@ -17,7 +17,7 @@ from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.sessions import file_runner, results_of, with_matches, with_outputs
 from sparsifiner_edge.metrics import POSITIONS, aligned, row_cosines
 
-LEAST_OWN_COSINE = 0.98
+LEAST_FREE_COSINE = 0.98
 """Gate: mean cosine of every output's rows to the float32 file's, where the file's own matches decide what merges."""
 OTHER_PATCHES = 0.1
 """Share of the patches that a file may keep in the place of others, where tokens are pruned."""
@@ -38,16 +38,16 @@ class Reference:
         run = file_runner(with_outputs(model, self._matches), kernels)
         self.outputs = [run(image) for image in images]
 
-    def rows(self, made: onnx.ModelProto, own: bool = False, count: int | None = None) -> list[dict[str, Array]]:
+    def rows(self, model: onnx.ModelProto, free: bool = False, count: int | None = None) -> list[dict[str, Array]]:
         """Of each image the cosines of a file's rows (see `rows_alike`).
 
         Args:
-            made: with the same operators of ours. own: its own matches decide what merges.
-            count: of so many images, the first; None: of all.
+            model: with the same operators of ours. free: its own matches decide what merges.
+            count: of the first images alone; None: of all.
         """
-        run, rows = file_runner(made if own else with_matches(made), self._kernels), []
+        run, rows = file_runner(model if free else with_matches(model), self._kernels), []
         for image, wanted in zip(self._images[:count], self.outputs, strict=False):
-            matches = {} if own else {name: wanted[name] for name in self._matches}
+            matches = {} if free else {name: wanted[name] for name in self._matches}
             rows.append(rows_alike(run(image, matches), wanted))
         return rows
 
@@ -60,11 +60,11 @@ def rows_alike(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[st
     with np.errstate(all="ignore"):  # What overflowed is found by a gate.
         rows = {name: row_cosines(name, x, wanted[name]).ravel() for name, x in outputs.items()}
     if POSITIONS in got and POSITIONS in wanted and "tokens" in rows:
-        both = np.stack([np.isin(own, other) for own, other in zip(wanted[POSITIONS], got[POSITIONS], strict=True)])
+        both = np.stack([np.isin(a, b) for a, b in zip(wanted[POSITIONS], got[POSITIONS], strict=True)])
         prefix = wanted["tokens"].shape[1] - both.shape[1]
-        kept = np.pad(both, ((0, 0), (prefix, 0)), constant_values=True).ravel()
+        mask = np.pad(both, ((0, 0), (prefix, 0)), constant_values=True).ravel()
         few = 1 - both.mean() <= OTHER_PATCHES
-        rows["tokens"] = rows["tokens"][kept] if few else np.where(kept, rows["tokens"], 0.0)
+        rows["tokens"] = rows["tokens"][mask] if few else np.where(mask, rows["tokens"], 0.0)
     return rows
 
 
@@ -81,7 +81,7 @@ def require_cosines(cosines: Mapping[str, float], least: float, kind: str, how: 
     Raises:
         GateError: it is.
     """
-    for name, found in cosines.items():
-        if found < least:
-            what = f"Output {name!r} of the {kind} file has cosine {found:.5f} to float32, allowed {least}{how}."
+    for name, cosine in cosines.items():
+        if cosine < least:
+            what = f"Output {name!r} of the {kind} file has cosine {cosine:.5f} to float32, allowed {least}{how}."
             raise GateError(what, f"Nothing was written. {fix}")

@@ -54,8 +54,8 @@ def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProt
 
 def with_matches(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a file that is given what its MatchTokens give as inputs: which tokens merge, layer by layer."""
-    given, names = copy.deepcopy(model), results_of(model, "MatchTokens")
-    del given.graph.node[:]
-    given.graph.node.extend(node for node in model.graph.node if node.op_type != "MatchTokens")
-    given.graph.input.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, None) for name in names)
-    return given
+    changed, names = copy.deepcopy(model), results_of(model, "MatchTokens")
+    del changed.graph.node[:]
+    changed.graph.node.extend(node for node in model.graph.node if node.op_type != "MatchTokens")
+    changed.graph.input.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, None) for name in names)
+    return changed

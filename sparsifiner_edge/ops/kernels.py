@@ -14,11 +14,11 @@ from sparsifiner_edge.ops import native
 NATIVE = ("KeySelect", "SparseAttention", "DenseAttention", "MatchTokens", "MergeTokens")
 """Operators of the native kernels: of float32, on the processor."""
 TRITON = ("KeySelect", "SparseAttention", "MatchTokens", "MergeTokens")
-"""Operators of the kernels in Triton, on a CUDA GPU; sizes have limits of their own, see `ops.triton.plan.refusals`."""
+"""Operators of the kernels in Triton, on a CUDA GPU; for limits of sizes see `ops.triton.schedule.refusals`."""
 TRITON_TYPES = ("float16", "bfloat16")
 
 
-def described(
+def describe(
     operators: Collection[str], native_library: bool, reason: str | None = None, precision: str | None = None
 ) -> str:
     """What runs a model's `sparsifiner` operators on the processor, for people.

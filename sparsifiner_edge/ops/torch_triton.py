@@ -24,12 +24,12 @@ def triton_result(name: str, attributes: Attributes, *inputs: Tensor | None) -> 
     x, sizes, *pairs = cast(list[Tensor], inputs)
     if not _runs(name, attributes, x, *pairs) or (name == "MergeTokens" and _needs_gradient(x)):
         return None
-    from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
     from sparsifiner_edge.ops.triton.run import run
+    from sparsifiner_edge.ops.triton.schedule_merge import schedule_match, schedule_merge
 
     if name == "MatchTokens":
-        return run(plan_match, attributes, qkv=x, sizes=sizes)["pairs"]
-    return run(plan_merge, attributes, x=x, sizes=sizes, pairs=pairs[0])["output"]
+        return run(schedule_match, attributes, qkv=x, sizes=sizes)["pairs"]
+    return run(schedule_merge, attributes, x=x, sizes=sizes, pairs=pairs[0])["output"]
 
 
 def triton_layer(
@@ -42,10 +42,10 @@ def triton_layer(
         return None
     if not _runs("KeySelect", attributes, qkv, proj_q, proj_k) or _needs_gradient(qkv):
         return None
-    from sparsifiner_edge.ops.triton.plan_layer import plan_layer
     from sparsifiner_edge.ops.triton.run import run
+    from sparsifiner_edge.ops.triton.schedule_layer import schedule_layer
 
-    return run(plan_layer, attributes, qkv=qkv, sizes=sizes, proj_q=proj_q, proj_k=proj_k)["output"]
+    return run(schedule_layer, attributes, qkv=qkv, sizes=sizes, proj_q=proj_q, proj_k=proj_k)["output"]
 
 
 def _runs(name: str, attributes: Attributes, x: Tensor, *others: Tensor) -> bool:

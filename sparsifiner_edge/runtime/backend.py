@@ -18,7 +18,7 @@ from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.kernels import described
+from sparsifiner_edge.ops.kernels import describe
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.session import Session
 
@@ -136,7 +136,7 @@ class _CpuFile(NamedTuple):
 
     def text(self, precision: str | None = None) -> str:
         """For people; precision: of attention in the native library, where that is worth a word."""
-        return described(self.names, self.library is not None, self.reason, precision)
+        return describe(self.names, self.library is not None, self.reason, precision)
 
 
 def read_file(content: bytes | str, model: Path, kernels: str) -> tuple[ModelProto, _CpuFile]:

@@ -11,7 +11,7 @@ import torch
 from sparsifiner_edge.ops.torch_triton import triton_layer
 from sparsifiner_edge.ops.triton import why_not_triton
 from tests.ops.matrix import Case, cases
-from tests.triton.inputs import DTYPES, NAMES, case_of, hold, hold_layer, plan_of, run, tensors
+from tests.triton.inputs import DTYPES, NAMES, case_of, hold, hold_layer, layer_of, run, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 MATRIX = [(case, 8) for name in NAMES for case in cases(name)]
@@ -45,9 +45,9 @@ def agrees(case: Case, width: int, dtype: str) -> torch.Tensor:
         return got
     from sparsifiner_edge.ops.triton.run import launch
 
-    plan = plan_of(case, given)
-    done = launch(plan, given)
-    hold_layer(case, given, done, plan)
+    schedule = layer_of(case, given)
+    done = launch(schedule, given)
+    hold_layer(case, given, done, schedule)
     return done["output"]
 
 

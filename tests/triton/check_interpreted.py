@@ -17,7 +17,7 @@ from sparsifiner_edge.ops.torch_triton import triton_layer
 from sparsifiner_edge.ops.triton import attend, why_not_triton
 from sparsifiner_edge.ops.triton.run import launch
 from tests.ops.matrix import Case, cases
-from tests.triton.inputs import DTYPES, NAMES, case_of, hold, hold_layer, plan_of, tensors
+from tests.triton.inputs import DTYPES, NAMES, case_of, hold, hold_layer, layer_of, tensors
 from tests.triton.interpreting import launched, shuffled
 
 BOTH = [dataclasses.replace(case, patches=min(case.patches, 70)) for case in cases("KeySelect")]
@@ -49,9 +49,9 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def held(case: Case, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Run a layer within guarded tensors, NaN where nothing was written, and hold it against the reference."""
-    plan = plan_of(case, given)
-    done = launched(plan, given)
-    hold_layer(case, given, done, plan)
+    schedule = layer_of(case, given)
+    done = launched(schedule, given)
+    hold_layer(case, given, done, schedule)
     return done
 
 
@@ -112,14 +112,14 @@ def test_logits_beyond_float32_s_exponents(away: float) -> None:
 def test_ties_go_to_the_lower_index_and_nan_loses() -> None:
     case = case_of("KeySelect", 60, num_heads=1, cell=20, keys=5)
     given = tensors(case)
-    lists = launch(plan_of(case, given), given | {"qkv": torch.ones_like(given["qkv"])})["indices"]
+    lists = launch(layer_of(case, given), given | {"qkv": torch.ones_like(given["qkv"])})["indices"]
     assert (lists == torch.arange(5, dtype=torch.int32)).all()
     width = given["qkv"].shape[-1] // 3
     given["qkv"][:, 1 + 30, 2 * width :] = torch.nan  # a value: spoils its own cell
-    lists = launch(plan_of(case, given), given)["indices"]
+    lists = launch(layer_of(case, given), given)["indices"]
     assert not np.isin(lists.numpy(), np.arange(20, 40)).any()
     given["qkv"][:, 1 + 10, width : 2 * width] = torch.nan  # a key
-    assert not (launch(plan_of(case, given), given)["indices"] == 10).any()
+    assert not (launch(layer_of(case, given), given)["indices"] == 10).any()
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,14 @@ def test_scores_that_are_nothing_like_normal(factors: np.ndarray) -> None:
     given = tensors(case)
     width = given["qkv"].shape[-1] // 3
     given["qkv"][..., width : 2 * width] *= torch.from_numpy(factors).half()[None, :, None]
-    hold(case, given, launch(plan_of(case, given), given)["indices"], "float16")
+    hold(case, given, launch(layer_of(case, given), given)["indices"], "float16")
 
 
 def attended(case: Case, given: dict[str, torch.Tensor], lists: torch.Tensor) -> torch.Tensor:
     """The output over lists that `select` did not make."""
-    plan = plan_of(case, given)
-    plan = dataclasses.replace(plan, launches=(plan.launches[0], plan.launches[2]))
-    return launched(plan, given | {"indices": lists})["output"]
+    schedule = layer_of(case, given)
+    schedule = dataclasses.replace(schedule, launches=(schedule.launches[0], schedule.launches[2]))
+    return launched(schedule, given | {"indices": lists})["output"]
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -165,7 +165,7 @@ def test_a_logit_far_above_the_sample_is_taken_again(dtype: str, monkeypatch: py
 def test_wild_lists_touch_nothing_outside() -> None:
     case = case_of("KeySelect", 37, cell=7, keys=9)
     given = tensors(case)
-    wild = torch.randint(-(2**31), 2**31 - 1, launch(plan_of(case, given), given)["indices"].shape, dtype=torch.int32)
+    wild = torch.randint(-(2**31), 2**31 - 1, launch(layer_of(case, given), given)["indices"].shape, dtype=torch.int32)
     wild[..., 0] = 2**31 - 1
     assert torch.isfinite(attended(case, given, wild)).all()
 
@@ -174,10 +174,10 @@ def test_programs_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits, whichever programs of a launch come first."""
     case = case_of("KeySelect", 150, num_heads=2, tile=16, probe=8, cell=17, keys=20)
     given = tensors(case, 32)
-    plan = plan_of(case, given)
-    expected = {name: x.clone() for name, x in launch(plan, given).items()}
+    schedule = layer_of(case, given)
+    expected = {name: x.clone() for name, x in launch(schedule, given).items()}
     orders = shuffled(monkeypatch)
-    found = launch(plan, given)
+    found = launch(schedule, given)
     assert len(orders) > 1
     for name in ("indices", "output"):
         assert torch.equal(found[name], expected[name])
@@ -187,7 +187,7 @@ def test_where_a_gradient_may_follow_torch_runs() -> None:
     case = case_of("KeySelect", 37, tile=8, probe=4, cell=10, keys=9)
     given = tensors(case, 32)
     qkv, proj_q, proj_k = given.values()
-    expected = launch(plan_of(case, given), given)["output"]
+    expected = launch(layer_of(case, given), given)["output"]
     got = triton_layer(case.attributes, qkv, None, proj_q, proj_k)
     assert got is not None
     assert torch.equal(got, expected)

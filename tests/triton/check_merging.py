@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparsifiner_edge.ops.triton import run as kernels
-from sparsifiner_edge.ops.triton.plan import Plan
-from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
+from sparsifiner_edge.ops.triton.schedule import Schedule
+from sparsifiner_edge.ops.triton.schedule_merge import schedule_match, schedule_merge
 from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 from tests.ops.matrix import Case
@@ -89,22 +89,20 @@ def test_matching_takes_what_is_no_number(value: float) -> None:
     assert {int(b) for a, b in pairs if a != b} <= set(range(1, 41, 2))
 
 
-@pytest.mark.parametrize(
-    ("case", "make"),
-    [(case_of("MatchTokens", 45, batch=2, merged=22), plan_match), (case_of("MergeTokens", 45, batch=2), plan_merge)],
-)
-def test_merging_stays_within_its_tensors(case: Case, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [case_of("MatchTokens", 45, batch=2, merged=22), case_of("MergeTokens", 45, batch=2)])
+def test_merging_stays_within_its_tensors(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch is NaN before it is written, programs run in a random order, and wild pairs are brought into range."""
     given = tensors(case, 24)
-    plan = make([x.shape for x in given.values()], case.attributes, "float16")
+    make = schedule_match if case.op.name == "MatchTokens" else schedule_merge
+    schedule = make([x.shape for x in given.values()], case.attributes, "float16")
     expected = run(case, given)
     orders = shuffled(monkeypatch)
-    assert torch.equal(launched(plan, given)[case.op.output.name], expected)
+    assert torch.equal(launched(schedule, given)[case.op.output.name], expected)
     assert orders
     if "pairs" in given:
         wild = torch.randint(-(2**31), 2**31 - 1, given["pairs"].shape, dtype=torch.int32)
         wild[:, 0], wild[:, 1, 0], wild[:, 1, 1] = 2**31 - 1, -(2**31), 46
-        got = launched(plan, given | {"pairs": wild})["output"]
+        got = launched(schedule, given | {"pairs": wild})["output"]
         assert torch.equal(got, run(case, given | {"pairs": wild.clamp(0, 45)}))
         assert torch.equal(got[:, 0], given["x"][:, 45])
 
@@ -113,9 +111,9 @@ def test_a_merge_launches_kernels_and_has_the_gradient_of_torch(monkeypatch: pyt
     seen: list[str] = []
     right = kernels.launch
 
-    def watched(plan: Plan, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        seen.extend(x.kernel for x in plan.launches)
-        return right(plan, inputs)
+    def watched(schedule: Schedule, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.extend(x.kernel for x in schedule.launches)
+        return right(schedule, inputs)
 
     monkeypatch.setattr(kernels, "launch", watched)
     x, qkv = torch.randn(2, 41, 12).half(), torch.randn(2, 41, 24).half()

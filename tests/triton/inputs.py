@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sparsifiner_edge.ops import reference, torch_merge
 from sparsifiner_edge.ops.torch import top_keys
-from sparsifiner_edge.ops.triton.plan import Plan
-from sparsifiner_edge.ops.triton.plan_layer import plan_layer
+from sparsifiner_edge.ops.triton.schedule import Schedule
+from sparsifiner_edge.ops.triton.schedule_layer import schedule_layer
 from tests.ops import matrix
 from tests.ops.matrix import Case
 
@@ -35,10 +35,10 @@ def tensors(case: Case, width: int = 8, dtype: str = "float16", device: str = "c
     return found if case.merged else {name: x for name, x in found.items() if name != "sizes"}
 
 
-def plan_of(case: Case, given: dict[str, Tensor]) -> Plan:
+def layer_of(case: Case, given: dict[str, Tensor]) -> Schedule:
     """Of a layer: a case of KeySelect and its inputs."""
     element = str(given["qkv"].dtype).removeprefix("torch.")
-    return plan_layer([x.shape for x in given.values()], case.attributes, element)
+    return schedule_layer([x.shape for x in given.values()], case.attributes, element)
 
 
 def run(case: Case, given: dict[str, Tensor]) -> Tensor:
@@ -64,10 +64,10 @@ def hold(case: Case, given: dict[str, Tensor], got: Tensor, dtype: str) -> None:
     matrix.check(dataclasses.replace(case, dtype=dtype), arrays, _array(got))
 
 
-def hold_layer(case: Case, given: dict[str, Tensor], done: dict[str, Tensor], plan: Plan) -> None:
+def hold_layer(case: Case, given: dict[str, Tensor], done: dict[str, Tensor], schedule: Schedule) -> None:
     """Lists are KeySelect's, exactly the best of the stored scores; the output is SparseAttention's over them."""
     dtype = str(given["qkv"].dtype).removeprefix("torch.")
-    assert torch.equal(done["indices"], top_keys(stored_scores(case, done, plan), case.attributes["keys"]))
+    assert torch.equal(done["indices"], top_keys(stored_scores(case, done, schedule), case.attributes["keys"]))
     hold(case, given, done["indices"], dtype)
     shared = {name: case.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
     attend = case_of("SparseAttention", case.patches, case.batch, case.merged, **shared)
@@ -75,9 +75,9 @@ def hold_layer(case: Case, given: dict[str, Tensor], done: dict[str, Tensor], pl
     hold(attend, read | {"indices": done["indices"]}, done["output"], dtype)
 
 
-def stored_scores(case: Case, done: dict[str, Tensor], plan: Plan) -> Tensor:
+def stored_scores(case: Case, done: dict[str, Tensor], schedule: Schedule) -> Tensor:
     """Scores [B,H,T,P] in the order of keys: `select` stores them in that in which threads read them."""
-    lanes, pitch = int(plan.launches[1].constants["lanes"]), done["scores"].shape[-1]
+    lanes, pitch = int(schedule.launches[1].constants["lanes"]), done["scores"].shape[-1]
     lane, within = np.divmod(np.arange(case.patches), pitch // lanes)
     return done["scores"][..., within // 8 * (8 * lanes) + lane * 8 + within % 8]
 

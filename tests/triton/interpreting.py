@@ -9,8 +9,8 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from sparsifiner_edge.ops.triton.plan import Plan
 from sparsifiner_edge.ops.triton.run import launch
+from sparsifiner_edge.ops.triton.schedule import Schedule
 
 GUARD = 512
 
@@ -32,10 +32,10 @@ def shuffled(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], np.ndarra
     return orders
 
 
-def launched(plan: Plan, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Run a plan, every buffer of it inside a larger one of NaN (or a large number), which stays as it was."""
+def launched(schedule: Schedule, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run a schedule, every buffer of it inside a larger one of NaN (or a large number), which stays as it was."""
     inside, guards = {}, []
-    for name, buffer in plan.buffers.items():
+    for name, buffer in schedule.buffers.items():
         dtype = getattr(torch, buffer.dtype)
         poison = torch.nan if dtype.is_floating_point else 0x55
         size = int(np.prod(buffer.shape))
@@ -44,6 +44,6 @@ def launched(plan: Plan, given: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         if name in given:
             inside[name].copy_(given[name])
         guards += [whole[:GUARD], whole[-GUARD:]]
-    done = launch(plan, inside)
+    done = launch(schedule, inside)
     assert all(bool((g.isnan() if g.is_floating_point() else g == 0x55).all()) for g in guards)
     return done

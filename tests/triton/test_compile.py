@@ -12,10 +12,10 @@ pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 from sparsifiner_edge.bundle.kernels import MOST_SHARED_BYTES
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch, compile_plan, resources
-from sparsifiner_edge.ops.triton.plan import Plan, refusals
-from sparsifiner_edge.ops.triton.plan_layer import plan_layer
-from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
+from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch, compile_schedule, resources
+from sparsifiner_edge.ops.triton.schedule import Schedule, refusals
+from sparsifiner_edge.ops.triton.schedule_layer import schedule_layer
+from sparsifiner_edge.ops.triton.schedule_merge import schedule_match, schedule_merge
 from tests.everything import first
 
 PATCHES, HEADS, KEYS = 1024, 6, 103
@@ -32,7 +32,7 @@ def _compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def layer(dtype: str = "float16", width: int = 64, tile: int = 16, **changes: Any) -> Plan:
+def layer(dtype: str = "float16", width: int = 64, tile: int = 16, **changes: Any) -> Schedule:
     """A layer over 1024 patches; `merged`, `batch` and `prefix` are changes beside those of its attributes."""
     settings = {"prefix": 1, "merged": False, "batch": 1, "probe": 8, **changes}
     qkv = (settings["batch"], PATCHES + settings["prefix"], 3 * HEADS * width)
@@ -42,7 +42,7 @@ def layer(dtype: str = "float16", width: int = 64, tile: int = 16, **changes: An
     }  # fmt: skip
     shapes = [qkv, *([qkv[:2]] if settings["merged"] else []), *[(HEADS, width, 24)] * 2]
     assert refusals("KeySelect", a, [qkv, qkv[:2], *shapes[-2:]], dtype, 87) == []
-    return plan_layer(shapes, a, dtype)
+    return schedule_layer(shapes, a, dtype)
 
 
 def fits(made: Compiled) -> None:
@@ -57,14 +57,14 @@ def fits(made: Compiled) -> None:
 
 @pytest.mark.parametrize("capability", first(sorted(CAPABILITIES, key=lambda x: x != 87)))
 def test_attention_compiles_for_every_generation(capability: int) -> None:
-    plan = layer()
-    fits(compile_launch(plan, plan.launches[-1], capability))
+    schedule = layer()
+    fits(compile_launch(schedule, schedule.launches[-1], capability))
 
 
 @pytest.mark.everything
 @pytest.mark.parametrize(("capability", "changes"), LAYERS, ids=str)
 def test_every_variant_of_a_layer_compiles(capability: int, changes: dict[str, Any]) -> None:
-    for made in compile_plan(layer(**changes), capability):
+    for made in compile_schedule(layer(**changes), capability):
         fits(made)
 
 
@@ -78,20 +78,20 @@ def test_merging_compiles(capability: int, dtype: str, width: int, patches: int)
     shapes = [(1, tokens, 3 * HEADS * width), (1, tokens)]
     assert refusals("MatchTokens", a, shapes, dtype, capability) == []
     fewer = [(1, tokens, HEADS * width), (1, tokens), (1, tokens - merged, 2)]
-    for plan in (plan_match(shapes, a, dtype), plan_merge(fewer, {}, dtype)):
-        for made in compile_plan(plan, capability):
+    for schedule in (schedule_match(shapes, a, dtype), schedule_merge(fewer, {}, dtype)):
+        for made in compile_schedule(schedule, capability):
             fits(made)
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = layer()
+    schedule = layer()
     with pytest.raises(BackendError, match=r"(?s)7\.5 .*8\.0 or more"):
-        compile_launch(plan, plan.launches[0], 75)
+        compile_launch(schedule, schedule.launches[0], 75)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match="Unset it"):
-        compile_launch(plan, plan.launches[0], 87)
+        compile_launch(schedule, schedule.launches[0], 87)
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.delattr("sparsifiner_edge.ops.triton.attend")
     monkeypatch.setitem(sys.modules, "sparsifiner_edge.ops.triton.attend", None)
     with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[triton\]"):
-        compile_launch(plan, plan.launches[0], 87)
+        compile_launch(schedule, schedule.launches[0], 87)

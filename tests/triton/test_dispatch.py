@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.ops.triton.plan import refusals
+from sparsifiner_edge.ops.triton.schedule import refusals
 from tests.triton.inputs import NAMES, case_of
 
 QKV, SIZES = (1, 41, 24), (1, 41)

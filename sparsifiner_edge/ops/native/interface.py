@@ -118,7 +118,7 @@ class Operators:
         call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
         arguments = _arguments(op, attributes, [x.shape for x in inputs], tensors)
         if getattr(self._library, _FUNCTIONS[op][0])(byref(call), *arguments):
-            raise _refused(op, call.message.decode(errors="replace"))
+            raise _refusal(op, call.message.decode(errors="replace"))
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""
@@ -135,10 +135,10 @@ def require_allowed(op: str, attributes: Mapping[str, float], shapes: Sequence[S
         BackendError: attributes or shapes of inputs are not allowed; says which.
     """
     if reasons := _refusals(op, tuple(attributes.items()), *map(tuple, shapes)):
-        raise _refused(op, "; ".join(reasons))
+        raise _refusal(op, "; ".join(reasons))
 
 
-def _refused(op: str, reason: str) -> BackendError:
+def _refusal(op: str, reason: str) -> BackendError:
     return BackendError(f"sparsifiner::{op}: {reason}.", "Export the bundle again.")
 
 
@@ -152,7 +152,7 @@ def _tensor(op: str, array: Array, allowed: Sequence[str]) -> _Tensor:
     """An array as the library takes it; allowed: element types by the schema, of which it has those of four bytes."""
     if array.dtype.name not in allowed or array.dtype.itemsize != 4 or not array.flags.c_contiguous:
         wanted = "int32" if allowed == ("int32",) else "float32"
-        raise _refused(op, f"got {array.dtype}, strides {array.strides}, for contiguous {wanted}")
+        raise _refusal(op, f"got {array.dtype}, strides {array.strides}, for contiguous {wanted}")
     return _Tensor(array.ctypes.data, array.size)
 
 
@@ -165,9 +165,9 @@ def _arguments(
     sizes = OPERATORS[op].sizes(attributes, shapes)
     qkv = _Qkv(*tensors[:2], *(sizes[symbol] for symbol in "BNHd"), attributes.get("scale", 1.0))
     kind, settings = _FUNCTIONS[op][1], {**attributes, "keys": sizes.get("K", 0), "channels": sizes.get("c", 0)}
-    return [byref(qkv), *([] if kind is None else [byref(_filled(kind, settings))]), *tensors[2:]]
+    return [byref(qkv), *([] if kind is None else [byref(_fill(kind, settings))]), *tensors[2:]]
 
 
-def _filled(kind: type[Structure], values: Mapping[str, float]) -> Structure:
+def _fill(kind: type[Structure], values: Mapping[str, float]) -> Structure:
     fields = cast(Any, kind)._fields_
     return kind(*(values[name] if of is c_float else int(values[name]) for name, of in fields))

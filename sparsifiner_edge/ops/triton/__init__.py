@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsifiner_edge.ops.operator import Attributes
-from sparsifiner_edge.ops.triton.plan import refusals
+from sparsifiner_edge.ops.triton.schedule import refusals
 
 
 def why_not_triton(name: str, attributes: Attributes, shapes: Sequence[Sequence[int]], qkv: Any) -> list[str]:

@@ -185,9 +185,9 @@ def _add_rest(q, cell_sums, cell_sizes, sums, state, before: tl.constexpr, s, fo
     keys, values, counts = sums
     number = before + tl.arange(0, HALF)
     inside = number < s.entries
-    left = tl.load(cell_sizes + number, mask=inside, other=0.0) - tl.max(counts, 1)  # whose columns are all alike
-    left = tl.where(left > 0.5, left, 0.0)
-    share = tl.where(left > 0.5, reciprocal(tl.maximum(left, 0.5)), 0.0)[:, None]
+    rest = tl.load(cell_sizes + number, mask=inside, other=0.0) - tl.max(counts, 1)  # whose columns are all alike
+    rest = tl.where(rest > 0.5, rest, 0.0)
+    share = tl.where(rest > 0.5, reciprocal(tl.maximum(rest, 0.5)), 0.0)[:, None]
     k = load_rows(cell_sums, number, 2 * s.width, inside, s.width, s.block_d).to(tl.float32) * s.unit
     v = load_rows(cell_sums + s.width, number, 2 * s.width, inside, s.width, s.block_d).to(tl.float32) * s.unit
     k, v = ((k - keys) * share).to(q.dtype), ((v - values) * share).to(q.dtype)
@@ -195,13 +195,13 @@ def _add_rest(q, cell_sums, cell_sizes, sums, state, before: tl.constexpr, s, fo
     logits = tl.dot(q, tl.trans(k))
     higher = peak
     if follow:
-        most = tl.max(tl.where((left > 0.5)[None, :], logits, float("-inf")), 1) * s.factor
+        most = tl.max(tl.where((rest > 0.5)[None, :], logits, float("-inf")), 1) * s.factor
         higher = tl.maximum(peak, most + HEADROOM)  # what is left may be many
         decay = tl.exp2(peak - higher)[:, None]
         total, out = total * decay, out * decay
-    weights = tl.exp2(logits * s.factor - higher[:, None]) * left[None, :]
+    weights = tl.exp2(logits * s.factor - higher[:, None]) * rest[None, :]
     if follow:  # else a cell of which nothing is left adds 0, or NaN where logits are taken again
-        weights = tl.where((left > 0.5)[None, :], weights, 0.0)
+        weights = tl.where((rest > 0.5)[None, :], weights, 0.0)
     weights = weights.to(q.dtype)
     total = tl.dot(weights, tl.full([HALF, LEAST], 1.0, q.dtype), total)
     return higher, total, tl.dot(weights, v, out)
@@ -254,9 +254,9 @@ def _prefix_row(base, partial_out, partial_stats, row, s, cells: tl.constexpr, b
     peaks = tl.load(partial_stats + 2 * place, mask=there, other=float("-inf"))
     parts = load_rows(partial_out, place, s.width, there, s.width, s.block_d)
     peak = tl.maximum(tl.max(logits, 0), tl.max(peaks, 0))
-    own, shares = tl.exp2(logits - peak), tl.exp2(peaks - peak)
-    total = tl.sum(own, 0) + tl.sum(shares * tl.load(partial_stats + 2 * place + 1, mask=there, other=0.0), 0)
-    return (tl.sum(own[:, None] * v, 0) + tl.sum(shares[:, None] * parts, 0)) / total
+    weights, shares = tl.exp2(logits - peak), tl.exp2(peaks - peak)
+    total = tl.sum(weights, 0) + tl.sum(shares * tl.load(partial_stats + 2 * place + 1, mask=there, other=0.0), 0)
+    return (tl.sum(weights[:, None] * v, 0) + tl.sum(shares[:, None] * parts, 0)) / total
 
 
 @triton.jit
@@ -279,9 +279,9 @@ def attend_kernel(
     if prefix > 0 and tl.program_id(0) < prefix:  # the first part at compile time
         row = tl.program_id(0)
         parts = lane * cells * prefix
-        found = _prefix_row(base, partial_out + parts * width, partial_stats + parts * 2, row, s, cells, block_f)
+        values = _prefix_row(base, partial_out + parts * width, partial_stats + parts * 2, row, s, cells, block_f)
         place = output + row * s.channels + tl.arange(0, block_d)
-        tl.store(place, found.to(output.dtype.element_ty), mask=tl.arange(0, block_d) < width)
+        tl.store(place, values.to(output.dtype.element_ty), mask=tl.arange(0, block_d) < width)
     else:
         number = tl.program_id(0) - prefix
         rows = prefix + number * tile + tl.arange(0, block_m)

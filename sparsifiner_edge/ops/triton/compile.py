@@ -1,9 +1,9 @@
-"""Compile a plan's kernels for a GPU that need not be there: PTX, a cubin and what a launch needs to know.
+"""Compile a schedule's kernels for a GPU that need not be there: PTX, a cubin and what a launch needs to know.
 
-    for made in compile_plan(plan_layer(shapes, attributes, "float16"), 87):
-        made.ptx, made.symbol, made.launch.grid, made.launch.warps, made.shared, made.arguments
+    for code in compile_schedule(schedule_layer(shapes, attributes, "float16"), 87):
+        code.ptx, code.symbol, code.launch.grid, code.launch.warps, code.shared, code.arguments
 
-A program in any language can launch them with the driver API, in the plan's order on one stream:
+A program in any language can launch them with the driver API, in the schedule's order on one stream:
 `cuModuleLoadData(cubin)`, `cuModuleGetFunction(symbol)`, above 48 KiB of shared memory
 `cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)`, then
 `cuLaunchKernel(grid, (32 warps, 1, 1), shared, stream, pointers)`. `pointers` are the addresses of `arguments` in
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Buffer, Constant, Launch, Plan, fitted
+from sparsifiner_edge.ops.triton.schedule import LEAST_CAPABILITY, Buffer, Constant, Launch, Schedule, fit
 
 CAPABILITIES = (80, 86, 87, 89, 90, 100, 110, 120)
 """What is compiled for in tests: A100, RTX 30, Orin, RTX 40, H100, B200, Thor, RTX 50."""
@@ -36,7 +36,7 @@ class Compiled:
     """A compiled launch.
 
     Attributes:
-        launch: as it is for this GPU (`fitted`). symbol: the function's name in cubin and PTX.
+        launch: as it is for this GPU (`fit`). symbol: the function's name in cubin and PTX.
         capability: compute capability times ten. From 90 on the code is for that one alone (sm_90a).
         cubin, ptx: machine code, and the assembly that it was made from.
         shared: dynamic shared memory in bytes. arguments: buffers whose addresses the kernel takes, in order.
@@ -51,8 +51,8 @@ class Compiled:
     arguments: tuple[Buffer, ...]
 
 
-def compile_plan(plan: Plan, capability: int, ptx_version: int | None = None) -> list[Compiled]:
-    """Compile every launch of a plan, in order. Takes .3 to 3 s each, unless in Triton's cache.
+def compile_schedule(schedule: Schedule, capability: int, ptx_version: int | None = None) -> list[Compiled]:
+    """Compile every launch of a schedule, in order. Takes .3 to 3 s each, unless in Triton's cache.
 
     Args:
         capability: compute capability times ten.
@@ -63,64 +63,64 @@ def compile_plan(plan: Plan, capability: int, ptx_version: int | None = None) ->
         MissingExtraError: Triton is not installed.
         BackendError: the capability is too low, Triton interprets, or it does not compile.
     """
-    return [compile_launch(plan, launch, capability, ptx_version) for launch in plan.launches]
+    return [compile_launch(schedule, launch, capability, ptx_version) for launch in schedule.launches]
 
 
-def compile_launch(plan: Plan, launch: Launch, capability: int, ptx_version: int | None = None) -> Compiled:
-    """Compile one launch of a plan; see `compile_plan`."""
-    launch = fitted(launch, capability)
+def compile_launch(schedule: Schedule, launch: Launch, capability: int, ptx_version: int | None = None) -> Compiled:
+    """Compile one launch of a schedule; see `compile_schedule`."""
+    launch = fit(launch, capability)
     function = _function(launch.kernel, capability)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    given = {name: plan.buffers[buffer] for name, buffer in launch.arguments.items() if buffer is not None}
-    absent: dict[str, Constant | None] = {name: None for name in launch.arguments if name not in given}
+    buffers = {name: schedule.buffers[buffer] for name, buffer in launch.arguments.items() if buffer is not None}
+    absent: dict[str, Constant | None] = {name: None for name in launch.arguments if name not in buffers}
     names = function.arg_names
     source = ASTSource(
         fn=function,
-        signature={n: _TYPES[given[n].dtype] if n in given else "constexpr" for n in names},
+        signature={n: _TYPES[buffers[n].dtype] if n in buffers else "constexpr" for n in names},
         constexprs={**absent, **launch.constants},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in given},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in buffers},
     )
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "ptx_version": ptx_version, **OPTIONS}
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # Triton has no base class of its own, and its assembler raises RuntimeError
         raise BackendError(
             f"The kernel {launch.kernel} does not compile for sm_{capability}: {error}.",
-            "Try another tile; `ops/triton/plan.py` lists the limits.",
+            "Try another tile; `ops/triton/schedule.py` lists the limits.",
         ) from error
     return Compiled(
-        launch=launch, symbol=made.metadata.name, capability=capability, cubin=made.asm["cubin"], ptx=made.asm["ptx"],
-        shared=made.metadata.shared, arguments=tuple(given[n] for n in names if n in given),
+        launch=launch, symbol=code.metadata.name, capability=capability, cubin=code.asm["cubin"], ptx=code.asm["ptx"],
+        shared=code.metadata.shared, arguments=tuple(buffers[n] for n in names if n in buffers),
     )  # fmt: skip
 
 
-def resources(made: Compiled) -> tuple[int, int]:
+def resources(code: Compiled) -> tuple[int, int]:
     """Registers of a thread, and bytes of them that had to go to memory, as Triton's assembler says."""
     import triton.backends.nvidia
 
     programs = Path(triton.backends.nvidia.__file__).parent / "bin"
     newer = programs / "ptxas-blackwell"  # Triton may have a second one, which knows newer PTX.
     program = newer if newer.is_file() else programs / "ptxas"
-    target = re.search(r"^\.target\s+(\w+)", made.ptx, re.MULTILINE)
+    target = re.search(r"^\.target\s+(\w+)", code.ptx, re.MULTILINE)
     command = [str(program), "-v", f"-arch={target[1] if target else ''}", "-o", os.devnull, "-"]
-    done = subprocess.run(command, input=made.ptx, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, input=code.ptx, capture_output=True, text=True, check=True)
     said = done.stdout + done.stderr
     registers, spilled = (re.search(x, said) for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
     return int(registers[1]) if registers else 0, int(spilled[1]) if spilled else 0
 
 
 def kernel(name: str) -> Any:
-    """A kernel by the name of `plan.Launch.kernel`. torch it does not need.
+    """A kernel by the name in `schedule.Launch.kernel`. It does not need torch.
 
     Raises:
         ImportError: Triton is not installed.
     """
     from sparsifiner_edge.ops.triton import attend, merge, select, summarise
 
-    return next(found for x in (attend, merge, select, summarise) if (found := getattr(x, f"{name}_kernel", None)))
+    return next(jitted for x in (attend, merge, select, summarise) if (jitted := getattr(x, f"{name}_kernel", None)))
 
 
 def _function(name: str, capability: int) -> Any:

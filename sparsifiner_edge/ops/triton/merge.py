@@ -78,10 +78,10 @@ def partners_kernel(
         near = tl.sum(seek[:, None, :] * sought, 2) - 1.0
         alike = tl.sqrt_rn(tl.div_rn(a * b, a + b)) * near
         alike = tl.where(real, tl.where(alike > BROKEN, alike, BROKEN), NOBODY)  # NaN is not above
-        found = tl.max(alike, 1)
-        first = tl.min(tl.where(alike == found[:, None], places, patches), 1)
-        which = tl.where(found > highest, first, which)
-        highest = tl.maximum(highest, found)
+        top = tl.max(alike, 1)
+        first = tl.min(tl.where(alike == top[:, None], places, patches), 1)
+        which = tl.where(top > highest, first, which)
+        highest = tl.maximum(highest, top)
     tl.store(best + image * seekers + e, highest, mask=e < seekers)
     tl.store(partner + image * seekers + e, which, mask=e < seekers)
 
@@ -105,10 +105,10 @@ def suitors_kernel(
         real = (e >= 0) & (e < seekers) & (offsets < 2 * half)[None, :]
         woos = tl.load(partner + image * seekers + e, mask=real, other=-1) == j[:, None]
         alike = tl.load(best + image * seekers + e, mask=real & woos, other=NOBODY)
-        found = tl.max(alike, 1)
-        first = tl.min(tl.where(alike == found[:, None], e, patches), 1)
-        which = tl.where(found > highest, first, which)
-        highest = tl.maximum(highest, found)
+        top = tl.max(alike, 1)
+        first = tl.min(tl.where(alike == top[:, None], e, patches), 1)
+        which = tl.where(top > highest, first, which)
+        highest = tl.maximum(highest, top)
     bits = tl.where(highest == 0.0, 0.0, highest).to(tl.int32, bitcast=True)  # -0 is 0
     place = image * (patches // 2) + j
     tl.store(score + place, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), mask=j < patches // 2)
@@ -152,16 +152,16 @@ def pairs_kernel(
     count = tl.sum(alone.to(tl.int32), 0)
     tl.debug_barrier()  # what all threads wrote is read below
     taken = tl.load(chosen + tl.load(partner + n, mask=n < seekers, other=0), mask=n < seekers, other=-1) == n
-    left = (n < seekers) & (taken == 0)
-    lefts = tl.cumsum(left.to(tl.int32), 0)  # up to this one
-    tl.store(free + lefts - 1, n, mask=left & (lefts <= count))
+    spare = (n < seekers) & (taken == 0)
+    spares = tl.cumsum(spare.to(tl.int32), 0)  # up to this one
+    tl.store(free + spares - 1, n, mask=spare & (spares <= count))
     tl.debug_barrier()
     # Winners without a suitor, in their order, take the free seekers in theirs.
     number = tl.cumsum(alone.to(tl.int32), 0) - 1
     second = tl.where(alone, tl.load(free + number, mask=alone, other=0), second)
-    gone = n + 1 - lefts + tl.minimum(lefts, count)  # up to this one
+    gone = n + 1 - spares + tl.minimum(spares, count)  # up to this one
     even, odd = prefix + 2 * n, prefix + 2 * n + 1
-    stays = left & (lefts > count)
+    stays = spare & (spares > count)
     tl.store(pairs + 2 * (even - gone), even, mask=stays)
     tl.store(pairs + 2 * (even - gone) + 1, even, mask=stays)
     tl.store(pairs + 2 * (odd - gone), odd, mask=n < sought)

@@ -1,4 +1,4 @@
-"""The kernels under torch: launches of a plan. Importing this needs torch and Triton."""
+"""The kernels under torch: launches of a schedule. Importing this needs torch and Triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsifiner_edge.ops.operator import Attributes, Shapes
 from sparsifiner_edge.ops.triton.compile import OPTIONS, kernel
-from sparsifiner_edge.ops.triton.plan import Plan, fitted
+from sparsifiner_edge.ops.triton.schedule import Schedule, fit
 
 INTERPRETED = 80
 """Compute capability that Triton's interpreter, on CPU tensors, plays."""
@@ -24,8 +24,8 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run a plan.
+def launch(schedule: Schedule, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run a schedule.
 
     Args:
         inputs: its input buffers; they must be contiguous.
@@ -35,29 +35,29 @@ def launch(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     like = next(iter(inputs.values()))
     tensors = dict(inputs)
-    for name, buffer in plan.buffers.items():
+    for name, buffer in schedule.buffers.items():
         if name not in tensors:
             tensors[name] = torch.empty(buffer.shape, dtype=getattr(torch, buffer.dtype), device=like.device)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(like):
-        for step in (fitted(planned, capability(like.device)) for planned in plan.launches):
-            given = {name: None if buffer is None else tensors[buffer] for name, buffer in step.arguments.items()}
+        for step in (fit(each, capability(like.device)) for each in schedule.launches):
+            arguments = {name: None if buffer is None else tensors[buffer] for name, buffer in step.arguments.items()}
             kernel(step.kernel)[step.grid](
-                **given, **step.constants, num_warps=step.warps, num_stages=step.stages, **OPTIONS
+                **arguments, **step.constants, num_warps=step.warps, num_stages=step.stages, **OPTIONS
             )
     return tensors
 
 
 @functools.lru_cache(maxsize=256)
-def _made(make: Callable[..., Plan], shapes: Shapes, attributes: tuple[tuple[str, float], ...], dtype: str) -> Plan:
-    return make(shapes, dict(attributes), dtype)
+def _make(make: Callable[..., Schedule], shapes: Shapes, items: tuple[tuple[str, float], ...], dtype: str) -> Schedule:
+    return make(shapes, dict(items), dtype)
 
 
-def run(make: Callable[..., Plan], attributes: Attributes, **inputs: Tensor | None) -> dict[str, Tensor]:
-    """Make the plan for inputs and launch it, without gradient. The same sizes come again at every layer and step.
+def run(make: Callable[..., Schedule], attributes: Attributes, **inputs: Tensor | None) -> dict[str, Tensor]:
+    """Make the schedule for inputs and launch it, without gradient. The same sizes come again at every layer and step.
 
     Args:
-        make: of `plan_layer` and `plan_merge`. attributes: as it takes them.
+        make: `schedule_layer`, `schedule_match` or `schedule_merge`. attributes: as it takes them.
         inputs: in the schema's order; the first has the element type, further floats become float32, None is left out.
 
     Returns:
@@ -69,9 +69,9 @@ def run(make: Callable[..., Plan], attributes: Attributes, **inputs: Tensor | No
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
-def _run(make: Callable[..., Plan], attributes: Attributes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _run(make: Callable[..., Schedule], attributes: Attributes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     first, *others = (x.contiguous() for x in inputs.values())
-    given = [first, *(x.float() if x.is_floating_point() else x.int() for x in others)]
+    tensors = [first, *(x.float() if x.is_floating_point() else x.int() for x in others)]
     element = str(first.dtype).removeprefix("torch.")
-    plan = _made(make, tuple(x.shape for x in given), tuple(attributes.items()), element)
-    return launch(plan, dict(zip(inputs, given, strict=True)))
+    schedule = _make(make, tuple(x.shape for x in tensors), tuple(attributes.items()), element)
+    return launch(schedule, dict(zip(inputs, tensors, strict=True)))

@@ -62,42 +62,42 @@ def _load_keys(projected, sizes, start, s, masked: tl.constexpr):
 
 
 @triton.jit
-def _logits(asked, projected, sizes, start, less, s, masked: tl.constexpr):
+def _logits(queries, projected, sizes, start, less, s, masked: tl.constexpr):
     """Logits in base 2 of a block of keys against probes [N,c], less `less` of each probe; -inf where no key is.
 
     Products begin with what is taken off: additions have less time than the matrix units.
     """
     keys, logs, real = _load_keys(projected, sizes, start, s, masked)
-    logits = tl.dot(keys, tl.trans(asked), tl.broadcast_to(-less[None, :], [s.block_n, s.block_g]))
+    logits = tl.dot(keys, tl.trans(queries), tl.broadcast_to(-less[None, :], [s.block_n, s.block_g]))
     if sizes is not None:
         logits += logs[:, None]
     return tl.where(real[:, None], logits, float("-inf")) if masked else logits
 
 
 @triton.jit
-def _log_sums(asked, projected, sizes, s):
+def _log_sums(queries, projected, sizes, s):
     """Of each probe log2 of the sum of exp2(logit), from the greatest logit of the first block on: further ones may be
     far above it (`MOST_ABOVE`), further below they add nothing.
     """
     full: tl.constexpr = s.patches // s.block_n * s.block_n
     none = tl.zeros([s.block_g], tl.float32)
-    tops = tl.max(_logits(asked, projected, sizes, 0, none, s, full == 0), 0)
+    tops = tl.max(_logits(queries, projected, sizes, 0, none, s, full == 0), 0)
     tops = tl.maximum(tops, -GREATEST)  # finite, where all are NaN
     totals = tl.zeros([s.block_n, s.block_g], tl.float32)
     for start in range(0, full, s.block_n):
-        totals += tl.exp2(tl.minimum(_logits(asked, projected, sizes, start, tops, s, False), MOST_ABOVE))
+        totals += tl.exp2(tl.minimum(_logits(queries, projected, sizes, start, tops, s, False), MOST_ABOVE))
     if full < s.patches:
-        totals += tl.exp2(tl.minimum(_logits(asked, projected, sizes, full, tops, s, True), MOST_ABOVE))
+        totals += tl.exp2(tl.minimum(_logits(queries, projected, sizes, full, tops, s, True), MOST_ABOVE))
     return tops + tl.log2(tl.sum(totals, 0))
 
 
 @triton.jit
-def _store_scores(asked, projected, sizes, deviation, rows, start, lse, real_tiles, s, masked: tl.constexpr):
+def _store_scores(queries, projected, sizes, deviation, rows, start, lse, real_tiles, s, masked: tl.constexpr):
     """Second pass: a tile's score for each key of a block, the greatest over the tile's columns."""
     keys, logs, real = _load_keys(projected, sizes, start, s, masked)
-    found = tl.dot(keys, tl.trans(asked), tl.broadcast_to(-lse[None, :], [s.block_n, s.block_g]))
+    logits = tl.dot(keys, tl.trans(queries), tl.broadcast_to(-lse[None, :], [s.block_n, s.block_g]))
     apart: tl.constexpr = s.block_g // s.share // s.beside
-    best = tl.max(tl.max(tl.reshape(found, [s.block_n, apart, s.share, s.beside]), 3), 1)
+    best = tl.max(tl.max(tl.reshape(logits, [s.block_n, apart, s.share, s.beside]), 3), 1)
     if sizes is not None:
         best += logs[:, None]
     best += tl.load(deviation + start + tl.arange(0, s.block_n), mask=real, other=0.0)[:, None]
@@ -134,15 +134,15 @@ def select_kernel(
     tile, number = before + column // beside % share, column // (beside * share) * beside + column % beside
     asks = tile * per_tile + number
     there = (number < per_tile) & (asks < asking) & (tile < tiles)
-    asked = load_rows(probes + lane * asking * depth, asks, depth, there, depth, block_c)
-    lse = tl.where(there, _log_sums(asked, projected, weights, s), float("inf"))
+    queries = load_rows(probes + lane * asking * depth, asks, depth, there, depth, block_c)
+    lse = tl.where(there, _log_sums(queries, projected, weights, s), float("inf"))
     each = before + tl.arange(0, share)
     rows = scores + lane * tiles * pitch + tl.minimum(each, tiles - 1) * pitch
     full: tl.constexpr = patches // block_n * block_n
     for start in range(0, full, block_n):
-        _store_scores(asked, projected, weights, deviation, rows, start, lse, each < tiles, s, False)
+        _store_scores(queries, projected, weights, deviation, rows, start, lse, each < tiles, s, False)
     if full < patches:
-        _store_scores(asked, projected, weights, deviation, rows, full, lse, each < tiles, s, True)
+        _store_scores(queries, projected, weights, deviation, rows, full, lse, each < tiles, s, True)
     for start in tl.static_range((patches + block_n - 1) // block_n * block_n, pitch, block_n):
         put_scores(rows, start, tl.full([block_n, share], NOTHING, tl.float32), each < tiles, blocks, lanes)
     tl.debug_barrier()  # what all threads wrote is read below

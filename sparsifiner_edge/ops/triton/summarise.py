@@ -107,9 +107,9 @@ def _store_probes(q, sizes, proj_q, proj_k, place, head, first, s, probe: tl.con
     power_k = _weights_of(proj_k, head, s)[1]
     high, low = in_parts(values * (1.0 / power), q.dtype.element_ty)
     great, small = in_parts(means, q.dtype.element_ty)
-    asked = tl.dot(great, high, tl.dot(great, low, tl.dot(small, high)))
+    products = tl.dot(great, high, tl.dot(great, low, tl.dot(small, high)))
     there = first + tl.arange(0, block_g) < (s.patches + probe - 1) // probe
-    _store_projected(place + first * s.depth, asked * (power * power_k * s.factor), there, s)
+    _store_projected(place + first * s.depth, products * (power * power_k * s.factor), there, s)
 
 
 @triton.jit
@@ -131,10 +131,10 @@ def _first_column(sums):
 
 
 @triton.jit
-def _add_softmax(asked, k, v, size, real, state, factor: tl.constexpr, sized: tl.constexpr):
+def _add_softmax(queries, k, v, size, real, state, factor: tl.constexpr, sized: tl.constexpr):
     """A block of patches enters the prefix queries' softmaxes: peaks, totals [block_f], weighted sums [d, block_f]."""
     peaks, totals, out = state
-    logits = tl.dot(k, asked) * factor
+    logits = tl.dot(k, queries) * factor
     if sized:
         logits += tl.log2(tl.maximum(size, 1.0))[:, None]
     logits = tl.where(real[:, None], logits, float("-inf"))
@@ -154,7 +154,7 @@ def _load_patches(base, before, real, s):
 
 
 @triton.jit
-def _add_patches(k, sizes, before, count, asked, parts, place, state, s):
+def _add_patches(k, sizes, before, count, queries, parts, place, state, s):
     """Patches of a cell from its `before`-th on: projected, in the softmaxes, and in its sums."""
     softmax, key_sum, value_sum, total = state
     rows = before + tl.arange(0, s.block_p)
@@ -166,7 +166,7 @@ def _add_patches(k, sizes, before, count, asked, parts, place, state, s):
     projected = tl.dot(keys, parts[0], tl.dot(keys, parts[1])) if keys.dtype == tl.bfloat16 else tl.dot(keys, parts[0])
     _store_projected(place + before * s.depth, projected, real, s)
     if s.prefix > 0:
-        softmax = _add_softmax(asked, keys, values, size, real, softmax, s.factor, sized)
+        softmax = _add_softmax(queries, keys, values, size, real, softmax, s.factor, sized)
     total += tl.sum(size, 0)
     return softmax, _sum_rows(keys, size, key_sum, sized), _sum_rows(values, size, value_sum, sized), total
 
@@ -224,10 +224,10 @@ def _cell(
     """All of one cell; pointers are those of a head of an image."""
     start = number * cell
     count = tl.minimum(cell, s.patches - start)
-    asked = 0
+    queries = 0
     if s.prefix > 0:
         row = tl.arange(0, s.block_f)
-        asked = tl.trans(load_rows(base, row, s.stride, row < s.prefix, s.width, s.block_d))
+        queries = tl.trans(load_rows(base, row, s.stride, row < s.prefix, s.width, s.block_d))
     matrix, power = _weights_of(proj_k, head, s)
     parts = in_parts(matrix * (1.0 / power), base.dtype.element_ty)
     k = base + s.channels + (s.prefix + start) * s.stride
@@ -239,7 +239,7 @@ def _cell(
     none = tl.zeros([s.block_d, COLUMNS], tl.float32)
     state = softmax, none, none, tl.zeros([], tl.float32)
     for before in range(0, count, s.block_p):
-        state = _add_patches(k, weights, before, count, asked, parts, projected + start * s.depth, state, s)
+        state = _add_patches(k, weights, before, count, queries, parts, projected + start * s.depth, state, s)
     softmax, key_sum, value_sum, size = state
     if s.prefix > 0:
         _store_softmax(softmax, partial_out, partial_stats, number, s)

@@ -1,4 +1,4 @@
-"""The plan of a layer: KeySelect and the SparseAttention that reads its lists, in three launches; see `plan.py`."""
+"""Schedule of a layer: KeySelect and the SparseAttention that reads its lists, in three launches: `schedule.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 from sparsifiner_edge.ops.operator import Attributes, Shapes
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
-from sparsifiner_edge.ops.triton.plan import Buffer, Constant, Launch, Plan, power_of_two
+from sparsifiner_edge.ops.triton.schedule import Buffer, Constant, Launch, Schedule, power_of_two
 
 LOG2_E = math.log2(math.e)
 ENTRIES = 64
@@ -28,7 +28,7 @@ PROBES_EACH = 32
 """Of a program of `summarise`: each reads both projections."""
 
 
-def plan_layer(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
+def schedule_layer(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedule:
     """KeySelect and the SparseAttention that reads its lists, where they `make_a_layer`.
 
     Args:
@@ -36,7 +36,7 @@ def plan_layer(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
         dtype: "float16" or "bfloat16".
     """
     s = _Sizes(shapes, attributes, dtype)
-    return Plan(_buffers(s, shapes), (_summarise(s), _select(s), _attend(s)))
+    return Schedule(_buffers(s, shapes), (_summarise(s), _select(s), _attend(s)))
 
 
 def make_a_layer(selection: Attributes, attention: Attributes) -> bool:

@@ -1,7 +1,7 @@
 """Which kernels run operators, in which order, on which buffers: for torch and for compilation ahead of time.
 
-A plan (`plan_layer`, `plan_merge`) follows from attributes, shapes and element type alone; neither torch nor Triton is
-imported, and launches are the same for every compute capability, but for `fitted`. Every size is a constant of the
+A schedule (`schedule_layer`, `schedule_merge`) follows from attributes, shapes and element type alone; it needs neither
+torch nor Triton, and launches are the same for every compute capability, but for `fit`. Every size is a constant of the
 kernel: a kernel takes pointers and nothing else.
 """
 
@@ -40,7 +40,7 @@ Constant: TypeAlias = int | float
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """A tensor of a plan, contiguous. role: "input", "output" or "scratch" (written before it is read)."""
+    """A tensor of a schedule, contiguous. role: "input", "output" or "scratch" (written before it is read)."""
 
     name: str
     dtype: str
@@ -70,19 +70,19 @@ class Launch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Schedule:
     """Buffers by name, and launches in order."""
 
     buffers: dict[str, Buffer]
     launches: tuple[Launch, ...]
 
 
-def fitted(launch: Launch, capability: int) -> Launch:
+def fit(launch: Launch, capability: int) -> Launch:
     """A launch as it is for a compute capability (times ten): in blocks half as long where `SHORT_BLOCKS` says so."""
-    return shortened(launch) if (launch.kernel, capability // 10) in SHORT_BLOCKS else launch
+    return shorten(launch) if (launch.kernel, capability // 10) in SHORT_BLOCKS else launch
 
 
-def shortened(launch: Launch) -> Launch:
+def shorten(launch: Launch) -> Launch:
     """A launch in blocks half as long, where they can be."""
     block = int(launch.constants.get("block_n", 0))
     if block <= LEAST_BLOCK:

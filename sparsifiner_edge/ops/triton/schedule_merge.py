@@ -1,11 +1,11 @@
-"""Plans of MatchTokens and MergeTokens; see `plan.py`."""
+"""Schedules of MatchTokens and MergeTokens; see `schedule.py`."""
 
 from __future__ import annotations
 
 import math
 
 from sparsifiner_edge.ops.operator import Attributes, Shapes
-from sparsifiner_edge.ops.triton.plan import Buffer, Launch, Plan, power_of_two
+from sparsifiner_edge.ops.triton.schedule import Buffer, Launch, Schedule, power_of_two
 
 OFFSETS = 16
 """Of a window, that are looked at together."""
@@ -19,7 +19,7 @@ SEEKERS_OF_WARP, MOST_WARPS = 256, 16
 """Of `pairs`: eight or sixteen of a thread, which has 128 registers at most."""
 
 
-def plan_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
+def schedule_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedule:
     """MatchTokens: qkv, sizes -> pairs. Four launches."""
     batch, tokens, packed = shapes[0]
     heads, prefix, merged = (int(attributes[name]) for name in ("num_heads", "num_prefix", "merged"))
@@ -58,10 +58,10 @@ def plan_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
         *(Buffer(name, "int32", (batch, seekers), "scratch") for name in ("partner", "free")),
         *(Buffer(name, "int32", (batch, sought), "scratch") for name in ("score", "suitor", "chosen")),
     )
-    return Plan({buffer.name: buffer for buffer in buffers}, launches)
+    return Schedule({buffer.name: buffer for buffer in buffers}, launches)
 
 
-def plan_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Plan:
+def schedule_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Schedule:
     """MergeTokens: x, sizes, pairs -> output. One launch."""
     batch, tokens, channels = shapes[0]
     rows = shapes[2][1]
@@ -75,4 +75,4 @@ def plan_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Plan:
     programs = math.ceil(rows / BLOCK_M) * math.ceil(channels / block_c)
     constants = {"tokens": tokens, "channels": channels, "rows": rows, "block_m": BLOCK_M, "block_c": block_c}
     launch = Launch("merge", (programs, 1, batch), {buffer.name: buffer.name for buffer in buffers}, constants)
-    return Plan({buffer.name: buffer for buffer in buffers}, (launch,))
+    return Schedule({buffer.name: buffer for buffer in buffers}, (launch,))
