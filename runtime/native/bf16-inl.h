@@ -231,8 +231,8 @@ inline void TileProduct(size_t c, size_t a, size_t b) {
   asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(size_t{stride}) : "memory")
 #define SPARSIFINER_TILE_PRODUCT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
 
-// While it lives, a thread's eight registers are whole tiles. Then they are configured as before: whoever called, or runs
-// on this thread next, may believe that they still are.
+// While it lives, a thread's eight registers are whole tiles. Then they are configured as before: the caller, or what runs
+// on this thread next, may rely on it.
 class TileSession {
  public:
   TileSession() {

@@ -42,7 +42,7 @@ class CallMemory : public Allocated {
 };
 
 // Memory of calls that are over, for the next: as much as the largest needed, as often as calls ran at a time, and only
-// as long as somebody holds it.
+// as long as a holder exists.
 class IdleMemory {
  public:
   static void Hold(int more) {
@@ -80,14 +80,13 @@ class Call {
   Call& operator=(const Call&) = delete;
   ~Call() {
     if (failed_) {
-      delete memory_;  // What it got is what others lack.
+      delete memory_;  // Others need the memory that it holds.
     } else if (memory_ != nullptr) {
       IdleMemory::Keep(memory_);
     }
   }
 
-  // Memory for the whole call, once per call: take(&layout) is asked to measure it, and then to deal it out. False: there is
-  // not enough.
+  // Memory for the whole call, once per call: take(&layout) runs twice, to measure and to allocate. False: out of memory.
   template <class Take>
   bool Share(const Take& take) const {
     Layout measured(nullptr);
@@ -114,7 +113,7 @@ class Call {
     } else {
       called = call_.parallel_for(call_.threads, loop.pieces, RunPiece, &loop) != 0;
     }
-    // Counted: the threads may be a runtime's that lacks the memory to say that it lacked memory.
+    // Pieces are counted, since a runtime that runs out of memory may fail to report it.
     failed_ = !called || loop.failed || loop.done != loop.pieces;
     return !failed_;
   }

@@ -16,10 +16,10 @@ namespace {
 
 constexpr int64_t kMost = int64_t{1} << 31;  // no size or attribute reaches this
 
-// A call's answer. Checks may go on after a problem: the first one is told.
+// A call's answer. Checks may go on after a problem: the first is reported.
 class Answer {
  public:
-  // asks: the call wants to know whether it would be refused, no more.
+  // asks: the call only queries whether it would be refused.
   Answer(sparsifiner_call* call, bool asks) : call_(call), asks_(asks) {
     if (call->version != SPARSIFINER_VERSION) {
       Tell(SPARSIFINER_WRONG_VERSION, "header of version %" PRId32 ", library of version %d", call->version,
@@ -62,7 +62,7 @@ class Answer {
     return value;
   }
 
-  // An input has so many elements, and is there, but in a call that only asks.
+  // An input has this many elements, and data unless the call only asks.
   template <class Tensor>
   void Input(const char* name, const Tensor& tensor, size_t wanted) {
     Require(tensor.count >= 0 && static_cast<size_t>(tensor.count) == wanted, "%s has %" PRId64 " elements, not %zu", name,

@@ -115,7 +115,7 @@ HWY_INLINE void Transpose16(const float* const* rows, size_t width, float factor
   }
 }
 
-// Pointers to up to 16 rows of queries; missing ones repeat the first, whose results nobody stores.
+// Pointers to up to 16 rows of queries; missing ones repeat the first, whose results are not stored.
 HWY_INLINE void QueryRows(const float* first, size_t row, size_t valid, const float** rows) {
   for (size_t i = 0; i < kQueries; ++i) rows[i] = first + (i < valid ? i : 0) * row;
 }
@@ -380,7 +380,7 @@ struct Floats {
   }
 
   // The mean of `count` rows, each of which counts as its size, or null: as one. scratch: [stride]. rest: what rounding
-  // takes from the mean; null where nobody asks.
+  // takes from the mean; null where not needed.
   static void CellMean(const float* rows, size_t row, const float* sizes, size_t count, size_t width,
                        float* /*scratch*/, float* mean, float* /*rest*/) {
     CellMeans(rows, row, sizes, count, count, width, Stride(width), mean);

@@ -60,7 +60,7 @@ class SessionCall {
 int64_t Tiles(const sparsifiner_qkv& in, int64_t prefix, int64_t tile) { return (in.tokens - prefix + tile - 1) / tile; }
 
 // A kernel reads its attributes once; Compute may run on several threads at a time. Both are false where they fail, and the
-// problem, if it is none of memory, is told.
+// problem, unless it is lack of memory, is reported.
 struct DenseKernel {
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
@@ -306,7 +306,7 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
     OrtCustomOpDomain* domain = domains[precision].Get(&problem);
     if (domain == nullptr || !problem.Check(api->AddCustomOpDomain(options, domain))) problem.OutOfMemory();
   }
-  // Where there is not even memory to say what is wrong, the session knows no operator of this library: it runs the
+  // Where there is no memory even for the message, the session lacks the operators of this library: it runs the
   // function bodies in the file, or refuses the file.
   return problem.Find("library");
 }

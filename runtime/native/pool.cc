@@ -1,7 +1,7 @@
 // Threads of the library's own (sparsifiner.h), for callers that bring none: OpenVINO's Python operators, C and C++.
 //
 // The caller takes part. Workers look for work for a moment after each loop, since the next layer's is near, and sleep
-// then: whoever called has threads of its own that want the cores meanwhile.
+// then: the caller may have threads of its own that need the cores meanwhile.
 
 #include <pthread.h>
 
@@ -89,7 +89,7 @@ struct sparsifiner_pool : sparsifiner::Allocated {
     RunItems(&loop);
     {
       const Lock lock(&mutex_);
-      loop_ = nullptr;  // whoever has not taken it never will
+      loop_ = nullptr;  // no further worker enters it
     }
     while (inside_.load() != 0) Pause();  // items that workers took are being run
     taken_.store(false);

@@ -12,7 +12,7 @@
 
 namespace sparsifiner {
 
-static_assert(sizeof(size_t) == 8, "sizes are reckoned in 64 bits");
+static_assert(sizeof(size_t) == 8, "sizes are computed in 64 bits");
 
 // Product and sum, or all ones where they do not fit: more than any memory holds.
 inline size_t Times(size_t a, size_t b) {

@@ -233,7 +233,7 @@ HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float
   return {hn::ReduceMin(d, low), hn::ReduceMax(d, high)};
 }
 
-// Tiles whose probes are asked together.
+// Tiles whose probes are scored together.
 HWY_INLINE size_t GroupTiles(const SelectSettings& s) {
   return std::max<size_t>(1, kProbes / (s.tile / s.probe));
 }

@@ -64,8 +64,8 @@ SPARSIFINER_EXPORT void sparsifiner_pool_destroy(sparsifiner_pool* pool);
  * the others run on their callers'. */
 SPARSIFINER_EXPORT int sparsifiner_pool_for(void* pool, size_t count, void (*run)(void* data, size_t i), void* data);
 
-/* Memory of calls is kept for the next, as long as anybody holds it: +1 holds it, -1 lets go. Nobody: each call asks the
- * system for its memory. */
+/* Memory of calls is kept for the next while there are holders: +1 adds one, -1 removes one. With none, calls ask the
+ * system for memory. */
 SPARSIFINER_EXPORT void sparsifiner_hold_memory(int holds);
 
 /* ---- Calls ------------------------------------------------------------------------------------------------------ */

@@ -25,7 +25,7 @@ inline constexpr int64_t kMost = int64_t{1} << 31;  // no size of a tensor or at
 // What went wrong, if anything did. The text is made where it is found, and only then.
 class Problem {
  public:
-  // All of these return whether things are well, for the caller to return in turn. The first of several is told.
+  // All of these return whether all is well, for the caller to return in turn. The first problem is reported.
   [[gnu::format(printf, 2, 3)]] bool Refuse(const char* format, ...) noexcept {
     if (code_ != ORT_OK) return false;
     code_ = ORT_INVALID_ARGUMENT;
@@ -63,7 +63,7 @@ class Problem {
   }
 
   // The same, but throws std::bad_alloc where there is no memory for an error: null is success to ONNX Runtime, and a
-  // problem that is not told would count as an answer. It expects exceptions where it creates and runs kernels.
+  // problem that is not reported would count as success. It expects exceptions where it creates and runs kernels.
   OrtStatus* Get(const char* operator_name) const {
     OrtStatus* status = Find(operator_name);
     if (status == nullptr && code_ != ORT_OK) throw std::bad_alloc();

@@ -39,7 +39,7 @@ from sparsifiner_edge.text import dump_json
 PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
 """CUDA version of a board -> newest PTX version (times ten) that its driver takes (PTX ISA, release notes)."""
 LEAST_PTX = {100: 86, 110: 90, 120: 87}
-"""Compute capability -> first PTX version that knows it, where the oldest that we write, 8.5, does not."""
+"""Compute capability -> first PTX version that supports it, where the oldest that we write, 8.5, does not."""
 OLDEST_TENSORRT = (10, 3)
 SCHEDULES = {"KeySelect": schedule_layer, "MatchTokens": schedule_match, "MergeTokens": schedule_merge}
 """By operator; KeySelect stands for its layer."""
@@ -218,7 +218,7 @@ def _schedule(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm:
         reasons.append("no single attention of the same sizes reads its lists")
     if reasons:
         return "; ".join(reasons)
-    # A layer reads no sizes where all are 1; what merges reads them anyhow.
+    # A layer reads no sizes where all are 1; what merges always reads them.
     sized = gets_merged(model, first) or first.op_type != "KeySelect"
     return SCHEDULES[first.op_type](shapes if sized else [shapes[0], *shapes[2:]], attributes, dtype)
 

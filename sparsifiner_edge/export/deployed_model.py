@@ -26,8 +26,8 @@ class DeployedModel(nn.Module):
 
     Attributes:
         output_names: of a vision transformer alone "logits" and "features" if it is a classifier, "tokens" too where
-            asked; else "features" and "tokens"; where tokens are pruned, "token_positions" follows "tokens". Of other
-            modules as named, or their own (see `outputs_of`), and tokens behind them where asked.
+            wanted; else "features" and "tokens"; where tokens are pruned, "token_positions" follows "tokens". Of other
+            modules as named, or their own (see `outputs_of`), and tokens behind them likewise.
         folded: whether normalisation is.
     """
 
@@ -73,7 +73,7 @@ class DeployedModel(nn.Module):
             return list(self._outputs(some))
         except SparsifinerError:
             raise
-        # A module is a user's own: whatever it raises is about it.
+        # The module is the user's: what it raises is its own failure.
         except Exception as error:
             raise ConfigError(
                 f"{type(self.model).__name__} failed when it was called with images {list(some.shape)}: "

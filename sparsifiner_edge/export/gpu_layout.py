@@ -1,4 +1,4 @@
-"""The layout that suits GPUs, where images show that a student bears it.
+"""The layout that suits GPUs, where images show that a student tolerates it.
 
 A CPU core is busy with lists shared by 16 queries, tensor cores want 64, and the CUDA kernels have room for 32 cells.
 The predictor's parameters depend on neither, so both are chosen at export; what they lose is measured on images.

@@ -104,7 +104,7 @@ def _tidy(model: onnx.ModelProto, names: _Names) -> None:
 
 
 class _Names(NamedTuple):
-    """Names of modules as nodes bear them: layers are "blocks.3" and their attention "blocks.3.attn", whatever the host
+    """Names of modules in names of nodes: layers are "blocks.3" and their attention "blocks.3.attn", whatever the host
     calls them; what lies outside of the backbone, if anything does, is "decoder.".
 
     Attributes:

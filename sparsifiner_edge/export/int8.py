@@ -210,7 +210,7 @@ def _quantise_all(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     # The quantiser watches every MatMul, and keeps what it watches until the end of a run: the score matrices of all
-    # dense layers at once. So products of activations bear another name meanwhile.
+    # dense layers at once. So products of activations get another type meanwhile.
     products = {n.name for n in source.graph.node if n.op_type == "MatMul"}.difference(layers)
     hidden = copy.deepcopy(source)
     for node in hidden.graph.node:

@@ -9,7 +9,7 @@ from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 
 def drop_unread(nodes: Any, outputs: Iterable[str]) -> set[str]:
-    """Remove, of a graph's or function's nodes, those whose outputs nobody reads; returns what is read."""
+    """Remove, of a graph's or function's nodes, those whose outputs are unused; returns what is read."""
     while True:
         read = {name for node in nodes for name in _read_by(node)} | set(outputs)
         unread = [node for node in nodes if not read.intersection(node.output)]
@@ -20,7 +20,7 @@ def drop_unread(nodes: Any, outputs: Iterable[str]) -> set[str]:
 
 
 def drop_unused(model: Any) -> None:
-    """Remove nodes whose outputs nobody reads, then weights and functions of ours that nobody uses."""
+    """Remove nodes whose outputs are unused, then unused weights and functions of ours."""
     graph = model.graph
     read = drop_unread(graph.node, [value.name for value in graph.output])
     _keep(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in read))

@@ -96,7 +96,7 @@ def landmark_key_select(qkv: Array, *weights: Array, keys: int, **settings: Any)
 
 
 SCORES = {"KeySelect": _key_scores, "LandmarkKeySelect": _landmark_scores}
-"""Selection scores, of which the K highest are an operator's answer: by its name, for whoever judges another answer."""
+"""Selection scores, of which the K highest are an operator's answer, by its name: to judge another answer by."""
 
 
 def sparse_attention(qkv: Array, sizes: Array, indices: Array, **attributes: Any) -> Array:

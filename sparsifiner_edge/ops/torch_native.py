@@ -1,4 +1,4 @@
-"""The native kernels from PyTorch, where someone asks for them: to judge many plans, and never where gradients flow."""
+"""The native kernels from PyTorch, on request: to judge many plans, and never where gradients flow."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OPERATORS: ContextVar[Operators | None] = ContextVar("operators", default=None)
 @contextlib.contextmanager
 def native_kernels(threads: int) -> Iterator[None]:
     """Meanwhile `key_select` and `sparse_attention` of float32 tensors on the processor run in the native kernels; in
-    PyTorch as ever where those are not built (`native.why_unusable`) or a gradient is asked for.
+    PyTorch still where those are not built (`native.why_unusable`) or a gradient is asked for.
 
     Raises:
-        BackendError: so many threads cannot be started.
+        BackendError: that many threads cannot be started.
     """
     if native.why_unusable() is not None:
         yield
@@ -37,7 +37,7 @@ def native_kernels(threads: int) -> Iterator[None]:
 
 
 def within_native_kernels() -> bool:
-    """Whether `native_kernels` are asked for, and there."""
+    """Whether `native_kernels` are requested, and there."""
     return not torch.compiler.is_compiling() and _OPERATORS.get() is not None
 
 
@@ -52,7 +52,7 @@ def native_result(
     inputs: Sequence[Tensor | None],
     output: Callable[[], tuple[list[Tensor], torch.dtype, list[int]]],
 ) -> Tensor | None:
-    """What the native kernels make of an operator's inputs; None where they are not asked for it, or cannot run it.
+    """What the native kernels make of an operator's inputs; None where they are not requested, or cannot run it.
 
     Args:
         output: gives all inputs, and the type and shape of the output.

@@ -53,7 +53,7 @@ def function_body(name: str, structure: Structure | None = None) -> onnx.Functio
     function.doc_string = f"{DOMAIN}::{name} version {VERSION}. {op.doc}"
     drop_unread(function.node, function.output)  # so that shared preludes cost nothing
     _prefix_inputs(function)
-    # ONNX Runtime 1.21 names fused nodes after the first of them and refuses a file in which two bear one name.
+    # ONNX Runtime 1.21 names fused nodes after the first of them and refuses a file in which two have one name.
     for node in function.node:
         node.name = f"{name}/{node.output[0]}"
     return function

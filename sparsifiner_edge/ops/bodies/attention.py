@@ -22,7 +22,7 @@ def sparse_attention(structure: Structure) -> str:
         patches = Shape <start = 2, end = 3> (k_patch){runs("q_patch", "a_tile", "queries", "tile")}""",
         _SELECTED + (_listed_sizes(first) if merged else _LISTED),
         _cells(merged) if structure.cells else "",
-        _shared(shared, structure.cells),
+        _attend(shared, structure.cells),
         _prefix_rows(merged) if structure.prefix else "",
         f"""
         out_rows = {rows}{_OUTPUT}""",
@@ -88,7 +88,7 @@ _VALUES = """
         rest = Identity (left_counts)"""
 
 
-def _shared(prefix: bool, cells: bool) -> str:
+def _attend(prefix: bool, cells: bool) -> str:
     """Attention over what all tiles share (prefix, cells) and over each tile's list -> `patch_out` [B,H,P,d]. Keys and
     values of prefix and cells are `k_shared` and `v_shared` [B,H,S,d].
 

@@ -71,7 +71,7 @@ _FUNCTIONS: dict[str, tuple[str, type[Structure] | None]] = {
 
 
 class Operators:
-    """The operators on threads of their own, which wait while nothing is asked of them. Closed by `close`.
+    """The operators on threads of their own, which wait while idle. Closed by `close`.
 
     Args:
         threads: the caller's included.

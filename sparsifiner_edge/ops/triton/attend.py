@@ -63,7 +63,7 @@ class _Sizes(NamedTuple):
 
 @triton.jit
 def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.constexpr, follow: tl.constexpr):
-    """Logits factor q k (base 2), raised by `offset` if so said, enter the sums of weights and of what they weigh, or
+    """Logits factor q k (base 2), plus `offset` if `raised`, enter the sums of weights and of what they weigh, or
     begin them where they are None.
 
     follow: the peak goes with the greatest logit. Else it stays: sums need not be brought to a new one, but what comes
@@ -86,7 +86,7 @@ def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.cons
 
 @triton.jit
 def _no_softmax(block_m: tl.constexpr, block_d: tl.constexpr):
-    """Of a list that is yet to come."""
+    """State before the first block of a list."""
     return (
         tl.full([block_m], LOWEST, tl.float32), tl.zeros([block_m, LEAST], tl.float32),
         tl.zeros([block_m, block_d], tl.float32),
@@ -111,7 +111,7 @@ def _add_selected(within, numbers, real, size, k, v, sums, masked: tl.constexpr,
         same = numbers[None, :] == tl.arange(0, HALF)[:, None]
         if masked:
             same = same & real[None, :]
-        weights = same.to(tl.float32)  # the interpreter knows no other way to bfloat16
+        weights = same.to(tl.float32)  # the interpreter has no other way to bfloat16
         if sized:
             weights = weights * size[None, :]
         hot = weights.to(k.dtype)
@@ -136,7 +136,7 @@ def _add_listed(
     """
     entries = start + tl.arange(0, block_n)
     real = entries < s.keys
-    if masked:  # What is behind the last is the last once more, and weighs nothing.
+    if masked:  # Entries behind the last repeat it, and weigh nothing.
         entries = tl.minimum(entries, s.keys - 1)
     listed = tl.minimum(tl.load(lists + entries).to(tl.uint32), s.columns - 1)  # what is negative becomes large first
     token = s.prefix + listed.to(tl.int32)

@@ -6,7 +6,7 @@ for by secants of the number that do and by halving; how many of the lanes befor
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="assignment"
-# ruff: noqa: RUF005  (Triton knows tuples only as sums)
+# ruff: noqa: RUF005  (Triton concatenates tuples only by +)
 from __future__ import annotations
 
 import triton

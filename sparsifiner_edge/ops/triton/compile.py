@@ -28,7 +28,7 @@ CAPABILITIES = (80, 86, 87, 89, 90, 100, 110, 120)
 """What is compiled for in tests: A100, RTX 30, Orin, RTX 40, H100, B200, Thor, RTX 50."""
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32"}
 OPTIONS = {"enable_fp_fusion": True}
-"""Asked for by name, since Triton's default changes from 3.9 to 3.10."""
+"""Set explicitly, since Triton's default changes from 3.9 to 3.10."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def resources(code: Compiled) -> tuple[int, int]:
     import triton.backends.nvidia
 
     programs = Path(triton.backends.nvidia.__file__).parent / "bin"
-    newer = programs / "ptxas-blackwell"  # Triton may have a second one, which knows newer PTX.
+    newer = programs / "ptxas-blackwell"  # Triton may have a second one, for newer PTX.
     program = newer if newer.is_file() else programs / "ptxas"
     target = re.search(r"^\.target\s+(\w+)", code.ptx, re.MULTILINE)
     command = [str(program), "-v", f"-arch={target[1] if target else ''}", "-o", os.devnull, "-"]
@@ -129,7 +129,7 @@ def _function(name: str, capability: int) -> Any:
             f"Compute capability {capability / 10} is too low for the kernels.",
             f"They need {LEAST_CAPABILITY / 10} or more.",
         )
-    if os.environ.get("TRITON_INTERPRET") == "1":  # Asked before: kernels stay what they were imported as.
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Checked first: kernels stay as imported.
         raise BackendError("TRITON_INTERPRET=1 interprets kernels and cannot compile them.", "Unset it.")
     try:
         return kernel(name)

@@ -25,7 +25,7 @@ BROKEN = tl.constexpr(-1e30)
 NOBODY = tl.constexpr(-3e30)
 """Less than that."""
 TOGETHER = tl.constexpr(4)
-"""Heads whose keys are asked for at once."""
+"""Heads whose keys are loaded at once."""
 
 
 @triton.jit
