@@ -16,7 +16,7 @@ from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.ops.graph import drop_unused
+from sparsifiner_edge.ops.graph import tidy
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import read_record
 
@@ -148,6 +148,6 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
         converted.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     del converted.graph.node[:]
     converted.graph.node.extend(nodes)
-    drop_unused(converted)
+    tidy(converted)
     converted.opset_import.append(onnx.helper.make_opsetid(NAMESPACE, 1))
     return converted

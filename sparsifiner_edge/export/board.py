@@ -25,7 +25,7 @@ from sparsifiner_edge.bundle.kernels import (
 )
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.ops.graph import gets_merged
+from sparsifiner_edge.ops.graph import has_sizes
 from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
@@ -219,7 +219,7 @@ def _schedule(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm:
     if reasons:
         return "; ".join(reasons)
     # A layer reads no sizes where all are 1; what merges always reads them.
-    sized = gets_merged(model, first) or first.op_type != "KeySelect"
+    sized = has_sizes(model, first) or first.op_type != "KeySelect"
     return SCHEDULES[first.op_type](shapes if sized else [shapes[0], *shapes[2:]], attributes, dtype)
 
 

@@ -18,7 +18,7 @@ from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
-from sparsifiner_edge.ops.graph import gets_merged
+from sparsifiner_edge.ops.graph import has_sizes
 from sparsifiner_edge.ops.schema import DOMAIN, TOPK_LIMIT, VERSION
 from sparsifiner_edge.sparse.attention import PackedAttention, SparseAttention
 from sparsifiner_edge.sparse.hosts import backbones
@@ -165,7 +165,7 @@ def add_bodies(model: onnx.ModelProto) -> None:
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     for name in sorted({node.op_type for node in nodes}):
         uses = [node for node in nodes if node.op_type == name]
-        merged = any(gets_merged(model, node) for node in uses)
+        merged = any(has_sizes(model, node) for node in uses)
         structures = {_structure(node, merged) for node in uses}
         if len(structures) > 1:
             raise GateError(f"{name} is used with {len(structures)} structures in one file.", "Use one per model.")

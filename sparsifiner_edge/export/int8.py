@@ -24,7 +24,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.reference import LEAST_FREE_COSINE, Reference, mean_cosines, require_cosines
 from sparsifiner_edge.export.sessions import file_runner, with_outputs
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.ops.graph import drop_unused
+from sparsifiner_edge.ops.graph import tidy
 from sparsifiner_edge.progress import Progress
 
 INT8_TARGETS = ("cpu", "tensorrt")
@@ -95,7 +95,7 @@ def quantise(
     return _restore(full, source, restored), report
 
 
-def quantise_ungated(model: onnx.ModelProto, inputs: Sequence[Array]) -> onnx.ModelProto:
+def quantise_fully(model: onnx.ModelProto, inputs: Sequence[Array]) -> onnx.ModelProto:
     """A file with all of its linear layers in int8, for the processor, behind no gate: it takes as long as a good one.
 
     inputs: of the name `image`.
@@ -201,7 +201,7 @@ def _equalise(source: onnx.ModelProto, layers: Sequence[str], images: Sequence[A
             changed = numpy_helper.to_array(weights[reader.input[place]]) * value
             reader.input[place] = f"{reader.name}_equalised_{place}"
             graph.initializer.append(numpy_helper.from_array(changed.astype(np.float32), reader.input[place]))
-    drop_unused(source)
+    tidy(source)
 
 
 def _quantise_all(
@@ -262,5 +262,5 @@ def _restore(full: onnx.ModelProto, source: onnx.ModelProto, restored: Sequence[
             if weight not in present:
                 model.graph.initializer.append(weights[weight])
                 present.add(weight)
-    drop_unused(model)
+    tidy(model)
     return model

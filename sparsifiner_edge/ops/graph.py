@@ -19,7 +19,7 @@ def drop_unread(nodes: Any, outputs: Iterable[str]) -> set[str]:
             nodes.remove(node)
 
 
-def drop_unused(model: Any) -> None:
+def tidy(model: Any) -> None:
     """Remove nodes whose outputs are unused, then unused weights and functions of ours."""
     graph = model.graph
     read = drop_unread(graph.node, [value.name for value in graph.output])
@@ -28,7 +28,7 @@ def drop_unused(model: Any) -> None:
     _keep(model.functions, (f for f in model.functions if f.domain != DOMAIN or f.name in used))
 
 
-def gets_merged(model: Any, node: Any) -> bool:
+def has_sizes(model: Any, node: Any) -> bool:
     """Whether a node of ours may get sizes other than ones, as the second input: some tokens were merged."""
     import onnx
 

@@ -25,7 +25,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops.kernels import NATIVE
-from sparsifiner_edge.ops.native.interface import Operators, require_allowed
+from sparsifiner_edge.ops.native.interface import Operators, require_valid
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.runtime.backend import (
     BF16_TOLERANCE,
@@ -240,7 +240,7 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
             self.set_output_type(0, kind, openvino.PartialShape(axes))
 
         def output_axes(self, shapes: Any) -> Any:
-            require_allowed(self.operator, self.settings, [[1 if n is None else n for n in shape] for shape in shapes])
+            require_valid(self.operator, self.settings, [[1 if n is None else n for n in shape] for shape in shapes])
             return OPERATORS[self.operator].output_shape(self.settings, shapes)
 
         def clone_with_new_inputs(self, inputs: Any) -> Any:

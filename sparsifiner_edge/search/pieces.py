@@ -24,7 +24,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.export.graph import IR_VERSION, add_bodies, to_onnx
-from sparsifiner_edge.export.int8 import quantise_ungated
+from sparsifiner_edge.export.int8 import quantise_fully
 from sparsifiner_edge.ops.bodies import OPSET
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.profiles.measure.timing import call_ms
@@ -88,7 +88,7 @@ def linear_pieces(
     for name in LINEAR:
         model = to_onnx(_Linear(layer, name == "mlp").eval(), {INPUT: example}, ["output"], {"x": {1: free}})
         del model.graph.value_info[:]  # of another number of tokens, and of biases that the quantiser reshapes
-        model = quantise_ungated(model, [example.numpy()]) if int8 else model
+        model = quantise_fully(model, [example.numpy()]) if int8 else model
         for patches in counts:
             (fixed := onnx.ModelProto()).CopyFrom(model)
             for value in (*fixed.graph.input, *fixed.graph.output):

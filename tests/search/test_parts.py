@@ -17,7 +17,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.ops.graph import gets_merged
+from sparsifiner_edge.ops.graph import has_sizes
 from sparsifiner_edge.plan import LARGEST_MERGE, LayerPlan, plan_of
 from sparsifiner_edge.search.fidelity_model import FidelityModel
 from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
@@ -144,7 +144,7 @@ def test_attention_parts_are_the_operators(student: Student, share: float, merge
         np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4)
     operators = [node.op_type for node in piece.model.graph.node]
     assert operators == (["DenseAttention"] if share == 1 else ["KeySelect", "SparseAttention"])
-    assert all(gets_merged(piece.model, node) == merged for node in piece.model.graph.node)
+    assert all(has_sizes(piece.model, node) == merged for node in piece.model.graph.node)
 
 
 PATCHES, TILE = 24, 16

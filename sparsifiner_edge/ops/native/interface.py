@@ -112,7 +112,7 @@ class Operators:
         Raises:
             BackendError: attributes, types and shapes are not those of the operator's schema, or it lacks memory.
         """
-        require_allowed(op, attributes, [x.shape for x in inputs])
+        require_valid(op, attributes, [x.shape for x in inputs])
         kinds = [tensor.dtypes for tensor in (*OPERATORS[op].inputs, OPERATORS[op].output)]
         tensors = [_tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
         call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
@@ -128,7 +128,7 @@ class Operators:
             self._library.sparsifiner_pool_destroy(pool)
 
 
-def require_allowed(op: str, attributes: Mapping[str, float], shapes: Sequence[Sequence[int]]) -> None:
+def require_valid(op: str, attributes: Mapping[str, float], shapes: Sequence[Sequence[int]]) -> None:
     """Refuse what the operator's schema does.
 
     Raises:

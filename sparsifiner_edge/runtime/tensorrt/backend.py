@@ -35,7 +35,7 @@ from sparsifiner_edge.errors import BackendError, ConfigError, GateError, Sparsi
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.bodies import Structure, function_body
-from sparsifiner_edge.ops.graph import drop_unused, gets_merged
+from sparsifiner_edge.ops.graph import has_sizes, tidy
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import Backend, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, major, probe
@@ -241,11 +241,11 @@ def dense_model(model: onnx.ModelProto) -> onnx.ModelProto:
             made = onnx.helper.make_node(_DENSE, node.input[:2], node.output, node.name, domain=DOMAIN)
             made.attribute.extend(kept)
             node.CopyFrom(made)
-    drop_unused(model)
+    tidy(model)
     dense = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type == _DENSE]
     for function in [function for function in model.functions if function.name == _DENSE]:
         model.functions.remove(function)
     if dense:
-        merged = any(gets_merged(model, node) for node in dense)
+        merged = any(has_sizes(model, node) for node in dense)
         model.functions.append(function_body(_DENSE, Structure(merged=merged)))
     return model
