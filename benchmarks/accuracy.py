@@ -35,7 +35,7 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.evaluate.classes import fit_neighbours, fit_probe
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.files import locked
+from sparsifiner_edge.files import hold_lock
 from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
@@ -118,7 +118,7 @@ def main() -> None:
 def train(work: Path, only: tuple[str, ...]) -> None:
     """Train the students."""
     work.mkdir(parents=True, exist_ok=True)
-    with locked(work):  # two trainings may be started at once
+    with hold_lock(work):  # two trainings may be started at once
         pictures = collect(work / "pictures")
     for name in only:
         start, overrides = untrained(work, name), RUNS[name].overrides

@@ -17,7 +17,7 @@ from sparsifiner_edge.files import (
     is_locked,
     open_regular,
     read_bytes,
-    replaced,
+    replace_folder,
 )
 
 if sys.version_info >= (3, 11):
@@ -198,7 +198,7 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
         ArtifactError: `target` is not replaceable (see `require_replaceable`), or the disk refuses.
     """
     require_replaceable(target, kind)
-    with replaced(target) as scratch:
+    with replace_folder(target) as scratch:
         yield scratch
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 _LONGEST = 2000
 
@@ -17,15 +17,15 @@ class SparsifinerError(Exception):
 
     Args:
         what: one sentence with the offending value in it. Untrusted names and values may be in it unescaped: they are
-            made harmless here, once for every error; see `text.shown`.
+            made harmless here, once for every error; see `text.printable`.
         fix: what to do about it; printed on its own line.
     """
 
     exit_code = 2
 
     def __init__(self, what: str, fix: str = "") -> None:
-        self.what = shown(what, _LONGEST)
-        self.fix = shown(fix, _LONGEST)
+        self.what = printable(what, _LONGEST)
+        self.fix = printable(fix, _LONGEST)
         super().__init__(f"{self.what}\n  {self.fix}" if fix else self.what)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ _RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
+def hold_signals() -> Iterator[None]:
     """Deliver SIGINT, SIGTERM and SIGHUP after the block, so that a swap of two folders is never cut in half."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -54,7 +54,7 @@ def io_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced(target: Path) -> Iterator[Path]:
+def replace_folder(target: Path) -> Iterator[Path]:
     """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it is removed.
 
     What a killed process left of an earlier try is removed.
@@ -68,12 +68,12 @@ def replaced(target: Path) -> Iterator[Path]:
         for path in scratch.rglob("*"):
             if path.is_file():
                 sync(path)
-        with signals_held():
+        with hold_signals():
             _swap(scratch, target)
 
 
 @contextlib.contextmanager
-def replaced_file(target: Path) -> Iterator[Path]:
+def replace_file(target: Path) -> Iterator[Path]:
     """Fill a temporary file beside `target`; on success it takes the place of `target`, on any failure it is removed.
 
     Args:
@@ -88,7 +88,7 @@ def replaced_file(target: Path) -> Iterator[Path]:
         yield scratch
         sync(scratch)
         scratch.chmod(0o666 & ~umask())
-        with signals_held():
+        with hold_signals():
             scratch.replace(place)
 
 
@@ -111,14 +111,14 @@ def scratch_beside(target: Path, folder: bool) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with signals_held():
+        with hold_signals():
             handle, scratch = _new_scratch(target, folder)
             stack.callback(_remove_scratch, handle, scratch)
         yield scratch
 
 
 def _remove_scratch(handle: int, scratch: Path) -> None:
-    with signals_held():
+    with hold_signals():
         _remove(scratch)
         os.close(handle)
 
@@ -283,12 +283,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         ArtifactError: `path` is a folder or a device, or the disk refuses.
     """
-    with replaced_file(path) as scratch:
+    with replace_file(path) as scratch:
         scratch.write_bytes(content)
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def hold_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """One process at a time: whether the file or folder is ours. The lock ends with the process."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -301,6 +301,6 @@ def is_locked(path: Path) -> bool:
     """Whether a process that locked a file or folder still lives."""
     if path.is_symlink():  # Somebody else's: what we lock is a file or a folder.
         return False
-    with contextlib.suppress(FileNotFoundError), locked(path, wait=False) as ours:
+    with contextlib.suppress(FileNotFoundError), hold_lock(path, wait=False) as ours:
         return not ours
     return False

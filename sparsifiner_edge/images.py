@@ -41,7 +41,7 @@ class Normalisation(msgspec.Struct, frozen=True):
         return f"mean {mean}, std {std}, scale {self.scale}"
 
     @classmethod
-    def checked(cls, mean: Any, std: Any) -> Normalisation:
+    def of(cls, mean: Any, std: Any) -> Normalisation:
         """Of three finite numbers each, standard deviations above 0.
 
         Raises:
@@ -59,7 +59,7 @@ class Normalisation(msgspec.Struct, frozen=True):
         if normalise is None or normalise is False:
             return None if normalise is None else AS_IS
         if isinstance(normalise, tuple) and len(normalise) == 2:
-            return cls.checked(*normalise)
+            return cls.of(*normalise)
         raise ConfigError(
             f"normalise is {normalise!r:.80}.", "Give (mean, std), or False where the module normalises inside."
         )
@@ -125,7 +125,7 @@ def class_order(folders: Iterable[str], labels: Sequence[str]) -> tuple[str, ...
 
 
 def load_image(path: Path, size: ImageSize) -> Pixels:
-    """The centre of an image, resized bicubically: uint8 RGB [height, width, 3]; see `centred`.
+    """The centre of an image, resized bicubically: uint8 RGB [height, width, 3]; see `centre_crop`.
 
     Raises:
         ImageError: the file is missing, not a regular file, truncated, no image, or absurdly large.
@@ -138,7 +138,7 @@ def load_image(path: Path, size: ImageSize) -> Pixels:
 
     def read(image: Any) -> Pixels:
         image.draft("RGB", (width, height))
-        return np.array(centred(image, size))
+        return np.array(centre_crop(image, size))
 
     image: Pixels = _use(path, read)
     return image
@@ -150,11 +150,11 @@ def load_mask(path: Path, size: ImageSize) -> npt.NDArray[np.bool_]:
     Raises:
         ImageError: see `load_image`.
     """
-    mask = _use(path, lambda image: np.array(centred(image, size, "L", "BILINEAR")))
+    mask = _use(path, lambda image: np.array(centre_crop(image, size, "L", "BILINEAR")))
     return np.asarray(mask > 127, dtype=np.bool_)
 
 
-def centred(image: Any, size: ImageSize, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
+def centre_crop(image: Any, size: ImageSize, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
     """What `centre_box` takes of a Pillow image, resized to `size`: Pillow's image of that mode."""
     across, down = image.size
     centre = image.crop(centre_box(across, down, size)).convert(mode)

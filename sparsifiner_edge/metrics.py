@@ -99,7 +99,7 @@ OTHER_TOKENS = 0.02
 """Share of the tokens that may differ from the reference's: of two with equal scores either may stay."""
 
 
-def aligned(got: Mapping[str, Array], expected: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+def align(got: Mapping[str, Array], expected: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
     """Outputs of a model that prunes tokens, with its patches at another's positions.
 
     Args:

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 Kind = TypeVar("Kind")
 
@@ -16,7 +16,7 @@ def plugins(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
-def imported(place: EntryPoint | str, fix: str, error: type[SparsifinerError] = ConfigError) -> Any:
+def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerError] = ConfigError) -> Any:
     """The object that an entry point stands for, or "package.module:object" does.
 
     Raises:
@@ -26,7 +26,7 @@ def imported(place: EntryPoint | str, fix: str, error: type[SparsifinerError] = 
     try:
         return point.load()
     except Exception as found:
-        raise error(f"{point.value} cannot be imported: {type(found).__name__}: {said(found)}.", fix) from found
+        raise error(f"{point.value} cannot be imported: {type(found).__name__}: {one_line(found)}.", fix) from found
 
 
 def subclass(base: type[Kind], point: EntryPoint, error: type[SparsifinerError]) -> type[Kind]:
@@ -35,7 +35,7 @@ def subclass(base: type[Kind], point: EntryPoint, error: type[SparsifinerError])
     Raises:
         SparsifinerError: `error`: it cannot be imported, or is none.
     """
-    kind = imported(point, f"Reinstall {point.name}.", error)
+    kind = import_object(point, f"Reinstall {point.name}.", error)
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise error(f"{point.value} is no class of {base.__name__}.", f"Report it to the authors of {point.name}.")
     return kind

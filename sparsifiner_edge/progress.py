@@ -9,6 +9,6 @@ Progress = Callable[[str, float, float], None]
 work's own, such as images, steps or seconds."""
 
 
-def prefixed(progress: Progress, prefix: str) -> Progress:
+def with_prefix(progress: Progress, prefix: str) -> Progress:
     """The same, with words before every stage."""
     return lambda stage, done, total: progress(prefix + stage, done, total)

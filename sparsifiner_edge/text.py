@@ -1,7 +1,7 @@
 """Showing untrusted text: names of files, labels, keys and messages, in terminals, JSON and configurations.
 
 A name may hold escape sequences that rewrite a terminal, characters that reverse the direction of what follows, line
-breaks that fake a line, or bytes that are no text. `shown` makes all of that visible and harmless.
+breaks that fake a line, or bytes that are no text. `printable` makes all of that visible and harmless.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _map_hidden(text: str, escape: Callable[[str], str]) -> str:
     return text.translate(hidden) if hidden else text
 
 
-def shown(text: object, most: int = _SHORT) -> str:
+def printable(text: object, most: int = _SHORT) -> str:
     r"""Text in one line that is safe to display: hidden characters become escapes such as \x1b.
 
     Args:
@@ -53,7 +53,7 @@ def _escape(character: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def said(error: object, most: int = 500) -> str:
+def one_line(error: object, most: int = 500) -> str:
     """What a library's error says, in one line; its class where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 

@@ -21,7 +21,7 @@ from sparsifiner_edge.config import SparsityConfig, merge_text, parse_merge, par
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.sessions import file_runner, results_of, with_outputs
-from sparsifiner_edge.metrics import POSITIONS, aligned
+from sparsifiner_edge.metrics import POSITIONS, align
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.runtime.golden import check_golden
@@ -190,7 +190,7 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
             assert results[-1]["tokens"].shape == (1, 36, 64)
             assert results[-1]["token_positions"].dtype == np.int32
             assert (np.diff(results[-1]["token_positions"]) > 0).all()
-    outputs, missing = aligned(results[0], results[1])
+    outputs, missing = align(results[0], results[1])
     assert missing <= 1
     np.testing.assert_allclose(outputs["features"], results[1]["features"], atol=2e-2)
     # Nothing is masked: the attention of later layers reads fewer tokens.

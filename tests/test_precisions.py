@@ -22,7 +22,7 @@ from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.reference import LEAST_FREE_COSINE
 from sparsifiner_edge.export.sessions import file_runner, results_of, with_matches, with_outputs
-from sparsifiner_edge.metrics import aligned, cosine
+from sparsifiner_edge.metrics import align, cosine
 from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import find_backend
@@ -82,7 +82,7 @@ def test_it_is_close_to_float32_on_another_image(kind: str) -> None:
     assert min(found.least_row_cosines.values()) >= fp16.LEAST_ROW_COSINE
     image = smooth_images(160, seed=9)
     wanted = file_runner(single)(image)
-    outputs, lost = aligned(file_runner(half)(image), wanted)
+    outputs, lost = align(file_runner(half)(image), wanted)
     assert lost <= 2
     assert {value.dtype for value in outputs.values()} == {np.dtype(np.float32)}
     assert all(cosine(value, wanted[name]).min() > 0.999 for name, value in outputs.items())

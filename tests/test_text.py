@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
-from sparsifiner_edge.text import dump_json, finite, shown
+from sparsifiner_edge.text import dump_json, finite, printable
 
 HIDDEN = ["\x1b[31m", "\x9b31m", "\u202e", "\u2066", "\r\n", "\x00", "\x7f", "\ud800", "\u2028", "\ufeff", "\U000e0041"]
 
@@ -22,7 +22,7 @@ HIDDEN = ["\x1b[31m", "\x9b31m", "\u202e", "\u2066", "\r\n", "\x00", "\x7f", "\u
 @pytest.mark.parametrize("text", HIDDEN)
 def test_hidden_characters_become_escapes(text: str) -> None:
     for found in (
-        shown(f"a{text}b"),
+        printable(f"a{text}b"),
         str(ConfigError(f"a{text}b")),
         dump_json([f"a{text}b"], indent=None).rstrip("\n"),
     ):
@@ -33,16 +33,16 @@ def test_hidden_characters_become_escapes(text: str) -> None:
 
 @given(st.text())
 def test_letters_stay_and_nothing_else_gets_through(text: str) -> None:
-    found = shown(text, most=10**9)
+    found = printable(text, most=10**9)
     assert all(c.isprintable() for c in found if c not in text)
-    assert shown(found, most=10**9) == found
+    assert printable(found, most=10**9) == found
     for letter in "aé日ъ😀 -_/.":
-        assert letter in shown(f"{letter}{text}", most=10**9)
+        assert letter in printable(f"{letter}{text}", most=10**9)
     assert json.loads(dump_json(text)) == text
 
 
 def test_long_texts_are_cut_in_the_middle() -> None:
-    found = shown("a" * 5000 + "b" * 5000)
+    found = printable("a" * 5000 + "b" * 5000)
     assert len(found) <= 300
     assert (found[:3], found[-3:], " ... " in found) == ("aaa", "bbb", True)
 

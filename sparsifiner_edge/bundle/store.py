@@ -36,18 +36,18 @@ from sparsifiner_edge.bundle.manifest import (
 )
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import (
+    hold_lock,
+    hold_signals,
     io_errors,
     is_locked,
-    locked,
     read_bytes,
     scratch_beside,
-    signals_held,
     sync,
     write_text,
 )
 from sparsifiner_edge.onnx_file import read_model
 from sparsifiner_edge.results import Subject
-from sparsifiner_edge.text import dump_json, shown
+from sparsifiner_edge.text import dump_json, printable
 
 LABELS_FILE = "labels.txt"
 _MAX_LABELS = 1 << 24
@@ -148,7 +148,7 @@ class Bundle:
         return read_model(self.read(MODEL_FILE), self.folder / MODEL_FILE)
 
     def labels(self) -> list[str]:
-        """Its labels, made harmless (`text.shown`); none where the manifest lists no such file.
+        """Its labels, made harmless (`text.printable`); none where the manifest lists no such file.
 
         Raises:
             ArtifactError: the file was altered, or is too large to be labels.
@@ -156,7 +156,7 @@ class Bundle:
         if LABELS_FILE not in self.manifest.files:
             return []
         lines = self.read(LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").split("\n")
-        return [shown(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
+        return [printable(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
 
     def required(self, value: _Entry | None, name: str) -> _Entry:
         """An entry of the manifest that the caller requires.
@@ -251,7 +251,7 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
         ArtifactError: the disk refuses.
     """
     with contextlib.ExitStack() as stack:
-        with io_errors(folder), locked(folder):
+        with io_errors(folder), hold_lock(folder):
             for old in scratches(folder):
                 if not is_locked(old):
                     shutil.rmtree(old, ignore_errors=True)
@@ -274,14 +274,14 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
     Raises:
         ArtifactError: the bundle is not one any more, or the disk refuses; the bundle is as it was.
     """
-    with io_errors(folder), locked(folder):
+    with io_errors(folder), hold_lock(folder):
         before = parse_manifest(read_manifest(folder), folder / BUNDLE_FILE)
         after = change(before)
         hashes = after.files | {name: sha256(path) for name, path in files.items()}
         content = manifest_content(msgspec.structs.replace(after, files=hashes))
         for path in files.values():
             sync(path)
-        with signals_held():
+        with hold_signals():
             _move_in(folder, files, dump_json(content))
             for name in set(before.files) - set(hashes):
                 place_in(folder, name).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from sparsifiner_edge.camera.decoder_protocol import SHOWN_REASON, End, Frame, P
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.process import StalledError, start_python
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 FIRST_WAIT_S, MOST_WAIT_S = 0.25, 2.0
 _START_S = 20.0
@@ -146,7 +146,7 @@ class Capture:
             self._status.count("bad_packets", max(0, message.bad_packets - bad))
             bad = message.bad_packets
             message = receive(handle, self._size, self._stall_s)
-        return None if message.reason is None else shown(self._source.clean(message.reason), SHOWN_REASON)
+        return None if message.reason is None else printable(self._source.clean(message.reason), SHOWN_REASON)
 
     def _leave(self, frame: Frame) -> None:
         """A frame, to be taken."""

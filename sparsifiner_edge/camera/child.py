@@ -28,7 +28,7 @@ from sparsifiner_edge.camera.gstreamer import read_pipeline
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.sources import place_of
 from sparsifiner_edge.files import open_regular
-from sparsifiner_edge.images import centred
+from sparsifiner_edge.images import centre_crop
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def _test_frames(fps: float, size: ImageSize) -> Iterator[Frame]:
         due = start + round(number * 1e9 / fps)
         time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
         at = time.monotonic_ns()
-        image = np.asarray(centred(Image.fromarray(draw_pattern(number)), size))
+        image = np.asarray(centre_crop(Image.fromarray(draw_pattern(number)), size))
         yield Frame(image.data, due, due, at, time.monotonic_ns(), number / fps)
         number = max(number + 1, int((time.monotonic_ns() - start) * fps / 1e9))
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.process import read_message, write_message
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 _MOST_BESIDE = 1 << 16
 """Bytes of a message beside a frame's pixels."""
@@ -76,7 +76,7 @@ def receive(handle: int, size: ImageSize, seconds: float) -> Frame | End:
         content = read_message(handle, time.monotonic() + seconds, height * width * 3 + _MOST_BESIDE)
         message = None if content is None else _MESSAGES.decode(content)
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"the decoder sent what is no message: {shown(error, 100)}") from error
+        raise ProtocolError(f"the decoder sent what is no message: {printable(error, 100)}") from error
     if message is None:
         raise ProtocolError("the decoder crashed")
     if isinstance(message, Frame) and len(message.pixels) != height * width * 3:

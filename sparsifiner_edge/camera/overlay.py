@@ -19,7 +19,7 @@ from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import io_errors
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 _LEAST_SIDE = 480
 """Pixels along the longer side: smaller images are enlarged, so that text can be read."""
@@ -125,12 +125,12 @@ class Overlay:
 
 def text_lines(record: FrameRecord, rate: float) -> list[str]:
     """What is written into a frame."""
-    lines = [f"{shown(top.label, _TEXT_WIDTH)}  {top.probability:.0%}" for top in record.top or []]
+    lines = [f"{printable(top.label, _TEXT_WIDTH)}  {top.probability:.0%}" for top in record.top or []]
     if record.change is not None:
         lines.append(f"change {record.change:.3f}")
     for summary in record.maps or []:
         area = f"mean {summary.mean:.3g}" if summary.area is None else f"{summary.area:.0%} of the image"
-        lines.append(f"{shown(summary.output, _TEXT_WIDTH)}  {area}")
+        lines.append(f"{printable(summary.output, _TEXT_WIDTH)}  {area}")
     age = record.frame_age_ms
     lines.append(f"{rate:.1f} fps   " + (f"model {record.infer_ms:.0f} ms" if age is None else f"age {age:.0f} ms"))
     return lines

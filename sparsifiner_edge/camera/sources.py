@@ -48,7 +48,7 @@ class Source(NamedTuple):
     shown: str
 
     def clean(self, message: str) -> str:
-        """A decoder's message about this source, without what `shown` leaves out."""
+        """A decoder's message about this source, without what `text.printable` leaves out."""
         words = shlex.split(self.location) if self.kind == "gst" else [self.location]
         secrets = {part for word in words for part in (word, word.partition("=")[2]) if part not in self.shown}
         for secret in sorted(secrets, key=len, reverse=True):

@@ -12,7 +12,7 @@ from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import KERNEL_CHOICES
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
     from sparsifiner_edge.bundle.engines import Engine
@@ -65,11 +65,11 @@ def _print(result: BuildResult) -> None:
     heads = ["compute capability", "precision", "batch", "MB", "seconds", "golden pair"]
     common.print_table(f"{result.backend} {result.version}", heads, [_row(engine) for engine in result.engines])
     for engine in result.engines:
-        click.echo(shown(f"{result.bundle}/{engine.file}", 5000))
+        click.echo(printable(f"{result.bundle}/{engine.file}", 5000))
         for line in verdict(engine.details):
-            click.echo(f"  {shown(line, 2000)}")
+            click.echo(f"  {printable(line, 2000)}")
         if engine.details.kept.failed:
-            click.echo(f"  not run here: {shown(engine.details.kept.failed, 2000)}")
+            click.echo(f"  not run here: {printable(engine.details.kept.failed, 2000)}")
 
 
 def _row(engine: Engine) -> list[str]:

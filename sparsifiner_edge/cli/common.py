@@ -23,7 +23,7 @@ from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.text import dump_json, finite, shown
+from sparsifiner_edge.text import dump_json, finite, printable
 
 if TYPE_CHECKING:
     from sparsifiner_edge.images import Normalisation
@@ -165,7 +165,7 @@ def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
     with bar:
         task = bar.add_task(stage, total=None, visible=visible)
         yield lambda stage, done, total: bar.update(
-            task, description=shown(stage), completed=int(done), total=max(1, int(total))
+            task, description=printable(stage), completed=int(done), total=max(1, int(total))
         )
 
 
@@ -200,9 +200,9 @@ def print_result(result: Shown, as_json: bool, show: Callable[[Shown], None], ou
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on standard output: first column left, the others right; names in brackets are no markup."""
-    table = Table(title=Text(shown(title), style="bold"), title_justify="left")
+    table = Table(title=Text(printable(title), style="bold"), title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*(Text(shown(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console(width=None if Console().is_terminal else 120).print(table)

@@ -10,7 +10,7 @@ import click
 
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import keep_text, merge_text
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
     from sparsifiner_edge.distill.distill import BudgetFidelity, TrainingSummary
@@ -63,7 +63,7 @@ def _print(summary: TrainingSummary, output: Path) -> None:
         rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in summary.budgets]
         common.print_table(f"{what[0].upper()}{what[1:]}, held-out images", ["budget", "untrained", "kept"], rows)
     if summary.unreadable:
-        listed = "\n  ".join(map(shown, summary.unreadable[:10]))
+        listed = "\n  ".join(map(printable, summary.unreadable[:10]))
         click.echo(f"{len(summary.unreadable)} images could not be read and were skipped:\n  {listed}", err=True)
     click.echo(f"Next: sparsifiner-edge export {output} -o BUNDLE/")
 

@@ -9,7 +9,7 @@ import click
 
 from sparsifiner_edge.bounds import MOST_COUNT, MOST_WORKERS
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
     from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult
@@ -65,14 +65,14 @@ def _print(result: ScoresResult | RobustnessResult) -> None:
     else:
         _print_robustness(result)
     method = result.method
-    click.echo(f"Held against: {method.truth}. Images: {shown(method.preprocessing)}.")
+    click.echo(f"Held against: {method.truth}. Images: {printable(method.preprocessing)}.")
     if method.gallery is not None:
-        click.echo(f"Learnt from {shown(method.gallery)}.")
+        click.echo(f"Learnt from {printable(method.gallery)}.")
     for subject in result.subjects:
         runtime = method.runtime[str(subject.role)]
         kernels = f", kernels: {runtime.kernels}" if runtime.kernels is not None else ""
         ran = f"{runtime.backend}, {runtime.precision}{kernels}"
-        click.echo(f"{subject.role}: {shown(subject.path)} on {shown(ran)}")
+        click.echo(f"{subject.role}: {printable(subject.path)} on {printable(ran)}")
 
 
 def _between(quantity: Quantity, form: str = ".4f") -> str:

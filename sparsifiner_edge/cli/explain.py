@@ -10,7 +10,7 @@ import click
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.files import require_file_path
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
     from sparsifiner_edge.outcomes import ExplainResult
@@ -44,10 +44,10 @@ def command(
 
 def _print(result: ExplainResult, output: Path) -> None:
     images = result.statistics.values()
-    rows = [[shown(image.image), *(f"{figure:.3f}" for figure in image.saco.values())] for image in images]
+    rows = [[printable(image.image), *(f"{figure:.3f}" for figure in image.saco.values())] for image in images]
     head = ["image", "this explanation", "any order", "itself, elsewhere"]
     common.print_table("SaCo of what the features hang on", head, rows)
     for image in images:
         if not image.better:
-            click.echo(f"{shown(image.image)}: this explanation is no better than chance.")
+            click.echo(f"{printable(image.image)}: this explanation is no better than chance.")
     click.echo(f"{output}: what was read and merged, layer by layer, and what the features hang on.")

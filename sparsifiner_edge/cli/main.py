@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from sparsifiner_edge.errors import SparsifinerError
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 COMMANDS = {
     "sparsify": "Make a pretrained vision transformer sparse: MODEL -> STUDENT/.",
@@ -155,15 +155,15 @@ def _report_error(error: BaseException) -> int:
         said = io.StringIO()
         error.show(said)
         click.echo(
-            "\n".join(map(shown, said.getvalue().rstrip("\n").split("\n"))), err=True
+            "\n".join(map(printable, said.getvalue().rstrip("\n").split("\n"))), err=True
         )  # It quotes what was typed.
         return error.exit_code
     if isinstance(error, SparsifinerError):
         _say(str(error))
         return error.exit_code
     if isinstance(error, OSError):
-        place = shown(error.filename or "the output")
-        _say(f"{place}: {shown(error.strerror or error)}.\n  Check the path and the space there.")
+        place = printable(error.filename or "the output")
+        _say(f"{place}: {printable(error.strerror or error)}.\n  Check the path and the space there.")
     elif _is_out_of_memory(error):
         _say("out of memory.\n  Choose a smaller image, batch or model, or close other programs.")
     else:

@@ -13,7 +13,7 @@ from sparsifiner_edge.bounds import MOST_SECONDS
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.records import MISSING, Unavailable
 from sparsifiner_edge.results import Quantity
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
     from sparsifiner_edge.profiles.figures import Figures, ProfileResult
@@ -58,11 +58,11 @@ def _print(result: ProfileResult) -> None:
     common.print_table("Single stream, value (95 % interval)", ["", *names], known)
     for name, figure in zip(names, figures, strict=True):
         for remark in _remarks(figure):
-            click.echo(f"{shown(name)}: {shown(remark, 2000)}")
+            click.echo(f"{printable(name)}: {printable(remark, 2000)}")
     for problem in result.method.problems:
-        click.echo(f"Sensor: {shown(problem, 2000)}.")
+        click.echo(f"Sensor: {printable(problem, 2000)}.")
     if result.statistics.comparison is not None:
-        click.echo(shown(result.statistics.comparison.sentence, 2000))
+        click.echo(printable(result.statistics.comparison.sentence, 2000))
 
 
 _ROWS: tuple[tuple[str, Callable[[Figures], Cell]], ...] = (

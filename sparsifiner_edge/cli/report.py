@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
     from sparsifiner_edge.report.page import Report
@@ -37,4 +37,4 @@ def _print(written: Report) -> None:
         click.echo(sentence)
     if written.warnings:
         click.echo(f"{written.warnings} warning(s) about the measurements: see the page.")
-    click.echo(f"{shown(written.page)}: page written")
+    click.echo(f"{printable(written.page)}: page written")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sparsifiner_edge.distill.losses import Judgement
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.files import io_errors, open_regular, read_bytes, replaced_file, write_bytes
-from sparsifiner_edge.text import dump_json, finite, said
+from sparsifiner_edge.files import io_errors, open_regular, read_bytes, replace_file, write_bytes
+from sparsifiner_edge.text import dump_json, finite, one_line
 
 CHECKPOINT, HISTORY = "checkpoint.safetensors", "history.jsonl"
 ANEW = "Remove its folder to start again, or give another -o."
@@ -66,7 +66,7 @@ def save(folder: Path, state: TrainingState, tensors: Mapping[str, Tensor]) -> N
     """
     copies = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     try:
-        with replaced_file(folder / CHECKPOINT) as scratch:
+        with replace_file(folder / CHECKPOINT) as scratch:
             # Not by `save_file`, which writes to a file of its own first: a kill would leave that beside ours.
             scratch.write_bytes(safetensors.torch.save(copies, {_STATE: msgspec.json.encode(state).decode()}))
     except ArtifactError as error:
@@ -89,7 +89,7 @@ def load(folder: Path) -> tuple[TrainingState, Tensors]:
     # Damaged files raise many kinds of error.
     except Exception as error:
         fix = f"Remove {folder}; start again."
-        raise ArtifactError(f"{path} is damaged, or no training's checkpoint: {said(error)}", fix) from error
+        raise ArtifactError(f"{path} is damaged, or no training's checkpoint: {one_line(error)}", fix) from error
 
 
 def require_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from sparsifiner_edge.distill.data import ImageSource, folder_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, front_budgets, read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.files import io_errors, locked
+from sparsifiner_edge.files import hold_lock, io_errors
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
@@ -213,7 +213,7 @@ def _begun(training: Training, resume: bool) -> Iterator[None]:
         if first:
             with io_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                ours = stack.enter_context(locked(folder, wait=False))
+                ours = stack.enter_context(hold_lock(folder, wait=False))
             if not ours:
                 raise ConfigError(f"Another training writes to {folder}.", "Wait for it, or give another -o.")
         if resume:

@@ -19,7 +19,7 @@ from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.sessions import file_runner, results_of, with_outputs
-from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, Agreement, agreement, aligned
+from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, Agreement, agreement, align
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import native_library
 from sparsifiner_edge.sparse.calibrate import sparse_layers
@@ -100,9 +100,9 @@ def check_export(
             results = run(image)
             lists, pairs = ([results[name] for name in names] for names in (selects, matches))
             same, _ = _run_torch(deployed, image, lists, pairs)
-            with_same_keys, lost = aligned(results, same)
+            with_same_keys, lost = align(results, same)
             _compare(equal, with_same_keys, same, OTHERS if lost else SAME, batch)
-            results, missing = aligned(results, expected)
+            results, missing = align(results, expected)
             lists += [_as_numbers(x) for x in pairs]
             others = sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
             looser = MERGED_OTHERS if matches else OTHERS

@@ -15,7 +15,7 @@ from sparsifiner_edge.sparse.calibrate import observe
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
 from sparsifiner_edge.sparse.outputs import ALONE, outputs_of
 from sparsifiner_edge.sparse.student import Student
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 
 class DeployedModel(nn.Module):
@@ -77,7 +77,7 @@ class DeployedModel(nn.Module):
         except Exception as error:
             raise ConfigError(
                 f"{type(self.model).__name__} failed when it was called with images {list(some.shape)}: "
-                f"{type(error).__name__}: {said(error)}.",
+                f"{type(error).__name__}: {one_line(error)}.",
                 "Give a module that takes images alone, in this size.",
             ) from error
 

@@ -42,7 +42,7 @@ from sparsifiner_edge.sparse.outputs import check_names
 from sparsifiner_edge.sparse.source import ModelOptions, load_source, normalisation_of
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_student, refuse_normalisation
 from sparsifiner_edge.sparse.student_file import check_labels
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
 EXPORT_PRECISIONS = ("fp32", "fp16", "int8")
@@ -218,7 +218,7 @@ def _export(
     model = student.model
     fallback = class_labels(model) if isinstance(model, TimmModel) else hugging_face.configured_labels(model)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
-    labels = [shown(label) for label in form.labels or student.labels or fallback]
+    labels = [printable(label) for label in form.labels or student.labels or fallback]
     onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())

@@ -15,7 +15,7 @@ import onnx
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.sessions import file_runner, results_of, with_matches, with_outputs
-from sparsifiner_edge.metrics import POSITIONS, aligned, row_cosines
+from sparsifiner_edge.metrics import POSITIONS, align, row_cosines
 
 LEAST_FREE_COSINE = 0.98
 """Gate: mean cosine of every output's rows to the float32 file's, where the file's own matches decide what merges."""
@@ -56,7 +56,7 @@ def rows_alike(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[st
     """Cosine of each row of each output; NaN where something is NaN. Where tokens are pruned, of those that both files
     keep, as long as no more than `OTHER_PATCHES` are others: then those count as lost.
     """
-    outputs, _ = aligned(got, wanted)
+    outputs, _ = align(got, wanted)
     with np.errstate(all="ignore"):  # What overflowed is found by a gate.
         rows = {name: row_cosines(name, x, wanted[name]).ravel() for name, x in outputs.items()}
     if POSITIONS in got and POSITIONS in wanted and "tokens" in rows:

@@ -25,7 +25,7 @@ from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.sign import read_signature, write_signature
 from sparsifiner_edge.bundle.store import LABELS_FILE, Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.files import io_errors, replaced
+from sparsifiner_edge.files import io_errors, replace_folder
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.package import deepstream
 from sparsifiner_edge.text import file_name
@@ -71,7 +71,7 @@ def package_bundle(bundle: str | Path, target: str, output: str | Path) -> Packa
             raise ArtifactError(f"{output} exists; it is left untouched.", "Choose another output, or remove it.")
     if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(bundle)):
         raise ArtifactError(f"{output} is in the bundle.", "Choose another output.")
-    with replaced(place) as folder:
+    with replace_folder(place) as folder:
         writers[target](opened, folder)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return Package(str(output), files)

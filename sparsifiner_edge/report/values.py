@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Quantity
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 Figure: TypeAlias = Quantity | float | Unavailable | None
 _LONG = 10_000
@@ -24,7 +24,7 @@ def quantity_of(figure: Figure) -> Quantity | None:
 
 def clean(text: object, most: int = 80) -> str:
     """Text from a file, fit for a page and a terminal: hidden characters as escapes, at most `most` characters."""
-    whole = shown(text, _LONG)
+    whole = printable(text, _LONG)
     return whole if len(whole) <= most else whole[: most - 1] + "…"
 
 

@@ -22,7 +22,7 @@ from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle,
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.machine import jetson_release
-from sparsifiner_edge.progress import Progress, prefixed
+from sparsifiner_edge.progress import Progress, with_prefix
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime.child import serve, start_child
 from sparsifiner_edge.runtime.open import find_backend
@@ -133,7 +133,7 @@ def _build_all(
         for number, engine in enumerate(planned):
             prefix = f"{number + 1} of {len(planned)}, compute capability {engine.compute_capability}: "
             place = scratch.resolve() / engine.name
-            details = build_fastest(engine, bundle, place, timeout_s, progress and prefixed(progress, prefix))
+            details = build_fastest(engine, bundle, place, timeout_s, progress and with_prefix(progress, prefix))
             path = _file(place, str(details.kernels))
             # The hash in the name keeps an earlier engine of this kind whole until the manifest is replaced.
             file = f"{ENGINE_FOLDER}/{engine.name}-{sha256(path)[:8]}.engine"

@@ -23,7 +23,7 @@ from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.backend import import_package
 from sparsifiner_edge.runtime.pycuda import PyCuda
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 OLDEST_CUDA = "12.6"
 """The oldest release of cuda-python, and of CUDA on a Jetson, that is supported."""
@@ -65,7 +65,7 @@ class Driver:
         try:
             version = int(self.call("to read the driver's version", "cudaDriverGetVersion"))
         except RuntimeError as error:  # cuda-python up to 12.8 and from its path finder on: no libcuda.so.
-            version, reason = 0, said(error, 200)
+            version, reason = 0, one_line(error, 200)
         if version == 0:
             raise BackendError(f"No NVIDIA driver ({self.package}: {reason}).", _FIXES["InsufficientDriver"])
         if unfit := too_new(release, version_text(version)):

@@ -12,9 +12,9 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
-from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, agreement, aligned
+from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, agreement, align
 from sparsifiner_edge.runtime.session import Session
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 _LEAST_MEAN = 0.99
 """Mean cosine of the rows of an output where some tokens that merge are others."""
@@ -57,7 +57,7 @@ def _check_outputs(
             shape = f"has shape {outputs[name].shape}" if name in outputs else f"is missing from {', '.join(outputs)}"
             raise GateError(f"Output {name!r} {shape}; golden is {wanted.shape}.", AGAIN)
     if POSITIONS in expected:
-        outputs, missing = aligned(outputs, expected)
+        outputs, missing = align(outputs, expected)
         total = expected.pop(POSITIONS).size
         if missing > OTHER_TOKENS * total:
             raise GateError(f"{missing} of {total} tokens that golden keeps are pruned.", _distrust(session))
@@ -81,7 +81,7 @@ def read_golden(bundle: Bundle) -> Pair:
         arrays = _unpacked(content)
     # An archive is read by zipfile, zlib and NumPy's own parser, which evaluates a header: each has errors of its own.
     except Exception as error:
-        raise ArtifactError(f"{path} cannot be read: {said(error, 200)}.", AGAIN) from error
+        raise ArtifactError(f"{path} cannot be read: {one_line(error, 200)}.", AGAIN) from error
     wrong = [key for key, value in arrays.items() if value.dtype.kind not in "fiub" or not value.size or not value.ndim]
     if wrong:
         value = arrays[wrong[0]]

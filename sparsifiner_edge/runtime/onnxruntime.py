@@ -29,7 +29,7 @@ from sparsifiner_edge.runtime.backend import (
 )
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.session import Runtime, Session
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 _ERRORS_ONLY = 3
 CUDA = "CUDAExecutionProvider"
@@ -198,10 +198,10 @@ def inference_session(
             options.register_custom_ops_library(str(library))
     except Exception as error:  # Such as an ONNX Runtime older than the library's interface.
         raise BackendError(
-            f"ONNX Runtime {ort.__version__} rejects the native library: {said(error)}",
+            f"ONNX Runtime {ort.__version__} rejects the native library: {one_line(error)}",
             "Upgrade onnxruntime, or choose the portable kernels.",
         ) from error
     try:
         return ort.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base but Exception.
-        raise BackendError(f"ONNX Runtime rejects {origin}: {said(error)}", fix) from error
+        raise BackendError(f"ONNX Runtime rejects {origin}: {one_line(error)}", fix) from error

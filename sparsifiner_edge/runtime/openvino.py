@@ -35,7 +35,7 @@ from sparsifiner_edge.runtime.backend import (
     read_file,
 )
 from sparsifiner_edge.runtime.session import Runtime, Session
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 """Of the linear layers, by OpenVINO's names; int8 layers of a file stay int8 in each."""
@@ -105,7 +105,7 @@ class _OpenVinoSession(Session):
             raise
         except Exception as error:  # OpenVINO raises RuntimeError and others of its own.
             self.close()
-            raise BackendError(f"OpenVINO rejects {model}: {said(error)}", "Export the bundle again.") from error
+            raise BackendError(f"OpenVINO rejects {model}: {one_line(error)}", "Export the bundle again.") from error
         self._request = self._compiled.create_infer_request()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs, self.outputs = file.inputs, file.outputs

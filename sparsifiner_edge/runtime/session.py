@@ -14,7 +14,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec, shape_text
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 Own = TypeVar("Own", bound="Session")
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
@@ -100,7 +100,7 @@ class Session(abc.ABC):
         except BackendError:
             raise
         except Exception as error:  # Runtimes share no base of their errors but Exception.
-            what = f"{self.backend} failed in {self.model}: {said(error)}"
+            what = f"{self.backend} failed in {self.model}: {one_line(error)}"
             raise BackendError(what, "Export it again.") from error
         validate_outputs(self.model, outputs)
         return outputs

@@ -20,7 +20,7 @@ from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.runtime.golden import beyond_text, check_golden
 from sparsifiner_edge.runtime.open import open_checked
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 
 class CheckResult(Struct, frozen=True):
@@ -84,7 +84,7 @@ def verify_bundle(
         except GateError as error:
             results.append(CheckResult(name, False, error.what))
         except (KeyError, IndexError, ValueError, TypeError) as error:  # Of a form that export does not write.
-            reason = f"cannot be checked: {type(error).__name__}: {said(error, 200)}"
+            reason = f"cannot be checked: {type(error).__name__}: {one_line(error, 200)}"
             results.append(CheckResult(name, False, reason))
         if name in ("signature", "model") and not results[-1].passed:
             break  # An unsigned bundle is not run, and an invalid model is not examined further.
@@ -117,7 +117,7 @@ def _onnx(model: Any) -> str:
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        raise GateError(said(error, 200)) from error
+        raise GateError(one_line(error, 200)) from error
     domains = {entry.domain: entry.version for entry in model.opset_import}
     foreign = sorted(set(domains) - {"", DOMAIN})
     if foreign:

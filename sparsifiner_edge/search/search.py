@@ -11,7 +11,7 @@ from statistics import fmean
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
 from sparsifiner_edge.config import keep_text, merge_text, require
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
-from sparsifiner_edge.files import io_errors, replaced, scratch_folder
+from sparsifiner_edge.files import io_errors, replace_folder, scratch_folder
 from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.plan import LayerPlan
@@ -152,7 +152,7 @@ def prepare(
 def _keep_answer(bundle: Path, start: Path, plan: LayerPlan, folder: Path, trust: Sequence[str]) -> None:
     """The answer as student and bundle."""
     save_student(load_student(start, budget=plan.budget, trust=trust), folder / STUDENT)
-    with replaced(folder / BUNDLE) as target:
+    with replace_folder(folder / BUNDLE) as target:
         shutil.copytree(bundle, target, dirs_exist_ok=True)
 
 

@@ -17,12 +17,12 @@ from sparsifiner_edge.bounds import ImageSize, height_width, size_of, size_text
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import Normalisation, Normalise
-from sparsifiner_edge.plugins import imported
+from sparsifiner_edge.plugins import import_object
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
 from sparsifiner_edge.sparse.patch import require_support
 from sparsifiner_edge.sparse.student_file import HostKind, Provenance, Weights
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -161,7 +161,7 @@ def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
         ConfigError: it cannot be imported, fails, or makes no module.
         UnsupportedModelError: the module contains no vision transformer, or several.
     """
-    factory = imported(
+    factory = import_object(
         source, "Name a function as package.module:function, with its package installed or in PYTHONPATH."
     )
     if not callable(factory):
@@ -172,7 +172,7 @@ def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
         model = factory(**options)
     # A user's own code may raise anything.
     except Exception as error:
-        raise ConfigError(f"{source} failed: {type(error).__name__}: {said(error)}.", "Mend the function.") from error
+        raise ConfigError(f"{source} failed: {type(error).__name__}: {one_line(error)}.", "Fix the code.") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{source} made a {type(model).__name__}.", "Let it return a torch.nn.Module.")
     backbone = backbone_of(model)
@@ -196,7 +196,7 @@ def normalisation_of(module: nn.Module, whose: str, requested: Normalisation | N
         ConfigError: neither says; or both, and something else; or it is nonsense.
     """
     mean, std = getattr(module, "image_mean", None), getattr(module, "image_std", None)
-    declared = None if mean is None or std is None else Normalisation.checked(mean, std)
+    declared = None if mean is None or std is None else Normalisation.of(mean, std)
     if declared is not None and requested not in (None, declared):
         raise ConfigError(f"{whose} declares {declared}, not {requested}.", "Leave yours out, or mend the declaration.")
     pixels = declared or requested

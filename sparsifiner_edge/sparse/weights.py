@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.errors import WeightsError
 from sparsifiner_edge.images import Normalisation
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 StateDict = dict[str, Tensor]
 FIT = "Give weights of the same architecture, with the library's own key names."
@@ -45,7 +45,7 @@ def read_weights(path: Path) -> StateDict:
         ) from error
     # torch.load and safetensors raise many kinds of error on damaged files.
     except Exception as error:
-        raise WeightsError(f"{path} cannot be read as weights: {said(error)}", "Download or make it again.") from error
+        raise WeightsError(f"{path} cannot be read as weights: {one_line(error)}", "Get or make it again.") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -26,7 +26,7 @@ from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.images import centre_box, centred, load_image
+from sparsifiner_edge.images import centre_box, centre_crop, load_image
 from tests.camera.conftest import record
 from tests.commands import wait_for
 
@@ -114,7 +114,7 @@ def test_no_field_of_a_message_is_believed(content: bytes) -> None:
 
 def test_a_scene_that_stays_does_not_change(cells: Path) -> None:
     with Model(cells) as model:
-        picture, other = (np.asarray(centred(Image.fromarray(draw_pattern(n)), model.size)) for n in (1, 123456))
+        picture, other = (np.asarray(centre_crop(Image.fromarray(draw_pattern(n)), model.size)) for n in (1, 123456))
         found = [model.frame_answer(model.infer(p)).change for p in (picture, picture, other, picture)]
     assert found[:2] == [0, 0]
     assert found[2] is not None

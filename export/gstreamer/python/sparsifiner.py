@@ -88,7 +88,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         import numpy as np
         from PIL import Image
 
-        from sparsifiner_edge.images import centred
+        from sparsifiner_edge.images import centre_crop
 
         meta = GstVideo.buffer_get_video_meta(buffer)
         offset, stride = (meta.offset[0], meta.stride[0]) if meta else (self._info.offset[0], self._info.stride[0])
@@ -98,7 +98,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         try:
             size, pixels = (self._info.width, self._info.height), bytes(mapped.data[offset:])
             frame = Image.frombuffer("RGB", size, pixels, "raw", "RGB", stride, 1)
-            return np.asarray(centred(frame, self._model.size))
+            return np.asarray(centre_crop(frame, self._model.size))
         finally:
             buffer.unmap(mapped)
 

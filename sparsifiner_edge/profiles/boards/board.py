@@ -13,7 +13,7 @@ from msgspec import Meta
 from sparsifiner_edge.artifacts import parse_toml, read_toml
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import read_record
-from sparsifiner_edge.text import shown
+from sparsifiner_edge.text import printable
 
 Text = Annotated[str, Meta(pattern=r"\S")]
 Version = Annotated[str, Meta(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){0,3}$")]
@@ -94,7 +94,7 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             ConfigError: no such precision, or the board has no arithmetic for it.
         """
         if precision not in self.peaks:
-            what = f"{self.name} states no peak for {shown(precision)}."
+            what = f"{self.name} states no peak for {printable(precision)}."
             raise ConfigError(what, f"Choose one of: {', '.join(self.peaks)}.")
         return self.peaks[precision] * 1e12
 
@@ -171,7 +171,7 @@ def _harmless(value: Any) -> Any:
         return {name: _harmless(child) for name, child in value.items()}
     if isinstance(value, list):
         return [_harmless(child) for child in value]
-    return shown(value, _MOST_TEXT) if isinstance(value, str) else value
+    return printable(value, _MOST_TEXT) if isinstance(value, str) else value
 
 
 def _refuse(origin: str, problem: str, fix: str = _DOCUMENT) -> None:

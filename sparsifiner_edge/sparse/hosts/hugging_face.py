@@ -32,7 +32,7 @@ from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.sparse.hosts import backbone_of, for_size
 from sparsifiner_edge.sparse.weights import check_numbers
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 _ATTENTION = "eager"
 """What every model has, whatever its configuration names."""
@@ -196,14 +196,14 @@ def _pixels(content: object, source: str) -> Normalisation:
     processor = read_record(content, _Processor, source, "Mend its preprocessor_config.json.", ConfigError)
     factor = 255.0 * processor.rescale_factor if processor.do_rescale else 255.0
     if not processor.do_normalize:
-        return Normalisation.checked([0.0] * 3, [1 / factor] * 3)
+        return Normalisation.of([0.0] * 3, [1 / factor] * 3)
     if processor.image_mean is None or processor.image_std is None:
         raise ConfigError(
             f"{source} does not say what its model expects of pixels: no image_mean and image_std.",
             "Add them to its preprocessor_config.json, or give --mean and --std.",
         )
     mean, std = (tuple(x / factor for x in values) for values in (processor.image_mean, processor.image_std))
-    return Normalisation.checked(mean, std)
+    return Normalisation.of(mean, std)
 
 
 def configured_labels(model: nn.Module) -> tuple[str, ...]:
@@ -239,7 +239,7 @@ def _loading(source: str) -> Iterator[Any]:
     # It, and what it uses, raise kinds of their own.
     except Exception as error:
         raise WeightsError(
-            f"{source} could not be loaded by transformers: {said(error)}",
+            f"{source} could not be loaded by transformers: {one_line(error)}",
             "Give a folder with config.json, model.safetensors and preprocessor_config.json; for a hub's name connect.",
         ) from error
     finally:

@@ -27,7 +27,7 @@ from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsE
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.sparse.hosts import Backbone, for_size, require_size
 from sparsifiner_edge.sparse.weights import FIT, StateDict, load_exactly, read_weights
-from sparsifiner_edge.text import said
+from sparsifiner_edge.text import one_line
 
 TimmModel: TypeAlias = VisionTransformer | Eva
 """What can be made sparse: timm's plain vision transformers, the latter with rotary position embeddings too."""
@@ -108,7 +108,7 @@ def _layer_refusal(layer: nn.Module) -> str | None:
 def preprocessing(model: nn.Module) -> Normalisation:
     """The normalisation that timm records for a model."""
     data = resolve_model_data_config(model)
-    return Normalisation.checked(data["mean"], data["std"])
+    return Normalisation.of(data["mean"], data["std"])
 
 
 def class_labels(model: TimmModel) -> list[str]:
@@ -203,7 +203,7 @@ def load_model(name: str, weights: Path | None = None, img_size: ImageSize | Non
     # The hub clients raise their own kinds of error; all mean that no weights arrived.
     except Exception as error:
         raise WeightsError(
-            f"The weights of {name!r} could not be downloaded: {said(error)}",
+            f"The weights of {name!r} could not be downloaded: {one_line(error)}",
             "Connect, or give a file with --weights.",
         ) from error
 
