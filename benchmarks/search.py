@@ -47,9 +47,9 @@ from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.search.latency import measured
+from sparsifiner_edge.search.latency import measure_latency
 from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.search.whole import WholeModels, linked, whole_ms
+from sparsifiner_edge.search.whole import WholeModels, link_images, whole_ms
 from sparsifiner_edge.sparse.student import dense_twin, load_student
 
 SEARCHES = {
@@ -139,7 +139,7 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
         for gone in GONE
         for share in SHARES
     ]
-    latency, judged = measured(student, engine), {}
+    latency, judged = measure_latency(student, engine), {}
     for number, plan in enumerate(plans, 1):
         tell(f"uniform setting {number} of {len(plans)} over publication photographs")
         judged[plan] = fmean(few.distances(plan))
@@ -299,7 +299,7 @@ def images_in(work: Path, paths: list[Path]) -> Path:
     folder = work / "images"
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
-        linked(folder, paths)
+        link_images(folder, paths)
     return folder
 
 

@@ -25,8 +25,8 @@ def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerErro
     point = EntryPoint("", place, "") if isinstance(place, str) else place
     try:
         return point.load()
-    except Exception as found:
-        raise error(f"{point.value} cannot be imported: {type(found).__name__}: {one_line(found)}.", fix) from found
+    except Exception as cause:
+        raise error(f"{point.value} cannot be imported: {type(cause).__name__}: {one_line(cause)}.", fix) from cause
 
 
 def subclass(base: type[Kind], point: EntryPoint, error: type[SparsifinerError]) -> type[Kind]:

@@ -21,7 +21,7 @@ from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime import build as module
-from sparsifiner_edge.runtime.build import batch_range, build_candidate
+from sparsifiner_edge.runtime.build import batch_range, build_variant
 from tests.commands import PROGRAM, assert_refused, call, ended, manifest_of, snapshot, wait_for
 from tests.flat import open_session
 from tests.mounts import in_mount, needs_mounts
@@ -115,7 +115,7 @@ def test_a_builder_that_dies_is_a_message_and_the_bundle_as_it_was(tiny, tmp_pat
     before = snapshot(tiny)
     start = time.monotonic()
     with pytest.raises(BackendError, match=said):
-        build_candidate(ENGINE, tiny, tmp_path / "x", timeout_s=4 if "sleep" in what else 100)
+        build_variant(ENGINE, tiny, tmp_path / "x", timeout_s=4 if "sleep" in what else 100)
     assert time.monotonic() - start < 50
     assert snapshot(tiny) == before
 
@@ -170,7 +170,7 @@ def test_two_builds_into_one_bundle(tiny: Path) -> None:
 @pytest.mark.parametrize("change", ["exported anew", "gone"])
 def test_a_bundle_that_changes_under_the_build(tiny: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     other = make_bundle(tiny.parent / "other", depth=3)
-    real: Callable[..., Details] = module.build_candidate
+    real: Callable[..., Details] = module.build_variant
 
     def meanwhile(*arguments: Any) -> Details:
         done = real(*arguments)
@@ -180,7 +180,7 @@ def test_a_bundle_that_changes_under_the_build(tiny: Path, monkeypatch: pytest.M
             shutil.copytree(other, tiny, dirs_exist_ok=True)
         return done
 
-    monkeypatch.setattr(module, "build_candidate", meanwhile)
+    monkeypatch.setattr(module, "build_variant", meanwhile)
     if change == "gone":
         with pytest.raises(ArtifactError, match="does not exist"):
             rtx(tiny, "8.6")

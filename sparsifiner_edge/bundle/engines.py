@@ -37,7 +37,7 @@ class BatchRange(msgspec.Struct, frozen=True):
         return str(self.best) if self.least == self.most else f"{self.least}-{self.best}-{self.most}"
 
 
-class EngineCandidate(msgspec.Struct, frozen=True, kw_only=True):
+class EngineVariant(msgspec.Struct, frozen=True, kw_only=True):
     """One way of carrying out sparse attention (`BODIES`, ..); see `runtime.build`.
 
     Attributes:
@@ -58,19 +58,19 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         build_seconds: by the clock; cpu_seconds: of the building process, its start included. bytes: size of the file.
-        kernels: the candidate that was kept; candidates: all of them, also those that were not built.
+        kernels: the variant that was kept; variants: all of them, also those that were not built.
     """
 
     build_seconds: float | None = None
     cpu_seconds: float | None = None
     bytes: int | None = None
     kernels: str | None = None
-    candidates: dict[str, EngineCandidate] = {}
+    variants: dict[str, EngineVariant] = {}
 
     @property
-    def kept(self) -> EngineCandidate:
-        """What is known of the candidate that was kept."""
-        return self.candidates.get(self.kernels or "", EngineCandidate())
+    def chosen(self) -> EngineVariant:
+        """What is known of the variant that was kept."""
+        return self.variants.get(self.kernels or "", EngineVariant())
 
 
 class Engine(msgspec.Struct, frozen=True):
@@ -155,14 +155,14 @@ def fitting_engine(engines: Sequence[Engine], backend: str, device: EngineDevice
     Raises:
         BackendError: no engine runs there; the message says why not, and which command builds one.
     """
-    candidates = [engine for engine in engines if engine.backend == backend]
-    for engine in reversed(candidates):
+    of_backend = [engine for engine in engines if engine.backend == backend]
+    for engine in reversed(of_backend):
         if not mismatches(engine, device):
             return engine
     fix = f"On a machine like this one: sparsifiner-edge build {folder} --backend {backend}"
     if device.compute_capability:
         fix += f" --compute-capability {device.compute_capability}"
-    if not candidates:
+    if not of_backend:
         raise BackendError(f"{folder} holds no engine for {backend}.", fix)
-    reasons = "; ".join(f"{engine.file}: {', '.join(mismatches(engine, device))}" for engine in candidates)
+    reasons = "; ".join(f"{engine.file}: {', '.join(mismatches(engine, device))}" for engine in of_backend)
     raise BackendError(f"No engine of {folder} runs here. {reasons}.", fix)

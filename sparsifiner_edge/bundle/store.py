@@ -158,7 +158,7 @@ class Bundle:
         lines = self.read(LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").split("\n")
         return [printable(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
 
-    def required(self, value: _Entry | None, name: str) -> _Entry:
+    def require(self, value: _Entry | None, name: str) -> _Entry:
         """An entry of the manifest that the caller requires.
 
         Raises:
@@ -175,7 +175,7 @@ class Bundle:
         Raises:
             ArtifactError: the manifest does not say.
         """
-        return size_of(*height_width(self.required(self.manifest.preprocessing, "preprocessing").size))
+        return size_of(*height_width(self.require(self.manifest.preprocessing, "preprocessing").size))
 
     @property
     def precision(self) -> str:

@@ -147,7 +147,7 @@ def _require_image(session: Session, bundle: Bundle) -> None:
             f"{bundle.folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}.",
             f"Export it again: one uint8 image [B, {height}, {width}, 3] is needed.",
         )
-    resize = bundle.required(bundle.manifest.preprocessing, "preprocessing").resize
+    resize = bundle.require(bundle.manifest.preprocessing, "preprocessing").resize
     if not resize.startswith(centre_text(bundle.image_size)):
         raise ArtifactError(f"{bundle.folder}: preprocessing.resize is {resize!r:.60}.", "Export it again.")
     if isinstance(batch, int) and batch != 1:

@@ -34,7 +34,7 @@ def _batch(text: str) -> tuple[int, int, int]:
 @click.option("--batch", metavar="SIZE|LEAST,BEST,MOST", callback=common.read_by(_batch),
               help="For a dynamic batch: sizes that an engine takes, tuned for BEST.  [default: 1,1,8]")  # fmt: skip
 @click.option("--timeout", "timeout_s", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
-              help="Seconds that one candidate of an engine may take.  [600; 1800 on a Jetson]")  # fmt: skip
+              help="Seconds that one variant of an engine may take.  [600; 1800 on a Jetson]")  # fmt: skip
 @click.option("--backend", required=True, help="tensorrt or tensorrt-rtx.")
 @click.option("--kernels", type=click.Choice(KERNEL_CHOICES), default="auto", show_default=True,
               help="Of sparse attention and merging: the fastest, the CUDA kernels, or function bodies.")  # fmt: skip
@@ -68,8 +68,8 @@ def _print(result: BuildResult) -> None:
         click.echo(printable(f"{result.bundle}/{engine.file}", 5000))
         for line in verdict(engine.details):
             click.echo(f"  {printable(line, 2000)}")
-        if engine.details.kept.failed:
-            click.echo(f"  not run here: {printable(engine.details.kept.failed, 2000)}")
+        if engine.details.chosen.failed:
+            click.echo(f"  not run here: {printable(engine.details.chosen.failed, 2000)}")
 
 
 def _row(engine: Engine) -> list[str]:
@@ -82,7 +82,7 @@ def _row(engine: Engine) -> list[str]:
 def _check(engine: Engine) -> str:
     from sparsifiner_edge.runtime.golden import beyond_text
 
-    golden = engine.details.kept.golden
+    golden = engine.details.chosen.golden
     if not isinstance(golden, dict):
         return "not run"
     worst = max(golden.values(), key=lambda errors: errors["range_relative_error"])

@@ -163,9 +163,9 @@ def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitSta
         outputs = session.infer({"image": np.concatenate([image, np.repeat(image[-1:], missing, 0)])})
         return {name: value[: len(image)] for name, value in outputs.items()}
 
-    name = bundle.required(bundle.manifest.name, "name")
+    name = bundle.require(bundle.manifest.name, "name")
     about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
-    prefix = bundle.required(bundle.manifest.shape, "shape").prefix
+    prefix = bundle.require(bundle.manifest.shape, "shape").prefix
     labels = tuple(bundle.labels())
     # Of a dynamic batch one image at a time: engines may take few.
     return Extractor(extract, bundle.image_size, prefix, about, session.description, labels, fixed or 1, name)

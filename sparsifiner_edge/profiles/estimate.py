@@ -114,7 +114,7 @@ def estimate_bundle(
         True
     """
     checked = open_bundle(Path(bundle))
-    manifest, stored = checked.manifest, checked.required(checked.manifest.precision, "precision")
+    manifest, stored = checked.manifest, checked.require(checked.manifest.precision, "precision")
     device = board if isinstance(board, Board) else load_board(board)
     device = device if power_mode is None else device.in_mode(power_mode)
     chosen = stored if precision is None else precision
@@ -163,7 +163,7 @@ def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
         ArtifactError: it does not say, or there is no such model.
     """
     manifest = bundle.manifest
-    shape, sparsity = bundle.required(manifest.shape, "shape"), manifest.sparsity or SparsityConfig(keep=1)
+    shape, sparsity = bundle.require(manifest.shape, "shape"), manifest.sparsity or SparsityConfig(keep=1)
     try:
         summary(shape, sparsity)
     except SparsifinerError as error:

@@ -1,6 +1,6 @@
 """`build_engine`: engines for a bundle, each built in a process of its own, checked, and put into the bundle whole.
 
-What carries out sparse attention in an engine is measured where it runs. Each candidate is built and timed by a process
+What carries out sparse attention in an engine is measured where it runs. Each variant is built and timed by a process
 of its own, with a time limit of its own: a parser or compiler of native code may abort or hang, and one that does
 leaves the others. The fastest that passes the golden check is kept; what the others took, or why they are none, is
 recorded.
@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, ENGINE_FOLDER, sha256
-from sparsifiner_edge.bundle.engines import DENSE, BatchRange, Details, Engine, EngineCandidate, parse_capability
+from sparsifiner_edge.bundle.engines import DENSE, BatchRange, Details, Engine, EngineVariant, parse_capability
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest, parse_manifest
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle, read_manifest
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
@@ -66,7 +66,7 @@ def build_engine(
         backend: "tensorrt" or "tensorrt-rtx"; others run a bundle's model itself.
         compute_capabilities: such as ("8.6", "8.9"), one engine each; none: this machine's GPU.
         batch: least, best and greatest batch size, for a bundle of dynamic batch; None: `DEFAULT_BATCH`.
-        timeout_s: seconds that one candidate of an engine may take; None: 600, on a Jetson 1800.
+        timeout_s: seconds that one variant of an engine may take; None: 600, on a Jetson 1800.
         kernels: "auto" is the fastest of all, "native" the CUDA kernels of this project, "portable" the operators'
             bodies.
         progress: called with (stage, done, total).
@@ -81,15 +81,15 @@ def build_engine(
         '8.6'
     """
     start = time.monotonic()
-    found = find_backend(Execution(backend=backend, kernels=kernels))
-    if not isinstance(found, TensorRtBackend):
+    builder = find_backend(Execution(backend=backend, kernels=kernels))
+    if not isinstance(builder, TensorRtBackend):
         raise ConfigError(
             f"{backend} builds no engine: it runs a bundle's model itself.",
             "Choose --backend tensorrt or tensorrt-rtx. The golden pair is run by: sparsifiner-edge bundle verify",
         )
-    checked, version = open_bundle(Path(bundle)), str(found.load().__version__)
+    checked, version = open_bundle(Path(bundle)), str(builder.load().__version__)
     capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
-    planned = found.plan(checked, capabilities, batch_range(checked, batch))
+    planned = builder.plan(checked, capabilities, batch_range(checked, batch))
     if timeout_s is None:
         timeout_s = 600.0 if jetson_release() is None else 1800.0  # A Jetson's processor is a small one.
     engines = _build_all(checked, planned, timeout_s, progress)
@@ -143,8 +143,8 @@ def _build_all(
     return tuple(engines)
 
 
-def _file(place: Path, candidate: str) -> Path:
-    return place.with_name(f"{place.name}.{candidate}")
+def _file(place: Path, variant: str) -> Path:
+    return place.with_name(f"{place.name}.{variant}")
 
 
 def _require_same(manifest: Manifest, bundle: Bundle) -> None:
@@ -157,29 +157,29 @@ def _require_same(manifest: Manifest, bundle: Bundle) -> None:
         raise ArtifactError(f"{bundle.folder} was exported anew while the engines were built.", "Build them again.")
 
 
-def _with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundle) -> Manifest:
+def _with_engines(manifest: Manifest, engines: Sequence[Engine], bundle: Bundle) -> Manifest:
     """A bundle's manifest with engines added; those of the same names go."""
-    _require_same(manifest, built_of)
+    _require_same(manifest, bundle)
     names = {engine.name for engine in engines}
-    replaced = {engine.file for engine in manifest.engines if engine.name in names}
-    kept = [engine for engine in manifest.engines if engine.name not in names]
-    files = {name: digest for name, digest in manifest.files.items() if name not in replaced}
-    return msgspec.structs.replace(manifest, files=files, engines=(*kept, *engines))
+    stale = {engine.file for engine in manifest.engines if engine.name in names}
+    remaining = [engine for engine in manifest.engines if engine.name not in names]
+    files = {name: digest for name, digest in manifest.files.items() if name not in stale}
+    return msgspec.structs.replace(manifest, files=files, engines=(*remaining, *engines))
 
 
 def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float, progress: Progress | None) -> Details:
-    """Build every candidate into a file beside `place`, and find the fastest that gives the golden output.
+    """Build every variant into a file beside `place`, and find the fastest that gives the golden output.
 
     Args:
-        engine: as planned (`TensorRtBackend.plan`). timeout_s: seconds that each candidate may take.
+        engine: as planned (`TensorRtBackend.plan`). timeout_s: seconds that each variant may take.
 
     Returns:
-        What is known of the one that is kept; under `candidates` all of them, those left out too.
+        What is known of the one that is kept; under `variants` all of them, those left out too.
 
     Raises:
         SparsifinerError: not one of them could be built, or not one gives the golden output; or the bundle changed.
     """
-    tried = dict(engine.details.candidates)
+    tried = dict(engine.details.variants)
     names = [name for name, one in tried.items() if one.failed is None]
     built: dict[str, Details] = {}
     failures: list[SparsifinerError] = []
@@ -189,37 +189,37 @@ def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float,
         _require_same(parse_manifest(read_manifest(bundle.folder), bundle.folder / BUNDLE_FILE), bundle)
         one = msgspec.structs.replace(engine, details=Details(kernels=name))
         try:
-            built[name] = build_candidate(one, bundle.folder.resolve(), _file(place, name), timeout_s)
-            tried |= built[name].candidates
+            built[name] = build_variant(one, bundle.folder.resolve(), _file(place, name), timeout_s)
+            tried |= built[name].variants
         except SparsifinerError as error:
             failures.append(error)
-            tried[name] = EngineCandidate(failed=error.what)
+            tried[name] = EngineVariant(failed=error.what)
     passed = [name for name in built if not isinstance(tried[name].golden, str)]
     if not passed:
         raise failures[0] if failures else GateError(str(tried[names[0]].golden), "Export it again.")
     # What was not run, for the GPU was lost meanwhile, stands behind whatever was.
     best = min(passed, key=lambda name: math.inf if (ms := tried[name].compute_ms) is None else ms)
-    return msgspec.structs.replace(built[best], candidates=tried)
+    return msgspec.structs.replace(built[best], variants=tried)
 
 
 def verdict(details: Details) -> list[str]:
-    """Lines that say what each candidate took, and which was kept; none where there was no choice."""
-    if len(details.candidates) < 2:
+    """Lines that say what each variant took, and which was kept; none where there was no choice."""
+    if len(details.variants) < 2:
         return []
     lines = []
-    for name, one in details.candidates.items():
+    for name, one in details.variants.items():
         took = f"{one.compute_ms:.3f} ms" if one.compute_ms is not None else str(one.failed)
         refused = f"; not kept: {one.golden}" if isinstance(one.golden, str) else ""
         lines.append(f"{name}: {took}{refused}{f' ({one.warning})' if one.warning else ''}")
-    own = details.kept.compute_ms
-    others = [name for name, one in details.candidates.items() if (one.compute_ms or math.inf) < (own or 0.0)]
+    ms = details.chosen.compute_ms
+    others = [name for name, one in details.variants.items() if (one.compute_ms or math.inf) < (ms or 0.0)]
     why = f"though {' and '.join(others)} took less" if others else "the fastest of those"
     advice = "; for dense attention export the student with --keep 1" if DENSE in others else ""
-    return [*lines, f"kept: {details.kernels}, {'nothing was measured' if own is None else why + advice}"]
+    return [*lines, f"kept: {details.kernels}, {'nothing was measured' if ms is None else why + advice}"]
 
 
-def build_candidate(engine: Engine, folder: Path, output: Path, timeout_s: float) -> Details:
-    """Build one candidate in a fresh process, which is killed when this returns or raises.
+def build_variant(engine: Engine, folder: Path, output: Path, timeout_s: float) -> Details:
+    """Build one variant in a fresh process, which is killed when this returns or raises.
 
     Args:
         engine, folder, output: see `TensorRtBackend.build`; the paths are absolute.
@@ -230,12 +230,12 @@ def build_candidate(engine: Engine, folder: Path, output: Path, timeout_s: float
         BackendError: the process died, was killed, or took too long; the end of its log is in the message.
     """
     with start_child(__name__, f"The builder of {engine.backend}", _FIX) as child:
-        given = {"engine": write_record(engine), "folder": str(folder), "output": str(output)}
-        return child.ask("build", timeout_s, Details, **given)
+        arguments = {"engine": write_record(engine), "folder": str(folder), "output": str(output)}
+        return child.ask("build", timeout_s, Details, **arguments)
 
 
 def _build(engine: object, folder: str, output: str) -> Details:
-    """Build one candidate in this process."""
+    """Build one variant in this process."""
     read = read_record(engine, Engine, "The engine", "Report this.")
     backend = find_backend(Execution(backend=read.backend))
     assert isinstance(backend, TensorRtBackend)

@@ -65,11 +65,11 @@ class Child:
             message = read_message(self._pipe, deadline, _MOST_BYTES)
             content = None if message is None else json.loads(message)
         except StalledError as error:
-            raise self._lost(f"gave no reply to {operation!r} within {timeout_s:g} s and was ended") from error
+            raise self._failure(f"gave no reply to {operation!r} within {timeout_s:g} s and was ended") from error
         except (OSError, ValueError):  # Cut off, or overwritten by what goes wrong there.
             content = None
         if content is None:
-            raise self._lost(f"{self._ended()} during {operation!r}")
+            raise self._failure(f"{self._ended()} during {operation!r}")
         reply = read_record(content, _Reply, self._name, _REPORT, BackendError)
         if reply.error is not None:
             kind, what, fix = reply.error
@@ -81,7 +81,7 @@ class Child:
         self._process.kill()
         self._process.wait()
 
-    def _ended(self) -> str:
+    def _reap(self) -> str:
         """How; one that closed its pipe and hangs is killed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_ENDING_S)
@@ -89,7 +89,7 @@ class Child:
         status = self._process.returncode
         return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
 
-    def _lost(self, what: str) -> BackendError:
+    def _failure(self, what: str) -> BackendError:
         self.end()
         self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, self._log.tell() - _TAIL_BYTES))

@@ -73,10 +73,10 @@ class Driver:
         if int(self.call("to count devices", "cudaGetDeviceCount")) < 1:
             raise BackendError("CUDA finds no device.", _FIXES["NoDevice"])
         self.use()
-        found = self.call("to describe the device", "cudaGetDeviceProperties", 0)
-        name = found.name.decode("utf-8", "replace") if isinstance(found.name, bytes) else found.name
-        capability = f"{int(found.major)}.{int(found.minor)}"
-        self.device = CudaDevice(str(name).strip("\0 "), capability, bool(found.integrated), version_text(version))
+        properties = self.call("to describe the device", "cudaGetDeviceProperties", 0)
+        name = properties.name.decode("utf-8", "replace") if isinstance(properties.name, bytes) else properties.name
+        capability = f"{int(properties.major)}.{int(properties.minor)}"
+        self.device = CudaDevice(str(name).strip("\0 "), capability, bool(properties.integrated), version_text(version))
 
     def call(self, action: str, function: str, *arguments: Any) -> Any:
         """Call a function of CUDA; returns what it gives beside its status. `action`: such as "to free memory"."""
@@ -103,7 +103,7 @@ class Driver:
         """Device memory that is free now."""
         return int(self.call("to read free memory", "cudaMemGetInfo")[0])
 
-    def pinned(self, size: int, stack: ExitStack) -> tuple[Array, int]:
+    def pin(self, size: int, stack: ExitStack) -> tuple[Array, int]:
         """Page-locked bytes of the processor, and a device address: an integrated device's of the same bytes, another's
         of as many of its own, which they are copied to.
         """
@@ -170,8 +170,8 @@ def version_text(number: int) -> str:
 
 def major(version: str) -> int:
     """The first number of a version, such as 12 of "12.9.10"; 0 where there is none."""
-    found = re.match(r"\d+", version)
-    return int(found[0]) if found else 0
+    match = re.match(r"\d+", version)
+    return int(match[0]) if match else 0
 
 
 def too_new(version: str, driver: str) -> tuple[str, str] | None:

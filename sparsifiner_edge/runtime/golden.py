@@ -41,7 +41,7 @@ def check_golden(session: Session, bundle: Bundle) -> dict[str, dict[str, float]
         ArtifactError: `golden.npz` or a tolerance is missing or corrupt.
         GateError: an output is missing, has another shape, or differs beyond its tolerance; the worst element is named.
     """
-    inputs, expected = _repeated(read_golden(bundle), session.least_batch)
+    inputs, expected = _repeat(read_golden(bundle), session.least_batch)
     report: dict[str, dict[str, float]] = {}
     for _ in range(session.golden_runs):
         report = _check_outputs(session.infer(inputs), dict(expected), session, bundle)
@@ -64,7 +64,7 @@ def _check_outputs(
     merges = bundle.manifest.plan is not None and any(bundle.manifest.plan.merge)
     report = {}
     for name, wanted in expected.items():
-        stated = bundle.required(bundle.manifest.tolerances.get(name), f"the tolerance of {name!r}")
+        stated = bundle.require(bundle.manifest.tolerances.get(name), f"the tolerance of {name!r}")
         tolerance = max(stated, session.least_tolerance)
         report[name] = _compare(name, outputs[name], wanted, tolerance, OTHER_TOKENS if merges else 0.0, session)
     return report
@@ -78,7 +78,7 @@ def read_golden(bundle: Bundle) -> Pair:
     """
     path, content = bundle.folder / GOLDEN_FILE, bundle.read(GOLDEN_FILE, _MOST_BYTES)
     try:
-        arrays = _unpacked(content)
+        arrays = _unpack(content)
     # An archive is read by zipfile, zlib and NumPy's own parser, which evaluates a header: each has errors of its own.
     except Exception as error:
         raise ArtifactError(f"{path} cannot be read: {one_line(error, 200)}.", AGAIN) from error
@@ -98,7 +98,7 @@ def read_golden(bundle: Bundle) -> Pair:
     return inputs, outputs
 
 
-def _unpacked(content: bytes) -> dict[str, Array]:
+def _unpack(content: bytes) -> dict[str, Array]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
     if size > _MOST_BYTES:  # Some bytes may unpack to more than memory holds.
@@ -107,7 +107,7 @@ def _unpacked(content: bytes) -> dict[str, Array]:
         return {key: np.asarray(file[key]) for key in file.files}
 
 
-def _repeated(pair: Pair, least: int) -> Pair:
+def _repeat(pair: Pair, least: int) -> Pair:
     inputs, outputs = pair
     times = max(1, math.ceil(least / min(len(array) for array in inputs.values())))
     if times == 1:
@@ -120,34 +120,34 @@ def _compare(
     name: str, got: Array, wanted: Array, tolerance: float, beyond: float, session: Session
 ) -> dict[str, float]:
     """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens as close, either may merge."""
-    found = agreement(name, got, wanted, tolerance)
-    figures = {"range_relative_error": found.error, "tolerance": tolerance}
+    comparison = agreement(name, got, wanted, tolerance)
+    figures = {"range_relative_error": comparison.error, "tolerance": tolerance}
     if session.in_place_of_sparse:
-        if not found.mean >= LEAST_DENSE_COSINE:  # Written so that NaN fails.
+        if not comparison.mean >= LEAST_DENSE_COSINE:  # Written so that NaN fails.
             raise GateError(
-                f"Output {name!r} of dense attention has mean cosine {found.mean:.4f} to golden, which is of sparse "
+                f"Output {name!r} of dense attention has mean cosine {comparison.mean:.4f} to golden, which is of sparse "
                 f"attention; allowed {LEAST_DENSE_COSINE}.",
                 "For dense attention export with --keep 1.",
             )
-        return figures | {"mean_cosine": found.mean}
-    if found.error > tolerance and not (found.beyond <= beyond and found.mean >= _LEAST_MEAN):
+        return figures | {"mean_cosine": comparison.mean}
+    if comparison.error > tolerance and not (comparison.beyond <= beyond and comparison.mean >= _LEAST_MEAN):
         raise GateError(
-            f"Output {name!r} differs from golden by {found.error:.3g} of its range (tolerance {tolerance:.3g}); "
-            f"worst at {list(found.worst)}: {found.got:.9g} instead of {found.expected:.9g}.",
+            f"Output {name!r} differs from golden by {comparison.error:.3g} of its range (tolerance {tolerance:.3g}); "
+            f"worst at {list(comparison.worst)}: {comparison.got:.9g} instead of {comparison.expected:.9g}.",
             _distrust(session),
         )
-    return figures | ({"share_beyond": found.beyond} if found.error > tolerance else {})
+    return figures | ({"share_beyond": comparison.beyond} if comparison.error > tolerance else {})
 
 
 def _distrust(session: Session) -> str:
     return f"Do not trust {session.backend} with this bundle on this machine; export it again or report it."
 
 
-def beyond_text(found: dict[str, float]) -> str:
+def beyond_text(figures: dict[str, float]) -> str:
     """What of an output lies beyond its tolerance, which a bundle that merges may have: " (.3 % ...)" or ""; of dense
     attention its cosine.
     """
-    if "mean_cosine" in found:
-        return f" (dense attention: cosine {found['mean_cosine']:.4f})"
-    share = found.get("share_beyond", 0.0)
+    if "mean_cosine" in figures:
+        return f" (dense attention: cosine {figures['mean_cosine']:.4f})"
+    share = figures.get("share_beyond", 0.0)
     return f" ({share:.2%} of it beyond: other tokens merged)" if share else ""

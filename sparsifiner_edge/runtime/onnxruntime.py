@@ -149,7 +149,7 @@ class _OrtSession(Session):
 
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         if self._session is None:
-            raise self.closed()
+            raise self.closed_error()
         names = [spec.name for spec in self.outputs]
         return dict(zip(names, self._session.run(names, inputs), strict=True))
 

@@ -97,7 +97,7 @@ class _OpenVinoSession(Session):
         self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
         try:
-            with _own_signal_stack():
+            with _preserve_signal_stack():
                 self._compiled = self._compile(openvino, graph, ours, threads, precision)
             ran = self._precision(precision, stored)
         except BackendError:
@@ -165,7 +165,7 @@ class _OpenVinoSession(Session):
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         with self._lock:
             if self._request is None:
-                raise self.closed()
+                raise self.closed_error()
             results = self._request.infer(inputs, share_inputs=True)
             return {spec.name: np.array(results[spec.name]) for spec in self.outputs}
 
@@ -178,7 +178,7 @@ class _OpenVinoSession(Session):
 
 
 @contextlib.contextmanager
-def _own_signal_stack() -> Iterator[None]:
+def _preserve_signal_stack() -> Iterator[None]:
     """Afterwards this thread's signal handlers run where they did before.
 
     With AMX, OpenVINO gives the thread a stack for them, and frees it with the plugin: the next signal that Python
@@ -206,11 +206,11 @@ def converters(openvino: Any, frontend: Any, names: Sequence[str], operators: Op
         # A class each: OpenVINO takes nodes of one class, equal attributes and the same inputs for one node.
         kind = type(name, (base,), {"operator": name})
 
-        def made(node: Any) -> Any:
-            given = {attribute: node.get_attribute(attribute) for attribute in attributes}
-            return kind([node.get_input(i) for i in range(node.get_input_size())], given).outputs()
+        def build(node: Any) -> Any:
+            settings = {attribute: node.get_attribute(attribute) for attribute in attributes}
+            return kind([node.get_input(i) for i in range(node.get_input_size())], settings).outputs()
 
-        return made
+        return build
 
     return [frontend.ConversionExtension(name, DOMAIN, convert(name)) for name in names]
 
@@ -255,10 +255,10 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
 
         def evaluate(self, outputs: Any, inputs: Any) -> bool:
             # By index: these lists end an iteration with an exception in C++, tens of microseconds each.
-            given = [inputs[i].data for i in range(len(inputs))]
+            arrays = [inputs[i].data for i in range(len(inputs))]
             output = outputs[0]
-            output.shape = self.output_axes([x.shape for x in given])
-            operators.run(self.operator, self.settings, given, output.data)
+            output.shape = self.output_axes([x.shape for x in arrays])
+            operators.run(self.operator, self.settings, arrays, output.data)
             return True
 
     return SparsifinerOp
@@ -266,13 +266,13 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
 
 def without_bodies(model: Any, names: Sequence[str]) -> Any:
     """A model whose local functions are gone: those of the operators named left out, all others inlined."""
-    kept = [function for function in model.functions if not (function.domain == DOMAIN and function.name in names)]
-    if not kept:
+    functions = [function for function in model.functions if not (function.domain == DOMAIN and function.name in names)]
+    if not functions:
         del model.functions[:]
         return model
     import onnx.inliner
 
-    left_out = [(function.domain, function.name) for function in model.functions if function not in kept]
-    inlined = onnx.inliner.inline_selected_functions(model, left_out, exclude=True)
+    excluded = [(function.domain, function.name) for function in model.functions if function not in functions]
+    inlined = onnx.inliner.inline_selected_functions(model, excluded, exclude=True)
     del inlined.functions[:]
     return inlined

@@ -32,10 +32,10 @@ class _Failure(int):
     text: str
 
     def __new__(cls, text: str) -> _Failure:
-        made = super().__new__(cls, 1)
-        made.name = "cudaError" + next((name for words, name in _NAMES.items() if words in text), "")
-        made.text = text
-        return made
+        status = super().__new__(cls, 1)
+        status.name = "cudaError" + next((name for words, name in _NAMES.items() if words in text), "")
+        status.text = text
+        return status
 
 
 class PyCuda:
@@ -51,11 +51,11 @@ class PyCuda:
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
     def __init__(self, driver: Any) -> None:
-        d, kept = driver, dict[int, Any]()
+        d, objects = driver, dict[int, Any]()
         self._d, self._thread = d, 0
 
-        def keep(made: Any, handle: int) -> int:
-            kept[handle] = made
+        def keep(resource: Any, handle: int) -> int:
+            objects[handle] = resource
             return handle
 
         def pin(size: int, _flags: int) -> int:
@@ -64,9 +64,9 @@ class PyCuda:
 
         def copy(target: int, source: int, size: int, kind: int, stream: int) -> None:
             if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
-                d.memcpy_htod_async(target, bytes_at(source, size), kept[stream])
+                d.memcpy_htod_async(target, bytes_at(source, size), objects[stream])
             else:
-                d.memcpy_dtoh_async(bytes_at(target, size), source, kept[stream])
+                d.memcpy_dtoh_async(bytes_at(target, size), source, objects[stream])
 
         self._functions: dict[str, Callable[..., Any]] = {
             "cudaDriverGetVersion": d.get_driver_version,
@@ -74,18 +74,18 @@ class PyCuda:
             "cudaSetDevice": self._take,
             "cudaGetDeviceProperties": self._properties,
             "cudaMemGetInfo": d.mem_get_info,
-            "cudaMalloc": lambda size: keep(made := d.mem_alloc(size), int(made)),
-            "cudaFree": lambda pointer: kept.pop(pointer).free(),
+            "cudaMalloc": lambda size: keep(memory := d.mem_alloc(size), int(memory)),
+            "cudaFree": lambda pointer: objects.pop(pointer).free(),
             "cudaHostAlloc": pin,
-            "cudaFreeHost": lambda pointer: kept.pop(pointer).base.free(),
-            "cudaHostGetDevicePointer": lambda pointer, _: int(kept[pointer].base.get_device_pointer()),
-            "cudaStreamCreateWithFlags": lambda flags: keep(made := d.Stream(flags), int(made.handle)),
-            "cudaStreamSynchronize": lambda stream: kept[stream].synchronize(),
-            "cudaStreamDestroy": kept.pop,
-            "cudaEventCreate": lambda: keep(made := d.Event(), id(made)),
-            "cudaEventRecord": lambda event, stream: kept[event].record(kept[stream]),
-            "cudaEventElapsedTime": lambda start, end: kept[start].time_till(kept[end]),
-            "cudaEventDestroy": kept.pop,
+            "cudaFreeHost": lambda pointer: objects.pop(pointer).base.free(),
+            "cudaHostGetDevicePointer": lambda pointer, _: int(objects[pointer].base.get_device_pointer()),
+            "cudaStreamCreateWithFlags": lambda flags: keep(stream := d.Stream(flags), int(stream.handle)),
+            "cudaStreamSynchronize": lambda stream: objects[stream].synchronize(),
+            "cudaStreamDestroy": objects.pop,
+            "cudaEventCreate": lambda: keep(event := d.Event(), id(event)),
+            "cudaEventRecord": lambda event, stream: objects[event].record(objects[stream]),
+            "cudaEventElapsedTime": lambda start, end: objects[start].time_till(objects[end]),
+            "cudaEventDestroy": objects.pop,
             "cudaMemcpyAsync": copy,
         }
 
@@ -96,10 +96,10 @@ class PyCuda:
             if name not in self._functions:
                 return (_Failure(f"pycuda has no {name}"),)
             try:
-                made = self._functions[name](*arguments)
+                results = self._functions[name](*arguments)
             except self._d.Error as error:
                 return (_Failure(str(error)),)
-            return 0, *(made if isinstance(made, tuple) else (made,))
+            return 0, *(results if isinstance(results, tuple) else (results,))
 
         return call
 
@@ -121,7 +121,7 @@ class PyCuda:
             )
 
     def _properties(self, device: int) -> Any:
-        found = self._d.Device(device)
-        major, minor = found.compute_capability()
-        integrated = found.get_attribute(self._d.device_attribute.INTEGRATED)
-        return SimpleNamespace(name=found.name(), major=major, minor=minor, integrated=integrated)
+        gpu = self._d.Device(device)
+        major, minor = gpu.compute_capability()
+        integrated = gpu.get_attribute(self._d.device_attribute.INTEGRATED)
+        return SimpleNamespace(name=gpu.name(), major=major, minor=minor, integrated=integrated)

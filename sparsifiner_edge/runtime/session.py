@@ -16,7 +16,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import one_line
 
-Own = TypeVar("Own", bound="Session")
+Self = TypeVar("Own", bound="Session")
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
 """Axes of the outputs that have a meaning by name."""
 
@@ -109,7 +109,7 @@ class Session(abc.ABC):
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """The backend's part of `infer`; the inputs are checked, and contiguous."""
 
-    def closed(self) -> BackendError:
+    def closed_error(self) -> BackendError:
         """The error for a run of a session that was closed."""
         return BackendError(f"The session of {self.model} is closed.", "Open it again.")
 
@@ -117,7 +117,7 @@ class Session(abc.ABC):
     def close(self) -> None:
         """Release the model. Closing twice is harmless."""
 
-    def __enter__(self: Own) -> Own:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:

@@ -63,7 +63,7 @@ def _export(search: Search) -> Iterator[tuple[Deployment, tuple[LayerPlan, float
         try:
             yield engine, _tighten(search, engine)
         except GateError as error:
-            search.leave_out(engine, error)
+            search.exclude(engine, error)
 
 
 def _tighten(search: Search, engine: Deployment) -> tuple[LayerPlan, float]:

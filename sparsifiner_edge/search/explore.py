@@ -52,16 +52,16 @@ class Search:
         distances: of each plan, image by image, in the order of measuring. stop: once set, no other plan is measured.
         losses: by engine, what its precision loses beside what plans do: of the dense model, until a plan near the
             answer is measured in it.
-        left_out: engines that are not searched, and why.
+        excluded: engines that are not searched, and why.
         limit: of what is bounded: distance, or milliseconds with room for another measurement.
     """
 
     def __init__(
         self, bound: Bound, trial: Trial, whole: WholeModels, dense: dict[Deployment, Candidate],
-        latencies: dict[Deployment, PlanLatency], left_out: dict[Deployment, str], progress: Progress | None = None,
+        latencies: dict[Deployment, PlanLatency], excluded: dict[Deployment, str], progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self.bound, self.trial, self.whole, self.dense = bound, trial, whole, dense
-        self.latencies, self.left_out, self._calibrated = latencies, left_out, set[Deployment]()
+        self.latencies, self.excluded, self._calibrated = latencies, excluded, set[Deployment]()
         self.distances, self.stop, self._progress = dict[LayerPlan, list[float]](), threading.Event(), progress
         self.losses = {engine: max(0.0, 1 - dense[engine.dense_host].fidelity) for engine in latencies}
         self.limit = 1 - bound.value if bound.by_fidelity else ROOM * bound.value
@@ -96,7 +96,7 @@ class Search:
         keep = dict(zip(reading, self.measure(list(reading.values()), "each layer alone, reading"), strict=True))
         model = FidelityModel(merge, [keep.get(layer, 1.0) for layer in layers], patches, self.trial.least)
         known = [plan for plan in self.distances if not plan.is_dense and plan != but]
-        return model.fitted(known, [self.mean(plan) for plan in known])
+        return model.fit(known, [self.mean(plan) for plan in known])
 
     def constraint(self, engine: Deployment, plan: LayerPlan) -> float:
         """What is bounded: a plan's distance, or its milliseconds as predicted."""
@@ -138,14 +138,14 @@ class Search:
         try:
             ours, again = self.whole.times([(plan, engine), (nothing, host)])
         except GateError as error:
-            self.leave_out(engine, error)
+            self.exclude(engine, error)
             return
         self._calibrated.add(engine)
         ms = ours.value * self.dense[host].predicted_ms / again.value
-        self.latencies[engine] = self.latencies[engine].calibrated(plan, ms)
+        self.latencies[engine] = self.latencies[engine].calibrate(plan, ms)
         self.losses[engine] = max(0.0, self.distance(engine, plan) - in_float32)
 
-    def leave_out(self, engine: Deployment, error: GateError) -> None:
+    def exclude(self, engine: Deployment, error: GateError) -> None:
         """An engine whose precision loses too much.
 
         Raises:
@@ -153,7 +153,7 @@ class Search:
         """
         if len(self.latencies) == 1:
             raise error
-        self.left_out[engine] = error.what
+        self.excluded[engine] = error.what
         del self.latencies[engine]
 
 

@@ -68,7 +68,7 @@ class FidelityModel:
         with torch.no_grad():
             return float(self._logs([plan]).exp())
 
-    def fitted(self, plans: Sequence[LayerPlan], distances: Sequence[float]) -> FidelityModel:
+    def fit(self, plans: Sequence[LayerPlan], distances: Sequence[float]) -> FidelityModel:
         """Fit to what was measured, in place."""
         wanted = torch.log(torch.tensor(distances).double().clamp_min(self._least))
         for value in self.parameters.values():

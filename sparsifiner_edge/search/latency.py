@@ -48,7 +48,7 @@ class PlanLatency:
             its share of keys (see `name_of`), selection and cells included, over tokens with sizes but for the image's
             own, of which none has merged yet.
         scale: of the sum of parts: a machine's speed changes, and in a model parts follow one another.
-        ours: what a model takes that has operators of ours, beyond these. See `calibrated`.
+        ours: what a model takes that has operators of ours, beyond these. See `calibrate`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PlanLatency:
             total += float(self.of_part("merging", before)) if rate else 0.0
         return total + (0.0 if plan.is_dense else self.ours)
 
-    def calibrated(self, plan: LayerPlan, ms: float) -> PlanLatency:
+    def calibrate(self, plan: LayerPlan, ms: float) -> PlanLatency:
         """The same, so that a plan takes as long as was measured: the dense one scales, others tell `ours`."""
         scale, ours = self.scale, self.ours
         if plan.is_dense:
@@ -104,7 +104,7 @@ def name_of(share: float) -> str:
     return f"{share:g}"
 
 
-def measured(student: Student, engine: Deployment, progress: Progress | None = None) -> PlanLatency:
+def measure_latency(student: Student, engine: Deployment, progress: Progress | None = None) -> PlanLatency:
     """On this machine (see `piece_times`).
 
     Raises:
@@ -138,7 +138,7 @@ MERGED = 8
 """Of so many patches one merges where merging is counted."""
 
 
-def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
+def estimate_latency(student: Student, board: Board, precision: str) -> PlanLatency:
     """Milliseconds on a board at a precision. On a GPU sparse operators are taken to run as function bodies, as
     `estimate` takes them to where a bundle carries no kernels for the board.
 
@@ -166,7 +166,7 @@ def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
         layers = (costs(count, dataclasses.replace(base, keep=share)) for count in patches)
         parts[name_of(share)] = [_ms(layer, "predictor", "cells", "attention") for layer in layers]
     latency, nothing = PlanLatency(patches, parts), LayerPlan.dense(shape.depth)
-    return latency.calibrated(nothing, latency.of(nothing) + _ms(plain[0], "embedding"))
+    return latency.calibrate(nothing, latency.of(nothing) + _ms(plain[0], "embedding"))
 
 
 def _ms(costs: list[Cost], *kinds: str) -> float:

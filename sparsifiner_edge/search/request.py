@@ -47,7 +47,7 @@ class SearchRequest(NamedTuple):
 
     Attributes:
         metric: one of `trial.FIDELITIES`, or a user's own. board: None: this machine.
-        left_out: backends that do not run here, and why.
+        unavailable: backends that do not run here, and why.
         images: that predictors and int8 are calibrated with, and of which some judge plans. reserved: of no use before
             the last check.
     """
@@ -56,7 +56,7 @@ class SearchRequest(NamedTuple):
     metric: str
     board: Board | None
     engines: list[Deployment]
-    left_out: dict[str, str]
+    unavailable: dict[str, str]
     images: list[Path]
     reserved: list[Path]
 
@@ -125,7 +125,7 @@ def _engines_here(
     backends: Sequence[str], computes: Sequence[str], precisions: Sequence[str]
 ) -> tuple[list[Deployment], dict[str, str]]:
     """Those that are named, or all that run here; and what does not run here, and why."""
-    usable, left_out = list[tuple[str, str]](), dict[str, str]()
+    usable, unavailable = list[tuple[str, str]](), dict[str, str]()
     for name in backends or ON_PROCESSOR:
         backend = find_backend(Execution(backend=name))
         if not isinstance(backend, ProcessorBackend):
@@ -139,11 +139,11 @@ def _engines_here(
             except SparsifinerError as error:
                 if backends and (computes or computed == "auto"):
                     raise
-                left_out[name if computed == "auto" else f"{name} in {computed}"] = error.what
+                unavailable[name if computed == "auto" else f"{name} in {computed}"] = error.what
                 if computed == "auto":  # It does not run here at all.
                     break
-    require(bool(usable), f"Nothing runs here: {' '.join(left_out.values())}", "Leave --computes out.")
-    return [Deployment(name, stored, computed) for name, computed in usable for stored in precisions], left_out
+    require(bool(usable), f"Nothing runs here: {' '.join(unavailable.values())}", "Leave --computes out.")
+    return [Deployment(name, stored, computed) for name, computed in usable for stored in precisions], unavailable
 
 
 def _split(data: str | Path) -> tuple[list[Path], list[Path]]:

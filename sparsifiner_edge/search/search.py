@@ -20,10 +20,10 @@ from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Quantity, Subject, write_result
 from sparsifiner_edge.search.candidates import check, rank
 from sparsifiner_edge.search.explore import Search, explore
-from sparsifiner_edge.search.latency import estimated, measured
+from sparsifiner_edge.search.latency import estimate_latency, measure_latency
 from sparsifiner_edge.search.request import SearchOptions, SearchRequest, read_request
 from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.search.whole import WholeModels, linked
+from sparsifiner_edge.search.whole import WholeModels, link_images
 from sparsifiner_edge.sparse.source import ModelOptions
 from sparsifiner_edge.sparse.student import (
     Student,
@@ -139,14 +139,14 @@ def prepare(
         ) for host, ms in times
     }  # fmt: skip
     latencies = {
-        engine: estimated(student, request.board, engine.stored)
+        engine: estimate_latency(student, request.board, engine.stored)
         if request.board is not None
-        else measured(student, engine, progress).calibrated(nothing, dense[engine.dense_host].predicted_ms)
+        else measure_latency(student, engine, progress).calibrate(nothing, dense[engine.dense_host].predicted_ms)
         for engine in request.engines
         if engine.dense_host in dense
     }
-    left_out = {x: refused[x.dense_host] for x in request.engines if x.dense_host in refused}
-    return Search(request.bound, trial, whole, dense, latencies, left_out, progress)
+    excluded = {x: refused[x.dense_host] for x in request.engines if x.dense_host in refused}
+    return Search(request.bound, trial, whole, dense, latencies, excluded, progress)
 
 
 def _keep_answer(bundle: Path, start: Path, plan: LayerPlan, folder: Path, trust: Sequence[str]) -> None:
@@ -173,7 +173,7 @@ def _result(
         points=_points(search), finalists=finalists,
         answer=finalists[0] if checked else Unavailable(f"no plan meets {bound.text}; the nearest has {nearest}"),
         check=checked[0] if checked else Unavailable("there is no answer to check"),
-        dense=dense, left_out=request.left_out | {str(engine): why for engine, why in search.left_out.items()},
+        dense=dense, left_out=request.unavailable | {str(engine): why for engine, why in search.excluded.items()},
     )  # fmt: skip
     samples = {
         f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}": [1 - lost for lost in distances]
@@ -228,7 +228,7 @@ def start_of(
     with scratch_folder() as scratch:
         return sparsify(
             str(source), folder / START, weights=options.weights, img_size=options.img_size, keep=START_SHARE,
-            calibrate=linked(scratch / "images", evenly(images, PREDICTED)), normalise=options.normalise,
+            calibrate=link_images(scratch / "images", evenly(images, PREDICTED)), normalise=options.normalise,
             progress=progress,
         )  # fmt: skip
 

@@ -57,7 +57,7 @@ class WholeModels:
     ) -> None:  # fmt: skip
         self._start, self._trust, self._folder, self._board, self._progress = start, trust, folder, board, progress
         self._dense = save_student(dense_model, folder / "dense-student")
-        self._calibration = linked(folder / "calibration", evenly(images, CALIBRATED))
+        self._calibration = link_images(folder / "calibration", evenly(images, CALIBRATED))
         self._bundles: dict[tuple[LayerPlan, str], Path] = {}
 
     def bundle(self, plan: LayerPlan, engine: Deployment) -> Path:
@@ -115,7 +115,7 @@ def _estimate(bundle: Path, board: Board, precision: str) -> Quantity:
     return Quantity(ms.value, ms.low, ms.high, ms.confidence, f"estimated, not measured: {ms.interval}")
 
 
-def linked(folder: Path, images: Sequence[Path]) -> Path:
+def link_images(folder: Path, images: Sequence[Path]) -> Path:
     """A folder of links to images, whose names say their order."""
     folder.mkdir()
     for number, path in enumerate(images):

@@ -212,7 +212,7 @@ def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
         plans.append(LayerPlan(tuple(rates), tuple(float(random.choice(SHARES)) for _ in range(6))))
     wanted = [truth.of(plan) for plan in plans]
     before = np.abs(np.log([fidelity.of(plan) for plan in plans]) - np.log(wanted)).mean()
-    fidelity.fitted(plans[:40], wanted[:40])
+    fidelity.fit(plans[:40], wanted[:40])
     after = np.abs(np.log([fidelity.of(plan) for plan in plans[40:]]) - np.log(wanted[40:])).mean()
     assert after < 0.05
     assert after < before / 3

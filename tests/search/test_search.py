@@ -215,14 +215,14 @@ def test_an_engine_that_refuses_the_dense_model_is_left_out_and_said(
         return opened(found, execution)
 
     monkeypatch.setattr(whole, "open_checked", refused)
-    monkeypatch.setattr(search, "measured", lambda *_: PlanLatency([100], PARTS))
+    monkeypatch.setattr(search, "measure_latency", lambda *_: PlanLatency([100], PARTS))
     student = load_student(tiny_student)
     backends = ["onnxruntime", "openvino"]
     options = SearchOptions(at_least=0.9, backends=backends, computes=["auto"], precisions=["fp32"])
     request = read_request(options, folder)
     models = whole.WholeModels(tmp_path, tiny_student, dense_twin(student), request.images, None, (), None)
     found = prepare(request, student, dense_twin(student), models, None)
-    assert {str(engine): why for engine, why in found.left_out.items()} == {
+    assert {str(engine): why for engine, why in found.excluded.items()} == {
         "openvino, fp32": "It runs in fp32, not fp16."
     }
     assert list(map(str, found.latencies)) == ["onnxruntime, fp32"]

@@ -31,7 +31,7 @@ def machine(monkeypatch):
         def run(engine, folder, output, timeout_s):
             return sent(TensorRt().build(sent(engine, Engine), folder, output), Details)
 
-        monkeypatch.setattr(build, "build_candidate", run)
+        monkeypatch.setattr(build, "build_variant", run)
         return gpu, behaviour
 
     return make

@@ -43,7 +43,7 @@ def test_build_and_run(tiny, machine, device):
     (engine,) = build_engine(tiny, "tensorrt").engines
     capability = "8.9" if device else "8.7"
     assert (engine.compute_capability, engine.version, engine.details.kernels) == (capability, "10.3.0", "bodies")
-    assert engine.details.kept.golden["features"]["range_relative_error"] <= 1e-5
+    assert engine.details.chosen.golden["features"]["range_relative_error"] <= 1e-5
     assert open_bundle(tiny).manifest.files[engine.file] == sha256(tiny / engine.file)
     assert behaviour.seen["cleared"] == "TF32"
     assert behaviour.seen["WORKSPACE"] == (8 << 30) // 4 * (3 if device else 2)

@@ -106,13 +106,13 @@ def test_every_kind_of_file_builds(vit_bundle, kind, precision, batch, capabilit
     assert (engine["precision"], engine["compute_capability"]) == (precision, capability)
     assert tuple(engine["batch"].values()) == sizes
     assert engine["details"]["bytes"] == (bundle / engine["file"]).stat().st_size > 100_000
-    assert re.search("no CUDA|No NVIDIA", engine["details"]["candidates"]["bodies"]["failed"])
+    assert re.search("no CUDA|No NVIDIA", engine["details"]["variants"]["bodies"]["failed"])
     assert stages == [f"1 of 1, compute capability {capability}: building bodies"]
     assert engine["details"]["kernels"] == "bodies"
     if kind in ("edge", "paper", "pruned", "merged"):  # "merged alone" has no sparse attention.
-        assert "nothing can be timed here" in engine["details"]["candidates"]["dense"]["failed"]
+        assert "nothing can be timed here" in engine["details"]["variants"]["dense"]["failed"]
     else:
-        assert set(engine["details"]["candidates"]) == {"bodies"}
+        assert set(engine["details"]["variants"]) == {"bodies"}
     manifest = manifest_of(bundle)
     assert manifest["engines"] == [engine]
     for part in ("sm" + capability.replace(".", ""), precision, engine["version"], "linux", "x86_64"):

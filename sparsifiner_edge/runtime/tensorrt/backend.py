@@ -24,8 +24,8 @@ from sparsifiner_edge.bundle.engines import (
     BatchRange,
     Details,
     Engine,
-    EngineCandidate,
     EngineDevice,
+    EngineVariant,
     fitting_engine,
     mismatches,
     system,
@@ -40,7 +40,7 @@ from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import Backend, require_stored
 from sparsifiner_edge.runtime.cuda import CudaDevice, major, probe
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.tensorrt.errors import build_error, make_logger, rejected_model
+from sparsifiner_edge.runtime.tensorrt.errors import build_error, make_logger, parse_error
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 WARM_UP, RUNS = 10, 30
@@ -64,7 +64,7 @@ class TensorRtBackend(Backend):
             batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
 
         Returns:
-            Engines without a file; under `details.candidates` their `candidates`.
+            Engines without a file; under `details.variants` their `variants`.
 
         Raises:
             SparsifinerError: says what, and what to do.
@@ -72,9 +72,9 @@ class TensorRtBackend(Backend):
         version, engines = str(self.load().__version__), []
         for capability in self.targets(bundle, capabilities):
             engine = Engine(self.name, version, capability, *system(), bundle.precision, batch)
-            reasons = self.candidates(bundle, engine).items()
-            tried = {name: EngineCandidate(failed=why and f"not built: {why}") for name, why in reasons}
-            engines.append(replace(engine, details=Details(candidates=tried)))
+            reasons = self.variants(bundle, engine).items()
+            tried = {name: EngineVariant(failed=why and f"not built: {why}") for name, why in reasons}
+            engines.append(replace(engine, details=Details(variants=tried)))
         return engines
 
     @abc.abstractmethod
@@ -82,7 +82,7 @@ class TensorRtBackend(Backend):
         """Compute capabilities to build for, of those that `plan` is given."""
 
     @abc.abstractmethod
-    def candidates(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
+    def variants(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
         """What may carry out sparse attention in an engine, the one that always works first, and why it is not built;
         None: it is. Kernels "portable" are the bodies alone, "native" the project's CUDA kernels.
         """
@@ -103,7 +103,7 @@ class TensorRtBackend(Backend):
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, messages)
         if not parser.parse(model.SerializeToString()):
-            raise rejected_model(parser, name)
+            raise parse_error(parser, name)
         config, profile = builder.create_builder_config(), builder.create_optimization_profile()
         # TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more.
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -118,24 +118,24 @@ class TensorRtBackend(Backend):
             profile.set_shape(tensor.name, *((size, *shape[1:]) for size in sizes))
         if dynamic:  # A model whose axes are all fixed needs no profile.
             config.add_optimization_profile(profile)
-        with self.configured(trt, config, engine) as how:
+        with self.configure(trt, config, engine) as how:
             serialised = builder.build_serialized_network(network, config)
             if serialised is None:
                 raise build_error(name, messages, how)
         return bytes(serialised)
 
     @abc.abstractmethod
-    def configured(self, trt: Any, config: Any, engine: Engine) -> contextlib.AbstractContextManager[str]:
+    def configure(self, trt: Any, config: Any, engine: Engine) -> contextlib.AbstractContextManager[str]:
         """Settings of its own for a build, in the block; gives a sentence about them, for errors."""
 
     def build(self, engine: Engine, folder: Path, output: Path) -> Details:
-        """Build one candidate of an engine; called in a worker process that may die.
+        """Build one variant of an engine; called in a worker process that may die.
 
         Args:
-            engine: as planned; `details.kernels` says which candidate. folder: the bundle. output: file to write.
+            engine: as planned; `details.kernels` says which variant. folder: the bundle. output: file to write.
 
         Returns:
-            What is known of it; under `candidates` what its runs gave, or why it was not run here.
+            What is known of it; under `variants` what its runs gave, or why it was not run here.
 
         Raises:
             SparsifinerError: reaches the caller of `build_engine`.
@@ -147,12 +147,12 @@ class TensorRtBackend(Backend):
             output.write_bytes(content)
         seconds, processor = time.monotonic() - start, time.process_time()
         why = self.why_not_here(engine)
-        timed = EngineCandidate(failed=why)
+        timed = EngineVariant(failed=why)
         if why is None:
             session = EngineSession(self.load(), output, content, engine, bundle.manifest)
             timed = time_engine(session, bundle, engine.batch.best)
         return Details(
-            kernels=kernels, candidates={kernels: timed}, bytes=len(content), build_seconds=seconds,
+            kernels=kernels, variants={kernels: timed}, bytes=len(content), build_seconds=seconds,
             cpu_seconds=processor,
         )  # fmt: skip
 
@@ -183,8 +183,8 @@ class TensorRtBackend(Backend):
 
     def _this_machine(self) -> EngineDevice:
         """What an engine must fit to run here, after CUDA has answered."""
-        found = self.require_driver(probe())
-        return EngineDevice(str(self.load().__version__), found.compute_capability, found.name)
+        device = self.require_driver(probe())
+        return EngineDevice(str(self.load().__version__), device.compute_capability, device.name)
 
     def open(self, bundle: Bundle) -> EngineSession:
         """The engine of a bundle that runs on this machine; see `Backend.open`.
@@ -210,7 +210,7 @@ def has_sparse_attention(bundle: Bundle) -> bool:
     return f"{DOMAIN}::{_SPARSE}" in bundle.manifest.ops
 
 
-def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineCandidate:
+def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineVariant:
     """Median milliseconds that the device computes, and the gate.
 
     Args:
@@ -230,7 +230,7 @@ def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineCan
             times.append(session.compute_ms)
         why = session.description.why_no_graph
     warning = f"runs are not recorded: {why}" if why else None
-    return EngineCandidate(golden=golden, compute_ms=statistics.median(times[WARM_UP:]), warning=warning)
+    return EngineVariant(golden=golden, compute_ms=statistics.median(times[WARM_UP:]), warning=warning)
 
 
 def dense_model(model: onnx.ModelProto) -> onnx.ModelProto:

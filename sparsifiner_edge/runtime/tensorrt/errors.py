@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsifiner_edge.errors import BackendError, UnsupportedModelError
 
-_KEPT = 50
+_MOST_MESSAGES = 50
 _MEMORY = re.compile(
     r"out ?of ?memory|OutOfMemory|cudaErrorMemoryAllocation|insufficient (?:gpu )?memory", re.IGNORECASE
 )
@@ -24,7 +24,7 @@ def make_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors, self.warnings = deque[str](maxlen=_KEPT), deque[str](maxlen=_KEPT)
+            self.errors, self.warnings = deque[str](maxlen=_MOST_MESSAGES), deque[str](maxlen=_MOST_MESSAGES)
 
         def log(self, severity: Any, msg: str) -> None:
             """Called by TensorRT, from any of its threads."""
@@ -41,7 +41,7 @@ def _errors_of(logger: Any) -> str:
     return " ".join(" ".join(logger.errors).split())[:800] or "TensorRT gave no reason"
 
 
-def rejected_model(parser: Any, name: str) -> UnsupportedModelError:
+def parse_error(parser: Any, name: str) -> UnsupportedModelError:
     """The error for a model that the parser of TensorRT, by its name and version, rejects: names the nodes."""
     lines = []
     for error in map(parser.get_error, range(parser.num_errors)):

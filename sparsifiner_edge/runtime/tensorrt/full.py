@@ -64,7 +64,7 @@ class TensorRt(TensorRtBackend):
             )
         return (device.compute_capability,)
 
-    def candidates(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
+    def variants(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
         """See `TensorRtBackend`; there are CUDA kernels for sparse attention, and for tokens that merge."""
         kernels, reason = self.execution.kernels, "the model has no sparse attention, and no tokens merge"
         operators = any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in TRITON)
@@ -85,7 +85,7 @@ class TensorRt(TensorRtBackend):
         return super().compile(model, engine, bundle)
 
     @contextlib.contextmanager
-    def configured(self, trt: Any, config: Any, _engine: Engine) -> Iterator[str]:
+    def configure(self, trt: Any, config: Any, _engine: Engine) -> Iterator[str]:
         """See `TensorRtBackend`: scratch, of the free memory, of which an integrated GPU leaves half to the system; and
         times of kernels that earlier builds measured, in which those of this one are kept.
         """

@@ -73,8 +73,8 @@ def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaD
             trtp.register(identifier)(_describe(trt, trtp, launch))
             trtp.aot_impl(identifier)(_implement(trtp, launch, ptx))
             _registered.add(identifier)
-    made: onnx.ModelProto = kernel_model(model, table)
-    return made
+    rewritten: onnx.ModelProto = kernel_model(model, table)
+    return rewritten
 
 
 def _describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
@@ -82,11 +82,11 @@ def _describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
 
     def description(*inputs: Any) -> Any:
         batch = inputs[0].shape_expr[0]
-        made = launch.outputs.values()
-        return tuple(trtp.from_shape_expr((batch, *x.shape), getattr(trt.DataType, _TYPES[x.dtype])) for x in made)
+        outputs = launch.outputs.values()
+        return tuple(trtp.from_shape_expr((batch, *x.shape), getattr(trt.DataType, _TYPES[x.dtype])) for x in outputs)
 
     inputs = [(name, trtp.TensorDesc) for name in launch.inputs]
-    return _signed(description, inputs, _tensors(trtp, launch.outputs))
+    return _with_signature(description, inputs, _tensors(trtp, launch.outputs))
 
 
 def _implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
@@ -102,7 +102,7 @@ def _implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
 
     parameters = [(name, trtp.TensorDesc) for name in launch.inputs]
     parameters += [("outputs", _tensors(trtp, launch.outputs)), ("tactic", int)]
-    return _signed(implementation, parameters, tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs])
+    return _with_signature(implementation, parameters, tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs])
 
 
 def _tensors(trtp: Any, names: Collection[str]) -> Any:
@@ -110,9 +110,9 @@ def _tensors(trtp: Any, names: Collection[str]) -> Any:
     return types.GenericAlias(tuple, (trtp.TensorDesc,) * len(names))
 
 
-def _signed(function: Any, parameters: Sequence[tuple[str, Any]], returns: Any) -> Any:
+def _with_signature(function: Any, parameters: Sequence[tuple[str, Any]], returns: Any) -> Any:
     """The function under the signature that TensorRT reads names and types from."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    made: Sequence[inspect.Parameter] = [inspect.Parameter(n, kind, annotation=a) for n, a in parameters]
-    function.__signature__ = inspect.Signature(made, return_annotation=returns)
+    arguments: Sequence[inspect.Parameter] = [inspect.Parameter(n, kind, annotation=a) for n, a in parameters]
+    function.__signature__ = inspect.Signature(arguments, return_annotation=returns)
     return function

@@ -49,7 +49,7 @@ class TensorRtRtx(TensorRtBackend):
             )
         return capabilities
 
-    def candidates(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
+    def variants(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
         """See `TensorRtBackend`; where the engine's GPU is not here nothing can be compared."""
         if self.execution.kernels == "portable" or not has_sparse_attention(bundle):
             return {BODIES: None}
@@ -58,7 +58,7 @@ class TensorRtRtx(TensorRtBackend):
         return {BODIES: None, DENSE: why and how.format(why.rstrip("."))}
 
     @contextlib.contextmanager
-    def configured(self, trt: Any, config: Any, engine: Engine) -> Iterator[str]:
+    def configure(self, trt: Any, config: Any, engine: Engine) -> Iterator[str]:
         """See `TensorRtBackend`."""
         config.num_compute_capabilities, capability = 1, engine.compute_capability
         kind = getattr(trt.ComputeCapability, ARCHITECTURES[capability], None)

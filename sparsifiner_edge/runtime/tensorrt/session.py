@@ -80,7 +80,7 @@ class EngineSession(Session):
             self._buffers: dict[str, tuple[Array, int]] = {}
             for spec in (*self.inputs, *self.outputs):
                 size = math.prod(self._context.get_tensor_shape(spec.name)) * np.dtype(spec.dtype).itemsize
-                self._buffers[spec.name] = driver.pinned(max(size, 1), stack)
+                self._buffers[spec.name] = driver.pin(max(size, 1), stack)
                 self._context.set_tensor_address(spec.name, self._buffers[spec.name][1])
             stack.enter_context(self._graph)
             self._stack = stack.pop_all()
@@ -99,7 +99,7 @@ class EngineSession(Session):
     def _specs(self, manifest: Manifest) -> tuple[list[TensorSpec], list[TensorSpec]]:
         """Inputs and outputs, with the manifest's names of dynamic axes."""
         named = {spec.name: spec.shape for spec in (*manifest.inputs, *manifest.outputs)}
-        found: dict[bool, list[TensorSpec]] = {True: [], False: []}
+        specs: dict[bool, list[TensorSpec]] = {True: [], False: []}
         for name in map(self._engine.get_tensor_name, range(self._engine.num_io_tensors)):
             shape, kind = tuple(self._engine.get_tensor_shape(name)), self._engine.get_tensor_dtype(name)
             names = named.get(name, [None] * len(shape))
@@ -110,8 +110,8 @@ class EngineSession(Session):
                 what = f"{name!r} has type {kind}, which NumPy lacks."
                 raise BackendError(what, "Export with another type.") from error
             is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
-            found[is_input].append(TensorSpec(name, dtype, axes))
-        return found[True], found[False]
+            specs[is_input].append(TensorSpec(name, dtype, axes))
+        return specs[True], specs[False]
 
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
         """Take inputs of these shapes from now on. One recording is kept: after a change of shapes an engine's earlier
@@ -139,7 +139,7 @@ class EngineSession(Session):
 
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         if self._engine is None:
-            raise self.closed()
+            raise self.closed_error()
         self._driver.use()
         self._bind({name: value.shape for name, value in inputs.items()})
         # The first run in some shapes is never recorded: the engine may allocate in it, which a recording forbids.

@@ -1,4 +1,4 @@
-"""Which kernels an engine takes is measured: candidates are built, timed and gated, on a fake of TensorRT."""
+"""Which kernels an engine takes is measured: variants are built, timed and gated, on a fake of TensorRT."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, bundle, machine
     folder = bundle(tmp_path / "b")
     found = details(folder)
     assert found.kernels == "plugin"
-    times = {name: entry.compute_ms for name, entry in found.candidates.items()}
+    times = {name: entry.compute_ms for name, entry in found.variants.items()}
     assert times == {"bodies": 3.0, "plugin": 1.0, "dense": 1.5}
     assert verdict(found) == [
         "bodies: 3.000 ms", "plugin: 1.000 ms", "dense: 1.500 ms", "kept: plugin, the fastest of those"
@@ -104,10 +104,10 @@ def test_dense_is_kept_where_sparse_is_slower(tmp_path, bundle, machine):
     found = details(folder)
     assert found.kernels == "dense"
     assert verdict(found)[-1] == "kept: dense, the fastest of those"
-    cosine = found.kept.golden["features"]["mean_cosine"]
+    cosine = found.chosen.golden["features"]["mean_cosine"]
     assert 0.97 <= cosine < 0.99  # its answer is another, and not within the bundle's tolerance
-    assert found.kept.golden["features"]["range_relative_error"] > found.kept.golden["features"]["tolerance"]
-    assert beyond_text(found.kept.golden["features"]) == f" (dense attention: cosine {cosine:.4f})"
+    assert found.chosen.golden["features"]["range_relative_error"] > found.chosen.golden["features"]["tolerance"]
+    assert beyond_text(found.chosen.golden["features"]) == f" (dense attention: cosine {cosine:.4f})"
     with open_session(folder, "tensorrt") as session:
         assert session.description.kernels == "dense attention"
         assert check_golden(session, open_bundle(folder))
@@ -118,7 +118,7 @@ def test_dense_that_answers_too_differently_is_not_kept(tmp_path, bundle, machin
     monkeypatch.setattr(golden, "LEAST_DENSE_COSINE", 0.99)
     found = details(bundle(tmp_path / "b", kernels=False))
     assert found.kernels == "bodies"
-    assert "of dense attention has mean cosine 0.98" in found.candidates["dense"].golden
+    assert "of dense attention has mean cosine 0.98" in found.variants["dense"].golden
     assert "; not kept: Output 'features' of dense attention" in verdict(found)[2]
 
 
@@ -127,7 +127,7 @@ def test_the_choice_can_be_made_by_hand(tmp_path, bundle, machine):
     folder = bundle(tmp_path / "b")
     for kernels, kept in (("portable", "bodies"), ("native", "plugin")):
         found = details(folder, kernels=kernels)
-        assert (found.kernels, set(found.candidates), verdict(found)) == (kept, {kept}, [])
+        assert (found.kernels, set(found.variants), verdict(found)) == (kept, {kept}, [])
         assert len(list((folder / "engines").iterdir())) == 1  # in the place of the one before
 
 
@@ -149,8 +149,8 @@ def test_a_plugin_that_is_not_possible_says_why(tmp_path, bundle, machine, versi
     with pytest.raises(BackendError, match=f"The CUDA kernels cannot be used: {message}"):
         build_engine(folder, "tensorrt", batch=batch, kernels="native")
     found = details(folder, batch)
-    assert re.match(f"not built: {message}", found.candidates["plugin"].failed)
-    assert found.candidates["bodies"].compute_ms == found.candidates["dense"].compute_ms == 2.0
+    assert re.match(f"not built: {message}", found.variants["plugin"].failed)
+    assert found.variants["bodies"].compute_ms == found.variants["dense"].compute_ms == 2.0
 
 
 def test_a_dense_model_that_merges_takes_the_plugin_too(tmp_path, bundle, machine):
@@ -160,6 +160,6 @@ def test_a_dense_model_that_merges_takes_the_plugin_too(tmp_path, bundle, machin
     assert verdict(found)[1] == "plugin: not built: the bundle has no kernels for Orin; export it with --board"
     folder = bundle(tmp_path / "b", merging_graph)
     found = details(folder)
-    assert {name: entry.compute_ms for name, entry in found.candidates.items()} == {"bodies": 3.0, "plugin": 1.0}
+    assert {name: entry.compute_ms for name, entry in found.variants.items()} == {"bodies": 3.0, "plugin": 1.0}
     with pytest.raises(BackendError, match="no sparse attention, and no tokens merge"):
         build_engine(reseal(folder, ops=["sparsifiner::DenseAttention"]), "tensorrt", kernels="native")
