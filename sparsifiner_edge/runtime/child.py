@@ -69,7 +69,7 @@ class Child:
         except (OSError, ValueError):  # Cut off, or overwritten by what goes wrong there.
             content = None
         if content is None:
-            raise self._failure(f"{self._ended()} during {operation!r}")
+            raise self._failure(f"{self._reap()} during {operation!r}")
         reply = read_record(content, _Reply, self._name, _REPORT, BackendError)
         if reply.error is not None:
             kind, what, fix = reply.error

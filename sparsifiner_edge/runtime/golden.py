@@ -120,23 +120,23 @@ def _compare(
     name: str, got: Array, wanted: Array, tolerance: float, beyond: float, session: Session
 ) -> dict[str, float]:
     """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens as close, either may merge."""
-    comparison = agreement(name, got, wanted, tolerance)
-    figures = {"range_relative_error": comparison.error, "tolerance": tolerance}
+    result = agreement(name, got, wanted, tolerance)
+    figures = {"range_relative_error": result.error, "tolerance": tolerance}
     if session.in_place_of_sparse:
-        if not comparison.mean >= LEAST_DENSE_COSINE:  # Written so that NaN fails.
+        if not result.mean >= LEAST_DENSE_COSINE:  # Written so that NaN fails.
             raise GateError(
-                f"Output {name!r} of dense attention has mean cosine {comparison.mean:.4f} to golden, which is of sparse "
+                f"Output {name!r} of dense attention has mean cosine {result.mean:.4f} to golden, which is of sparse "
                 f"attention; allowed {LEAST_DENSE_COSINE}.",
                 "For dense attention export with --keep 1.",
             )
-        return figures | {"mean_cosine": comparison.mean}
-    if comparison.error > tolerance and not (comparison.beyond <= beyond and comparison.mean >= _LEAST_MEAN):
+        return figures | {"mean_cosine": result.mean}
+    if result.error > tolerance and not (result.beyond <= beyond and result.mean >= _LEAST_MEAN):
         raise GateError(
-            f"Output {name!r} differs from golden by {comparison.error:.3g} of its range (tolerance {tolerance:.3g}); "
-            f"worst at {list(comparison.worst)}: {comparison.got:.9g} instead of {comparison.expected:.9g}.",
+            f"Output {name!r} differs from golden by {result.error:.3g} of its range (tolerance {tolerance:.3g}); "
+            f"worst at {list(result.worst)}: {result.got:.9g} instead of {result.expected:.9g}.",
             _distrust(session),
         )
-    return figures | ({"share_beyond": comparison.beyond} if comparison.error > tolerance else {})
+    return figures | ({"share_beyond": result.beyond} if result.error > tolerance else {})
 
 
 def _distrust(session: Session) -> str:

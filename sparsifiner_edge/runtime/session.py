@@ -16,7 +16,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import one_line
 
-Self = TypeVar("Own", bound="Session")
+Self = TypeVar("Self", bound="Session")
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
 """Axes of the outputs that have a meaning by name."""
 
