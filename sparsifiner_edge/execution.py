@@ -1,4 +1,4 @@
-"""How a bundle shall run, as every command and function that runs one is told: backend, precision, kernels, threads."""
+"""How a bundle is run, as every command and function that runs one takes it: backend, precision, kernels, threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ON_PROCESSOR = ("onnxruntime", "openvino")
 KERNEL_CHOICES = ("auto", "native", "portable")
 """What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-"""What is computed in of all that a file does not hold in int8, which stays int8; auto: what it is stored in."""
+"""What everything but int8, which stays int8, is computed in; auto: what it is stored in."""
 PROVIDERS = ("cpu", "cuda")
 """Of ONNX Runtime: what it runs on, and by whose kernels."""
 

@@ -199,7 +199,7 @@ def _use(path: Path, use: Callable[[Any], Any]) -> Any:
 
 
 def _decode(file: BinaryIO, path: Path, use: Callable[[Any], Any]) -> Any:
-    """Caught here: what Pillow raises of a file that it does not know is an OSError too, for whoever opened it."""
+    """Caught here: what Pillow raises for a file of an unknown format is an OSError too."""
     image_module = _pillow()
     try:
         with warnings.catch_warnings():

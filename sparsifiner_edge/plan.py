@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sparsifiner_edge.config import Budget, Pairs, Share, SparsityConfig, require, share_of
 
 LARGEST_MERGE, LEAST_PATCHES = 4, 16
-"""One of so many patches may merge in a layer, and so many must be left after the last."""
+"""One patch in this many may merge in a layer, and this many must remain after the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def shortest(keep: Sequence[float]) -> tuple[float, ...]:
 
 
 def plan_of(sparsity: SparsityConfig, depth: int, patches: int) -> LayerPlan:
-    """What a config says of a model of so many layers and patches: a layer merges what is asked for, but at most a
+    """What a config means for a model of `depth` layers: a layer merges what its rate says, but at most a
     quarter of the patches that it sees.
 
     Raises:
@@ -110,7 +110,7 @@ def _shares(sparsity: SparsityConfig, depth: int) -> tuple[float, ...]:
 
 
 def _rates(merge: tuple[int, ...], depth: int) -> list[int]:
-    """Pairs that each layer shall merge, of one rate, of the first and the last, or of each layer's."""
+    """Pairs that each layer merges, of one rate, of the first and the last, or of each layer's."""
     if len(merge) == 2:
         first, last = merge
         return [round(first + (last - first) * layer / max(depth - 1, 1)) for layer in range(depth)]

@@ -20,7 +20,7 @@ def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerErro
     """The object that an entry point stands for, or "package.module:object" does.
 
     Raises:
-        SparsifinerError: `error`, with this `fix`: it cannot be imported, for whatever reason: it is anybody's code.
+        SparsifinerError: `error`, with this `fix`: it cannot be imported, for any reason: it is others' code.
     """
     point = EntryPoint("", place, "") if isinstance(place, str) else place
     try:

@@ -108,7 +108,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def limit_resource(kind: int, most: int) -> None:
-    """Allow this process, and all that it starts, so much of a resource at most (`resource.RLIMIT_...`)."""
+    """Limit a resource (`resource.RLIMIT_...`) for this process and all that it starts."""
     hard = resource.getrlimit(kind)[1]
     value = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(kind, (value, value))
@@ -150,7 +150,7 @@ def read_message(handle: int, deadline: float | None, most: int) -> bytearray | 
 
 
 def _receive(handle: int, count: int, deadline: float | None) -> bytearray | None:
-    """So many bytes; None at the end of the stream. See `read_message`."""
+    """`count` bytes; None at the end of the stream. See `read_message`."""
     data = bytearray(count)
     view, poll = memoryview(data), select.poll()
     poll.register(handle, select.POLLIN)

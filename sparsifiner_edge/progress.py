@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, float, float], None]
-"""Called now and then with (stage, done, total): what is going on, and how much of how much is done, in one unit of the
+"""Called now and then with (stage, done, total): the current stage, and how much of the total is done, in a unit of the
 work's own, such as images, steps or seconds."""
 
 

@@ -26,7 +26,7 @@ from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import openvino as session_module
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.open import open_checked
+from sparsifiner_edge.runtime.open import session_on
 from sparsifiner_edge.runtime.openvino import import_openvino
 from sparsifiner_edge.sparse.student import save_student
 from tests import flat
@@ -187,9 +187,9 @@ def test_what_another_package_names_and_is_no_backend_is_refused(bundle, foreign
 def test_no_other_package_runs_where_a_signature_is_required(bundle, foreign):
     """Nor is it imported."""
     signed = dataclasses.replace(open_bundle(bundle), signed=True)
-    open_checked(signed).close()
+    session_on(signed).close()
     with pytest.raises(BackendError, match=r"foreign is no backend of sparsifiner-edge itself.*signature.*\n.*onnxrun"):
-        open_checked(signed, Execution(backend="foreign"))
+        session_on(signed, Execution(backend="foreign"))
     assert "foreign" not in sys.modules
 
 

@@ -74,7 +74,7 @@ class Preprocessing(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle says of itself. Whoever needs what is left out here refuses the bundle.
+    """What a bundle says about itself. Code that needs a missing entry refuses the bundle.
 
     Attributes:
         files: every file but manifest and signature: name -> SHA-256 in hexadecimal.

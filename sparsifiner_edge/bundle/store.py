@@ -189,7 +189,7 @@ class Bundle:
 
 
 def place_in(folder: Path, name: str) -> Path:
-    """Where a file of a bundle is, or shall be; every name passes through here before anything is read or written.
+    """Where a file of a bundle is, or is to be; every name passes through here before anything is read or written.
 
     Raises:
         ArtifactError: links in the folder lead elsewhere, or in a circle; the name is too long.

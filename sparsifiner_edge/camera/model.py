@@ -15,7 +15,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime import Execution, Session
-from sparsifiner_edge.runtime.open import checked_bundle, open_checked
+from sparsifiner_edge.runtime.open import checked_bundle, session_on
 from sparsifiner_edge.text import finite
 
 _FOLLOW = 0.05
@@ -46,7 +46,7 @@ class Model:
         self.labels = bundle.labels()
         self._top, self._threshold = top, threshold
         self._reference: Array | None = None
-        self.session: Session = open_checked(bundle, execution or Execution())
+        self.session: Session = session_on(bundle, execution or Execution())
         try:
             _require_image(self.session, bundle)
         except SparsifinerError:

@@ -19,7 +19,7 @@ from sparsifiner_edge.config import Budget
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.results import Subject
-from sparsifiner_edge.runtime.open import open_checked
+from sparsifiner_edge.runtime.open import session_on
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.source import ModelOptions, load_source
@@ -153,7 +153,7 @@ def _torch(student: Student, path: str, digest: str, compared: TeacherComparison
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
     bundle = open_bundle(folder)
-    session = stack.enter_context(open_checked(bundle, compared.execution))
+    session = stack.enter_context(session_on(bundle, compared.execution))
     fixed = bundle.manifest.batch
 
     def extract(image: Array) -> dict[str, Array]:

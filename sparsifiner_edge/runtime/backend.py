@@ -58,7 +58,7 @@ class Backend(abc.ABC):
 
     Attributes:
         name: as given to `open_session`.
-        execution: how it shall run them; None: as it does by itself.
+        execution: how it runs them; None: by its defaults.
     """
 
     name: ClassVar[str]
@@ -72,8 +72,8 @@ class Backend(abc.ABC):
 
         Raises:
             MissingExtraError: it is not installed.
-            BackendError: it is installed and of no use: broken, too old, built without what is needed, or without the
-                precision that is asked for.
+            BackendError: it is installed and unusable: broken, too old, built without what is needed, or without the
+                precision requested.
         """
 
     @abc.abstractmethod
@@ -146,9 +146,9 @@ def read_file(content: bytes | str, model: Path, kernels: str) -> tuple[ModelPro
         content: of the file, or a path. model: where it is from, for messages. kernels: one of `KERNEL_CHOICES`.
 
     Raises:
-        ArtifactError: it is no ONNX file, or needs another file.
+        ArtifactError: it is not an ONNX file, or needs another file.
         BackendError: the kernels cannot be had of this file, or not here; or it lacks inputs or outputs, or has one
-            that is no array of numbers.
+            that is not an array of numbers.
     """
     graph = read_model(content if isinstance(content, bytes) else Path(content).read_bytes(), model)
     weights = {tensor.name for tensor in graph.graph.initializer}
@@ -159,7 +159,7 @@ def read_file(content: bytes | str, model: Path, kernels: str) -> tuple[ModelPro
     except KeyError:  # A sequence, for one.
         known = False
     if not known:
-        raise BackendError(f"{model} takes or gives what is no array of numbers.", AGAIN)
+        raise BackendError(f"{model} has an input or output that is not an array of numbers.", AGAIN)
     if not inputs or not outputs:
         raise BackendError(f"{model} has no {'output' if inputs else 'input'}.", AGAIN)
     names = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}

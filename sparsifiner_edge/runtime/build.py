@@ -2,7 +2,7 @@
 
 What carries out sparse attention in an engine is measured where it runs. Each variant is built and timed by a process
 of its own, with a time limit of its own: a parser or compiler of native code may abort or hang, and one that does
-leaves the others. The fastest that passes the golden check is kept; what the others took, or why they are none, is
+leaves the others. The fastest that passes the golden check is kept; the others' times, or why they failed, are
 recorded.
 """
 
@@ -148,7 +148,7 @@ def _file(place: Path, variant: str) -> Path:
 
 
 def _require_same(manifest: Manifest, bundle: Bundle) -> None:
-    """Refuse a bundle whose manifest says by now that its model is another.
+    """Refuse a bundle whose model has changed meanwhile, by its manifest.
 
     Raises:
         ArtifactError: it does.
@@ -174,7 +174,7 @@ def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float,
         engine: as planned (`TensorRtBackend.plan`). timeout_s: seconds that each variant may take.
 
     Returns:
-        What is known of the one that is kept; under `variants` all of them, those left out too.
+        Details of the one that is kept; under `variants` all of them, failed ones too.
 
     Raises:
         SparsifinerError: not one of them could be built, or not one gives the golden output; or the bundle changed.
@@ -197,7 +197,7 @@ def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float,
     passed = [name for name in built if not isinstance(tried[name].golden, str)]
     if not passed:
         raise failures[0] if failures else GateError(str(tried[names[0]].golden), "Export it again.")
-    # What was not run, for the GPU was lost meanwhile, stands behind whatever was.
+    # Variants that were not run, since the GPU was lost meanwhile, come last.
     best = min(passed, key=lambda name: math.inf if (ms := tried[name].compute_ms) is None else ms)
     return msgspec.structs.replace(built[best], variants=tried)
 

@@ -1,4 +1,4 @@
-"""Processes of ours that work for this one, since native code may abort or hang: asked, heard, and always ended.
+"""Child processes that work for this one, since native code may abort or hang; they are always ended.
 
 Both sides speak JSON, one message at a time, on a pipe of their own: what a library prints in the child, on either
 output, is kept for messages and mixes with nothing. A request is one of the child's operations with its arguments; its
@@ -52,7 +52,7 @@ class Child:
         """Have an operation carried out.
 
         Args:
-            form: class of its result, or what a type hint can say. arguments: JSON-ready.
+            form: its result's type. arguments: JSON-ready.
 
         Raises:
             SparsifinerError: as the operation raised it.
@@ -77,12 +77,12 @@ class Child:
         return read_record(reply.result, form, self._name, _REPORT, BackendError)
 
     def end(self) -> None:
-        """Kill it and reap it: nothing in it is worth saving, and what hangs hears nothing gentler."""
+        """Kill it and reap it: it holds nothing worth saving, and a hung process heeds nothing gentler."""
         self._process.kill()
         self._process.wait()
 
     def _reap(self) -> str:
-        """How; one that closed its pipe and hangs is killed."""
+        """How it ended; one that closed its pipe and hangs is killed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_ENDING_S)
         self.end()
@@ -99,7 +99,7 @@ class Child:
 
 @contextlib.contextmanager
 def start_child(module: str, name: str, fix: str) -> Iterator[Child]:
-    """`python -m module`, which calls `serve`; killed when the block ends, by whatever way.
+    """`python -m module`, which calls `serve`; killed when the block ends, in whatever way.
 
     Args:
         name: how messages begin. fix: what to do where it died or hung.

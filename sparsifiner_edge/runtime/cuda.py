@@ -79,7 +79,7 @@ class Driver:
         self.device = CudaDevice(str(name).strip("\0 "), capability, bool(properties.integrated), version_text(version))
 
     def call(self, action: str, function: str, *arguments: Any) -> Any:
-        """Call a function of CUDA; returns what it gives beside its status. `action`: such as "to free memory"."""
+        """Call a CUDA function; returns its values without the status. `action`: such as "to free memory"."""
         status, *values = getattr(self.runtime, function)(*arguments)
         if int(status) != 0:
             meaning = self.runtime.cudaGetErrorString(status)[1]
@@ -104,7 +104,7 @@ class Driver:
         return int(self.call("to read free memory", "cudaMemGetInfo")[0])
 
     def pin(self, size: int, stack: ExitStack) -> tuple[Array, int]:
-        """Page-locked bytes of the processor, and a device address: an integrated device's of the same bytes, another's
+        """Page-locked bytes of the processor, and a device address: on an integrated device of the same bytes, else
         of as many of its own, which they are copied to.
         """
         flags = self.runtime.cudaHostAllocMapped

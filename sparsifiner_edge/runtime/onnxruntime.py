@@ -91,7 +91,7 @@ class OnnxRuntime(ProcessorBackend):
 
 
 class _OrtSession(Session):
-    """A `Session` on ONNX Runtime; see `ProcessorBackend.session`. device: that of CUDA which shall run it.
+    """A `Session` on ONNX Runtime; see `ProcessorBackend.session`. device: the CUDA device that runs it.
 
     Raises:
         BackendError: ONNX Runtime rejects the model, or would quietly run it on the CPU, or in another precision,

@@ -25,15 +25,15 @@ BACKENDS = {
         "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
     }.items()
 }
-"""Ours by name, imported when they are asked for."""
+"""Ours by name, imported on first use."""
 
 
 def find_backend(execution: Execution) -> Backend:
-    """The backend that is asked for, told how it shall run.
+    """The backend that an execution names, set up to run as it says.
 
     Raises:
-        BackendError: there is none of that name, or a choice is none of its kind, and what there is; or another
-            package's is no class of `Backend`, or cannot be imported.
+        BackendError: the name or a choice is unknown, and which are known; or another package's backend is not a
+            class of `Backend`, or cannot be imported.
     """
     known = BACKENDS if execution.backend in BACKENDS else {**BACKENDS, **plugins(ENTRY_POINTS)}
     if execution.backend not in known:
@@ -79,15 +79,15 @@ def open_session(
         >>> sorted(outputs)
         ['features', 'logits']
     """
-    return open_checked(checked_bundle(Path(bundle), public_key), execution_of(execution))
+    return session_on(checked_bundle(Path(bundle), public_key), execution_of(execution))
 
 
 def checked_bundle(folder: Path, public_key: str | Path | None = None) -> Bundle:
-    """Everything that is demanded of a bundle before any of it is loaded, as `open_session` does it; returns it."""
+    """A bundle, after all checks that precede loading any of it; see `open_session`."""
     return open_bundle(folder) if public_key is None else require_signature(folder, Path(public_key))
 
 
-def open_checked(bundle: Bundle, execution: Execution | None = None) -> Session:
+def session_on(bundle: Bundle, execution: Execution | None = None) -> Session:
     """`open_session` with what `checked_bundle` returned: only files that its manifest vouches for are used, and no
     code of other packages where a signature was required.
     """

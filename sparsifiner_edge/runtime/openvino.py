@@ -85,7 +85,7 @@ class _OpenVinoSession(Session):
         openvino, threads = import_openvino(execution.precision), execution.cores
         precision = "fp32" if execution.precision == "auto" else execution.precision
         self.backend, self.model, self._lock = execution.backend, model, threading.Lock()
-        # OpenVINO takes products of int8 where they saturate, too; told to use none, it multiplies what they stand for.
+        # OpenVINO uses int8 products even where they saturate; without them it multiplies dequantised values.
         self._spread = stored == "int8" and not has_int8_products()
         self._compiled: Any = None
         self._request: Any = None
@@ -121,7 +121,7 @@ class _OpenVinoSession(Session):
         )
 
     def _compile(self, openvino: Any, graph: Any, ours: list[str], threads: int, precision: str) -> Any:
-        """Anew each time: OpenVINO runs what lies in its cache unchecked, and reads a pipe there for ever."""
+        """Never cached: OpenVINO runs what lies in its cache unchecked, and would block on a pipe there."""
         core = openvino.Core()
         settings = {
             "INFERENCE_NUM_THREADS": threads,
@@ -142,11 +142,11 @@ class _OpenVinoSession(Session):
         """What the linear layers really run in.
 
         Raises:
-            BackendError: none of them runs in what was asked for.
+            BackendError: none of them runs in the precision requested.
         """
         if self._spread:
             return f"int8, run in {wanted}: this processor's products of int8 saturate"
-        # Node by node: what a node says of itself lies in it, and is no more where the node is gone.
+        # Node by node: a node's attributes are freed with it.
         layers = []
         for node in self._compiled.get_runtime_model().get_ops():
             kind, computed = (node.get_rt_info()[name].astype(str) for name in ("layerType", "runtimePrecision"))
@@ -197,7 +197,7 @@ def converters(openvino: Any, frontend: Any, names: Sequence[str], operators: Op
 
     Args:
         openvino, frontend: the modules `openvino` and `openvino.frontend.onnx`.
-        operators: what runs them; must live as long as what is compiled.
+        operators: runs them; must outlive the compiled model.
     """
     base = _op_class(openvino, operators)
 

@@ -51,10 +51,10 @@ class Session(abc.ABC):
         inputs, outputs: every one, in the model's order.
         description: what really runs.
         load_ms: milliseconds that the backend took to make the session; hashing and reading the manifest excluded.
-        least_tolerance, least_batch, golden_runs, in_place_of_sparse: for the golden check. The first counts if it is
-            the larger one, where less is computed in than the file holds; of the second the input is repeated, where no
-            smaller ones are taken; so many runs must agree, where later ones are done otherwise than the first; and
-            dense attention in the place of sparse is another computation: the mean cosine of rows counts.
+        least_tolerance, least_batch, golden_runs, in_place_of_sparse: for the golden check: a tolerance that
+            counts if it is the larger one, for computing in fewer bits than the file holds; the batch to repeat the
+            input to, where smaller ones are refused; runs that must agree, where later ones work otherwise than the
+            first; whether attention is dense in the place of sparse, so that the mean cosine of rows counts.
     """
 
     backend: str

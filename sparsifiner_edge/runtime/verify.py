@@ -19,7 +19,7 @@ from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.runtime.golden import beyond_text, check_golden
-from sparsifiner_edge.runtime.open import open_checked
+from sparsifiner_edge.runtime.open import session_on
 from sparsifiner_edge.text import one_line
 
 
@@ -152,7 +152,7 @@ def _operators(stated: tuple[str, ...], model: Any) -> str:
 
 
 def _golden(bundle: Bundle, execution: Execution) -> str:
-    with open_checked(bundle, execution) as session:
+    with session_on(bundle, execution) as session:
         report = check_golden(session, bundle)
     parts = (
         f"{name} {figures['range_relative_error']:.1e} of {figures['tolerance']:.0e}{beyond_text(figures)}"

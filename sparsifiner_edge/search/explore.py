@@ -29,7 +29,7 @@ ROUNDS = 4
 SETTLED = 0.03
 """A round that changes what is expected of the answer by less is the last."""
 CLOSE, MOST_ENGINES = 1.15, 3
-"""Engines are followed that are within so much of the best, so many at most."""
+"""Engines are followed that are within this factor of the best, this many at most."""
 ROOM = 0.98
 """Of a bound of time: two measurements of the same differ."""
 LEAST_AIM = 1e-3
@@ -45,7 +45,7 @@ class Search:
     calibrated with a plan near the answer as soon as it matters.
 
     Args:
-        bound: what is asked for. trial: measures plans. whole: measures whole models.
+        bound: of the request. trial: measures plans. whole: measures whole models.
         dense: the dense model at the start, by what runs it. latencies: by engine.
 
     Attributes:
@@ -103,7 +103,7 @@ class Search:
         return self._terms(engine, plan)[not self.bound.by_fidelity]
 
     def objective(self, engine: Deployment, plan: LayerPlan) -> float:
-        """The other of the two, which shall be small."""
+        """The other of the two, which is to be small."""
         return self._terms(engine, plan)[self.bound.by_fidelity]
 
     def _terms(self, engine: Deployment, plan: LayerPlan) -> tuple[float, float]:
@@ -123,8 +123,8 @@ class Search:
         return fmean(self.whole.distances(plan, engine, self.trial))
 
     def calibrate(self, engine: Deployment, plan: LayerPlan) -> None:
-        """Once, by a plan where the answer is expected, beside the dense model, which tells what became of the
-        machine's speed; a board that is not here stays as it is estimated.
+        """Once, by a plan where the answer is expected, beside the dense model, which shows how the machine's
+        speed has changed; a board that is not here stays as it is estimated.
 
         Raises:
             GateError: no engine is left, since each one's precision loses too much.

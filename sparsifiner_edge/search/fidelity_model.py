@@ -51,7 +51,7 @@ class FidelityModel:
         self.parameters |= {name: torch.zeros(len(merge)).double() for name in ("merge", "keep", "fall")}
 
     def merging(self, layer: int, before: Array, after: Array) -> Array:
-        """What merging so many patches down to so many loses in this layer."""
+        """What merging from `before` to `after` patches loses in this layer."""
         remaining, merged = (torch.from_numpy(np.asarray(x, float)) for x in (before, before - after))
         return np.asarray(float(self._merge_weights()[layer]) * self._merging(remaining, merged).numpy())
 

@@ -1,6 +1,6 @@
 """Latency of a plan on this machine: times of a layer's parts at some numbers of tokens, measured once, and summed.
 
-Two models measured whole correct a sum: the dense one scales it, and a sparse one tells what it costs to have operators
+Two models measured whole correct a sum: the dense one scales it, and a sparse one shows what it costs to have operators
 of ours among a runtime's own.
 """
 
@@ -33,14 +33,14 @@ MEASURED_SIZES = 7
 LEAST_MS = 1e-4
 """What no part takes less than, where shares of its time are reckoned with."""
 EACH = 3
-"""Merging is measured at every so many of them: its time is nearly linear, its graph slow to make."""
+"""Merging is measured at one in this many of them: its time is nearly linear, its graph slow to make."""
 
 
 class PlanLatency:
     """Milliseconds of plans, from those of a layer's parts and what was measured of whole models.
 
-    A part's time is a constant, so much a token and so much a pair of tokens, none of them negative, fitted to what was
-    measured: what a single entry has by chance would otherwise be what plans are chosen for.
+    A part's time is a constant, a cost per token and one per pair of tokens, none of them negative, fitted to what was
+    measured: plans would otherwise be chosen for the noise of single entries.
 
     Args:
         patches: that the parts were measured with, most first: the image's own.
@@ -135,7 +135,7 @@ def measure_latency(student: Student, engine: Deployment, progress: Progress | N
 ESTIMATED_SIZES = 24
 """Numbers of tokens that parts are estimated at."""
 MERGED = 8
-"""Of so many patches one merges where merging is counted."""
+"""One patch in this many merges where merging is counted."""
 
 
 def estimate_latency(student: Student, board: Board, precision: str) -> PlanLatency:

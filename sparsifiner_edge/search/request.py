@@ -1,4 +1,4 @@
-"""What a search is asked for: the bound, the engines that may meet it, and which of the user's images are for what."""
+"""What a search is to find: the bound, the engines that may meet it, and which of the user's images are for what."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.search.trial import FIDELITIES
 
 MOST_MS = 1e6
-"""That may be asked for."""
+"""The greatest bound."""
 PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
 """That are searched: here and for a CPU, and for a board's GPU."""
 LEAST_IMAGES, CHECKED = 5, 5
-"""Images that a search takes at least; one of so many is kept for the check."""
+"""Fewest images for a search; one in this many is reserved for the check."""
 
 
 class Bound(NamedTuple):
-    """What is asked for: a fidelity of at least so much, or at most so many milliseconds."""
+    """The least fidelity, or the most milliseconds."""
 
     value: float
     by_fidelity: bool = True
@@ -48,7 +48,7 @@ class SearchRequest(NamedTuple):
     Attributes:
         metric: one of `trial.FIDELITIES`, or a user's own. board: None: this machine.
         unavailable: backends that do not run here, and why.
-        images: that predictors and int8 are calibrated with, and of which some judge plans. reserved: of no use before
+        images: that predictors and int8 are calibrated with, and of which some judge plans. reserved: unused before
             the last check.
     """
 

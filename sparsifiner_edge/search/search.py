@@ -35,9 +35,9 @@ from sparsifiner_edge.sparse.student import (
 )
 
 RESERVED = 0.4
-"""Of the time asked for, what exports and the last measurement may take."""
+"""Of the time allowed, what exports and the last measurement may take."""
 LEAST_TRIED, MOST_TRIED, PATCHES = 6, 24, 16_000
-"""Images that plans are judged by: of large ones fewer, so that they have about so many patches together."""
+"""Images that plans are judged by: of large ones fewer, so that they have about this many patches together."""
 FRONT, STUDENT, BUNDLE = "front.json", "student", "bundle"
 
 

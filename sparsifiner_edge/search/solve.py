@@ -47,7 +47,7 @@ class Solver:
         self._attention = np.stack([part(name_of(share), self.counts) for share in SHARES])
 
     def at_price(self, price: float) -> LayerPlan:
-        """What is best where one of distance is worth `price` milliseconds."""
+        """The best plan where a distance of 1 is worth `price` milliseconds."""
         ahead = np.zeros(len(self.counts))
         choices: list[tuple[Array, Array]] = []
         for layer, selects in reversed(list(enumerate(self.selects))):
@@ -65,11 +65,11 @@ class Solver:
         return LayerPlan(tuple(merge), tuple(keep))
 
     def at_latency(self, ms: float) -> LayerPlan:
-        """The nearest to the dense model that is predicted to take at most so long; the fastest where none does."""
+        """The nearest to the dense model of those predicted to take `ms` at most; the fastest where none is."""
         return self._bisect(self.at_price(PRICES[0]), lambda plan: self.latency.of(plan) <= ms, dearer=True)
 
     def at_distance(self, distance: float) -> LayerPlan:
-        """The fastest whose distance is predicted to be at most so much; the dense model where none's is."""
+        """The fastest of those predicted to lie within `distance`; the dense model where none is."""
         dense = LayerPlan.dense(len(self.selects))
         return self._bisect(dense, lambda plan: plan.is_dense or self.model.of(plan) <= distance, dearer=False)
 
@@ -86,5 +86,5 @@ class Solver:
 
 
 def possible_counts(patches: int, tile: int) -> Array:
-    """Numbers of patch tokens that a plan may come by, most first: the image's, and every so many fewer."""
+    """Numbers of patch tokens that a plan may come by, most first: the image's, and down in equal steps."""
     return np.arange(patches, max(LEAST_PATCHES, tile) - 1, -max(1, round(patches / TOKEN_STEPS)))

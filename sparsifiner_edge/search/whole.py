@@ -26,7 +26,7 @@ from sparsifiner_edge.profiles.measure.side import (
 from sparsifiner_edge.profiles.stats import medians_in_turn
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Quantity
-from sparsifiner_edge.runtime.open import checked_bundle, open_checked
+from sparsifiner_edge.runtime.open import checked_bundle, session_on
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.source import ModelOptions
 from sparsifiner_edge.sparse.student import Student, save_student
@@ -82,7 +82,7 @@ class WholeModels:
 
     def distances(self, plan: LayerPlan, engine: Deployment, trial: Trial) -> list[float]:
         """Of a plan's bundle in an engine, from the dense model in float32, image by image."""
-        with open_checked(checked_bundle(self.bundle(plan, engine)), engine.execution) as session:
+        with session_on(checked_bundle(self.bundle(plan, engine)), engine.execution) as session:
             return trial.distances_of(session.infer)
 
     def times(self, subjects: Sequence[PlanInEngine]) -> list[Quantity]:

@@ -207,14 +207,14 @@ def test_an_engine_that_refuses_the_dense_model_is_left_out_and_said(
     tmp_path: Path, tiny_student: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As OpenVINO does on processors that have fp16, where operators of ours are in the way."""
-    opened, refusing = whole.open_checked, ["openvino"]
+    opened, refusing = whole.session_on, ["openvino"]
 
     def refused(found: Bundle, execution: Execution) -> Session:
         if execution.backend in refusing:
             raise BackendError("It runs in fp32, not fp16.", "Choose another.")
         return opened(found, execution)
 
-    monkeypatch.setattr(whole, "open_checked", refused)
+    monkeypatch.setattr(whole, "session_on", refused)
     monkeypatch.setattr(search, "measure_latency", lambda *_: PlanLatency([100], PARTS))
     student = load_student(tiny_student)
     backends = ["onnxruntime", "openvino"]

@@ -189,7 +189,7 @@ def test_links_in_a_bundle_lead_nowhere(tmp_path: Path) -> None:
 def test_what_nobody_vouches_for_is_not_run(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     sign_bundle(bundle, keys / "key.pem")
-    monkeypatch.setattr(verify, "open_checked", lambda *_, **__: pytest.fail("it was opened"))
+    monkeypatch.setattr(verify, "session_on", lambda *_, **__: pytest.fail("it was opened"))
     found = verify.verify_bundle(bundle, public_key=keys / "other.pub")
     assert not found.passed
     assert [check.name for check in found.checks] == ["files", "signature"]

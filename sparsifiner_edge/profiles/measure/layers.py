@@ -26,7 +26,7 @@ from sparsifiner_edge.ops.schema import OPERATORS
 from sparsifiner_edge.profiles.measure.worker import fixed_inputs
 from sparsifiner_edge.runtime.backend import native_library
 from sparsifiner_edge.runtime.onnxruntime import inference_session, session_options
-from sparsifiner_edge.runtime.open import open_checked
+from sparsifiner_edge.runtime.open import session_on
 
 LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "decoder", "other")
 """Parts of a layer. selection: KeySelect, LandmarkKeySelect, and what prunes tokens or matches them.
@@ -77,7 +77,7 @@ def measure_layers(bundle: str | Path, execution: Execution, query_ms: float) ->
     """
     queries = max(MIN_QUERIES, min(MAX_QUERIES, round(_PROFILED_S * 1000 / max(query_ms, 1e-3))))
     checked = open_bundle(Path(bundle))
-    with open_checked(checked, execution) as session:
+    with session_on(checked, execution) as session:
         inputs, ran = fixed_inputs(session.inputs), session.description
         if session.backend != "onnxruntime" or not execution.on_processor:
             # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.

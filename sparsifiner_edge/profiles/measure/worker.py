@@ -17,7 +17,7 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles.measure.memory import RESIDENT, Bytes, process_bytes
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.runtime.child import serve
-from sparsifiner_edge.runtime.open import checked_bundle, find_backend, open_checked
+from sparsifiner_edge.runtime.open import checked_bundle, find_backend, session_on
 from sparsifiner_edge.runtime.session import Runtime, Session
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class _Worker:
         chosen = msgspec.convert(execution, Execution)
         find_backend(chosen).load()
         before = process_bytes(RESIDENT)
-        self.session = open_checked(checked_bundle(Path(bundle)), chosen)
+        self.session = session_on(checked_bundle(Path(bundle)), chosen)
         self.inputs = fixed_inputs(self.session.inputs)
         return Loaded(
             input_shapes={name: list(value.shape) for name, value in self.inputs.items()},

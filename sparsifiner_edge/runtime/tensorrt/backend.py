@@ -1,4 +1,4 @@
-"""What TensorRT and TensorRT-RTX do alike as backends: build engines, time them, open them, and say why they cannot.
+"""What the backends TensorRT and TensorRT-RTX share: building, timing and opening engines.
 
 Sparse attention and merging are built in the ways that TensorRT can have them: `bodies` are the standard operators in
 the file, `plugin` the project's CUDA kernels, `dense` ordinary attention, which computes something else: it is kept
@@ -57,11 +57,11 @@ class TensorRtBackend(Backend):
     product: ClassVar[str]
 
     def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Engine]:
-        """What is to be built; what cannot be is rejected before anything is.
+        """The engines to build; what cannot be built is rejected before any build starts.
 
         Args:
-            capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
-            batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
+            capabilities: compute capabilities, such as ("8.6", "8.9"); none: this machine's GPU.
+            batch: sizes that the engines take; all equal where the bundle's batch is fixed.
 
         Returns:
             Engines without a file; under `details.variants` their `variants`.
@@ -88,14 +88,14 @@ class TensorRtBackend(Backend):
         """
 
     def compile(self, model: onnx.ModelProto, engine: Engine, _bundle: Bundle) -> bytes:
-        """The content of an engine of an ONNX file (the bundle's, or `dense_model` of it).
+        """The content of an engine for an ONNX file (the bundle's, or `dense_model` of it).
 
         The network is strongly typed: every type comes from the file, int8 through its QDQ nodes.
 
         Raises:
             UnsupportedModelError: the parser rejects the model; its nodes are named.
             ConfigError: an axis other than the batch is dynamic.
-            BackendError: TensorRT builds nothing of it.
+            BackendError: TensorRT cannot build it.
         """
         trt = self.load()
         messages, name = make_logger(trt), f"{self.product} {trt.__version__}"
@@ -157,7 +157,7 @@ class TensorRtBackend(Backend):
         )  # fmt: skip
 
     def require_driver(self, device: CudaDevice) -> CudaDevice:
-        """The device, where its driver takes this TensorRT: one for a newer CUDA makes its objects all the same, and
+        """The device, where its driver takes this TensorRT: one for a newer CUDA still makes its objects, and
         ends the process on use.
 
         Raises:

@@ -78,7 +78,7 @@ def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaD
 
 
 def _describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
-    """The function that tells shapes and types of a launch's outputs; the batch is that of its first input."""
+    """The function that gives shapes and types of a launch's outputs; the batch is that of its first input."""
 
     def description(*inputs: Any) -> Any:
         batch = inputs[0].shape_expr[0]
@@ -106,7 +106,7 @@ def _implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
 
 
 def _tensors(trtp: Any, names: Collection[str]) -> Any:
-    """The annotation of a tuple of as many tensors."""
+    """The annotation of a tuple of these tensors."""
     return types.GenericAlias(tuple, (trtp.TensorDesc,) * len(names))
 
 

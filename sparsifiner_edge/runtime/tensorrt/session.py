@@ -27,7 +27,7 @@ _KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
 
 
 class EngineSession(Session):
-    """A `Session` on an engine. Whoever makes one has seen that the engine fits this machine's CUDA device.
+    """A `Session` on an engine. The caller has checked that the engine fits this machine's CUDA device.
 
     One stream copies in, computes and copies out, in buffers of the greatest shapes. On a device that shares the
     processor's memory nothing is copied: the engine works in page-locked memory of both.
@@ -170,7 +170,7 @@ class EngineSession(Session):
         return self._buffers[name][0][: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
     def _copy(self, arrays: Mapping[str, Array], to_device: bool) -> None:
-        """Put copies of as many bytes of each tensor into the stream."""
+        """Put a copy of each array to or from its tensor's buffer into the stream."""
         kinds = self._driver.runtime.cudaMemcpyKind
         kind = kinds.cudaMemcpyHostToDevice if to_device else kinds.cudaMemcpyDeviceToHost
         for name, array in () if self._driver.device.integrated else arrays.items():
