@@ -55,21 +55,21 @@ def read_record(
             and what it must be. Or a text holds half of a surrogate pair.
     """
     try:
-        return msgspec.convert(content, kind, dec_hook=_read_known)
+        return msgspec.convert(content, kind, dec_hook=_parse_value)
     except msgspec.ValidationError as cause:
         raise error(f"{origin}: {_explanation(content, str(cause))}.", fix) from cause
     except UnicodeEncodeError as cause:  # Half a character, which JSON can hold and UTF-8 cannot.
         raise error(f"{origin} holds a text that is not Unicode: {cause.reason}.", fix) from cause
 
 
-def _read_known(kind: Any, content: object) -> object:
+def _parse_value(kind: Any, content: object) -> object:
     """A `Known` of some record."""
     if get_origin(kind) is not Known:
         raise NotImplementedError(f"{kind} cannot be read")
     is_missing = isinstance(content, dict) and content.keys() == {MISSING}
     try:
-        return msgspec.convert(content, Unavailable if is_missing else get_args(kind)[0], dec_hook=_read_known)
-    except msgspec.ValidationError as error:  # Its path starts here; of any other error msgspec tells the whole path.
+        return msgspec.convert(content, Unavailable if is_missing else get_args(kind)[0], dec_hook=_parse_value)
+    except msgspec.ValidationError as error:  # Its path starts here; of any other error msgspec gives the whole path.
         raise ValueError(_explanation(content, str(error))) from error
 
 

@@ -81,7 +81,7 @@ class Backend(abc.ABC):
         """A session on a bundle; see `open_session`."""
 
 
-def require_stored(precision: str, stored: str, name: str) -> None:
+def require_precision(precision: str, stored: str, name: str) -> None:
     """Refuse a precision (`PRECISIONS`) of what computes in a file's own types.
 
     Args:

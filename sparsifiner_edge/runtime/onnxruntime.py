@@ -25,7 +25,7 @@ from sparsifiner_edge.runtime.backend import (
     import_package,
     native_library,
     read_file,
-    require_stored,
+    require_precision,
 )
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.session import Runtime, Session
@@ -116,7 +116,7 @@ class _OrtSession(Session):
         file = read_file(source, model, kernels)[1]
         computed = "fp16" if file.float16 else "fp32"
         if not bfloat16:
-            require_stored(execution.precision, computed, "ONNX Runtime")
+            require_precision(execution.precision, computed, "ONNX Runtime")
         elif not any(name.endswith("Attention") for name in file.names):  # Nothing of it would be bfloat16.
             raise BackendError(f"{model} has no attention that could run in bfloat16.", "Leave --precision out.")
         self.least_tolerance = BF16_TOLERANCE_FREE if bfloat16 else 0.0

@@ -37,7 +37,7 @@ from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.bodies import Structure, function_body
 from sparsifiner_edge.ops.graph import has_sizes, tidy
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.backend import Backend, require_stored
+from sparsifiner_edge.runtime.backend import Backend, require_precision
 from sparsifiner_edge.runtime.cuda import CudaDevice, major, probe
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.tensorrt.errors import build_error, make_logger, parse_error
@@ -197,7 +197,7 @@ class TensorRtBackend(Backend):
                 f"An engine's kernels are chosen when it is built, and kernels are {self.execution.kernels}.",
                 f"Leave --kernels out; give it to: sparsifiner-edge build {bundle.folder} --backend {self.name}",
             )
-        require_stored(self.execution.precision, bundle.manifest.float_precision, self.name)
+        require_precision(self.execution.precision, bundle.manifest.float_precision, self.name)
         trt, folder, engines = self.load(), bundle.folder, bundle.manifest.engines
         # What needs no GPU to be seen comes first: another system's engine would not run with one either.
         fitting_engine(engines, self.name, EngineDevice(str(trt.__version__)), folder)
