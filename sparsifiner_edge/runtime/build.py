@@ -87,14 +87,14 @@ def build_engine(
             f"{backend} builds no engine: it runs a bundle's model itself.",
             "Choose --backend tensorrt or tensorrt-rtx. The golden pair is run by: sparsifiner-edge bundle verify",
         )
-    checked, version = open_bundle(Path(bundle)), str(builder.load().__version__)
+    opened, version = open_bundle(Path(bundle)), str(builder.load().__version__)
     capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
-    planned = builder.plan(checked, capabilities, batch_range(checked, batch))
+    planned = builder.plan(opened, capabilities, batch_range(opened, batch))
     if timeout_s is None:
         timeout_s = 600.0 if jetson_release() is None else 1800.0  # A Jetson's processor is a small one.
-    engines = _build_all(checked, planned, timeout_s, progress)
+    engines = _build_all(opened, planned, timeout_s, progress)
     seconds = time.monotonic() - start
-    return BuildResult(bundle=str(checked.folder), backend=backend, version=version, engines=engines, seconds=seconds)
+    return BuildResult(bundle=str(opened.folder), backend=backend, version=version, engines=engines, seconds=seconds)
 
 
 def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRange:
@@ -180,16 +180,16 @@ def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float,
         SparsifinerError: not one of them could be built, or not one gives the golden output; or the bundle changed.
     """
     tried = dict(engine.details.variants)
-    names = [name for name, one in tried.items() if one.failed is None]
+    names = [name for name, variant in tried.items() if variant.failed is None]
     built: dict[str, Details] = {}
     failures: list[SparsifinerError] = []
     for number, name in enumerate(names):
         if progress:
             progress(f"building {name}", number, len(names))
         _require_same(parse_manifest(read_manifest(bundle.folder), bundle.folder / BUNDLE_FILE), bundle)
-        one = msgspec.structs.replace(engine, details=Details(kernels=name))
+        target = msgspec.structs.replace(engine, details=Details(kernels=name))
         try:
-            built[name] = build_variant(one, bundle.folder.resolve(), _file(place, name), timeout_s)
+            built[name] = build_variant(target, bundle.folder.resolve(), _file(place, name), timeout_s)
             tried |= built[name].variants
         except SparsifinerError as error:
             failures.append(error)
@@ -207,12 +207,12 @@ def verdict(details: Details) -> list[str]:
     if len(details.variants) < 2:
         return []
     lines = []
-    for name, one in details.variants.items():
-        took = f"{one.compute_ms:.3f} ms" if one.compute_ms is not None else str(one.failed)
-        refused = f"; not kept: {one.golden}" if isinstance(one.golden, str) else ""
-        lines.append(f"{name}: {took}{refused}{f' ({one.warning})' if one.warning else ''}")
+    for name, variant in details.variants.items():
+        outcome = f"{variant.compute_ms:.3f} ms" if variant.compute_ms is not None else str(variant.failed)
+        refused = f"; not kept: {variant.golden}" if isinstance(variant.golden, str) else ""
+        lines.append(f"{name}: {outcome}{refused}{f' ({variant.warning})' if variant.warning else ''}")
     ms = details.chosen.compute_ms
-    others = [name for name, one in details.variants.items() if (one.compute_ms or math.inf) < (ms or 0.0)]
+    others = [name for name, variant in details.variants.items() if (variant.compute_ms or math.inf) < (ms or 0.0)]
     why = f"though {' and '.join(others)} took less" if others else "the fastest of those"
     advice = "; for dense attention export the student with --keep 1" if DENSE in others else ""
     return [*lines, f"kept: {details.kernels}, {'nothing was measured' if ms is None else why + advice}"]
