@@ -237,10 +237,10 @@ def dense_model(model: onnx.ModelProto) -> onnx.ModelProto:
     """A file, changed in place: dense attention in standard operators where it had sparse; tokens merge as they did."""
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type == _SPARSE:
-            kept = [a for a in node.attribute if a.name in ("num_heads", "scale")]
-            made = onnx.helper.make_node(_DENSE, node.input[:2], node.output, node.name, domain=DOMAIN)
-            made.attribute.extend(kept)
-            node.CopyFrom(made)
+            attributes = [a for a in node.attribute if a.name in ("num_heads", "scale")]
+            replacement = onnx.helper.make_node(_DENSE, node.input[:2], node.output, node.name, domain=DOMAIN)
+            replacement.attribute.extend(attributes)
+            node.CopyFrom(replacement)
     tidy(model)
     dense = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type == _DENSE]
     for function in [function for function in model.functions if function.name == _DENSE]:
