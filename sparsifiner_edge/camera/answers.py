@@ -34,11 +34,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What a model says of an image.
 
     Attributes:
-        top: of a classifier, the best first; empty where a logit is NaN or infinite.
+        top: of a classifier, the best first; empty where a logit is NaN or infinite, or no class reaches the threshold.
         features: of another model; None for those that are NaN or infinite.
         maps: of a model that gives dense maps; empty where a value is NaN or infinite.
         not_finite: how many numbers of all these were, where any was.
-        change: of a video's features; see `Model.change`.
+        change: of a video's features; see `Model.frame_answer`.
     """
 
     top: list[Class] | None = None

@@ -107,7 +107,7 @@ class Capture:
                     self._kill()
         except StalledError:
             self._status.count("stalls")
-            return "stalled", f"nothing came for {self._stall_s:g} s; the decoder was ended"
+            return "stalled", "nothing came in time; the decoder was ended (see --stall)"
         except ProtocolError as error:
             self._status.count("crashes", not self._stop.is_set())
             return "lost", str(error)

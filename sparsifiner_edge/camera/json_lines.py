@@ -79,7 +79,8 @@ class LineWriter:
             self.close()
 
     def write(self, content: object) -> None:
-        """Write one line; what finds no room waits for the next one's turn.
+        """Write one line. Where there is no room that waits; a live source's stays pending, and later ones are dropped
+        meanwhile.
 
         Raises:
             BrokenPipeError: the reader has gone.

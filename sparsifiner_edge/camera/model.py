@@ -30,7 +30,7 @@ class Model:
         execution: how it is run.
         top: most classes of a classifier's answer.
         threshold: classes less probable are left out.
-        public_key: see `runtime.open.checked_bundle`.
+        public_key: file of the key that must have signed the bundle; None: no signature is required.
 
     Raises:
         ConfigError: the bundle takes a fixed batch above 1.
@@ -46,7 +46,7 @@ class Model:
         self.labels = bundle.labels()
         self._top, self._threshold = top, threshold
         self._reference: Array | None = None
-        self.session: Session = session_on(bundle, execution or Execution())
+        self.session: Session = session_on(bundle, execution)
         try:
             _require_image(self.session, bundle)
         except SparsifinerError:

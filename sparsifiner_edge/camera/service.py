@@ -33,7 +33,7 @@ from sparsifiner_edge.records import write_record
 
 _TICK_S = 0.1
 _OVERLAY_SUFFIXES = (".mkv", ".mp4")
-_PIPELINE = {"missing": ["A GStreamer pipeline is your own command line, and is not confined."]}
+_NOT_CONFINED = {"missing": ["GStreamer decodes this source, and is not confined."]}
 
 
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,8 +143,8 @@ def run_images(model: Model, source: Path) -> Iterator[ImageRecord]:
             continue
         ready = time.monotonic_ns()
         outputs = model.infer(image)
-        times = (ready - start) / 1e6, (time.monotonic_ns() - ready) / 1e6
-        yield ImageRecord(str(path), *times, **asdict(model.answer(outputs)))
+        times = {"preprocess_ms": _ms(start, ready), "infer_ms": _ms(ready, time.monotonic_ns())}
+        yield ImageRecord(str(path), **times, **asdict(model.answer(outputs)))
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
@@ -153,7 +153,7 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
     SIGTERM and SIGINT end it after the frame at hand; a second one ends it at once.
 
     Raises:
-        ImageError: a file that is no video, or a source that gave no frame in all the time allowed.
+        ImageError: a file that is no video, or a source that gave no frame.
         ArtifactError: the output of a file's run cannot be written; a live source's run goes on and counts.
         BrokenPipeError: the reader of standard output has gone.
         SparsifinerError: the bundle, backend or options are unusable.
@@ -168,7 +168,7 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
             status.event("metrics", address=server.url)
         # What really runs, once: a library that could not be loaded means kernels several times slower.
         status.event("model", **write_record(model.session.description))
-        status.event("decoding", **(_PIPELINE if source.kind == "gst" else write_record(confinement())))
+        status.event("decoding", **(_NOT_CONFINED if source.kind == "gst" else write_record(confinement())))
         stop = stack.enter_context(stopping())
         failure = _run(model, source, options, status, stop)
         status.event("done", **status.counts)

@@ -28,14 +28,14 @@ from sparsifiner_edge.cli import common
 @click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after this many frames.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
 @click.option("--stall", "stall_s", type=common.FiniteRange(0.1, MOST_SECONDS), default=3.0, show_default=True,
-              help="Seconds without a frame after which a live source is reopened.")  # fmt: skip
+              help="Seconds without a frame after which a live source is reopened, and a file given up.")  # fmt: skip
 @click.option("--require-signature", "public_key", metavar="KEY.pub", type=common.PATH,
               help="Refuse a bundle that the holder of this key did not sign, or that was altered since.")  # fmt: skip
 def command(*, bundle: Path, source: str, metrics: str | None, **options: Any) -> None:
     """Run BUNDLE on images, a video or a camera; one JSON line per image or frame.
 
-    A live source is waited for, and opened again when it is lost; events of it go to standard error, one JSON line
-    each. SIGTERM and Ctrl-C end the run after the current image or frame, with exit code 0.
+    A live source is waited for, and opened again when it is lost. Events of videos and cameras go to standard error,
+    one JSON line each. SIGTERM and Ctrl-C end the run after the current image or frame, with exit code 0.
     """
     import sparsifiner_edge as se
     from sparsifiner_edge.camera.health import parse_host_port
