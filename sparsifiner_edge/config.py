@@ -55,7 +55,8 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class SparsityConfig:
-    """What a student's attention layers do.
+    """What a student's attention layers do: read it as `student.sparsity`. Where they are left out `sparsify` chooses
+    cells, and keep where tokens merge, by the model.
 
     Attributes:
         preset: "edge": tile-shared key lists, probe predictor and background cells. "paper": the published method
@@ -190,7 +191,10 @@ class SparsityConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a student spends in place of its own settings: those of `SparsityConfig`; None leaves one as it is.
+    """What a student spends in place of its own settings; None leaves one as it is.
+
+    Attributes:
+        keep, token_keep, merge: as in `SparsityConfig`; merge is a tuple: (8,), or (160, 0) from first to last layer.
 
     Example:
         >>> Budget(keep=0.1, merge=(160, 0)).is_unchanged

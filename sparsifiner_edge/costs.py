@@ -50,7 +50,7 @@ LayerCosts: TypeAlias = dict[str, Work]
 MAC_KINDS = ("projections", "predictor", "attention", "cells", "mlp", "pruning")
 """qkv and output projection; the choice of keys; logits and weighted sums over prefix and listed keys (the "MHSA" of
 published tables is this and the predictor); the same over background cells; both linear layers, for the tokens that are
-left; the class token's logits once more, where tokens are pruned by them.
+left; the class token's logits once more, where tokens are pruned by them; or, where tokens merge, what finds the pairs.
 """
 
 
@@ -77,7 +77,7 @@ def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]
 
 
 def _layer(shape: ModelShape, sparsity: SparsityConfig | None, remaining: int, ranking: int) -> LayerCosts:
-    """`left`: tokens that the MLP sees; `ranking`: MACs that find those, where it is fewer."""
+    """`remaining`: tokens that the MLP sees; `ranking`: MACs that find those, where it is fewer."""
     tokens, width, hidden = shape.prefix + shape.patches, shape.width, shape.hidden
     costs = dict.fromkeys(MAC_KINDS, Work()) | {
         "projections": Work(4 * tokens * width * width, FLOAT * (4 * width * width + 6 * tokens * width)),

@@ -20,8 +20,11 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a bundle.
 
     Attributes:
-        backend: one of `runtime.open.BACKENDS`. precision: one of `PRECISIONS`. provider: one of `PROVIDERS`.
-        kernels: one of `KERNEL_CHOICES`; a session's `description` says what runs.
+        backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or another package's.
+        precision: what is computed in: "auto" (as stored), "fp32", "bf16" or "fp16".
+        provider: of ONNX Runtime: "cpu" or "cuda".
+        kernels: "auto", "native" (the library, or an error) or "portable" (bodies of standard operators); a session's
+            `description` says what runs.
         threads: inside one operator; None takes the cores that this process may run on.
 
     Example:

@@ -48,7 +48,8 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         merge, keep: as `export --merge --keep` take them.
         fidelity: mean over the images that were searched with, in float32.
-        predicted_ms: by engine. on_front: whether no other plan is as faithful and predicted faster in every engine.
+        predicted_ms: by engine. on_front: no other plan is at least as good in fidelity and
+            in every engine's time, and better in one.
     """
 
     merge: str

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sparsifiner_edge.config import Budget, Pairs, Share, SparsityConfig, require, share_of
 
-LARGEST_MERGE, LEAST_PATCHES = 4, 16
+PATCHES_PER_MERGE, LEAST_PATCHES = 4, 16
 """One patch in this many may merge in a layer, and this many must remain after the last."""
 
 
@@ -88,11 +88,11 @@ def plan_of(sparsity: SparsityConfig, depth: int, patches: int) -> LayerPlan:
     )
     merge, remaining = [], patches
     for layer, rate in enumerate(_rates(sparsity.merge, depth)):
-        merge.append(min(rate, remaining // LARGEST_MERGE))
+        merge.append(min(rate, remaining // PATCHES_PER_MERGE))
         remaining -= merge[-1]
         require(
             remaining >= LEAST_PATCHES or not sparsity.merge,
-            f"merging {rate} tokens in layer {layer} leaves {remaining} patches.",
+            f"merging {rate} tokens in layer {layer} leaves {remaining} patches; a layer merges a quarter at most.",
             f"Merge less, so that {LEAST_PATCHES} are left, or choose a larger image.",
         )
     pruned = tuple(shares.get(layer, 1.0) for layer in range(depth)) if shares else ()

@@ -128,7 +128,7 @@ def test_what_float16_cannot_hold_or_is_too_far_is_a_failed_gate(monkeypatch: py
     monkeypatch.setattr(fp16, "LEAST_ROW_COSINE", 1.1)
     with pytest.raises(GateError, match=r"float16 file has cosine \d\.\d+ to float32, allowed 1.1") as caught:
         fp16.to_fp16(small_file("dense"), images)
-    assert caught.value.fix == "Nothing was written. Export fp32, or int8."
+    assert caught.value.fix == "Nothing was written. Export fp32, or int8 with --int8-target cpu."
 
 
 @pytest.mark.parametrize("target", first(int8.INT8_TARGETS))

@@ -84,7 +84,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         sparsity: None where attention is dense. plan: what each layer does.
         tolerances: output -> greatest difference from golden, relative to its range; more than 1 would pass anything.
         engines: in the order in which they were built.
-        check, retiled, quantisation, float16, boards: what export found, for people.
+        check, retiled, quantisation, float16, boards: what export found; float16 decides `float_precision`.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
     """
 
@@ -111,7 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def float_precision(self) -> str:
-        """What the file stores all in that is not int8: "fp32" or "fp16"."""
+        """What is not int8 in the file: "fp32", or "fp16" with islands of float32."""
         return "fp16" if self.precision == "fp16" or self.float16 is not None else "fp32"
 
     @property

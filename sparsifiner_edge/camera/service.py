@@ -40,7 +40,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run.
 
     Attributes:
-        execution, top, threshold, public_key: see `Model`.
+        execution: how it is run. top: most classes of an answer. threshold: less probable ones are left out.
+        public_key: file of the key that must have signed the bundle; None: no signature is required.
         output: file for the records, added to by a live source; None is standard output.
         overlay: video file to draw into.
         frames: where to stop.
@@ -83,7 +84,9 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
     """
     parsed = parse_source(source)
     run = run_stills if parsed.kind == "images" else run_service
-    run(Path(bundle), parsed, options or RunOptions())
+    options = options or RunOptions()
+    files = {name: Path(file) for name in ("output", "overlay") if (file := getattr(options, name)) is not None}
+    run(Path(bundle), parsed, msgspec.structs.replace(options, **files))
 
 
 def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:

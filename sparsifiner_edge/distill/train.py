@@ -202,8 +202,8 @@ class Training:
 
     def _step(self, step: int, stream: Iterator[Batch]) -> dict[str, float]:
         """One step of the optimiser; mean losses over processes."""
-        second = step >= self.phases[0][1]
-        (phase, steps), begun = self.phases[second], self.phases[0][1] * second
+        first = self.phases[0][1]
+        (phase, steps), begun = (self.phases[0], 0) if step < first else (self.phases[1], first)
         if step == begun:  # another phase has losses of its own
             self.state.recent = []
         self._set_rates(phase, (step - begun + 1) / steps)

@@ -123,7 +123,7 @@ def tolerances_of(check: Check, precision: str, int8_target: str, selects: bool)
     """By output, the greatest difference relative to its range.
 
     Args:
-        check: what the file was found to give. precision, int8_target: see `export_bundle`.
+        check: what the file was found to give. precision, int8_target: see `ExportOptions`.
         selects: whether it chooses keys or tokens.
     """
     general = {

@@ -59,7 +59,7 @@ class ExportOptions:
         tokens: also output the tokens of a classifier, or of what is in a model with a decoder; a vision transformer
             without classifier always does.
         calibrate: for int8 and boards: a folder of images like those that the model will see; at most 32 are used.
-        int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
+        int8_target: for int8, what will run it: "cpu" or "tensorrt".
         labels: of classes, if "logits" is an output; none takes those that the model has.
         boards: names or files of boards (see `profiles.boards`) whose GPU kernels go into the bundle, of float16; the
             student gets the tile and cells that suit them if those pass the gate (see `gpu_layout`).
@@ -218,6 +218,9 @@ def _export(
     model = student.model
     fallback = class_labels(model) if isinstance(model, TimmModel) else hugging_face.configured_labels(model)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
+    classes = {output.name: output.type.tensor_type.shape.dim[-1].dim_value for output in file.model.graph.output}
+    fits = not form.labels or classes.get("logits") in (None, 0, len(form.labels))
+    require(fits, f"{len(form.labels)} labels for {classes.get('logits')} classes.", "Give one for each class.")
     labels = [printable(label) for label in form.labels or student.labels or fallback]
     onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
@@ -264,10 +267,10 @@ def _load(source: str | Path, options: ModelOptions, budget: Budget) -> Student:
     kind = kind_of(folder) if folder.is_dir() else None
     if kind is None:
         fix = "Make one with `sparsifiner-edge sparsify`."
-        require(budget.is_unchanged, "--keep, --token-keep and --merge require a student.", fix)
+        require(budget.is_unchanged, f"--keep and --merge require a student, and {source} is none.", fix)
         return load_source(str(source), options.file, options.img_size, options.normalisation)
     if kind != "student":
-        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+        raise ArtifactError(f"{folder} is a {kind}, not a student.", "Make one with `sparsifiner-edge sparsify`.")
     fix = "A student has its own weights; leave it out."
     require(options.file is None, "--weights cannot be combined with a student.", fix)
     refuse_normalisation(options.normalise)

@@ -61,7 +61,7 @@ def to_fp16(
     Raises:
         GateError: a weight or an activation is beyond float16, or an output is too far from float32.
     """
-    converted, fix = convert(model), "Export fp32, or int8."
+    converted, fix = convert(model), "Export fp32, or int8 with --int8-target cpu."
     # In the float32 file: ONNX Runtime's CPU computes float16 products in float32, and passes what overflows on to the
     # next node unharmed.
     reference = Reference(_with_magnitudes(model, converted.halves), images, "portable")

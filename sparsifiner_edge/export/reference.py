@@ -54,7 +54,7 @@ class Reference:
 
 def rows_alike(got: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str, Array]:
     """Cosine of each row of each output; NaN where something is NaN. Where tokens are pruned, of those that both files
-    keep, as long as no more than `OTHER_PATCHES` are others: then those count as lost.
+    keep; where more than `OTHER_PATCHES` are others, those count, too, as lost (cosine 0).
     """
     outputs, _ = align(got, wanted)
     with np.errstate(all="ignore"):  # What overflowed is found by a gate.

@@ -208,7 +208,7 @@ def _aim(solver: Solver, bound: Bound, loss: float) -> float:
     """The distance that an engine's best plan is expected at, but for what its precision loses."""
     if bound.by_fidelity:
         return max(min(LEAST_AIM, 1 - bound.value), 1 - bound.value - loss)
-    return max(LEAST_AIM, solver.model.of(solver.at_latency(bound.value)))
+    return max(LEAST_AIM, solver.model.of(solver.at_latency(ROOM * bound.value)))
 
 
 def _cost(solver: Solver, aim: float, bound: Bound, loss: float) -> float:

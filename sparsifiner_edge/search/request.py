@@ -109,14 +109,16 @@ def read_request(options: SearchOptions, data: str | Path) -> SearchRequest:
     require(metric in FIDELITIES or ":" in metric, f"metric is {metric!r}.", fix)
     device = None if options.board is None else load_board(options.board)
     known = BOARD_PRECISIONS if device is not None and device.kind == "gpu" else PRECISIONS
+    choices = list(dict.fromkeys((*known, "fp32")))
     for precision in precisions:
-        require(precision in {*known, "fp32"}, f"precision is {precision!r}.", f"Choose of: {', '.join(known)}, fp32.")
+        require(precision in choices, f"precision is {precision!r}.", f"Choose one of: {', '.join(choices)}.")
     if device is None:
         usable = _engines_here(options.backends, options.computes, precisions or known)
         return SearchRequest(bound, metric, None, *usable, *_split(data))
     plain = not options.backends and not options.computes
     require(plain, "A board's latency is estimated for no backend.", "Leave one of the two out.")
     stored = precisions or [precision for precision in known if precision in device.peaks]
+    require(bool(stored), f"{device.name} has no arithmetic for {' or '.join(known)}.", "Give --precision fp32.")
     engines = [Deployment(device.name, precision) for precision in stored]
     return SearchRequest(bound, metric, device, engines, {}, *_split(data))
 
@@ -129,10 +131,10 @@ def _engines_here(
     for name in backends or ON_PROCESSOR:
         backend = find_backend(Execution(backend=name))
         if not isinstance(backend, ProcessorBackend):
-            raise ConfigError(f"{name} does not run on the processor.", f"Choose of: {', '.join(ON_PROCESSOR)}.")
+            raise ConfigError(f"{name} does not run on the processor.", f"Choose one of: {', '.join(ON_PROCESSOR)}.")
         for computed in computes or backend.computes:
             try:
-                fix = f"Choose of: {', '.join(backend.computes)}."
+                fix = f"Choose one of: {', '.join(backend.computes)}."
                 require(computed in backend.computes, f"{name} computes in no {computed} but what is stored.", fix)
                 find_backend(Execution(backend=name, precision=computed)).load()
                 usable.append((name, computed))

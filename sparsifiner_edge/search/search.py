@@ -204,7 +204,7 @@ def _pareto_front(rows: Sequence[tuple[float, ...]]) -> list[bool]:
 START = "start"
 START_SHARE = 0.25
 """Of keys, of the student that plans are made from: each gives its own."""
-PREDICTED = 8
+PREDICTOR_IMAGES = 8
 """Images at most that predictors are calibrated with: a minute or two at 518 px."""
 
 
@@ -228,7 +228,7 @@ def start_of(
     with scratch_folder() as scratch:
         return sparsify(
             str(source), folder / START, weights=options.weights, img_size=options.img_size, keep=START_SHARE,
-            calibrate=link_images(scratch / "images", evenly(images, PREDICTED)), normalise=options.normalise,
+            calibrate=link_images(scratch / "images", evenly(images, PREDICTOR_IMAGES)), normalise=options.normalise,
             progress=progress,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.plan import LARGEST_MERGE, LEAST_PATCHES, LayerPlan
+from sparsifiner_edge.plan import LEAST_PATCHES, PATCHES_PER_MERGE, LayerPlan
 from sparsifiner_edge.search.fidelity_model import FidelityModel
 from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
 
@@ -40,7 +40,7 @@ class Solver:
         self._reading = [
             np.stack([model.reading(layer, share, self.counts) for share in SHARES]) for layer in range(len(selects))
         ]
-        self._allowed = (before >= after) & (before - after <= before // LARGEST_MERGE)
+        self._allowed = (before >= after) & (before - after <= before // PATCHES_PER_MERGE)
         part = latency.of_part
         merging = np.where(before != after, part("merging", self.counts)[:, None], 0.0)
         self._fixed = part("projections", self.counts)[:, None] + merging + part("mlp", self.counts)[None, :]

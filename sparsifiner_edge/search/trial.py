@@ -101,7 +101,7 @@ class Trial:
     """A student whose layers all have predictors, and what its dense model makes of some images.
 
     Args:
-        metric: see `judge.distance_by`.
+        metric: see `distance_by`.
 
     Attributes:
         paths: of the images. patches: of the backbone. least: a distance counts as no smaller.

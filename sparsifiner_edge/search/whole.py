@@ -31,7 +31,7 @@ from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.source import ModelOptions
 from sparsifiner_edge.sparse.student import Student, save_student
 
-CALIBRATED = 16
+INT8_IMAGES = 16
 """Images at most that int8 is calibrated with."""
 SECONDS = 4.0
 """Least time measured of each."""
@@ -57,7 +57,7 @@ class WholeModels:
     ) -> None:  # fmt: skip
         self._start, self._trust, self._folder, self._board, self._progress = start, trust, folder, board, progress
         self._dense = save_student(dense_model, folder / "dense-student")
-        self._calibration = link_images(folder / "calibration", evenly(images, CALIBRATED))
+        self._calibration = link_images(folder / "calibration", evenly(images, INT8_IMAGES))
         self._bundles: dict[tuple[LayerPlan, str], Path] = {}
 
     def bundle(self, plan: LayerPlan, engine: Deployment) -> Path:

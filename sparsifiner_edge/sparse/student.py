@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -163,7 +164,12 @@ def load_student(
     """Read a student folder, optionally at another image size or with another budget than its own.
 
     Args:
+        folder: written by `sparsify`. img_size: a square's side, or height and width; None: the student's own.
+        budget: keep, merge or prune in place of its own.
         trust: modules whose functions may make the model: a student of a user's own factory names one.
+
+    Returns:
+        A `Student`: its `model` is a torch module; `sparsity`, `normalisation` and `img_size` say what it is.
 
     Raises:
         ArtifactError: no student, corrupt, altered, or of another version; it names a module that is not trusted.
@@ -241,8 +247,8 @@ def _maker(folder: Path, config: StudentConfig, trust: Sequence[str]) -> Callabl
 
 
 def is_predictor(key: str) -> bool:
-    """Whether a tensor of a student is its predictor's, by its name."""
-    return ".select." in key
+    """Whether a tensor of a student is its predictor's, by its name; a user's own module may be called `select`."""
+    return re.search(r"\.select\.(proj_[qk]|bias_[qk]|down|up)$", key) is not None
 
 
 def with_budget(

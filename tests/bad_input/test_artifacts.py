@@ -201,7 +201,7 @@ def test_labels_are_one_line_each_in_a_bundle(student: Path, tmp_path: Path) -> 
 
 def test_what_is_no_source_of_an_export(tmp_path: Path, tiny_bundle: Path, capsys: Capsys) -> None:
     target = tmp_path / "bundle"
-    export_refused(capsys, tiny_bundle, target, "is not a student", "sparsify")
+    export_refused(capsys, tiny_bundle, target, "is a bundle, not a student", "sparsify")
     export_refused(capsys, tmp_path / "nowhere", target, "nowhere", "list_models")
 
 

@@ -18,7 +18,7 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.graph import has_sizes
-from sparsifiner_edge.plan import LARGEST_MERGE, LayerPlan, plan_of
+from sparsifiner_edge.plan import PATCHES_PER_MERGE, LayerPlan, plan_of
 from sparsifiner_edge.search.fidelity_model import FidelityModel
 from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.search.pieces import attention_piece, linear_pieces
@@ -175,7 +175,7 @@ def everything(depth: int) -> list[LayerPlan]:
     for path in itertools.product(counts, repeat=depth):
         before = (PATCHES, *path[:-1])
         rates = tuple(a - b for a, b in zip(before, path, strict=True))
-        if all(0 <= rate <= a // LARGEST_MERGE for rate, a in zip(rates, before, strict=True)):
+        if all(0 <= rate <= a // PATCHES_PER_MERGE for rate, a in zip(rates, before, strict=True)):
             found += [LayerPlan(rates, keep) for keep in itertools.product(SHARES, repeat=depth)]
     return found
 
@@ -207,7 +207,7 @@ def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
     for _ in range(60):
         left, rates = 400, []
         for _ in range(6):
-            rates.append(int(random.integers(0, left // LARGEST_MERGE)))
+            rates.append(int(random.integers(0, left // PATCHES_PER_MERGE)))
             left -= rates[-1]
         plans.append(LayerPlan(tuple(rates), tuple(float(random.choice(SHARES)) for _ in range(6))))
     wanted = [truth.of(plan) for plan in plans]
