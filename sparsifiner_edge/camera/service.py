@@ -146,8 +146,9 @@ def run_images(model: Model, source: Path) -> Iterator[ImageRecord]:
             continue
         ready = time.monotonic_ns()
         outputs = model.infer(image)
-        times = {"preprocess_ms": _ms(start, ready), "infer_ms": _ms(ready, time.monotonic_ns())}
-        yield ImageRecord(str(path), **times, **asdict(model.answer(outputs)))
+        done = time.monotonic_ns()
+        answer = asdict(model.answer(outputs))
+        yield ImageRecord(str(path), preprocess_ms=_ms(start, ready), infer_ms=_ms(ready, done), **answer)
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
