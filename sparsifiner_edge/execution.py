@@ -9,7 +9,8 @@ from sparsifiner_edge.machine import available_cores
 ON_PROCESSOR = ("onnxruntime", "openvino")
 """Backends (`runtime.open.BACKENDS`) that run the file itself on the processor."""
 KERNEL_CHOICES = ("auto", "native", "portable")
-"""What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
+"""What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies. For
+an engine: the fastest, the CUDA kernels, or the bodies."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 """What everything but int8, which stays int8, is computed in; auto: what it is stored in."""
 PROVIDERS = ("cpu", "cuda")
@@ -50,7 +51,7 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def execution_of(choice: Execution | str | None) -> Execution:
-    """What a caller gives: all of it, a backend's name, or None for what is default."""
+    """The `Execution` that a caller means: as given, of a backend's name, or the default for None."""
     return choice if isinstance(choice, Execution) else Execution() if choice is None else Execution(backend=choice)
 
 

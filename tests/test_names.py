@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from tests.rooms import ROOT, code
 
 WORDS = frozenset(["found", "told", "asked", "own", "made", "given", "left", "seen", "kept"])
-MOST = 250
+MOST = 40
 PARTICIPLES = 10
 """Functions whose name is a past participle, or ends in one."""
 IRREGULAR = frozenset(

@@ -3,7 +3,7 @@
 // Shapes and symbols are those of ops/schema.py; ops/reference.py is the specification. Indices outside a tensor are
 // clamped into it: whatever they say, no kernel touches memory that is not its own.
 //
-// Kernels never throw, and get all memory from outside. Those that need any are false where there is not enough; their
+// Kernels never throw, and get all memory from outside. Those that need any return false where there is not enough; their
 // output is then unspecified. A batch of 0 is no work.
 
 #ifndef SPARSIFINER_KERNELS_H_
@@ -20,7 +20,7 @@ namespace sparsifiner {
 // Groups of up to `each` that `count` make.
 constexpr size_t Groups(size_t count, size_t each) { return (count + each - 1) / each; }
 
-// Sizes of packed queries, keys and values: qkv [batch, tokens, 3 * heads * width].
+// Packed queries, keys and values, with their dimensions: qkv [batch, tokens, 3 * heads * width].
 struct Packed {
   const float* qkv;
   size_t batch;
@@ -28,7 +28,7 @@ struct Packed {
   size_t heads;
   size_t width;  // d, channels of a head
   float scale;
-  const float* sizes = nullptr;  // [batch, tokens]: how many tokens each stands for; null: one
+  const float* sizes = nullptr;  // [batch, tokens]: how many patches each token stands for; null: one
 
   size_t Row() const { return 3 * heads * width; }
   // The queries (part 0), keys (1) or values (2) of a head; heads are counted through all images.

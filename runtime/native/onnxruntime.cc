@@ -59,8 +59,8 @@ class SessionCall {
 
 int64_t Tiles(const sparsifiner_qkv& in, int64_t prefix, int64_t tile) { return (in.tokens - prefix + tile - 1) / tile; }
 
-// A kernel reads its attributes once; Compute may run on several threads at a time. Both are false where they fail, and the
-// problem, unless it is lack of memory, is reported.
+// A kernel reads its attributes once; Compute may run on several threads at a time. Both return false on
+// failure; any cause but lack of memory is recorded in the Problem.
 struct DenseKernel {
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
@@ -184,8 +184,9 @@ struct Node : Allocated {
   OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
     Problem problem;
     SessionCall session(context, &problem, precision);
+    // Keeps an earlier problem; failing without one means that memory ran out.
     if (!kernel.Compute(Tensors(context, &problem), &problem, &session)) problem.OutOfMemory();
-    return problem.Get(name);
+    return problem.StatusOrThrow(name);
   }
 
   Kernel kernel{};
@@ -209,7 +210,7 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus
       node = nullptr;
     }
     *kernel = node;
-    return problem.Get(name);
+    return problem.StatusOrThrow(name);
   }
   const char* GetName() const { return name; }
   size_t GetInputTypeCount() const { return inputs; }
@@ -308,5 +309,5 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
   }
   // Where there is no memory even for the message, the session lacks the operators of this library: it runs the
   // function bodies in the file, or refuses the file.
-  return problem.Find("library");
+  return problem.Status("library");
 }

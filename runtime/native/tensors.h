@@ -55,17 +55,17 @@ class Problem {
   }
 
   // The error for ONNX Runtime; null if there is no problem, or no memory to say so.
-  OrtStatus* Find(const char* operator_name) const noexcept {
+  OrtStatus* Status(const char* operator_name) const noexcept {
     if (code_ == ORT_OK) return nullptr;
     char all[sizeof(text_) + 64];
     std::snprintf(all, sizeof(all), "sparsifiner::%s: %s", operator_name, text_);
     return Ort::GetApi().CreateStatus(code_, all);
   }
 
-  // The same, but throws std::bad_alloc where there is no memory for an error: null is success to ONNX Runtime, and a
+  // As `Status`, but throws std::bad_alloc where there is no memory for an error: null is success to ONNX Runtime, and a
   // problem that is not reported would count as success. It expects exceptions where it creates and runs kernels.
-  OrtStatus* Get(const char* operator_name) const {
-    OrtStatus* status = Find(operator_name);
+  OrtStatus* StatusOrThrow(const char* operator_name) const {
+    OrtStatus* status = Status(operator_name);
     if (status == nullptr && code_ != ORT_OK) throw std::bad_alloc();
     return status;
   }

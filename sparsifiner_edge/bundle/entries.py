@@ -1,5 +1,5 @@
-"""What export found, as a manifest says it, for people. Bundles run without it:
-everything has a default, and None means that the manifest does not say.
+"""What export found, as a manifest says it, for people. Bundles run without it, but for `float16`
+(`Manifest.float_precision`): everything has a default, and None means that the manifest does not say.
 """
 
 from __future__ import annotations

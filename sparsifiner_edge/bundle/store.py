@@ -179,7 +179,7 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """Such as "fp16"."""
+        """What linear layers are stored in; "fp32" where the manifest does not say. See `Manifest.float_precision`."""
         return self.manifest.precision or "fp32"
 
     def subject(self, role: str | None = None) -> Subject:

@@ -87,8 +87,8 @@ def execution_options(command: Command) -> Command:
         click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True,
                      help="Of onnxruntime: what it runs on."),
         click.option("--kernels", type=click.Choice(KERNEL_CHOICES), default="auto", show_default=True,
-                     help="Operators of sparse attention: the native library where it can be loaded, only it, or "
-                          "function bodies."),
+                     help="Operators of sparse attention: auto, the native library where it can be loaded; native, "
+                          "only it; portable, function bodies."),
     )):  # fmt: skip
         command = option(command)
     return command

@@ -25,6 +25,8 @@ from sparsifiner_edge.runtime.session import Session
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+_NO_NATIVE = "Leave --kernels native and --precision bf16 out, or export fp32."
+_UNSET = "Correct or unset SPARSIFINER_TARGET, or choose the portable kernels."
 _FLOAT16 = 10
 """TensorProto.FLOAT16."""
 BF16_TOLERANCE, BF16_TOLERANCE_FREE = 5e-2, 1e-1
@@ -122,7 +124,7 @@ class _CpuFile(NamedTuple):
     """What a session on the processor must know of a file: its operators of the domain `sparsifiner`, what runs them.
 
     Attributes:
-        inputs, outputs: of the model. names: the operators'. float16: its weights are, all that are not int8.
+        inputs, outputs: of the model. names: the operators'. float16: whether any weight is.
         library: the native one; None for function bodies.
         reason: why they are bodies where that was not chosen: they are several times slower.
     """
@@ -170,7 +172,7 @@ def read_file(content: bytes | str, model: Path, kernels: str) -> tuple[ModelPro
 
 
 def holds_float16(model: ModelProto) -> bool:
-    """Whether a file's weights are float16, all that are not int8."""
+    """Whether any of a file's weights is float16."""
     return any(tensor.data_type == _FLOAT16 for tensor in model.graph.initializer)
 
 
@@ -182,13 +184,13 @@ def native_library(kernels: str, float16: bool = False) -> Path | None:
         BackendError: "native" where it cannot be used, or the variable `SPARSIFINER_TARGET` names no instruction set.
     """
     if float16 and kernels == "native":
-        raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
+        raise BackendError("The native kernels take no float16.", _NO_NATIVE)
     if float16 or kernels == "portable":
         return None
     try:
         reason = native.why_unusable()
     except ValueError as error:
-        raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
+        raise BackendError(f"The native library cannot be used: {error}.", _UNSET) from error
     if reason and kernels == "native":
-        raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
+        raise BackendError(f"The native library {reason}.", "Or leave --kernels native and --precision bf16 out.")
     return None if reason else native.library_path()

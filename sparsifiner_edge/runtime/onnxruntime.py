@@ -72,7 +72,7 @@ class OnnxRuntime(ProcessorBackend):
             if self.execution.kernels == "native":
                 raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or --provider.")
         elif self.execution.precision == "bf16":
-            native_library("native")
+            native_library("native")  # Raises where it cannot be used.
             if not native.has_bfloat16():
                 raise BackendError(f"{native.target()} has no bfloat16.", "Leave --precision out.")
         return ort
@@ -101,7 +101,7 @@ class _OrtSession(Session):
     def __init__(
         self,
         model: Path,
-        source: bytes | str,
+        content: bytes | str,
         execution: Execution,
         stored: str | None = None,
         device: CudaDevice | None = None,
@@ -113,7 +113,7 @@ class _OrtSession(Session):
             raise BackendError("Function bodies have no bfloat16.", "Leave --precision out.")
         kernels = "native" if bfloat16 else execution.kernels if on_cpu else "portable"
         # The parsed file goes before ONNX Runtime reads it: memory is short on a board.
-        file = read_file(source, model, kernels)[1]
+        file = read_file(content, model, kernels)[1]
         computed = "fp16" if file.float16 else "fp32"
         if not bfloat16:
             require_precision(execution.precision, computed, "ONNX Runtime")
@@ -122,7 +122,7 @@ class _OrtSession(Session):
         self.least_tolerance = BF16_TOLERANCE_FREE if bfloat16 else 0.0
         options = session_options(execution.cores, bfloat16)
         start = time.perf_counter_ns()
-        session = inference_session(source, options, file.library, model, cuda=not on_cpu)
+        session = inference_session(content, options, file.library, model, cuda=not on_cpu)
         running = [str(name) for name in session.get_providers()]
         if not on_cpu and running[:1] != [CUDA]:  # It says so on standard error alone.
             raise BackendError(

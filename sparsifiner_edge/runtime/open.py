@@ -32,8 +32,8 @@ def find_backend(execution: Execution) -> Backend:
     """The backend that an execution names, set up to run as it says.
 
     Raises:
-        BackendError: the name or a choice is unknown, and which are known; or another package's backend is not a
-            class of `Backend`, or cannot be imported.
+        BackendError: the name or a choice is unknown; the message lists those that are known. Or another package's
+            backend is not a class of `Backend`, or cannot be imported.
     """
     known = BACKENDS if execution.backend in BACKENDS else {**BACKENDS, **plugins(ENTRY_POINTS)}
     if execution.backend not in known:
@@ -63,7 +63,7 @@ def open_session(
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
-        execution: what runs it: a backend of `BACKENDS` or another package's (`ENTRY_POINTS`), or all of it.
+        execution: what runs it: a backend's name, of `BACKENDS` or another package's; or a whole `Execution`.
         public_key: the bundle must be signed by this key; see `sign.require_signature`.
 
     Raises:

@@ -101,7 +101,7 @@ class Session(abc.ABC):
             raise
         except Exception as error:  # Runtimes share no base of their errors but Exception.
             what = f"{self.backend} failed in {self.model}: {one_line(error)}"
-            raise BackendError(what, "Export it again.") from error
+            raise BackendError(what, "Close other programs if memory ran out; else export it again.") from error
         validate_outputs(self.model, outputs)
         return outputs
 

@@ -73,6 +73,8 @@ def has_bfloat16() -> bool:
 def target() -> str:
     """Instruction set that the kernels run on, such as "AVX3" (AVX-512), "AVX3_ZEN4" (with bfloat16), "AMX", "AVX2".
 
+    The first call limits the library to what `SPARSIFINER_TARGET` names, for the whole process.
+
     Raises:
         ValueError: the variable `SPARSIFINER_TARGET` names none that this machine has.
         OSError: the library is missing, damaged, or cannot be loaded.

@@ -69,8 +69,13 @@ class TensorRtBackend(Backend):
         Raises:
             SparsifinerError: says what, and what to do.
         """
+        if bundle.manifest.precision == "int8" and bundle.manifest.float16 is None:
+            raise BackendError(
+                f"{self.product} takes int8 with zero point 0, and {bundle.folder} is of uint8, for the processor.",
+                "Export it again with --int8-target tensorrt, or run it with --backend onnxruntime.",
+            )
         version, engines = str(self.load().__version__), []
-        for capability in self.targets(bundle, capabilities):
+        for capability in self.targets(capabilities):
             engine = Engine(self.name, version, capability, *system(), bundle.precision, batch)
             reasons = self.variants(bundle, engine).items()
             tried = {name: EngineVariant(failed=why and f"not built: {why}") for name, why in reasons}
@@ -78,7 +83,7 @@ class TensorRtBackend(Backend):
         return engines
 
     @abc.abstractmethod
-    def targets(self, bundle: Bundle, capabilities: Sequence[str]) -> Sequence[str]:
+    def targets(self, capabilities: Sequence[str]) -> Sequence[str]:
         """Compute capabilities to build for, of those that `plan` is given."""
 
     @abc.abstractmethod

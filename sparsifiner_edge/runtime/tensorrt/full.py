@@ -52,7 +52,7 @@ class TensorRt(TensorRtBackend):
             )
         return trt
 
-    def targets(self, _bundle: Bundle, capabilities: Sequence[str]) -> Sequence[str]:
+    def targets(self, capabilities: Sequence[str]) -> Sequence[str]:
         """See `TensorRtBackend`."""
         device = self.require_driver(probe())
         others = [c for c in capabilities if c != device.compute_capability]

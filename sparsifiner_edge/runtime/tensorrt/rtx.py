@@ -30,7 +30,7 @@ class TensorRtRtx(TensorRtBackend):
         """The module `tensorrt_rtx`; see `Backend.load`."""
         return import_package("tensorrt_rtx", "tensorrt-rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
 
-    def targets(self, bundle: Bundle, capabilities: Sequence[str]) -> Sequence[str]:
+    def targets(self, capabilities: Sequence[str]) -> Sequence[str]:
         """See `TensorRtBackend`."""
         if self.execution.kernels == "native":
             raise ConfigError("TensorRT-RTX takes no CUDA kernels of others.", "Leave --kernels out, or say portable.")
@@ -42,11 +42,6 @@ class TensorRtRtx(TensorRtBackend):
                     f"It takes {', '.join(ARCHITECTURES)}; for others, such as a Jetson, build on the device with "
                     "--backend tensorrt.",
                 )
-        if bundle.manifest.precision == "int8" and bundle.manifest.float16 is None:
-            raise BackendError(
-                f"TensorRT-RTX takes int8 with zero point 0, and {bundle.folder} is of uint8, for the processor.",
-                "Export it again with --int8-target tensorrt, or run it with --backend onnxruntime.",
-            )
         return capabilities
 
     def variants(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
