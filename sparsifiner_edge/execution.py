@@ -46,7 +46,7 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def on_processor(self) -> bool:
-        """Whether the processor computes, and not a GPU."""
+        """Whether a backend of ours computes on the processor; another package's counts as a GPU's."""
         return self.backend in ON_PROCESSOR and self.provider == "cpu"
 
 

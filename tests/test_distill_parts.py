@@ -25,7 +25,7 @@ from sparsifiner_edge.distill.data import (
     folder_source,
 )
 from sparsifiner_edge.distill.losses import Distiller, joint_fidelity
-from sparsifiner_edge.distill.recipe import Budget, Images, Losses, Recipe, names, read_recipe
+from sparsifiner_edge.distill.recipe import Images, Losses, Recipe, RecipeBudget, names, read_recipe
 from sparsifiner_edge.distill.train import make_optimiser
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.plan import plan_of
@@ -100,7 +100,7 @@ def test_recipes() -> None:
     assert names() == ["cpu", "imagenet-deit-s"]
     assert all(isinstance(read_recipe(name), Recipe) for name in names())
     recipe = read_recipe("cpu", ["distil.steps=7", 'budgets=[{keep="0.3"}]', "precision=bf16"])
-    assert (recipe.distil.steps, recipe.budgets, recipe.precision) == (7, (Budget(keep="0.3"),), "bf16")
+    assert (recipe.distil.steps, recipe.budgets, recipe.precision) == (7, (RecipeBudget(keep="0.3"),), "bf16")
     assert json.loads(json.dumps(write_record(recipe)))["distil"]["steps"] == 7
 
 
@@ -144,16 +144,17 @@ def test_a_budget_or_image_counts_by_the_share_of_its_error_that_goes() -> None:
 def test_budgets_are_those_of_the_student_but_for_what_they_say() -> None:
     sparsity = SparsityConfig(keep=(0.3, 0.2, 1), cells=0, channels=8, merge=(4,))
     plan = plan_of(sparsity, 6, 100)
-    assert Budget().config(sparsity, plan) == sparsity
-    few = Budget(keep="0.1", merge="0").config(sparsity, plan)
+    assert RecipeBudget().config(sparsity, plan) == sparsity
+    few = RecipeBudget(keep="0.1", merge="0").config(sparsity, plan)
     assert (few.keep, few.merge) == ((0.1, 0.1, 1, 1, 1, 1), ()), "layers that are dense have no predictor"
-    assert Budget(keep=".1,.2", merge="20..0").config(sparsity, plan).keep == (0.1, 0.2)
+    assert RecipeBudget(keep=".1,.2", merge="20..0").config(sparsity, plan).keep == (0.1, 0.2)
     pruning = SparsityConfig(keep=1, token_keep=((2, 0.7),))
     plan = plan_of(pruning, 6, 100)
-    assert Budget(keep="0.1", token_keep="2:.7").config(pruning, plan) == pruning, "there is no predictor"
+    assert RecipeBudget(keep="0.1", token_keep="2:.7").config(pruning, plan) == pruning, "there is no predictor"
     for budget, words in (
-        (Budget(token_keep="2:.5"), "token_keep is 2:.5, but this student prunes"), (Budget(keep="x"), "keep is 'x'"),
-        (Budget(token_keep="4"), "token_keep holds '4'"), (Budget(merge="x"), "merge is 'x'"),
+        (RecipeBudget(token_keep="2:.5"), "token_keep is 2:.5, but this student prunes"),
+        (RecipeBudget(keep="x"), "keep is 'x'"),
+        (RecipeBudget(token_keep="4"), "token_keep holds '4'"), (RecipeBudget(merge="x"), "merge is 'x'"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             budget.config(pruning, plan)

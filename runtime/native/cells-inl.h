@@ -86,7 +86,7 @@ struct SparseJob {
   size_t patches, tiles, cells;
   size_t run, runs;    // patches packed together, a cell's where there are cells
   size_t row;          // words between the rows that places count
-  float* logs;         // log2 of 0..cell; of 0: the lowest float
+  float* logs;         // log2 of 0..cell; of 0: -inf
   uint16_t* cell_of;   // [patches]
   float* bias;         // [batch][tokens]: log2 of sizes; null, as are the next, where all tokens are single
   float* cell_sizes;   // [batch][cells]: sums of sizes

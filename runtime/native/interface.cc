@@ -129,7 +129,7 @@ SparseSettings Checked(const sparsifiner_attend& options, Answer* answer) {
   const bool single = settings.tile == 1 && settings.cell == 0;
   answer->Require(settings.prefix_keys <= 1, "prefix_keys must be 0 or 1");
   answer->Require(settings.prefix_keys == 1 || single, "prefix_keys 0 goes with tile 1 and cell 0");
-  if (settings.prefix_keys == 1) settings.prefix_keys = settings.prefix;
+  if (settings.prefix_keys == 1) settings.prefix_keys = settings.prefix;  // from here on their number, no flag
   return settings;
 }
 

@@ -202,7 +202,7 @@ struct Range {
 };
 
 // best[j] = max(best[j] if `more`, logits of `count` probes less their sums), on the last call with the bonus: scores.
-// Entries that are no keys become NaN, NaN scores of keys the lowest float. Returns the scores' range.
+// Entries that are no keys become NaN, NaN scores of keys -inf. Returns the scores' range.
 HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float* logits, const float* log_sums,
                             size_t count, bool more, bool last, float* HWY_RESTRICT best) {
   const D d;

@@ -93,8 +93,8 @@ class Model:
         return None
 
     def frame_answer(self, outputs: dict[str, Array]) -> Answer:
-        """The same of a frame. Of features also how far they are from those of the frames before: 1 - cosine to a mean
-        that forgets; not where one is NaN or infinite, which the mean would never forget.
+        """As `answer`, of a frame; of features also how far they are from the frames' before: 1 - cosine to a mean
+        that forgets, not where one is NaN or infinite, which the mean would never forget.
         """
         answer = self.answer(outputs)
         if answer.features is None or answer.not_finite:

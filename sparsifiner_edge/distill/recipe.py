@@ -87,7 +87,7 @@ MOST_POINTS, NEAR = 6, 3.0
 """Budgets of one training at most; how many times what the answer loses they may lose, or how little of it."""
 
 
-class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RecipeBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the student learns to work with, each as `export` takes it; "": the student's own.
 
     Attributes:
@@ -183,7 +183,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     reconstruct: Phase = Phase(learning_rate=0.0)
     distil: Phase = Phase(steps=1000)
     losses: Losses = Losses()
-    budgets: tuple[Budget, ...] = ()
+    budgets: tuple[RecipeBudget, ...] = ()
     images: Images = Images()
 
 

@@ -25,7 +25,7 @@ from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import Fingerprint, Tensors, TrainingState
 from sparsifiner_edge.distill.data import Batch, BatchAugmentation, ImageSource, augmentation, batches, fixed_seed
 from sparsifiner_edge.distill.losses import Distiller, HeldOut, judge_weights
-from sparsifiner_edge.distill.recipe import Budget, Phase, Recipe
+from sparsifiner_edge.distill.recipe import Phase, Recipe, RecipeBudget
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.plan import plan_of
@@ -110,7 +110,7 @@ class Training:
         self.size, self.pre = student.img_size, student.normalisation
         size = len(student.backbone.layers), student.backbone.patches
         plan = plan_of(student.sparsity, *size)
-        configs = [budget.config(student.sparsity, plan) for budget in recipe.budgets or (Budget(),)]
+        configs = [budget.config(student.sparsity, plan) for budget in recipe.budgets or (RecipeBudget(),)]
         self.budgets: list[SparsityConfig] = list(dict.fromkeys(configs))
         for budget in self.budgets:
             plan_of(budget, *size)  # refuses those that contradict the student

@@ -175,7 +175,8 @@ class _Walk:
             largest = float(np.abs(values).max(initial=0))
             if not largest <= LARGEST:
                 raise GateError(
-                    f"Weight {name!r} holds {largest:g}, beyond float16.", "Nothing was written. Export fp32 or int8."
+                    f"Weight {name!r} holds {largest:g}, beyond float16.",
+                    "Nothing was written. Export fp32, or int8 with --int8-target cpu.",
                 )
             values = values.astype(np.float16)
         self.initialisers.append(numpy_helper.from_array(values, stored))

@@ -1,8 +1,9 @@
 """The kernels that there are: which operators they run, and how that is said.
 
 What no kernel takes runs by the function body in the file, or in PyTorch. ONNX Runtime and OpenVINO take the native
-ones (`runtime.backend.native_library`), PyTorch those in Triton (`ops.triton.why_not_triton`), and TensorRT those
-in Triton that export compiled into the bundle, where they are the fastest (`runtime.build`).
+ones (`runtime.backend.native_library`), PyTorch those in Triton (`ops.triton.why_not_triton`) or on request the native
+ones (`ops.torch_native`), and TensorRT those in Triton that export compiled into the bundle, where they are the fastest
+(`runtime.build`).
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def build_engine(
         )
     opened, version = open_bundle(Path(bundle)), str(builder.load().__version__)
     capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
-    planned = builder.plan(opened, capabilities, batch_range(opened, batch))
+    planned = builder.engines_to_build(opened, capabilities, batch_range(opened, batch))
     if timeout_s is None:
         timeout_s = 600.0 if jetson_release() is None else 1800.0  # A Jetson's processor is a small one.
     engines = _build_all(opened, planned, timeout_s, progress)
@@ -171,7 +171,7 @@ def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float,
     """Build every variant into a file beside `place`, and find the fastest that gives the golden output.
 
     Args:
-        engine: as planned (`TensorRtBackend.plan`). timeout_s: seconds that each variant may take.
+        engine: as planned (`TensorRtBackend.engines_to_build`). timeout_s: seconds that each variant may take.
 
     Returns:
         Details of the one that is kept; under `variants` all of them, failed ones too.
@@ -214,7 +214,7 @@ def verdict(details: Details) -> list[str]:
     ms = details.chosen.compute_ms
     others = [name for name, variant in details.variants.items() if (variant.compute_ms or math.inf) < (ms or 0.0)]
     why = f"though {' and '.join(others)} took less" if others else "the fastest of those"
-    advice = "; for dense attention export the student with --keep 1" if DENSE in others else ""
+    advice = "; for dense attention export the dense model in its place" if DENSE in others else ""
     return [*lines, f"kept: {details.kernels}, {'nothing was measured' if ms is None else why + advice}"]
 
 

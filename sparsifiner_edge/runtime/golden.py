@@ -127,7 +127,7 @@ def _compare(
             raise GateError(
                 f"Output {name!r} of dense attention has mean cosine {result.mean:.4f} to golden, which is of sparse "
                 f"attention; allowed {LEAST_DENSE_COSINE}.",
-                "For dense attention export with --keep 1.",
+                "For dense attention export the dense model in its place.",
             )
         return figures | {"mean_cosine": result.mean}
     if result.error > tolerance and not (result.beyond <= beyond and result.mean >= _LEAST_MEAN):

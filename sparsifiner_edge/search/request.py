@@ -130,7 +130,7 @@ def _engines_here(
     usable, unavailable = list[tuple[str, str]](), dict[str, str]()
     for name in backends or ON_PROCESSOR:
         backend = find_backend(Execution(backend=name))
-        if not isinstance(backend, ProcessorBackend):
+        if name not in ON_PROCESSOR or not isinstance(backend, ProcessorBackend):
             raise ConfigError(f"{name} does not run on the processor.", f"Choose one of: {', '.join(ON_PROCESSOR)}.")
         for computed in computes or backend.computes:
             try:

@@ -34,7 +34,7 @@ from sparsifiner_edge.sparse.student import (
     teacher_of,
 )
 
-RESERVED = 0.4
+TIME_AFTERWARDS = 0.4
 """Of the time allowed, what exports and the last measurement may take."""
 LEAST_TRIED, MOST_TRIED, PATCHES = 6, 24, 16_000
 """Images that plans are judged by: of large ones fewer, so that they have about this many patches together."""
@@ -75,7 +75,7 @@ def search_model(
         >>> result.statistics.answer.fidelity > 0.5
         True
     """
-    end, model = time.monotonic() + 60 * options.minutes * (1 - RESERVED), model or ModelOptions()
+    end, model = time.monotonic() + 60 * options.minutes * (1 - TIME_AFTERWARDS), model or ModelOptions()
     request, trust, folder = read_request(options, data), model.trust, _new(Path(output))
     start = start_of(source, folder, model, teacher, request.images, progress)
     student = load_student(start, trust=trust)

@@ -59,7 +59,7 @@ class SparseLayer(nn.Module):
     """Mixed into the class of a library's layer.
 
     Attributes:
-        curve: see there. entering: patches that this layer sees.
+        curve: see `TokenOrder`. entering: patches that this layer sees.
         merging, pruning: what happens to tokens between attention and MLP; at most one of them.
     """
 

@@ -64,7 +64,7 @@ class Merging(nn.Module):
 
 
 class Pruning(nn.Module):
-    """What a pruned block does between attention and MLP; it has no parameters.
+    """What a layer that prunes does between attention and MLP; it has no parameters.
 
     Attributes:
         remaining: patch tokens that go on. prefix: tokens before the patches, the class token first.

@@ -45,7 +45,7 @@ def make_model_sparse(model: AnyModule, sparsity: SparsityConfig) -> AnyModule:
 
     Raises:
         UnsupportedModelError: with the reason.
-        ConfigError: tile, cells or dense layers do not fit this model; it is unchanged then.
+        ConfigError: tile, cells, shares or rates do not fit this model; it is unchanged then.
     """
     backbone = require_support(model)
     if sparsity.is_dense:
@@ -114,7 +114,7 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool
 
     Args:
         model: made by `make_model_sparse`.
-        sparsity: as the model's own but for `keep`, `token_keep`, `merge` and `merge_window`.
+        sparsity: as the model's own but for `keep`, `token_keep`, `merge`, `merge_window`, `tile` and `cells`.
         keep_predictors: whether a layer that is dense now keeps its predictor for budgets to come.
 
     Raises:

@@ -264,7 +264,10 @@ def with_budget(
         return student
     sparsity = dataclasses.replace(student.sparsity, **changes)  # type: ignore[arg-type]
     if (sparsity.keep != 1 and student.sparsity.keep == 1) or sparsity.is_dense != student.sparsity.is_dense:
-        raise ConfigError("A sparse student cannot be made dense, nor a dense one sparse.", "Use `sparsify`.")
+        raise ConfigError(
+            "A sparse student cannot be made dense, nor a dense one sparse.",
+            "For a dense file export the model itself; for a sparse one use `sparsify`.",
+        )
     if not student.sparsity.is_dense:
         set_budget(student.model, sparsity)
     return dataclasses.replace(student, sparsity=sparsity)

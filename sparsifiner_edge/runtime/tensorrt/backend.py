@@ -56,7 +56,7 @@ class TensorRtBackend(Backend):
 
     product: ClassVar[str]
 
-    def plan(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Engine]:
+    def engines_to_build(self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange) -> list[Engine]:
         """The engines to build; what cannot be built is rejected before any build starts.
 
         Args:
@@ -84,7 +84,7 @@ class TensorRtBackend(Backend):
 
     @abc.abstractmethod
     def targets(self, capabilities: Sequence[str]) -> Sequence[str]:
-        """Compute capabilities to build for, of those that `plan` is given."""
+        """Compute capabilities to build for, of those that `engines_to_build` is given."""
 
     @abc.abstractmethod
     def variants(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
