@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from sparsifiner_edge.search.request import SearchOptions as SearchOptions
     from sparsifiner_edge.search.search import search_model as search_model
     from sparsifiner_edge.sparse.in_memory import sparsify_model as sparsify_model
+    from sparsifiner_edge.sparse.model_options import ModelOptions as ModelOptions
     from sparsifiner_edge.sparse.patch import restore_model as restore_model
-    from sparsifiner_edge.sparse.source import ModelOptions as ModelOptions
     from sparsifiner_edge.sparse.student import load_student as load_student
     from sparsifiner_edge.sparse.student import sparsify as sparsify
 
@@ -53,7 +53,7 @@ _HOMES = {
     "EvaluationOptions": ("evaluate.evaluate", "train,cpu"),
     "Execution": ("execution", ""),
     "ExportOptions": ("export.export", "train,cpu"),
-    "ModelOptions": ("sparse.source", "train"),
+    "ModelOptions": ("sparse.model_options", ""),
     "ProfileOptions": ("profiles.profile", ""),
     "RunOptions": ("camera.service", ""),
     "SearchOptions": ("search.request", "train,cpu"),

@@ -61,7 +61,7 @@ def test_native_kernels_that_are_not_there_are_refused_where_they_are_asked_for(
     monkeypatch.setattr(native, "_FILE", "no-such.so")
     with flat.open_session(bundle) as session:
         assert session.description.kernels == "none (standard operators)"
-    with pytest.raises(BackendError, match=r"(?s)The native library is not built: install .* portable kernels"):
+    with pytest.raises(BackendError, match=r"(?s)The native library is not built: install .* leave --kernels native"):
         flat.open_session(bundle, kernels="native")
 
 

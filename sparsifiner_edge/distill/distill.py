@@ -21,7 +21,7 @@ from sparsifiner_edge.files import hold_lock, io_errors
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.source import ModelOptions
+from sparsifiner_edge.sparse.model_options import ModelOptions
 from sparsifiner_edge.sparse.student import Student, load_student, refuse_normalisation, save_student, teacher_of
 from sparsifiner_edge.sparse.student_file import Weights
 

@@ -20,7 +20,7 @@ from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.judge import MAPS
 from sparsifiner_edge.outcomes import EvaluationMethod, RobustnessResult, ScoresResult
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.source import ModelOptions
+from sparsifiner_edge.sparse.model_options import ModelOptions
 from sparsifiner_edge.sparse.student import load_student
 
 SEVERITY = 3

@@ -21,8 +21,9 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import session_on
 from sparsifiner_edge.runtime.session import Runtime
+from sparsifiner_edge.sparse.model_options import ModelOptions
 from sparsifiner_edge.sparse.outputs import outputs_of
-from sparsifiner_edge.sparse.source import ModelOptions, load_source
+from sparsifiner_edge.sparse.source import load_source
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, refuse_normalisation
 from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise

@@ -38,8 +38,9 @@ from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, class_labels
 from sparsifiner_edge.sparse.in_memory import require_images
+from sparsifiner_edge.sparse.model_options import ModelOptions
 from sparsifiner_edge.sparse.outputs import check_names
-from sparsifiner_edge.sparse.source import ModelOptions, load_source, normalisation_of
+from sparsifiner_edge.sparse.source import load_source, normalisation_of
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_student, refuse_normalisation
 from sparsifiner_edge.sparse.student_file import check_labels
 from sparsifiner_edge.text import printable

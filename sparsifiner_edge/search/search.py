@@ -24,7 +24,7 @@ from sparsifiner_edge.search.latency import estimate_latency, measure_latency
 from sparsifiner_edge.search.request import SearchOptions, SearchRequest, read_request
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.search.whole import WholeModels, link_images
-from sparsifiner_edge.sparse.source import ModelOptions
+from sparsifiner_edge.sparse.model_options import ModelOptions
 from sparsifiner_edge.sparse.student import (
     Student,
     load_student,

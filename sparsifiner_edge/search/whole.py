@@ -28,7 +28,7 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
 from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.sparse.source import ModelOptions
+from sparsifiner_edge.sparse.model_options import ModelOptions
 from sparsifiner_edge.sparse.student import Student, save_student
 
 INT8_IMAGES = 16

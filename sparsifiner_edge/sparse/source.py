@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.bounds import ImageSize, height_width, size_of, size_text
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.images import Normalisation, Normalise
+from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.plugins import import_object
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
@@ -60,41 +59,6 @@ class Student:
     def img_size(self) -> ImageSize:
         """Pixels of its images: one number for a square."""
         return size_of(*self.backbone.image_size)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """How a model is loaded.
-
-    Attributes:
-        weights: for timm's names: .safetensors or .pth with its key names; None lets timm download them.
-        img_size: pixels: a square's side, or height and width; None takes the model's own.
-        normalise: what it expects of pixels / 255; see `sparsify`.
-        trust: modules whose functions may make the model of a student.
-
-    Example:
-        >>> ModelOptions(weights="dinov2.safetensors", img_size=518).img_size
-        518
-    """
-
-    weights: str | Path | None = None
-    img_size: ImageSize | None = None
-    normalise: Normalise = None
-    trust: Sequence[str] = ()
-
-    @property
-    def file(self) -> Path | None:
-        """Of the weights."""
-        return None if self.weights is None else Path(self.weights)
-
-    @property
-    def normalisation(self) -> Normalisation | None:
-        """What was said of it; None: nothing.
-
-        Raises:
-            ConfigError: it is none.
-        """
-        return Normalisation.parse(self.normalise)
 
 
 def load_source(
