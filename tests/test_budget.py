@@ -8,7 +8,7 @@ from __future__ import annotations
 from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tracked
 
 BUDGET = {
-    "base": 2818, "ops": 2009, "native": 3833, "triton": 1823, "sparse": 3019, "distill": 1499,
+    "base": 2818, "ops": 2009, "native": 3833, "triton": 1823, "sparse": 3064, "distill": 1499,
     "export": 1843, "bundle": 1120, "runtime": 2861, "profiles": 2722, "evaluate": 1748, "search": 1711,
     "report": 979, "camera": 1986, "package": 359, "cli": 1474, "demo, doctor": 374,
 }  # fmt: skip
