@@ -13,6 +13,11 @@ KERNEL_CHOICES = ("auto", "native", "portable")
 an engine: the fastest, the CUDA kernels, or the bodies."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 """What everything but int8, which stays int8, is computed in; auto: what it is stored in."""
+STORED_PRECISIONS = ("fp32", "fp16", "int8")
+"""What a file may store its weights in; int8: of the linear layers."""
+INT8_TARGETS = ("cpu", "tensorrt")
+"""cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0;
+`export_bundle` makes the rest of that file float16 afterwards (`export.fp16`), as GPUs have it."""
 PROVIDERS = ("cpu", "cuda")
 """Of ONNX Runtime: what it runs on, and by whose kernels."""
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
-from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.execution import INT8_TARGETS, Execution
 from sparsifiner_edge.export import fp16, int8
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.deployed_model import deploy
@@ -131,7 +131,7 @@ def test_what_float16_cannot_hold_or_is_too_far_is_a_failed_gate(monkeypatch: py
     assert caught.value.fix == "Nothing was written. Export fp32, or int8 with --int8-target cpu."
 
 
-@pytest.mark.parametrize("target", first(int8.INT8_TARGETS))
+@pytest.mark.parametrize("target", first(INT8_TARGETS))
 @pytest.mark.parametrize("sparse", [True, False])
 def test_every_linear_layer_and_nothing_else_is_int8(
     exported: Path, folder: Path, tmp_path: Path, target: str, sparse: bool

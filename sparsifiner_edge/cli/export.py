@@ -11,6 +11,7 @@ import click
 from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import merge_text
+from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
 
 if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
     from sparsifiner_edge.bundle.manifest import Manifest
@@ -24,11 +25,11 @@ if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
 @common.keep_option
 @common.merge_option
 @common.trust_option
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
+@click.option("--precision", type=click.Choice(STORED_PRECISIONS), default="fp32", show_default=True,
               help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
 @click.option("--calibrate", type=common.PATH,
               help="A folder of images: int8 is calibrated with them, a board's tile is judged by them.")  # fmt: skip
-@click.option("--int8-target", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
+@click.option("--int8-target", "int8_target", type=click.Choice(INT8_TARGETS), default="cpu",
               show_default=True, help="For int8: what will run it.")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile float16 kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip

@@ -148,7 +148,7 @@ def _torch(student: Student, path: str, digest: str, compared: TeacherComparison
     tokens = GPU_TOKENS_TOGETHER if device.type == "cuda" else TOKENS_TOGETHER
     together = max(1, tokens // (backbone.prefix + backbone.patches))
     about = Subject(name=student.name, path=path, sha256=digest)
-    named = student.name if student.kind == "timm" else None
+    named = student.name if student.host == "timm" else None
     return Extractor(extract, student.img_size, backbone.prefix, about, runtime, student.labels, together, named)
 
 

@@ -21,13 +21,14 @@ from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
 from sparsifiner_edge.config import Budget, SparsityConfig, require
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.check import check_export, smooth_images, tolerances_of
 from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
 from sparsifiner_edge.export.fp16 import to_fp16
 from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.export.int8 import INT8_TARGETS, held_out_images, quantise
+from sparsifiner_edge.export.int8 import held_out_images, quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.images import Normalisation, Normalise, centre_text, evenly, list_images, load_image
 from sparsifiner_edge.ops.schema import DOMAIN
@@ -46,7 +47,6 @@ from sparsifiner_edge.sparse.student_file import check_labels
 from sparsifiner_edge.text import printable
 
 _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
-EXPORT_PRECISIONS = ("fp32", "fp16", "int8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,8 +189,8 @@ class _Form(NamedTuple):
 def _form(options: ExportOptions) -> _Form:
     """Refuse what cannot be combined."""
     precision, int8_target, calibrate = options.precision, options.int8_target, options.calibrate
-    if precision not in EXPORT_PRECISIONS:
-        raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(EXPORT_PRECISIONS)}.")
+    if precision not in STORED_PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(STORED_PRECISIONS)}.")
     if int8_target not in INT8_TARGETS:
         raise ConfigError(f"int8 target is {int8_target!r}.", f"Choose one of: {', '.join(INT8_TARGETS)}.")
     if precision == "int8" and calibrate is None:

@@ -27,9 +27,6 @@ from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.graph import tidy
 from sparsifiner_edge.progress import Progress
 
-INT8_TARGETS = ("cpu", "tensorrt")
-"""cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0;
-`export_bundle` makes the rest of that file float16 afterwards (`fp16`), as GPUs have it."""
 LEAST_MEAN_COSINE = 0.99
 """Gate: mean cosine of every output's rows to the float32 file, over images that were not calibrated on."""
 LEAST_WEIGHT = 1e-5
@@ -52,12 +49,12 @@ def quantise(
     progress: Progress | None = None,
     goal: float = GOAL_COSINE,
 ) -> tuple[onnx.ModelProto, Quantisation]:
-    """Quantise the linear layers of an exported float32 file.
+    """Quantise the linear layers of an exported float32 file: each MatMul by a weight; a head that became Gemm stays.
 
     Args:
         model: left as it is.
-        images: uint8 [1,H,W,3]; every third is held out and decides, if there are at least three.
-        int8_target: one of `INT8_TARGETS`.
+        images: uint8 [B,H,W,3]; every third is held out and decides, if there are at least three.
+        int8_target: one of `execution.INT8_TARGETS`.
         progress: see `Progress`.
         goal: cosine of the outputs below which layers are put back to float32.
 

@@ -29,11 +29,11 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A model, dense or sparse, and what it takes to make it again.
+    """A model in memory (a student, or dense: a teacher, a baseline), and what it takes to make it again.
 
     Attributes:
         model: in evaluation mode; sparse unless the config is dense.
-        name: timm's name, transformers' class, or "package.module:factory"; `kind` says which.
+        name: timm's name, transformers' class, or "package.module:factory"; `host` says which.
         normalisation: what it expects of pixels.
         sparsity: what is sparse.
         provenance: where weights and projections came from.
@@ -48,7 +48,7 @@ class Student:
     provenance: Provenance = dataclasses.field(default_factory=Provenance)
     labels: tuple[str, ...] = ()
     outputs: tuple[str, ...] | None = None
-    kind: HostKind = "timm"
+    host: HostKind = "timm"
 
     @property
     def backbone(self) -> Backbone:
@@ -85,7 +85,7 @@ def load_source(
         module = call_factory(source, img_size)
         names = getattr(module, "output_names", None)
         pixels = normalisation_of(module, source, normalisation)
-        student = Student(module, source, pixels, outputs=None if names is None else tuple(names), kind="factory")
+        student = Student(module, source, pixels, outputs=None if names is None else tuple(names), host="factory")
     elif _HUB.fullmatch(source) and not folder.exists() and folder.parent.is_dir():
         # A slip in a path is no reason to ask a network.
         raise ArtifactError(f"{source} does not exist.", "Give a folder, or a hub's name from another place.")
@@ -98,7 +98,7 @@ def load_source(
         _require_no_weights(weights, source)
         name, module, pixels = hugging_face.load(source, img_size, normalisation)
         labels, provenance = hugging_face.configured_labels(module), Provenance(Weights(origin=source))
-        student = Student(module, name, pixels, provenance=provenance, labels=labels, kind="transformers")
+        student = Student(module, name, pixels, provenance=provenance, labels=labels, host="transformers")
     else:
         model = load_model(source, weights, img_size)
         origin = Weights(file=weights.name, sha256=sha256(weights)) if weights else Weights(origin="timm hub")

@@ -137,10 +137,10 @@ def save_student(student: Student, output: Path) -> Path:
     with new_folder(output, "student") as folder:
         # A file's own writes, not a memory map: a full disk is then an error and not a crash.
         (folder / WEIGHTS_FILE).write_bytes(safetensors.torch.save(state))
-        if student.kind == "transformers":
+        if student.host == "transformers":
             hugging_face.write_configuration(student.model, folder)
         config = StudentConfig(
-            host=student.kind,
+            host=student.host,
             model=student.name,
             img_size=student.img_size,
             num_classes=student.backbone.classes or len(student.labels),

@@ -44,7 +44,7 @@ def test_a_folder_of_hugging_face(tmp_path: Path, pictures: Path, name: str) -> 
         str(folder), tmp_path / "student", keep=0.5, cells=4, channels=8, merge=(2,), calibrate=pictures
     )
     found = load_student(student)
-    assert (found.kind, found.name) == ("transformers", type(made).__name__)
+    assert (found.host, found.name) == ("transformers", type(made).__name__)
     assert found.normalisation.mean == (0.5, 0.4, 0.3)
     assert len(sparse_layers(found.model)) == 4
     x = images(found.backbone.image_size)
