@@ -18,8 +18,8 @@ import click
 import numpy as np
 from PIL import Image
 
-from sparsifiner_edge import TrainingOptions
-from sparsifiner_edge.cli.common import progress_bar
+from sparsifiner_edge import ModelOptions, TrainingOptions
+from sparsifiner_edge.cli.common import group, progress_bar
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.distill.checkpoint import CHECKPOINT
 from sparsifiner_edge.distill.distill import distill_student
@@ -121,11 +121,10 @@ def distilled(start: Path, pictures: Path, output: Path, held_out: Path, **optio
     if output.exists():
         return
     began, checkpoint = time.monotonic(), output.with_name(f"{output.name}.training") / CHECKPOINT
+    options |= {"held_out": held_out, "resume": checkpoint.exists()}
+    groups = group(options, model=ModelOptions, options=TrainingOptions)
     with progress_bar(output.name) as progress:
-        summary = distill_student(
-            start, pictures, output, progress=progress,
-            options=TrainingOptions(held_out=held_out, resume=checkpoint.exists(), **options),
-        )  # fmt: skip
+        summary = distill_student(start, pictures, output, progress=progress, **groups)
     minutes = (time.monotonic() - began) / 60
     click.echo(f"{output.name}: {minutes:.1f} minutes, {summary.start} to {summary.best}, kept {summary.kept}")
 

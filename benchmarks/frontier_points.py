@@ -203,14 +203,14 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     points = []
     for kind, budget, rates in settings:
         plain = {f"{kind}, ONNX Runtime fp32": "", **{f"{kind}, OpenVINO {hint}": hint for hint in of.hints}}
-        in_torch, rest = f"{kind}, torch fp32", of.hints[-1]
+        family, rest = f"{kind}, torch fp32", of.hints[-1]
         quantised = {f"{kind}, ONNX Runtime int8": "", f"{kind}, OpenVINO int8, rest {rest}": rest} if of.int8 else {}
         tell(f"export {kind}, {budget}")
         path = tome.export(model, rates, of.size, folder / f"{kind}-{budget}.onnx")
         macs = float(tome.macs(rates, tokens, width, 4 * width))
         points += _in_engines(path, plain, budget, macs, of)
         merged = functools.partial(in_torch, tome.ToMe(model, rates).eval())
-        points.append(Point(in_torch, budget, merged, 1, of.images, macs))
+        points.append(Point(family, budget, merged, 1, of.images, macs))
         if quantised:
             tell(f"quantise {kind}, {budget}")
             loaded = onnx.load(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
@@ -22,11 +24,14 @@ def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerErro
     Raises:
         SparsifinerError: `error`, with this `fix`: it cannot be imported, for any reason: it is others' code.
     """
-    point = EntryPoint("", place, "") if isinstance(place, str) else place
     try:
-        return point.load()
+        if isinstance(place, EntryPoint):
+            return place.load()
+        module, _, name = place.partition(":")
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except Exception as cause:
-        raise error(f"{point.value} cannot be imported: {type(cause).__name__}: {one_line(cause)}.", fix) from cause
+        text = place if isinstance(place, str) else place.value
+        raise error(f"{text} cannot be imported: {type(cause).__name__}: {one_line(cause)}.", fix) from cause
 
 
 def subclass(base: type[Kind], point: EntryPoint, error: type[SparsifinerError]) -> type[Kind]:

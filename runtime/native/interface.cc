@@ -24,9 +24,10 @@ class Answer {
     if (call->version != SPARSIFINER_VERSION) {
       Tell(SPARSIFINER_WRONG_VERSION, "header of version %" PRId32 ", library of version %d", call->version,
            SPARSIFINER_VERSION);
+      return;
     }
-    Require(FindAttention(call->precision) != nullptr, "%s has no precision %" PRId32, sparsifiner_target(),
-            call->precision);
+    attention_ = FindAttention(call->precision);
+    Require(attention_ != nullptr, "%s has no precision %" PRId32, sparsifiner_target(), call->precision);
   }
   Answer(const Answer&) = delete;
   Answer& operator=(const Answer&) = delete;
@@ -34,6 +35,8 @@ class Answer {
   sparsifiner_status status() const { return status_; }
   bool well() const { return status_ == SPARSIFINER_OK; }
   bool computes() const { return well() && !asks_; }
+  // Of the precision that is asked for; null only where all is not well.
+  const Attention* attention() const { return attention_; }
 
   [[gnu::format(printf, 3, 4)]] void Require(bool met, const char* format, ...) {
     if (met || !well()) return;
@@ -83,6 +86,7 @@ class Answer {
 
   sparsifiner_call* call_;
   bool asks_;
+  const Attention* attention_ = nullptr;
   sparsifiner_status status_ = SPARSIFINER_OK;
 };
 
@@ -195,7 +199,7 @@ sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sp
   answer.Output("output", output, in.batch * in.tokens * in.heads * in.width);
   if (!answer.computes()) return answer.status();
   const bool single = settings.tile == 1 && settings.cell == 0;
-  const auto* attention = FindAttention(single ? SPARSIFINER_FLOAT32 : call->precision);
+  const Attention* attention = single ? FindAttention(SPARSIFINER_FLOAT32) : answer.attention();
   auto* to = static_cast<float*>(output.data);
   return answer.Of(attention->sparse(Attended(in), indices.data, settings, to, Call(*call)));
 }
@@ -207,8 +211,7 @@ sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const spa
   const Packed in = Checked(*qkv, 0, &answer);
   answer.Output("output", output, in.batch * in.tokens * in.heads * in.width);
   if (!answer.computes()) return answer.status();
-  const auto* attention = FindAttention(call->precision);
-  return answer.Of(attention->dense(Attended(in), static_cast<float*>(output.data), Call(*call)));
+  return answer.Of(answer.attention()->dense(Attended(in), static_cast<float*>(output.data), Call(*call)));
 }
 
 sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* qkv,

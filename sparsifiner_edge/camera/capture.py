@@ -142,7 +142,7 @@ class Capture:
             self._attempts = 0
             self._status.count("captured")
             self._status.enter("streaming")
-            self._leave(message)
+            self._leave(replace(message, skipped=0))
             self._status.count("bad_packets", max(0, message.bad_packets - bad))
             bad = message.bad_packets
             message = receive(handle, self._size, self._stall_s)

@@ -112,7 +112,8 @@ def reason_of(error: Exception) -> str:
     if type(error).__name__ == "ExitError":  # How PyAV says that the time is over.
         return "it gave nothing in time"
     what = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(what).split()).rstrip(".")[:MAX_REASON]
+    text = " ".join(str(what).split()).rstrip(".").encode(errors="replace").decode()
+    return text[:MAX_REASON]
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class HealthServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, address: tuple[str, int], status: Status, stale_s: float) -> None:
         self._status, self._stale_s = status, stale_s
+        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
         host, port = address
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -73,7 +74,22 @@ class HealthServer(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
         """Whether a connection is taken on: not where too many are open."""
-        return threading.active_count() < MOST_CONNECTIONS
+        return self._free.acquire(blocking=False)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own, whose place is free again where it cannot be started."""
+        try:
+            super().process_request(request, client_address)
+        except Exception:
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer; then the place is free again."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, *_: Any) -> None:
         """Ignore clients that leave in the middle, and threads that cannot be started."""
@@ -98,8 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         """The standard library would take megabytes, for as long as a byte comes now and then."""
         head, ends = b"", time.monotonic() + DEADLINE_S
-        while b"\r\n\r\n" not in head:
-            self.request.settimeout(max(1e-3, ends - time.monotonic()))
+        while b"\r\n\r\n" not in head and b"\n\n" not in head:
+            if (seconds := ends - time.monotonic()) <= 0:
+                return
+            self.request.settimeout(seconds)
             if len(head) > _MOST_REQUEST or not (more := self.request.recv(_MOST_REQUEST)):
                 return
             head += more

@@ -16,7 +16,7 @@ from sparsifiner_edge.evaluate.judges import COMPARED, Judge, answers, judge_of
 from sparsifiner_edge.evaluate.reading import Feed, class_set, feed_of
 from sparsifiner_edge.evaluate.scores import clean_scores, corrupted_scores, score_statistics, stability
 from sparsifiner_edge.execution import Execution, execution_of
-from sparsifiner_edge.images import evenly, list_images
+from sparsifiner_edge.images import Normalisation, evenly, list_images
 from sparsifiner_edge.judge import MAPS
 from sparsifiner_edge.outcomes import EvaluationMethod, RobustnessResult, ScoresResult
 from sparsifiner_edge.progress import Progress
@@ -119,6 +119,7 @@ def evaluate_student(
         True
     """
     model, options = model or ModelOptions(), options or EvaluationOptions()
+    Normalisation.parse(model.normalise)  # Before anything is loaded.
     require(model.img_size is None, "An evaluation takes images of the subject's size.", "Leave img_size out.")
     metric, names = options.metric, () if options.corruptions is None else parse_corruptions(options.corruptions)
     compared = TeacherComparison(

@@ -217,12 +217,12 @@ def _export(
     deployed = deploy(student, form.tokens)
     file = _file(student.img_size, deployed, form, progress)
     model = student.model
-    fallback = class_labels(model) if isinstance(model, TimmModel) else hugging_face.configured_labels(model)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
     classes = {output.name: output.type.tensor_type.shape.dim[-1].dim_value for output in file.model.graph.output}
     fits = not form.labels or classes.get("logits") in (None, 0, len(form.labels))
     require(fits, f"{len(form.labels)} labels for {classes.get('logits')} classes.", "Give one for each class.")
-    labels = [printable(label) for label in form.labels or student.labels or fallback]
+    known = class_labels if isinstance(model, TimmModel) else hugging_face.configured_labels
+    labels = [printable(label) for label in form.labels or student.labels or known(model)]
     onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())

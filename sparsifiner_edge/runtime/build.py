@@ -21,6 +21,7 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest, parse_manifes
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle, read_manifest
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.progress import Progress, with_prefix
 from sparsifiner_edge.records import read_record, write_record
@@ -199,6 +200,9 @@ def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float,
         raise failures[0] if failures else GateError(str(tried[names[0]].golden), "Export it again.")
     # Variants that were not run, since the GPU was lost meanwhile, come last.
     best = min(passed, key=lambda name: math.inf if (ms := tried[name].compute_ms) is None else ms)
+    with io_errors(place):
+        for name in built.keys() - {best}:
+            _file(place, name).unlink(missing_ok=True)
     return msgspec.structs.replace(built[best], variants=tried)
 
 

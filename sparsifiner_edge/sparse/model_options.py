@@ -33,7 +33,7 @@ class ModelOptions:
     @property
     def file(self) -> Path | None:
         """Of the weights."""
-        return None if self.weights is None else Path(self.weights)
+        return Path(self.weights) if self.weights else None
 
     @property
     def normalisation(self) -> Normalisation | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsifiner_edge.config import require
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.judge import Prediction
 from sparsifiner_edge.metrics import POSITIONS
@@ -104,6 +105,8 @@ def check_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
     """
     if names is None:
         return None
+    are_names = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    require(are_names, f"The names of outputs are {names!r:.80}.", "Give a list of names.")
     for name in names:
         if not _NAME.fullmatch(name) or name in ("image", *ALONE[2:]) or list(names).count(name) > 1:
             raise ConfigError(

@@ -145,7 +145,7 @@ def other_cores(before: float | None, after: float | None, our_s: float, seconds
 
     Args:
         before, after: of `busy_s`, `seconds` apart.
-        own_s: processor seconds that the measurement itself used in between, all of its processes together.
+        our_s: processor seconds that the measurement itself used in between, all of its processes together.
     """
     if before is None or after is None:
         return Unavailable("/proc/stat is not readable")

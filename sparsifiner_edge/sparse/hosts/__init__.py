@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.bounds import MOST_SIDE, ImageSize, height_width, size_text
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
-from sparsifiner_edge.plugins import plugins, subclass
+from sparsifiner_edge.plugins import subclass
 from sparsifiner_edge.sparse.attention import HeadGeometry, attention_of, first, geometry_of
 from sparsifiner_edge.sparse.layer import scale_of
 
@@ -170,7 +171,7 @@ def _libraries() -> Iterator[type[Backbone]]:
 
 def _others() -> Iterator[type[Backbone]]:
     """Those that other packages add."""
-    for point in plugins(LIBRARIES).values():
+    for point in entry_points(group=LIBRARIES):  # Names of two packages may be one.
         yield subclass(Backbone, point, UnsupportedModelError)  # type: ignore[type-abstract]
 
 
