@@ -8,14 +8,14 @@ from __future__ import annotations
 from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tracked
 
 BUDGET = {
-    "base": 2818, "ops": 2009, "native": 3833, "triton": 1823, "sparse": 3064, "distill": 1499,
-    "export": 1843, "bundle": 1120, "runtime": 2861, "profiles": 2722, "evaluate": 1748, "search": 1711,
-    "report": 979, "camera": 1986, "package": 359, "cli": 1474, "demo, doctor": 374,
+    "base": 2828, "ops": 2009, "native": 3836, "triton": 1823, "sparse": 3068, "distill": 1499,
+    "export": 1840, "bundle": 1120, "runtime": 2865, "profiles": 2722, "evaluate": 1749, "search": 1711,
+    "report": 979, "camera": 2005, "package": 359, "cli": 1475, "demo, doctor": 374,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.18
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 17942, "benchmarks": 4994}
+BESIDE = {"tests": 17942, "benchmarks": 4993}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""
