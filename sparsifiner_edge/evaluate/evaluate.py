@@ -133,22 +133,31 @@ def evaluate_student(
             workers=options.workers, corruptions=names,
             severity=SEVERITY if options.severity is None else options.severity,
         )  # fmt: skip
-        if metric not in METRICS:
-            files = data if isinstance(data, list) else list_images(Path(data))
-            files = files if options.queries is None else evenly(files, options.queries)
-            task = (options.task or MAPS) if metric == "task" else None
-            judge = judge_of(task, files, size, options.map_name, options.masks, clean=not names)
-            return _result(judge, models, feed, task or metric, progress)
-        if isinstance(data, list):
-            raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
-        queries = class_set(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(options.queries)
-        if options.head is not None:
-            require_head(compared.subject, Path(options.head), queries.classes)
-        classes = ClassJudge(queries, metric, options.gallery, models, feed, progress)
-        result = _result(classes, models, feed, metric, progress)
-    if options.head is not None:
-        student = load_student(compared.subject, budget=compared.budget, trust=model.trust)
-        write_head(student, classes.fits[0], queries.classes, Path(options.head))
+        if metric in METRICS:
+            return _judge_classes(compared, data, options, models, feed, progress)
+        files = data if isinstance(data, list) else list_images(Path(data))
+        files = files if options.queries is None else evenly(files, options.queries)
+        task = (options.task or MAPS) if metric == "task" else None
+        judge = judge_of(task, files, size, options.map_name, options.masks, clean=not names)
+        return _result(judge, models, feed, task or metric, progress)
+
+
+def _judge_classes(
+    compared: TeacherComparison, data: str | Path | list[Path], options: EvaluationOptions,
+    models: tuple[Extractor, Extractor], feed: Feed, progress: Progress | None,
+) -> ScoresResult | RobustnessResult:  # fmt: skip
+    """Of labelled images; the metric linear also writes its probe, where it is asked for."""
+    metric, head = options.metric, None if options.head is None else Path(options.head)
+    if isinstance(data, list):
+        raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
+    queries = class_set(Path(data), classifier=models[0].labels if metric == "top1" else ()).first(options.queries)
+    if head is not None:
+        require_head(compared.subject, head, queries.classes)
+    judge = ClassJudge(queries, metric, options.gallery, models, feed, progress)
+    result = _result(judge, models, feed, metric, progress)
+    if head is not None:
+        student = load_student(compared.subject, budget=compared.budget, trust=compared.model.trust)
+        write_head(student, judge.fits[0], queries.classes, head)
     return result
 
 
