@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparsifiner_edge.config import SparsityConfig as SparsityConfig
     from sparsifiner_edge.distill.distill import TrainingOptions as TrainingOptions
     from sparsifiner_edge.distill.distill import distill_student as distill_student
+    from sparsifiner_edge.doctor import examine as examine
     from sparsifiner_edge.errors import SparsifinerError as SparsifinerError
     from sparsifiner_edge.evaluate.evaluate import EvaluationOptions as EvaluationOptions
     from sparsifiner_edge.evaluate.evaluate import evaluate_student as evaluate_student
@@ -64,6 +65,7 @@ _HOMES = {
     "distill_student": ("distill.distill", "train"),
     "estimate_bundle": ("profiles.estimate", ""),
     "evaluate_student": ("evaluate.evaluate", "train,cpu"),
+    "examine": ("doctor", ""),
     "explain_student": ("evaluate.explain", "train"),
     "export_bundle": ("export.export", "train,cpu"),
     "export_model": ("export.export", "train,cpu"),

@@ -35,6 +35,12 @@ def require(condition: bool, what: str, fix: str) -> None:
         raise ConfigError(what, fix)
 
 
+def require_lists(**values: object) -> None:
+    """Raise a `ConfigError` where a value is no list or tuple: of a text every letter would count."""
+    for name, value in values.items():
+        require(isinstance(value, (list, tuple)), f"{name} is {value!r:.80}.", "Give a list.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The sizes of one sparse layer over `patches` patch tokens.

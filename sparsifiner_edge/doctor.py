@@ -66,7 +66,12 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine() -> Findings:
-    """Look at this installation."""
+    """What is installed here, what works, and why the rest does not.
+
+    Example:
+        >>> examine().backends["onnxruntime"].available
+        True
+    """
     support, device = cuda_support(), _cuda()
     backends = {name: _loads(execution, device) for name, execution in _ON_PROCESSOR.items()}
     backends |= {name: _engines(name, device) for name in ("tensorrt", "tensorrt-rtx")}

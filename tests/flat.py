@@ -12,7 +12,9 @@ from sparsifiner_edge.cli.common import group
 def _flat(function: str, **kinds: str) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
         if "execution" in kinds and len(arguments) > 1 and function != "evaluate_student":
-            options, arguments = {"backend": arguments[1], **options}, arguments[:1]
+            subject, backend = arguments
+            assert "backend" not in options
+            options, arguments = {"backend": backend, **options}, (subject,)
         groups = group(options, **{name: getattr(se, kind) for name, kind in kinds.items()})
         return getattr(se, function)(*arguments, **groups)
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tracked
 
 BUDGET = {
-    "base": 2828, "ops": 2009, "native": 3836, "triton": 1823, "sparse": 3068, "distill": 1499,
-    "export": 1840, "bundle": 1120, "runtime": 2865, "profiles": 2722, "evaluate": 1758, "search": 1711,
-    "report": 979, "camera": 2005, "package": 359, "cli": 1475, "demo, doctor": 374,
+    "base": 2836, "ops": 2009, "native": 3836, "triton": 1823, "sparse": 3072, "distill": 1502,
+    "export": 1843, "bundle": 1120, "runtime": 2866, "profiles": 2722, "evaluate": 1758, "search": 1714,
+    "report": 979, "camera": 2005, "package": 359, "cli": 1476, "demo, doctor": 379,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.18
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 17942, "benchmarks": 4993}
+BESIDE = {"tests": 17956, "benchmarks": 4993}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import doctest
-import inspect
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 import sparsifiner_edge as se
 from sparsifiner_edge.cli.common import group
+from sparsifiner_edge.errors import ConfigError
 from tests.rooms import ROOT, code
 
 PUBLIC = {name: getattr(se, name) for name in se.__all__}
@@ -72,6 +72,18 @@ def test_no_public_function_takes_many_parameters() -> None:
     assert not wide
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: se.ExportOptions(labels="cat"), lambda: se.ExportOptions(boards="t4"),
+        lambda: se.ModelOptions(trust="m"),
+        lambda: se.SearchOptions(backends="openvino"), lambda: se.TrainingOptions(overrides="distil.steps=1"),
+    ],
+)  # fmt: skip
+def test_a_text_is_no_list(make: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigError, match=r"is '.*'\.\n  Give a list"):
+        make()
+
+
 def test_the_version_is_that_of_the_package() -> None:
     assert se.__version__.count(".") >= 2
-    assert all(inspect.getdoc(thing) for thing in PUBLIC.values())

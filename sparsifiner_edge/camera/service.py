@@ -25,7 +25,7 @@ from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.sources import KNOWN, Source, parse_source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.process import stopping
@@ -53,7 +53,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
         5
     """
 
-    execution: Execution = Execution()
+    execution: Execution | str = Execution()
     top: int = 5
     threshold: float = 0.0
     public_key: Path | None = None
@@ -121,7 +121,7 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
 
 
 def _open(bundle: Path, options: RunOptions) -> Model:
-    return Model(bundle, options.execution, options.top, options.threshold, options.public_key)
+    return Model(bundle, execution_of(options.execution), options.top, options.threshold, options.public_key)
 
 
 def run_images(model: Model, source: Path) -> Iterator[ImageRecord]:

@@ -146,6 +146,7 @@ def group(arguments: Mapping[str, Any], /, **kinds: type) -> dict[str, Any]:
     for name, kind in kinds.items():
         fields = [field for field in inspect.signature(kind).parameters if field in rest]
         groups[name] = kind(**{field: rest.pop(field) for field in fields})
+    assert not rest.keys() & groups.keys(), "an option has the name of a group"
     return rest | groups
 
 

@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import require_replaceable
-from sparsifiner_edge.config import Keep, require
+from sparsifiner_edge.config import Keep, require, require_lists
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import ImageSource, folder_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, front_budgets, read_recipe
@@ -92,6 +92,9 @@ class TrainingOptions:
     labels: bool = False
     held_out: str | Path | None = None
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        require_lists(overrides=self.overrides)
 
     def settings(self) -> Recipe:
         """All that the recipe says.

@@ -18,7 +18,7 @@ from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_numb
 from sparsifiner_edge.bundle.entries import Check, Float16, Quantisation, Retiled
 from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, MODEL_FILE, Manifest, Preprocessing, tensor_spec
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
-from sparsifiner_edge.config import Budget, SparsityConfig, require
+from sparsifiner_edge.config import Budget, SparsityConfig, require, require_lists
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
@@ -77,6 +77,9 @@ class ExportOptions:
     int8_target: str = "cpu"
     labels: Sequence[str] = ()
     boards: Sequence[str | Path] = ()
+
+    def __post_init__(self) -> None:
+        require_lists(labels=self.labels, boards=self.boards)
 
 
 def export_bundle(

@@ -46,9 +46,10 @@ def find_backend(execution: Execution) -> Backend:
             f"{execution.backend} has no provider {execution.provider}: those are ONNX Runtime's.",
             "Leave --provider out, or choose --backend onnxruntime.",
         )
-    if execution.threads is not None and not 1 <= execution.threads <= MOST_THREADS:
+    threads = execution.threads
+    if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
         raise BackendError(
-            f"threads is {execution.threads}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
+            f"threads is {threads!r}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
         )
     return subclass(Backend, known[execution.backend], BackendError)(execution)  # type: ignore[type-abstract]
 

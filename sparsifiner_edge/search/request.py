@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sparsifiner_edge.config import require
+from sparsifiner_edge.config import require, require_lists
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution
 from sparsifiner_edge.front import Deployment
@@ -90,6 +90,9 @@ class SearchOptions:
     precisions: Sequence[str] = ()
     board: str | Path | None = None
     minutes: float = 20.0
+
+    def __post_init__(self) -> None:
+        require_lists(backends=self.backends, computes=self.computes, precisions=self.precisions)
 
 
 def read_request(options: SearchOptions, data: str | Path) -> SearchRequest:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsifiner_edge.bounds import ImageSize
+from sparsifiner_edge.config import require_lists
 from sparsifiner_edge.images import Normalisation, Normalise
 
 
@@ -29,6 +30,9 @@ class ModelOptions:
     img_size: ImageSize | None = None
     normalise: Normalise = None
     trust: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        require_lists(trust=self.trust)
 
     @property
     def file(self) -> Path | None:
