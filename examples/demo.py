@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> Found:
         if minutes < LEAST_MINUTES:
             return found
         say(f"the fastest at a fidelity of {AT_LEAST}, searched for {minutes:.1f} minutes")
-        result = se.search_model(
-            student, images, output / "found", model=se.ModelOptions(trust=[MODULE]), options=se.SearchOptions(
+        result = se.optimize(
+            student, images, output / "found", model=se.ModelOptions(trust=[MODULE]), options=se.OptimizeOptions(
                 at_least=AT_LEAST, backends=["onnxruntime"], computes=["auto"], precisions=["fp32"], minutes=minutes
             ),
         )  # fmt: skip

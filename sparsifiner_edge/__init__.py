@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sparsifiner_edge.export.export import ExportOptions as ExportOptions
     from sparsifiner_edge.export.export import export_bundle as export_bundle
     from sparsifiner_edge.export.export import export_model as export_model
+    from sparsifiner_edge.optimizer.optimize import optimize as optimize
+    from sparsifiner_edge.optimizer.request import OptimizeOptions as OptimizeOptions
     from sparsifiner_edge.package import package_bundle as package_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle as estimate_bundle
     from sparsifiner_edge.profiles.profile import ProfileOptions as ProfileOptions
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from sparsifiner_edge.runtime import open_session as open_session
     from sparsifiner_edge.runtime.build import build_engine as build_engine
     from sparsifiner_edge.runtime.verify import verify_bundle as verify_bundle
-    from sparsifiner_edge.search.request import SearchOptions as SearchOptions
-    from sparsifiner_edge.search.search import search_model as search_model
     from sparsifiner_edge.sparse.in_memory import sparsify_model as sparsify_model
     from sparsifiner_edge.sparse.model_options import ModelOptions as ModelOptions
     from sparsifiner_edge.sparse.patch import restore_model as restore_model
@@ -57,7 +57,7 @@ _HOMES = {
     "ModelOptions": ("sparse.model_options", ""),
     "ProfileOptions": ("profiles.profile", ""),
     "RunOptions": ("camera.service", ""),
-    "SearchOptions": ("search.request", "train,cpu"),
+    "OptimizeOptions": ("optimizer.request", "train,cpu"),
     "SparsifinerError": ("errors", ""),
     "SparsityConfig": ("config", ""),
     "TrainingOptions": ("distill.distill", "train"),
@@ -76,7 +76,7 @@ _HOMES = {
     "profile_bundle": ("profiles.profile", ""),
     "restore_model": ("sparse.patch", "train"),
     "run_bundle": ("camera.service", ""),
-    "search_model": ("search.search", "train,cpu"),
+    "optimize": ("optimizer.optimize", "train,cpu"),
     "sign_bundle": ("bundle.sign", "sign"),
     "sparsify": ("sparse.student", "train"),
     "sparsify_model": ("sparse.in_memory", "train"),

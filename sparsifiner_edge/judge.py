@@ -1,4 +1,4 @@
-"""How good a model's answer to an image is: one judge, for `evaluate`, `search`, `distill` and `explain`.
+"""How good a model's answer to an image is: one judge, for `evaluate`, `optimize`, `distill` and `explain`.
 
 An answer is compared with another, mostly the dense model's: parts of it by their cosine (`alike`), dense maps by
 `map_scores`, which take true masks as well. A user's own metric (`UserMetric`) looks at each model's answer alone.

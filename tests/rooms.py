@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime": ("sparsifiner_edge/runtime/",),
     "profiles": ("sparsifiner_edge/profiles/",),
     "evaluate": ("sparsifiner_edge/evaluate/", "sparsifiner_edge/corruptions.py", "sparsifiner_edge/outcomes.py"),
-    "search": ("sparsifiner_edge/search/", "sparsifiner_edge/front.py"),
+    "optimizer": ("sparsifiner_edge/optimizer/", "sparsifiner_edge/front.py"),
     "report": ("sparsifiner_edge/report/",),
     "camera": ("sparsifiner_edge/camera/",),
     "package": ("sparsifiner_edge/package/", "export/"),

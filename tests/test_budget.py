@@ -9,7 +9,7 @@ from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tr
 
 BUDGET = {
     "base": 2836, "ops": 2009, "native": 3836, "triton": 1823, "sparse": 3072, "distill": 1502,
-    "export": 1843, "bundle": 1120, "runtime": 2866, "profiles": 2722, "evaluate": 1758, "search": 1714,
+    "export": 1843, "bundle": 1120, "runtime": 2866, "profiles": 2722, "evaluate": 1758, "optimizer": 1714,
     "report": 979, "camera": 2005, "package": 359, "cli": 1476, "demo, doctor": 379,
 }  # fmt: skip
 """Lines that each room may have."""

@@ -17,7 +17,7 @@ from tests.rooms import ROOT, code
 
 PUBLIC = {name: getattr(se, name) for name in se.__all__}
 WITHOUT = ("SparsifinerError", "SparsityConfig")
-LONG = ("build_engine", "search_model")
+LONG = ("build_engine", "optimize")
 MOST_PARAMETERS = 8
 
 
@@ -77,7 +77,7 @@ def test_no_public_function_takes_many_parameters() -> None:
     [
         lambda: se.ExportOptions(labels="cat"), lambda: se.ExportOptions(boards="t4"),
         lambda: se.ModelOptions(trust="m"),
-        lambda: se.SearchOptions(backends="openvino"), lambda: se.TrainingOptions(overrides="distil.steps=1"),
+        lambda: se.OptimizeOptions(backends="openvino"), lambda: se.TrainingOptions(overrides="distil.steps=1"),
     ],
 )  # fmt: skip
 def test_a_text_is_no_list(make: Callable[[], Any]) -> None:

@@ -24,7 +24,7 @@ COMMANDS = {
     "distill": "Train a student towards its dense teacher on a folder of images.",
     "evaluate": "Compare a student or bundle with its dense teacher.",
     "explain": "Show what a student read and merged on images, and whether that explains it.",
-    "search": "Find the fastest sparse model at a fidelity you name, on this machine.",
+    "optimize": "Find the fastest sparse model at a fidelity you name, on this machine.",
     "export": "Export a student, or a dense model, to a bundle (ONNX and manifest).",
     "build": "Build engines for a bundle: TensorRT, TensorRT-RTX; ahead of time for other GPUs.",
     "profile": "Measure latency, throughput and memory of a bundle.",

@@ -74,7 +74,7 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
         "export": f"{tiny_student} -o {tmp_path}/exported",
         "build": f"{bundle} --backend tensorrt-rtx --compute-capability 8.6",
         "bundle openvino": f"verify {bundle} --backend openvino",
-        "search": f"{tiny_student} --data {many} --at-least .9 --board t4 -o {tmp_path}/found",
+        "optimize": f"{tiny_student} --data {many} --at-least .9 --board t4 -o {tmp_path}/found",
         "estimate": f"{bundle} --board jetson-orin-nano-8gb",
         "report": f"{result} -o {tmp_path}/page.html",
         "package": f"{bundle} --for triton -o {tmp_path}/package",

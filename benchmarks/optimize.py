@@ -1,8 +1,8 @@
 """Search against the best uniform setting, its predictions against what was measured, and its check against the truth.
 
-    python benchmarks/search.py [--size 224] [--size 518] [--size 1036] -o FOLDER
-    python benchmarks/search.py --seeds 10 -o FOLDER
-    python benchmarks/search.py --saliency -o FOLDER
+    python benchmarks/optimize.py [--size 224] [--size 518] [--size 1036] -o FOLDER
+    python benchmarks/optimize.py --seeds 10 -o FOLDER
+    python benchmarks/optimize.py --saliency -o FOLDER
 
 DINOv2 ViT-S/14, real weights, untrained. Searches see the development photographs and the calibration images; all that
 is compared is measured over the publication photographs (`demo/split.py`). Uniform: one rate and one share of keys in
@@ -42,14 +42,14 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.front import Candidate, SearchResult
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.optimizer.latency import measure_latency
+from sparsifiner_edge.optimizer.trial import Trial
+from sparsifiner_edge.optimizer.whole import WholeModels, link_images, whole_ms
 from sparsifiner_edge.plan import LayerPlan, plan_of
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.search.latency import measure_latency
-from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.search.whole import WholeModels, link_images, whole_ms
 from sparsifiner_edge.sparse.student import dense_twin, load_student
 
 SEARCHES = {
@@ -80,9 +80,9 @@ def searched(
         shutil.rmtree(work / "found", ignore_errors=True)
         with progress_bar(f"{size} px, {precision}, at least {bound}") as progress:
             found.append(
-                se.search_model(
+                se.optimize(
                     material.DINOV2, data, work / "found",
-                    se.SearchOptions(at_least=bound, backends=backends, computes=["auto"], precisions=[precision]),
+                    se.OptimizeOptions(at_least=bound, backends=backends, computes=["auto"], precisions=[precision]),
                     model=se.ModelOptions(weights=weights_file(), img_size=size), progress=progress,
                 )
             )  # fmt: skip
@@ -229,8 +229,8 @@ def saliency(work: Path) -> dict[str, Any]:
     images = images_in(work, [*split.images("development"), *split.images("calibration")])
     shutil.rmtree(work / "found", ignore_errors=True)
     with progress_bar("saliency") as progress:
-        result = se.search_model(
-            f"{MODULE}:saliency", images, work / "found", se.SearchOptions(at_least=OVERLAP, metric="maps"),
+        result = se.optimize(
+            f"{MODULE}:saliency", images, work / "found", se.OptimizeOptions(at_least=OVERLAP, metric="maps"),
             model=se.ModelOptions(img_size=518, trust=[MODULE]), progress=progress,
         )  # fmt: skip
     answer = answer_of(result)
@@ -272,14 +272,14 @@ def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, output: Path) ->
             found = against_uniform(size, work / "found", results[-1], scratch, err_console.print)
         show_ratio(found)
         statistics = {**found, "predictions": rows, "minutes": minutes}
-        result = Result("search", [subject], {"script": "benchmarks/search.py", "size": size}, {}, statistics)
+        result = Result("search", [subject], {"script": "benchmarks/optimize.py", "size": size}, {}, statistics)
         write_summary(output / f"search_{size}.json", result)
     if seeds:
         rows = checks(seeds, output / "work", err_console.print)
         held = sum(row["low"] <= row["publication"] for row in rows)
         click.echo(f"The bound held in {held} of {seeds}.")
         found = {"seeds": rows, "held": held}
-        result = Result("search", [subject], {"script": "benchmarks/search.py --seeds"}, {}, found)
+        result = Result("search", [subject], {"script": "benchmarks/optimize.py --seeds"}, {}, found)
         write_summary(output / "search_seeds.json", result)
     if on_saliency:
         found = saliency(output / "work" / "saliency")
@@ -290,7 +290,7 @@ def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, output: Path) ->
             f"{answer['ms']['value']:.1f} ms; dense {found['dense']}: {said(ratio)} times; IoU over publication "
             f"photographs {said(overlap, 4)}"
         )
-        method = {"script": "benchmarks/search.py --saliency"}
+        method = {"script": "benchmarks/optimize.py --saliency"}
         write_summary(output / "search_saliency.json", Result("search", [subject], method, {}, found))
 
 

@@ -10,11 +10,11 @@ from msgspec.structs import replace
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.front import Candidate, Deployment
+from sparsifiner_edge.optimizer.explore import CLOSE, MOST_ENGINES, Search
+from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.stats import quantity, skewed_mean
 from sparsifiner_edge.results import Quantity
-from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Search
-from sparsifiner_edge.search.trial import Trial
 
 TRIES = 4
 """Plans of one engine that are exported until one meets the bound."""

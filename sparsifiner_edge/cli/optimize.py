@@ -1,4 +1,4 @@
-"""`sparsifiner-edge search`."""
+"""`sparsifiner-edge optimize`."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def command(*, source: str, data: Path, output: Path, as_json: bool, **options: 
     """Find the fastest sparse model at a fidelity, or the most faithful within a latency, on this machine."""
     import sparsifiner_edge as se
 
-    groups = common.group(options, model=se.ModelOptions, options=se.SearchOptions)
+    groups = common.group(options, model=se.ModelOptions, options=se.OptimizeOptions)
     with common.progress_bar("searching") as progress:
-        result = se.search_model(source, data, output, progress=progress, **groups)
+        result = se.optimize(source, data, output, progress=progress, **groups)
     common.print_result(result, as_json, lambda result: _print(result, output))
     if isinstance(result.statistics.answer, Unavailable):
         raise click.exceptions.Exit(1)

@@ -17,12 +17,12 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.front import Deployment
+from sparsifiner_edge.optimizer.pieces import LINEAR, attention_piece, linear_pieces, merging_piece, piece_times
 from sparsifiner_edge.plan import LEAST_PATCHES, LayerPlan
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, Cost, Workload
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.search.pieces import LINEAR, attention_piece, linear_pieces, merging_piece, piece_times
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student
 

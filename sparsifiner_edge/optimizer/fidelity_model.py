@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.optimizer.trial import ROUNDING
 from sparsifiner_edge.plan import LayerPlan
-from sparsifiner_edge.search.trial import ROUNDING
 
 PROBED = 0.2
 """Share of keys that each layer is measured with alone."""

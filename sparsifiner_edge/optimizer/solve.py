@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.optimizer.fidelity_model import FidelityModel
+from sparsifiner_edge.optimizer.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.plan import LEAST_PATCHES, PATCHES_PER_MERGE, LayerPlan
-from sparsifiner_edge.search.fidelity_model import FidelityModel
-from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
 
 TOKEN_STEPS = 96
 """Numbers of tokens that a plan can have, spaced evenly up to those of the image."""

@@ -18,12 +18,12 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.graph import has_sizes
+from sparsifiner_edge.optimizer.fidelity_model import FidelityModel
+from sparsifiner_edge.optimizer.latency import SHARES, PlanLatency, name_of
+from sparsifiner_edge.optimizer.pieces import attention_piece, linear_pieces
+from sparsifiner_edge.optimizer.solve import Solver, possible_counts
+from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.plan import PATCHES_PER_MERGE, LayerPlan, plan_of
-from sparsifiner_edge.search.fidelity_model import FidelityModel
-from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
-from sparsifiner_edge.search.pieces import attention_piece, linear_pieces
-from sparsifiner_edge.search.solve import Solver, possible_counts
-from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, sparsify
 from sparsifiner_edge.sparse.weights import normalise
@@ -68,7 +68,7 @@ def test_layers_before_the_first_change_need_no_second_run(
     trial, depth = Trial(made, dense_twin(made).model, list_images(pictures), "maps"), len(made.backbone.layers)
     plans = [LayerPlan(tuple(9 * (n == at) for n in range(depth)), (1.0,) * depth) for at in range(depth)]
     found = [trial.distances(plan) for plan in plans]
-    monkeypatch.setattr("sparsifiner_edge.search.trial.MOST_REMEMBERED", 0)
+    monkeypatch.setattr("sparsifiner_edge.optimizer.trial.MOST_REMEMBERED", 0)
     assert [trial.distances(plan) for plan in plans] == found
 
 

@@ -12,15 +12,15 @@ import numpy as np
 
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.front import Candidate, Deployment
+from sparsifiner_edge.optimizer.fidelity_model import PROBED, FidelityModel
+from sparsifiner_edge.optimizer.latency import PlanLatency
+from sparsifiner_edge.optimizer.request import Bound
+from sparsifiner_edge.optimizer.solve import Solver
+from sparsifiner_edge.optimizer.trial import Trial
+from sparsifiner_edge.optimizer.whole import WholeModels
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel
-from sparsifiner_edge.search.latency import PlanLatency
-from sparsifiner_edge.search.request import Bound
-from sparsifiner_edge.search.solve import Solver
-from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.search.whole import WholeModels
 
 SPREAD = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.6, 2.5)
 NEAR = (0.9, 0.97, 1.03)

@@ -1,4 +1,4 @@
-"""`search_model`: the fastest at a fidelity, or the most faithful within a latency, of plans by layer."""
+"""`optimize`: the fastest at a fidelity, or the most faithful within a latency, of plans by layer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.files import io_errors, replace_folder, scratch_folder
 from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.optimizer.candidates import check, rank
+from sparsifiner_edge.optimizer.explore import Search, explore
+from sparsifiner_edge.optimizer.latency import estimate_latency, measure_latency
+from sparsifiner_edge.optimizer.request import OptimizeOptions, SearchRequest, read_request
+from sparsifiner_edge.optimizer.trial import Trial
+from sparsifiner_edge.optimizer.whole import WholeModels, link_images
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Quantity, Subject, write_result
-from sparsifiner_edge.search.candidates import check, rank
-from sparsifiner_edge.search.explore import Search, explore
-from sparsifiner_edge.search.latency import estimate_latency, measure_latency
-from sparsifiner_edge.search.request import SearchOptions, SearchRequest, read_request
-from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.search.whole import WholeModels, link_images
 from sparsifiner_edge.sparse.model_options import ModelOptions
 from sparsifiner_edge.sparse.student import (
     Student,
@@ -41,11 +41,11 @@ LEAST_TRIED, MOST_TRIED, PATCHES = 6, 24, 16_000
 FRONT, STUDENT, BUNDLE = "front.json", "student", "bundle"
 
 
-def search_model(
+def optimize(
     source: str | Path,
     data: str | Path,
     output: str | Path,
-    options: SearchOptions,
+    options: OptimizeOptions,
     *,
     model: ModelOptions | None = None,
     teacher: str | None = None,
@@ -70,8 +70,8 @@ def search_model(
         SparsifinerError: model, student or images are unusable.
 
     Example:
-        >>> few = SearchOptions(at_least=0.5, backends=["onnxruntime"], precisions=["fp32"], minutes=0.1)
-        >>> result = search_model("student", "images", "searched", few)
+        >>> few = OptimizeOptions(at_least=0.5, backends=["onnxruntime"], precisions=["fp32"], minutes=0.1)
+        >>> result = optimize("student", "images", "searched", few)
         >>> result.statistics.answer.fidelity > 0.5
         True
     """
@@ -212,7 +212,7 @@ def start_of(
     source: str | Path, folder: Path, options: ModelOptions, teacher: str | None, images: Sequence[Path],
     progress: Progress | None,
 ) -> Path:  # fmt: skip
-    """The user's student, or one with a predictor in every layer, which is made in `folder`; see `search_model`.
+    """The user's student, or one with a predictor in every layer, which is made in `folder`; see `optimize`.
 
     Raises:
         ConfigError: a size or a teacher that the source does not take.

@@ -13,10 +13,10 @@ from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import list_images
+from sparsifiner_edge.optimizer.trial import FIDELITIES
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.runtime.backend import ProcessorBackend
 from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.search.trial import FIDELITIES
 
 MOST_MS = 1e6
 """The greatest bound."""
@@ -62,7 +62,7 @@ class SearchRequest(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchOptions:
+class OptimizeOptions:
     """What is searched for, and for how long.
 
     Attributes:
@@ -78,7 +78,7 @@ class SearchOptions:
             was found by then is measured whole and exported, as if the time were over.
 
     Example:
-        >>> SearchOptions(at_least=0.98, backends=["openvino"], minutes=5).metric
+        >>> OptimizeOptions(at_least=0.98, backends=["openvino"], minutes=5).metric
         'patches'
     """
 
@@ -95,8 +95,8 @@ class SearchOptions:
         require_lists(backends=self.backends, computes=self.computes, precisions=self.precisions)
 
 
-def read_request(options: SearchOptions, data: str | Path) -> SearchRequest:
-    """See `search_model`.
+def read_request(options: OptimizeOptions, data: str | Path) -> SearchRequest:
+    """See `optimize`.
 
     Raises:
         ConfigError: not one bound, or a value is out of range; too few images.

@@ -19,17 +19,17 @@ from sparsifiner_edge.config import keep_text, merge_text, parse_merge
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.front import Candidate, SearchResult
+from sparsifiner_edge.optimizer import whole
+from sparsifiner_edge.optimizer.latency import SHARES, PlanLatency, name_of
+from sparsifiner_edge.optimizer.optimize import prepare
+from sparsifiner_edge.optimizer.request import OptimizeOptions, read_request
+from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import read_result
 from sparsifiner_edge.runtime import Session
-from sparsifiner_edge.search import search, whole
-from sparsifiner_edge.search.latency import SHARES, PlanLatency, name_of
-from sparsifiner_edge.search.request import SearchOptions, read_request
-from sparsifiner_edge.search.search import prepare
-from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import dense_twin
 from tests import flat
 from tests.commands import assert_refused, call, handlers_kept, process
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's e
 @pytest.fixture(scope="module")
 def found(once: Once, tiny_weights: Path, folder: Path) -> Path:
     """The folder of a search by fidelity, which the command made; what it said lies beside it."""
-    asked = ("search", TINY, "--weights", tiny_weights, "--data", folder, *PLAIN, "--at-least", "0.97")
+    asked = ("optimize", TINY, "--weights", tiny_weights, "--data", folder, *PLAIN, "--at-least", "0.97")
 
     def run(place: Path) -> None:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
@@ -56,7 +56,7 @@ def found(once: Once, tiny_weights: Path, folder: Path) -> Path:
         assert caught.value.code == 0
         (place / "said").write_text(said.getvalue())
 
-    return once("search", run) / "found"
+    return once("optimize", run) / "found"
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_the_answer_is_what_was_asked_for(found: Path, folder: Path, tiny_weight
 def test_where_no_plan_meets_a_bound_the_nearest_is_said(
     folder: Path, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ("search", TINY, "--weights", tiny_weights, "--data", folder, *PLAIN, "--at-most-ms", "0.0001")
+    asked = ("optimize", TINY, "--weights", tiny_weights, "--data", folder, *PLAIN, "--at-most-ms", "0.0001")
     done = call(capsys, *asked, "-o", tmp_path / "other")
     assert done.code == 1
     assert "no plan meets 0.0001 ms; the nearest has" in done.err
@@ -115,7 +115,7 @@ def test_a_board_is_estimated_and_its_page_says_so(
 ) -> None:
     board, out = {"board": "jetson-orin-nano-8gb", "precisions": ["fp16"]}, tmp_path / "board"
     most = estimate_bundle(found / "bundle", board["board"], precision="fp16").statistics.latency_ms.value
-    within = flat.search_model(TINY, folder, out, at_most_ms=most, weights=tiny_weights, **board)
+    within = flat.optimize(TINY, folder, out, at_most_ms=most, weights=tiny_weights, **board)
     answer = within.statistics.answer
     assert (answer.backend, answer.stored, answer.computes) == ("jetson-orin-nano-8gb", "fp16", "auto")
     assert "not measured" in answer.ms.interval
@@ -139,7 +139,7 @@ def test_ctrl_c_gives_the_best_so_far_as_a_bundle(
         return distances(self, plan)
 
     monkeypatch.setattr(Trial, "distances", interrupted)
-    found = flat.search_model(TINY, folder, tmp_path / "found", at_least=0.97, weights=tiny_weights, **ENGINE)
+    found = flat.optimize(TINY, folder, tmp_path / "found", at_least=0.97, weights=tiny_weights, **ENGINE)
     assert len(found.statistics.points) == 14, "what was begun is measured"
     assert isinstance(found.statistics.answer, Candidate)
     assert kind_of(tmp_path / "found" / "bundle") == "bundle"
@@ -188,18 +188,18 @@ def test_what_is_refused(tmp_path: Path, folder: Path, tiny_weights: Path, pictu
         ("does not run on the processor", {"at_least": 0.9, "backends": ["tensorrt-rtx"]}),
     ):
         with pytest.raises(ConfigError, match=words):
-            flat.search_model(TINY, folder, out, **(given | options))
+            flat.optimize(TINY, folder, out, **(given | options))
     with pytest.raises(ConfigError, match="has 3 images"):
-        flat.search_model(TINY, pictures, out, at_least=0.9, **given)
+        flat.optimize(TINY, pictures, out, at_least=0.9, **given)
     assert not out.exists()
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(ConfigError, match="is a file"):
-        flat.search_model(TINY, folder, file, at_least=0.9, **given)
+        flat.optimize(TINY, folder, file, at_least=0.9, **given)
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):
-        flat.search_model(TINY, folder, out, at_least=0.9, **given)
+        flat.optimize(TINY, folder, out, at_least=0.9, **given)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
@@ -215,10 +215,10 @@ def test_an_engine_that_refuses_the_dense_model_is_left_out_and_said(
         return opened(found, execution)
 
     monkeypatch.setattr(whole, "session_on", refused)
-    monkeypatch.setattr(search, "measure_latency", lambda *_: PlanLatency([100], PARTS))
+    monkeypatch.setattr(optimize, "measure_latency", lambda *_: PlanLatency([100], PARTS))
     student = load_student(tiny_student)
     backends = ["onnxruntime", "openvino"]
-    options = SearchOptions(at_least=0.9, backends=backends, computes=["auto"], precisions=["fp32"])
+    options = OptimizeOptions(at_least=0.9, backends=backends, computes=["auto"], precisions=["fp32"])
     request = read_request(options, folder)
     models = whole.WholeModels(tmp_path, tiny_student, dense_twin(student), request.images, None, (), None)
     found = prepare(request, student, dense_twin(student), models, None)

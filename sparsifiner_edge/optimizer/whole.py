@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from sparsifiner_edge.export.export import ExportOptions, export_bundle
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
@@ -27,7 +28,6 @@ from sparsifiner_edge.profiles.stats import medians_in_turn
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
-from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.model_options import ModelOptions
 from sparsifiner_edge.sparse.student import Student, save_student
 

@@ -1,0 +1,1 @@
+"""The fastest sparse model at a fidelity that the user names, on the device at hand (`optimize`)."""

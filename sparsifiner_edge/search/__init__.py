@@ -1,1 +1,0 @@
-"""The fastest sparse model at a fidelity that the user names, on the device at hand (`search`)."""
