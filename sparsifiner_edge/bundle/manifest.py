@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -73,6 +73,17 @@ class Preprocessing(msgspec.Struct, frozen=True):
     folded: Normalisation | None = None
 
 
+class FoundFor(msgspec.Struct, frozen=True):
+    """What a bundle was found or built for: it is run so where a caller leaves that to the bundle.
+
+    Attributes:
+        backend: as given to `open_session`. precision: what is computed in, of `execution.PRECISIONS`.
+    """
+
+    backend: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a bundle says about itself. Code that needs a missing entry refuses the bundle.
 
@@ -83,7 +94,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         inputs, outputs: of the model, in its order. Images are "NHWC", 0 to 255, RGB.
         sparsity: None where attention is dense. plan: what each layer does.
         tolerances: output -> greatest difference from golden, relative to its range; more than 1 would pass anything.
-        engines: in the order in which they were built.
+        engines: in the order in which they were built. found_for: what is to run it, where that is known.
         check, retiled, quantisation, float16, boards: what export found; float16 decides `float_precision`.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
     """
@@ -101,6 +112,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     plan: LayerPlan | None = None
     tolerances: dict[str, Annotated[float, Meta(ge=0, le=1)]] = {}
     engines: tuple[Engine, ...] = ()
+    found_for: FoundFor | None = None
     check: Check | None = None
     retiled: Retiled | None = None
     quantisation: Quantisation | None = None

@@ -30,11 +30,12 @@ from sparsifiner_edge.bundle.manifest import (
     AGAIN,
     BUNDLE_SCHEMA,
     MODEL_FILE,
+    FoundFor,
     Manifest,
     manifest_content,
     parse_manifest,
 )
-from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import (
     hold_lock,
     hold_signals,
@@ -46,6 +47,7 @@ from sparsifiner_edge.files import (
     write_text,
 )
 from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.records import read_record
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.text import dump_json, printable
 
@@ -285,6 +287,22 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
             _move_in(folder, files, dump_json(content))
             for name in set(before.files) - set(hashes):
                 place_in(folder, name).unlink(missing_ok=True)
+
+
+def remember_execution(folder: Path, backend: str, precision: str = "auto") -> None:
+    """Let a bundle say what it was found for, in place of what it said; a signature holds no longer, as after building
+    an engine.
+
+    Args:
+        backend, precision: as `Execution` has them.
+
+    Raises:
+        ConfigError: no manifest can hold these.
+        ArtifactError: see `extend_bundle`.
+    """
+    fix = "Give a backend's name, and one of the precisions that it computes in."
+    found = read_record({"backend": backend, "precision": precision}, FoundFor, "Found for", fix, ConfigError)
+    extend_bundle(folder, {}, lambda manifest: msgspec.structs.replace(manifest, found_for=found))
 
 
 def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:

@@ -17,7 +17,7 @@ import msgspec
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, ENGINE_FOLDER, sha256
 from sparsifiner_edge.bundle.engines import DENSE, BatchRange, Details, Engine, EngineVariant, parse_capability
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest, parse_manifest
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, FoundFor, Manifest, parse_manifest
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle, read_manifest
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.execution import Execution
@@ -159,13 +159,17 @@ def _require_same(manifest: Manifest, bundle: Bundle) -> None:
 
 
 def _with_engines(manifest: Manifest, engines: Sequence[Engine], bundle: Bundle) -> Manifest:
-    """A bundle's manifest with engines added; those of the same names go."""
+    """A bundle's manifest with engines added, and found for their backend: those of the same names go. What it was
+    found for before stays where no engine runs here: those are for other machines.
+    """
     _require_same(manifest, bundle)
     names = {engine.name for engine in engines}
     stale = {engine.file for engine in manifest.engines if engine.name in names}
     remaining = [engine for engine in manifest.engines if engine.name not in names]
     files = {name: digest for name, digest in manifest.files.items() if name not in stale}
-    return msgspec.structs.replace(manifest, files=files, engines=(*remaining, *engines))
+    runs_here = any(engine.details.chosen.failed is None for engine in engines)
+    found_for = FoundFor(engines[0].backend) if runs_here else manifest.found_for or FoundFor(engines[0].backend)
+    return msgspec.structs.replace(manifest, files=files, engines=(*remaining, *engines), found_for=found_for)
 
 
 def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float, progress: Progress | None) -> Details:
