@@ -6,14 +6,16 @@ import contextlib
 import functools
 import inspect
 import math
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
-import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +34,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 err_console = Console(stderr=True)
 """For progress and remarks: standard output carries results alone."""
+EVERY_S = 10.0
+"""Seconds between the lines of progress where there is no terminal."""
 PATH = click.Path(path_type=Path)
 
 
@@ -150,24 +154,72 @@ def group(arguments: Mapping[str, Any], /, **kinds: type) -> dict[str, Any]:
     return rest | groups
 
 
+class _Told:
+    """A `Progress` that says in words where the work is.
+
+    What is left takes as long as it does at the pace since the total last changed. A total that grows, or that was
+    reached while the work goes on, foretells nothing, and nothing is said then.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self._stage, self._done, self._total = stage, 0.0, 0.0
+        self._began = self._at = time.monotonic()
+        self._since = self._began, 0.0
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        """See `Progress`."""
+        now = time.monotonic()
+        if total != self._total or done < self._done:
+            self._since = now, done
+        self._stage, self._done, self._total, self._at = printable(stage), done, total, now
+
+    def words(self) -> str:
+        """Share, time so far, time left, each where it is known."""
+        now, (since, before) = time.monotonic(), self._since
+        known, share = [_clock(now - self._began)], self._done / self._total if self._total else 1.0
+        if share < 1:
+            known.insert(0, f"{share:.0%}")
+            pace = (self._at - since) / (self._done - before) if self._done > before else 0.0
+            left = (self._total - self._done) * pace - (now - self._at)
+            known += [f"{_clock(left)} left"] if left > 0 else []
+        return ", ".join(known)
+
+    def __str__(self) -> str:
+        return f"{self._stage}: {self.words()}"
+
+    def __rich__(self) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        bar = ProgressBar(self._total or None, self._done, width=40)
+        grid.add_row(Text(self._stage), bar, Text(self.words()))
+        return grid
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 @contextlib.contextmanager
 def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
-    """A progress bar with the time left, on standard error; gives what moves it."""
-    bar = rich.progress.Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err_console,
-        transient=True,
-        disable=not err_console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(stage, total=None, visible=visible)
-        yield lambda stage, done, total: bar.update(
-            task, description=printable(stage), completed=int(done), total=max(1, int(total))
-        )
+    """Progress on standard error: a bar where that is a terminal, else a line every `EVERY_S`; gives what moves it."""
+    told, over = _Told(stage), threading.Event()
+
+    def tell() -> None:
+        with contextlib.suppress(OSError, ValueError):  # Who read it has gone.
+            while not over.wait(EVERY_S):
+                click.echo(str(told), err=True)
+
+    if not visible:
+        yield told
+    elif err_console.is_terminal:
+        with Live(told, console=err_console, transient=True):
+            yield told
+    else:
+        threading.Thread(target=tell, name="progress", daemon=True).start()
+        try:
+            yield told
+        finally:
+            over.set()
 
 
 def print_json(content: Any) -> None:
