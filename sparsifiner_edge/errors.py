@@ -65,7 +65,7 @@ class MissingExtraError(SparsifinerError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
-            f"{package} is not installed, and this command needs it.",
+            f"{package} is not installed, and is needed for this.",
             f'Install it: pip install "sparsifiner-edge[{extra}]"',
         )
 

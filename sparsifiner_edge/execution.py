@@ -6,13 +6,15 @@ import msgspec
 
 from sparsifiner_edge.machine import available_cores
 
+AUTO = "auto"
+"""What an `Execution` leaves to the bundle."""
 ON_PROCESSOR = ("onnxruntime", "openvino")
 """Backends (`runtime.open.BACKENDS`) that run the file itself on the processor."""
 KERNEL_CHOICES = ("auto", "native", "portable")
 """What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies. For
 an engine: the fastest, the CUDA kernels, or the bodies."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-"""What everything but int8, which stays int8, is computed in; auto: what it is stored in."""
+"""What everything but int8, which stays int8, is computed in; auto: see `Execution`."""
 STORED_PRECISIONS = ("fp32", "fp16", "int8")
 """What a file may store its weights in; int8: of the linear layers."""
 INT8_TARGETS = ("cpu", "tensorrt")
@@ -26,8 +28,10 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a bundle.
 
     Attributes:
-        backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or another package's.
-        precision: what is computed in: "auto" (as stored), "fp32", "bf16" or "fp16".
+        backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or another package's; "auto" is what the bundle
+            was found or built for, else the first that runs here: an engine in it, ONNX Runtime, OpenVINO.
+        precision: what is computed in: "fp32", "bf16" or "fp16"; "auto" is what the bundle was found for together with
+            the backend, else as stored.
         provider: of ONNX Runtime: "cpu" or "cuda".
         kernels: "auto", "native" (the library, or an error) or "portable" (bodies of standard operators); a session's
             `description` says what runs.
@@ -38,8 +42,8 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
         2
     """
 
-    backend: str = "onnxruntime"
-    precision: str = "auto"
+    backend: str = AUTO
+    precision: str = AUTO
     provider: str = "cpu"
     kernels: str = "auto"
     threads: int | None = None
@@ -58,6 +62,11 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 def execution_of(choice: Execution | str | None) -> Execution:
     """The `Execution` that a caller means: as given, of a backend's name, or the default for None."""
     return choice if isinstance(choice, Execution) else Execution() if choice is None else Execution(backend=choice)
+
+
+def execution_text(backend: str, precision: str) -> str:
+    """For people: "openvino in bf16"."""
+    return backend if precision == AUTO else f"{backend} in {precision}"
 
 
 def precision_text(stored: str | None, computed: str) -> str:

@@ -108,6 +108,8 @@ def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
     _require_outputs(bundle, source, options)
     count = failed = 0
     with _open(bundle, options) as model, stopping() as stop:
+        if (chosen := model.session.description.chosen) is not None:
+            print(chosen, file=sys.stderr)
         records = run_images(model, Path(source.location))
         first = next(records)  # Before the file: a bad bundle is an error before anything is written.
         with LineWriter(options.output or sys.stdout, live=False, stop=stop) as lines:

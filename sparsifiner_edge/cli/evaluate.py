@@ -71,8 +71,8 @@ def _print(result: ScoresResult | RobustnessResult) -> None:
     for subject in result.subjects:
         runtime = method.runtime[str(subject.role)]
         kernels = f", kernels: {runtime.kernels}" if runtime.kernels is not None else ""
-        ran = f"{runtime.backend}, {runtime.precision}{kernels}"
-        click.echo(f"{subject.role}: {printable(subject.path)} on {printable(ran)}")
+        ran = f"{runtime.backend}, {runtime.precision}{kernels}{'. ' + runtime.chosen if runtime.chosen else ''}"
+        click.echo(f"{subject.role}: {printable(subject.path)} on {printable(ran, 2000)}")
 
 
 def _between(quantity: Quantity, form: str = ".4f") -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
+from msgspec.structs import replace
 
 from sparsifiner_edge.bounds import MOST_SECONDS
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.execution import AUTO, PRECISIONS, Execution
 from sparsifiner_edge.records import MISSING, Unavailable
 from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.text import printable
@@ -26,19 +28,32 @@ Cell: TypeAlias = Quantity | float | str | Unavailable | None
 @common.bundle_argument
 @common.execution_options
 @click.option("--against", type=common.PATH, help="Another bundle: measure the ratio of the two.")
+@click.option("--against-backend", help="What runs that, where it is not what runs BUNDLE.")
+@click.option("--against-precision", type=click.Choice(PRECISIONS), help="What it computes in, likewise.")
 @common.threads_option
 @click.option("--seconds", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
               help="Minimum measuring time per bundle.  [default: 10]")  # fmt: skip
 @common.json_option
 @common.result_option
-def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any) -> None:
+def command(
+    *, bundle: Path, against_backend: str | None, against_precision: str | None, as_json: bool, output: Path | None,
+    **options: Any,
+) -> None:  # fmt: skip
     """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own."""
     import sparsifiner_edge as se
 
     groups = common.group(options, execution=se.Execution, options=se.ProfileOptions)
+    other = _other(groups["execution"], against_backend, against_precision)
     with common.progress_bar("starting") as progress:
-        result = se.profile_bundle(bundle, progress=progress, **groups)
+        result = se.profile_bundle(bundle, against_execution=other, progress=progress, **groups)
     common.print_result(result, as_json, _print, output)
+
+
+def _other(execution: Execution, backend: str | None, precision: str | None) -> Execution | None:
+    """What runs the other side, where anything is said of it: of another backend nothing else was asked for."""
+    if backend is not None:
+        return replace(execution, backend=backend, precision=precision or AUTO, provider="cpu")
+    return None if precision is None else replace(execution, precision=precision)
 
 
 def _print(result: ProfileResult) -> None:
@@ -59,6 +74,9 @@ def _print(result: ProfileResult) -> None:
     for name, figure in zip(names, figures, strict=True):
         for remark in _remarks(figure):
             click.echo(f"{printable(name)}: {printable(remark, 2000)}")
+    for name, runtime in zip(names, described, strict=True):
+        if runtime.chosen is not None:
+            click.echo(f"{printable(name)}: {printable(runtime.chosen, 2000)}")
     for problem in result.method.problems:
         click.echo(f"Sensor: {printable(problem, 2000)}.")
     if result.statistics.comparison is not None:

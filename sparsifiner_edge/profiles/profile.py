@@ -10,8 +10,9 @@ import numpy as np
 from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.config import require
 from sparsifiner_edge.errors import SparsifinerError
-from sparsifiner_edge.execution import Execution, execution_of
+from sparsifiner_edge.execution import Execution, execution_of, execution_text
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.figures import Comparison, ProfileResult, Statistics
 from sparsifiner_edge.profiles.measure.layers import Row
@@ -57,6 +58,7 @@ def profile_bundle(
     execution: Execution | str | None = None,
     *,
     against: str | Path | None = None,
+    against_execution: Execution | str | None = None,
     options: ProfileOptions | None = None,
     progress: Progress | None = None,
 ) -> ProfileResult:
@@ -64,8 +66,9 @@ def profile_bundle(
 
     Args:
         bundle: the bundle that is judged.
-        execution: what runs both bundles: a backend, or all of it.
-        against: the bundle to compare with, in turn with the first.
+        execution: what runs it: a backend, or all of it; what that leaves open is what the bundle was found for.
+        against: the bundle to compare with, in turn with the first; it may be the same one.
+        against_execution: what runs that; None takes `execution`, and what that leaves open from `against` itself.
         options: for how long, and what beside latency. progress: called now and then.
 
     Returns:
@@ -83,19 +86,23 @@ def profile_bundle(
     """
     execution, options = execution_of(execution), options or ProfileOptions()
     rules = make_rules(options.seconds, options.min_queries)
-    find_backend(execution)
+    require(against is not None or against_execution is None, "It is compared with none.", "Name one: --against.")
+    other = execution if against_execution is None else execution_of(against_execution)
+    executions = {"subject": execution, "against": other}
+    for each in executions.values():
+        find_backend(each)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     subjects = [open_bundle(path).subject(role) for role, path in folders.items()]
     on_stage = stage_progress(progress, len(subjects) * (rules.seconds + 1.0))
     with contextlib.ExitStack() as stack:
         sides = [
-            stack.enter_context(open_side(role, path, execution, on_stage)) for role, path in folders.items()
+            stack.enter_context(open_side(role, path, executions[role], on_stage)) for role, path in folders.items()
         ]  # fmt: skip
         figures, method, readings = observe(sides, rules, on_stage, options.power)
     for side in sides if options.layers else ():
         on_stage(f"timing the layers of {side.role}")
         figures[side.role] = replace(figures[side.role], layers=_layers(side))
-    compared = _compare(sides[0], sides[1], _two_names(subjects)) if len(sides) == 2 else None
+    compared = _compare(sides[0], sides[1], _two_names(subjects, sides)) if len(sides) == 2 else None
     samples = {side.role: {"latency_ms": side.latency_ms} for side in sides}
     return ProfileResult(
         "profile" if compared is None else "comparison",
@@ -130,13 +137,15 @@ def _compare(subject: MeasuredSide, against: MeasuredSide, names: list[str]) -> 
     )
 
 
-def _two_names(subjects: list[Subject]) -> list[str]:
-    """Two names that differ: the models', else the folders', else by place."""
+def _two_names(subjects: list[Subject], sides: list[MeasuredSide]) -> list[str]:
+    """Two names that differ: the models', else the folders', else by place; and what runs each, where that differs."""
     for key in ("name", "path"):
         names = [Path(getattr(subject, key)).name for subject in subjects]
         if names[0] != names[1]:
-            return names
-    return [f"{names[0]} (first)", f"{names[1]} (second)"]
+            break
+    runs = [execution_text(side.execution.backend, side.execution.precision) for side in sides]
+    marks = runs if runs[0] != runs[1] else ["first", "second"] if names[0] == names[1] else []
+    return [f"{name} ({mark})" for name, mark in zip(names, marks, strict=True)] if marks else names
 
 
 def _sentence(verdict: str, names: list[str], ratio: float, low: float | None, high: float | None) -> str:

@@ -78,6 +78,14 @@ class Backend(abc.ABC):
                 precision requested.
         """
 
+    def check(self, _bundle: Bundle) -> None:
+        """Refuse a bundle for whose session something is missing here, before any of it is loaded.
+
+        Raises:
+            MissingExtraError, BackendError: says what.
+        """
+        self.load()
+
     @abc.abstractmethod
     def open(self, bundle: Bundle) -> Session:
         """A session on a bundle; see `open_session`."""

@@ -25,6 +25,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     """What really ran a model: a backend, which says all that it has, or torch.
 
     Attributes:
+        chosen: why this backend and precision, where the caller left them to the bundle, and it says something.
         precision: of the model. threads: inside one operator.
         provider: ONNX Runtime's word; "TensorRT" or "TensorRT-RTX" of an engine. device: for people.
         kernels: "native, <instruction set>", "function bodies", "none (standard operators)", or an engine's.
@@ -41,6 +42,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str | Unavailable | None = None
     cuda: str | None = None
     why_no_graph: str | None = None
+    chosen: str | None = None
 
 
 class Session(abc.ABC):

@@ -153,9 +153,9 @@ def _operators(stated: tuple[str, ...], model: Any) -> str:
 
 def _golden(bundle: Bundle, execution: Execution) -> str:
     with session_on(bundle, execution) as session:
-        report = check_golden(session, bundle)
+        report, ran = check_golden(session, bundle), session.description
     parts = (
         f"{name} {figures['range_relative_error']:.1e} of {figures['tolerance']:.0e}{beyond_text(figures)}"
         for name, figures in report.items()
     )
-    return f"{', '.join(parts)} ({execution.backend})"
+    return f"{', '.join(parts)} ({ran.chosen or ran.backend})"

@@ -11,7 +11,7 @@ import pytest
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.bundle.engines import BatchRange
-from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.bundle.store import open_bundle, remember_execution
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.golden import check_golden
@@ -48,7 +48,7 @@ def test_build_and_run(tiny, machine, device):
     assert behaviour.seen["cleared"] == "TF32"
     assert behaviour.seen["WORKSPACE"] == (8 << 30) // 4 * (3 if device else 2)
     images = image(3)
-    with open_session(tiny, "tensorrt") as session, open_session(tiny) as reference:
+    with open_session(tiny) as session, open_session(tiny, "onnxruntime") as reference:
         wanted = reference.infer({"image": images})["features"]
         np.testing.assert_allclose(session.infer({"image": images})["features"], wanted, rtol=1e-5)
         described = session.description
@@ -57,6 +57,17 @@ def test_build_and_run(tiny, machine, device):
         assert check_golden(session, open_bundle(tiny))
     assert described.device == f"{device.get('name', 'Orin')} (compute capability {capability})"
     assert (described.why_no_graph, described.kernels) == (None, "function bodies")
+    assert gpu.live() == {}
+
+
+def test_an_engine_comes_before_the_processor_where_what_was_found_does_not_run(built):
+    folder, gpu, _ = built
+    remember_execution(folder, "tensorrt-rtx")
+    with open_session(folder) as session:
+        assert session.backend == "tensorrt"
+        assert "found for tensorrt-rtx: " in session.description.chosen
+    with open_session(folder, kernels="portable") as session:
+        assert session.backend == "onnxruntime"
     assert gpu.live() == {}
 
 
@@ -77,7 +88,7 @@ def test_batches_are_those_asked_for(tiny, machine):
 
 def test_the_second_run_of_a_shape_is_a_graph(built):
     folder, gpu, behaviour = built
-    with open_session(folder, "tensorrt") as session, open_session(folder) as reference:
+    with open_session(folder, "tensorrt") as session, open_session(folder, "onnxruntime") as reference:
         for seed, batch in enumerate((2, 2, 2, 2, 1, 2, 2)):
             images = {"image": image(batch, seed)}
             wanted = reference.infer(images)["features"]

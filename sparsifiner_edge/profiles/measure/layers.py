@@ -79,7 +79,7 @@ def measure_layers(bundle: str | Path, execution: Execution, query_ms: float) ->
     checked = open_bundle(Path(bundle))
     with session_on(checked, execution) as session:
         inputs, ran = fixed_inputs(session.inputs), session.description
-        if session.backend != "onnxruntime" or not execution.on_processor:
+        if session.backend != "onnxruntime" or execution.provider != "cpu":
             # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
             raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
     library = native_library("native" if str(ran.kernels).startswith("native") else "portable")

@@ -159,7 +159,7 @@ def open_side(role: str, bundle: Path, execution: Execution, on_stage: OnStage) 
         loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **load_request(bundle, execution))
         held, source = device_bytes()  # Before another side takes any.
         taken = max(0, held - before) if isinstance(held, int) and isinstance(before, int) else held
-        yield MeasuredSide(role, worker, bundle, execution, loaded, (taken, source), loaded.first_ms)
+        yield MeasuredSide(role, worker, bundle, loaded.execution, loaded, (taken, source), loaded.first_ms)
 
 
 def load_request(bundle: Path, execution: Execution) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.profiles.measure.memory import RESIDENT, Bytes, process_bytes
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.runtime.child import serve
-from sparsifiner_edge.runtime.open import checked_bundle, find_backend, session_on
+from sparsifiner_edge.runtime.open import checked_bundle, choose_execution, find_backend, session_on
 from sparsifiner_edge.runtime.session import Runtime, Session
 
 if TYPE_CHECKING:
@@ -48,8 +48,11 @@ def fixed_inputs(specs: list[TensorSpec]) -> dict[str, Array]:
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded; load_ms: of the session alone, without its package. first_ms: of the first inference."""
+    """What was loaded; execution: nothing in it is left to the bundle. load_ms: of the session alone, without its
+    package. first_ms: of the first inference.
+    """
 
+    execution: Execution
     input_shapes: dict[str, list[int]]
     load_ms: float
     first_ms: float
@@ -72,12 +75,14 @@ class _Worker:
     inputs: dict[str, Array]
 
     def load(self, bundle: str, execution: dict[str, Any]) -> Loaded:
-        chosen = msgspec.convert(execution, Execution)
+        checked, asked = checked_bundle(Path(bundle)), msgspec.convert(execution, Execution)
+        chosen, _ = choose_execution(checked, asked)
         find_backend(chosen).load()
         before = process_bytes(RESIDENT)
-        self.session = session_on(checked_bundle(Path(bundle)), chosen)
+        self.session = session_on(checked, asked)
         self.inputs = fixed_inputs(self.session.inputs)
         return Loaded(
+            execution=chosen,
             input_shapes={name: list(value.shape) for name, value in self.inputs.items()},
             load_ms=self.session.load_ms,
             first_ms=call_ms(lambda: self.session.infer(self.inputs), 1)[0],

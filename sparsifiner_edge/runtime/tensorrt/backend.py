@@ -191,11 +191,15 @@ class TensorRtBackend(Backend):
         device = self.require_driver(probe())
         return EngineDevice(str(self.load().__version__), device.compute_capability, device.name)
 
-    def open(self, bundle: Bundle) -> EngineSession:
-        """The engine of a bundle that runs on this machine; see `Backend.open`.
+    def check(self, bundle: Bundle) -> None:
+        """See `Backend.check`."""
+        self._fitting(bundle)
+
+    def _fitting(self, bundle: Bundle) -> Engine:
+        """The engine of a bundle that runs on this machine.
 
         Raises:
-            BackendError: no CUDA device, or no engine of the bundle fits it.
+            BackendError: no CUDA device, or no engine of the bundle fits it, or what is asked for.
         """
         if self.execution.kernels != "auto":
             raise BackendError(
@@ -206,8 +210,13 @@ class TensorRtBackend(Backend):
         trt, folder, engines = self.load(), bundle.folder, bundle.manifest.engines
         # What needs no GPU to be seen comes first: another system's engine would not run with one either.
         fitting_engine(engines, self.name, EngineDevice(str(trt.__version__)), folder)
-        engine = fitting_engine(engines, self.name, self._this_machine(), folder)
-        return EngineSession(trt, folder / engine.file, bundle.read(engine.file), engine, bundle.manifest)
+        return fitting_engine(engines, self.name, self._this_machine(), folder)
+
+    def open(self, bundle: Bundle) -> EngineSession:
+        """See `Backend.open`."""
+        engine = self._fitting(bundle)
+        content = bundle.read(engine.file)
+        return EngineSession(self.load(), bundle.folder / engine.file, content, engine, bundle.manifest)
 
 
 def has_sparse_attention(bundle: Bundle) -> bool:
