@@ -31,7 +31,7 @@ from sparsifiner_edge.runtime import open_session
 
 VIDEO = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
 GOAL_PERCENT = 10.0
-_STAGES = ("preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms")
+_STAGES = ("preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms")
 
 
 def bare_ms(bundle: Path, frames: int, threads: int | None) -> list[float]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsifiner_edge.bundle.sign import generate_key as generate_key
     from sparsifiner_edge.bundle.sign import sign_bundle as sign_bundle
     from sparsifiner_edge.camera.service import RunOptions as RunOptions
+    from sparsifiner_edge.camera.service import run as run
     from sparsifiner_edge.camera.service import run_bundle as run_bundle
     from sparsifiner_edge.config import Budget as Budget
     from sparsifiner_edge.config import SparsityConfig as SparsityConfig
@@ -75,6 +76,7 @@ _HOMES = {
     "package_bundle": ("package", ""),
     "profile_bundle": ("profiles.profile", ""),
     "restore_model": ("sparse.patch", "train"),
+    "run": ("camera.service", ""),
     "run_bundle": ("camera.service", ""),
     "optimize": ("optimizer.optimize", "train,cpu"),
     "sign_bundle": ("bundle.sign", "sign"),

@@ -74,6 +74,10 @@ class BackendError(SparsifinerError):
     """A backend is unavailable, or refused the model or the input."""
 
 
+class SlowKernelsWarning(UserWarning):
+    """Operators run by function bodies, since the kernels are not installed; the message says how to install them."""
+
+
 class GateError(SparsifinerError):
     """A numerical or accuracy gate failed; nothing was written."""
 

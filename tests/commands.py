@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / BUNDLE_FILE).read_text(encoding="utf-8")))
 
 
+PROGRESS = re.compile(r"^[^\n]+: (\d+%, )?\d:\d\d:\d\d(, \d:\d\d:\d\d left)?\n", re.MULTILINE)
+"""What a command says every ten seconds, which on a busy machine one of any length may take."""
 PROGRAM = [sys.executable, "-m", "sparsifiner_edge"]
 
 
@@ -42,7 +45,7 @@ def process(*arguments: Any, **options: Any) -> Outcome:
     done = subprocess.run(
         [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, **options
     )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return Outcome(done.returncode, done.stdout, PROGRESS.sub("", done.stderr))
 
 
 @contextlib.contextmanager
@@ -66,7 +69,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Outcome:
         main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert isinstance(caught.value.code, int)
-    return Outcome(caught.value.code, captured.out, captured.err)
+    return Outcome(caught.value.code, captured.out, PROGRESS.sub("", captured.err))
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> Any:

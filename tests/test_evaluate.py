@@ -17,8 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.service import run_images
+from sparsifiner_edge.camera.service import run
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.explain import look
@@ -76,8 +75,7 @@ def test_rectangles(exported: Path, folder: Path, tmp_path: Path) -> None:
     assert 0.5 < means(own)["patches_cosine"] < 0.99999
     with pytest.raises(ConfigError, match="The subject takes 96x160 px, the teacher 160 px"):
         evaluate_student(bundle, folder, against=exported / "dense")
-    with Model(bundle) as model:
-        (record,) = run_images(model, folder / "dogs" / "02.png")
+    (record,) = (answered.record for answered in run(bundle, str(folder / "dogs" / "02.png")))
     with Image.open(folder / "dogs" / "02.png") as image:  # 180 x 170: the middle 108 rows are as the model is shaped
         middle = image.crop((0, 31, 180, 139)).resize((160, 96), Image.Resampling.BICUBIC)
     with flat.open_session(bundle) as session:
@@ -153,8 +151,7 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(
     bundle = flat.export_bundle(head, tmp_path / "bundle")
     assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
     assert manifest_of(bundle)["outputs"][0]["shape"] == [1, 3]
-    with Model(bundle) as model:
-        (record,) = run_images(model, made["queries"] / "green" / "1.png")
+    (record,) = (answered.record for answered in run(bundle, str(made["queries"] / "green" / "1.png")))
     assert record.top is not None
     assert record.top[0].label == "green"
 

@@ -1,8 +1,12 @@
-"""The records that `run` writes as JSON lines; what is None is left out."""
+"""What `run` gives of a frame, and the records that it writes as JSON lines; there what is None is left out."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import msgspec
+
+from sparsifiner_edge.arrays import Array, Pixels
 
 
 class Class(msgspec.Struct, frozen=True):
@@ -56,7 +60,7 @@ class FrameRecord(Answer, frozen=True):
         frame: its number among those that were answered.
         skipped: frames dropped unseen since the one before.
         pts_s: in the stream. monotonic_s: on the monotonic clock, when it was done.
-        capture_ms, preprocess_ms, wait_ms, infer_ms, postprocess_ms, end_to_end_ms: see docs/camera.md.
+        capture_ms, preprocess_ms, queued_ms, infer_ms, postprocess_ms, end_to_end_ms: see docs/camera.md.
         frame_age_ms: since it was taken; of a live source.
     """
 
@@ -67,7 +71,7 @@ class FrameRecord(Answer, frozen=True):
     monotonic_s: float
     capture_ms: float
     preprocess_ms: float
-    wait_ms: float
+    queued_ms: float
     infer_ms: float
     postprocess_ms: float
     end_to_end_ms: float
@@ -80,4 +84,43 @@ class ImageRecord(Answer, frozen=True):
     source: str
     preprocess_ms: float | None = None
     infer_ms: float | None = None
+    end_to_end_ms: float | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An image or a frame, and what the model says of it.
+
+    Attributes:
+        index: counts from 0.
+        image: what the model saw, uint8 RGB [H,W,3].
+        outputs: the model's own, batch 1; see `Session.infer`.
+        record: its line: classes with their labels, times.
+    """
+
+    index: int
+    image: Pixels
+    outputs: dict[str, Array]
+    record: FrameRecord | ImageRecord
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of work on it; what a frame waited in between is `record.queued_ms`."""
+        return self.record.end_to_end_ms or 0.0
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run went.
+
+    Attributes:
+        processed: images or frames answered. dropped: frames of a live source that gave way to a newer one.
+        per_s: answers per second, from the first to the last; None of fewer than two.
+        median_ms, p95_ms: by the time's name (without _ms), of the last `status.KEPT` answers.
+    """
+
+    processed: int
+    dropped: int
+    per_s: float | None
+    median_ms: dict[str, float]
+    p95_ms: dict[str, float]

@@ -123,7 +123,8 @@ class _Reader:
             self.bad += 1
             return
         for frame in decoded:
-            yield self._ready(frame, self._arrived.get(frame.pts, arrived))
+            yield self._ready(frame, self._arrived.get(frame.pts, arrived) if self._live else arrived)
+            arrived = time.monotonic_ns()  # A file's frames are taken up one by one, as soon as there is room for them.
 
     def _ready(self, frame: Any, arrived: int) -> Frame:
         at = time.monotonic_ns()

@@ -32,10 +32,15 @@ class Model:
         threshold: classes less probable are left out.
         public_key: file of the key that must have signed the bundle; None: no signature is required.
 
+    Attributes:
+        any_outputs: whether outputs that `answer` cannot say in a record make an empty one.
+
     Raises:
         ConfigError: the bundle takes a fixed batch above 1.
         SparsifinerError: the bundle or backend is unusable.
     """
+
+    any_outputs = False
 
     def __init__(
         self, folder: Path, execution: Execution | None = None, top: int = 5, threshold: float = 0.0,
@@ -77,9 +82,10 @@ class Model:
             features, bad = finite([round(float(x), 6) for x in outputs["features"][0]])
             return Answer(features=features, not_finite=bad or None)
         maps = dense_maps(outputs)
-        if maps:
+        if maps or self.any_outputs:
             bad = sum(int(np.count_nonzero(~np.isfinite(values))) for values in maps.values())
-            return Answer(maps=[] if bad else [_summary(*item) for item in maps.items()], not_finite=bad or None)
+            summaries = [] if bad else [_summary(*item) for item in maps.items()]
+            return Answer(maps=summaries if maps else None, not_finite=bad or None)
         raise ArtifactError(
             f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map.", "Export it again."
         )

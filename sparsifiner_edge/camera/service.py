@@ -1,4 +1,6 @@
-"""From a source to records, until the source ends, enough is done, or someone asks to stop."""
+"""From a source to answers, until the source ends, enough is done, or someone asks to stop: `run` gives them to a
+program, `run_bundle` writes them as lines.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import asdict
 
-from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.camera.answers import FrameRecord, ImageRecord
+from sparsifiner_edge.camera.answers import Answered, FrameRecord, ImageRecord, Summary
 from sparsifiner_edge.camera.capture import Capture
 from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.camera.decoder_protocol import Frame
@@ -64,10 +66,52 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     stall_s: float = 3.0
 
 
-def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = None) -> None:
+def run(bundle: str | Path, source: str, options: RunOptions | None = None) -> Iterator[Answered]:
+    """Run a bundle on images, a video or a camera: its answers one by one, as they come.
+
+    Of a video that is every frame, of a camera the newest; one that is lost is opened again. A loop that is left, by
+    `break` or by an error, ends the process that decodes. An image that cannot be read is left out, and is an error in
+    the end.
+
+    Args:
+        bundle: a folder made by `sparsifiner-edge export`.
+        source: an image, a folder, a video, a camera, or an address; see `parse_source`.
+        options: how; `output`, `overlay` and `metrics` are for `run_bundle`.
+
+    Raises:
+        SparsifinerError: see `run_bundle`.
+
+    Example:
+        >>> for answered in run("bundle", "images"):
+        ...     best = int(answered.outputs["logits"].argmax())
+        >>> answered.index, answered.image.shape, best == answered.record.top[0].number
+        (5, (160, 160, 3), True)
+    """
+    parsed, options = parse_source(source), options or RunOptions()
+    for name in ("output", "overlay", "metrics"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{name} is given, and run writes nothing.", "Leave it out, or call run_bundle.")
+    _require(Path(bundle), parsed, options)
+    return _run(Path(bundle), parsed, options)
+
+
+def _run(bundle: Path, source: Source, options: RunOptions) -> Iterator[Answered]:
+    status = Status(source.shown, lambda _event: None)
+    with _open(bundle, options) as model:
+        model.any_outputs = True
+        with contextlib.closing(_answers(model, source, options, status, threading.Event())) as answers:
+            for answer in answers:
+                if isinstance(answer, Answered):
+                    yield answer
+        if status.failure is not None:
+            raise status.failure
+
+
+def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = None) -> Summary:
     """Run a bundle on images, a video or a camera: one JSON line per image or frame, on standard output or into a file.
 
-    SIGTERM and SIGINT end it after the image or frame at hand.
+    Of a video or a camera events go to standard error, one JSON line each. SIGTERM and SIGINT end it after the image or
+    frame at hand; a second one ends it at once.
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
@@ -75,68 +119,105 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
         options: how.
 
     Raises:
-        SparsifinerError: see `run_stills` and `run_service`.
+        ConfigError: options that are for videos and cameras, of images.
+        ImageError: the source cannot be read, some of its images cannot, whose lines say why, or it gave no frame.
+        ArtifactError: the output cannot be written; a live source's run goes on and counts.
+        BrokenPipeError: the reader of standard output has gone.
+        SparsifinerError: the bundle, backend or options are unusable.
 
     Example:
-        >>> run_bundle("bundle", "images", RunOptions(output=Path("answers.jsonl"), top=1))
+        >>> run_bundle("bundle", "images", RunOptions(output=Path("answers.jsonl"), top=1)).processed
+        6
         >>> Path("answers.jsonl").read_text().count("\\n")
         6
     """
-    parsed = parse_source(source)
-    run = run_stills if parsed.kind == "images" else run_service
-    options = options or RunOptions()
+    parsed, options = parse_source(source), options or RunOptions()
     files = {name: Path(file) for name in ("output", "overlay") if (file := getattr(options, name)) is not None}
-    run(Path(bundle), parsed, msgspec.structs.replace(options, **files))
-
-
-def run_stills(bundle: Path, source: Source, options: RunOptions) -> None:
-    """Run a bundle on an image or a folder of images: one JSON line per image.
-
-    SIGTERM and SIGINT end it after the image at hand.
-
-    Raises:
-        ConfigError: options that are for videos and cameras.
-        ImageError: the source cannot be read, or some of its images, which have lines that say why.
-        ArtifactError: the output cannot be written.
-        SparsifinerError: the bundle, backend or options are unusable.
-    """
-    if not os.path.exists(source.location):  # noqa: PTH110  (of a name that is too long, too)
-        raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
-    for name in ("overlay", "metrics", "frames"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"--{name} cannot be combined with images.", "Give a video or a camera, or leave it out.")
-    _require_outputs(bundle, source, options)
-    count = failed = 0
-    with _open(bundle, options) as model, stopping() as stop:
-        if (chosen := model.session.description.chosen) is not None:
+    options, folder = msgspec.structs.replace(options, **files), Path(bundle)
+    _require(folder, parsed, options)
+    with contextlib.ExitStack() as stack:
+        model, is_video = stack.enter_context(_open(folder, options)), parsed.kind != "images"
+        events = stack.enter_context(LineWriter(sys.stderr, live=True)).write if is_video else lambda _event: None
+        status = Status(parsed.shown, events)
+        if options.metrics is not None:
+            server = stack.enter_context(HealthServer(options.metrics, status, max(2.0, 2 * options.stall_s)))
+            status.event("metrics", address=server.url)
+        # What really runs, once: a library that could not be loaded means kernels several times slower.
+        status.event("model", **write_record(model.session.description))
+        status.event("decoding", **(_NOT_CONFINED if parsed.kind == "gst" else write_record(confinement())))
+        if not is_video and (chosen := model.session.description.chosen) is not None and sys.stderr is not None:
             print(chosen, file=sys.stderr)
-        records = run_images(model, Path(source.location))
-        first = next(records)  # Before the file: a bad bundle is an error before anything is written.
-        with LineWriter(options.output or sys.stdout, live=False, stop=stop) as lines:
-            for record in itertools.chain([first], records):
-                lines.write(record)
-                count, failed = count + 1, failed + (record.error is not None)
-                if stop.is_set():
-                    break
-    if failed and not stop.is_set():
-        raise ImageError(f"{failed} of {count} images could not be read; their lines say why.")
+        stop = stack.enter_context(stopping())
+        if is_video:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.showwarning = lambda message, *_, **__: status.event("warning", reason=str(message))
+        _write(model, parsed, options, status, stop)
+        summary = status.summary()
+        status.event("done", **status.counts | write_record(summary))
+    if status.failure is not None and not stop.is_set():
+        raise status.failure
+    return summary
+
+
+def _write(model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event) -> None:
+    """Answers to where they are wanted."""
+    with contextlib.ExitStack() as stack:
+        answers = stack.enter_context(contextlib.closing(_answers(model, source, options, status, stop)))
+        # Before the file: a bundle whose first answer is an error leaves it as it was.
+        first = [next(answers)] if source.kind == "images" else []
+        lines = stack.enter_context(LineWriter(options.output or sys.stdout, source.live, stop, status.count))
+        overlay = None
+        if options.overlay is not None:
+            from sparsifiner_edge.camera.overlay import Overlay
+
+            overlay = stack.enter_context(Overlay(options.overlay, model.size, source.live, status))
+        stack.callback(notify_systemd, "STOPPING=1")
+        notify_systemd("READY=1")
+        for answer in itertools.chain(first, answers):
+            record = answer.record if isinstance(answer, Answered) else answer
+            lines.write(record)
+            if overlay is not None and isinstance(answer, Answered) and isinstance(record, FrameRecord):
+                age_ms = record.frame_age_ms
+                at_s = record.pts_s or 0.0 if age_ms is None else record.monotonic_s - age_ms / 1000
+                overlay.write(answer.image, record, model.heat(answer.outputs), at_s)
 
 
 def _open(bundle: Path, options: RunOptions) -> Model:
     return Model(bundle, execution_of(options.execution), options.top, options.threshold, options.public_key)
 
 
-def run_images(model: Model, source: Path) -> Iterator[ImageRecord]:
-    """Run a bundle on an image, or on every image below a folder.
-
-    Yields:
-        Per image its record; of one in a folder that cannot be read, why.
+def _answers(
+    model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event
+) -> Generator[Answered | ImageRecord, None, None]:
+    """Answers, until the source ends, enough is given, or someone asks to stop; of an image that cannot be read its
+    record. In the end `status` has what failed.
 
     Raises:
-        ImageError: `source` itself is unusable.
-        SparsifinerError: so is what the model gives.
+        ImageError: a single image cannot be read.
+        SparsifinerError: what the model gives is unusable.
     """
-    images = list_images(source)
+    if source.kind == "images":
+        yield from _of_images(model, Path(source.location), status, stop)
+        return
+    with Capture(source, model.size, options.stall_s, status) as capture:
+        for frame in _frames(capture, stop):
+            answered = _answer(model, source, frame, status)
+            status.count_answer(answered.record)
+            yield answered
+            if status.counts["processed"] == options.frames:
+                break
+    if capture.failure is not None:
+        what = f"{source.shown} cannot be read as a video: {capture.failure}."
+        status.failure = ImageError(what, "Replace or repair it.")
+    elif status.counts["processed"] == 0:
+        reason = f": {status.last_reason}" if status.last_reason else ""
+        status.failure = ImageError(
+            f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address."
+        )
+
+
+def _of_images(model: Model, source: Path, status: Status, stop: threading.Event) -> Iterator[Answered | ImageRecord]:
+    images, failed = list_images(source), 0
     for path in images:
         start = time.monotonic_ns()
         try:
@@ -144,71 +225,24 @@ def run_images(model: Model, source: Path) -> Iterator[ImageRecord]:
         except ImageError as error:
             if len(images) == 1:
                 raise
+            failed += 1
             yield ImageRecord(str(path), error=error.what)
-            continue
-        ready = time.monotonic_ns()
-        outputs = model.infer(image)
-        done = time.monotonic_ns()
-        answer = asdict(model.answer(outputs))
-        yield ImageRecord(str(path), preprocess_ms=_ms(start, ready), infer_ms=_ms(ready, done), **answer)
-
-
-def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
-    """Run a bundle on a video, a camera or the test pattern: one JSON line per frame, one per event on standard error.
-
-    SIGTERM and SIGINT end it after the frame at hand; a second one ends it at once.
-
-    Raises:
-        ImageError: a file that is no video, or a source that gave no frame.
-        ArtifactError: the output of a file's run cannot be written; a live source's run goes on and counts.
-        BrokenPipeError: the reader of standard output has gone.
-        SparsifinerError: the bundle, backend or options are unusable.
-    """
-    require_decoder(source, options.overlay is not None)
-    _require_outputs(bundle, source, options)
-    with contextlib.ExitStack() as stack:
-        model = stack.enter_context(_open(bundle, options))
-        status = Status(source.shown, stack.enter_context(LineWriter(sys.stderr, live=True)).write)
-        if options.metrics is not None:
-            server = stack.enter_context(HealthServer(options.metrics, status, max(2.0, 2 * options.stall_s)))
-            status.event("metrics", address=server.url)
-        # What really runs, once: a library that could not be loaded means kernels several times slower.
-        status.event("model", **write_record(model.session.description))
-        status.event("decoding", **(_NOT_CONFINED if source.kind == "gst" else write_record(confinement())))
-        stop = stack.enter_context(stopping())
-        failure = _run(model, source, options, status, stop)
-        status.event("done", **status.counts)
-    if failure is not None and not stop.is_set():
-        raise ImageError(f"{source.shown} cannot be read as a video: {failure}.", "Replace or repair it.")
-    if status.counts["processed"] == 0 and not stop.is_set():
-        reason = f": {status.last_reason}" if status.last_reason else ""
-        raise ImageError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")
-
-
-def _run(model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event) -> str | None:
-    """Frames through the model, until the source ends, enough is done, or someone asks to stop; what failed of a source
-    that is not live.
-    """
-    with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(LineWriter(options.output or sys.stdout, source.live, stop, status.count))
-        overlay = None
-        if options.overlay is not None:
-            from sparsifiner_edge.camera.overlay import Overlay
-
-            overlay = stack.enter_context(Overlay(options.overlay, model.size, source.live, status))
-        capture = stack.enter_context(Capture(source, model.size, options.stall_s, status))
-        stack.callback(notify_systemd, "STOPPING=1")
-        notify_systemd("READY=1")
-        for frame in _frames(capture, stop):
-            record, outputs = _answer(model, source, frame, status)
+        else:
+            ready = time.monotonic_ns()
+            outputs = model.infer(image)
+            inferred = time.monotonic_ns()
+            answer = asdict(model.answer(outputs))
+            record = ImageRecord(
+                str(path), preprocess_ms=_ms(start, ready), infer_ms=_ms(ready, inferred),
+                end_to_end_ms=_ms(start, time.monotonic_ns()), **answer,
+            )  # fmt: skip
             status.count_answer(record)
-            lines.write(record)
-            if overlay is not None:
-                at_s = frame.captured_ns / 1e9 if source.live else frame.pts_s or 0.0
-                overlay.write(frame.image(model.size), record, model.heat(outputs), at_s)
-            if status.counts["processed"] == options.frames:
-                break
-    return capture.failure
+            yield Answered(status.counts["processed"] - 1, image, outputs, record)
+        if stop.is_set():
+            return
+    if failed:
+        what = f"{failed} of {len(images)} images could not be read"
+        status.failure = ImageError(f"{what}; their lines say why.")
 
 
 def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
@@ -222,10 +256,10 @@ def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
             yield frame
 
 
-def _answer(model: Model, source: Source, frame: Frame, status: Status) -> tuple[FrameRecord, dict[str, Array]]:
-    """What the model says of a frame, and its outputs."""
-    began = time.monotonic_ns()
-    outputs = model.infer(frame.image(model.size))
+def _answer(model: Model, source: Source, frame: Frame, status: Status) -> Answered:
+    """What the model says of a frame."""
+    image, began = frame.image(model.size), time.monotonic_ns()
+    outputs = model.infer(image)
     inferred = time.monotonic_ns()
     answer = model.frame_answer(outputs)
     status.count("not_finite", answer.not_finite or 0)
@@ -238,21 +272,32 @@ def _answer(model: Model, source: Source, frame: Frame, status: Status) -> tuple
         monotonic_s=round(done / 1e9, 6),
         capture_ms=_ms(frame.captured_ns, frame.decoded_ns),
         preprocess_ms=_ms(frame.decoded_ns, frame.ready_ns),
-        wait_ms=_ms(frame.ready_ns, began),
+        queued_ms=_ms(frame.ready_ns, began),
         infer_ms=_ms(began, inferred),
         postprocess_ms=_ms(inferred, done),
-        end_to_end_ms=_ms(frame.arrived_ns, done),
+        end_to_end_ms=_ms(frame.arrived_ns + began - frame.ready_ns, done),
         frame_age_ms=_ms(frame.captured_ns, done) if source.live else None,
         **asdict(answer),
     )
-    return record, outputs
+    return Answered(record.frame, image, outputs, record)
 
 
 def _ms(began_ns: int, ended_ns: int) -> float:
     return round((ended_ns - began_ns) / 1e6, 3)
 
 
-def _require_outputs(bundle: Path, source: Source, options: RunOptions) -> None:
+def _require(bundle: Path, source: Source, options: RunOptions) -> None:
+    """Refuse what cannot be read, decoded or written, before anything is opened."""
+    if source.kind == "images":
+        if not os.path.exists(source.location):  # noqa: PTH110  (of a name that is too long, too)
+            raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
+        for name in ("overlay", "metrics", "frames"):
+            if getattr(options, name) is not None:
+                raise ConfigError(
+                    f"--{name} cannot be combined with images.", "Give a video or a camera, or leave it out."
+                )
+    else:
+        require_decoder(source, options.overlay is not None)
     if options.overlay is not None and options.overlay.suffix.lower() not in _OVERLAY_SUFFIXES:
         fix = f"Let it end with {' or '.join(_OVERLAY_SUFFIXES)}."
         raise ConfigError(f"The overlay {options.overlay} is no video's name.", fix)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import statistics
 import threading
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable
 
-from sparsifiner_edge.camera.answers import FrameRecord
+from sparsifiner_edge.camera.answers import FrameRecord, ImageRecord, Summary
+from sparsifiner_edge.errors import SparsifinerError
 
 STATES = ("starting", "connecting", "streaming", "lost", "stalled", "ended")
 COUNTERS = {
@@ -27,10 +30,13 @@ COUNTERS = {
     "not_finite": "Numbers of answers that were NaN or infinite, and were written as null.",
 }
 """And what each counts."""
-TIMES = ("capture", "preprocess", "wait", "infer", "postprocess", "end_to_end", "frame_age")
+TIMES = ("capture", "preprocess", "queued", "infer", "postprocess", "end_to_end", "frame_age")
 """Of a record, without _ms."""
 UP_TO_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Limits of the histograms' buckets."""
+SUMMED_UP = ("infer", "end_to_end", "queued", "frame_age")
+KEPT = 10_000
+"""Times of so many answers are kept for the summary: a service runs for months."""
 
 
 class Status:
@@ -39,6 +45,9 @@ class Status:
     Args:
         source: as it may be shown.
         tell: takes each event; where it raises an OSError the event is lost, and nothing else.
+
+    Attributes:
+        failure: why the source could not be read to its end, where that is the user's to know.
     """
 
     def __init__(self, source: str, tell: Callable[[object], None]) -> None:
@@ -52,6 +61,9 @@ class Status:
         self._lock = threading.Lock()
         self._lost_at: float | None = None
         self._processed_at: float | None = None
+        self._first_at = 0.0
+        self._kept = {name: deque[float](maxlen=KEPT) for name in SUMMED_UP}
+        self.failure: SparsifinerError | None = None
         self.times = {name: [0] * (len(UP_TO_S) + 1) for name in TIMES}
         self.sums_s = dict.fromkeys(TIMES, 0.0)
 
@@ -90,14 +102,29 @@ class Status:
         with contextlib.suppress(OSError):  # Who read the events may have gone; the records have another reader.
             self._tell(line)
 
-    def count_answer(self, record: FrameRecord) -> None:
-        """A frame's answer is ready."""
+    def count_answer(self, record: FrameRecord | ImageRecord) -> None:
+        """A frame's or image's answer is ready."""
+        self._first_at = self._first_at or time.monotonic()
         self.count("processed")
         self._processed_at = time.monotonic()
         for name, counts in self.times.items():
-            if (taken_ms := getattr(record, f"{name}_ms")) is not None:
+            if (taken_ms := getattr(record, f"{name}_ms", None)) is not None:
                 counts[bisect_left(UP_TO_S, taken_ms / 1000)] += 1
                 self.sums_s[name] += taken_ms / 1000
+                if name in self._kept:
+                    self._kept[name].append(taken_ms)
+
+    def summary(self) -> Summary:
+        """How the run went so far."""
+        times = {name: sorted(kept) for name, kept in self._kept.items() if kept}
+        count, span_s = self.counts["processed"], (self._processed_at or 0.0) - self._first_at
+        return Summary(
+            processed=count,
+            dropped=self.counts["dropped"],
+            per_s=round((count - 1) / span_s, 3) if count > 1 and span_s > 0 else None,
+            median_ms={name: round(statistics.median(kept), 3) for name, kept in times.items()},
+            p95_ms={name: kept[-(-19 * len(kept) // 20) - 1] for name, kept in times.items()},
+        )
 
     def silent_s(self) -> float | None:
         """Seconds since the last answer; None before the first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.errors import SlowKernelsWarning, SparsifinerError
 from sparsifiner_edge.text import printable
 
 COMMANDS = {
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # Libraries' warnings are for developers; `python -W default` shows them.
+        warnings.simplefilter("default", SlowKernelsWarning)
+        warnings.showwarning = _show_warning
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Names of files may hold what a terminal cannot show.
     received = _unwind_on_signals()
@@ -190,6 +193,11 @@ def _flush(code: int) -> int:
         if code == 0:
             return _report_error(error)
     return code
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    with contextlib.suppress(OSError):  # Who read it has gone.
+        click.echo(f"warning: {printable(message, 1000)}", err=True)
 
 
 def _say(message: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS
 from sparsifiner_edge.cli import common
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.camera.answers import Summary
 
 
 @click.command()
@@ -42,4 +45,19 @@ def command(*, bundle: Path, source: str, metrics: str | None, **options: Any) -
 
     address = None if metrics is None else parse_host_port(metrics)
     options = common.group(options, execution=se.Execution)
-    se.run_bundle(bundle, source, se.RunOptions(metrics=address, **options))
+    summary = se.run_bundle(bundle, source, se.RunOptions(metrics=address, **options))
+    # Of frames, which alone are queued, the last event says the same, and for programs all of them are JSON.
+    if common.err_console.is_terminal or (summary.processed and "queued" not in summary.median_ms):
+        click.echo(_closing(summary), err=True)
+
+
+def _closing(summary: Summary) -> str:
+    """How the run went, in a line."""
+    pace = "" if summary.per_s is None else f", {summary.per_s:.1f} per second"
+    named = {"end_to_end": "each", "frame_age": "old", "queued": "queued"}
+    times = [
+        f"{summary.median_ms[name]:.1f} ms {what} (95 % within {summary.p95_ms[name]:.1f})"
+        for name, what in named.items()
+        if name in summary.median_ms
+    ]
+    return f"{'; '.join([f'{summary.processed} answered{pace}', *times])}; {summary.dropped} dropped"

@@ -16,6 +16,8 @@ NATIVE = ("KeySelect", "SparseAttention", "DenseAttention", "MatchTokens", "Merg
 """Operators of the native kernels: of float32, on the processor."""
 TRITON = ("KeySelect", "SparseAttention", "MatchTokens", "MergeTokens")
 """Operators of the kernels in Triton, on a CUDA GPU; for limits of sizes see `ops.triton.schedule.refusals`."""
+LACKING = "function bodies (the native library "
+"""How `describe` begins where bodies run only because the library cannot be used; its reason follows."""
 TRITON_TYPES = ("float16", "bfloat16")
 
 
@@ -33,7 +35,7 @@ def describe(
     if not operators:
         return "none (standard operators)"
     if not native_ones:
-        return "function bodies" if reason is None else f"function bodies (the native library {reason})"
+        return "function bodies" if reason is None else f"{LACKING}{reason})"
     rest = f"; function bodies: {', '.join(bodies)}" if bodies else ""
     how = f", attention in {precision}" if precision else ""
     return f"native, {native.target()}{how}{rest}"

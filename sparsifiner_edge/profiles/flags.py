@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from sparsifiner_edge.ops.kernels import LACKING
 from sparsifiner_edge.profiles.measure.side import WarmUp
 from sparsifiner_edge.profiles.sensors.conditions import Observation
 from sparsifiner_edge.profiles.stats import Series, percentile, quantile_interval
@@ -27,7 +28,7 @@ CLOCK = 0.05
 OTHER_CORES = 0.10
 """Cores that other programs kept busy. Our choice: an idle desktop stays below .05."""
 _FALLBACKS = {
-    "(the native library": "Repair the native library: sparsifiner-edge doctor says what it lacks.",
+    LACKING: "Repair the native library: sparsifiner-edge doctor says what it lacks.",
     "not the CUDA kernels": "This is a fallback: build an engine with --backend tensorrt and profile that.",
 }
 """What a session says of kernels that it could not use, and what to do."""

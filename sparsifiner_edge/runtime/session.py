@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,8 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec, shape_text
-from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.errors import BackendError, SlowKernelsWarning
+from sparsifiner_edge.ops.kernels import LACKING
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import one_line
 
@@ -44,6 +46,12 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     why_no_graph: str | None = None
     chosen: str | None = None
 
+    def warn_of_kernels(self) -> None:
+        """Warn where operators run several times slower than here, with kernels installed, they could."""
+        if isinstance(self.kernels, str) and self.kernels.startswith(LACKING):
+            what = f"Sparse attention runs by {self.kernels}, which are several times slower than its kernels."
+            warnings.warn(what, SlowKernelsWarning, stacklevel=3)
+
 
 class Session(abc.ABC):
     """A bundle, loaded and ready to run. A context manager: leaving the block closes it.
@@ -68,6 +76,7 @@ class Session(abc.ABC):
     least_batch = golden_runs = 1
     in_place_of_sparse = False
     description: Runtime
+    _has_run = False
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """Check names, types, ranks, sizes, and that axes of one name have one size.
@@ -95,8 +104,14 @@ class Session(abc.ABC):
 
         Raises:
             BackendError: `validate` rejects the inputs, the backend fails, or the session is closed.
+
+        Warns:
+            SlowKernelsWarning: at the first run, where kernels are not installed that would carry out the operators.
         """
         self.validate(inputs)
+        if not self._has_run:
+            self._has_run = True
+            self.description.warn_of_kernels()
         try:
             outputs = self._run({name: np.ascontiguousarray(value) for name, value in inputs.items()})
         except BackendError:

@@ -108,7 +108,7 @@ def numbers_of(records: list[dict[str, Any]]) -> list[int | None]:
 
 
 def record(**fields: Any) -> FrameRecord:
-    times = ("monotonic_s", "capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
+    times = ("monotonic_s", "capture_ms", "preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
     known = {"source": "x", "frame": 3, "skipped": 0, "pts_s": None, "frame_age_ms": None} | dict.fromkeys(times, 1.0)
     return FrameRecord(**known | fields)
 

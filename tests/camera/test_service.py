@@ -33,7 +33,7 @@ from tests.mounts import in_mount, needs_mounts
 from tests.seal import reseal
 from tests.tiny import make_bundle
 
-TIMES = ("capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
+TIMES = ("capture_ms", "preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
 
 
 def test_every_frame_of_a_file(cells: Path, video: Path, tmp_path: Path) -> None:
@@ -46,10 +46,17 @@ def test_every_frame_of_a_file(cells: Path, video: Path, tmp_path: Path) -> None
     assert [record["pts_s"] for record in records] == pytest.approx([n / 10 for n in range(30)])
     for record in records:
         assert all(record[name] >= 0 for name in TIMES)
-        assert record["end_to_end_ms"] >= record["infer_ms"]
+        parts = ("capture_ms", "preprocess_ms", "infer_ms", "postprocess_ms")
+        assert record["end_to_end_ms"] == pytest.approx(sum(record[name] for name in parts), abs=0.01)
         assert "frame_age_ms" not in record
     assert [event.get("state") for event in events] == [None, None, "connecting", "streaming", "ended", None]
-    assert (events[-1]["captured"], events[-1]["dropped"]) == (30, 0)
+    done = events[-1]
+    assert (done["captured"], done["processed"], done["dropped"]) == (30, 30, 0)
+    assert done["per_s"] == pytest.approx(29 / (records[-1]["monotonic_s"] - records[0]["monotonic_s"]), rel=0.1)
+    for name in ("infer", "end_to_end", "queued"):
+        values = sorted(record[f"{name}_ms"] for record in records)
+        assert done["median_ms"][name] == pytest.approx(statistics.median(values), abs=0.001)
+        assert done["p95_ms"][name] == values[28]
     with av.open(str(overlay)) as drawn:
         times = [float(frame.time or 0) for frame in drawn.decode(video=0)]
     assert times == pytest.approx([n / 10 for n in range(30)], abs=0.001)
