@@ -20,7 +20,7 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime import openvino
 from sparsifiner_edge.runtime.open import choose_execution
 from sparsifiner_edge.runtime.openvino import import_openvino
-from tests.commands import assert_refused, process, snapshot
+from tests.commands import assert_refused, call, process, snapshot
 from tests.flat import open_session
 from tests.made import plain
 from tests.once import Once
@@ -137,3 +137,20 @@ def test_sides_of_a_comparison_have_executions_of_their_own(bundle: Path, tmp_pa
     assert isinstance(result["statistics"]["against"]["layers"], list)
     assert_refused(process("profile", bundle, "--against-backend", "onnxruntime"), "It is compared with none")
     assert_refused(process(*same[:-2], "opencv"), "Unknown backend 'opencv'")
+
+
+def test_labels_of_a_file_are_what_run_prints(
+    tiny_student: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, export = tmp_path / "names", ("export", tiny_student, "-o", tmp_path / "b", "--labels", tmp_path / "names")
+    for content, said in (
+        (b"car\nbus\n", "2 labels for 10 classes. Give one name for each class"),
+        (b"car\n\n", 'labels[1] is ""'),
+        (b"\xff\n", "names is not UTF-8"),
+    ):
+        names.write_bytes(content)
+        assert_refused(call(capsys, *export), said)
+    names.write_bytes("\ufeff".encode() + b"".join(b"a car, number %d\r\n" % number for number in range(10)))
+    assert call(capsys, *export).code == 0
+    lines = process("run", tmp_path / "b", "--source", pictures).out.splitlines()
+    assert {top["label"][:-1] for line in lines for top in json.loads(line)["top"]} == {"a car, number "}

@@ -8,14 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparsifiner_edge.artifacts import MAX_JSON
 from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import merge_text
+from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
+from sparsifiner_edge.files import read_bytes
 
 if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
     from sparsifiner_edge.bundle.manifest import Manifest
     from sparsifiner_edge.bundle.store import Bundle
+
+
+def _labels(path: Path | None) -> list[str]:
+    """A name from each line; none without a file."""
+    if path is None:
+        return []
+    try:
+        text = read_bytes(path, MAX_JSON).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8.", "Give a text file with one name a line.") from error
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 @click.command()
@@ -33,6 +47,8 @@ if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
               show_default=True, help="For int8: what will run it.")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile float16 kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
+@click.option("--labels", type=common.PATH, callback=lambda _context, _option, path: _labels(path), metavar="FILE",
+              help="Names of the classes, one a line; by default those that the model has.")  # fmt: skip
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
 @click.option("--tokens", is_flag=True, help="Also give the tokens of a classifier, or of a model with a decoder.")
 @common.normalise_options

@@ -46,6 +46,7 @@ from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, loa
 from sparsifiner_edge.sparse.student_file import check_labels
 from sparsifiner_edge.text import printable
 
+_LABELS = "Give one name for each class, in their order."
 _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
 
 
@@ -61,7 +62,7 @@ class ExportOptions:
             without classifier always does.
         calibrate: for int8 and boards: a folder of images like those that the model will see; at most 32 are used.
         int8_target: for int8, what will run it: "cpu" or "tensorrt".
-        labels: of classes, if "logits" is an output; none takes those that the model has.
+        labels: of the classes of the output "logits", in their order; none takes those that the model has.
         boards: names or files of boards (see `profiles.boards`) whose GPU kernels go into the bundle, of float16; the
             student gets the tile and cells that suit them if those pass the gate (see `gpu_layout`).
 
@@ -208,7 +209,7 @@ def _form(options: ExportOptions) -> _Form:
         fix = "Choose --precision fp16, or int8 with --int8-target tensorrt."
         raise ConfigError(f"A board's kernels are for float16, not for {precision}.", fix)
     images = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
-    batch, labels = options.batch, check_labels(list(options.labels), "labels")
+    batch, labels = options.batch, check_labels(list(options.labels), "The classes", _LABELS)
     size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
     return _Form(precision, size, options.tokens, int8_target, images, labels, loaded)
 
@@ -222,10 +223,11 @@ def _export(
     model = student.model
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
     classes = {output.name: output.type.tensor_type.shape.dim[-1].dim_value for output in file.model.graph.output}
-    fits = not form.labels or classes.get("logits") in (None, 0, len(form.labels))
-    require(fits, f"{len(form.labels)} labels for {classes.get('logits')} classes.", "Give one for each class.")
+    count = classes.get("logits", 0)
+    require(len(form.labels) in (0, count), f"{len(form.labels)} labels for {count} classes.", _LABELS)
     known = class_labels if isinstance(model, TimmModel) else hugging_face.configured_labels
     labels = [printable(label) for label in form.labels or student.labels or known(model)]
+    labels = labels if len(labels) == count else []  # A classifier in a module may not be what answers.
     onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())

@@ -101,13 +101,13 @@ def read_config(folder: Path) -> StudentConfig:
     return read_record(content, StudentConfig, path, SPARSIFY_AGAIN)
 
 
-def check_labels(labels: object, origin: object) -> tuple[str, ...]:
+def check_labels(labels: object, origin: object, fix: str = SPARSIFY_AGAIN) -> tuple[str, ...]:
     """Names of classes as a student takes them; see `ClassNames`.
 
     Args:
-        labels: whatever was read. origin: where, for the message.
+        labels: whatever was read. origin, fix: where, and what to do, for the message.
 
     Raises:
         ArtifactError: something else.
     """
-    return read_record({"labels": labels}, _Labels, origin, SPARSIFY_AGAIN).labels
+    return read_record({"labels": labels}, _Labels, origin, fix).labels

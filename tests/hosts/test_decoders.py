@@ -218,6 +218,19 @@ def test_a_classifier_of_hugging_face_answers_as_itself_and_keeps_its_labels(tmp
     assert done.code == 0, done
     lines = [json.loads(line) for line in done.out.splitlines()]
     assert {found["label"] for line in lines for found in line["top"]} == set(shown)
+    own = flat.export_model(Normalising(made), EXAMPLE, tmp_path / "own", normalise=False)
+    assert open_bundle(own).labels() == shown
+
+
+class Normalising(nn.Module):
+    """A user's own module around a classifier of transformers."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.classifier(2 * images - 1).logits}
 
 
 def test_numbers_of_classes_are_no_names(tmp_path: Path) -> None:

@@ -207,14 +207,17 @@ def _pixels(content: object, source: str) -> Normalisation:
 
 
 def configured_labels(model: nn.Module) -> tuple[str, ...]:
-    """Names of a classifier's classes, as its configuration gives them; none where it only numbers them.
+    """Names of a classifier's classes, or of that in a user's own module, as its configuration gives them; none where
+    it only numbers them.
 
     Raises:
         ConfigError: it names other classes than the model has.
     """
-    if not type(model).__name__.endswith("ForImageClassification"):
+    parts = (part for part in model.modules() if type(part).__name__.endswith("ForImageClassification"))
+    classifier: Any = next(parts, None)
+    if classifier is None:
         return ()
-    names = {int(number): str(name) for number, name in cast(Any, model).config.id2label.items()}
+    names = {int(number): str(name) for number, name in classifier.config.id2label.items()}
     if names == {number: f"LABEL_{number}" for number in names}:
         return ()
     if sorted(names) != list(range(len(names))):
