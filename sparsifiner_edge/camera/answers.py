@@ -93,21 +93,16 @@ class Answered:
     """An image or a frame, and what the model says of it.
 
     Attributes:
-        index: counts from 0.
-        image: what the model saw, uint8 RGB [H,W,3].
-        outputs: the model's own, batch 1; see `Session.infer`.
+        index: counts from 0. ms: milliseconds of work on it; what a frame waited is `record.queued_ms`.
+        image: what the model saw, uint8 RGB [H,W,3]. outputs: the model's own, batch 1; see `Session.infer`.
         record: its line: classes with their labels, times.
     """
 
     index: int
+    ms: float
     image: Pixels
     outputs: dict[str, Array]
     record: FrameRecord | ImageRecord
-
-    @property
-    def ms(self) -> float:
-        """Milliseconds of work on it; what a frame waited in between is `record.queued_ms`."""
-        return self.record.end_to_end_ms or 0.0
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):

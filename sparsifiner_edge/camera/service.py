@@ -232,12 +232,13 @@ def _of_images(model: Model, source: Path, status: Status, stop: threading.Event
             outputs = model.infer(image)
             inferred = time.monotonic_ns()
             answer = asdict(model.answer(outputs))
-            record = ImageRecord(
-                str(path), preprocess_ms=_ms(start, ready), infer_ms=_ms(ready, inferred),
-                end_to_end_ms=_ms(start, time.monotonic_ns()), **answer,
-            )  # fmt: skip
+            parts, ms = (
+                {"preprocess_ms": _ms(start, ready), "infer_ms": _ms(ready, inferred)},
+                _ms(start, time.monotonic_ns()),
+            )
+            record = ImageRecord(str(path), end_to_end_ms=ms, **parts | answer)
             status.count_answer(record)
-            yield Answered(status.counts["processed"] - 1, image, outputs, record)
+            yield Answered(status.counts["processed"] - 1, ms, image, outputs, record)
         if stop.is_set():
             return
     if failed:
@@ -279,7 +280,7 @@ def _answer(model: Model, source: Source, frame: Frame, status: Status) -> Answe
         frame_age_ms=_ms(frame.captured_ns, done) if source.live else None,
         **asdict(answer),
     )
-    return Answered(record.frame, image, outputs, record)
+    return Answered(record.frame, record.end_to_end_ms, image, outputs, record)
 
 
 def _ms(began_ns: int, ended_ns: int) -> float:

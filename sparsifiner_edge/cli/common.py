@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import inspect
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -157,7 +159,7 @@ def group(arguments: Mapping[str, Any], /, **kinds: type) -> dict[str, Any]:
 
 
 class _Told:
-    """A `Progress` that says in words where the work is.
+    """A `Progress` that says in words where the work is: share, time so far, time left, each where it is known.
 
     What is left takes as long as it does at the pace since the total last changed. A total that grows, or that was
     reached while the work goes on, foretells nothing, and nothing is said then.
@@ -169,36 +171,23 @@ class _Told:
         self._since = self._began, 0.0
 
     def __call__(self, stage: str, done: float, total: float) -> None:
-        """See `Progress`."""
         now = time.monotonic()
         if total != self._total or done < self._done:
             self._since = now, done
         self._stage, self._done, self._total, self._at = printable(stage), done, total, now
 
-    def words(self) -> str:
-        """Share, time so far, time left, each where it is known."""
-        now, (since, before) = time.monotonic(), self._since
-        known, share = [_clock(now - self._began)], self._done / self._total if self._total else 1.0
-        if share < 1:
-            known.insert(0, f"{share:.0%}")
-            pace = (self._at - since) / (self._done - before) if self._done > before else 0.0
-            left = (self._total - self._done) * pace - (now - self._at)
-            known += [f"{_clock(left)} left"] if left > 0 else []
-        return ", ".join(known)
-
     def __str__(self) -> str:
-        return f"{self._stage}: {self.words()}"
+        now, (since, before) = time.monotonic(), self._since
+        known = [str(datetime.timedelta(seconds=round(now - self._began)))]
+        if self._done < self._total:
+            known.insert(0, f"{self._done / self._total:.0%}")
+            pace = (self._at - since) / (self._done - before) if self._done > before else 0.0
+            left = round((self._total - self._done) * pace - (now - self._at))
+            known += [f"{datetime.timedelta(seconds=left)} left"] if left > 0 else []
+        return f"{self._stage}: {', '.join(known)}"
 
-    def __rich__(self) -> Table:
-        grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(self._total or None, self._done, width=40)
-        grid.add_row(Text(self._stage), bar, Text(self.words()))
-        return grid
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    def __rich__(self) -> Columns:
+        return Columns([ProgressBar(self._total or None, self._done, width=40), Text(str(self))])
 
 
 @contextlib.contextmanager

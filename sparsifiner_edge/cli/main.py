@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
 import io
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # Libraries' warnings are for developers; `python -W default` shows them.
         warnings.simplefilter("default", SlowKernelsWarning)
-        warnings.showwarning = _show_warning
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message, 1000)}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Names of files may hold what a terminal cannot show.
     received = _unwind_on_signals()
@@ -193,11 +192,6 @@ def _flush(code: int) -> int:
         if code == 0:
             return _report_error(error)
     return code
-
-
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    with contextlib.suppress(OSError):  # Who read it has gone.
-        click.echo(f"warning: {printable(message, 1000)}", err=True)
 
 
 def _say(message: str) -> None:

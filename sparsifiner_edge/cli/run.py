@@ -52,12 +52,10 @@ def command(*, bundle: Path, source: str, metrics: str | None, **options: Any) -
 
 
 def _closing(summary: Summary) -> str:
-    """How the run went, in a line."""
+    """How the run went, in a line; times are named as in the lines."""
     pace = "" if summary.per_s is None else f", {summary.per_s:.1f} per second"
-    named = {"end_to_end": "each", "frame_age": "old", "queued": "queued"}
-    times = [
-        f"{summary.median_ms[name]:.1f} ms {what} (95 % within {summary.p95_ms[name]:.1f})"
-        for name, what in named.items()
-        if name in summary.median_ms
-    ]
-    return f"{'; '.join([f'{summary.processed} answered{pace}', *times])}; {summary.dropped} dropped"
+    times = (
+        f"; {name.replace('_', ' ')} {ms:.1f} ms (95 % within {summary.p95_ms[name]:.1f})"
+        for name, ms in summary.median_ms.items()
+    )
+    return f"{summary.processed} answered{pace}{''.join(times)}; {summary.dropped} dropped"
