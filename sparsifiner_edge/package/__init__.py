@@ -1,6 +1,6 @@
 """`package_bundle`: a bundle in the form that another system's pipeline takes: DeepStream, Triton server, GStreamer.
 
-    deepstream: model.onnx with float planes in, labels.txt, config_infer.txt for Gst-nvinfer
+    deepstream: model.onnx with float planes in, labels.txt, config_infer.txt for Gst-nvinfer; a probe of its outputs
     triton:     models/NAME/config.pbtxt, labels.txt, 1/model.onnx, libsparsifiner_ops.so where it is built
     gstreamer:  bundle/ as it was, signature included, plugins/python/sparsifiner.py
 
@@ -109,15 +109,26 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
     outputs = [output.name for output in model.graph.output]  # Names that were not checked go into no list.
     if not {deepstream.PROBABILITIES, *(output.name for output in bundle.manifest.outputs)}.issuperset(outputs):
         raise ArtifactError(f"{bundle.folder}: the model gives other outputs than its manifest says.", "Do not use it.")
+    (height, width), labels, shape = height_width(bundle.image_size), bundle.labels(), deepstream.map_shape(bundle)
+    kind = "classifier" if outputs == [deepstream.PROBABILITIES] else "tensors" if shape is None else "map"
+    if shape is not None:
+        deepstream.give_map(model, shape, (height, width))
+        outputs = [deepstream.MAP]
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
-    (height, width), labels = height_width(bundle.image_size), bundle.labels()
+    found = bundle.manifest.found_for
+    precision = "fp16" if found is not None and found.precision == "fp16" else bundle.precision
     config = template(
-        "deepstream/nvinfer.txt", batch=bundle.manifest.batch or 1, precision=bundle.precision, height=height,
-        width=width, mode=deepstream.MODES[bundle.precision], outputs=";".join(outputs),
+        "deepstream/nvinfer.txt", batch=bundle.manifest.batch or 1, precision=precision, height=height, width=width,
+        mode=deepstream.MODES[precision], outputs=";".join(outputs),
     )  # fmt: skip
-    kind = "classifier" if outputs == [deepstream.PROBABILITIES] else "tensors"
-    (folder / "config_infer.txt").write_text(config + template(f"deepstream/{kind}.txt"), encoding="utf-8")
-    if kind == "classifier":
+    channels = 1 if shape is None else shape[0]
+    more = template(f"deepstream/{kind}.txt", channels=channels, threshold=0.5 if channels == 1 else 0.0)
+    (folder / "config_infer.txt").write_text(config + more, encoding="utf-8")
+    if kind != "classifier":
+        for probe in ("probe.py", "probe.c"):
+            place = importlib.resources.files("sparsifiner_edge.deepstream").joinpath(probe)
+            (folder / probe).write_bytes(place.read_bytes())
+    else:
         classes = bundle.manifest.outputs[0].shape[-1]
         if not isinstance(classes, int) or len(labels) not in (0, classes):
             raise ConfigError(f"{bundle.folder} has {len(labels)} labels for {classes!r:.40} classes.", AGAIN)

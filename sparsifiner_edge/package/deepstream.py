@@ -3,20 +3,25 @@
     image uint8 [B,H,W,3] -> Cast -> pixels -> ..    becomes    image float32 [B,3,H,W] -> Transpose -> pixels -> ..
 
 Mean and deviation stay folded in the first layer, so the one scale that such preprocessing knows is 1. Gst-nvinfer
-reads every output of a classifier as the answer of one: `probabilities`, the softmax of the logits, is the only one.
+reads every output of a classifier as the answer of one: `probabilities`, the softmax of the logits, is the only one. Of
+a segmentation it reads the first, in the image's own size (its fillSegmentationOutput): `map`, float32 [B,C,H,W].
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.runtime.golden import read_golden
 
-PROBABILITIES = "probabilities"
+PROBABILITIES, MAP = "probabilities", "map"
 MODES = {"fp32": 0, "fp16": 2}
 """Precision -> Gst-nvinfer's network-mode."""
 
@@ -50,3 +55,35 @@ def for_nvinfer(model: Any) -> Any:
         graph.output.append(answer)
         graph.node.append(helper.make_node("Softmax", ["logits"], [PROBABILITIES], axis=-1))
     return changed
+
+
+def map_shape(bundle: Bundle) -> tuple[int, int, int] | None:
+    """Channels, rows and columns of a bundle's one output, where that is a map of probabilities: float32 [B,h,w] or
+    [B,C,h,w], sides that divide the image's, and by the golden pair from 0 to 1. None of any other.
+    """
+    if len(bundle.manifest.outputs) != 1 or GOLDEN_FILE not in bundle.manifest.files:
+        return None
+    (output,) = bundle.manifest.outputs
+    values = read_golden(bundle)[1].get(output.name)
+    if values is None or values.ndim not in (3, 4) or output.name == "tokens" or values.dtype != np.float32:
+        return None
+    channels, rows, columns = (1, *values.shape[1:])[-3:]
+    height, width = height_width(bundle.image_size)
+    fits = values.shape[1:] == output.shape[1:] and height % rows == width % columns == 0
+    return (channels, rows, columns) if fits and values.min() >= 0 and values.max() <= 1 else None
+
+
+def give_map(model: Any, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
+    """Let a model's one output, a map (`map_shape`), be `map` float32 [B,C,H,W], as large as the image."""
+    graph = model.graph
+    (given,) = graph.output
+    name, (batch, *dims) = given.name, given.type.tensor_type.shape.dim
+    constants = {"map.scales": np.array([1, 1, size[0] / shape[1], size[1] / shape[2]], np.float32)}
+    if len(dims) == 2:
+        constants["map.axis"] = np.array([1])
+        graph.node.append(helper.make_node("Unsqueeze", [name, "map.axis"], ["map.plane"]))
+        name = "map.plane"
+    graph.node.append(helper.make_node("Resize", [name, "", "map.scales"], [MAP], mode="linear"))
+    graph.initializer.extend(numpy_helper.from_array(value, constant) for constant, value in constants.items())
+    answer = [batch.dim_param or batch.dim_value, shape[0], *size]
+    graph.output[0].CopyFrom(helper.make_tensor_value_info(MAP, TensorProto.FLOAT, answer))

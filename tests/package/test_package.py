@@ -10,6 +10,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from sparsifiner_edge.package import package_bundle
 from sparsifiner_edge.text import file_name
 from tests.commands import assert_refused, call, snapshot
 from tests.flat import verify_bundle
-from tests.seal import reseal
+from tests.seal import reseal, seal_bundle
 from tests.tiny import make_bundle
 
 TARGETS = ("deepstream", "triton", "gstreamer")
@@ -160,7 +161,8 @@ KEYS = {
     "gpu-id", "gie-unique-id", "process-mode", "batch-size", "onnx-file", "model-engine-file", "network-mode",
     "infer-dims", "network-input-order", "model-color-format", "net-scale-factor", "maintain-aspect-ratio",
     "symmetric-padding", "scaling-filter", "output-blob-names", "network-type", "classifier-type",
-    "classifier-threshold", "labelfile-path", "output-tensor-meta", "interval",
+    "classifier-threshold", "labelfile-path", "output-tensor-meta", "interval", "num-detected-classes",
+    "segmentation-threshold",
 }  # fmt: skip
 """Of Gst-nvinfer, as documented for DeepStream 6.4 to 9."""
 
@@ -194,6 +196,98 @@ def test_what_deepstream_gets(name: str, tmp_path: Path, request: pytest.Fixture
     if classifier:
         expected = np.exp(expected) / np.exp(expected).sum(-1, keepdims=True)
     assert np.abs(answer - expected).max() < 1e-3 * max(1.0, float(np.ptp(expected)))
+
+
+def make_map_bundle(folder: Path, shape: str, pixels: str) -> Path:
+    """A bundle of 8 x 12 px whose `mask` is the brightness of 4 x 4 px each, from 0 to 1."""
+    folder.mkdir()
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]>
+        mask (uint8[1,8,12,3] image) => (float[{shape}] mask)
+        <int64[1] channels = {{3}}, float most = {{{pixels}}}, int64[{shape.count(",") + 1}] whole = {{{shape}}}> {{
+            bright = Cast <to = 1> (image)
+            grey = ReduceMean <keepdims = 0> (bright, channels)
+            one = Unsqueeze (grey, first)
+            share = Div (one, most)
+            small = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (share)
+            mask = Reshape (small, whole)
+        }}""")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "first"))
+    onnx.save(model, folder / "model.onnx")
+    image = np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), dtype=np.uint8)
+    (mask,) = onnxruntime.InferenceSession(str(folder / "model.onnx")).run(None, {"image": image})
+    np.savez(folder / "golden.npz", **{"input.image": image, "output.mask": mask})
+    tensors = [{"name": "image", "dtype": "uint8", "shape": [1, 8, 12, 3]}]
+    outputs = [{"name": "mask", "dtype": "float32", "shape": [*mask.shape]}]
+    manifest = {"name": "mask", "precision": "fp32", "preprocessing": {"size": [8, 12]}, "inputs": tensors}
+    seal_bundle(folder, manifest | {"outputs": outputs, "tolerances": {"mask": 1e-5}})
+    return folder
+
+
+@pytest.mark.parametrize("shape", ["1,2,3", "1,1,2,3"])
+def test_a_map_is_a_segmentation(shape: str, tmp_path: Path) -> None:
+    """As large as the image, which Gst-nvinfer takes for granted; one that is no probability is raw."""
+    bundle = make_map_bundle(tmp_path / "bundle", shape, "255")
+    package_bundle(bundle, "deepstream", tmp_path / "out")
+    found = nvinfer(tmp_path / "out")
+    assert (found["network-type"], found["output-blob-names"], found["output-tensor-meta"]) == ("2", "map", "1")
+    assert (found["num-detected-classes"], found["segmentation-threshold"], found["network-mode"]) == ("1", "0.5", "0")
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    with np.load(bundle / "golden.npz") as golden:
+        planes = np.ascontiguousarray(golden["input.image"].transpose(0, 3, 1, 2), dtype=np.float32)
+        (answer,) = onnxruntime.InferenceSession(model.SerializeToString()).run(["map"], {"image": planes})
+        wanted = golden["output.mask"].reshape(2, 3)
+    assert answer.shape == (1, 1, 8, 12)
+    assert answer[0, 0].reshape(2, 4, 3, 4).mean(axis=(1, 3)) == pytest.approx(wanted, abs=0.1)
+    package_bundle(make_map_bundle(tmp_path / "depth", shape, "2"), "deepstream", tmp_path / "raw")
+    found = nvinfer(tmp_path / "raw")
+    assert (found["network-type"], found["output-blob-names"]) == ("100", "mask")
+
+
+def test_what_was_found_for_fp16_is_built_in_it(tmp_path: Path) -> None:
+    found_for = {"backend": "tensorrt", "precision": "fp16"}
+    bundle = make_bundle(tmp_path / "bundle", preprocessing={"size": 4}, found_for=found_for)
+    package_bundle(bundle, "deepstream", tmp_path / "out")
+    found = nvinfer(tmp_path / "out")
+    assert (found["network-mode"], found["model-engine-file"]) == ("2", "model.onnx_b1_gpu0_fp16.engine")
+
+
+def test_the_probe_reads_what_pyds_gives(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names as the bindings of pyds have them; its lists end with StopIteration."""
+    kept = np.array([[[0.9, 0.1], [0.2, 0.8]]], np.float32)
+    cast = SimpleNamespace(cast=lambda data: data)
+    dims = SimpleNamespace(d=[1, 2, 2, 0], numDims=3)
+    layer = SimpleNamespace(dataType=0, layerName="map", inferDims=dims, buffer=kept.ctypes.data)
+
+    class Entry:
+        def __init__(self, data: Any) -> None:
+            self.data = data
+
+        @property
+        def next(self) -> Any:
+            raise StopIteration
+
+    meta = SimpleNamespace(base_meta=SimpleNamespace(meta_type=12), user_meta_data=SimpleNamespace(num_output_layers=1))
+    frame = SimpleNamespace(frame_num=7, frame_user_meta_list=Entry(meta))
+    pyds: Any = SimpleNamespace(
+        NvDsFrameMeta=cast, NvDsUserMeta=cast, NvDsInferTensorMeta=cast, get_ptr=lambda buffer: buffer,
+        NvDsMetaType=SimpleNamespace(NVDSINFER_TENSOR_OUTPUT_META=12), NvDsInferDataType=SimpleNamespace(FLOAT=0),
+        get_nvds_LayerInfo=lambda _tensors, _number: layer,
+        gst_buffer_get_nvds_batch_meta=lambda _address: SimpleNamespace(frame_meta_list=Entry(frame)),
+    )  # fmt: skip
+    gst = SimpleNamespace(PadProbeReturn=SimpleNamespace(OK=1))
+    repository = SimpleNamespace(Gst=gst)
+    for name, module in {
+        "pyds": pyds,
+        "gi": SimpleNamespace(require_version=print),
+        "gi.repository": repository,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    package_bundle(make_bundle(tmp_path / "bundle", preprocessing={"size": 4}), "deepstream", tmp_path / "out")
+    probe = runpy.run_path(str(tmp_path / "out" / "probe.py"))
+    assert probe["told"](None, SimpleNamespace(get_buffer=object)) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "7 map (1, 2, 2) 50.0% above one half"
 
 
 def test_labels(tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path) -> None:
