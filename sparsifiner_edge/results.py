@@ -51,6 +51,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         path: as given. sha256: of the file, or of a bundle's manifest. kind: "bundle" or another artifact's.
         role: "subject", "against" or "teacher".
+        to_float32: of a bundle in fewer bits, cosine to its own file in float32, as export found (`Manifest`).
     """
 
     role: str | None = None
@@ -58,6 +59,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     path: str | Unavailable
     name: str | None = None
     sha256: str | Unavailable
+    to_float32: float | None = None
 
 
 def _now() -> str:

@@ -75,7 +75,6 @@ def test_the_faster_bundle_is_found_faster(bundles):
     # Where other programs want the core, the longer queries are interrupted and the shorter ones are not.
     others = {flag["flag"] for flag in result["statistics"]["against"]["flags"]}
     assert comparison["ratio"]["high"] < 12 or "other-load" in others
-    assert comparison["sentence"].startswith("fast is faster than slow")
     kernels = {role: runtime["kernels"] for role, runtime in result["method"]["runtime"].items()}
     assert kernels == {"subject": "none (standard operators)", "against": "function bodies"}
 
@@ -185,11 +184,12 @@ def test_the_table_shows_both_and_what_ran(bundles):
     assert all(text in run.out for text in ("p50", "p90", "p99", "throughput", "first inference", "peak memory"))
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in run.out.splitlines() if "│" in line}
     assert [cell.strip() for cell in rows["kernels"]] == ["none (standard operators)", "function bodies"]
-    assert [cell.strip() for cell in rows["threads"]] == ["1", "1"]
+    assert [cell.strip()[0] for cell in rows["threads / cores allowed"]] == ["1", "1"]
     assert rows["backend"][0].strip().startswith("onnxruntime ")
     assert rows["precision"][0].strip() == "fp32"
-    assert rows["layers, other, ms"][0].strip().endswith("(100%)")
+    assert "other" in rows
     assert "fast: too-short: " in run.out
+    assert "speed alone is not enough" in run.out
 
 
 DEPTH = 6

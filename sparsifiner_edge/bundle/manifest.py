@@ -127,6 +127,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return "fp16" if self.precision == "fp16" or self.float16 is not None else "fp32"
 
     @property
+    def to_float32(self) -> float | None:
+        """Of a file in fewer bits, the least over outputs of their cosines to the float32 file's; None: not said."""
+        found = list[float]()
+        if self.quantisation is not None:
+            found += (self.quantisation.own_matches_cosines or self.quantisation.cosines).values()
+        if self.float16 is not None:
+            found += (self.float16.own_matches_cosines or self.float16.least_row_cosines).values()
+        return min(found, default=None)
+
+    @property
     def batch(self) -> int | None:
         """Images at once; None where that is dynamic, or not said."""
         size = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else None

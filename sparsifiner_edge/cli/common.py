@@ -31,6 +31,7 @@ from sparsifiner_edge.text import dump_json, finite, printable
 
 if TYPE_CHECKING:
     from sparsifiner_edge.images import Normalisation
+    from sparsifiner_edge.results import Result
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -240,6 +241,22 @@ def print_result(result: Shown, as_json: bool, show: Callable[[Shown], None], ou
 
         assert isinstance(result, Result)
         write_result(output, result)
+
+
+def print_page(result: Result) -> None:
+    """What the report's page says of a result of one kind, as tables and lines; of two subjects the verdict last."""
+    from sparsifiner_edge.report import blocks
+    from sparsifiner_edge.report.page import page_of
+
+    tables, verdict = page_of(result)
+    for title, block in tables:
+        if isinstance(block, blocks.Table):
+            rows = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in block.rows]
+            print_table(title, block.head, rows)
+        else:
+            click.echo(block.text)
+    for sentence in verdict if len(result.subjects) > 1 else ():
+        click.echo(sentence)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

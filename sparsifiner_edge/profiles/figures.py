@@ -43,17 +43,16 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """Two sides measured in turn.
+    """Two sides measured in turn, or estimated for one board.
 
     Attributes:
-        ratio: against's latency over the subject's: above 1 the subject is faster. rounds: that it is the median of.
-        verdict: "faster", "slower", "no difference shown". sentence: with both names.
+        ratio: against's latency over the subject's: above 1 the subject is faster. rounds: that it is the median of;
+            None: of an estimate. verdict: "faster", "slower", "no difference shown"; `report.verdict` has it in words.
     """
 
     ratio: Quantity
-    rounds: int
+    rounds: int | None = None
     verdict: str
-    sentence: str
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import require
 from sparsifiner_edge.errors import SparsifinerError
-from sparsifiner_edge.execution import Execution, execution_of, execution_text
+from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.figures import Comparison, ProfileResult, Statistics
 from sparsifiner_edge.profiles.measure.layers import Row
@@ -28,7 +28,6 @@ from sparsifiner_edge.profiles.measure.side import (
 )
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import find_backend
 
 
@@ -102,7 +101,7 @@ def profile_bundle(
     for side in sides if options.layers else ():
         on_stage(f"timing the layers of {side.role}")
         figures[side.role] = replace(figures[side.role], layers=_layers(side))
-    compared = _compare(sides[0], sides[1], _two_names(subjects, sides)) if len(sides) == 2 else None
+    compared = _compare(sides[0], sides[1]) if len(sides) == 2 else None
     samples = {side.role: {"latency_ms": side.latency_ms} for side in sides}
     return ProfileResult(
         "profile" if compared is None else "comparison",
@@ -124,35 +123,9 @@ def _layers(side: MeasuredSide) -> list[Row] | Unavailable:
         return Unavailable(error.what)
 
 
-def _compare(subject: MeasuredSide, against: MeasuredSide, names: list[str]) -> Comparison:
+def _compare(subject: MeasuredSide, against: MeasuredSide) -> Comparison:
     ratios = stats.round_ratios(subject.blocks, against.blocks)
     low, high = stats.quantile_interval(ratios, 0.5)
-    ratio = float(np.median(ratios))
-    verdict = stats.judge(low, high)
-    return Comparison(
-        ratio=stats.quantity(ratio, low, high, "order statistics of paired rounds, effective sample size"),
-        rounds=len(ratios),
-        verdict=verdict,
-        sentence=_sentence(verdict, names, ratio, low, high),
-    )
-
-
-def _two_names(subjects: list[Subject], sides: list[MeasuredSide]) -> list[str]:
-    """Two names that differ: the models', else the folders', else by place; and what runs each, where that differs."""
-    for key in ("name", "path"):
-        names = [Path(getattr(subject, key)).name for subject in subjects]
-        if names[0] != names[1]:
-            break
-    runs = [execution_text(side.execution.backend, side.execution.precision) for side in sides]
-    marks = runs if runs[0] != runs[1] else ["first", "second"] if names[0] == names[1] else []
-    return [f"{name} ({mark})" for name, mark in zip(names, marks, strict=True)] if marks else names
-
-
-def _sentence(verdict: str, names: list[str], ratio: float, low: float | None, high: float | None) -> str:
-    subject, against = names
-    if low is None or high is None:
-        return f"No difference shown between {subject} and {against}: too few independent rounds; measure longer."
-    interval = f"95 % interval {low:.3f} to {high:.3f}"
-    if verdict == "no difference shown":
-        return f"No difference shown between {subject} and {against}: ratio {ratio:.3f}, {interval}, not beyond +-1 %."
-    return f"{subject} is {verdict} than {against}: {ratio:.3f} times its speed, {interval}."
+    method = "order statistics of paired rounds, effective sample size"
+    ratio = stats.quantity(float(np.median(ratios)), low, high, method)
+    return Comparison(ratio=ratio, rounds=len(ratios), verdict=stats.judge(low, high))

@@ -1,13 +1,14 @@
-"""The sections of a profile: latency, energy, memory and layers."""
+"""The sections of a profile: latency, energy, memory, layers, and what it was measured in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report.blocks import Block, Note, Section, Table, strips
-from sparsifiner_edge.report.reading import ReportData, Side
+from sparsifiner_edge.report.reading import ReportData, Side, conditions_of
 from sparsifiner_edge.report.values import Figure, clean, quantity_of
 
 _LATENCY: dict[str, Callable[[Side], Figure]] = {
@@ -101,3 +102,17 @@ def layers_section(data: ReportData) -> Section:
     if times:
         blocks.insert(0, _table(texts("layers.chart"), times, data))
     return "layers", blocks
+
+
+def conditions_section(data: ReportData) -> Section:
+    """What each side ran in, and its clocks meanwhile, as far as they are known."""
+    if not data.sides:
+        return "conditions", []
+    columns = []
+    for side in data.sides:
+        during = side.file.result.method.conditions[side.role].during
+        clocks = {name: f"{median(during[name]):.0f}" for name in ("cpu_mhz", "gpu_mhz") if during.get(name)}
+        columns.append(conditions_of(side) | {"kernels": clean(side.runtime.kernels or "?", 120)} | clocks)
+    fields = dict.fromkeys(field for column in columns for field in column)
+    rows = [[data.texts(f"field.{name}"), *(column.get(name, "?") for column in columns)] for name in fields]
+    return "conditions", [Table(["", *(side.label for side in data.sides)], rows, words=True)]

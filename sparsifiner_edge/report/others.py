@@ -1,4 +1,4 @@
-"""The sections beside the measurements: accuracy, search, stability, method and machine."""
+"""The sections beside the measurements: accuracy, search, estimates, stability, method and machine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 from sparsifiner_edge.front import SearchResult
 from sparsifiner_edge.outcomes import ALL, CLEAN, RobustnessResult, ScoresResult, Stability
+from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report.blocks import Block, Note, Section, Table
 from sparsifiner_edge.report.measured import bar_cells
-from sparsifiner_edge.report.reading import ReportData, ResultFile, conditions_of
+from sparsifiner_edge.report.reading import ReportData, ResultFile
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.values import clean
+from sparsifiner_edge.report.values import Figure, clean, quantity_of
 
 MAX_ROWS = 60
 """Of a table: a result may hold thousands, a page that is read does not."""
@@ -85,6 +86,35 @@ def search_section(data: ReportData) -> Section:
     return "search", blocks
 
 
+def estimate_section(data: ReportData) -> Section:
+    """Of every estimate its figures, of one bundle or two, and below them what is assumed."""
+    texts, blocks = data.texts, list[Block]()
+    for file in data.of(EstimateResult):
+        statistics, method, subjects = file.result.statistics, file.result.method, file.result.subjects
+        sides = [one for one in (statistics, statistics.against) if one is not None]
+        figures: dict[str, list[Figure]] = {
+            "axis.latency": [side.latency_ms for side in sides],
+            "memory.peak": [side.peak_memory_bytes.times(1e-6) for side in sides],
+            "energy.gross": [known and known.times(1e3) for known in (quantity_of(side.energy_j) for side in sides)],
+        }
+        rows = [[texts(key), *map(texts.figure, row)] for key, row in figures.items() if any(map(quantity_of, row))]
+        board, jetpack = method.board, method.jetpack
+        released = f" · JetPack {jetpack.version}, TensorRT {jetpack.tensorrt}" if jetpack else ""
+        mode = f" · {method.power_mode}" if isinstance(method.power_mode, str) else ""
+        heads = ["", *(clean(subject.path) for subject in subjects)]
+        blocks.append(Table(heads, rows, clean(f"{texts('estimate.of')} {board.title}{mode}{released}", 200)))
+        for name, how, side in zip(heads[1:], (method, method.against), sides, strict=False):
+            if how is not None:
+                said = {field: clean(getattr(how, field), 200) for field in ("linear", "other", "stored", "kernels")}
+                fits = texts.get(f"fits.{side.fits_memory}", clean(side.fits_memory))
+                room = {"memory": f"{board.memory_gb:g}", "fits": fits, "because": clean(how.because, 200)}
+                blocks.append(Note(texts("estimate.runs", name=name, **said, **room)))
+        blocks.append(Note(texts("estimate.how", how=clean(statistics.latency_ms.interval, 200))))
+        if board.unverified:
+            blocks.append(Note(texts("estimate.unverified", keys=clean(", ".join(board.unverified), 300))))
+    return "estimate", blocks
+
+
 def stability_section(data: ReportData) -> Section:
     """Of every result and score, what is lost under each corruption, and what sparsity adds to it."""
     texts, blocks = data.texts, list[Block]()
@@ -122,9 +152,6 @@ def _method_rows(file: ResultFile[Any], data: ReportData) -> list[list[str]]:
     for subject in result.subjects[:12]:
         named = f"{_text(subject.path)} · {_text(subject.sha256)}"
         rows.append([f"{texts('method.subject')}: {clean(subject.role or '–', 20)}", named])
-    for side in (side for side in data.sides if side.file is file):
-        conditions = conditions_of(side).items()
-        rows += [[f"{texts(f'field.{field}')} · {side.role}", value] for field, value in conditions if value != "?"]
     for name in ("os", "kernel", "architecture", "cpu_model"):
         rows.append([texts(f"method.{name}"), _text(getattr(result.machine, name))])
     for name, between in (("packages", " "), ("variables", "=")):

@@ -13,11 +13,12 @@ import msgspec
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.files import read_bytes, require_file_path, write_text
 from sparsifiner_edge.report import measured, others
-from sparsifiner_edge.report.blocks import BINS, Note, Section
-from sparsifiner_edge.report.reading import ReportData, report_data
+from sparsifiner_edge.report.blocks import BINS, Note, Section, Strips, Table
+from sparsifiner_edge.report.reading import ReportData, ResultFile, data_of, report_data
 from sparsifiner_edge.report.texts import Texts, templates
 from sparsifiner_edge.report.values import clean
 from sparsifiner_edge.report.verdict import verdict_sentences
+from sparsifiner_edge.results import Result
 
 MOST_PICTURE = 8 << 20
 """Bytes of a picture that a page takes."""
@@ -79,6 +80,17 @@ def write_report(
     )  # fmt: skip
 
 
+def page_of(result: Result) -> tuple[list[tuple[str, Table | Note]], list[str]]:
+    """What a page of one result says in English: its own tables, with a title each, and remarks; and the verdict."""
+    data = data_of([ResultFile(Path(), "", result)], Texts("en"))
+    blocks = [
+        (block.title or data.texts(f"{name}.title") if isinstance(block, Table) else "", block)
+        for name, blocks in _sections(data, []) if name not in ("accuracy", "method")
+        for block in blocks if not isinstance(block, Strips)
+    ]  # fmt: skip
+    return blocks, verdict_sentences(data)
+
+
 def _picture(path: Path) -> Note:
     """A picture as the page holds it, under its file's name."""
     content = read_bytes(path, MOST_PICTURE)
@@ -91,12 +103,14 @@ def _picture(path: Path) -> Note:
 def _sections(data: ReportData, pictures: Sequence[Note]) -> list[Section]:
     sections = [
         others.search_section(data),
+        others.estimate_section(data),
         others.accuracy_section(data, pictures),
         others.stability_section(data),
         measured.latency_section(data),
         measured.energy_section(data),
         measured.memory_section(data),
         measured.layers_section(data),
+        measured.conditions_section(data),
         others.method_section(data),
     ]
     return [(name, blocks) for name, blocks in sections if blocks]

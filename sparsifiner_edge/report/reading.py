@@ -15,6 +15,7 @@ from sparsifiner_edge.artifacts import read_json, sha256
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.front import SearchResult
 from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult
+from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import Comparison, Figures, ProfileResult
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report.texts import Texts
@@ -25,9 +26,11 @@ from sparsifiner_edge.runtime.session import Runtime
 PROGRAM = "sparsifiner-edge"
 FORMS: dict[str, type[Result]] = {
     "profile": ProfileResult, "comparison": ProfileResult, "evaluation": ScoresResult,
-    "robustness": RobustnessResult, "search": SearchResult,
+    "robustness": RobustnessResult, "search": SearchResult, "estimate": EstimateResult,
 }  # fmt: skip
 """Kind -> what the page reads of it."""
+CHOSEN = ("backend", "precision", "device", "threads")
+"""Conditions that are chosen with a model: sides of one run may differ in these, of several in the first two."""
 GREATEST, LEAST_MS = 1e30, 1e-9
 """Nothing measured comes near these, and computing with what lies beyond would leave floats."""
 LatencySamples = np.ndarray[Any, np.dtype[np.float64]]
@@ -92,7 +95,7 @@ class Side:
 
 
 class ReportData(NamedTuple):
-    """What sections draw from. `differences`: fields of the conditions in which measured sides differ, with values."""
+    """What sections draw from. `differences`: fields of the conditions that forbid to compare sides, with values."""
 
     files: Sequence[ResultFile[Any]]
     sides: Sequence[Side]
@@ -109,12 +112,12 @@ class ReportData(NamedTuple):
         return names.get(str(subject.sha256), _name(subject))
 
     def comparisons(self) -> list[tuple[Side, Side, Comparison]]:
-        """Sides that one run measured in turn under the same conditions, the subject first."""
+        """Sides that one run measured in turn, the subject first, where nothing forbids to compare them."""
         pairs = [
             (one, other, one.file.result.statistics.comparison)
             for one in self.sides for other in self.sides
             if one.file is other.file and (one.role, other.role) == ("subject", "against")
-            and conditions_of(one) == conditions_of(other)
+            and not forbids(one, other)
         ]  # fmt: skip
         return [(one, other, comparison) for one, other, comparison in pairs if comparison is not None]
 
@@ -128,14 +131,31 @@ def report_data(paths: Sequence[Path], texts: Texts) -> ReportData:
     """
     if not paths:
         raise ConfigError("There is no result to report.", "Give files that profile or evaluate wrote with -o.")
-    files = list({file.sha256: file for file in map(_read, paths)}.values())
+    return data_of(list({file.sha256: file for file in map(_read, paths)}.values()), texts)
+
+
+def data_of(files: Sequence[ResultFile[Any]], texts: Texts) -> ReportData:
+    """What results hold that were read, or made just now.
+
+    Raises:
+        ArtifactError: one lacks what another part of it speaks of.
+    """
     sides = [side for file in files for side in _sides(file)]
     values: dict[str, dict[str, None]] = {}
     for side in sides:
         for field, value in conditions_of(side).items():
             values.setdefault(field, {})[value] = None
-    differences = {field: list(those) for field, those in values.items() if len(those) > 1}
-    return ReportData(files, _label(sides, differences), differences, texts)
+    forbidden = {field for one in sides for other in sides for field in forbids(one, other)}
+    differences = {field: list(those) for field, those in values.items() if field in forbidden}
+    varied = {field for field, those in values.items() if len(those) > 1}
+    return ReportData(files, _label(sides, varied), differences, texts)
+
+
+def forbids(one: Side, other: Side) -> list[str]:
+    """Fields of the conditions in which two sides differ, but may not for their figures to stand side by side."""
+    may = CHOSEN if one.file is other.file else CHOSEN[:2]
+    here, there = conditions_of(one), conditions_of(other)
+    return [field for field in here if here[field] != there[field] and field not in may]
 
 
 def _read(path: Path) -> ResultFile[Any]:
@@ -193,11 +213,13 @@ def _label(sides: Sequence[Side], differences: Container[str]) -> list[Side]:
     for side in sides:
         for name in (side.label, _in_folder(side)):
             shas.setdefault(name, set()).add(side.sha)
-    times, labelled = Counter(side.sha for side in sides), []
+    runs, labelled = {(side.sha, side.file.sha256) for side in sides}, []
+    times, twice = Counter(sha for sha, _ in runs), Counter((side.sha, side.file.sha256) for side in sides)
     for side in sides:
         folder = _in_folder(side)[len(side.label) :] if len(shas[side.label]) > 1 else ""
         folder += f" #{side.sha[:6]}" if len(shas[_in_folder(side)]) > 1 else ""
         parts = [side.label + folder, *([side.file.name] if times[side.sha] > 1 else [])]
+        parts += [side.role] if twice[side.sha, side.file.sha256] > 1 else []
         parts += [value for field, value in conditions_of(side).items() if field in differences]
         labelled.append(dataclasses.replace(side, label=" · ".join(parts)))
     return labelled
@@ -208,7 +230,7 @@ def _in_folder(side: Side) -> str:
 
 
 def conditions_of(side: Side) -> dict[str, str]:
-    """In what two sides must agree before their figures stand side by side, as text."""
+    """What decides a side's figures beside its bundle, as text."""
     runtime, machine = side.runtime, side.file.result.machine
     before = side.file.result.method.conditions[side.role].before
     memory = machine.memory_bytes

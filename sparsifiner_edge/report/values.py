@@ -19,7 +19,7 @@ def quantity_of(figure: Figure) -> Quantity | None:
     """A figure of a result with its bounds, None where there is none."""
     if figure is None or isinstance(figure, Unavailable):
         return None
-    return figure if isinstance(figure, Quantity) else Quantity(float(figure), _EXACT, _EXACT, 0.0, "")
+    return figure if isinstance(figure, Quantity) else Quantity(figure, _EXACT, _EXACT, 0.0, "")
 
 
 def clean(text: object, most: int = 80) -> str:
@@ -29,7 +29,9 @@ def clean(text: object, most: int = 80) -> str:
 
 
 def plain(value: float) -> str:
-    """Three significant digits, thousands separated by commas: 0.0334, 12.3, 1,906."""
+    """Three significant digits, thousands separated by commas: 0.0334, 12.3, 1,906; a count as it is."""
+    if isinstance(value, int):
+        return f"{value:,}"
     if value == 0 or not 1e-6 < abs(value) < 1e15:
         return "0" if value == 0 else f"{value:.2e}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Iterator
 
 from sparsifiner_edge.front import SearchResult
 from sparsifiner_edge.outcomes import ALL, RobustnessResult, ScoresResult
+from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import Comparison
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report.reading import ReportData, ResultFile, Side, conditions_of
@@ -15,39 +17,83 @@ from sparsifiner_edge.report.values import clean, plain
 
 def verdict_sentences(data: ReportData) -> list[str]:
     """The verdict: what the page shows, a sentence each, the most important first."""
-    texts = data.texts
-    sentences = [texts("verdict.refused", fields=field_names(data.differences, texts))] if data.differences else []
-    comparisons = data.comparisons()
+    texts, comparisons = data.texts, data.comparisons()
+    fields = texts.join([texts(f"field.{name}") for name in data.differences])
+    sentences = [texts("verdict.refused", fields=fields)] if data.differences else []
     for subject, against, comparison in comparisons:
-        sentences.append(_comparison(subject, against, comparison, texts))
-    mentioned = [conditions_of(subject) for subject, _, _ in comparisons]
+        sentences += _measured(subject, against, comparison, data)
+    compared = [side for subject, against, _ in comparisons for side in (subject, against)]
+    mentioned = [conditions_of(side) for side in compared]
     for side in (side for side in data.sides if conditions_of(side) not in mentioned):
         latency = texts.figure(side.figures.latency_ms.p50, "ms")
         sentences.append(texts("verdict.alone", subject=side.label, latency=latency))
     sentences += [sentence for file in data.of(ScoresResult) for sentence in _scores(file, data)]
     sentences += [sentence for file in data.of(SearchResult) for sentence in _search(file, texts)]
+    sentences += [sentence for file in data.of(EstimateResult) for sentence in _estimated(file.result, texts)]
     sentences += [sentence for file in data.of(RobustnessResult) for sentence in _stability(file, texts)]
-    evaluated = {str(subject.sha256) for file in data.of(ScoresResult) for subject in file.result.subjects}
-    judged = {side.sha for side in data.sides if side.role == "subject"}
-    if judged and judged.isdisjoint(evaluated):
+    subjects = [side for side in data.sides if side.role == "subject"]
+    if subjects and not compared and not any(_is_judged(side, data) for side in subjects):
         sentences.append(texts("verdict.no_accuracy"))
     return sentences or [texts("verdict.nothing")]
 
 
-def field_names(fields: Iterable[str], texts: Texts) -> str:
-    """The names of fields of the conditions, in a row."""
-    return texts.join([texts(f"field.{name}") for name in fields])
+def _measured(subject: Side, against: Side, comparison: Comparison, data: ReportData) -> Iterator[str]:
+    """Which is faster, and in what else they differ; then, unless evaluations tell how faithful the subject is, or each
+    of two that differ in backend or precision, what is known of that and what is not.
+    """
+    texts, pairs = data.texts, zip(conditions_of(subject).items(), conditions_of(against).values(), strict=True)
+    unlike = {
+        field: f"{texts(f'field.{field}')} ({here}{texts('verdict.beside')}{there})"
+        for (field, here), there in pairs
+        if here != there
+    }
+    how = texts("verdict.others", others=texts.join([*unlike.values()])) if unlike else ""
+    names = (subject.bundle_name, against.bundle_name)
+    names = (f"{names[0]} (1)", f"{names[1]} (2)") if names[0] == names[1] else names
+    yield _compared(comparison, *names, texts, how)
+    sides = (subject, against) if unlike.keys() & {"backend", "precision"} else (subject,)
+    if all(_is_judged(side, data) for side in sides):
+        return
+    for side, name in zip(sides, names, strict=False):
+        if side.subject.to_float32 is not None:
+            yield texts("verdict.to_float32", subject=name, value=f"{side.subject.to_float32:.4f}")
+    paths = [shlex.quote(clean(side.subject.path, 500)) for side in (subject, against)]
+    yield texts("verdict.unjudged", how=f"sparsifiner-edge evaluate {paths[0]} --against {paths[1]} --data IMAGES/")
 
 
-def _comparison(subject: Side, against: Side, comparison: Comparison, texts: Texts) -> str:
-    names = {"subject": subject.label, "against": against.label}
+def _is_judged(side: Side, data: ReportData) -> bool:
+    """Whether its bundle was evaluated in its precision, or others were held against it."""
+    return any(
+        subject.sha256 == side.sha and runtime.precision == side.runtime.precision
+        for file in data.of(ScoresResult) for subject in file.result.subjects
+        if (runtime := file.result.method.runtime.get(str(subject.role))) is not None
+    )  # fmt: skip
+
+
+def _estimated(result: EstimateResult, texts: Texts) -> list[str]:
+    statistics, method, other = result.statistics, result.method, result.method.against
+    (name, *others), comparison = [clean(subject.path) for subject in result.subjects], statistics.comparison
+    said, dense = texts("verdict.takes", subject=name, ms=texts.figure(statistics.latency_ms, "ms")), list[str]()
+    if comparison is not None and other is not None and others:
+        faster, sure = method if comparison.ratio.value > 1 else other, comparison.verdict in ("faster", "slower")
+        if faster.dense and not (method.dense and other.dense):
+            dense.append(texts("verdict.dense" if sure else "verdict.dense_likely"))
+        said = _compared(comparison, name, others[0], texts, unsure="verdict.unsure")
+    return [*dense, texts("verdict.estimate", board=clean(method.board.title), said=said)]
+
+
+def _compared(
+    comparison: Comparison, subject: str, against: str, texts: Texts, how: str = "", unsure: str = "verdict.same"
+) -> str:
+    """The one rule for verdicts: for a side where the whole interval is. how: in what else they differ."""
     ratio, verdict = comparison.ratio, comparison.verdict
     value, low, high = (0.0 if isinstance(x, Unavailable) else x for x in (ratio.value, ratio.low, ratio.high))
+    names, share = {"subject": subject, "against": against, "how": how}, f"{100 * ratio.confidence:g}"
     if verdict not in ("faster", "slower") or min(value, low, high) <= 0:
-        return texts("verdict.same", **names, ratio=texts.figure(ratio))
+        return texts(unsure, **names, ratio=texts.figure(ratio))
     if verdict == "slower":
         value, low, high = 1 / value, 1 / high, 1 / low
-    return texts(f"verdict.{verdict}", **names, ratio=plain(value), low=plain(low), high=plain(high))
+    return texts(f"verdict.{verdict}", **names, ratio=plain(value), low=plain(low), high=plain(high), share=share)
 
 
 def _scores(file: ResultFile[ScoresResult], data: ReportData) -> Iterator[str]:

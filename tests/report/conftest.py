@@ -22,7 +22,7 @@ def real(once, tiny_bundle, tiny_weights, pictures):
             "comparison": profile_bundle(tiny_bundle, against=dense, seconds=0.3, threads=1),
             "profile": profile_bundle(dense, seconds=0.2, threads=1, layers=False, power=False),
             "evaluation": evaluate_student(tiny_bundle, pictures, against=dense),
-            "estimate": estimate_bundle(tiny_bundle, "jetson-orin-nano-8gb"),
+            "estimate": estimate_bundle(tiny_bundle, "jetson-orin-nano-8gb", against=dense, jetpack="6"),
             "robustness": evaluate_student(tiny_bundle, pictures, against=dense, corruptions="fog,snow"),
         }
         for name, result in results.items():

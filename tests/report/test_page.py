@@ -9,28 +9,34 @@ from pathlib import Path
 
 import pytest
 
+from sparsifiner_edge.cli.common import print_page
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
+from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.report import texts
 from sparsifiner_edge.report.texts import Texts
+from sparsifiner_edge.results import read_result
 from tests.commands import call
 from tests.plain import write_report
 from tests.report.outline import written
 
-KINDS = ("comparison", "evaluation", "robustness")
+KINDS = ("comparison", "evaluation", "robustness", "estimate")
 
 
 def test_the_whole_page_from_real_results(real, tmp_path):
     summary, page = written([real[kind] for kind in KINDS], tmp_path / "report.html")
     assert page.open == []
-    assert summary["sections"] == ["accuracy", "stability", "latency", "energy", "memory", "layers", "method"]
+    assert summary["sections"] == [
+        "estimate", "accuracy", "stability", "latency", "energy", "memory", "layers", "conditions", "method",
+    ]  # fmt: skip
     assert summary["differences"] == {}
-    comparison, evaluation, robustness = (json.loads(real[kind].read_text())["statistics"] for kind in KINDS)
+    comparison, evaluation, robustness, _ = (json.loads(real[kind].read_text())["statistics"] for kind in KINDS)
     assert f"{evaluation['features_cosine']['mean']['value']:.4f}" in page.text
     losses = robustness["features"]
     assert f"{100 * losses['fog']['teacher']:.2f}" in page.text
     assert f"{100 * losses['all']['extra_lost']['value']:.2f}" in " ".join(summary["verdict"])
     peak = comparison["subject"]["peak_rss_bytes"] / 1e6
     assert f"{peak:,.0f}" in page.text or f"{peak:,.1f}" in page.text
+    assert "ESTIMATE for Jetson Orin Nano 8 GB · JetPack 6.2, TensorRT 10.3" in page.text
     for said in ("choosing keys", "p99, ms", "sparsifiner", json.loads(real["comparison"].read_text())["created"]):
         assert said in page.text
     assert [tag for tag, _ in page.tags].count("polygon") == 2
@@ -62,6 +68,10 @@ DIFFERENT = {
 def test_results_that_differ_stand_below_a_banner(real, changed, tmp_path, field):
     # The side named here is the dense one of the comparison, so that it alone could be compared.
     summary, page = written([real["comparison"], changed("profile", DIFFERENT[field])], tmp_path / "r.html")
+    if field == "precision":  # It is chosen, and said: of two runs there is no ratio anyhow.
+        assert summary["differences"] == {}
+        assert all(f"· {value}" in page.text for value in ("fp32", "fp16"))
+        return
     assert list(summary["differences"]) == [field]
     assert summary["verdict"][0].startswith("No overall verdict")
     assert "must not be compared" in page.text
@@ -69,11 +79,49 @@ def test_results_that_differ_stand_below_a_banner(real, changed, tmp_path, field
     assert {attrs["style"] for _, attrs in page.tags if attrs.get("class", "").startswith("bar")} <= {"width:0.0%"}
 
 
-def test_no_ratio_across_precisions_even_within_one_result(real, changed, tmp_path):
-    summary, page = written([changed("comparison", DIFFERENT["precision"])], tmp_path / "r.html")
-    assert summary["verdict"][0].startswith("No overall verdict")
-    assert "times as" not in page.text
-    assert written([real["comparison"], real["profile"]], tmp_path / "r.html")[0]["differences"] == {}
+def test_profile_and_report_say_the_same_of_one_file(capsys, real, changed, tmp_path):
+    """Across precisions too, with what is known of fidelity; and each figure alike."""
+
+    def faster(result):
+        DIFFERENT["precision"](result)
+        result["subjects"][0]["to_float32"] = 0.98765
+        result["statistics"]["comparison"]["verdict"] = "faster"
+        result["statistics"]["comparison"]["ratio"] |= {"value": 7.6, "low": 7.1, "high": 8.0}
+
+    path = changed("comparison", faster)
+    summary, page = written([path], tmp_path / "r.html")
+    assert summary["differences"] == {}
+    sentence, exported, unknown = summary["verdict"]
+    assert " is 7.60 times as fast as " in sentence
+    assert sentence.endswith("(95 % interval 7.10 to 8.00); they differ in precision (fp16 beside fp32).")
+    assert "cosine 0.9877 to its own file in float32" in exported
+    assert unknown.startswith("How faithful they are to the dense model was not measured here")
+    assert f" --against {real['dense']} --data" in unknown
+    result = read_result(path, ProfileResult)
+    print_page(result)
+    printed = capsys.readouterr().out
+    assert printed.endswith("\n".join([*summary["verdict"], ""]))
+    peaks = [
+        f"{figures.peak_rss_bytes / 1e6:,.{1 if figures.peak_rss_bytes < 1e8 else 0}f}"
+        for figures in result.statistics.sides()
+    ]
+    for text in (printed, page.text):
+        assert re.search("peak memory, MB[ │]+{}[ │]+{}".format(*peaks), text), text
+    # An evaluation in another precision says nothing of it.
+    for precision, known in (("fp32", False), ("fp16", True)):
+        change = {"precision": precision}
+        judged = changed("evaluation", lambda r, c=change: r["method"]["runtime"]["subject"].update(c), "e.json")
+        verdict = " ".join(written([path, judged], tmp_path / "r.html")[0]["verdict"])
+        assert "cosine to the dense model's features" in verdict
+        assert ("was not measured here" in verdict) != known
+
+
+def test_one_bundle_beside_itself_is_told_apart(changed, tmp_path):
+    def same(result):
+        result["subjects"][1] = result["subjects"][0] | {"role": "against"}
+
+    verdict = written([changed("comparison", same)], tmp_path / "r.html")[0]["verdict"][0]
+    assert re.search(r"between (.*) \(1\) and \1 \(2\)|(.*) \(1\) is .* \2 \(2\)", verdict)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +143,7 @@ def test_the_verdict(changed, tmp_path, verdict, ratio, text):
 
     summary, _ = written([changed("comparison", change)], tmp_path / "r.html")
     assert text in summary["verdict"][0]
-    assert "accuracy" in summary["verdict"][-1]
+    assert "How faithful they are" in summary["verdict"][-1]
 
 
 def test_energy(changed, tmp_path):
@@ -109,7 +157,7 @@ def test_energy(changed, tmp_path):
             }  # fmt: skip
 
     _, page = written([changed("comparison", change)], tmp_path / "r.html")
-    for said in ("7.20 (6.48–7.92)", "14.4 (13.0–15.8)", "ina · VDD_IN", "net not available"):
+    for said in ("7.20 (6.48–7.92)", "14.4 (13.0–15.8)", "ina · VDD_IN", "net energy per inference, mJ not available"):
         assert said in page.text
 
 

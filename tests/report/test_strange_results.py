@@ -67,12 +67,13 @@ def test_files_that_have_no_end(capsys, real, tmp_path):
         ([], "There is no result to report"),
         (["{real}", "-o", "{real}"], "is one of the results"),
         (["{folder}"], "is a folder"),
-        (["{estimate}"], "is of kind estimate"),
+        (["{explanation}"], "is of kind explanation"),
     ],
 )
-def test_bad_use(capsys, real, tmp_path, arguments, message):
+def test_bad_use(capsys, real, changed, tmp_path, arguments, message):
+    explanation = changed("estimate", lambda result: result.update(kind="explanation"))
     before = snapshot(tmp_path)
-    given = [a.format(real=real["comparison"], estimate=real["estimate"], folder=tmp_path) for a in arguments]
+    given = [a.format(real=real["comparison"], explanation=explanation, folder=tmp_path) for a in arguments]
     target = [] if "-o" in arguments else ["-o", tmp_path / "r.html"]
     assert_refused(call(capsys, "report", *given, *target), message)
     assert snapshot(tmp_path) == before

@@ -103,6 +103,19 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """In 1e12 operations per second, by the precisions that it has arithmetic for."""
         return {name: getattr(self, field) for name, field in _PEAKS.items() if getattr(self, field)}
 
+    def release(self, jetpack: str | None) -> JetPack | None:
+        """The last of its JetPacks, of a series or version ("6", "6.2") if one is given; None where it has none.
+
+        Raises:
+            ConfigError: it has not that one.
+        """
+        found = [one for one in self.jetpack if jetpack in (None, one.version, one.version.partition(".")[0])]
+        if jetpack is not None and not found:
+            known = ", ".join(one.version for one in self.jetpack)
+            fix = f"Choose one of: {known}." if known else "Leave --jetpack out: the board has none."
+            raise ConfigError(f"{self.name} has no JetPack {jetpack!r:.40}.", fix)
+        return found[-1] if found else None
+
     def in_mode(self, mode: str) -> Board:
         """The same board with clocks, peaks, bandwidth and power of a power mode, given by name or number.
 
