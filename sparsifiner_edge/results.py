@@ -51,7 +51,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         path: as given. sha256: of the file, or of a bundle's manifest. kind: "bundle" or another artifact's.
         role: "subject", "against" or "teacher".
-        to_float32: of a bundle in fewer bits, cosine to its own file in float32, as export found (`Manifest`).
+        to_float32: of an int8 bundle, cosine to its own file in float32, as export measured it.
     """
 
     role: str | None = None

@@ -84,7 +84,7 @@ def test_peak_memory_holds_the_weights(tmp_path, bundles):
     peak = {}
     for name, folder in (("light", bundles["fast"]), ("heavy", heavy)):
         figures = profile_bundle(folder, seconds=0.1, **BARE)["statistics"]["subject"]
-        peak[name] = figures["peak_rss_bytes"]
+        peak[name] = figures["peak_memory_bytes"]
         assert peak[name] >= figures["rss_before_load_bytes"] > 0
         assert "other programs included" in figures["device_source"]
     # Once the weights, at most the file beside them while it is read.

@@ -128,7 +128,7 @@ def test_sides_of_a_comparison_have_executions_of_their_own(bundle: Path, tmp_pa
     short = ("--seconds", "0.1", "--threads", "1")
     printed = process("profile", bundle, "--against", other, *short).out
     assert "bundle: openvino runs this bundle, which was found for it." in printed
-    assert re.search(r"bundle \(openvino\) .* other \(onnxruntime\)", printed)
+    assert re.search(r"; they differ in .*backend \(openvino .* beside onnxruntime ", printed)
     same = ("profile", bundle, "--against", bundle, *short, "--against-backend", "onnxruntime", "--json")
     result = json.loads(process(*same).out)
     runtimes = [result["method"]["runtime"][role] for role in ("subject", "against")]

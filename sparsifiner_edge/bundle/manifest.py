@@ -128,13 +128,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def to_float32(self) -> float | None:
-        """Of a file in fewer bits, the least over outputs of their cosines to the float32 file's; None: not said."""
-        found = list[float]()
-        if self.quantisation is not None:
-            found += (self.quantisation.own_matches_cosines or self.quantisation.cosines).values()
-        if self.float16 is not None:
-            found += (self.float16.own_matches_cosines or self.float16.least_row_cosines).values()
-        return min(found, default=None)
+        """Of an int8 file, the least over outputs of their cosines to the float32 file's; None: not said."""
+        cosines = self.quantisation and (self.quantisation.own_matches_cosines or self.quantisation.cosines)
+        return min(cosines.values()) if cosines else None
 
     @property
     def batch(self) -> int | None:

@@ -187,10 +187,8 @@ class Bundle:
     def subject(self, role: str | None = None) -> Subject:
         """How a result names it: its path as given, its name, and the SHA-256 of its manifest."""
         name = self.manifest.name or self.folder.resolve().name
-        return Subject(
-            role=role, kind="bundle", path=str(self.folder), name=name, sha256=bundle_hash(self.folder),
-            to_float32=self.manifest.to_float32,
-        )  # fmt: skip
+        sha256, cosine = bundle_hash(self.folder), self.manifest.to_float32
+        return Subject(role=role, kind="bundle", path=str(self.folder), name=name, sha256=sha256, to_float32=cosine)
 
 
 def place_in(folder: Path, name: str) -> Path:

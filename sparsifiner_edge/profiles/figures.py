@@ -22,8 +22,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """One bundle's.
 
     Attributes:
-        rss_before_load_bytes, peak_rss_bytes: of its process; the peak after all queries. device_bytes: that its first
-            inference left taken of the device's memory, as `device_source` tells.
+        rss_before_load_bytes, peak_memory_bytes: of its process; the peak after all queries.
+        device_bytes: that its first inference left taken of the device's memory, as `device_source` tells.
         other_cores: that other programs kept busy meanwhile. layers: where asked for.
     """
 
@@ -33,7 +33,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     load_ms: float
     first_inference_ms: float
     rss_before_load_bytes: Bytes
-    peak_rss_bytes: Bytes
+    peak_memory_bytes: Bytes
     device_bytes: Bytes
     device_source: str
     energy: Known[Energy]

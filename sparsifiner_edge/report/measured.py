@@ -23,7 +23,7 @@ _LATENCY: dict[str, Callable[[Side], Figure]] = {
 }
 _MEMORY: dict[str, Callable[[Side], Figure]] = {
     "before": lambda side: side.figures.rss_before_load_bytes,
-    "peak": lambda side: side.figures.peak_rss_bytes,
+    "peak": lambda side: side.figures.peak_memory_bytes,
     "device": lambda side: side.figures.device_bytes,
 }
 
@@ -105,9 +105,7 @@ def layers_section(data: ReportData) -> Section:
 
 
 def conditions_section(data: ReportData) -> Section:
-    """What each side ran in, and its clocks meanwhile, as far as they are known."""
-    if not data.sides:
-        return "conditions", []
+    """What each side ran in, and its median clocks meanwhile, as far as they are known."""
     columns = []
     for side in data.sides:
         during = side.file.result.method.conditions[side.role].during
@@ -115,4 +113,4 @@ def conditions_section(data: ReportData) -> Section:
         columns.append(conditions_of(side) | {"kernels": clean(side.runtime.kernels or "?", 120)} | clocks)
     fields = dict.fromkeys(field for column in columns for field in column)
     rows = [[data.texts(f"field.{name}"), *(column.get(name, "?") for column in columns)] for name in fields]
-    return "conditions", [Table(["", *(side.label for side in data.sides)], rows, words=True)]
+    return "conditions", [Table(["", *(side.label for side in data.sides)], rows, words=True)] if columns else []

@@ -90,25 +90,31 @@ def estimate_section(data: ReportData) -> Section:
     """Of every estimate its figures, of one bundle or two, and below them what is assumed."""
     texts, blocks = data.texts, list[Block]()
     for file in data.of(EstimateResult):
-        statistics, method, subjects = file.result.statistics, file.result.method, file.result.subjects
-        sides = [one for one in (statistics, statistics.against) if one is not None]
-        figures: dict[str, list[Figure]] = {
-            "axis.latency": [side.latency_ms for side in sides],
-            "memory.peak": [side.peak_memory_bytes.times(1e-6) for side in sides],
-            "energy.gross": [known and known.times(1e3) for known in (quantity_of(side.energy_j) for side in sides)],
+        statistics, method = file.result.statistics, file.result.method
+        sides = [side for side in (statistics, statistics.against) if side is not None]
+        figures: dict[str, tuple[list[Figure], float]] = {
+            "axis.latency": ([side.latency_ms for side in sides], 1),
+            "memory.peak": ([side.peak_memory_bytes for side in sides], 1e-6),
+            "energy.gross": ([side.energy_j for side in sides], 1e3),
         }
-        rows = [[texts(key), *map(texts.figure, row)] for key, row in figures.items() if any(map(quantity_of, row))]
+        rows = [
+            [texts(key), *bar_cells(row, data, factor)]
+            for key, (row, factor) in figures.items()
+            if any(map(quantity_of, row))
+        ]
         board, jetpack = method.board, method.jetpack
-        released = f" · JetPack {jetpack.version}, TensorRT {jetpack.tensorrt}" if jetpack else ""
-        mode = f" · {method.power_mode}" if isinstance(method.power_mode, str) else ""
-        heads = ["", *(clean(subject.path) for subject in subjects)]
-        blocks.append(Table(heads, rows, clean(f"{texts('estimate.of')} {board.title}{mode}{released}", 200)))
-        for name, how, side in zip(heads[1:], (method, method.against), sides, strict=False):
+        parts = [board.title, method.power_mode if isinstance(method.power_mode, str) else None]
+        parts += [f"JetPack {jetpack.version}, TensorRT {jetpack.tensorrt}"] if jetpack else []
+        names = [clean(subject.path) for subject in file.result.subjects]
+        title = f"{texts('estimate.of')} {' · '.join(part for part in parts if part)}"
+        blocks.append(Table(["", *names], rows, clean(title, 200)))
+        for name, how, side in zip(names, (method, method.against), sides, strict=False):
             if how is not None:
-                said = {field: clean(getattr(how, field), 200) for field in ("linear", "other", "stored", "kernels")}
+                said = {
+                    key: clean(getattr(how, key), 200) for key in ("linear", "other", "stored", "kernels", "because")
+                }
                 fits = texts.get(f"fits.{side.fits_memory}", clean(side.fits_memory))
-                room = {"memory": f"{board.memory_gb:g}", "fits": fits, "because": clean(how.because, 200)}
-                blocks.append(Note(texts("estimate.runs", name=name, **said, **room)))
+                blocks.append(Note(texts("estimate.runs", name=name, **said, memory=f"{board.memory_gb:g}", fits=fits)))
         blocks.append(Note(texts("estimate.how", how=clean(statistics.latency_ms.interval, 200))))
         if board.unverified:
             blocks.append(Note(texts("estimate.unverified", keys=clean(", ".join(board.unverified), 300))))

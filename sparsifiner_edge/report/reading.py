@@ -213,13 +213,11 @@ def _label(sides: Sequence[Side], differences: Container[str]) -> list[Side]:
     for side in sides:
         for name in (side.label, _in_folder(side)):
             shas.setdefault(name, set()).add(side.sha)
-    runs, labelled = {(side.sha, side.file.sha256) for side in sides}, []
-    times, twice = Counter(sha for sha, _ in runs), Counter((side.sha, side.file.sha256) for side in sides)
+    times, labelled = Counter(sha for sha, _ in {(side.sha, side.file.sha256) for side in sides}), []
     for side in sides:
         folder = _in_folder(side)[len(side.label) :] if len(shas[side.label]) > 1 else ""
         folder += f" #{side.sha[:6]}" if len(shas[_in_folder(side)]) > 1 else ""
         parts = [side.label + folder, *([side.file.name] if times[side.sha] > 1 else [])]
-        parts += [side.role] if twice[side.sha, side.file.sha256] > 1 else []
         parts += [value for field, value in conditions_of(side).items() if field in differences]
         labelled.append(dataclasses.replace(side, label=" · ".join(parts)))
     return labelled

@@ -122,7 +122,7 @@ def test_results_on_a_full_or_read_only_disk(
     reason = "No space left on device" if state == "full" else "Read-only file system"
     # What was measured is shown all the same: the reader keeps the figures.
     figures = outcome.out if command == "profile" else ""
-    assert ("latency p50" in figures) == (command == "profile")
+    assert ("p50 (median), ms" in figures) == (command == "profile")
     assert_refused(outcome, f"cannot be written: {reason}", "Free space or choose another place", out=figures)
     assert names == (["fill", "result"] if state == "full" else ["result"])
     assert hashlib.sha256(b"old\n").hexdigest() in (tmp_path / "after").read_text()

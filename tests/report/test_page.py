@@ -34,7 +34,7 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     losses = robustness["features"]
     assert f"{100 * losses['fog']['teacher']:.2f}" in page.text
     assert f"{100 * losses['all']['extra_lost']['value']:.2f}" in " ".join(summary["verdict"])
-    peak = comparison["subject"]["peak_rss_bytes"] / 1e6
+    peak = comparison["subject"]["peak_memory_bytes"] / 1e6
     assert f"{peak:,.0f}" in page.text or f"{peak:,.1f}" in page.text
     assert "ESTIMATE for Jetson Orin Nano 8 GB · JetPack 6.2, TensorRT 10.3" in page.text
     for said in ("choosing keys", "p99, ms", "sparsifiner", json.loads(real["comparison"].read_text())["created"]):
@@ -102,7 +102,7 @@ def test_profile_and_report_say_the_same_of_one_file(capsys, real, changed, tmp_
     printed = capsys.readouterr().out
     assert printed.endswith("\n".join([*summary["verdict"], ""]))
     peaks = [
-        f"{figures.peak_rss_bytes / 1e6:,.{1 if figures.peak_rss_bytes < 1e8 else 0}f}"
+        f"{figures.peak_memory_bytes / 1e6:,.{1 if figures.peak_memory_bytes < 1e8 else 0}f}"
         for figures in result.statistics.sides()
     ]
     for text in (printed, page.text):

@@ -109,12 +109,12 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         Raises:
             ConfigError: it has not that one.
         """
-        found = [one for one in self.jetpack if jetpack in (None, one.version, one.version.partition(".")[0])]
-        if jetpack is not None and not found:
+        matching = [one for one in self.jetpack if jetpack in (None, one.version, one.version.partition(".")[0])]
+        if jetpack is not None and not matching:
             known = ", ".join(one.version for one in self.jetpack)
             fix = f"Choose one of: {known}." if known else "Leave --jetpack out: the board has none."
             raise ConfigError(f"{self.name} has no JetPack {jetpack!r:.40}.", fix)
-        return found[-1] if found else None
+        return matching[-1] if matching else None
 
     def in_mode(self, mode: str) -> Board:
         """The same board with clocks, peaks, bandwidth and power of a power mode, given by name or number.

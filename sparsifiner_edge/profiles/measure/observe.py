@@ -81,7 +81,7 @@ def _figures(
     return Figures(
         latency_ms=latency_ms, throughput_per_s=throughput, queries=side.queries, load_ms=side.loaded.load_ms,
         first_inference_ms=side.loaded.first_ms, rss_before_load_bytes=side.loaded.rss_before_load_bytes,
-        peak_rss_bytes=peak, device_bytes=side.device[0], device_source=side.device[1],
+        peak_memory_bytes=peak, device_bytes=side.device[0], device_source=side.device[1],
         energy=_joules(recording, side), other_cores=others,
         flags=flags_of(side.latency_ms, side.warm_up, conditions, on, others, kernels, method.cut_short),
     )  # fmt: skip
