@@ -1,5 +1,4 @@
-/* Outputs of the model, frame by frame, as probe.py prints them; README.md says how to compile it. */
-#include <gst/gst.h>
+/* Outputs of the model, frame by frame: `./probe PIPELINE`, see README.md, also for how to compile it. */
 #include "gstnvdsmeta.h"
 #include "gstnvdsinfer.h"
 
@@ -13,11 +12,10 @@ static GstPadProbeReturn told(GstPad *pad, GstPadProbeInfo *info, gpointer unuse
       NvDsInferTensorMeta *tensors = meta->user_meta_data;
       for (guint i = 0; i < tensors->num_output_layers; i++) {
         NvDsInferLayerInfo *layer = &tensors->output_layers_info[i];
-        if (layer->dataType != FLOAT) continue;
         const float *values = tensors->out_buf_ptrs_host[i]; /* Without the batch: a map's are C, H, W. */
-        guint above = 0, all = layer->inferDims.numElements;
+        guint above = 0, all = layer->dataType == FLOAT ? layer->inferDims.numElements : 0;
         for (guint at = 0; at < all; at++) above += values[at] > 0.5f;
-        g_print("%d %s: %.1f%% above one half\n", frame->frame_num, layer->layerName, 100.0 * above / all);
+        if (all) g_print("%d %s: %.1f%% above one half\n", frame->frame_num, layer->layerName, 100.0 * above / all);
       }
     }
   }
@@ -26,16 +24,13 @@ static GstPadProbeReturn told(GstPad *pad, GstPadProbeInfo *info, gpointer unuse
 
 int main(int count, char **arguments) {
   gst_init(&count, &arguments);
-  if (count < 2) return 2;
-  gchar *line = g_strdup_printf("filesrc location=%s ! qtdemux ! h264parse ! nvv4l2decoder ! mux.sink_0 nvstreammux name=mux "
-      "batch-size=1 width=1280 height=720 ! nvinfer name=model config-file-path=config_infer.txt ! fakesink", arguments[1]);
-  GstElement *pipeline = gst_parse_launch(line, NULL);
-  if (!pipeline) return 1;
-  GstElement *model = gst_bin_get_by_name(GST_BIN(pipeline), "model");
+  GstElement *pipeline = gst_parse_launchv((const gchar **)arguments + 1, NULL);
+  GstElement *model = pipeline ? gst_bin_get_by_name(GST_BIN(pipeline), "model") : NULL;
+  if (!model) return 2;
   gst_pad_add_probe(gst_element_get_static_pad(model, "src"), GST_PAD_PROBE_TYPE_BUFFER, told, NULL, NULL);
   gst_element_set_state(pipeline, GST_STATE_PLAYING);
-  GstMessage *last = gst_bus_timed_pop_filtered(gst_element_get_bus(pipeline), GST_CLOCK_TIME_NONE,
-      GST_MESSAGE_EOS | GST_MESSAGE_ERROR);
+  GstMessageType ends = GST_MESSAGE_EOS | GST_MESSAGE_ERROR;
+  GstMessage *last = gst_bus_timed_pop_filtered(gst_element_get_bus(pipeline), GST_CLOCK_TIME_NONE, ends);
   gst_element_set_state(pipeline, GST_STATE_NULL);
   return GST_MESSAGE_TYPE(last) == GST_MESSAGE_ERROR;
 }

@@ -1,4 +1,4 @@
-"""Outputs of the model, frame by frame: `python3 probe.py VIDEO.mp4`, beside config_infer.txt; needs pyds and NumPy."""
+"""Outputs of the model, frame by frame: `python3 probe.py PIPELINE`, see README.md; needs pyds and NumPy."""
 
 import ctypes
 import sys
@@ -9,11 +9,6 @@ import pyds
 
 gi.require_version("Gst", "1.0")
 from gi.repository import Gst  # noqa: E402
-
-LINE = (
-    "filesrc location={} ! qtdemux ! h264parse ! nvv4l2decoder ! mux.sink_0 nvstreammux name=mux batch-size=1 "
-    "width=1280 height=720 ! nvinfer name=model config-file-path=config_infer.txt ! fakesink"
-)
 
 
 def each(entry, kind):
@@ -31,26 +26,23 @@ def told(_pad, info):
     batch = pyds.gst_buffer_get_nvds_batch_meta(hash(info.get_buffer()))
     for frame in each(batch.frame_meta_list, pyds.NvDsFrameMeta):
         for meta in each(frame.frame_user_meta_list, pyds.NvDsUserMeta):
-            if meta.base_meta.meta_type == pyds.NvDsMetaType.NVDSINFER_TENSOR_OUTPUT_META:
-                tensors = pyds.NvDsInferTensorMeta.cast(meta.user_meta_data)
-                for number in range(tensors.num_output_layers):
-                    layer = pyds.get_nvds_LayerInfo(tensors, number)
-                    if layer.dataType == pyds.NvDsInferDataType.FLOAT:
-                        values = ctypes.cast(pyds.get_ptr(layer.buffer), ctypes.POINTER(ctypes.c_float))
-                        shape = tuple(
-                            layer.inferDims.d[: layer.inferDims.numDims]
-                        )  # Without the batch: a map's is C,H,W.
-                        output = np.ctypeslib.as_array(values, shape)  # Copy what you keep: it is DeepStream's memory.
-                        print(frame.frame_num, layer.layerName, shape, f"{(output > 0.5).mean():.1%} above one half")
+            if meta.base_meta.meta_type != pyds.NvDsMetaType.NVDSINFER_TENSOR_OUTPUT_META:
+                continue
+            tensors = pyds.NvDsInferTensorMeta.cast(meta.user_meta_data)
+            for layer in (pyds.get_nvds_LayerInfo(tensors, number) for number in range(tensors.num_output_layers)):
+                if layer.dataType == pyds.NvDsInferDataType.FLOAT:
+                    values = ctypes.cast(pyds.get_ptr(layer.buffer), ctypes.POINTER(ctypes.c_float))
+                    shape = tuple(layer.inferDims.d[: layer.inferDims.numDims])  # Without the batch: a map's is C,H,W.
+                    output = np.ctypeslib.as_array(values, shape)  # Copy what you keep: it is DeepStream's memory.
+                    print(frame.frame_num, layer.layerName, shape, f"{(output > 0.5).mean():.1%} above one half")
     return Gst.PadProbeReturn.OK
 
 
 if __name__ == "__main__":
     Gst.init(None)
-    pipeline = Gst.parse_launch(LINE.format(sys.argv[1]))
+    pipeline = Gst.parse_launch(" ".join(sys.argv[1:]))
     pipeline.get_by_name("model").get_static_pad("src").add_probe(Gst.PadProbeType.BUFFER, told)
     pipeline.set_state(Gst.State.PLAYING)
-    ends = Gst.MessageType.EOS | Gst.MessageType.ERROR
-    message = pipeline.get_bus().timed_pop_filtered(Gst.CLOCK_TIME_NONE, ends)
+    last = pipeline.get_bus().timed_pop_filtered(Gst.CLOCK_TIME_NONE, Gst.MessageType.EOS | Gst.MessageType.ERROR)
     pipeline.set_state(Gst.State.NULL)
-    sys.exit(message.parse_error()[0].message if message.type == Gst.MessageType.ERROR else 0)
+    sys.exit(last.parse_error()[0].message if last.type == Gst.MessageType.ERROR else 0)

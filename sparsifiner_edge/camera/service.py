@@ -217,7 +217,7 @@ def _answers(
 
 
 def _of_images(model: Model, source: Path, status: Status, stop: threading.Event) -> Iterator[Answered | ImageRecord]:
-    images, failed = list_images(source), 0
+    images, failed = list_images(source), list[str]()
     for path in images:
         start = time.monotonic_ns()
         try:
@@ -225,25 +225,21 @@ def _of_images(model: Model, source: Path, status: Status, stop: threading.Event
         except ImageError as error:
             if len(images) == 1:
                 raise
-            failed += 1
+            failed.append(error.what)
             yield ImageRecord(str(path), error=error.what)
         else:
             ready = time.monotonic_ns()
             outputs = model.infer(image)
             inferred = time.monotonic_ns()
             answer = asdict(model.answer(outputs))
-            parts, ms = (
-                {"preprocess_ms": _ms(start, ready), "infer_ms": _ms(ready, inferred)},
-                _ms(start, time.monotonic_ns()),
-            )
-            record = ImageRecord(str(path), end_to_end_ms=ms, **parts | answer)
+            times = _ms(start, ready), _ms(ready, inferred), _ms(start, time.monotonic_ns())
+            record = ImageRecord(str(path), *times, **answer)
             status.count_answer(record)
-            yield Answered(status.counts["processed"] - 1, ms, image, outputs, record)
+            yield Answered(status.counts["processed"] - 1, times[-1], image, outputs, record)
         if stop.is_set():
             return
     if failed:
-        what = f"{failed} of {len(images)} images could not be read"
-        status.failure = ImageError(f"{what}; their lines say why.")
+        status.failure = ImageError(f"{len(failed)} of {len(images)} images could not be read: {failed[0]}")
 
 
 def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
