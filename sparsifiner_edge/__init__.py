@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sparsifiner_edge.sparse.model_options import ModelOptions as ModelOptions
     from sparsifiner_edge.sparse.patch import restore_model as restore_model
     from sparsifiner_edge.sparse.student import load_student as load_student
+    from sparsifiner_edge.sparse.student import size_like as size_like
     from sparsifiner_edge.sparse.student import sparsify as sparsify
 
 switch_off_telemetry()
@@ -80,6 +81,7 @@ _HOMES = {
     "run_bundle": ("camera.service", ""),
     "optimize": ("optimizer.optimize", "train,cpu"),
     "sign_bundle": ("bundle.sign", "sign"),
+    "size_like": ("sparse.student", "train"),
     "sparsify": ("sparse.student", "train"),
     "sparsify_model": ("sparse.in_memory", "train"),
     "verify_bundle": ("runtime.verify", ""),

@@ -16,6 +16,7 @@ from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import MOST_SIDE, ImageSize, height_width, size_text
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
 from sparsifiner_edge.files import open_regular
+from sparsifiner_edge.fitting import BARS, Fitting, Framing, framing_of
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -124,61 +125,71 @@ def class_order(folders: Iterable[str], labels: Sequence[str]) -> tuple[str, ...
     return tuple(labels)
 
 
-def load_image(path: Path, size: ImageSize) -> Pixels:
-    """The centre of an image, resized bicubically: uint8 RGB [height, width, 3]; see `centre_crop`.
+def load_image(path: Path, size: ImageSize | Framing) -> Pixels:
+    """An image as a model takes it: uint8 RGB [height, width, 3]; see `read_image`."""
+    return read_image(path, size)[0]
+
+
+def read_image(path: Path, size: ImageSize | Framing) -> tuple[Pixels, Fitting]:
+    """An image as a model takes it, uint8 RGB [height, width, 3], and which part of the image that is; of a size alone
+    its centre. Resized bicubically.
 
     Raises:
-        ImageError: the file is missing, not a regular file, truncated, no image, or absurdly large.
+        ImageError: the file is missing, not a regular file, truncated, no image, or absurdly large; or a region is not
+            within it.
         ConfigError: the size is beyond `MOST_SIDE`, or none.
     """
-    height, width = height_width(size)
+    framing = framing_of(size)
+    height, width = height_width(framing.size)
     if max(height, width) > MOST_SIDE:
         fix = f"Use at most {MOST_SIDE} pixels along a side."
-        raise ConfigError(f"Images of {size_text(size)} px were requested.", fix)
+        raise ConfigError(f"Images of {size_text(framing.size)} px were requested.", fix)
 
-    def read(image: Any) -> Pixels:
-        image.draft("RGB", (width, height))
-        return np.array(centre_crop(image, size))
+    def read(image: Any) -> tuple[Pixels, Fitting]:
+        fitting = framing.of(*image.size)
+        if framing.region is None:  # Its pixels are those of the whole image.
+            image.draft("RGB", (width, height))
+        return np.array(fit_image(image, framing)), fitting
 
-    image: Pixels = _use(path, read)
-    return image
+    fitted: tuple[Pixels, Fitting] = _use(path, read)
+    return fitted
 
 
-def load_mask(path: Path, size: ImageSize) -> npt.NDArray[np.bool_]:
+def load_mask(path: Path, size: ImageSize | Framing) -> npt.NDArray[np.bool_]:
     """The same part of a mask as `load_image` takes of its image: bool [height, width], where it is brighter than half.
 
     Raises:
         ImageError: see `load_image`.
     """
-    mask = _use(path, lambda image: np.array(centre_crop(image, size, "L", "BILINEAR")))
+    mask = _use(path, lambda image: np.array(fit_image(image, size, "L", "BILINEAR")))
     return np.asarray(mask > 127, dtype=np.bool_)
 
 
-def centre_crop(image: Any, size: ImageSize, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
-    """What `centre_box` takes of a Pillow image, resized to `size`: Pillow's image of that mode."""
-    across, down = image.size
-    centre = image.crop(centre_box(across, down, size)).convert(mode)
-    height, width = height_width(size)
-    return centre.resize((width, height), _pillow().Resampling[resampling])
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image, in pixels.
 
-
-def centre_box(width: int, height: int, size: ImageSize) -> tuple[int, int, int, int]:
-    """The largest box of the shape of `size` about the centre of an image of width x height pixels.
-
-    Returns:
-        Left, top, right, bottom in pixels.
+    Raises:
+        ImageError: see `load_image`.
     """
-    rows, columns = height_width(size)
-    across = min(width, max(1, round(height * columns / rows)))
-    down = min(height, max(1, round(width * rows / columns)))
-    left, top = (width - across) // 2, (height - down) // 2
-    return left, top, left + across, top + down
+    width, height = _use(path, lambda image: image.size)
+    return width, height
 
 
-def centre_text(size: ImageSize) -> str:
-    """How manifests and results name what `centre_box` takes: "centre square" or "centre rectangle"."""
-    height, width = height_width(size)
-    return "centre square" if height == width else "centre rectangle"
+def fit_image(image: Any, size: ImageSize | Framing, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
+    """A Pillow image, as `size` says how, as Pillow's image of that size and mode."""
+    fitting = framing_of(size).of(*image.size)
+    left, top, width, height = fitting.box
+    part = image.crop((left, top, left + width, top + height)).convert(mode)
+    return with_bars(part.resize(fitting.inner[2:], _pillow().Resampling[resampling]), fitting)
+
+
+def with_bars(part: Any, fitting: Fitting) -> Any:
+    """The whole input, of what lies at `fitting.inner` of it."""
+    if not fitting.has_bars:
+        return part
+    whole = _pillow().new(part.mode, fitting.size, BARS if part.mode == "RGB" else 0)
+    whole.paste(part, fitting.inner[:2])
+    return whole
 
 
 def open_image(path: Path) -> Any:
@@ -207,6 +218,8 @@ def _decode(file: BinaryIO, path: Path, use: Callable[[Any], Any]) -> Any:
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
             with image_module.open(file, formats=_FORMATS) as image:
                 return use(image)
+    except ConfigError as error:  # A region.
+        raise ImageError(f"{path}: {error.what}", error.fix) from error
     # Pillow's decoders raise many kinds of error on damaged files; none of them is worth a traceback.
     except Exception as error:
         unknown = isinstance(error, image_module.UnidentifiedImageError)  # It would say in which object of Python's.

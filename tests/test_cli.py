@@ -13,8 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from sparsifiner_edge.camera.capture import frame_size
+from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.cli.main import COMMANDS
+from sparsifiner_edge.errors import ImageError
 from tests.commands import PROGRAM, PROGRESS, Outcome, call, manifest_of, process
 from tests.models import TINY
 from tests.plain import read_result
@@ -227,3 +231,23 @@ def test_an_image_size_is_one_number_or_two(given: str | None, size: object) -> 
         command = importlib.import_module(f"sparsifiner_edge.cli.{name}").command
         words = ["thing", "-o", "x", *(["--img-size", given] if given else [])]
         assert command.make_context(name, words).params["img_size"] == size
+
+
+def test_a_size_like_a_cameras_frames(tiny_student: Path, capsys: Capsys, tmp_path: Path) -> None:
+    frame = tmp_path / "frame.png"
+    Image.new("RGB", (320, 180)).save(frame)
+    outcome = call(capsys, "export", tiny_student, "--like", frame, "-o", tmp_path / "wide")
+    assert outcome.code == 0, outcome.err
+    assert f"like {frame}, frames of 320x180: --img-size 128x224\n" in outcome.err
+    assert manifest_of(tmp_path / "wide")["preprocessing"]["size"] == [128, 224]
+    assert frame_size(parse_source("test")) == (640, 480)
+    (tmp_path / "none.mp4").write_bytes(b"none")
+    with pytest.raises(ImageError, match=r"none\.mp4 gave no frame: .*Invalid data"):
+        frame_size(parse_source(str(tmp_path / "none.mp4")))
+    for options, said in (
+        (("--like", frame, "--img-size", "160"), "Give --img-size or --like"),
+        (("--like", tmp_path / "nothing.png"), "nothing.png does not exist"),
+    ):
+        outcome = call(capsys, "export", tiny_student, *options, "-o", tmp_path / "none")
+        assert outcome.code == 2
+        assert said in outcome.err

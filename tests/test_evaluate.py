@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from PIL import Image
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-from sparsifiner_edge.camera.service import run
+import sparsifiner_edge as se
+from sparsifiner_edge.camera.service import RunOptions, run
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.explain import look
 from sparsifiner_edge.evaluate.faithfulness import faithfulness, groups_of, importance_of, saco
 from sparsifiner_edge.export.check import smooth_images
+from sparsifiner_edge.fitting import BARS, Framing
 from sparsifiner_edge.outcomes import ExplainResult, ScoresResult
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.records import read_record
@@ -83,6 +86,24 @@ def test_rectangles(exported: Path, folder: Path, tmp_path: Path) -> None:
     assert record.top is not None
     assert record.top[0].number == logits.argmax()
     assert record.top[0].probability == pytest.approx(np.exp(logits.max()) / np.exp(logits).sum(), abs=1e-4)
+
+
+def test_a_bundle_remembers_how_images_are_fitted(exported: Path, folder: Path, tmp_path: Path) -> None:
+    """Unless one says otherwise; of an image of 180 x 170 pixels."""
+    bundle = flat.export_bundle(exported / "student", tmp_path / "bundle", fit="letterbox")
+    whole, stretched = "whole between bars, bicubic to 160 px", "whole, stretched, bicubic to 160 px"
+    for fit, said in ((None, whole), ("stretch", stretched), ("crop", "centre square, bicubic to 160 px")):
+        found = evaluate_student(bundle, folder, against=exported / "dense", queries=1, fit=fit)
+        assert found["method"]["preprocessing"] == said
+    (answered,) = run(bundle, str(folder / "dogs" / "02.png"))
+    assert (answered.record.box, answered.fitting.inner) == ((0, 0, 180, 170), (0, 4, 160, 151))
+    assert (answered.image[:4] == BARS).all()
+    (answered,) = run(bundle, str(folder / "dogs" / "02.png"), RunOptions(fit="crop", region=(10, 0, 90, 60)))
+    assert answered.record.box == (25, 0, 60, 60)
+    for wrong in ({"fit": "pad"}, {"region": (0, 0, 0, 5)}, {"region": (1, 2, 3)}):
+        for kind in (se.EvaluationOptions, partial(Framing, 8)):
+            with pytest.raises(ConfigError):
+                kind(**wrong)
 
 
 def colours(folder: Path, count: int, seed: int) -> Path:

@@ -27,7 +27,9 @@ from sparsifiner_edge.demo.saliency import saliency
 from sparsifiner_edge.demo.split import home, images
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.scores import stability
-from sparsifiner_edge.images import Normalisation, load_image, load_mask
+from sparsifiner_edge.fitting import Framing
+from sparsifiner_edge.images import Normalisation, load_image, load_mask, read_image
+from sparsifiner_edge.judge import matching
 from sparsifiner_edge.metrics import auroc, cosine, intersection_over_union, mean_absolute_error
 from sparsifiner_edge.outcomes import RobustnessResult
 from sparsifiner_edge.report import write_report
@@ -99,6 +101,24 @@ def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Pa
     write_report([tmp_path / "result.json"], page, pictures=[pictures / "picture0.png"])
     for said in ("data:image/png;base64,", "mean absolute error"):
         assert said in page.read_text(encoding="utf-8")
+
+
+def test_bars_are_not_judged(student: Path, pictures: Path, masks: Path) -> None:
+    framing, asked = Framing(160, "letterbox"), {"metric": "task", "masks": masks, "map_name": "mask"}
+    samples = flat.evaluate_student(student, pictures, trust=[FACTORY], fit="letterbox", **asked).samples
+    found = flat.load_student(student, trust=[FACTORY])
+    path = sorted(pictures.iterdir())[0]
+    pixels, fitted = read_image(path, framing)
+    assert fitted.inner == (0, 20, 160, 120)
+    x = normalise(torch.from_numpy(pixels)[None], found.normalisation)
+    with torch.no_grad():
+        own = found.model(x)["mask"][0, 20:140].numpy()
+        dense = se.restore_model(found.model)(x)["mask"][0, 20:140].numpy()
+    assert samples["error"][0] == pytest.approx(float(abs(own - dense).mean()), rel=1e-3)
+    true = matching(fitted.cut(load_mask(masks / f"{path.stem}.png", framing)), dense.shape)
+    assert samples["teacher_error"][0] == pytest.approx(float(abs(dense - true).mean()), rel=1e-3)
+    with pytest.raises(ConfigError, match="has another size than"):
+        flat.evaluate_student(student, pictures, trust=[FACTORY], region=(0, 0, 40, 40), **asked)
 
 
 def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:

@@ -18,6 +18,7 @@ from timm.models import _registry, get_pretrained_cfg
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.errors import ImageError
 from sparsifiner_edge.evaluate.reading import feed_of, read_images
+from sparsifiner_edge.fitting import Framing
 from sparsifiner_edge.images import list_images, load_image, open_image
 from sparsifiner_edge.outcomes import ScoresResult
 from sparsifiner_edge.results import check_result
@@ -134,7 +135,7 @@ def test_it_is_timms_validation_to_the_last_image(
 def test_without_a_configuration_the_centre_is_taken(made: dict[str, Path]) -> None:
     path = made["data"] / "a" / "1.jpg"
     for model in (None, "Dinov2Model", "mymodels:factory"):
-        centre = feed_of(model, (32, 64))
+        centre = feed_of(model, Framing((32, 64)))
         assert centre.text == "centre rectangle, bicubic to 32x64 px"
         np.testing.assert_array_equal(centre.load(path), load_image(path, (32, 64)))
 
@@ -147,4 +148,4 @@ def test_a_damaged_image_is_named(made: dict[str, Path], tmp_path: Path, capsys:
     assert_refused(outcome, f"{bad} cannot be read as an image", "Replace or remove it")
     Image.new("RGB", (1, 60_000)).save(tmp_path / "thin.png")
     with pytest.raises(ImageError, match="60000x1 pixels: too long and thin"):
-        list(read_images([tmp_path / "thin.png"], feed_of(TINY, 224)._replace(workers=0), 1))
+        list(read_images([tmp_path / "thin.png"], feed_of(TINY, Framing(224))._replace(workers=0), 1))

@@ -16,6 +16,7 @@ from sparsifiner_edge.bundle.entries import BoardKernels, Check, Float16, Quanti
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.fitting import Fit
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.records import read_record, write_record
@@ -64,12 +65,12 @@ class Preprocessing(msgspec.Struct, frozen=True):
 
     Attributes:
         size: pixels, one number for a square, else height and width.
-        resize: how an image gets there, "centre square, bicubic" or "centre rectangle, bicubic".
+        fit: how an image gets there, unless one says otherwise; see `fitting.Framing`.
         folded: what the file does to pixels, where the model does not do it itself.
     """
 
     size: _ImageSize
-    resize: str = "centre square, bicubic"
+    fit: Fit = "crop"
     folded: Normalisation | None = None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.fitting import Box, Fitting
 
 
 class Class(msgspec.Struct, frozen=True):
@@ -21,9 +22,9 @@ class MapSummary(msgspec.Struct, frozen=True, kw_only=True):
     """A dense map in a few numbers.
 
     Attributes:
-        output: its name. mean, least, greatest: of its values.
-        area: where all values lie between 0 and 1: share of the image above one half. centroid: of that part, x and y
-            from 0 (left, top) to 1 of the image that the model sees; None where there is none.
+        output: its name. mean, least, greatest: of its values, bars left out.
+        area: where all values lie between 0 and 1: share of the box above the threshold. centroid: of that part, x and
+            y from 0 (left, top) to 1 of the box; None where there is none.
     """
 
     output: str
@@ -57,6 +58,7 @@ class FrameRecord(Answer, frozen=True):
 
     Attributes:
         source: as it may be shown.
+        box: what the model read of it: left, top, width, height in pixels of the frame.
         frame: its number among those that were answered.
         skipped: frames dropped unseen since the one before.
         pts_s: in the stream. monotonic_s: on the monotonic clock, when it was done.
@@ -65,6 +67,7 @@ class FrameRecord(Answer, frozen=True):
     """
 
     source: str
+    box: Box
     frame: int
     skipped: int
     pts_s: float | None
@@ -82,6 +85,7 @@ class ImageRecord(Answer, frozen=True):
     """A still image's line; one that cannot be read has an error, and no more."""
 
     source: str
+    box: Box | None = None
     preprocess_ms: float | None = None
     infer_ms: float | None = None
     end_to_end_ms: float | None = None
@@ -95,7 +99,8 @@ class Answered:
     Attributes:
         index: counts from 0. ms: milliseconds of work on it; what a frame waited is `record.queued_ms`.
         image: what the model saw, uint8 RGB [H,W,3]. outputs: the model's own, batch 1; see `Session.infer`.
-        record: its line: classes with their labels, times.
+        record: its line: classes with their labels, times. fitting: which part of the frame `image` is: see `to_frame`.
+        view: the whole frame, where an overlay is drawn.
     """
 
     index: int
@@ -103,6 +108,8 @@ class Answered:
     image: Pixels
     outputs: dict[str, Array]
     record: FrameRecord | ImageRecord
+    fitting: Fitting
+    view: Pixels | None = None
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,13 +10,18 @@ import random
 import signal
 import subprocess
 import threading
+import time
+from pathlib import Path
 
+import msgspec
 from msgspec.structs import replace
 
-from sparsifiner_edge.bounds import ImageSize
-from sparsifiner_edge.camera.decoder_protocol import SHOWN_REASON, End, Frame, ProtocolError, receive
-from sparsifiner_edge.camera.sources import Source
+from sparsifiner_edge.camera.decoder_protocol import SHOWN_REASON, End, Frame, ProtocolError, Wanted, receive
+from sparsifiner_edge.camera.sources import Source, require_decoder
 from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.errors import ImageError
+from sparsifiner_edge.fitting import Framing
+from sparsifiner_edge.images import image_size, list_images
 from sparsifiner_edge.process import StalledError, start_python
 from sparsifiner_edge.text import printable
 
@@ -33,6 +38,24 @@ def wait_s(attempts: int) -> float:
     return random.uniform(most / 2, most)  # noqa: S311  (no secret)
 
 
+def frame_size(source: Source, seconds: float = 20) -> tuple[int, int]:
+    """Width and height of a source's first frame, in pixels.
+
+    Raises:
+        ImageError: it gives none in time.
+    """
+    if source.kind == "images":
+        return image_size(list_images(Path(source.location))[0])
+    require_decoder(source)
+    status, until = Status(source.shown, lambda _event: None), time.monotonic() + seconds
+    with Capture(source, Wanted(Framing(1)), seconds, status) as capture:
+        while not capture.is_over and time.monotonic() < until:
+            if (frame := capture.take(0.1)) is not None:
+                return frame.width, frame.height
+    reason = capture.failure or status.last_reason or "nothing came in time"
+    raise ImageError(f"{source.shown} gave no frame: {reason.rstrip('.')}.", "Give an image or a video.")
+
+
 class Capture:
     """Runs the decoding process from a thread of its own, and another where a live source ended. A context manager.
 
@@ -40,20 +63,21 @@ class Capture:
 
     Args:
         source: what to read.
-        size: of the images that the model takes.
+        wanted: of each frame.
         stall_s: the process is ended and started anew when nothing came for so long.
         status: told about every change.
 
     Attributes:
-        failure: why a source that is not live ended, if not by itself.
+        failure: why a source that is not live ended, if not by itself; or why a live one cannot be used at all: its
+            first frame does not have the region.
     """
 
-    def __init__(self, source: Source, size: ImageSize, stall_s: float, status: Status) -> None:
+    def __init__(self, source: Source, wanted: Wanted, stall_s: float, status: Status) -> None:
         self.failure: str | None = None
-        self._source, self._size, self._stall_s, self._status = source, size, stall_s, status
+        self._source, self._wanted, self._stall_s, self._status = source, wanted, stall_s, status
         self._frames: queue.Queue[Frame] = queue.Queue(1)
         self._stop, self._ended = threading.Event(), threading.Event()
-        self._attempts = 0
+        self._attempts, self._unfit = 0, False
         self._process: subprocess.Popen[bytes] | None = None
         # The process dies with the thread that started it (see `process`), so one thread starts them all.
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
@@ -84,7 +108,7 @@ class Capture:
                 state, reason = self._attempt()
                 if self._stop.is_set():
                     break
-                if not self._source.live:
+                if not self._source.live or self._unfit:
                     self.failure = reason
                     break
                 self._attempts += 1
@@ -123,7 +147,8 @@ class Capture:
         if self._stop.wait(wait_s(self._attempts)):
             self._kill()
         self._status.enter("connecting", None, self._attempts)
-        request = [self._source.kind, self._source.location, self._size, self._stall_s]
+        wanted = msgspec.to_builtins(self._wanted)
+        request = [self._source.kind, self._source.location, wanted, self._stall_s]
         # Not as an argument, which every user of the machine can read: an address may hold a password.
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
@@ -137,7 +162,7 @@ class Capture:
 
     def _read(self, handle: int) -> str | None:
         """Frames into the mailbox until the source ends; why it did, if not by itself."""
-        message, bad = receive(handle, self._size, _START_S + 2 * self._stall_s), 0
+        message, bad = receive(handle, self._wanted, _START_S + 2 * self._stall_s), 0
         while not isinstance(message, End):
             self._attempts = 0
             self._status.count("captured")
@@ -145,7 +170,9 @@ class Capture:
             self._leave(replace(message, skipped=0))
             self._status.count("bad_packets", max(0, message.bad_packets - bad))
             bad = message.bad_packets
-            message = receive(handle, self._size, self._stall_s)
+            message = receive(handle, self._wanted, self._stall_s)
+        # Later another camera may have come in its place, and go again.
+        self._unfit = message.unfit and self._wanted.framing.region is not None and not self._status.counts["captured"]
         return None if message.reason is None else printable(self._source.clean(message.reason), SHOWN_REASON)
 
     def _leave(self, frame: Frame) -> None:

@@ -18,17 +18,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+import msgspec
 from PIL import Image
 
-from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.camera.confine import confine
-from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, End, Frame, send
+from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, End, Frame, Wanted, frame_of, send
 from sparsifiner_edge.camera.gstreamer import read_pipeline
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.sources import place_of
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.files import open_regular
-from sparsifiner_edge.images import centre_crop
+from sparsifiner_edge.fitting import Framing
 
 
 def main() -> None:
@@ -37,44 +37,44 @@ def main() -> None:
     """
     starter = os.getppid()
     import_decoder()
-    kind, location, size, patience_s = json.loads(sys.stdin.buffer.read())
+    kind, location, wanted, patience_s = json.loads(sys.stdin.buffer.read())
     parent = os.dup(1)
     os.dup2(2, 1)  # Whatever a library prints must not end up between the messages.
-    reason = None
+    end = End()
     try:
-        for frame in frames_of(kind, location, size, patience_s, starter):
+        for frame in frames_of(kind, location, msgspec.convert(wanted, Wanted), patience_s, starter):
             send(parent, frame)
     # FFmpeg's errors are many; each means the same here: this attempt is over.
     except Exception as error:
-        reason = reason_of(error)
+        end = End(reason_of(error), isinstance(error, ConfigError))
     with contextlib.suppress(BrokenPipeError):  # The parent has gone, or has had enough.
-        send(parent, End(reason))
+        send(parent, end)
 
 
-def frames_of(kind: str, location: str, size: ImageSize, patience_s: float, starter: int) -> Iterator[Frame]:
+def frames_of(kind: str, location: str, wanted: Wanted, patience_s: float, starter: int) -> Iterator[Frame]:
     """Frames of the source, until it ends. Before the first this process is confined, for good.
 
     A GStreamer pipeline is the user's own command line, and is not: it caches a registry, may record, needs devices.
 
     Args:
         kind, location: see `sources.Source`.
-        size: of the images that the model takes.
+        wanted: of each frame.
         patience_s: for a stream to be opened, and between its packets.
         starter: the process that started this one.
     """
     if kind == "gst":
-        yield from read_pipeline(location, size)
+        yield from read_pipeline(location, wanted)
         return
     with contextlib.ExitStack() as opened:
         port = None
         if kind == "test":
-            frames = _test_frames(float(location), size)
+            frames = _test_frames(float(location), wanted)
             next(frames)  # So that all is imported.
         else:
             from sparsifiner_edge.camera.libav import read_stream
 
             file = opened.enter_context(open_regular(Path(location))) if kind == "file" else None
-            frames = read_stream(file or location, size, patience_s)
+            frames = read_stream(file or location, wanted, patience_s)
             if file is None:
                 host, port = place_of(location)
                 socket.getaddrinfo(host, port)  # So that the system's libraries for names are loaded.
@@ -83,9 +83,10 @@ def frames_of(kind: str, location: str, size: ImageSize, patience_s: float, star
 
 
 def import_decoder() -> None:
-    """All of PyAV, where it is installed: it imports what a stream needs when it meets it, and by then no file can be
-    opened.
+    """All of PyAV, where it is installed, and of Pillow: both import what they need when they meet it, and by then no
+    file can be opened.
     """
+    frame_of(Image.new("RGB", (2, 1)), Wanted(Framing(2, "letterbox"), view=True), 0, 0)
     with contextlib.suppress(ImportError):
         import av.video.reformatter
 
@@ -95,15 +96,14 @@ def import_decoder() -> None:
                     importlib.import_module(module.name)
 
 
-def _test_frames(fps: float, size: ImageSize) -> Iterator[Frame]:
+def _test_frames(fps: float, wanted: Wanted) -> Iterator[Frame]:
     """The moving pattern, each frame when it is due; those that nobody was there for are left out."""
     start, number = time.monotonic_ns(), 0
     while True:
         due = start + round(number * 1e9 / fps)
         time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
         at = time.monotonic_ns()
-        image = np.asarray(centre_crop(Image.fromarray(draw_pattern(number)), size))
-        yield Frame(image.data, due, due, at, time.monotonic_ns(), number / fps)
+        yield frame_of(Image.fromarray(draw_pattern(number)), wanted, due, at, number / fps)
         number = max(number + 1, int((time.monotonic_ns() - start) * fps / 1e9))
 
 

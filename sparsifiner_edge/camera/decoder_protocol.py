@@ -6,14 +6,17 @@ Whoever reads trusts nothing: what decodes hostile input may have been taken ove
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 from sparsifiner_edge.arrays import Pixels
-from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.bounds import height_width
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.fitting import Framing
+from sparsifiner_edge.images import fit_image
 from sparsifiner_edge.process import read_message, write_message
 from sparsifiner_edge.text import printable
 
@@ -22,17 +25,23 @@ _MOST_BESIDE = 1 << 16
 MAX_REASON = 10_000
 """Characters on the way; `SHOWN_REASON` are shown, once what is secret in the whole is out."""
 SHOWN_REASON = 300
+VIEW_SIDE = 1280
+"""Most pixels along a side of a frame that is shown."""
 _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Seconds = Annotated[float, Meta(ge=-(1 << 34), le=1 << 34)]
 """At most some centuries, which NaN is not."""
+_Side = Annotated[int, Meta(ge=1, le=1 << 16)]
 
 
 class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="frame"):
     """A frame: the model's input, uint8 RGB row by row; times on the monotonic clock, time in the stream, the stream's
-    damaged packets so far, and how many frames since the one before were dropped unseen.
+    damaged packets so far, and how many frames since the one before were dropped unseen; the frame's own size, and
+    where it is to be shown the whole, at `view_size`.
     """
 
     pixels: memoryview
+    width: _Side
+    height: _Side
     captured_ns: _Count
     arrived_ns: _Count
     decoded_ns: _Count
@@ -40,16 +49,44 @@ class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="frame"):
     pts_s: _Seconds | None = None
     bad_packets: _Count = 0
     skipped: _Count = 0
+    view: memoryview | None = None
 
-    def image(self, size: ImageSize) -> Pixels:
+    def image(self, framing: Framing) -> Pixels:
         """uint8 [H,W,3]."""
-        return np.frombuffer(self.pixels, np.uint8).reshape(*height_width(size), 3)
+        return np.frombuffer(self.pixels, np.uint8).reshape(*height_width(framing.size), 3)
+
+    def shown(self) -> Pixels | None:
+        """The whole frame, uint8 [H,W,3], where that is wanted."""
+        width, height = view_size(self.width, self.height)
+        return None if self.view is None else np.frombuffer(self.view, np.uint8).reshape(height, width, 3)
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What a decoder makes of a frame: the model's input, and where it is to be shown the whole."""
+
+    framing: Framing
+    view: bool = False
+
+
+def view_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height of a whole frame as it is shown: at most `VIEW_SIDE` a side."""
+    most = max(width, height, VIEW_SIDE)
+    return max(1, width * VIEW_SIDE // most), max(1, height * VIEW_SIDE // most)
+
+
+def frame_of(image: Any, wanted: Wanted, captured_ns: int, decoded_ns: int, pts_s: float | None = None) -> Frame:
+    """Of a Pillow image, which arrived when it was captured."""
+    pixels = np.asarray(fit_image(image, wanted.framing)).data
+    view = np.asarray(image.resize(view_size(*image.size))).data if wanted.view else None
+    times = captured_ns, captured_ns, decoded_ns, time.monotonic_ns()
+    return Frame(pixels, image.width, image.height, *times, pts_s, view=view)
 
 
 class End(msgspec.Struct, frozen=True, tag_field="kind", tag="end"):
-    """The source ended, by itself or for a reason."""
+    """The source ended, by itself or for a reason; `unfit`: its frames do not have the region."""
 
     reason: Annotated[str, Meta(max_length=MAX_REASON)] | None = None
+    unfit: bool = False
 
 
 _MESSAGES = msgspec.msgpack.Decoder(Frame | End)
@@ -64,21 +101,33 @@ def send(handle: int, message: Frame | End) -> None:
     write_message(handle, msgspec.msgpack.encode(message))
 
 
-def receive(handle: int, size: ImageSize, seconds: float) -> Frame | End:
-    """Read one message, with an image of `size` if it is a frame.
+def receive(handle: int, wanted: Wanted, seconds: float) -> Frame | End:
+    """Read one message, with what is wanted if it is a frame.
 
     Raises:
         StalledError: it did not come whole within `seconds`.
         ProtocolError: it is no message, or the other side has gone.
     """
-    height, width = height_width(size)
+    height, width = height_width(wanted.framing.size)
+    most = height * width * 3 + VIEW_SIDE**2 * 3 * wanted.view + _MOST_BESIDE
     try:
-        content = read_message(handle, time.monotonic() + seconds, height * width * 3 + _MOST_BESIDE)
+        content = read_message(handle, time.monotonic() + seconds, most)
         message = None if content is None else _MESSAGES.decode(content)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the decoder sent what is no message: {printable(error, 100)}") from error
     if message is None:
         raise ProtocolError("the decoder crashed")
-    if isinstance(message, Frame) and len(message.pixels) != height * width * 3:
-        raise ProtocolError("the decoder sent what is no message: an image of another size")
+    if isinstance(message, Frame):
+        view = view_size(message.width, message.height) if wanted.view else (0, 0)
+        sizes = len(message.pixels), 0 if message.view is None else len(message.view)
+        if sizes != (height * width * 3, view[0] * view[1] * 3) or not _has_region(message, wanted.framing):
+            raise ProtocolError("the decoder sent what is no message: an image of another size")
     return message
+
+
+def _has_region(frame: Frame, framing: Framing) -> bool:
+    try:
+        framing.of(frame.width, frame.height)
+    except ConfigError:
+        return False
+    return True

@@ -1,7 +1,8 @@
 """Any GStreamer pipeline, run by `gst-launch-1.0`: no binding to Python is needed, and a crash of it is not ours.
 
-The pipeline's last element gives video; what makes it the model's input is appended. A queue of one frame that drops
-older ones stands between. GStreamer's own delay before that queue is not seen: a frame's age counts from there.
+The pipeline's last element gives video. What makes the centre of its frames the model's input is appended; where
+another part is read, or frames are shown, they come whole. A queue of one frame that drops older ones stands between.
+GStreamer's own delay before that queue is not seen: a frame's age counts from there.
 """
 
 from __future__ import annotations
@@ -9,71 +10,110 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import shlex
 import subprocess
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
+from PIL import Image
 
-from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.camera.decoder_protocol import Frame
+from sparsifiner_edge.bounds import height_width
+from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted, frame_of
+from sparsifiner_edge.fitting import Framing
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
 """Errors that are quoted, the last ones; and characters read of a line without end."""
+_CAPS = re.compile(rb"sparsifiner-frames\.GstPad:src: caps = video/x-raw.* width=\(int\)(\d+), height=\(int\)(\d+)")
+"""What `gst-launch-1.0 -v` says of the frames that pass."""
 
 
-def launch_line(pipeline: str, size: ImageSize, handle: int) -> list[str]:
-    """The command that writes RGB images of the model's size to the file descriptor `handle`."""
-    height, width = height_width(size)
+def launch_line(pipeline: str, wanted: Wanted, handle: int) -> list[str]:
+    """The command that writes RGB images to the file descriptor `handle`: of the model's size, or whole."""
+    height, width = height_width(wanted.framing.size)
     both = math.gcd(height, width)
-    caps = f"video/x-raw,format=RGB,width={width},height={height},pixel-aspect-ratio=1/1"
-    tail = (
-        f"! queue leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! "
-        f"aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false ! {caps} ! "
-        f"fdsink fd={handle} sync=false"
-    )
-    return ["gst-launch-1.0", "-q", *shlex.split(pipeline), *shlex.split(tail)]
+    frames = "name=sparsifiner-frames"
+    held = "! queue {} leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! {}"
+    caps = "video/x-raw,format=RGB,pixel-aspect-ratio=1/1"
+    centre = f"aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false"
+    scaled = f"{centre} ! {caps},width={width},height={height}"
+    whole = f"videoscale ! capsfilter {frames} caps={caps}"
+    tail = held.format("", whole) if _is_whole(wanted) else held.format(frames, scaled)
+    return ["gst-launch-1.0", "-v", *shlex.split(pipeline), *shlex.split(f"{tail} ! fdsink fd={handle} sync=false")]
 
 
-def read_pipeline(pipeline: str, size: ImageSize) -> Iterator[Frame]:
+def _is_whole(wanted: Wanted) -> bool:
+    """That frames come as they are: GStreamer resizes their centre alone."""
+    return wanted.view or wanted.framing != Framing(wanted.framing.size)
+
+
+def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
     """Frames of a pipeline until it ends.
 
     Raises:
-        ValueError: GStreamer's own message; it may hold secrets of the pipeline.
+        ValueError: GStreamer's own message, which may hold secrets of the pipeline; or whole frames change their size.
+        ConfigError: the region is not within its frames.
     """
     ours, theirs = os.pipe()
     launched = start_program(
-        launch_line(pipeline, size, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        launch_line(pipeline, wanted, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     os.close(theirs)
     errors: deque[bytes] = deque(maxlen=_ERRORS)
-    assert launched.stderr is not None
-    lines = iter(functools.partial(launched.stderr.readline, _LONGEST), b"")
-    said = (line for line in lines if b"ERROR" in line or b"erroneous" in line)
+    sizes: list[tuple[int, int]] = []
+    known = threading.Event()
+
+    def read_sizes() -> None:
+        for line in _lines(launched.stdout):
+            if match := _CAPS.search(line):
+                sizes.append((int(match[1]), int(match[2])))
+                known.set()
+        known.set()
+
+    said = (line for line in _lines(launched.stderr) if b"ERROR" in line or b"erroneous" in line)
     # Read all the time: GStreamer would wait for ever for room in a full pipe.
-    listener = threading.Thread(target=errors.extend, args=(said,), name="remarks", daemon=True)
-    listener.start()
+    listeners = [
+        threading.Thread(target=errors.extend, args=(said,), name="remarks", daemon=True),
+        threading.Thread(target=read_sizes, name="sizes", daemon=True),
+    ]
+    for listener in listeners:
+        listener.start()
     with launched, os.fdopen(ours, "rb", buffering=1 << 20) as pixels:
         try:
-            yield from _images(pixels, size)
+            known.wait()
+            if sizes:
+                yield from _frames(pixels, wanted, sizes)
             launched.wait()
         finally:
             launched.kill()
-            listener.join()
+            for listener in listeners:
+                listener.join()
     if launched.returncode:
         raise ValueError(errors[0].decode("utf-8", "replace") if errors else "the pipeline failed")
 
 
-def _images(stream: BinaryIO, size: ImageSize) -> Iterator[Frame]:
-    height, width = height_width(size)
+def _lines(stream: IO[bytes] | None) -> Iterator[bytes]:
+    assert stream is not None
+    return iter(functools.partial(stream.readline, _LONGEST), b"")
+
+
+def _frames(stream: BinaryIO, wanted: Wanted, sizes: list[tuple[int, int]]) -> Iterator[Frame]:
+    """Of RGB images in a stream; sizes: width and height of the pipeline's own frames, of the latest last."""
+    whole, first = _is_whole(wanted), sizes[-1]
+    height, width = first[::-1] if whole else height_width(wanted.framing.size)
     row = -(-width * 3 // 4) * 4  # GStreamer pads rows to four bytes.
     while len(data := stream.read(row * height)) == row * height:
         at = time.monotonic_ns()
         pixels = np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(height, row)[:, : width * 3])
-        yield Frame(pixels.data, at, at, at, time.monotonic_ns())
+        if not whole:
+            yield Frame(pixels.data, *sizes[-1], at, at, at, time.monotonic_ns())
+        elif sizes[-1] != first:
+            raise ValueError("its frames have another size now")
+        else:
+            yield frame_of(Image.fromarray(pixels.reshape(height, width, 3)), wanted, at, at)

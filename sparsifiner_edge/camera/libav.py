@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import time
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
+from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.camera.decoder_protocol import Frame
+from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted, view_size
+from sparsifiner_edge.images import with_bars
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
@@ -49,17 +53,18 @@ def scaled_size(width: int, height: int, size: ImageSize) -> tuple[int, int]:
     return round(width * rows / height), rows
 
 
-def read_stream(source: BinaryIO | str, size: ImageSize, patience_s: float) -> Iterator[Frame]:
+def read_stream(source: BinaryIO | str, wanted: Wanted, patience_s: float) -> Iterator[Frame]:
     """Frames until the source ends.
 
     Args:
         source: a video's open file, so that no path need be opened any more; or the address of an RTSP stream, with
             user and password, which FFmpeg proves (Basic, Digest).
-        size: of the images that the model takes.
+        wanted: of each frame.
         patience_s: for a stream to be opened, and between its packets.
 
     Raises:
         av.FFmpegError, OSError, ValueError: it cannot be opened, was lost, or is no video that can be taken.
+        ConfigError: the region is not within its frames.
     """
     live = isinstance(source, str)
     limits = {"max_pixels": str(MAX_PIXELS), "max_streams": "64"} | (_STREAM if live else _FILE)
@@ -71,7 +76,7 @@ def read_stream(source: BinaryIO | str, size: ImageSize, patience_s: float) -> I
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "SLICE"  # Threads by frame would hold frames back.
-        reader = _Reader(stream, size, live)
+        reader = _Reader(stream, wanted, live)
         for packet in container.demux(stream):
             yield from reader.frames(packet)
         if reader.count == 0:
@@ -105,10 +110,10 @@ class _StreamClock:
 class _Reader:
     """Decodes packets; remembers when each arrived, since a decoder gives frames back later and in another order."""
 
-    def __init__(self, stream: Any, size: ImageSize, live: bool) -> None:
-        self._stream, self._size, self._live = stream, size, live
+    def __init__(self, stream: Any, wanted: Wanted, live: bool) -> None:
+        self._stream, self._wanted, self._live = stream, wanted, live
         self._clock = _StreamClock()
-        self._scaler: Any = VideoReformatter()
+        self._scalers = collections.defaultdict[str, Any](VideoReformatter)  # One for each purpose: it keeps tables.
         self._arrived: dict[int | None, int] = {}
         self.bad, self.count = 0, 0
 
@@ -128,19 +133,41 @@ class _Reader:
 
     def _ready(self, frame: Any, arrived: int) -> Frame:
         at = time.monotonic_ns()
-        width, height = scaled_size(frame.width, frame.height, self._size)
         stamp = None if frame.pts is None else int(frame.pts * frame.time_base * 1_000_000_000)
         if stamp is not None and abs(stamp) >= 1 << 63:  # Of a damaged file; no clock goes there.
             stamp = None
         captured = self._clock.capture_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
-        scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-        rows, columns = height_width(self._size)
-        top, left = (height - rows) // 2, (width - columns) // 2
-        pixels = np.ascontiguousarray(scaled[top : top + rows, left : left + columns])
+        pixels = self._fitted(frame)
+        view = self._rgb("view", frame, *view_size(frame.width, frame.height)) if self._wanted.view else None
         self.count += 1
         pts_s = None if stamp is None else stamp / 1e9
-        return Frame(pixels.data, captured, arrived, at, time.monotonic_ns(), pts_s, self.bad)
+        size, ready = (frame.width, frame.height), time.monotonic_ns()
+        shown = None if view is None else view.data
+        return Frame(pixels.data, *size, captured, arrived, at, ready, pts_s, self.bad, view=shown)
+
+    def _fitted(self, frame: Any) -> Pixels:
+        """The model's input. A centre is cut after the whole was resized, a region before."""
+        framing = self._wanted.framing
+        width, height = scaled_size(frame.width, frame.height, framing.size)
+        fitting = framing.of(frame.width, frame.height)
+        columns, rows = fitting.inner[2:]
+        if framing.region is not None:
+            left, top, across, down = fitting.box
+            part = self._rgb("whole", frame, *fitting.frame)[top : top + down, left : left + across]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(part), format="rgb24")
+        if framing.region is not None or framing.fit != "crop":
+            width, height = columns, rows
+        scaled = self._rgb("input", frame, width, height)
+        top, left = (height - rows) // 2, (width - columns) // 2
+        part = scaled[top : top + rows, left : left + columns]
+        return np.ascontiguousarray(with_bars(Image.fromarray(part), fitting) if fitting.has_bars else part)
+
+    def _rgb(self, purpose: str, frame: Any, width: int, height: int) -> Pixels:
+        """uint8 [height,width,3]."""
+        scaled = self._scalers[purpose].reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
+        pixels: Pixels = np.ascontiguousarray(scaled.to_ndarray())
+        return pixels
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""

@@ -12,7 +12,8 @@ from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
-from sparsifiner_edge.images import centre_text
+from sparsifiner_edge.fitting import Box, Fit, Fitting, Framing
+from sparsifiner_edge.judge import THRESHOLD
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime import Execution, Session
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
@@ -29,10 +30,12 @@ class Model:
         folder: the bundle.
         execution: how it is run.
         top: most classes of a classifier's answer.
-        threshold: classes less probable are left out.
+        threshold: classes less probable are left out; None: none are; and what is less of a map, None: one half.
         public_key: file of the key that must have signed the bundle; None: no signature is required.
+        fit, region: how frames are brought to its size, see `Framing`; a fit of None: as the bundle says.
 
     Attributes:
+        framing: the same.
         any_outputs: whether outputs that `answer` cannot say in a record make an empty one.
 
     Raises:
@@ -43,13 +46,15 @@ class Model:
     any_outputs = False
 
     def __init__(
-        self, folder: Path, execution: Execution | None = None, top: int = 5, threshold: float = 0.0,
-        public_key: Path | None = None,
+        self, folder: Path, execution: Execution | None = None, top: int = 5, threshold: float | None = None,
+        public_key: Path | None = None, fit: Fit | None = None, region: Box | None = None,
     ) -> None:  # fmt: skip
         bundle = checked_bundle(folder, public_key)
-        self.size = bundle.image_size
+        kept = bundle.require(bundle.manifest.preprocessing, "preprocessing").fit
+        self.framing = Framing(bundle.image_size, fit or kept, region)
         self.labels = bundle.labels()
-        self._top, self._threshold = top, threshold
+        self._top, self._threshold = top, threshold or 0.0
+        self.map_threshold = THRESHOLD if threshold is None else threshold
         self._reference: Array | None = None
         self.session: Session = session_on(bundle, execution)
         try:
@@ -68,8 +73,8 @@ class Model:
         """The model's own outputs for one image, uint8 [H,W,3]."""
         return self.session.infer({"image": image[None]})
 
-    def answer(self, outputs: dict[str, Array]) -> Answer:
-        """`top` of a classifier, else `features`, else `maps`.
+    def answer(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Answer:
+        """`top` of a classifier, else `features`, else `maps`, of an image that was fitted; None: without bars.
 
         Raises:
             ArtifactError: the bundle gives none of them.
@@ -81,28 +86,28 @@ class Model:
         if "features" in outputs:
             features, bad = finite([round(float(x), 6) for x in outputs["features"][0]])
             return Answer(features=features, not_finite=bad or None)
-        maps = dense_maps(outputs)
+        maps = dense_maps(outputs, fitting)
         if maps or self.any_outputs:
             bad = sum(int(np.count_nonzero(~np.isfinite(values))) for values in maps.values())
-            summaries = [] if bad else [_summary(*item) for item in maps.items()]
+            summaries = [] if bad else [_summary(*item, self.map_threshold) for item in maps.items()]
             return Answer(maps=summaries if maps else None, not_finite=bad or None)
         raise ArtifactError(
             f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map.", "Export it again."
         )
 
-    def heat(self, outputs: dict[str, Array]) -> Array | None:
-        """What an overlay shows where, 0 to 1, [rows, columns]: the first dense map; None where there is none."""
-        for values in dense_maps(outputs).values():
+    def heat(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Array | None:
+        """What an overlay shows where in the box, 0 to 1, [rows, columns]: the first dense map; None: there is none."""
+        for values in dense_maps(outputs, fitting).values():
             heat = np.nan_to_num(values.astype(np.float64))
             low, high = float(heat.min()), float(heat.max())
             return heat if low >= 0 and high <= 1 else (heat - low) / max(high - low, 1e-12)
         return None
 
-    def frame_answer(self, outputs: dict[str, Array]) -> Answer:
+    def frame_answer(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Answer:
         """As `answer`, of a frame; of features also how far they are from the frames' before: 1 - cosine to a mean
         that forgets, not where one is NaN or infinite, which the mean would never forget.
         """
-        answer = self.answer(outputs)
+        answer = self.answer(outputs, fitting)
         if answer.features is None or answer.not_finite:
             return answer
         features = outputs["features"][0].astype(np.float64)
@@ -119,18 +124,18 @@ class Model:
         return [Class(int(i), names[i], float(probabilities[i])) for i in probable]
 
 
-def dense_maps(outputs: dict[str, Array]) -> dict[str, Array]:
-    """Outputs for one image that are maps of one channel, [rows, columns]."""
+def dense_maps(outputs: dict[str, Array], fitting: Fitting | None = None) -> dict[str, Array]:
+    """Outputs for one image that are maps of one channel, [rows, columns], without bars."""
     maps = {name: np.squeeze(values) for name, values in outputs.items() if name != "tokens" and values.ndim > 2}
-    return {name: values for name, values in maps.items() if values.ndim == 2}
+    return {name: fitting.cut(values) if fitting else values for name, values in maps.items() if values.ndim == 2}
 
 
-def _summary(name: str, values: Array) -> MapSummary:
+def _summary(name: str, values: Array, threshold: float) -> MapSummary:
     x = values.astype(np.float64)
     low, high = float(x.min()), float(x.max())
     area, centroid = None, None
     if low >= 0 and high <= 1:
-        rows, columns = np.nonzero(x > 0.5)
+        rows, columns = np.nonzero(x > threshold)
         area = round(rows.size / x.size, 6)
         if rows.size:
             place = (columns.mean() + 0.5) / x.shape[1], (rows.mean() + 0.5) / x.shape[0]
@@ -140,7 +145,7 @@ def _summary(name: str, values: Array) -> MapSummary:
 
 
 def _require_image(session: Session, bundle: Bundle) -> None:
-    """Refuse a model that takes something else than one image of the size that its manifest says, made as frames are.
+    """Refuse a model that takes something else than one image of the size that its manifest says.
 
     Raises:
         ConfigError: it takes larger batches.
@@ -153,8 +158,5 @@ def _require_image(session: Session, bundle: Bundle) -> None:
             f"{bundle.folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}.",
             f"Export it again: one uint8 image [B, {height}, {width}, 3] is needed.",
         )
-    resize = bundle.require(bundle.manifest.preprocessing, "preprocessing").resize
-    if not resize.startswith(centre_text(bundle.image_size)):
-        raise ArtifactError(f"{bundle.folder}: preprocessing.resize is {resize!r:.60}.", "Export it again.")
     if isinstance(batch, int) and batch != 1:
         raise ConfigError(f"{bundle.folder} takes batches of {batch}.", "Export it with --batch 1 or dynamic.")

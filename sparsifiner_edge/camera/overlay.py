@@ -1,4 +1,4 @@
-"""A video of what the model sees, with its answers drawn into it."""
+"""A video of the frames, with what the model read of them and its answers drawn into it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import io_errors
+from sparsifiner_edge.fitting import Fitting
 from sparsifiner_edge.text import printable
 
 _LEAST_SIDE = 480
@@ -26,14 +26,17 @@ _LEAST_SIDE = 480
 _CODEC = "libx264"
 _FAST = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
 _TEXT, _MARGIN, _TEXT_WIDTH = 16, 8, 44
+_HEAT, _UNREAD = (255, 40, 0), 140
+"""Colour of a map; and how dark is what the model does not read, of 255."""
 
 
 class Overlay:
-    """A video of what the model sees, with its answers; times of the file are those of the frames. A context manager.
+    """A video of whole frames with the model's answers: what it does not read is darkened, and a map drawn where it is
+    above a threshold. As large as the first frame; times of the file are those of the frames. A context manager.
 
     Args:
         path: .mp4 (in fragments, so that a file cut short still plays) or .mkv.
-        model_size: of the model's images.
+        threshold: of maps from 0 to 1.
         live: a service goes on without the overlay when the disk or the encoder refuses, counts and reports that; of
             another source the overlay is what was wanted, and its failure is an error.
         status: counts failures.
@@ -42,11 +45,9 @@ class Overlay:
         ArtifactError: the file cannot be made.
     """
 
-    def __init__(self, path: Path, model_size: ImageSize, live: bool, status: Status) -> None:
+    def __init__(self, path: Path, threshold: float, live: bool, status: Status) -> None:
         self._path, self._live, self._status = path, False, status  # What cannot be begun is an error of any source.
-        height, width = height_width(model_size)
-        times = max(1, -(-_LEAST_SIDE // max(height, width)))
-        self._size = width * times // 2 * 2, height * times // 2 * 2  # Encoders take no odd ones.
+        self._threshold, self._size = threshold, (0, 0)
         self._began: float | None = None
         self._last = -1
         self._answered_at: deque[float] = deque(maxlen=26)
@@ -56,7 +57,6 @@ class Overlay:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = cast("Any", av.open(f"file:{path.absolute()}", "w", options=options))
             self._stream = self._file.add_stream(_CODEC, rate=25, options=_FAST)
-        self._stream.width, self._stream.height = self._size
         self._stream.pix_fmt, self._stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
         self._live = live
 
@@ -65,14 +65,14 @@ class Overlay:
 
     def __exit__(self, *_: object) -> None:
         with self._failures(), contextlib.closing(self._file):
-            if not self._lost:
+            if self._began is not None and not self._lost:
                 self._file.mux(self._stream.encode(None))
 
-    def write(self, image: Pixels, record: FrameRecord, heat: Array | None, at_s: float) -> None:
+    def write(self, view: Pixels, fitting: Fitting, record: FrameRecord, heat: Array | None, at_s: float) -> None:
         """Add a frame.
 
         Args:
-            image: uint8 RGB [H,W,3], the model's input.
+            view: uint8 RGB [H,W,3], the whole frame at any size. fitting: what the model read of it.
             record: what is written, top left.
             heat: see `Model.heat`.
             at_s: seconds; the first frame's are zero.
@@ -85,7 +85,12 @@ class Overlay:
         self._answered_at.append(record.monotonic_s)
         span_s = self._answered_at[-1] - self._answered_at[0]
         lines = text_lines(record, (len(self._answered_at) - 1) / span_s if span_s else 0.0)
-        frame = av.VideoFrame.from_ndarray(self._draw(image, lines, heat), format="rgb24")
+        if self._began is None:
+            height, width = view.shape[:2]
+            times = max(1, -(-_LEAST_SIDE // max(height, width)))
+            self._size = tuple(max(2, side * times // 2 * 2) for side in (width, height))  # Encoders take no odd ones.
+            self._stream.width, self._stream.height = self._size
+        frame = av.VideoFrame.from_ndarray(self._draw(view, fitting, lines, heat), format="rgb24")
         self._began = at_s if self._began is None else self._began
         self._last = max(self._last + 1, round((at_s - self._began) * 1000))
         frame.pts, frame.time_base = self._last, Fraction(1, 1000)
@@ -110,17 +115,31 @@ class Overlay:
             self._status.count("overlay_errors")
             self._status.event("overlay_lost", reason=error.what)
 
-    def _draw(self, pixels: Pixels, lines: list[str], heat: Array | None) -> Pixels:
-        image = Image.fromarray(pixels).resize(self._size)
+    def _draw(self, view: Pixels, fitting: Fitting, lines: list[str], heat: Array | None) -> Pixels:
+        image, box = Image.fromarray(view).resize(self._size), _scaled(fitting, self._size)
         if heat is not None:
-            mask = Image.fromarray((heat * 170).astype(np.uint8)).resize(self._size, Image.Resampling.BILINEAR)
-            image.paste((255, 40, 0), mask=mask)
+            size = box[2] - box[0], box[3] - box[1]
+            values = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+            mask = np.where(values > self._threshold, values.clip(0, 1) * 170, 0)
+            image.paste(_HEAT, box[:2], Image.fromarray(mask.astype(np.uint8)))
+        if not fitting.is_whole:
+            unread = Image.new("L", self._size, _UNREAD)
+            unread.paste(0, box)
+            image.paste((0, 0, 0), mask=unread)
         draw, text, font = ImageDraw.Draw(image, "RGBA"), "\n".join(lines), ImageFont.load_default(_TEXT)
         place = (_MARGIN, _MARGIN)
         _, _, right, bottom = draw.multiline_textbbox(place, text, font)
         draw.rectangle((0, 0, right + _MARGIN, bottom + _MARGIN), (0, 0, 0, 150))
         draw.multiline_text(place, text, (255, 255, 255), font)
         return np.asarray(image)
+
+
+def _scaled(fitting: Fitting, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the box in a picture of the frame; a pixel at least."""
+    left, top, width, height = fitting.box
+    across, down = size[0] / fitting.frame[0], size[1] / fitting.frame[1]
+    x, y = min(round(left * across), size[0] - 1), min(round(top * down), size[1] - 1)
+    return x, y, max(x + 1, round((left + width) * across)), max(y + 1, round((top + height) * down))
 
 
 def text_lines(record: FrameRecord, rate: float) -> list[str]:

@@ -20,7 +20,7 @@ from msgspec.structs import asdict
 from sparsifiner_edge.camera.answers import Answered, FrameRecord, ImageRecord, Summary
 from sparsifiner_edge.camera.capture import Capture
 from sparsifiner_edge.camera.confine import confinement
-from sparsifiner_edge.camera.decoder_protocol import Frame
+from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.json_lines import LineWriter
 from sparsifiner_edge.camera.model import Model
@@ -29,7 +29,8 @@ from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.files import require_file_path
-from sparsifiner_edge.images import list_images, load_image
+from sparsifiner_edge.fitting import Box, Fit, Fitting
+from sparsifiner_edge.images import list_images, read_image
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import write_record
 
@@ -42,10 +43,12 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run.
 
     Attributes:
-        execution: how it is run. top: most classes of an answer. threshold: less probable ones are left out.
+        execution: how it is run. top: most classes of an answer.
+        threshold: less probable ones are left out (None: none are), and what is less in a map (None: one half).
+        fit, region: how frames are brought to the model's size, see `fitting.Framing`; fit None: as the bundle says.
         public_key: file of the key that must have signed the bundle; None: no signature is required.
         output: file for the records, added to by a live source; None is standard output.
-        overlay: video file to draw into.
+        overlay: video file to draw frames and answers into.
         frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
         stall_s: a source that gives nothing for so long is taken for dead.
@@ -57,7 +60,9 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     execution: Execution | str = Execution()
     top: int = 5
-    threshold: float = 0.0
+    threshold: float | None = None
+    fit: Fit | None = None
+    region: Box | None = None
     public_key: Path | None = None
     output: Path | None = None
     overlay: Path | None = None
@@ -170,20 +175,25 @@ def _write(model: Model, source: Source, options: RunOptions, status: Status, st
         if options.overlay is not None:
             from sparsifiner_edge.camera.overlay import Overlay
 
-            overlay = stack.enter_context(Overlay(options.overlay, model.size, source.live, status))
+            overlay = stack.enter_context(Overlay(options.overlay, model.map_threshold, source.live, status))
         stack.callback(notify_systemd, "STOPPING=1")
         notify_systemd("READY=1")
         for answer in itertools.chain(first, answers):
             record = answer.record if isinstance(answer, Answered) else answer
             lines.write(record)
             if overlay is not None and isinstance(answer, Answered) and isinstance(record, FrameRecord):
+                assert answer.view is not None
                 age_ms = record.frame_age_ms
                 at_s = record.pts_s or 0.0 if age_ms is None else record.monotonic_s - age_ms / 1000
-                overlay.write(answer.image, record, model.heat(answer.outputs), at_s)
+                heat = model.heat(answer.outputs, answer.fitting)
+                overlay.write(answer.view, answer.fitting, record, heat, at_s)
 
 
 def _open(bundle: Path, options: RunOptions) -> Model:
-    return Model(bundle, execution_of(options.execution), options.top, options.threshold, options.public_key)
+    return Model(
+        bundle, execution_of(options.execution), options.top, options.threshold, options.public_key, options.fit,
+        options.region,
+    )  # fmt: skip
 
 
 def _answers(
@@ -199,16 +209,21 @@ def _answers(
     if source.kind == "images":
         yield from _of_images(model, Path(source.location), status, stop)
         return
-    with Capture(source, model.size, options.stall_s, status) as capture:
+    told: Fitting | None = None
+    with Capture(source, Wanted(model.framing, options.overlay is not None), options.stall_s, status) as capture:
         for frame in _frames(capture, stop):
             answered = _answer(model, source, frame, status)
+            if (read := answered.fitting) != told:
+                status.event("frames", size=read.frame, box=read.box, says=model.framing.said(read))
+            told = read
             status.count_answer(answered.record)
             yield answered
             if status.counts["processed"] == options.frames:
                 break
     if capture.failure is not None:
-        what = f"{source.shown} cannot be read as a video: {capture.failure}."
-        status.failure = ImageError(what, "Replace or repair it.")
+        what = f"{source.shown} cannot be read as a video: {capture.failure.rstrip('.')}."
+        fix = "Replace or repair it" + (", or give another region." if options.region else ".")
+        status.failure = ImageError(what, fix)
     elif status.counts["processed"] == 0:
         reason = f": {status.last_reason}" if status.last_reason else ""
         status.failure = ImageError(
@@ -221,7 +236,7 @@ def _of_images(model: Model, source: Path, status: Status, stop: threading.Event
     for path in images:
         start = time.monotonic_ns()
         try:
-            image = load_image(path, model.size)
+            image, fitting = read_image(path, model.framing)
         except ImageError as error:
             if len(images) == 1:
                 raise
@@ -231,11 +246,11 @@ def _of_images(model: Model, source: Path, status: Status, stop: threading.Event
             ready = time.monotonic_ns()
             outputs = model.infer(image)
             inferred = time.monotonic_ns()
-            answer = asdict(model.answer(outputs))
+            answer = asdict(model.answer(outputs, fitting))
             times = _ms(start, ready), _ms(ready, inferred), _ms(start, time.monotonic_ns())
-            record = ImageRecord(str(path), *times, **answer)
+            record = ImageRecord(str(path), fitting.box, *times, **answer)
             status.count_answer(record)
-            yield Answered(status.counts["processed"] - 1, times[-1], image, outputs, record)
+            yield Answered(status.counts["processed"] - 1, times[-1], image, outputs, record, fitting)
         if stop.is_set():
             return
     if failed:
@@ -255,14 +270,16 @@ def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
 
 def _answer(model: Model, source: Source, frame: Frame, status: Status) -> Answered:
     """What the model says of a frame."""
-    image, began = frame.image(model.size), time.monotonic_ns()
+    image, fitting = frame.image(model.framing), model.framing.of(frame.width, frame.height)
+    began = time.monotonic_ns()
     outputs = model.infer(image)
     inferred = time.monotonic_ns()
-    answer = model.frame_answer(outputs)
+    answer = model.frame_answer(outputs, fitting)
     status.count("not_finite", answer.not_finite or 0)
     done = time.monotonic_ns()
     record = FrameRecord(
         source=source.shown,
+        box=fitting.box,
         frame=status.counts["processed"],
         skipped=frame.skipped,
         pts_s=frame.pts_s,
@@ -276,7 +293,7 @@ def _answer(model: Model, source: Source, frame: Frame, status: Status) -> Answe
         frame_age_ms=_ms(frame.captured_ns, done) if source.live else None,
         **asdict(answer),
     )
-    return Answered(record.frame, record.end_to_end_ms, image, outputs, record)
+    return Answered(record.frame, record.end_to_end_ms, image, outputs, record, fitting, frame.shown())
 
 
 def _ms(began_ns: int, ended_ns: int) -> float:

@@ -21,10 +21,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, whole_number
+from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, size_text, whole_number
 from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.execution import AUTO, KERNEL_CHOICES, PRECISIONS, PROVIDERS
 from sparsifiner_edge.files import require_file_path
+from sparsifiner_edge.fitting import FITS, parse_region
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json, finite, printable
@@ -103,8 +104,45 @@ def execution_options(command: Command) -> Command:
     return command
 
 
-img_size_option = click.option("--img-size", callback=read_by(parse_size), metavar="SIDE|HEIGHTxWIDTH",
-    help="Pixels: a square's side, or height and width; by default the model's own.")  # fmt: skip
+def img_size_option(command: Command) -> Command:
+    """`--img-size`, or `--like` that finds one, as the one argument `img_size`."""
+
+    @functools.wraps(command)
+    def with_size(*, img_size: ImageSize | None, like: str | None, **options: Any) -> Any:
+        if like is not None:
+            if img_size is not None:
+                raise click.UsageError("Give --img-size or --like.")
+            img_size = _size_like(options.get("model") or options["source"], like, options.get("trust", ()))
+        return command(img_size=img_size, **options)
+
+    for option in (
+        click.option("--like", metavar="VIDEO|IMAGE",
+            help="In place of --img-size: the shape of its frames, about as many patches as the model has by itself."),
+        click.option("--img-size", callback=read_by(parse_size), metavar="SIDE|HEIGHTxWIDTH",
+            help="Pixels: a square's side, or height and width; by default the model's own."),
+    ):  # fmt: skip
+        with_size = option(with_size)
+    return cast(Command, with_size)
+
+
+def _size_like(source: str, like: str, trust: Sequence[str]) -> ImageSize:
+    """Found, and told."""
+    import sparsifiner_edge as se
+    from sparsifiner_edge.camera.capture import frame_size
+    from sparsifiner_edge.camera.sources import parse_source
+
+    seen = parse_source(like)
+    width, height = frame_size(seen)
+    size = se.size_like(source, (width, height), trust)
+    click.echo(f"like {printable(seen.shown)}, frames of {width}x{height}: --img-size {size_text(size)}", err=True)
+    return size
+
+
+fit_option = click.option("--fit", type=click.Choice(FITS),
+    help="How an image gets the model's shape: crop, its centre; letterbox, all of it between bars; stretch, all of it "
+         "distorted. By default as the bundle says, else crop.")  # fmt: skip
+region_option = click.option("--region", callback=read_by(parse_region), metavar="X,Y,WIDTH,HEIGHT",
+    help="Read this part of an image alone, in its pixels; X and Y from the upper left corner.")  # fmt: skip
 threads_option = click.option("--threads", type=click.IntRange(1, MOST_THREADS),
                               help="Threads; by default the cores this process may use.")  # fmt: skip
 weights_option = click.option("--weights", type=PATH,

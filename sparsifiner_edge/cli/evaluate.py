@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 @click.option("--workers", type=click.IntRange(0, MOST_WORKERS),
               help="Processes that read images; by default as many as cores.")  # fmt: skip
 @click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
+@common.fit_option
+@common.region_option
 @common.keep_option
 @common.token_keep_option
 @common.merge_option

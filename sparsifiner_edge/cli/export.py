@@ -15,6 +15,7 @@ from sparsifiner_edge.config import merge_text
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
 from sparsifiner_edge.files import read_bytes
+from sparsifiner_edge.fitting import FITS
 
 if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
     from sparsifiner_edge.bundle.manifest import Manifest
@@ -50,6 +51,8 @@ def _labels(path: Path | None) -> list[str]:
 @click.option("--labels", type=common.PATH, callback=lambda _context, _option, path: _labels(path), metavar="FILE",
               help="Names of the classes, one a line; by default those that the model has.")  # fmt: skip
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
+@click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True,
+              help="How `run` and `evaluate` bring images to the size, unless told otherwise.")  # fmt: skip
 @click.option("--tokens", is_flag=True, help="Also give the tokens of a classifier, or of a model with a decoder.")
 @common.normalise_options
 @common.json_option

@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 @click.option("--output", metavar="FILE", type=common.PATH,
               help="Write the JSON lines to this file instead: a live source appends, another empties it first.",
 )  # fmt: skip
-@click.option("--overlay", type=common.PATH, help="Also draw the answers into this video (.mp4, .mkv).")
+@click.option("--overlay", type=common.PATH, help="Also draw frames and answers into this video (.mp4, .mkv).")
 @click.option("--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True,
               help="Most classes per answer.")  # fmt: skip
-@click.option("--threshold", type=common.FiniteRange(0, 1), default=0.0, help="Leave out less probable classes.")
+@click.option("--threshold", type=common.FiniteRange(0, 1),
+              help="Leave out less probable classes, and less of a map.  [default: 0; of maps 0.5]")  # fmt: skip
+@common.fit_option
+@common.region_option
 @click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after this many frames.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
 @click.option("--stall", "stall_s", type=common.FiniteRange(0.1, MOST_SECONDS), default=3.0, show_default=True,

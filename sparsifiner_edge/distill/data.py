@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.distill.recipe import Images
 from sparsifiner_edge.errors import ConfigError, ImageError, SparsifinerError
-from sparsifiner_edge.images import centre_crop, class_order, evenly, list_images, open_image
+from sparsifiner_edge.images import class_order, evenly, fit_image, list_images, open_image
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def augmentation(size: ImageSize, images: Images, mean: tuple[float, float, floa
             'Such as "rand-m9-mstd0.5-inc1", or "".',
         ) from error
     if images.smallest_crop == 1:
-        transform.transforms[0] = functools.partial(centre_crop, size=size)
+        transform.transforms[0] = functools.partial(fit_image, size=size)
     for step in transform.transforms:
         for operation in (*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))):
             if operation.name.startswith("Posterize"):

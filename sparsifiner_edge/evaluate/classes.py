@@ -44,7 +44,7 @@ class ClassJudge(Judge):
         self, queries: Labelled, metric: str, folder: str | Path | None, models: Sequence[Extractor], feed: Feed,
         progress: Progress | None,
     ) -> None:  # fmt: skip
-        super().__init__(queries.files, models[0].size)
+        super().__init__(queries.files, feed.framing)
         self._queries, self._gallery = queries, gallery_of(metric, folder, queries)
         self.truth = f"classes, by {METRICS[metric]}"
         fit = fit_neighbours if metric == "knn" else fit_probe

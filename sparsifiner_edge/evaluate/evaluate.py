@@ -16,6 +16,7 @@ from sparsifiner_edge.evaluate.judges import COMPARED, Judge, answers, judge_of
 from sparsifiner_edge.evaluate.reading import Feed, class_set, feed_of
 from sparsifiner_edge.evaluate.scores import clean_scores, corrupted_scores, score_statistics, stability
 from sparsifiner_edge.execution import Execution, execution_of
+from sparsifiner_edge.fitting import Box, Fit, Framing
 from sparsifiner_edge.images import Normalisation, evenly, list_images
 from sparsifiner_edge.judge import MAPS
 from sparsifiner_edge.outcomes import EvaluationMethod, RobustnessResult, ScoresResult
@@ -42,6 +43,8 @@ class EvaluationOptions:
         corruptions: judge by the same metric while images are corrupted: "all", or names of `corruptions.COMMON` with
             commas between. severity: of these, 1 to 5; None takes the middle one.
         workers: processes that read images; see `read_images`.
+        fit, region: how images are brought to the model's size, see `fitting.Framing`; of None as a bundle says, else
+            "crop", or for top1 as timm validates the model.
 
     Raises:
         ConfigError: values that have no meaning, or none beside each other.
@@ -61,9 +64,12 @@ class EvaluationOptions:
     corruptions: str | None = None
     severity: int | None = None
     workers: int | None = None
+    fit: Fit | None = None
+    region: Box | None = None
 
     def __post_init__(self) -> None:
         metric, choices = self.metric, ", ".join(METRICS)
+        Framing(1, self.fit or "crop", self.region)  # Checks both.
         known = metric in ("cosine", "task", *METRICS)
         require(known, f"metric is {metric!r}.", f"Choose one of: cosine, task, {choices}.")
         of_task = metric == "task" or not (self.task or self.map_name or self.masks)
@@ -128,8 +134,9 @@ def evaluate_student(
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         models = open_both(compared, stack)
-        size, timm_name = models[0].size, models[0].timm_name if metric == "top1" else None
-        feed = feed_of(timm_name, size)._replace(
+        framing = Framing(models[0].size, options.fit or models[0].fit, options.region)
+        as_timm = metric == "top1" and options.fit is None and framing == Framing(framing.size)
+        feed = feed_of(models[0].timm_name if as_timm else None, framing)._replace(
             workers=options.workers, corruptions=names,
             severity=SEVERITY if options.severity is None else options.severity,
         )  # fmt: skip
@@ -138,7 +145,7 @@ def evaluate_student(
         files = data if isinstance(data, list) else list_images(Path(data))
         files = files if options.queries is None else evenly(files, options.queries)
         task = (options.task or MAPS) if metric == "task" else None
-        judge = judge_of(task, files, size, options.map_name, options.masks, clean=not names)
+        judge = judge_of(task, files, framing, options.map_name, options.masks, clean=not names)
         return _result(judge, models, feed, task or metric, progress)
 
 

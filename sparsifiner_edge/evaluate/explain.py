@@ -14,10 +14,10 @@ import torch
 
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
-from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.faithfulness import answer_of, elsewhere, faithfulness, groups_of, importance_of
-from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
+from sparsifiner_edge.fitting import Framing
+from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.outcomes import (
     MOVED,
     OURS,
@@ -71,7 +71,7 @@ def explain_student(
             progress("images", number + 1, len(paths))
     method = ExplainMethod(
         groups=groups_of(model.backbone.grid), filled="the image's mean colour",
-        preprocessing=f"{centre_text(model.img_size)}, bicubic to {size_text(model.img_size)} px",
+        preprocessing=str(Framing(model.img_size)),
         images=[path.name for path in paths],
     )  # fmt: skip
     named = {f"{number} {image.path.name}": image for number, image in enumerate(explained)}

@@ -18,6 +18,7 @@ from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.config import Budget
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.fitting import Fit
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import session_on
 from sparsifiner_edge.runtime.session import Runtime
@@ -42,7 +43,7 @@ class Extractor(NamedTuple):
             the raster places of those that are left}; of other models their own.
         size: of the images. prefix: tokens that are no patches. about: how a result names it. runtime: what ran it.
         labels: of a classifier that has them, in its order. together: images that `extract` takes at most.
-        timm_name: timm's name of the model, if it is one of timm's.
+        timm_name: timm's name of the model, if it is one of timm's. fit: how a bundle wants images fitted.
     """
 
     extract: Callable[[Array], dict[str, Array]]
@@ -53,6 +54,7 @@ class Extractor(NamedTuple):
     labels: tuple[str, ...] = ()
     together: int = 1
     timm_name: str | None = None
+    fit: Fit = "crop"
 
     def each(self, images: Array) -> Iterator[dict[str, Array]]:
         """The outputs of each of the images [B,H,W,3], as of a batch of one."""
@@ -167,9 +169,9 @@ def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitSta
     name = bundle.require(bundle.manifest.name, "name")
     about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
     prefix = bundle.require(bundle.manifest.shape, "shape").prefix
-    labels = tuple(bundle.labels())
+    labels, fit = tuple(bundle.labels()), bundle.require(bundle.manifest.preprocessing, "preprocessing").fit
     # Of a dynamic batch one image at a time: engines may take few.
-    return Extractor(extract, bundle.image_size, prefix, about, session.description, labels, fixed or 1, name)
+    return Extractor(extract, bundle.image_size, prefix, about, session.description, labels, fixed or 1, name, fit)
 
 
 def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.corruptions import move_mask
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.extract import Extractor
 from sparsifiner_edge.evaluate.reading import Feed, read_images
-from sparsifiner_edge.images import SUFFIXES, load_mask
+from sparsifiner_edge.fitting import Framing
+from sparsifiner_edge.images import SUFFIXES, image_size, load_mask
 from sparsifiner_edge.judge import (
     MAP_MEASURES,
     MAPS,
@@ -58,8 +59,8 @@ class Judge:
     truth: str
     lower: frozenset[str] = frozenset()
 
-    def __init__(self, files: Sequence[Path], size: ImageSize) -> None:
-        self.files, self.size = files, size
+    def __init__(self, files: Sequence[Path], framing: Framing) -> None:
+        self.files, self.framing = files, framing
 
     def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """The subject's and the teacher's."""
@@ -80,7 +81,7 @@ class Judge:
 
 
 def judge_of(
-    task: str | None, files: Sequence[Path], size: ImageSize, output: str | None, masks: str | Path | None, clean: bool
+    task: str | None, files: Sequence[Path], framing: Framing, output: str | None, masks: str | Path | None, clean: bool
 ) -> Judge:
     """Of cosines, where there is no task; of maps; or by a user's metric.
 
@@ -89,8 +90,8 @@ def judge_of(
         clean: whether images stay as they are.
     """
     if task is None:
-        return _FeatureJudge(files, size, clean)
-    return _MapJudge(files, size, output, masks, clean) if task == MAPS else _MetricJudge(files, size, task)
+        return _FeatureJudge(files, framing, clean)
+    return _MapJudge(files, framing, output, masks, clean) if task == MAPS else _MetricJudge(files, framing, task)
 
 
 def answers(
@@ -116,8 +117,8 @@ class _FeatureJudge(Judge):
     since some corruptions move patches.
     """
 
-    def __init__(self, files: Sequence[Path], size: ImageSize, clean: bool) -> None:
-        super().__init__(files, size)
+    def __init__(self, files: Sequence[Path], framing: Framing, clean: bool) -> None:
+        super().__init__(files, framing)
         apart = "features: the dense model's of the clean image; patches: the dense model's of the same image"
         self.truth = "the dense model's" if clean else apart
 
@@ -155,15 +156,15 @@ def _require_comparable(got: Outputs, expected: Outputs) -> None:
 
 class _MapJudge(Judge):
     """Dense maps, of one channel, against true masks; where there are none against the mask of the dense model's map of
-    the clean image, moved as the image.
+    the clean image, moved as the image. Bars are not judged.
     """
 
     lower = frozenset({"error"})
 
     def __init__(
-        self, files: Sequence[Path], size: ImageSize, output: str | None, masks: str | Path | None, clean: bool
+        self, files: Sequence[Path], framing: Framing, output: str | None, masks: str | Path | None, clean: bool
     ) -> None:
-        super().__init__(files, size)
+        super().__init__(files, framing)
         self._folder, self._output, self._measures = masks, output, tuple(MAP_MEASURES) if clean else ("iou",)
         self._masks = [] if masks is None else _masks_of(Path(masks), files)
         with_masks = "the dense model's map; subject, teacher and lost: true masks" if clean else "true masks"
@@ -182,8 +183,9 @@ class _MapJudge(Judge):
 
     def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""
-        mask = load_mask(self._masks[image.number], self.size) if self._masks else self._mask_of(image.clean)
+        mask = self._true_mask(image.number) if self._masks else self._mask_of(image.clean)
         true = mask if image.condition is None else move_mask(mask, *image.condition, seed=image.number)
+        true = self._without_bars(true, image.number)
         subject, teacher = (map_scores(x, true, THRESHOLD, self._measures) for x in self._maps(image))
         return subject, teacher
 
@@ -193,7 +195,19 @@ class _MapJudge(Judge):
 
     def _maps(self, image: JudgedImage) -> tuple[Array, Array]:
         self._output, subject = map_in(image.subject.outputs, self._output, "subject")
-        return subject, map_in(image.teacher.outputs, self._output, "teacher")[1]
+        teacher = map_in(image.teacher.outputs, self._output, "teacher")[1]
+        return self._without_bars(subject, image.number), self._without_bars(teacher, image.number)
+
+    def _without_bars(self, values: Array, number: int) -> Array:
+        if self.framing.fit != "letterbox":
+            return values
+        return self.framing.of(*image_size(self.files[number])).cut(values)
+
+    def _true_mask(self, number: int) -> Array:
+        mask, image = self._masks[number], self.files[number]
+        if self.framing.region is not None and image_size(mask) != image_size(image):
+            raise ConfigError(f"{mask} has another size than {image}: a region of it is another.", "Give masks of it.")
+        return load_mask(mask, self.framing)
 
     def _mask_of(self, clean: Prediction) -> Array:
         name, teacher = map_in(clean.outputs, self._output, "teacher")
@@ -202,7 +216,7 @@ class _MapJudge(Judge):
                 f"{name} spans {teacher.min():.3g} to {teacher.max():.3g}; masks are cut from maps from 0 to 1.",
                 "Write a metric of your own: --task package.module:object.",
             )
-        return matching(teacher > THRESHOLD, height_width(self.size))
+        return matching(teacher > THRESHOLD, height_width(self.framing.size))
 
 
 def _masks_of(folder: Path, images: Sequence[Path]) -> list[Path]:
@@ -219,8 +233,8 @@ def _masks_of(folder: Path, images: Sequence[Path]) -> list[Path]:
 class _MetricJudge(Judge):
     """ "score" of a user's metric: one for each model and condition, so that each sees all images once."""
 
-    def __init__(self, files: Sequence[Path], size: ImageSize, task: str) -> None:
-        super().__init__(files, size)
+    def __init__(self, files: Sequence[Path], framing: Framing, task: str) -> None:
+        super().__init__(files, framing)
         self.truth = task
         self._metrics = collections.defaultdict[Any, UserMetric](lambda: UserMetric(task))
         self._higher = self._metrics["subject", None].higher_is_better

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.bounds import MOST_WORKERS, ImageSize, height_width, size_text
+from sparsifiner_edge.bounds import MOST_WORKERS, height_width, size_text
 from sparsifiner_edge.corruptions import corrupt
 from sparsifiner_edge.errors import ConfigError, ImageError, SparsifinerError
-from sparsifiner_edge.images import centre_text, class_order, evenly, list_images, load_image, open_image
+from sparsifiner_edge.fitting import Framing
+from sparsifiner_edge.images import class_order, evenly, list_images, load_image, open_image
 from sparsifiner_edge.machine import available_cores
 
 MOST_RATIO = 32
@@ -78,14 +79,13 @@ class Feed(NamedTuple):
     """How images reach models.
 
     Attributes:
-        size: of the pixels. text: how files become such, for results. transform: timm's resizing and cropping alone, of
-            a Pillow image, to uint8 [3,height,width]: models normalise by themselves; None: the centre, see
-            `load_image`.
+        framing: how images become pixels. text: the same for results. transform: timm's resizing and cropping alone, of
+            a Pillow image, to uint8 [3,height,width]: models normalise by themselves; None: as `framing` says.
         workers: processes that read ahead; None: one for each core, as far as there are batches for them; 0: this one.
         corruptions, severity: of each image also these; what is drawn follows from its number.
     """
 
-    size: ImageSize
+    framing: Framing
     text: str
     transform: Any = None
     workers: int | None = None
@@ -93,13 +93,13 @@ class Feed(NamedTuple):
     severity: int = 3
 
     def load(self, path: Path) -> Pixels:
-        """uint8 RGB [height, width, 3]; decoded in full, as timm does it, unless the centre is taken.
+        """uint8 RGB [height, width, 3]; decoded in full, as timm does it, unless `framing` says how.
 
         Raises:
             ImageError: as of `load_image`; or it is too long and thin for timm's resizing.
         """
         if self.transform is None:
-            return load_image(path, self.size)
+            return load_image(path, self.framing)
         image = open_image(path)
         if max(image.size) > MOST_RATIO * min(image.size):
             shape = size_text((image.size[1], image.size[0]))
@@ -107,16 +107,16 @@ class Feed(NamedTuple):
         return np.ascontiguousarray(np.asarray(self.transform(image)).transpose(1, 2, 0))
 
 
-def feed_of(model: str | None, size: ImageSize) -> Feed:
-    """As timm's configuration of a model says; of None, or where timm has none, the centre square or rectangle."""
+def feed_of(model: str | None, framing: Framing) -> Feed:
+    """As timm's configuration of a model says; of None, or where timm has none, as framed."""
     known = get_pretrained_cfg(model) if model is not None and timm.is_model(model) else None
     if known is None:
-        return Feed(size, f"{centre_text(size)}, bicubic to {size_text(size)} px")
+        return Feed(framing, str(framing))
     config = resolve_data_config(pretrained_cfg=known.to_dict())
     crop = {name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")}
     said = ", ".join(f"{name} {value}" for name, value in crop.items())
-    transform = create_transform(height_width(size), mean=config["mean"], use_prefetcher=True, **crop)
-    return Feed(size, f"as timm validates {model}: {said}, to {size_text(size)} px", transform)
+    transform = create_transform(height_width(framing.size), mean=config["mean"], use_prefetcher=True, **crop)
+    return Feed(framing, f"as timm validates {model}: {said}, to {size_text(framing.size)} px", transform)
 
 
 _Prepared: TypeAlias = "tuple[int, Tensor] | SparsifinerError"

@@ -30,7 +30,8 @@ from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import held_out_images, quantise
 from sparsifiner_edge.export.sessions import file_runner
-from sparsifiner_edge.images import Normalisation, Normalise, centre_text, evenly, list_images, load_image
+from sparsifiner_edge.fitting import Fit, Framing, require_fit
+from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.profiles.boards.board import Board, load_board
@@ -65,6 +66,7 @@ class ExportOptions:
         labels: of the classes of the output "logits", in their order; none takes those that the model has.
         boards: names or files of boards (see `profiles.boards`) whose GPU kernels go into the bundle, of float16; the
             student gets the tile and cells that suit them if those pass the gate (see `gpu_layout`).
+        fit: how `run` and `evaluate` bring images to the size unless told otherwise; see `fitting.Framing`.
 
     Example:
         >>> ExportOptions(precision="int8", calibrate="images").batch
@@ -78,8 +80,10 @@ class ExportOptions:
     int8_target: str = "cpu"
     labels: Sequence[str] = ()
     boards: Sequence[str | Path] = ()
+    fit: Fit = "crop"
 
     def __post_init__(self) -> None:
+        require_fit(self.fit)
         require_lists(labels=self.labels, boards=self.boards)
 
 
@@ -188,6 +192,7 @@ class _Form(NamedTuple):
     images: list[Path]
     labels: tuple[str, ...]
     boards: list[Board]
+    fit: Fit
 
 
 def _form(options: ExportOptions) -> _Form:
@@ -211,7 +216,7 @@ def _form(options: ExportOptions) -> _Form:
     images = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
     batch, labels = options.batch, check_labels(list(options.labels), "The classes", _LABELS)
     size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
-    return _Form(precision, size, options.tokens, int8_target, images, labels, loaded)
+    return _Form(precision, size, options.tokens, int8_target, images, labels, loaded, options.fit)
 
 
 def _export(
@@ -257,7 +262,7 @@ def _file(size: ImageSize, deployed: DeployedModel, form: _Form, progress: Progr
     check, golden = check_export(model, deployed, size, batches)
     quantisation = float16 = judged = None
     if form.precision == "int8":
-        images = [np.repeat(load_image(path, size)[None], batches[0], 0) for path in form.images]
+        images = [np.repeat(load_image(path, Framing(size, form.fit))[None], batches[0], 0) for path in form.images]
         model, quantisation = quantise(model, images, form.int8_target, progress)
         judged = held_out_images(images)[:3]
     if form.precision == "fp16" or form.int8_target == "tensorrt":
@@ -324,7 +329,7 @@ def _manifest(student: Student, file: _File, form: _Form) -> Manifest:
         ops=tuple(sorted(f"{DOMAIN}::{f.name}" for f in file.model.functions)),
         inputs=tuple(map(tensor_spec, graph.input)),
         outputs=tuple(map(tensor_spec, graph.output)),
-        preprocessing=Preprocessing(size, f"{centre_text(size)}, bicubic", student.normalisation),
+        preprocessing=Preprocessing(size, form.fit, student.normalisation),
         sparsity=student.sparsity if selects else None,
         plan=plan,
         tolerances=tolerances_of(file.check, form.precision, form.int8_target, selects),

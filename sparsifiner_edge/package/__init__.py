@@ -26,6 +26,7 @@ from sparsifiner_edge.bundle.sign import read_signature, write_signature
 from sparsifiner_edge.bundle.store import LABELS_FILE, Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors, replace_folder
+from sparsifiner_edge.fitting import Fit, Framing
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.package import deepstream
 from sparsifiner_edge.text import file_name
@@ -94,6 +95,10 @@ def _name(bundle: Bundle) -> str:
     return file_name(bundle.manifest.name or "")
 
 
+def _fit(bundle: Bundle) -> Fit:
+    return bundle.require(bundle.manifest.preprocessing, "preprocessing").fit
+
+
 def template(name: str, /, **values: object) -> str:
     """A file of `export/` with its fields filled in, such as "triton/guide.md"."""
     target, _, file = name.partition("/")
@@ -119,7 +124,7 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
     precision = "fp16" if found is not None and found.precision == "fp16" else bundle.precision
     config = template(
         "deepstream/nvinfer.txt", batch=bundle.manifest.batch or 1, precision=precision, height=height, width=width,
-        mode=deepstream.MODES[precision], outputs=";".join(outputs),
+        aspect=int(_fit(bundle) != "stretch"), mode=deepstream.MODES[precision], outputs=";".join(outputs),
     )  # fmt: skip
     channels = 1 if shape is None else shape[0]
     more = template(f"deepstream/{kind}.txt", channels=channels, threshold=0.5 if channels == 1 else 0.0)
@@ -136,7 +141,8 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
     if labels:  # One line, with semicolons between.
         line = ";".join(label.replace(";", ",").strip() or "-" for label in labels)
         (folder / LABELS_FILE).write_text(f"{line}\n", encoding="utf-8")
-    guide = template("deepstream/guide.md", name=_name(bundle), height=height, width=width)
+    fitted = deepstream.FITTED[_fit(bundle)]
+    guide = template("deepstream/guide.md", name=_name(bundle), height=height, width=width, fitted=fitted)
     (folder / "README.md").write_text(guide, encoding="utf-8")
 
 
@@ -159,7 +165,9 @@ def _write_triton(bundle: Bundle, folder: Path) -> None:
     )  # fmt: skip
     (model / "config.pbtxt").write_text(config, encoding="utf-8")
     shape = f"{bundle.manifest.batch or 1},{','.join(map(str, height_width(bundle.image_size)))},3"
-    (folder / "README.md").write_text(template("triton/guide.md", name=name, shape=shape), encoding="utf-8")
+    fitted = Framing(bundle.image_size, _fit(bundle))
+    guide = template("triton/guide.md", name=name, shape=shape, fitted=fitted)
+    (folder / "README.md").write_text(guide, encoding="utf-8")
 
 
 def _output(tensor: TensorSpec, most: int, labelled: bool) -> str:
@@ -187,5 +195,7 @@ def _write_gstreamer(bundle: Bundle, folder: Path) -> None:
     (plugins / "sparsifiner.py").write_bytes((element / "python" / "sparsifiner.py").read_bytes())
     height, width = height_width(bundle.image_size)
     ratio = "/".join(map(str, Fraction(width, height).as_integer_ratio()))
-    guide = template("gstreamer/guide.md", name=_name(bundle), ratio=ratio, height=height, width=width)
+    fitted = {"crop": f"aspectratiocrop aspect-ratio={ratio} ! videoscale", "letterbox": "videoscale add-borders=true"}
+    scaled = fitted.get(_fit(bundle), "videoscale add-borders=false")
+    guide = template("gstreamer/guide.md", name=_name(bundle), scaled=scaled, height=height, width=width)
     (folder / "README.md").write_text(guide, encoding="utf-8")

@@ -24,6 +24,13 @@ from sparsifiner_edge.runtime.golden import read_golden
 PROBABILITIES, MAP = "probabilities", "map"
 MODES = {"fp32": 0, "fp16": 2}
 """Precision -> Gst-nvinfer's network-mode."""
+FITTED = {
+    "crop": "The bundle takes the centre of a frame. Gst-nvinfer cannot crop: it gets the whole frame with black bars. "
+    "Crop before\n  it (`nvvideoconvert src-crop=LEFT:TOP:WIDTH:HEIGHT`) for the same image.",
+    "letterbox": "The bundle takes the whole frame between bars. Gst-nvinfer's are black, those of `run` are grey.",
+    "stretch": "The bundle takes the whole frame, stretched; so does Gst-nvinfer (`maintain-aspect-ratio=0`).",
+}
+"""What the guide says of how a bundle wants frames fitted."""
 
 
 def for_nvinfer(model: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import safetensors.torch
+import timm
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
@@ -19,13 +20,14 @@ from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE, new_folder, r
 from sparsifiner_edge.bounds import ImageSize, size_of
 from sparsifiner_edge.config import Budget, Keep, SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.fitting import shape_like
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.defaults import SparsityOptions, fit_to_model
 from sparsifiner_edge.sparse.hosts import backbone_of, for_size, hugging_face
-from sparsifiner_edge.sparse.hosts.timm import create
+from sparsifiner_edge.sparse.hosts.timm import create, on_paper
 from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_model, set_budget
 from sparsifiner_edge.sparse.source import Student as Student  # noqa: PLC0414
@@ -204,6 +206,31 @@ def load_student(
         config.host,
     )  # fmt: skip
     return with_budget(student, budget.keep, budget.token_keep)
+
+
+def size_like(source: str | Path, frame: tuple[int, int], trust: Sequence[str] = ()) -> ImageSize:
+    """The image size in the shape of a camera's frames that has about as many patches as a model has by itself.
+
+    Args:
+        source: a student's folder, or a model: see `sparsify`. frame: width and height, in any unit.
+        trust: see `load_student`.
+
+    Raises:
+        SparsifinerError: there is no such model.
+
+    Example:
+        >>> size_like("vit_small_patch14_dinov2.lvd142m", (1920, 1080))
+        (392, 700)
+    """
+    if (Path(source) / STUDENT_FILE).is_file():
+        backbone = load_student(source, trust=trust).backbone
+    elif is_factory(str(source)):
+        backbone = backbone_of(call_factory(str(source)))
+    elif timm.is_model(str(source)):
+        backbone = backbone_of(on_paper(str(source)))
+    else:
+        backbone = load_source(str(source)).backbone
+    return size_of(*shape_like(frame, backbone.patch, backbone.patches))
 
 
 def _dense(

@@ -55,7 +55,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m.update(schema_version=2), "schema 2; this version reads 3 alone"),
         (lambda m: m.update(kind="student"), "is not a bundle's manifest"),
         (lambda m: m["files"].pop("model.onnx"), "is not a bundle's manifest"),
-        (lambda m: m["preprocessing"].update(resize="stretch"), "preprocessing.resize is"),
+        (lambda m: m["preprocessing"].update(fit="pad"), "preprocessing.fit is"),
         (lambda m: m.update(preprocessing={"size": 5}), "takes image (uint8 [batch, 4, 4, 3])"),
         (lambda m: m.update(preprocessing={"size": [4, 0]}), "preprocessing.size[1] is 0"),
         (lambda m: m["inputs"][0].update(shape={"0": 1}), 'inputs[0].shape is {"0": 1}, not list'),

@@ -109,7 +109,8 @@ def numbers_of(records: list[dict[str, Any]]) -> list[int | None]:
 
 def record(**fields: Any) -> FrameRecord:
     times = ("monotonic_s", "capture_ms", "preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
-    known = {"source": "x", "frame": 3, "skipped": 0, "pts_s": None, "frame_age_ms": None} | dict.fromkeys(times, 1.0)
+    known = {"source": "x", "box": (0, 0, 1, 1), "frame": 3, "skipped": 0, "pts_s": None, "frame_age_ms": None}
+    known |= dict.fromkeys(times, 1.0)
     return FrameRecord(**known | fields)
 
 

@@ -21,9 +21,11 @@ import pytest
 
 from sparsifiner_edge.camera import confine
 from sparsifiner_edge.camera.capture import Capture
+from sparsifiner_edge.camera.decoder_protocol import Wanted
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.fitting import Framing
 from sparsifiner_edge.records import write_record
 from tests.camera.conftest import records_of
 from tests.commands import process
@@ -115,7 +117,7 @@ def test_an_encrypted_stream_of_a_host_by_name(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         source = parse_source(f"rtsps://u:p@localhost:{server.getsockname()[1]}/x")
-        with Capture(source, 8, 5, Status(source.shown, events.append)):
+        with Capture(source, Wanted(Framing(8)), 5, Status(source.shown, events.append)):
             with context.wrap_socket(server.accept()[0], server_side=True) as client:
                 assert client.recv(4096).startswith(b"OPTIONS rtsps://localhost:")
                 client.sendall(b"RTSP/1.0 404 Not Found\r\nCSeq: 1\r\n\r\n")

@@ -13,22 +13,27 @@ import av
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.camera import capture
 from sparsifiner_edge.camera.capture import FIRST_WAIT_S, MOST_WAIT_S, Capture, wait_s
-from sparsifiner_edge.camera.decoder_protocol import ProtocolError, receive
-from sparsifiner_edge.camera.libav import _StreamClock
+from sparsifiner_edge.camera.decoder_protocol import ProtocolError, Wanted, receive
+from sparsifiner_edge.camera.libav import _StreamClock, read_stream
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.overlay import Overlay, text_lines
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.images import centre_box, centre_crop, load_image
-from tests.camera.conftest import record
+from sparsifiner_edge.fitting import BARS, FITS, Box, Fit, Framing
+from sparsifiner_edge.images import fit_image, load_image, read_image
+from tests.camera.conftest import encode, record
 from tests.commands import wait_for
+
+SIDES = st.integers(1, 300)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +47,71 @@ from tests.commands import wait_for
 def test_the_largest_box_of_a_shape(
     frame: tuple[int, int], model: ImageSize, box: tuple[int, ...], tmp_path: Path
 ) -> None:
-    assert centre_box(*frame, model) == box
+    left, top, width, height = Framing(model).of(*frame).box
+    assert (left, top, left + width, top + height) == box
     pixels = np.random.default_rng(0).integers(0, 256, (frame[1], frame[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     height, width = height_width(model)
     expected = Image.fromarray(pixels).crop(box).resize((width, height), Image.Resampling.BICUBIC)
     assert np.array_equal(load_image(tmp_path / "image.png", model), np.asarray(expected))
+
+
+@given(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES), st.sampled_from(FITS), st.data())
+def test_where_the_input_is_in_the_frame(
+    frame: tuple[int, int], size: tuple[int, int], fit: Fit, data: st.DataObject
+) -> None:
+    x, y = (data.draw(st.integers(0, side - 1)) for side in frame)
+    width, height = data.draw(st.integers(1, frame[0] - x)), data.draw(st.integers(1, frame[1] - y))
+    fitted = Framing(size, fit, (x, y, width, height)).of(*frame)
+    for left, top, across, down, outer in (
+        (*fitted.box, (x, y, x + width, y + height)), (*fitted.inner, (0, 0, *size[::-1])),
+    ):  # fmt: skip
+        assert outer[0] <= left < left + across <= outer[2]
+        assert outer[1] <= top < top + down <= outer[3]
+        # In the middle, as far as whole pixels allow.
+        assert abs(left + across + left - outer[0] - outer[2]) <= 1
+        assert abs(top + down + top - outer[1] - outer[3]) <= 1
+    assert fit == "crop" or fitted.box == (x, y, width, height)
+    assert fit == "letterbox" or not fitted.has_bars
+    left, top, across, down = fitted.inner
+    assert fitted.to_frame(left, top) == fitted.box[:2]
+    point = data.draw(st.floats(left, left + across)), data.draw(st.floats(top, top + down))
+    assert fitted.to_input(*fitted.to_frame(*point)) == pytest.approx(point, abs=1e-6)
+    inside = np.zeros(size)
+    inside[top : top + down, left : left + across] = 1
+    assert fitted.cut(inside).shape == (down, across)
+    assert fitted.cut(inside).min() == 1
+    assert fitted.cut(np.zeros((3, 7, 5))).size > 0
+
+
+def picture_of(frame: tuple[int, int]) -> Image.Image:
+    """Each pixel tells where it is: red across, green down; blue is nowhere."""
+    across, down = np.meshgrid(np.arange(frame[0]), np.arange(frame[1]))
+    return Image.fromarray(np.stack([across % 256, down % 256, 0 * down], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("region", [None, (100, 20, 120, 60)])
+def test_images_and_videos_are_fitted_alike(fit: Fit, region: Box | None, tmp_path: Path) -> None:
+    """A pixel is where the geometry says it is, in an image and in a decoded frame; bars are of their colour."""
+    framing, picture = Framing((96, 64), fit, region), picture_of((240, 120))
+    picture.save(tmp_path / "image.png")
+    image, fitted = read_image(tmp_path / "image.png", framing)
+    video = encode(tmp_path / "v.mkv", [np.asarray(picture)] * 2, codec="ffv1")
+    with video.open("rb") as file:
+        frame = next(read_stream(file, Wanted(framing, view=True), 3))
+    assert framing.of(frame.width, frame.height) == fitted
+    assert np.abs(frame.shown().astype(int) - np.asarray(picture).astype(int))[5:-5, 5:-5].max() < 12
+    left, top, across, down = fitted.inner
+    for pixels in (image, frame.image(framing)):
+        for x, y in ((left + 4, top + 4), (left + across - 5, top + down - 5)):
+            place = fitted.to_frame(x + 0.5, y + 0.5)
+            np.testing.assert_allclose(pixels[y, x, :2], np.subtract(place, 0.5), atol=8)
+            assert pixels[y, x, 2] < 40
+        bars = np.ones(pixels.shape[:2], bool)
+        bars[top : top + down, left : left + across] = False
+        assert bars.any() == (fit == "letterbox")
+        assert (pixels[bars] == BARS).all()
 
 
 # Time.
@@ -80,7 +144,11 @@ def test_no_clock_that_can_be_set_is_read() -> None:
 
 # Messages of the decoder.
 
-GOOD = dict.fromkeys(("captured_ns", "arrived_ns", "decoded_ns", "ready_ns"), 1) | {"kind": "frame", "pixels": bytes(3)}
+GOOD = (
+    dict.fromkeys(("captured_ns", "arrived_ns", "decoded_ns", "ready_ns"), 1)
+    | {"kind": "frame", "pixels": bytes(3)}
+    | {"width": 9, "height": 9}
+)
 
 
 def message(**fields: Any) -> bytes:
@@ -96,6 +164,8 @@ def message(**fields: Any) -> bytes:
           for value in (-1, 1 << 63, 1.5, True, "1", None)),
         *(message(**GOOD, pts_s=value) for value in (float("nan"), 1e300, {}, "1", True)),
         *(message(**GOOD | {"pixels": value}) for value in (b"", bytes(2), bytes(4), [1, 2, 3], "abc", None)),
+        *(message(**GOOD | {name: value}) for name in ("width", "height") for value in (0, 8, -1, 1 << 17, None)),
+        message(**GOOD, view=bytes(9 * 9 * 3)),
         *(message(kind="end", reason=value) for value in (5, {}, "x" * 10_001)),
         *(message(kind=value) for value in ("other", None, 5, ["frame"], {})),
     ],
@@ -106,7 +176,7 @@ def test_no_field_of_a_message_is_believed(content: bytes) -> None:
         os.write(theirs, sent)
         os.close(theirs)
         with os.fdopen(ours), pytest.raises(ProtocolError) if wrong else contextlib.nullcontext():
-            receive(ours, 1, 1)
+            receive(ours, Wanted(Framing(1, region=(2, 2, 7, 7))), 1)
 
 
 # Answers.
@@ -114,7 +184,7 @@ def test_no_field_of_a_message_is_believed(content: bytes) -> None:
 
 def test_a_scene_that_stays_does_not_change(cells: Path) -> None:
     with Model(cells) as model:
-        picture, other = (np.asarray(centre_crop(Image.fromarray(draw_pattern(n)), model.size)) for n in (1, 123456))
+        picture, other = (np.asarray(fit_image(Image.fromarray(draw_pattern(n)), model.framing)) for n in (1, 123456))
         found = [model.frame_answer(model.infer(p)).change for p in (picture, picture, other, picture)]
     assert found[:2] == [0, 0]
     assert found[2] is not None
@@ -147,18 +217,23 @@ def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
 
 
 def test_what_a_model_sees_and_says_is_drawn(tmp_path: Path) -> None:
-    heat = np.zeros((2, 4))
+    """Where a map is above the threshold, in the middle of the frame that is read; the rest of that stays as it is."""
+    heat = np.full((2, 4), 0.4)
     heat[:, 2:] = 1
-    with Overlay(tmp_path / "o.mp4", (30, 60), False, Status("x", print)) as overlay:
+    fitted = Framing((30, 60)).of(120, 30)
+    with Overlay(tmp_path / "o.mp4", 0.5, False, Status("x", print)) as overlay:
         for at_s in (5.0, 5.2):
-            overlay.write(np.zeros((30, 60, 3), np.uint8), record(infer_ms=3.0), heat, at_s)
+            overlay.write(np.full((30, 120, 3), 90, np.uint8), fitted, record(infer_ms=3.0), heat, at_s)
     with av.open(str(tmp_path / "o.mp4")) as file:
         frames = list(file.decode(video=0))
     assert [round(float(frame.time or 0), 3) for frame in frames] == [0, 0.2]
     pixels = frames[0].to_ndarray(format="rgb24").astype(int)
-    assert pixels.shape == (240, 480, 3)
-    assert pixels[100:, 360:, 0].min() > 100
-    assert pixels[100:, :120, 0].max() < 60
+    assert pixels.shape == (120, 480, 3)
+    unread, plain, hot = pixels[60:, :110], pixels[60:, 130:200], pixels[60:, 270:350]
+    assert hot[..., 0].min() > 170
+    assert abs(plain - 90).max() < 8
+    assert abs(unread - 41).max() < 8
+    assert abs(pixels[60:, 370:] - 41).max() < 8
     assert pixels[:24, :200].max() > 200  # Text.
 
 
@@ -187,7 +262,7 @@ def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypat
     fake_decoder(tmp_path, monkeypatch, "raise SystemExit(1)")
     events: list[dict[str, Any]] = []
     status = Status("test", events.append)
-    with Capture(parse_source("test"), 8, 3, status):
+    with Capture(parse_source("test"), Wanted(Framing(8)), 3, status):
         wait_for(lambda: status.counts["crashes"] > 17)
     attempts = [event["attempt"] for event in events if event["state"] == "lost"]
     assert attempts == [1, 2, 3, 4, 8, 16]
@@ -197,7 +272,7 @@ def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [("End(None)", "the stream ended"), ("End('no route')", "no route"),
-     ("Frame(bytes(8 * 8 * 3), -1, 0, 0, 0)", "the decoder sent what is no message: ")],
+     ("Frame(bytes(8 * 8 * 3), 9, 9, -1, 0, 0, 0)", "the decoder sent what is no message: ")],
 )  # fmt: skip
 def test_no_word_of_a_decoder_ends_a_live_source(
     sent: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,7 +280,7 @@ def test_no_word_of_a_decoder_ends_a_live_source(
     fake_decoder(tmp_path, monkeypatch, f"send(1, {sent})")
     events: list[dict[str, Any]] = []
     status = Status("test", events.append)
-    with Capture(parse_source("test"), 8, 3, status) as running:
+    with Capture(parse_source("test"), Wanted(Framing(8)), 3, status) as running:
         wait_for(lambda: len([event for event in events if event["state"] == "lost"]) >= 2)
         assert not running.is_over
     assert str(status.last_reason).startswith(reason)

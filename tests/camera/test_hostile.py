@@ -23,7 +23,9 @@ READ = """
 import json, os, re, signal, sys, time
 from sparsifiner_edge.camera.child import import_decoder, reason_of
 from sparsifiner_edge.camera.confine import confine
+from sparsifiner_edge.camera.decoder_protocol import Wanted
 from sparsifiner_edge.camera.libav import read_stream
+from sparsifiner_edge.fitting import Framing
 import_decoder()
 files = [open(name, "rb", buffering=0) for name in sys.argv[1:]]
 status = open("/proc/self/status")  # getrusage would tell of the process that started this one, too.
@@ -32,8 +34,8 @@ for file in files:
     signal.alarm(60)
     start, frames, reason = time.monotonic(), 0, None
     try:
-        for decoded in read_stream(file, 32, 3):
-            assert decoded.image(32).shape == (32, 32, 3)
+        for decoded in read_stream(file, Wanted(Framing(32)), 3):
+            assert decoded.image(Framing(32)).shape == (32, 32, 3)
             frames += 1
     except Exception as error:
         reason = reason_of(error)

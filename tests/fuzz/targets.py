@@ -182,7 +182,7 @@ def injection(one: Try) -> None:
     changes: dict[str, Any] = one.rng.choice([
         {"name": bad},
         {"precision": bad},
-        {"preprocessing": {"size": 8, "resize": bad}},
+        {"preprocessing": {"size": 8, "fit": bad}},
         {"outputs": [{"name": bad, "dtype": "float32", "shape": ["batch", 8]}]},
         {"outputs": [{"name": "features", "dtype": bad, "shape": ["batch", bad]}]},
         {"engines": [ENGINE | {"version": bad}]},

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sparsifiner_edge.bundle.sign import sign_bundle
-from sparsifiner_edge.images import centre_crop
+from sparsifiner_edge.images import fit_image
 from sparsifiner_edge.package import package_bundle
 from tests.flat import open_session
 
@@ -118,7 +118,7 @@ def test_metadata_and_messages_are_the_sessions(
     with open_session(tiny_bundle, threads=1, kernels="portable") as session:
         for number, (message, frame) in enumerate(zip(messages, frames, strict=True)):
             pixels = np.frombuffer((tmp_path / f"frame{number}").read_bytes(), np.uint8).reshape(250, 333, 3)
-            image = np.asarray(centre_crop(Image.fromarray(pixels), 160))
+            image = np.asarray(fit_image(Image.fromarray(pixels), 160))
             logits = session.infer({"image": image[None]})["logits"][0].astype(np.float64)
             expected = np.exp(logits) / np.exp(logits).sum()
             best = np.argsort(-expected, kind="stable")[:5]

@@ -52,14 +52,23 @@ def test_every_target(target: str, tmp_path: Path, tiny_bundle: Path, capsys: py
 
 
 def test_sizes_in_configurations(tmp_path: Path) -> None:
+    """And how frames are fitted there."""
     bundle = make_bundle(tmp_path / "b", size=(4, 6), preprocessing={"size": (4, 6)})
-    for target, file, text in (
-        ("deepstream", "config_infer.txt", "infer-dims=3;4;6\n"),
-        ("triton", "models/b/config.pbtxt", "dims: [4, 6, 3]\n"),
-        ("gstreamer", "README.md", "aspect-ratio=3/2 ! videoscale ! "),
+    wide = make_bundle(tmp_path / "c", size=(4, 6), preprocessing={"size": (4, 6), "fit": "stretch"})
+    for place, target, file, text in (
+        (bundle, "deepstream", "config_infer.txt", "infer-dims=3;4;6\n"),
+        (bundle, "triton", "models/b/config.pbtxt", "dims: [4, 6, 3]\n"),
+        (bundle, "gstreamer", "README.md", "aspect-ratio=3/2 ! videoscale ! "),
+        (bundle, "deepstream", "config_infer.txt", "maintain-aspect-ratio=1\n"),
+        (bundle, "deepstream", "README.md", "takes the centre of a frame"),
+        (wide, "deepstream", "config_infer.txt", "maintain-aspect-ratio=0\n"),
+        (wide, "triton", "README.md", "whole, stretched, bicubic to 4x6 px"),
+        (wide, "gstreamer", "README.md", "videoconvert ! videoscale add-borders=false ! "),
     ):
-        package_bundle(bundle, target, tmp_path / target)
-        assert text in (tmp_path / target / file).read_text()
+        packaged = tmp_path / f"{place.name}-{target}"
+        if not packaged.exists():
+            package_bundle(place, target, packaged)
+        assert text in (packaged / file).read_text()
 
 
 def test_places_that_are_refused(tmp_path: Path) -> None:

@@ -77,18 +77,21 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             begun = time.monotonic()
             outputs = self._model.infer(image)
             elapsed_ms = (time.monotonic() - begun) * 1e3
-            self._tell(buffer, self._model.frame_answer(outputs), elapsed_ms)
+            self._tell(buffer, self._model.frame_answer(outputs, self._fitting()), elapsed_ms)
         except Exception as error:  # It would vanish in the binding.
             self._fail(str(error))
             return Gst.FlowReturn.ERROR
         return Gst.FlowReturn.OK
+
+    def _fitting(self) -> Any:
+        return self._model.framing.of(self._info.width, self._info.height)
 
     def _image(self, buffer: Any) -> Any:
         """The frame as the model takes it, uint8 [H,W,3]."""
         import numpy as np
         from PIL import Image
 
-        from sparsifiner_edge.images import centre_crop
+        from sparsifiner_edge.images import fit_image
 
         meta = GstVideo.buffer_get_video_meta(buffer)
         offset, stride = (meta.offset[0], meta.stride[0]) if meta else (self._info.offset[0], self._info.stride[0])
@@ -98,7 +101,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         try:
             size, pixels = (self._info.width, self._info.height), bytes(mapped.data[offset:])
             frame = Image.frombuffer("RGB", size, pixels, "raw", "RGB", stride, 1)
-            return np.asarray(centre_crop(frame, self._model.size))
+            return np.asarray(fit_image(frame, self._model.framing))
         finally:
             buffer.unmap(mapped)
 
