@@ -6,8 +6,6 @@ import msgspec
 
 from sparsifiner_edge.machine import available_cores
 
-AUTO = "auto"
-"""What an `Execution` leaves to the bundle."""
 ON_PROCESSOR = ("onnxruntime", "openvino")
 """Backends (`runtime.open.BACKENDS`) that run the file itself on the processor."""
 KERNEL_CHOICES = ("auto", "native", "portable")
@@ -28,10 +26,9 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
     """How to run a bundle.
 
     Attributes:
-        backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or another package's; "auto" is what the bundle
-            was found or built for, else the first that runs here: an engine in it, ONNX Runtime, OpenVINO.
-        precision: what is computed in: "fp32", "bf16" or "fp16"; "auto" is what the bundle was found for together with
-            the backend, else as stored.
+        backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or another package's; "auto": what the bundle
+            was found for, else the first that runs here of an engine in it, ONNX Runtime and OpenVINO.
+        precision: what is computed in: "fp32", "bf16", "fp16"; "auto": found with the backend, else as stored.
         provider: of ONNX Runtime: "cpu" or "cuda".
         kernels: "auto", "native" (the library, or an error) or "portable" (bodies of standard operators); a session's
             `description` says what runs.
@@ -42,11 +39,14 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
         2
     """
 
-    backend: str = AUTO
-    precision: str = AUTO
+    backend: str = "auto"
+    precision: str = "auto"
     provider: str = "cpu"
     kernels: str = "auto"
     threads: int | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.precision == "auto" else f"{self.backend} in {self.precision}"
 
     @property
     def cores(self) -> int:
@@ -62,11 +62,6 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 def execution_of(choice: Execution | str | None) -> Execution:
     """The `Execution` that a caller means: as given, of a backend's name, or the default for None."""
     return choice if isinstance(choice, Execution) else Execution() if choice is None else Execution(backend=choice)
-
-
-def execution_text(backend: str, precision: str) -> str:
-    """For people: "openvino in bf16"."""
-    return backend if precision == AUTO else f"{backend} in {precision}"
 
 
 def precision_text(stored: str | None, computed: str) -> str:

@@ -75,11 +75,7 @@ class Preprocessing(msgspec.Struct, frozen=True):
 
 
 class FoundFor(msgspec.Struct, frozen=True):
-    """What a bundle was found or built for: it is run so where a caller leaves that to the bundle.
-
-    Attributes:
-        backend: as given to `open_session`. precision: what is computed in, of `execution.PRECISIONS`.
-    """
+    """What a bundle was found or built for, and is run by where a caller does not say; see `Execution`."""
 
     backend: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

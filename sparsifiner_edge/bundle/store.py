@@ -291,18 +291,12 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
 
 
 def remember_execution(folder: Path, backend: str, precision: str = "auto") -> None:
-    """Let a bundle say what it was found for, in place of what it said; a signature holds no longer, as after building
-    an engine.
-
-    Args:
-        backend, precision: as `Execution` has them.
+    """Let a bundle say what it was found for; a signature holds no longer, as after building an engine.
 
     Raises:
-        ConfigError: no manifest can hold these.
-        ArtifactError: see `extend_bundle`.
+        ConfigError: these are no backend and precision as `Execution` has them. ArtifactError: see `extend_bundle`.
     """
-    fix = "Give a backend's name, and one of the precisions that it computes in."
-    found = read_record({"backend": backend, "precision": precision}, FoundFor, "Found for", fix, ConfigError)
+    found = read_record({"backend": backend, "precision": precision}, FoundFor, "Found for", "Correct it.", ConfigError)
     extend_bundle(folder, {}, lambda manifest: msgspec.structs.replace(manifest, found_for=found))
 
 

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, size_text, whole_number
 from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
-from sparsifiner_edge.execution import AUTO, KERNEL_CHOICES, PRECISIONS, PROVIDERS
+from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.fitting import FITS, parse_region
 from sparsifiner_edge.progress import Progress
@@ -88,12 +88,12 @@ result_option = click.option("-o", "--output", type=PATH, callback=read_by(_file
 def execution_options(command: Command) -> Command:
     """How a bundle is run: backend, precision, provider and kernels, each an argument of the command."""
     for option in reversed((
-        click.option("--backend", default=AUTO, show_default=True,
-                     help="onnxruntime, openvino, tensorrt or tensorrt-rtx; auto: what the bundle was found or built "
-                          "for, else the first that runs here: an engine in it, onnxruntime, openvino."),
-        click.option("--precision", type=click.Choice(PRECISIONS), default=AUTO, show_default=True,
-                     help="What is computed in of all that is not int8 in the file; auto: what the bundle was found "
-                          "for together with the backend, else as it is stored."),
+        click.option("--backend", default="auto", show_default=True,
+                     help="onnxruntime, openvino, tensorrt or tensorrt-rtx; auto: what BUNDLE was found for, else the "
+                          "first that runs here: an engine in it, onnxruntime, openvino."),
+        click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True,
+                     help="What all that is not int8 in the file is computed in; auto: found with the backend, else as "
+                          "it is stored."),
         click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True,
                      help="Of onnxruntime: what it runs on."),
         click.option("--kernels", type=click.Choice(KERNEL_CHOICES), default="auto", show_default=True,

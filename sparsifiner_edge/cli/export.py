@@ -12,7 +12,6 @@ from sparsifiner_edge.artifacts import MAX_JSON
 from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import merge_text
-from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
 from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.fitting import FITS
@@ -23,14 +22,9 @@ if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
 
 
 def _labels(path: Path | None) -> list[str]:
-    """A name from each line; none without a file."""
-    if path is None:
-        return []
-    try:
-        text = read_bytes(path, MAX_JSON).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8.", "Give a text file with one name a line.") from error
-    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+    """A name from each line; of what is no UTF-8, such as no name may have."""
+    text = b"" if path is None else read_bytes(path, MAX_JSON)
+    return text.decode("utf-8", "surrogateescape").removeprefix("\ufeff").splitlines()
 
 
 @click.command()

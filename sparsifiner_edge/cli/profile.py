@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bounds import MOST_SECONDS
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.execution import AUTO, PRECISIONS, Execution
+from sparsifiner_edge.execution import PRECISIONS
 from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
@@ -28,25 +28,18 @@ if TYPE_CHECKING:
               help="Minimum measuring time per bundle.  [default: 10]")  # fmt: skip
 @common.json_option
 @common.result_option
-def command(
-    *, bundle: Path, against_backend: str | None, against_precision: str | None, as_json: bool, output: Path | None,
-    **options: Any,
-) -> None:  # fmt: skip
+def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any) -> None:
     """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own."""
     import sparsifiner_edge as se
 
+    other = {name: value for name in ("backend", "precision") if (value := options.pop(f"against_{name}"))}
     groups = common.group(options, execution=se.Execution, options=se.ProfileOptions)
-    other = _other(groups["execution"], against_backend, against_precision)
+    if other:
+        of = {"precision": "auto", "provider": "cpu"} | other
+        groups["against_execution"] = replace(groups["execution"], **of)
     with common.progress_bar("starting") as progress:
-        result = se.profile_bundle(bundle, against_execution=other, progress=progress, **groups)
+        result = se.profile_bundle(bundle, progress=progress, **groups)
     common.print_result(result, as_json, _print, output)
-
-
-def _other(execution: Execution, backend: str | None, precision: str | None) -> Execution | None:
-    """What runs the other side, where anything is said of it: of another backend nothing else was asked for."""
-    if backend is not None:
-        return replace(execution, backend=backend, precision=precision or AUTO, provider="cpu")
-    return None if precision is None else replace(execution, precision=precision)
 
 
 def _print(result: ProfileResult) -> None:

@@ -231,8 +231,8 @@ def _export(
     count = classes.get("logits", 0)
     require(len(form.labels) in (0, count), f"{len(form.labels)} labels for {count} classes.", _LABELS)
     known = class_labels if isinstance(model, TimmModel) else hugging_face.configured_labels
-    labels = [printable(label) for label in form.labels or student.labels or known(model)]
-    labels = labels if len(labels) == count else []  # A classifier in a module may not be what answers.
+    named = form.labels or student.labels or known(model)
+    labels = [printable(name) for name in named if len(named) == count]  # A classifier inside may not be what answers.
     onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())

@@ -28,7 +28,6 @@ from sparsifiner_edge.profiles.measure.side import (
 )
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.runtime.open import find_backend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +64,9 @@ def profile_bundle(
 
     Args:
         bundle: the bundle that is judged.
-        execution: what runs it: a backend, or all of it; what that leaves open is what the bundle was found for.
-        against: the bundle to compare with, in turn with the first; it may be the same one.
-        against_execution: what runs that; None takes `execution`, and what that leaves open from `against` itself.
+        execution: what runs it: a backend, or all of it.
+        against: the bundle to compare with, in turn with the first; it may be the same.
+        against_execution: what runs that; None takes `execution`, of which each bundle decides what is "auto".
         options: for how long, and what beside latency. progress: called now and then.
 
     Returns:
@@ -86,10 +85,7 @@ def profile_bundle(
     execution, options = execution_of(execution), options or ProfileOptions()
     rules = make_rules(options.seconds, options.min_queries)
     require(against is not None or against_execution is None, "It is compared with none.", "Name one: --against.")
-    other = execution if against_execution is None else execution_of(against_execution)
-    executions = {"subject": execution, "against": other}
-    for each in executions.values():
-        find_backend(each)
+    executions = {"subject": execution, "against": execution_of(against_execution or execution)}
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     subjects = [open_bundle(path).subject(role) for role, path in folders.items()]
     on_stage = stage_progress(progress, len(subjects) * (rules.seconds + 1.0))

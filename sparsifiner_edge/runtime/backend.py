@@ -78,13 +78,9 @@ class Backend(abc.ABC):
                 precision requested.
         """
 
-    def check(self, _bundle: Bundle) -> None:
-        """Refuse a bundle for whose session something is missing here, before any of it is loaded.
-
-        Raises:
-            MissingExtraError, BackendError: says what.
-        """
-        self.load()
+    def check(self, _bundle: Bundle) -> object:
+        """Raise, as `load` does, where something is missing here for a session on a bundle; it is not loaded."""
+        return self.load()
 
     @abc.abstractmethod
     def open(self, bundle: Bundle) -> Session:

@@ -159,16 +159,16 @@ def _require_same(manifest: Manifest, bundle: Bundle) -> None:
 
 
 def _with_engines(manifest: Manifest, engines: Sequence[Engine], bundle: Bundle) -> Manifest:
-    """A bundle's manifest with engines added, and found for their backend: those of the same names go. What it was
-    found for before stays where no engine runs here: those are for other machines.
+    """A bundle's manifest with engines added; those of the same names go. It is found for their backend, unless they
+    are for other machines and it was found for something.
     """
     _require_same(manifest, bundle)
     names = {engine.name for engine in engines}
     stale = {engine.file for engine in manifest.engines if engine.name in names}
     remaining = [engine for engine in manifest.engines if engine.name not in names]
     files = {name: digest for name, digest in manifest.files.items() if name not in stale}
-    runs_here = any(engine.details.chosen.failed is None for engine in engines)
-    found_for = FoundFor(engines[0].backend) if runs_here else manifest.found_for or FoundFor(engines[0].backend)
+    elsewhere = all(engine.details.chosen.failed for engine in engines)
+    found_for = (manifest.found_for if elsewhere else None) or FoundFor(engines[0].backend)
     return msgspec.structs.replace(manifest, files=files, engines=(*remaining, *engines), found_for=found_for)
 
 

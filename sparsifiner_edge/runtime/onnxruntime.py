@@ -72,6 +72,8 @@ class OnnxRuntime(ProcessorBackend):
             if self.execution.kernels == "native":
                 raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or --provider.")
         elif self.execution.precision == "bf16":
+            if self.execution.kernels == "portable":
+                raise BackendError("Function bodies have no bfloat16.", "Leave --precision out.")
             native_library("native")  # Raises where it cannot be used.
             if not native.has_bfloat16():
                 raise BackendError(f"{native.target()} has no bfloat16.", "Leave --precision out.")
@@ -109,8 +111,6 @@ class _OrtSession(Session):
         on_cpu = device is None
         self.backend, self.model = execution.backend, model
         bfloat16 = execution.precision == "bf16" and on_cpu
-        if bfloat16 and execution.kernels == "portable":
-            raise BackendError("Function bodies have no bfloat16.", "Leave --precision out.")
         kernels = "native" if bfloat16 else execution.kernels if on_cpu else "portable"
         # The parsed file goes before ONNX Runtime reads it: memory is short on a board.
         file = read_file(content, model, kernels)[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -12,16 +12,7 @@ from sparsifiner_edge.bounds import MOST_THREADS
 from sparsifiner_edge.bundle.sign import require_signature
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError, SparsifinerError
-from sparsifiner_edge.execution import (
-    AUTO,
-    KERNEL_CHOICES,
-    ON_PROCESSOR,
-    PRECISIONS,
-    PROVIDERS,
-    Execution,
-    execution_of,
-    execution_text,
-)
+from sparsifiner_edge.execution import KERNEL_CHOICES, ON_PROCESSOR, PRECISIONS, PROVIDERS, Execution, execution_of
 from sparsifiner_edge.plugins import plugins, subclass
 from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
@@ -47,7 +38,7 @@ def find_backend(execution: Execution) -> Backend:
         BackendError: the name or a choice is unknown; the message lists those that are known. Or another package's
             backend is not a class of `Backend`, or cannot be imported.
     """
-    if execution.backend == AUTO:
+    if execution.backend == "auto":
         execution = replace(execution, backend=ON_PROCESSOR[0])
     known = BACKENDS if execution.backend in BACKENDS else {**BACKENDS, **plugins(ENTRY_POINTS)}
     if execution.backend not in known:
@@ -69,63 +60,41 @@ def find_backend(execution: Execution) -> Backend:
 
 
 def choose_execution(bundle: Bundle, execution: Execution) -> tuple[Execution, str | None]:
-    """How a bundle is run, by name: what an execution leaves to the bundle ("auto") is decided here and nowhere else.
-
-    Nothing is timed, a precision is never lowered, and no bundle decides that another package's code is run.
-
-    Returns:
-        The execution, whose precision is "auto" where it is as stored; and why, for people, if there is more to say
-        than that ONNX Runtime is what runs a bundle that says nothing.
+    """How a bundle is run: what is left to it ("auto") is decided here alone. And why, where there is more to say than
+    that ONNX Runtime runs what names no other. Nothing is timed, and no precision lowered.
 
     Raises:
-        BackendError, MissingExtraError: nothing can run it here; or the execution is refused by `find_backend`.
+        BackendError, MissingExtraError: see `find_backend`; or nothing can run it here.
     """
     find_backend(execution)
-    refused: dict[str, SparsifinerError] = {}
+    found, refused = bundle.manifest.found_for, list[SparsifinerError]()
     for choice in _choices(bundle, execution):
-        if choice == execution:  # Asked for: it runs, or opening it says why not.
-            return execution, _reason(choice, bundle, refused) if refused else None
-        error = _refusal(choice, bundle, execution.backend)
-        if error is None:
-            return choice, _reason(choice, bundle, refused)
-        refused.setdefault(choice.backend, error)
-    raise refused[ON_PROCESSOR[0]]
+        try:
+            if choice != execution:  # Of what was asked for, opening says whether it runs.
+                find_backend(choice).check(bundle)
+        except (BackendError, MissingExtraError) as error:
+            refused.append(error)
+            continue
+        if not refused and (found is None or choice == execution):
+            return choice, None
+        wanted = found and str(replace(choice, backend=found.backend, precision=found.precision))
+        of = f", which was found for {'it' if wanted == str(choice) else wanted}" if wanted else ""
+        why = f": {refused[0].what}" if refused else "."
+        install = f" {refused[0].fix}" if refused and isinstance(refused[0], MissingExtraError) else ""
+        return choice, f"{choice} runs this bundle{of}{why}{install}"
+    raise refused[0]
 
 
-def _refusal(choice: Execution, bundle: Bundle, asked: str) -> SparsifinerError | None:
-    """Why a bundle does not run so here."""
-    if choice.backend not in (*BACKENDS, asked):
-        return BackendError(f"{choice.backend} is another package's, and runs where it is named.", "Name it.")
-    try:
-        find_backend(choice).check(bundle)
-    except (BackendError, MissingExtraError) as error:
-        return error
-    return None
-
-
-def _choices(bundle: Bundle, execution: Execution) -> Iterable[Execution]:
-    """What to try, in this order."""
-    found, choices = bundle.manifest.found_for, list[Execution]()
-    if found is not None and execution.precision == AUTO and execution.backend in (AUTO, found.backend):
-        choices.append(replace(execution, backend=found.backend, precision=found.precision))
-    if execution.backend != AUTO:
-        return dict.fromkeys((*choices, execution))
+def _choices(bundle: Bundle, execution: Execution) -> Iterator[Execution]:
+    """What to try, in this order; another package's backend only if a caller names it, whatever a bundle does."""
+    found = [] if bundle.manifest.found_for is None else [bundle.manifest.found_for]
     engines = (engine.backend for engine in reversed(bundle.manifest.engines))
-    names = (*([] if found is None else [found.backend]), *engines, *ON_PROCESSOR)
-    return dict.fromkeys((*choices, *(replace(execution, backend=name) for name in names)))
-
-
-def _reason(choice: Execution, bundle: Bundle, refused: Mapping[str, SparsifinerError]) -> str | None:
-    """Why this one: what the bundle was found for, and what is wrong with the first that was tried."""
-    found, first = bundle.manifest.found_for, next(iter(refused.values()), None)
-    if found is None and first is None:
-        return None
-    runs = execution_text(choice.backend, choice.precision)
-    wanted = None if found is None else execution_text(found.backend, found.precision)
-    of = "" if wanted is None else f", which was found for {'it' if runs == wanted else wanted}"
-    why = "." if first is None else f": {first.what}"
-    install = f" {first.fix}" if isinstance(first, MissingExtraError) else ""
-    return f"{runs} runs this bundle{of}{why}{install}"
+    wanted = (*(one.backend for one in found), *engines, *ON_PROCESSOR)
+    ours = [name for name in wanted if name in BACKENDS]
+    for name in ours if execution.backend == "auto" else [execution.backend]:
+        if found and found[0].backend == name and execution.precision == "auto":
+            yield replace(execution, backend=name, precision=found[0].precision)
+        yield replace(execution, backend=name)
 
 
 def open_session(
@@ -138,8 +107,7 @@ def open_session(
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
-        execution: what runs it: a backend's name, of `BACKENDS` or another package's; or a whole `Execution`. What it
-            leaves open is chosen by `choose_execution`.
+        execution: what runs it: a backend's name, of `BACKENDS` or another package's; or a whole `Execution`.
         public_key: the bundle must be signed by this key; see `sign.require_signature`.
 
     Raises:
@@ -168,7 +136,7 @@ def session_on(bundle: Bundle, execution: Execution | None = None) -> Session:
     code of other packages where a signature was required.
     """
     execution = execution or Execution()
-    if bundle.signed and execution.backend not in (AUTO, *BACKENDS):
+    if bundle.signed and execution.backend not in ("auto", *BACKENDS):
         raise BackendError(
             f"{execution.backend} is no backend of sparsifiner-edge itself, and a signature is required.",
             f"Choose one of: {', '.join(BACKENDS)}.",

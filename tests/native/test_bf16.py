@@ -43,11 +43,12 @@ def test_a_session_of_onnx_runtime_says_so_and_leaves_others_alone(tmp_path: Pat
 @pytest.mark.everything
 def test_a_session_of_onnx_runtime_is_never_silently_float32(tmp_path: Path) -> None:
     bundle = export_bundle(save_student(student(TINY), tmp_path / "student"), tmp_path / "bundle")
-    refused = process("profile", bundle, "--precision", "bf16", env={native.TARGET_VARIABLE: "AVX2"})
+    bf16 = ("--backend", "onnxruntime", "--precision", "bf16")
+    refused = process("profile", bundle, *bf16, env={native.TARGET_VARIABLE: "AVX2"})
     assert (refused.code, refused.out) == (2, "")
     assert "AVX2 has no bfloat16" in refused.err
     with pytest.raises(BackendError, match="Function bodies have no bfloat16"):
-        open_session(bundle, precision="bf16", kernels="portable")
+        open_session(bundle, "onnxruntime", precision="bf16", kernels="portable")
     plain = export_bundle(save_student(student(TINY, SparsityConfig(keep=1)), tmp_path / "dense"), tmp_path / "plain")
     with pytest.raises(BackendError, match=r"no attention that could run in bfloat16\.\n.*Leave --precision out"):
         open_session(plain, precision="bf16")

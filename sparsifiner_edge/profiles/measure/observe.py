@@ -20,7 +20,7 @@ from sparsifiner_edge.profiles.measure.side import (
     measure_blocks,
     warm_up,
 )
-from sparsifiner_edge.profiles.sensors import Energy, PowerSensor, Recording, energy, find_sensor, no_sensor
+from sparsifiner_edge.profiles.sensors import Energy, Recording, energy, find_sensor, no_sensor
 from sparsifiner_edge.records import MISSING, Known, Unavailable
 from sparsifiner_edge.runtime.session import Runtime
 
@@ -38,8 +38,10 @@ def observe(
 
     The idle baseline comes before warm-up, so that nothing cools down between warm-up and the first query.
     """
-    on = {side.role: "cpu" if side.execution.on_processor else "gpu" for side in sides}
-    sensor = _sensor(set(on.values())) if power else no_sensor({"power": "not asked for"})
+    on_processor = {side.execution.on_processor for side in sides}
+    on = "cpu" if on_processor == {True} else "gpu"
+    alike = power and len(on_processor) == 1
+    sensor = find_sensor(on=on) if alike else no_sensor({"power": "not asked for, or two devices"})
     with Recording(sensor, conditions_period_s=_share(rules, _LOOK_SHARE, _LOOK_S)) as recording:
         _idle(recording, rules, on_stage)
         for side in sides:
@@ -52,7 +54,7 @@ def observe(
     others = other_cores(busy, busy_after, after - before, seconds)
     method = _method(sides, rules, recording)
     figures = {
-        side.role: _figures(side, peak, recording, method, others, on[side.role])
+        side.role: _figures(side, peak, recording, method, others, on)
         for side, peak in zip(sides, peaks, strict=True)
     }  # fmt: skip
     return figures, method, recording.samples()
@@ -85,12 +87,6 @@ def _figures(
         energy=_joules(recording, side), other_cores=others,
         flags=flags_of(side.latency_ms, side.warm_up, conditions, on, others, kernels, method.cut_short),
     )  # fmt: skip
-
-
-def _sensor(on: set[str]) -> PowerSensor:
-    """The best of this machine, unless sides run in different places: none sees both alike."""
-    apart = {"power": "one side runs on the processor, the other on a GPU"}
-    return find_sensor(on=on.pop()) if len(on) == 1 else no_sensor(apart)
 
 
 def _share(rules: Rules, share: float, bounds: tuple[float, float]) -> float:

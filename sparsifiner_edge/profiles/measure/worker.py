@@ -48,9 +48,7 @@ def fixed_inputs(specs: list[TensorSpec]) -> dict[str, Array]:
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded; execution: nothing in it is left to the bundle. load_ms: of the session alone, without its
-    package. first_ms: of the first inference.
-    """
+    """What was loaded and how; load_ms: of the session alone, without its package. first_ms: of the first inference."""
 
     execution: Execution
     input_shapes: dict[str, list[int]]

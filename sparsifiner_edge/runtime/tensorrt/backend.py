@@ -191,16 +191,8 @@ class TensorRtBackend(Backend):
         device = self.require_driver(probe())
         return EngineDevice(str(self.load().__version__), device.compute_capability, device.name)
 
-    def check(self, bundle: Bundle) -> None:
-        """See `Backend.check`."""
-        self._fitting(bundle)
-
-    def _fitting(self, bundle: Bundle) -> Engine:
-        """The engine of a bundle that runs on this machine.
-
-        Raises:
-            BackendError: no CUDA device, or no engine of the bundle fits it, or what is asked for.
-        """
+    def check(self, bundle: Bundle) -> Engine:
+        """The engine of a bundle that runs on this machine; see `Backend.check`."""
         if self.execution.kernels != "auto":
             raise BackendError(
                 f"An engine's kernels are chosen when it is built, and kernels are {self.execution.kernels}.",
@@ -214,9 +206,8 @@ class TensorRtBackend(Backend):
 
     def open(self, bundle: Bundle) -> EngineSession:
         """See `Backend.open`."""
-        engine = self._fitting(bundle)
-        content = bundle.read(engine.file)
-        return EngineSession(self.load(), bundle.folder / engine.file, content, engine, bundle.manifest)
+        engine, trt = self.check(bundle), self.load()
+        return EngineSession(trt, bundle.folder / engine.file, bundle.read(engine.file), engine, bundle.manifest)
 
 
 def has_sparse_attention(bundle: Bundle) -> bool:

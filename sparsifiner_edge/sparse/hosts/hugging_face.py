@@ -207,8 +207,7 @@ def _pixels(content: object, source: str) -> Normalisation:
 
 
 def configured_labels(model: nn.Module) -> tuple[str, ...]:
-    """Names of a classifier's classes, or of that in a user's own module, as its configuration gives them; none where
-    it only numbers them.
+    """Names of the classes of a classifier, or of the one in a module, as configured; none where they are numbers.
 
     Raises:
         ConfigError: it names other classes than the model has.
