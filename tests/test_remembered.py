@@ -44,14 +44,11 @@ def test_a_bundle_remembers_and_a_signature_holds_no_longer(bundle: Path, keys: 
     assert open_bundle(bundle).manifest.files == before
     with pytest.raises(ArtifactError, match="was changed after it was signed"):
         require_signature(bundle, keys / "key.pub")
-
-
-@pytest.mark.parametrize("wrong", [("openvino", "int1"), ("../evil", "auto"), ("", "auto"), ("a" * 65, "auto")])
-def test_what_no_manifest_can_hold_is_not_remembered(wrong: tuple[str, str], bundle: Path) -> None:
-    before = snapshot(bundle)
-    with pytest.raises(ConfigError, match=r"Found for: (backend|precision) is"):
-        remember_execution(bundle, *wrong)
-    assert snapshot(bundle) == before
+    kept = snapshot(bundle)
+    for wrong in (("openvino", "int1"), ("../evil", "auto"), ("", "auto"), ("a" * 65, "auto")):
+        with pytest.raises(ConfigError, match=r"Found for: (backend|precision) is"):
+            remember_execution(bundle, *wrong)
+    assert snapshot(bundle) == kept
 
 
 def chosen(folder: Path, **asked: str) -> tuple[str, str, str | None]:
@@ -95,14 +92,12 @@ def without_bf16(precision: str = "auto") -> Any:
     return import_openvino(precision)
 
 
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "sys", "another.package"])
-def test_what_cannot_run_here_is_said_and_no_bundle_names_code(name: str, bundle: Path) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("tensorrt-rtx", r": .* (no engine|not installed).*"), ("sys", r"\.")])
+def test_what_cannot_run_here_is_said_and_no_bundle_names_code(name: str, reason: str, bundle: Path) -> None:
     reseal(bundle, found_for={"backend": name})
     backend, _, why = chosen(bundle)
     assert backend == "onnxruntime"
-    assert re.fullmatch(
-        rf"onnxruntime runs this bundle, which was found for {name}(:.* (no engine|installed).*|\.)", str(why)
-    )
+    assert re.fullmatch(f"onnxruntime runs this bundle, which was found for {name}{reason}", str(why))
 
 
 BLOCKED = "import sys; sys.modules['openvino'] = None; from sparsifiner_edge.cli.main import main; main(sys.argv[1:])"
