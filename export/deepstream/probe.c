@@ -2,7 +2,7 @@
 #include "gstnvdsmeta.h"
 #include "gstnvdsinfer.h"
 
-static GstPadProbeReturn told(GstPad *pad, GstPadProbeInfo *info, gpointer unused) {
+static GstPadProbeReturn print_outputs(GstPad *pad, GstPadProbeInfo *info, gpointer unused) {
   NvDsBatchMeta *batch = gst_buffer_get_nvds_batch_meta(GST_PAD_PROBE_INFO_BUFFER(info));
   for (NvDsMetaList *f = batch ? batch->frame_meta_list : NULL; f; f = f->next) {
     NvDsFrameMeta *frame = f->data;
@@ -27,7 +27,7 @@ int main(int count, char **arguments) {
   GstElement *pipeline = gst_parse_launchv((const gchar **)arguments + 1, NULL);
   GstElement *model = pipeline ? gst_bin_get_by_name(GST_BIN(pipeline), "model") : NULL;
   if (!model) return 2;
-  gst_pad_add_probe(gst_element_get_static_pad(model, "src"), GST_PAD_PROBE_TYPE_BUFFER, told, NULL, NULL);
+  gst_pad_add_probe(gst_element_get_static_pad(model, "src"), GST_PAD_PROBE_TYPE_BUFFER, print_outputs, NULL, NULL);
   gst_element_set_state(pipeline, GST_STATE_PLAYING);
   GstMessageType ends = GST_MESSAGE_EOS | GST_MESSAGE_ERROR;
   GstMessage *last = gst_bus_timed_pop_filtered(gst_element_get_bus(pipeline), GST_CLOCK_TIME_NONE, ends);

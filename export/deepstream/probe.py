@@ -21,7 +21,7 @@ def each(entry, kind):
             return
 
 
-def told(_pad, info):
+def print_outputs(_pad, info):
     """Print what the model gave; here is the place for what you make of it."""
     batch = pyds.gst_buffer_get_nvds_batch_meta(hash(info.get_buffer()))
     for frame in each(batch.frame_meta_list, pyds.NvDsFrameMeta):
@@ -41,7 +41,7 @@ def told(_pad, info):
 if __name__ == "__main__":
     Gst.init(None)
     pipeline = Gst.parse_launch(" ".join(sys.argv[1:]))
-    pipeline.get_by_name("model").get_static_pad("src").add_probe(Gst.PadProbeType.BUFFER, told)
+    pipeline.get_by_name("model").get_static_pad("src").add_probe(Gst.PadProbeType.BUFFER, print_outputs)
     pipeline.set_state(Gst.State.PLAYING)
     last = pipeline.get_bus().timed_pop_filtered(Gst.CLOCK_TIME_NONE, Gst.MessageType.EOS | Gst.MessageType.ERROR)
     pipeline.set_state(Gst.State.NULL)

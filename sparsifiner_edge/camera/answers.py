@@ -118,7 +118,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         processed: images or frames answered. dropped: frames of a live source that gave way to a newer one.
         per_s: answers per second, from the first to the last; None of fewer than two.
-        median_ms, p95_ms: by the time's name (without _ms), of the last `status.KEPT` answers.
+        median_ms, p95_ms: by the time's name (without _ms), of the last `status.LATEST` answers.
     """
 
     processed: int

@@ -35,7 +35,7 @@ TIMES = ("capture", "preprocess", "queued", "infer", "postprocess", "end_to_end"
 UP_TO_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Limits of the histograms' buckets."""
 SUMMED_UP = ("infer", "end_to_end", "queued", "frame_age")
-KEPT = 10_000
+LATEST = 10_000
 """Times of so many answers are kept for the summary: a service runs for months."""
 
 
@@ -62,7 +62,7 @@ class Status:
         self._lost_at: float | None = None
         self._processed_at: float | None = None
         self._first_at = 0.0
-        self._kept = {name: deque[float](maxlen=KEPT) for name in SUMMED_UP}
+        self._latest = {name: deque[float](maxlen=LATEST) for name in SUMMED_UP}
         self.failure: SparsifinerError | None = None
         self.times = {name: [0] * (len(UP_TO_S) + 1) for name in TIMES}
         self.sums_s = dict.fromkeys(TIMES, 0.0)
@@ -111,19 +111,19 @@ class Status:
             if (taken_ms := getattr(record, f"{name}_ms", None)) is not None:
                 counts[bisect_left(UP_TO_S, taken_ms / 1000)] += 1
                 self.sums_s[name] += taken_ms / 1000
-                if name in self._kept:
-                    self._kept[name].append(taken_ms)
+                if name in self._latest:
+                    self._latest[name].append(taken_ms)
 
     def summary(self) -> Summary:
         """How the run went so far."""
-        times = {name: sorted(kept) for name, kept in self._kept.items() if kept}
+        times = {name: sorted(values) for name, values in self._latest.items() if values}
         count, span_s = self.counts["processed"], (self._processed_at or 0.0) - self._first_at
         return Summary(
             processed=count,
             dropped=self.counts["dropped"],
             per_s=round((count - 1) / span_s, 3) if count > 1 and span_s > 0 else None,
-            median_ms={name: round(statistics.median(kept), 3) for name, kept in times.items()},
-            p95_ms={name: kept[-(-19 * len(kept) // 20) - 1] for name, kept in times.items()},
+            median_ms={name: round(statistics.median(values), 3) for name, values in times.items()},
+            p95_ms={name: values[-(-19 * len(values) // 20) - 1] for name, values in times.items()},
         )
 
     def silent_s(self) -> float | None:

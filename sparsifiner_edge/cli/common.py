@@ -197,7 +197,7 @@ def group(arguments: Mapping[str, Any], /, **kinds: type) -> dict[str, Any]:
     return rest | groups
 
 
-class _Told:
+class _ProgressText:
     """A `Progress` that says in words where the work is: share, time so far, time left, each where it is known.
 
     What is left takes as long as it does at the pace since the total last changed. A total that grows, or that was
@@ -221,8 +221,8 @@ class _Told:
         if self._done < self._total:
             known.insert(0, f"{self._done / self._total:.0%}")
             pace = (self._at - since) / (self._done - before) if self._done > before else 0.0
-            left = round((self._total - self._done) * pace - (now - self._at))
-            known += [f"{datetime.timedelta(seconds=left)} left"] if left > 0 else []
+            rest_s = round((self._total - self._done) * pace - (now - self._at))
+            known += [f"{datetime.timedelta(seconds=rest_s)} left"] if rest_s > 0 else []
         return f"{self._stage}: {', '.join(known)}"
 
     def __rich__(self) -> Columns:
@@ -232,22 +232,22 @@ class _Told:
 @contextlib.contextmanager
 def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
     """Progress on standard error: a bar where that is a terminal, else a line every `EVERY_S`; gives what moves it."""
-    told, over = _Told(stage), threading.Event()
+    text, over = _ProgressText(stage), threading.Event()
 
     def tell() -> None:
         with contextlib.suppress(OSError, ValueError):  # Who read it has gone.
             while not over.wait(EVERY_S):
-                click.echo(str(told), err=True)
+                click.echo(str(text), err=True)
 
     if not visible:
-        yield told
+        yield text
     elif err_console.is_terminal:
-        with Live(told, console=err_console, transient=True):
-            yield told
+        with Live(text, console=err_console, transient=True):
+            yield text
     else:
         threading.Thread(target=tell, name="progress", daemon=True).start()
         try:
-            yield told
+            yield text
         finally:
             over.set()
 

@@ -120,8 +120,8 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
         deepstream.give_map(model, shape, (height, width))
         outputs = [deepstream.MAP]
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
-    found = bundle.manifest.found_for
-    precision = "fp16" if found is not None and found.precision == "fp16" else bundle.precision
+    execution = bundle.manifest.found_for
+    precision = "fp16" if execution is not None and execution.precision == "fp16" else bundle.precision
     config = template(
         "deepstream/nvinfer.txt", batch=bundle.manifest.batch or 1, precision=precision, height=height, width=width,
         aspect=int(_fit(bundle) != "stretch"), mode=deepstream.MODES[precision], outputs=";".join(outputs),

@@ -83,8 +83,8 @@ def map_shape(bundle: Bundle) -> tuple[int, int, int] | None:
 def give_map(model: Any, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
     """Let a model's one output, a map (`map_shape`), be `map` float32 [B,C,H,W], as large as the image."""
     graph = model.graph
-    (given,) = graph.output
-    name, (batch, *dims) = given.name, given.type.tensor_type.shape.dim
+    (output,) = graph.output
+    name, (batch, *dims) = output.name, output.type.tensor_type.shape.dim
     constants = {"map.scales": np.array([1, 1, size[0] / shape[1], size[1] / shape[2]], np.float32)}
     if len(dims) == 2:
         constants["map.axis"] = np.array([1])

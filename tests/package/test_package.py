@@ -295,7 +295,7 @@ def test_the_probe_reads_what_pyds_gives(tmp_path: Path, monkeypatch: Any, capsy
         monkeypatch.setitem(sys.modules, name, module)
     package_bundle(make_bundle(tmp_path / "bundle", preprocessing={"size": 4}), "deepstream", tmp_path / "out")
     probe = runpy.run_path(str(tmp_path / "out" / "probe.py"))
-    assert probe["told"](None, SimpleNamespace(get_buffer=object)) == 1
+    assert probe["print_outputs"](None, SimpleNamespace(get_buffer=object)) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "7 map (1, 2, 2) 50.0% above one half"
 
 
