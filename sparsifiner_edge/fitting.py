@@ -44,11 +44,6 @@ class Fitting(msgspec.Struct, frozen=True):
     inner: Box
 
     @property
-    def is_whole(self) -> bool:
-        """That all of the frame is read."""
-        return self.box[2:] == self.frame
-
-    @property
     def has_bars(self) -> bool:
         """That some of the input is none of the frame."""
         return self.inner[2:] != self.size
@@ -107,6 +102,11 @@ class Framing(msgspec.Struct, frozen=True):
             inner = _largest(inner, *box[2:])
         return Fitting((width, height), box, (columns, rows), inner)
 
+    @property
+    def is_centre(self) -> bool:
+        """That it is what `crop` takes of a whole frame."""
+        return self.fit == "crop" and self.region is None
+
     def said(self, fitting: Fitting) -> str:
         """For people: what of a frame is read, what is not, and what to do about it."""
         (width, height), (_, _, across, down), (columns, rows) = fitting.frame, fitting.box, fitting.size
@@ -123,11 +123,6 @@ class Framing(msgspec.Struct, frozen=True):
         ways = "centre square" if rows == columns else "centre rectangle", "whole between bars", "whole, stretched"
         region = f" of the region {','.join(map(str, self.region))}" if self.region else ""
         return f"{ways[FITS.index(self.fit)]}{region}, bicubic to {size_text(self.size)} px"
-
-
-def framing_of(size: ImageSize | Framing) -> Framing:
-    """Of a size alone: the centre."""
-    return size if isinstance(size, Framing) else Framing(size)
 
 
 def shape_like(frame: tuple[int, int], patch: tuple[int, int], patches: int) -> tuple[int, int]:
@@ -175,10 +170,8 @@ def _largest(within: Box, across: int, down: int) -> Box:
 
 
 def _moved(x: float, y: float, before: Box, after: Box) -> tuple[float, float]:
-    return (
-        after[0] + (x - before[0]) * after[2] / before[2],
-        after[1] + (y - before[1]) * after[3] / before[3],
-    )
+    left, top, width, height = before
+    return after[0] + (x - left) * after[2] / width, after[1] + (y - top) * after[3] / height
 
 
 def _span(first: int, length: int, whole: int, cells: int) -> slice:

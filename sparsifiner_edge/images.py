@@ -16,7 +16,7 @@ from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import MOST_SIDE, ImageSize, height_width, size_text
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
 from sparsifiner_edge.files import open_regular
-from sparsifiner_edge.fitting import BARS, Fitting, Framing, framing_of
+from sparsifiner_edge.fitting import BARS, Fitting, Framing
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -139,7 +139,7 @@ def read_image(path: Path, size: ImageSize | Framing) -> tuple[Pixels, Fitting]:
             within it.
         ConfigError: the size is beyond `MOST_SIDE`, or none.
     """
-    framing = framing_of(size)
+    framing = size if isinstance(size, Framing) else Framing(size)
     height, width = height_width(framing.size)
     if max(height, width) > MOST_SIDE:
         fix = f"Use at most {MOST_SIDE} pixels along a side."
@@ -177,17 +177,13 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def fit_image(image: Any, size: ImageSize | Framing, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
     """A Pillow image, as `size` says how, as Pillow's image of that size and mode."""
-    fitting = framing_of(size).of(*image.size)
+    fitting = (size if isinstance(size, Framing) else Framing(size)).of(*image.size)
     left, top, width, height = fitting.box
     part = image.crop((left, top, left + width, top + height)).convert(mode)
-    return with_bars(part.resize(fitting.inner[2:], _pillow().Resampling[resampling]), fitting)
-
-
-def with_bars(part: Any, fitting: Fitting) -> Any:
-    """The whole input, of what lies at `fitting.inner` of it."""
+    part = part.resize(fitting.inner[2:], _pillow().Resampling[resampling])
     if not fitting.has_bars:
         return part
-    whole = _pillow().new(part.mode, fitting.size, BARS if part.mode == "RGB" else 0)
+    whole = _pillow().new(mode, fitting.size, BARS if mode == "RGB" else 0)
     whole.paste(part, fitting.inner[:2])
     return whole
 

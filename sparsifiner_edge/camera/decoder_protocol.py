@@ -67,6 +67,11 @@ class Wanted(msgspec.Struct, frozen=True):
     framing: Framing
     view: bool = False
 
+    @property
+    def centre_alone(self) -> bool:
+        """That nothing else of a frame is wanted."""
+        return self.framing.is_centre and not self.view
+
 
 def view_size(width: int, height: int) -> tuple[int, int]:
     """Width and height of a whole frame as it is shown: at most `VIEW_SIDE` a side."""
@@ -113,21 +118,15 @@ def receive(handle: int, wanted: Wanted, seconds: float) -> Frame | End:
     try:
         content = read_message(handle, time.monotonic() + seconds, most)
         message = None if content is None else _MESSAGES.decode(content)
-    except (ValueError, RecursionError) as error:
+        if isinstance(message, Frame):
+            wanted.framing.of(message.width, message.height)  # That it has the region.
+    except (ValueError, RecursionError, ConfigError) as error:
         raise ProtocolError(f"the decoder sent what is no message: {printable(error, 100)}") from error
     if message is None:
         raise ProtocolError("the decoder crashed")
     if isinstance(message, Frame):
         view = view_size(message.width, message.height) if wanted.view else (0, 0)
         sizes = len(message.pixels), 0 if message.view is None else len(message.view)
-        if sizes != (height * width * 3, view[0] * view[1] * 3) or not _has_region(message, wanted.framing):
+        if sizes != (height * width * 3, view[0] * view[1] * 3):
             raise ProtocolError("the decoder sent what is no message: an image of another size")
     return message
-
-
-def _has_region(frame: Frame, framing: Framing) -> bool:
-    try:
-        framing.of(frame.width, frame.height)
-    except ConfigError:
-        return False
-    return True

@@ -24,7 +24,6 @@ from PIL import Image
 
 from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted, frame_of
-from sparsifiner_edge.fitting import Framing
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
@@ -43,13 +42,8 @@ def launch_line(pipeline: str, wanted: Wanted, handle: int) -> list[str]:
     centre = f"aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false"
     scaled = f"{centre} ! {caps},width={width},height={height}"
     whole = f"videoscale ! capsfilter {frames} caps={caps}"
-    tail = held.format("", whole) if _is_whole(wanted) else held.format(frames, scaled)
+    tail = held.format(frames, scaled) if wanted.centre_alone else held.format("", whole)
     return ["gst-launch-1.0", "-v", *shlex.split(pipeline), *shlex.split(f"{tail} ! fdsink fd={handle} sync=false")]
-
-
-def _is_whole(wanted: Wanted) -> bool:
-    """That frames come as they are: GStreamer resizes their centre alone."""
-    return wanted.view or wanted.framing != Framing(wanted.framing.size)
 
 
 def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
@@ -105,13 +99,13 @@ def _lines(stream: IO[bytes] | None) -> Iterator[bytes]:
 
 def _frames(stream: BinaryIO, wanted: Wanted, sizes: list[tuple[int, int]]) -> Iterator[Frame]:
     """Of RGB images in a stream; sizes: width and height of the pipeline's own frames, of the latest last."""
-    whole, first = _is_whole(wanted), sizes[-1]
-    height, width = first[::-1] if whole else height_width(wanted.framing.size)
+    first = sizes[-1]
+    height, width = height_width(wanted.framing.size) if wanted.centre_alone else first[::-1]
     row = -(-width * 3 // 4) * 4  # GStreamer pads rows to four bytes.
     while len(data := stream.read(row * height)) == row * height:
         at = time.monotonic_ns()
         pixels = np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(height, row)[:, : width * 3])
-        if not whole:
+        if wanted.centre_alone:
             yield Frame(pixels.data, *sizes[-1], at, at, at, time.monotonic_ns())
         elif sizes[-1] != first:
             raise ValueError("its frames have another size now")

@@ -16,7 +16,7 @@ from PIL import Image
 from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted, view_size
-from sparsifiner_edge.images import with_bars
+from sparsifiner_edge.images import fit_image
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
@@ -142,26 +142,19 @@ class _Reader:
         view = self._rgb("view", frame, *view_size(frame.width, frame.height)) if self._wanted.view else None
         self.count += 1
         pts_s = None if stamp is None else stamp / 1e9
-        size, ready = (frame.width, frame.height), time.monotonic_ns()
-        shown = None if view is None else view.data
-        return Frame(pixels.data, *size, captured, arrived, at, ready, pts_s, self.bad, view=shown)
+        times, shown = (captured, arrived, at, time.monotonic_ns()), None if view is None else view.data
+        return Frame(pixels.data, frame.width, frame.height, *times, pts_s, self.bad, view=shown)
 
     def _fitted(self, frame: Any) -> Pixels:
-        """The model's input. A centre is cut after the whole was resized, a region before."""
+        """The model's input: of a centre FFmpeg resizes the frame, which takes half the time."""
         framing = self._wanted.framing
         width, height = scaled_size(frame.width, frame.height, framing.size)
-        fitting = framing.of(frame.width, frame.height)
-        columns, rows = fitting.inner[2:]
-        if framing.region is not None:
-            left, top, across, down = fitting.box
-            part = self._rgb("whole", frame, *fitting.frame)[top : top + down, left : left + across]
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(part), format="rgb24")
-        if framing.region is not None or framing.fit != "crop":
-            width, height = columns, rows
-        scaled = self._rgb("input", frame, width, height)
+        if not framing.is_centre:
+            whole = self._rgb("whole", frame, frame.width, frame.height)
+            return np.asarray(fit_image(Image.fromarray(whole), framing))
+        scaled, (rows, columns) = self._rgb("input", frame, width, height), height_width(framing.size)
         top, left = (height - rows) // 2, (width - columns) // 2
-        part = scaled[top : top + rows, left : left + columns]
-        return np.ascontiguousarray(with_bars(Image.fromarray(part), fitting) if fitting.has_bars else part)
+        return np.ascontiguousarray(scaled[top : top + rows, left : left + columns])
 
     def _rgb(self, purpose: str, frame: Any, width: int, height: int) -> Pixels:
         """uint8 [height,width,3]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from sparsifiner_edge.runtime import Execution, Session
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
 from sparsifiner_edge.text import finite
 
+_MOST_CHANNELS = 32
+"""Of a map whose channels have no labels; more are features."""
 _FOLLOW = 0.05
 """How far the reference that a change is measured against moves with each frame: it forgets in some twenty."""
 
@@ -86,22 +89,27 @@ class Model:
         if "features" in outputs:
             features, bad = finite([round(float(x), 6) for x in outputs["features"][0]])
             return Answer(features=features, not_finite=bad or None)
-        maps = dense_maps(outputs, fitting)
+        maps = dense_maps(outputs, fitting, self.labels)
         if maps or self.any_outputs:
             bad = sum(int(np.count_nonzero(~np.isfinite(values))) for values in maps.values())
             summaries = [] if bad else [_summary(*item, self.map_threshold) for item in maps.items()]
+            summaries = (
+                sorted(summaries, key=lambda x: -(x.area or 0))[: self._top] if len(maps) > self._top else summaries
+            )
             return Answer(maps=summaries if maps else None, not_finite=bad or None)
         raise ArtifactError(
             f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map.", "Export it again."
         )
 
-    def heat(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Array | None:
-        """What an overlay shows where in the box, 0 to 1, [rows, columns]: the first dense map; None: there is none."""
-        for values in dense_maps(outputs, fitting).values():
-            heat = np.nan_to_num(values.astype(np.float64))
-            low, high = float(heat.min()), float(heat.max())
-            return heat if low >= 0 and high <= 1 else (heat - low) / max(high - low, 1e-12)
-        return None
+    def heats(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> list[Array]:
+        """What an overlay shows where in the box, [rows, columns] each: maps from 0 to 1, but of a background; where
+        there is none the first map, by its own range.
+        """
+        maps = dense_maps(outputs, fitting, self.labels)
+        heats = {name: np.nan_to_num(values.astype(np.float64)) for name, values in maps.items()}
+        shown = [x for name, x in heats.items() if x.min() >= 0 and x.max() <= 1 and not name.endswith(".background")]
+        others = [] if shown else list(heats.values())[:1]
+        return shown or [(x - x.min()) / max(float(np.ptp(x)), 1e-12) for x in others]
 
     def frame_answer(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Answer:
         """As `answer`, of a frame; of features also how far they are from the frames' before: 1 - cosine to a mean
@@ -124,10 +132,26 @@ class Model:
         return [Class(int(i), names[i], float(probabilities[i])) for i in probable]
 
 
-def dense_maps(outputs: dict[str, Array], fitting: Fitting | None = None) -> dict[str, Array]:
-    """Outputs for one image that are maps of one channel, [rows, columns], without bars."""
-    maps = {name: np.squeeze(values) for name, values in outputs.items() if name != "tokens" and values.ndim > 2}
-    return {name: fitting.cut(values) if fitting else values for name, values in maps.items() if values.ndim == 2}
+def dense_maps(
+    outputs: dict[str, Array], fitting: Fitting | None = None, labels: Sequence[str] = ()
+) -> dict[str, Array]:
+    """Outputs for one image that are maps, [rows, columns], without bars. Of several channels each is one, with the
+    label of its class where there is one for each; these become probabilities if they are none.
+    """
+    maps: dict[str, Array] = {}
+    for name, values in outputs.items():
+        x = np.squeeze(values)
+        if name == "tokens" or values.ndim < 3 or x.ndim not in (2, 3):
+            continue
+        x = fitting.cut(x) if fitting else x
+        named = x.ndim == 3 and len(labels) == len(x)
+        if x.ndim == 2:
+            maps[name] = x
+        elif named or len(x) <= _MOST_CHANNELS:
+            if named and not (x.min() >= 0 and x.max() <= 1):
+                x = np.exp(x - x.max(0)) / np.exp(x - x.max(0)).sum(0)
+            maps |= {f"{name}.{labels[n] if named else n}": channel for n, channel in enumerate(x)}
+    return maps
 
 
 def _summary(name: str, values: Array, threshold: float) -> MapSummary:

@@ -26,8 +26,10 @@ _LEAST_SIDE = 480
 _CODEC = "libx264"
 _FAST = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
 _TEXT, _MARGIN, _TEXT_WIDTH = 16, 8, 44
-_HEAT, _UNREAD = (255, 40, 0), 140
-"""Colour of a map; and how dark is what the model does not read, of 255."""
+_COLOURS = (255, 40, 0), (0, 140, 255), (60, 220, 60), (255, 200, 0), (200, 60, 255), (0, 220, 220), (255, 120, 180)
+"""Of maps, in their order."""
+_UNREAD = 140
+"""How dark is what the model does not read, of 255."""
 
 
 class Overlay:
@@ -68,13 +70,13 @@ class Overlay:
             if self._began is not None and not self._lost:
                 self._file.mux(self._stream.encode(None))
 
-    def write(self, view: Pixels, fitting: Fitting, record: FrameRecord, heat: Array | None, at_s: float) -> None:
+    def write(self, view: Pixels, fitting: Fitting, record: FrameRecord, heats: list[Array], at_s: float) -> None:
         """Add a frame.
 
         Args:
             view: uint8 RGB [H,W,3], the whole frame at any size. fitting: what the model read of it.
             record: what is written, top left.
-            heat: see `Model.heat`.
+            heats: see `Model.heats`.
             at_s: seconds; the first frame's are zero.
 
         Raises:
@@ -90,7 +92,7 @@ class Overlay:
             times = max(1, -(-_LEAST_SIDE // max(height, width)))
             self._size = tuple(max(2, side * times // 2 * 2) for side in (width, height))  # Encoders take no odd ones.
             self._stream.width, self._stream.height = self._size
-        frame = av.VideoFrame.from_ndarray(self._draw(view, fitting, lines, heat), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(self._draw(view, fitting, lines, heats), format="rgb24")
         self._began = at_s if self._began is None else self._began
         self._last = max(self._last + 1, round((at_s - self._began) * 1000))
         frame.pts, frame.time_base = self._last, Fraction(1, 1000)
@@ -115,14 +117,14 @@ class Overlay:
             self._status.count("overlay_errors")
             self._status.event("overlay_lost", reason=error.what)
 
-    def _draw(self, view: Pixels, fitting: Fitting, lines: list[str], heat: Array | None) -> Pixels:
+    def _draw(self, view: Pixels, fitting: Fitting, lines: list[str], heats: list[Array]) -> Pixels:
         image, box = Image.fromarray(view).resize(self._size), _scaled(fitting, self._size)
-        if heat is not None:
+        for number, heat in enumerate(heats):
             size = box[2] - box[0], box[3] - box[1]
             values = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
             mask = np.where(values > self._threshold, values.clip(0, 1) * 170, 0)
-            image.paste(_HEAT, box[:2], Image.fromarray(mask.astype(np.uint8)))
-        if not fitting.is_whole:
+            image.paste(_COLOURS[number % len(_COLOURS)], box[:2], Image.fromarray(mask.astype(np.uint8)))
+        if fitting.box[2:] != fitting.frame:
             unread = Image.new("L", self._size, _UNREAD)
             unread.paste(0, box)
             image.paste((0, 0, 0), mask=unread)

@@ -185,8 +185,8 @@ def _write(model: Model, source: Source, options: RunOptions, status: Status, st
                 assert answer.view is not None
                 age_ms = record.frame_age_ms
                 at_s = record.pts_s or 0.0 if age_ms is None else record.monotonic_s - age_ms / 1000
-                heat = model.heat(answer.outputs, answer.fitting)
-                overlay.write(answer.view, answer.fitting, record, heat, at_s)
+                heats = model.heats(answer.outputs, answer.fitting)
+                overlay.write(answer.view, answer.fitting, record, heats, at_s)
 
 
 def _open(bundle: Path, options: RunOptions) -> Model:

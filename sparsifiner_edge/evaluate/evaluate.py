@@ -135,7 +135,7 @@ def evaluate_student(
     with contextlib.ExitStack() as stack:
         models = open_both(compared, stack)
         framing = Framing(models[0].size, options.fit or models[0].fit, options.region)
-        as_timm = metric == "top1" and options.fit is None and framing == Framing(framing.size)
+        as_timm = metric == "top1" and options.fit is None and framing.is_centre
         feed = feed_of(models[0].timm_name if as_timm else None, framing)._replace(
             workers=options.workers, corruptions=names,
             severity=SEVERITY if options.severity is None else options.severity,

@@ -209,11 +209,10 @@ def load_student(
 
 
 def size_like(source: str | Path, frame: tuple[int, int], trust: Sequence[str] = ()) -> ImageSize:
-    """The image size in the shape of a camera's frames that has about as many patches as a model has by itself.
+    """The image size in the shape of frames (width, height) with about as many patches as a model has by itself.
 
     Args:
-        source: a student's folder, or a model: see `sparsify`. frame: width and height, in any unit.
-        trust: see `load_student`.
+        source: a student's folder, or a model: see `sparsify`. trust: see `load_student`.
 
     Raises:
         SparsifinerError: there is no such model.

@@ -203,15 +203,20 @@ def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
         assert (first.output, first.area, first.centroid) == ("mask", 4 / 32, (7 / 8, 0.5))
         assert first.greatest == pytest.approx(0.9)
         assert (second.output, second.least, second.greatest, second.area) == ("depth", 2, 5, None)
-        heat = model.heat({"depth": depth})
-        assert heat is not None
+        (heat,) = model.heats({"depth": depth})
         assert (heat.min(), heat.max()) == (0, 1)
-        assert np.array_equal(model.heat({"mask": mask, "depth": depth}), mask[0])
+        (heat,) = model.heats({"mask": mask, "depth": depth})
+        assert np.array_equal(heat, mask[0])
+        model.labels = ["background", "cat", "dog"]  # Of a segmentation.
+        logits = np.stack([mask[0] - 0.5, 0.1 - mask[0], mask[0] * 0 - 3])[None] * 20
+        found = {x.output: x.area for x in model.answer({"mask": logits}).maps or []}
+        assert found == {"mask.background": 4 / 32, "mask.cat": 28 / 32, "mask.dog": 0}
+        assert len(model.heats({"mask": logits})) == 2
         mask[0, 0, 0] = np.nan
         broken = model.answer({"mask": mask})
         assert (broken.maps, broken.not_finite) == ([], 1)
         with pytest.raises(ArtifactError, match="needed are logits, features or a dense map"):
-            model.answer({"mask": np.zeros((1, 2, 4, 8), np.float32)})
+            model.answer({"mask": np.zeros((1, 48, 4, 8), np.float32)})
     said = text_lines(record(maps=list(answer.maps), infer_ms=3.2), 25.0)
     assert said == ["mask  12% of the image", "depth  mean 3.5", "25.0 fps   model 3 ms"]
 
@@ -223,7 +228,7 @@ def test_what_a_model_sees_and_says_is_drawn(tmp_path: Path) -> None:
     fitted = Framing((30, 60)).of(120, 30)
     with Overlay(tmp_path / "o.mp4", 0.5, False, Status("x", print)) as overlay:
         for at_s in (5.0, 5.2):
-            overlay.write(np.full((30, 120, 3), 90, np.uint8), fitted, record(infer_ms=3.0), heat, at_s)
+            overlay.write(np.full((30, 120, 3), 90, np.uint8), fitted, record(infer_ms=3.0), [heat], at_s)
     with av.open(str(tmp_path / "o.mp4")) as file:
         frames = list(file.decode(video=0))
     assert [round(float(frame.time or 0), 3) for frame in frames] == [0, 0.2]
