@@ -28,7 +28,7 @@ COMMANDS = {
     "export": "Export a student, or a dense model, to a bundle (ONNX and manifest).",
     "build": "Build engines for a bundle: TensorRT, TensorRT-RTX; ahead of time for other GPUs.",
     "profile": "Measure latency, throughput and memory of a bundle.",
-    "estimate": "Estimate latency, memory and energy of a bundle on a board you do not have.",
+    "estimate": "Estimate latency and memory of a bundle on a board you do not have.",
     "report": "One page from result files: verdict, figures, method.",
     "run": "Run a bundle on images, a video or a camera; one JSON line per image or frame.",
     "package": "Write a bundle for DeepStream, Triton server or GStreamer, with the commands.",

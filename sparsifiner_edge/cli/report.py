@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @common.json_option
 @common.output_option("HTML page to write.")
 def command(*, results: tuple[Path, ...], output: Path, language: str, as_json: bool) -> None:
-    """Write one self-contained page from the result files of profile, evaluate and search."""
+    """Write one self-contained page from the result files of profile, evaluate, estimate and optimize."""
     from sparsifiner_edge.report import write_report
 
     common.print_result(write_report(results, output, language=language), as_json, _print)
