@@ -119,7 +119,8 @@ def estimate_bundle(
         bundle: its manifest says what there is to compute.
         board: a name, a TOML file, or one that was loaded.
         against: the bundle to compare with.
-        precision: "fp32", "tf32", "fp16" or "int8", of both; None takes what one would deploy (`deployed_precision`).
+        precision: "fp32", "tf32", "fp16" or "int8", of both; None takes what one would deploy: int8 where the file
+            stores it, else fp16 on a GPU.
         power_mode: name or number; None takes full clocks.
         jetpack: of a Jetson: "6", "7" or a version; None takes the board's newest.
 
@@ -155,7 +156,8 @@ def _estimate(
     """Of one bundle; and its latency as if the fit were right."""
     checked = open_bundle(folder)
     manifest, stored = checked.manifest, checked.require(checked.manifest.precision, "precision")
-    chosen = deployed_precision(stored, device) if precision is None else precision
+    half = device.fp16_tflops and (device.kind == "gpu" or stored == "fp16")
+    chosen = precision or ("int8" if stored == "int8" else "fp16" if half else "fp32")
     device.peak(chosen)  # Rejects what the board cannot do before anything is computed.
     shape, sparsity = model_of(checked)
     plan, batch = plan_of(sparsity, shape.depth, shape.patches), 1 if manifest.batch is None else manifest.batch
@@ -178,15 +180,6 @@ def _estimate(
     seconds = _latency(method, work)
     statistics = _statistics(method, work, seconds, size)
     return EstimateResult("estimate", [checked.subject(role)], method, {}, statistics), seconds
-
-
-def deployed_precision(stored: str, board: Board) -> str:
-    """What one would run a file there in, without asking for its accuracy again: int8 where it stores that, fp16 on a
-    GPU that has it, else what it stores.
-    """
-    if stored == "int8":
-        return stored
-    return "fp16" if board.fp16_tflops and (board.kind == "gpu" or stored == "fp16") else "fp32"
 
 
 def _kernels(manifest: Manifest, board: Board, release: JetPack | None) -> tuple[str, str]:

@@ -113,4 +113,5 @@ def conditions_section(data: ReportData) -> Section:
         columns.append(conditions_of(side) | {"kernels": clean(side.runtime.kernels or "?", 120)} | clocks)
     fields = dict.fromkeys(field for column in columns for field in column)
     rows = [[data.texts(f"field.{name}"), *(column.get(name, "?") for column in columns)] for name in fields]
+    rows = [row for row in rows if set(row[1:]) != {"?"}]
     return "conditions", [Table(["", *(side.label for side in data.sides)], rows, words=True)] if columns else []

@@ -14,7 +14,7 @@ from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.files import read_bytes, require_file_path, write_text
 from sparsifiner_edge.report import measured, others
 from sparsifiner_edge.report.blocks import BINS, Note, Section, Strips, Table
-from sparsifiner_edge.report.reading import ReportData, ResultFile, data_of, report_data
+from sparsifiner_edge.report.reading import ReportData, report_data
 from sparsifiner_edge.report.texts import Texts, templates
 from sparsifiner_edge.report.values import clean
 from sparsifiner_edge.report.verdict import verdict_sentences
@@ -82,7 +82,7 @@ def write_report(
 
 def page_of(result: Result) -> tuple[list[tuple[str, Table | Note]], list[str]]:
     """What a page of one result says in English: its own tables, with a title each, and remarks; and the verdict."""
-    data = data_of([ResultFile(Path(), "", result)], Texts("en"))
+    data = report_data([result], Texts("en"))
     blocks = [
         (block.title or data.texts(f"{name}.title") if isinstance(block, Table) else "", block)
         for name, blocks in _sections(data, []) if name not in ("accuracy", "method")

@@ -122,24 +122,16 @@ class ReportData(NamedTuple):
         return [(one, other, comparison) for one, other, comparison in pairs if comparison is not None]
 
 
-def report_data(paths: Sequence[Path], texts: Texts) -> ReportData:
-    """What the files hold.
+def report_data(sources: Sequence[Path | Result], texts: Texts) -> ReportData:
+    """What files hold, or results that were made just now.
 
     Raises:
         ArtifactError: a file is no result that the page shows, of another version, or holds what nothing measures.
         ConfigError: no file.
     """
-    if not paths:
+    if not sources:
         raise ConfigError("There is no result to report.", "Give files that profile or evaluate wrote with -o.")
-    return data_of(list({file.sha256: file for file in map(_read, paths)}.values()), texts)
-
-
-def data_of(files: Sequence[ResultFile[Any]], texts: Texts) -> ReportData:
-    """What results hold that were read, or made just now.
-
-    Raises:
-        ArtifactError: one lacks what another part of it speaks of.
-    """
+    files = list({file.sha256: file for file in map(_read, sources)}.values())
     sides = [side for file in files for side in _sides(file)]
     values: dict[str, dict[str, None]] = {}
     for side in sides:
@@ -158,7 +150,9 @@ def forbids(one: Side, other: Side) -> list[str]:
     return [field for field in here if here[field] != there[field] and field not in may]
 
 
-def _read(path: Path) -> ResultFile[Any]:
+def _read(path: Path | Result) -> ResultFile[Any]:
+    if isinstance(path, Result):
+        return ResultFile(Path(), "", path)
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder.", "Give the result files in it.")
     content = read_json(path, RESULT_SCHEMA, MEASURE_AGAIN)
