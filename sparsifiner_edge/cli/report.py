@@ -28,11 +28,7 @@ def command(*, results: tuple[Path, ...], output: Path, language: str, as_json: 
 
 
 def _print(written: Report) -> None:
-    """The verdict, what cannot be compared, and what was written."""
-    if written.differences:
-        click.echo("These results must not be compared with one another: they differ in")
-        for field, values in written.differences.items():
-            click.echo(f"  {field}: {' against '.join(values)}")
+    """The verdict, and what was written."""
     for sentence in written.verdict:
         click.echo(sentence)
     if written.warnings:

@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -113,13 +114,11 @@ class ReportData(NamedTuple):
 
     def comparisons(self) -> list[tuple[Side, Side, Comparison]]:
         """Sides that one run measured in turn, the subject first, where nothing forbids to compare them."""
-        pairs = [
-            (one, other, one.file.result.statistics.comparison)
-            for one in self.sides for other in self.sides
-            if one.file is other.file and (one.role, other.role) == ("subject", "against")
-            and not forbids(one, other)
-        ]  # fmt: skip
-        return [(one, other, comparison) for one, other, comparison in pairs if comparison is not None]
+        pairs = [(one, other) for one, other in pairwise(self.sides) if one.file is other.file]
+        compared = [
+            (one, other, one.file.result.statistics.comparison) for one, other in pairs if not forbids(one, other)
+        ]
+        return [(one, other, comparison) for one, other, comparison in compared if comparison is not None]
 
 
 def report_data(sources: Sequence[Path | Result], texts: Texts) -> ReportData:
@@ -133,12 +132,10 @@ def report_data(sources: Sequence[Path | Result], texts: Texts) -> ReportData:
         raise ConfigError("There is no result to report.", "Give files that profile or evaluate wrote with -o.")
     files = list({file.sha256: file for file in map(_read, sources)}.values())
     sides = [side for file in files for side in _sides(file)]
-    values: dict[str, dict[str, None]] = {}
-    for side in sides:
-        for field, value in conditions_of(side).items():
-            values.setdefault(field, {})[value] = None
+    conditions = [conditions_of(side) for side in sides]
+    values = {field: list(dict.fromkeys(each[field] for each in conditions)) for field in (conditions or [{}])[0]}
     forbidden = {field for one in sides for other in sides for field in forbids(one, other)}
-    differences = {field: list(those) for field, those in values.items() if field in forbidden}
+    differences = {field: those for field, those in values.items() if field in forbidden}
     varied = {field for field, those in values.items() if len(those) > 1}
     return ReportData(files, _label(sides, varied), differences, texts)
 

@@ -18,7 +18,9 @@ from sparsifiner_edge.report.values import clean, plain
 def verdict_sentences(data: ReportData) -> list[str]:
     """The verdict: what the page shows, a sentence each, the most important first."""
     texts, comparisons = data.texts, data.comparisons()
-    fields = texts.join([texts(f"field.{name}") for name in data.differences])
+    fields = texts.join(
+        [f"{texts(f'field.{name}')} ({' | '.join(values)})" for name, values in data.differences.items()]
+    )
     sentences = [texts("verdict.refused", fields=fields)] if data.differences else []
     for subject, against, comparison in comparisons:
         sentences += _measured(subject, against, comparison, data)
