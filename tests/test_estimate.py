@@ -110,8 +110,7 @@ def test_of_two_bundles_the_faster_is_said_and_where_that_is_the_dense_one(capsy
     dense = counted(tmp_path / "dense")
     carried = counted(tmp_path / "sparse", dataclasses.replace(VIT_S, patches=5476), EDGE)
     (carried / "kernels").mkdir()
-    for sm in (87, 110):
-        (carried / table_file(sm)).write_text("{}")
+    (carried / table_file(87)).write_text("{}")
     reseal(carried)
     whole = counted(tmp_path / "whole", dataclasses.replace(VIT_S, patches=5476))
     merged = counted(tmp_path / "merged", sparsity=SparsityConfig(merge=(160, 0)), ops=["sparsifiner::MergeTokens"])
@@ -137,8 +136,7 @@ def test_of_two_bundles_the_faster_is_said_and_where_that_is_the_dense_one(capsy
     assert f"which is faster, {bodies} or {dense}, is not certain (ratio 0." in text
     assert "dense is faster" not in said(carried, "--against", whole, *nano).lower()
     text = said(merged, "--against", dense, "--board", "cpu-generic")
-    assert f"{merged} is " in text
-    assert "times as fast as" in text
+    assert f"{merged} is 1." in text
     interval = estimate_bundle(merged, "cpu-generic", against=dense)["statistics"]["comparison"]["ratio"]
     assert interval["high"] / interval["low"] == pytest.approx(RATIO_SPREAD["cpu"][0] ** 2)
 

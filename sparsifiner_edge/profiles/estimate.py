@@ -33,7 +33,6 @@ ESTIMATED = 0.9
 """Of bounds: what the fit was widened to."""
 UNFITTED = 1.5
 """Widens the bounds for a GPU precision that no measurement was fitted for."""
-FITTED = ("fp16", "int8")
 UNMEASURED = {"kernels": (0.5, 2.5), "bodies": (0.3, 4.0)}
 """Least and most that sparse layers' own operators, and merging, may take on a GPU, as factors: no one published it."""
 RATIO_SPREAD = {"gpu": (1.42, 1.75), "cpu": (1.17, 1.17)}
@@ -212,7 +211,7 @@ def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
 
 def _statistics(method: EstimateMethod, work: Workload, seconds: _Bounds, model_bytes: float) -> EstimateStatistics:
     board, linear = method.board, method.linear
-    spread = method.calibration.spread * (UNFITTED if board.kind == "gpu" and linear not in FITTED else 1.0)
+    spread = method.calibration.spread * (UNFITTED if board.kind == "gpu" and linear in ("fp32", "tf32") else 1.0)
     latency, room = (seconds[0] / spread, seconds[1], seconds[2] * spread), board.memory_gb * 1e9
     memory = memory_bytes(board.kind, model_bytes, *peak_activations(work, SIZES[linear]))
     low, _, high = memory

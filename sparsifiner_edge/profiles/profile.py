@@ -122,6 +122,5 @@ def _layers(side: MeasuredSide) -> list[Row] | Unavailable:
 def _compare(subject: MeasuredSide, against: MeasuredSide) -> Comparison:
     ratios = stats.round_ratios(subject.blocks, against.blocks)
     low, high = stats.quantile_interval(ratios, 0.5)
-    method = "order statistics of paired rounds, effective sample size"
-    ratio = stats.quantity(float(np.median(ratios)), low, high, method)
+    ratio = stats.quantity(float(np.median(ratios)), low, high, "order statistics of paired rounds, effective size")
     return Comparison(ratio=ratio, rounds=len(ratios), verdict=stats.judge(low, high))

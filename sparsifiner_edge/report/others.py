@@ -103,18 +103,15 @@ def estimate_section(data: ReportData) -> Section:
             if any(map(quantity_of, row))
         ]
         board, jetpack = method.board, method.jetpack
-        parts = [board.title, method.power_mode if isinstance(method.power_mode, str) else None]
-        parts += [f"JetPack {jetpack.version}, TensorRT {jetpack.tensorrt}"] if jetpack else []
+        parts = [board.title, method.power_mode, jetpack and f"JetPack {jetpack.version}, TensorRT {jetpack.tensorrt}"]
+        title = f"{texts('estimate.of')} {' · '.join(part for part in parts if isinstance(part, str))}"
         names = [clean(subject.path) for subject in file.result.subjects]
-        title = f"{texts('estimate.of')} {' · '.join(part for part in parts if part)}"
         blocks.append(Table(["", *names], rows, clean(title, 200)))
-        for name, how, side in zip(names, (method, method.against), sides, strict=False):
-            if how is not None:
-                said = {
-                    key: clean(getattr(how, key), 200) for key in ("linear", "other", "stored", "kernels", "because")
-                }
-                fits = texts.get(f"fits.{side.fits_memory}", clean(side.fits_memory))
-                blocks.append(Note(texts("estimate.runs", name=name, **said, memory=f"{board.memory_gb:g}", fits=fits)))
+        methods = [how for how in (method, method.against) if how is not None]
+        for name, how, side in zip(names, methods, sides, strict=False):
+            said = {key: clean(getattr(how, key), 200) for key in ("linear", "other", "stored", "kernels", "because")}
+            fits = texts.get(f"fits.{side.fits_memory}", clean(side.fits_memory))
+            blocks.append(Note(texts("estimate.runs", name=name, **said, memory=f"{board.memory_gb:g}", fits=fits)))
         blocks.append(Note(texts("estimate.how", how=clean(statistics.latency_ms.interval, 200))))
         if board.unverified:
             blocks.append(Note(texts("estimate.unverified", keys=clean(", ".join(board.unverified), 300))))

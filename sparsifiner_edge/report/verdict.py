@@ -40,9 +40,7 @@ def verdict_sentences(data: ReportData) -> list[str]:
 
 
 def _measured(subject: Side, against: Side, comparison: Comparison, data: ReportData) -> Iterator[str]:
-    """Which is faster, and in what else they differ; then, unless evaluations tell how faithful the subject is, or each
-    of two that differ in backend or precision, what is known of that and what is not.
-    """
+    """Which is faster, what else differs; and what is known of fidelity: of both, if backend or precision differ."""
     texts, pairs = data.texts, zip(conditions_of(subject).items(), conditions_of(against).values(), strict=True)
     unlike = {
         field: f"{texts(f'field.{field}')} ({here}{texts('verdict.beside')}{there})"
