@@ -150,6 +150,24 @@ def kind_of(folder: Path) -> str | None:
     return None
 
 
+def require_kind(folder: Path, *kinds: str) -> str:
+    """Which of `kinds` ("student", "bundle") a folder is.
+
+    Raises:
+        ArtifactError: it is missing, a file, of another kind or of none; says what to give instead.
+    """
+    kind, fix = kind_of(folder), "Check the path: sparsify writes students, export bundles."
+    if kind in kinds:
+        return str(kind)
+    if kind is not None:
+        fix = "Give its student." if kind == "bundle" else f"Export it: sparsifiner-edge export {folder} -o BUNDLE/"
+        raise ArtifactError(f"{folder} is a {kind}, not a {kinds[0]}.", fix)
+    if folder.is_file() and kind_of(folder.parent) in kinds:
+        fix = f"Give the folder that it lies in: {folder.parent}"
+    wanted = f"not a {' or '.join(kinds)}" if folder.is_dir() else "not a folder"
+    raise ArtifactError(f"{folder} is {wanted}." if folder.exists() else f"{folder} does not exist.", fix)
+
+
 def require_replaceable(folder: Path, kind: str) -> None:
     """Refuse an output folder that holds something we did not write.
 

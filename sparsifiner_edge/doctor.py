@@ -10,7 +10,7 @@ import re
 import msgspec
 
 from sparsifiner_edge.camera.confine import Confinement, confinement
-from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.errors import SparsifinerError, pip_install
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.machine import Environment, Machine, environment, machine, package_version
 from sparsifiner_edge.ops import native
@@ -135,7 +135,7 @@ def _triton() -> State:
     try:
         version = str(importlib.import_module("triton").__version__)
     except Exception as error:  # Its own library may not load.
-        why = f'cannot be imported: {error}. pip install "{DISTRIBUTION}[triton]"'
+        why = f"cannot be imported: {error}. {pip_install('triton')}"
         return State(False, why, package_version("triton"))
     return State(True, "imports; compiles kernels for boards, with or without a GPU", version)
 

@@ -5,6 +5,10 @@ The command line prints the message alone and exits with `exit_code`: 2 for unus
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.text import printable
@@ -64,10 +68,20 @@ class MissingExtraError(SparsifinerError):
     """An optional dependency is not installed; the message holds the pip command."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"{package} is not installed, and is needed for this.",
-            f'Install it: pip install "sparsifiner-edge[{extra}]"',
-        )
+        super().__init__(f"{package} is not installed, and is needed for this.", f"Install it: {pip_install(extra)}")
+
+
+def pip_install(extras: str) -> str:
+    """The command for extras, such as "train,cpu": from where pip had this package, which is on no index."""
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote
+
+    place = Path()
+    with contextlib.suppress(PackageNotFoundError):
+        record = json.loads(distribution("sparsifiner-edge").read_text("direct_url.json") or "{}")
+        place = Path(unquote(record.get("url", "").removeprefix("file://")))
+    known = place.is_absolute() and place.exists()
+    return f"pip install {shlex.quote(f'{place}[{extras}]')}" if known else f'pip install ".[{extras}]" in a checkout'
 
 
 class BackendError(SparsifinerError):

@@ -15,7 +15,7 @@ import numpy as np
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS, auroc, cosine, intersection_over_union, mean_absolute_error
-from sparsifiner_edge.plugins import import_object, plugins
+from sparsifiner_edge.plugins import NAME_IT, import_object, plugins
 
 _Value = TypeVar("_Value")
 Outputs = Mapping[str, Array]
@@ -154,7 +154,7 @@ class UserMetric:
     def __init__(self, name: str) -> None:
         points = plugins(METRIC_POINTS) if ":" not in name else {}
         known = ", ".join([MAPS, *points])
-        fix = f"Give {known}, or your own as package.module:class, with its package in PYTHONPATH."
+        fix = f"Give {known}, or your own. {NAME_IT}"
         self._metric: TaskMetric = _call(name, import_object(points.get(name, name), fix))
         lacking = [part for part in ("update", "result", "higher_is_better") if not hasattr(self._metric, part)]
         if lacking:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
-from sparsifiner_edge.text import one_line
+from sparsifiner_edge.text import nearest, one_line
 
 Kind = TypeVar("Kind")
+NAME_IT = "Name it as module:function in the folder of its file, or install its package."
 
 
 def plugins(group: str) -> dict[str, EntryPoint]:
@@ -19,19 +22,29 @@ def plugins(group: str) -> dict[str, EntryPoint]:
 
 
 def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerError] = ConfigError) -> Any:
-    """The object that an entry point stands for, or "package.module:object" does.
+    """The object that an entry point stands for, or "package.module:object" does. The latter is looked for in the
+    current folder too, behind all that is installed: no file there takes a library's place.
 
     Raises:
-        SparsifinerError: `error`, with this `fix`: it cannot be imported, for any reason: it is others' code.
+        SparsifinerError: `error`: it cannot be imported, for any reason: it is others' code; `fix`: if none is there.
     """
+    here = str(Path.cwd())
+    if isinstance(place, str) and here not in sys.path and not getattr(sys.flags, "safe_path", False):
+        sys.path.append(here)
+    module, _, name = (place if isinstance(place, str) else place.value).partition(":")
     try:
-        if isinstance(place, EntryPoint):
-            return place.load()
-        module, _, name = place.partition(":")
-        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        imported = importlib.import_module(module)
     except Exception as cause:
-        text = place if isinstance(place, str) else place.value
-        raise error(f"{text} cannot be imported: {type(cause).__name__}: {one_line(cause)}.", fix) from cause
+        if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
+            hint = nearest(module, (path.stem for path in Path(here).iterdir()))
+            raise error(f"There is no module {module!r}, looked for from {here}.", f"{hint} {fix}".strip()) from cause
+        what = f"{module} cannot be imported: {type(cause).__name__}: {one_line(cause)}."
+        raise error(what, "Mend it, or install what it needs.") from cause
+    try:
+        return functools.reduce(getattr, name.split("."), imported)
+    except AttributeError as cause:
+        where, hint = getattr(imported, "__file__", None) or "a folder", nearest(name, vars(imported))
+        raise error(f"{module} ({where}) has no {name!r}.", hint or "Check the name.") from cause
 
 
 def subclass(base: type[Kind], point: EntryPoint, error: type[SparsifinerError]) -> type[Kind]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _SHORT = 300
@@ -56,6 +56,14 @@ def _escape(character: str) -> str:
 def one_line(error: object, most: int = 500) -> str:
     """What a library's error says, in one line; its class where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "Did you mean ..?" of the known names that are like one; empty if none is."""
+    import difflib  # Milliseconds, for errors alone.
+
+    close = difflib.get_close_matches(name, list(known))
+    return f"Did you mean {', '.join(close)}?" if close else ""
 
 
 def file_name(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
+from sparsifiner_edge.errors import pip_install
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import BACKENDS, cuda
 from sparsifiner_edge.runtime.tensorrt import full
@@ -74,10 +75,10 @@ def test_a_build_for_the_gpu_needs_a_gpu(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize(
     ("number", "jetson", "version", "install"),
     [
-        (12060, "36.4.3", "12.6", 'pip install "sparsifiner-edge[jetson]"; TensorRT comes with JetPack'),
+        (12060, "36.4.3", "12.6", f"{pip_install('jetson')}; TensorRT comes with JetPack"),
         (11040, "35.4.1", "11.4", "Jetson Linux 35.4.1 is older than JetPack 6"),
-        (12040, None, "12.4", 'pip install "sparsifiner-edge[gpu,tensorrt]"'),
-        (13000, None, "13.0", 'pip install "sparsifiner-edge[gpu,tensorrt]"; or gpu-cu13, tensorrt-cu13'),
+        (12040, None, "12.4", pip_install("gpu,tensorrt")),
+        (13000, None, "13.0", f"{pip_install('gpu,tensorrt')}; or gpu-cu13, tensorrt-cu13"),
         (11080, None, "11.8", "update the driver first"),
     ],
 )
@@ -91,7 +92,7 @@ def test_the_driver_says_which_extra_fits(monkeypatch, number, jetson, version, 
 
 def test_tensorrt_on_a_jetson_is_jetpacks(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    for release, said in ((None, 'pip install "sparsifiner-edge[tensorrt]"'), ("36.4.3", "--system-site-packages")):
+    for release, said in ((None, pip_install("tensorrt")), ("36.4.3", "--system-site-packages")):
         monkeypatch.setattr(full, "jetson_release", lambda release=release: release)
         assert said in backend("tensorrt")[1]
 
@@ -145,12 +146,12 @@ def test_a_bare_environment_is_enough(tmp_path: Path) -> None:
     before = f"sys.modules.update(dict.fromkeys({heavy}))"
     found = json.loads(command("--json", before=before))
     assert not any(entry["available"] for entry in (*found["backends"].values(), found["triton"]))
-    assert 'pip install "sparsifiner-edge[cpu]"' in found["backends"]["onnxruntime"]["reason"]
-    assert 'pip install "sparsifiner-edge[triton]"' in found["triton"]["reason"]
+    assert pip_install("cpu") in found["backends"]["onnxruntime"]["reason"]
+    assert pip_install("triton") in found["triton"]["reason"]
     distribution(tmp_path, "sparsifiner-edge", "0.0.1", ('no-such-package; extra == "gpu"',))
     said = command(before=f"{before}; sys.path.insert(0, {str(tmp_path)!r})")
     assert all(text in said for text in ("native library", "python", "CUDA device", "CUDA driver", "telemetry"))
-    assert 'pip install "sparsifiner-edge[gpu]"' in said  # With its brackets, which are no markup.
+    assert 'pip install ".[gpu]" in a checkout' in said  # With its brackets, which are no markup.
 
 
 def test_a_missing_native_library_says_what_to_install(monkeypatch: Patch) -> None:

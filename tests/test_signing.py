@@ -177,6 +177,6 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (outcome.code, outcome.err) == (0, "")
     assert made["key"][:16] in outcome.out
     assert json.loads(call(capsys, "bundle", "sign", folder, "--key", key, "--json").out)["key"] == made["key"]
-    assert_refused(call(capsys, "bundle", "sign", tmp_path / "none", "--key", key), "is not a folder")
+    assert_refused(call(capsys, "bundle", "sign", tmp_path / "none", "--key", key), "does not exist")
     assert_refused(call(capsys, "bundle", "sign", folder, "--key", tmp_path / "key.pub"), "is not a private key")
     assert_refused(call(capsys, "bundle", "keygen", "-o", key), "exists")

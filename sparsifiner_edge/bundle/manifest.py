@@ -92,6 +92,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         sparsity: None where attention is dense. plan: what each layer does.
         tolerances: output -> greatest difference from golden, relative to its range; more than 1 would pass anything.
         engines: in the order in which they were built. found_for: what is to run it, where that is known.
+        user_call: how far from a user's own function: `export --check`.
         check, retiled, quantisation, float16, boards: what export found; float16 decides `float_precision`.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
     """
@@ -111,6 +112,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     engines: tuple[Engine, ...] = ()
     found_for: FoundFor | None = None
     check: Check | None = None
+    user_call: str | None = None
     retiled: Retiled | None = None
     quantisation: Quantisation | None = None
     float16: Float16 | None = None

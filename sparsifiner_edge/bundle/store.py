@@ -21,6 +21,7 @@ from sparsifiner_edge.artifacts import (
     MAX_JSON,
     SCRATCH,
     read_json,
+    require_kind,
     scratches,
     sha256,
     unlisted_engines,
@@ -227,10 +228,10 @@ def read_manifest(folder: Path) -> bytes:
     """The bytes of a bundle's manifest.
 
     Raises:
-        ArtifactError: `folder` is not a folder, or the manifest cannot be read.
+        ArtifactError: see `require_kind`; or the manifest cannot be read.
     """
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
+    if not os.path.lexists(folder / BUNDLE_FILE):
+        require_kind(folder, "bundle")
     return read_bytes(place_in(folder, BUNDLE_FILE), MAX_JSON)
 
 

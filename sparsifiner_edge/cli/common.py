@@ -161,6 +161,14 @@ trust_option = click.option("--trust", multiple=True, metavar="MODULE",
     help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
 
 
+def trust_text(student: Path) -> str:
+    """What a printed command on a student of a user's own function needs: " --trust MODULE"; of others nothing."""
+    from sparsifiner_edge.sparse.student_file import read_config
+
+    config = read_config(student)
+    return f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
+
+
 def normalise_options(command: Command) -> Command:
     """`--mean`, `--std` and `--no-normalise` as the one argument `normalise`; see `images.Normalise`."""
 

@@ -7,6 +7,7 @@ import msgspec
 
 from sparsifiner_edge import doctor
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.errors import pip_install
 from sparsifiner_edge.records import Unavailable
 
 
@@ -22,7 +23,7 @@ def command(as_json: bool) -> None:
     extras = []
     for extra, packages in findings.extras.items():
         for number, (name, version) in enumerate(packages.items()):
-            install = f'pip install "sparsifiner-edge[{extra}]"' if isinstance(version, Unavailable) else ""
+            install = pip_install(extra) if isinstance(version, Unavailable) else ""
             extras.append([extra if number == 0 else "", name, _text(version), install])
     common.print_table("Extras", ["extra", "package", "version", "install"], extras)
     fields = msgspec.structs.asdict(findings.machine) | {"python": findings.environment.python}

@@ -15,6 +15,7 @@ from sparsifiner_edge.config import merge_text
 from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
 from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.fitting import FITS
+from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
     from sparsifiner_edge.bundle.manifest import Manifest
@@ -38,6 +39,9 @@ def _labels(path: Path | None) -> list[str]:
               help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
 @click.option("--calibrate", type=common.PATH,
               help="A folder of images: int8 is calibrated with them, a board's tile is judged by them.")  # fmt: skip
+@click.option("--check", metavar="package.module:function",
+              help="A function of yours that the file must answer as, on --data (docs/models.md).")  # fmt: skip
+@click.option("--data", type=common.PATH, help="For --check: an image, or a folder of them.")
 @click.option("--int8-target", "int8_target", type=click.Choice(INT8_TARGETS), default="cpu",
               show_default=True, help="For int8: what will run it.")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
@@ -71,6 +75,8 @@ def _print(bundle: Bundle) -> None:
     folder, manifest = bundle.folder, bundle.manifest
     if manifest.preprocessing is not None:
         click.echo(common.normalisation_text(manifest.preprocessing.folded))
+    if manifest.user_call is not None:
+        click.echo(f"held against {printable(manifest.user_call, 2000)}")
     for line in (*_check(manifest), *_merge_lines(manifest), *_changes(manifest)):
         click.echo(line)
     for board in manifest.boards:

@@ -53,8 +53,7 @@ def command(*, model: str, output: Path, settings: dict[str, Any], **options: An
     sparsity = SparsityConfig.from_dict(config.sparsity)
     click.echo(common.normalisation_text(config.normalisation))
     merging = f", merge {merge_text(sparsity.merge)}" if any(sparsity.merge) else ""
-    trust = f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
     click.echo(
         f"{folder}: student written, keep {keep_text(sparsity.keep)}, {sparsity.cells} cells{merging}. "
-        f"Next: sparsifiner-edge export {folder}{trust} -o BUNDLE/"
+        f"Next: sparsifiner-edge export {folder}{common.trust_text(folder)} -o BUNDLE/"
     )

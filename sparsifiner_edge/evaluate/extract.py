@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
+from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, require_kind, sha256
 from sparsifiner_edge.bounds import ImageSize, size_text
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.config import Budget
@@ -96,12 +96,10 @@ def open_both(compared: TeacherComparison, stack: contextlib.ExitStack) -> tuple
 
 def _subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
     """A student or bundle."""
-    folder, kind = compared.subject, kind_of(compared.subject)
-    if kind == "student":
+    folder = compared.subject
+    if require_kind(folder, "student", "bundle") == "student":
         student = load_student(folder, budget=compared.budget, trust=compared.model.trust)
         return _torch(student, str(folder), sha256(folder / STUDENT_FILE), compared)
-    if kind != "bundle":
-        raise ConfigError(f"{folder} is neither a student nor a bundle.", "Give a folder made by sparsify or export.")
     if not compared.budget.is_unchanged:
         raise ConfigError("What a bundle keeps is fixed.", "Give --keep and --merge to export.")
     return _bundle(folder, compared, stack)

@@ -94,12 +94,12 @@ def check_export(
     indices = differing = pruned = 0
     for number, batch in enumerate(batches):
         image = smooth_images(size, batch, seed=number)
-        expected, chosen = _run_torch(deployed, image)
+        expected, chosen = run_torch(deployed, image)
         golden = golden or {"input.image": image, **{f"output.{k}": v for k, v in expected.items()}}
         for run in runners:
             results = run(image)
             lists, pairs = ([results[name] for name in names] for names in (selects, matches))
-            same, _ = _run_torch(deployed, image, lists, pairs)
+            same, _ = run_torch(deployed, image, lists, pairs)
             with_same_keys, lost = align(results, same)
             _compare(equal, with_same_keys, same, OTHERS if lost else SAME, batch)
             results, missing = align(results, expected)
@@ -175,7 +175,7 @@ def _as_numbers(pairs: Array) -> Array:
 
 
 @torch.no_grad()
-def _run_torch(
+def run_torch(
     deployed: DeployedModel,
     image: Array,
     lists: Sequence[Array] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +13,15 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
+from sparsifiner_edge.arrays import Pixels
+from sparsifiner_edge.artifacts import kind_of, new_folder, require_kind, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_number
 from sparsifiner_edge.bundle.entries import Check, Float16, Quantisation, Retiled
 from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, MODEL_FILE, Manifest, Preprocessing, tensor_spec
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
 from sparsifiner_edge.config import Budget, SparsityConfig, require, require_lists
 from sparsifiner_edge.costs import ModelShape
-from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.check import check_export, smooth_images, tolerances_of
@@ -30,6 +31,7 @@ from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import held_out_images, quantise
 from sparsifiner_edge.export.sessions import file_runner
+from sparsifiner_edge.export.user_call import UserFunction, hold_against, user_function
 from sparsifiner_edge.fitting import Fit, Framing, require_fit
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
 from sparsifiner_edge.ops.schema import DOMAIN
@@ -62,6 +64,9 @@ class ExportOptions:
         tokens: also output the tokens of a classifier, or of what is in a model with a decoder; a vision transformer
             without classifier always does.
         calibrate: for int8 and boards: a folder of images like those that the model will see; at most 32 are used.
+        check: a function of yours, or its name, from an image uint8 [H,W,3], RGB of the file's size, to the model's
+            outputs by name (or the only one): the file must answer as it does; where that is sparse, int8 or float16,
+            the dense model must. data: for check: an image, or a folder of them; at most 32 are used.
         int8_target: for int8, what will run it: "cpu" or "tensorrt".
         labels: of the classes of the output "logits", in their order; none takes those that the model has.
         boards: names or files of boards (see `profiles.boards`) whose GPU kernels go into the bundle, of float16; the
@@ -77,6 +82,8 @@ class ExportOptions:
     batch: int | str = 1
     tokens: bool = False
     calibrate: str | Path | None = None
+    check: str | Callable[[Pixels], Any] | None = None
+    data: str | Path | None = None
     int8_target: str = "cpu"
     labels: Sequence[str] = ()
     boards: Sequence[str | Path] = ()
@@ -193,6 +200,7 @@ class _Form(NamedTuple):
     labels: tuple[str, ...]
     boards: list[Board]
     fit: Fit
+    function: UserFunction | None
 
 
 def _form(options: ExportOptions) -> _Form:
@@ -214,9 +222,10 @@ def _form(options: ExportOptions) -> _Form:
         fix = "Choose --precision fp16, or int8 with --int8-target tensorrt."
         raise ConfigError(f"A board's kernels are for float16, not for {precision}.", fix)
     images = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
+    function = user_function(options.check, options.data, options.fit)
     batch, labels = options.batch, check_labels(list(options.labels), "The classes", _LABELS)
     size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
-    return _Form(precision, size, options.tokens, int8_target, images, labels, loaded, options.fit)
+    return _Form(precision, size, options.tokens, int8_target, images, labels, loaded, options.fit, function)
 
 
 def _export(
@@ -226,6 +235,9 @@ def _export(
     deployed = deploy(student, form.tokens)
     file = _file(student.img_size, deployed, form, progress)
     model = student.model
+    exact, user_call = form.precision == "fp32" and student.sparsity.is_dense, None
+    if form.function is not None:
+        user_call = hold_against(form.function, student, file.model, form.batch or 1, form.tokens, exact)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
     classes = {output.name: output.type.tensor_type.shape.dim[-1].dim_value for output in file.model.graph.output}
     count = classes.get("logits", 0)
@@ -241,7 +253,7 @@ def _export(
             (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         kernels = tuple(board_files(file.model, student.name, board, folder) for board in form.boards)
         manifest = _manifest(student, file, form)
-        seal_bundle(folder, msgspec.structs.replace(manifest, retiled=retiled, boards=kernels))
+        seal_bundle(folder, msgspec.structs.replace(manifest, user_call=user_call, retiled=retiled, boards=kernels))
     return target
 
 
@@ -280,8 +292,7 @@ def _load(source: str | Path, options: ModelOptions, budget: Budget) -> Student:
         fix = "Make one with `sparsifiner-edge sparsify`."
         require(budget.is_unchanged, f"--keep and --merge require a student, and {source} is none.", fix)
         return load_source(str(source), options.file, options.img_size, options.normalisation)
-    if kind != "student":
-        raise ArtifactError(f"{folder} is a {kind}, not a student.", "Make one with `sparsifiner-edge sparsify`.")
+    require_kind(folder, "student")
     fix = "A student has its own weights; leave it out."
     require(options.file is None, "--weights cannot be combined with a student.", fix)
     refuse_normalisation(options.normalise)

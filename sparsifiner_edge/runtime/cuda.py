@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from sparsifiner_edge.arrays import Array, bytes_at
-from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.errors import BackendError, MissingExtraError, pip_install
 from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.backend import import_package
@@ -221,14 +221,14 @@ def cuda_support() -> CudaSupport:
     if jetson and major(jetson) < _LEAST_JETSON:
         install = f"Jetson Linux {jetson} is older than JetPack 6: upgrade it"
     elif jetson:
-        install = 'pip install "sparsifiner-edge[jetson]"; TensorRT comes with JetPack, never with pip (docs/jetson.md)'
+        install = f"{pip_install('jetson')}; TensorRT comes with JetPack, never with pip (docs/jetson.md)"
     elif isinstance(driver, Unavailable):
         install = "install NVIDIA's driver first"
     elif major(driver) < major(OLDEST_CUDA):
         install = f"update the driver first: it must take CUDA {OLDEST_CUDA}"
     else:
         newer = "; or gpu-cu13, tensorrt-cu13" if major(driver) > major(OLDEST_CUDA) else ""
-        install = f'pip install "sparsifiner-edge[gpu,tensorrt]"{newer}'
+        install = f"{pip_install('gpu,tensorrt')}{newer}"
     return CudaSupport(driver, jetson, install)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import AGAIN
-from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.errors import BackendError, pip_install
 from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops import native
@@ -66,7 +66,7 @@ class OnnxRuntime(ProcessorBackend):
                 installed = f"onnxruntime-gpu {gpu}" if isinstance(gpu, str) else f"onnxruntime {ort.__version__}"
                 raise BackendError(
                     f"{installed} has no {CUDA}; it offers {', '.join(offered)}.",
-                    'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "sparsifiner-edge[gpu]" '
+                    f"pip uninstall -y onnxruntime onnxruntime-gpu && {pip_install('gpu')} "
                     "(the two packages overwrite one another; on a Jetson see docs/jetson.md).",
                 )
             if self.execution.kernels == "native":

@@ -11,12 +11,12 @@ from typing import Any
 import timm
 from torch import nn
 
-from sparsifiner_edge.artifacts import sha256
+from sparsifiner_edge.artifacts import kind_of, sha256
 from sparsifiner_edge.bounds import ImageSize, height_width, size_of, size_text
-from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.config import SparsityConfig, require
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import Normalisation
-from sparsifiner_edge.plugins import import_object
+from sparsifiner_edge.plugins import NAME_IT, import_object
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
 from sparsifiner_edge.sparse.patch import require_support
@@ -24,6 +24,7 @@ from sparsifiner_edge.sparse.student_file import HostKind, Provenance, Weights
 from sparsifiner_edge.text import one_line
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -79,22 +80,13 @@ def load_source(
         SparsifinerError: there is no such model, it cannot be had, the size does not suit it, or nobody says what it
             expects of pixels; or it could not be made sparse, so that it is no baseline for anything here.
     """
-    folder = Path(source)
     if is_factory(source):
         _require_no_weights(weights, source)
         module = call_factory(source, img_size)
         names = getattr(module, "output_names", None)
         pixels = normalisation_of(module, source, normalisation)
         student = Student(module, source, pixels, outputs=None if names is None else tuple(names), host="factory")
-    elif _HUB.fullmatch(source) and not folder.exists() and folder.parent.is_dir():
-        # A slip in a path is no reason to ask a network.
-        raise ArtifactError(f"{source} does not exist.", "Give a folder, or a hub's name from another place.")
-    elif source and not timm.is_model(source) and (folder.is_dir() or _HUB.fullmatch(source)):
-        if folder.is_dir() and not hugging_face.is_saved(folder):
-            raise ArtifactError(
-                f"{source} is not a student, nor a folder that transformers has saved.",
-                "Make one with `sparsifiner-edge sparsify`.",
-            )
+    elif source and not timm.is_model(source) and _is_hugging_face(source):
         _require_no_weights(weights, source)
         name, module, pixels = hugging_face.load(source, img_size, normalisation)
         labels, provenance = hugging_face.configured_labels(module), Provenance(Weights(origin=source))
@@ -105,6 +97,28 @@ def load_source(
         student = Student(model, source, normalisation or preprocessing(model), provenance=Provenance(origin))
     require_support(student.model)
     return student
+
+
+def _is_hugging_face(source: str) -> bool:
+    """Whether this is a folder or a hub's name of Hugging Face's, and not what may be a name of timm's.
+
+    Raises:
+        ArtifactError: it is a path to nothing, or to something else.
+    """
+    folder, on_hub = Path(source), _HUB.fullmatch(source) is not None
+    fix = "Give a model's name or folder (docs/models.md); one of your own is package.module:function."
+    if folder.is_dir():
+        kind = kind_of(folder)
+        require(kind is None, f"{source} is a {kind}, not a model.", "Give the model that it was made of.")
+        saved = f"{source} is not a student, nor a folder that transformers has saved."
+        require(hugging_face.is_saved(folder), saved, "Make one with `sparsifiner-edge sparsify`.")
+        return True
+    is_name = ":" not in source and not folder.exists()
+    require(is_name, f"{source} is {'a file' if folder.exists() else 'no name'}, not a model.", fix)
+    # A slip in a path is no reason to ask a network.
+    slip = "/" in source and (not on_hub or folder.parent.is_dir())
+    require(not slip, f"{source} does not exist.", fix)
+    return on_hub
 
 
 def is_factory(source: str) -> bool:
@@ -125,13 +139,15 @@ def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
         ConfigError: it cannot be imported, fails, or makes no module.
         UnsupportedModelError: the module contains no vision transformer, or several.
     """
-    factory = import_object(
-        source, "Name a function as package.module:function, with its package installed or in PYTHONPATH."
-    )
+    factory = import_object(source, NAME_IT)
     if not callable(factory):
         raise ConfigError(f"{source} is a {type(factory).__name__}.", "Name a function that makes a module.")
-    takes_size = "img_size" in inspect.signature(factory).parameters
+    parameters = inspect.signature(factory).parameters
+    takes_size = "img_size" in parameters
     options = {"img_size": img_size} if takes_size and img_size is not None else {}
+    needed = [n for n, x in parameters.items() if x.default is x.empty and x.kind not in _ANY and n not in options]
+    fix = "Give --img-size" if needed == ["img_size"] else "Name a function that takes none but img_size"
+    require(not needed, f"{source} needs {', '.join(needed)}.", f"{fix}, or give defaults.")
     try:
         model = factory(**options)
     # A user's own code may raise anything.

@@ -269,6 +269,8 @@ def _maker(folder: Path, config: StudentConfig, trust: Sequence[str]) -> Callabl
             f"{folder} is made by the code of {module!r}, which is run to load it.",
             f"If you know that code, say so: --trust {module}.",
         )
+    if Path.cwd().joinpath(*module.split(".")).resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder} would bring the code of {module!r} itself.", "Call this where your own code is.")
     return lambda size: call_factory(config.model, size)
 
 

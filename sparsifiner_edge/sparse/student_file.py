@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from sparsifiner_edge.artifacts import STUDENT_FILE, STUDENT_SCHEMA, read_json
+from sparsifiner_edge.artifacts import STUDENT_FILE, STUDENT_SCHEMA, read_json, require_kind
 from sparsifiner_edge.bounds import ImageSize
-from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.records import read_record
 
@@ -94,11 +93,9 @@ def read_config(folder: Path) -> StudentConfig:
     Raises:
         ArtifactError: no student, corrupt, or of another version.
     """
+    require_kind(folder, "student")
     path = folder / STUDENT_FILE
-    content = read_json(path, STUDENT_SCHEMA, SPARSIFY_AGAIN)
-    if content.get("kind") != "student":
-        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
-    return read_record(content, StudentConfig, path, SPARSIFY_AGAIN)
+    return read_record(read_json(path, STUDENT_SCHEMA, SPARSIFY_AGAIN), StudentConfig, path, SPARSIFY_AGAIN)
 
 
 def check_labels(labels: object, origin: object, fix: str = SPARSIFY_AGAIN) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def drop_outputs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda b: (b / BUNDLE_FILE).unlink(), "manifest.json does not exist"),
+        (lambda b: (b / BUNDLE_FILE).unlink(), "is not a bundle"),
         (lambda b: flip(b / "model.onnx"), "model.onnx does not match its SHA-256"),
         (lambda b: (b / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)), "model.onnx is not an ONNX file"),
@@ -204,8 +204,8 @@ def test_labels_are_one_line_each_in_a_bundle(student: Path, tmp_path: Path) -> 
 
 def test_what_is_no_source_of_an_export(tmp_path: Path, tiny_bundle: Path, capsys: Capsys) -> None:
     target = tmp_path / "bundle"
-    export_refused(capsys, tiny_bundle, target, "is a bundle, not a student", "sparsify")
-    export_refused(capsys, tmp_path / "nowhere", target, "nowhere", "list_models")
+    export_refused(capsys, tiny_bundle, target, "is a bundle, not a student", "Give its student")
+    export_refused(capsys, tmp_path / "nowhere", target, "nowhere does not exist", "docs/models.md")
 
 
 def test_selecting_more_keys_than_a_runtime_takes(tmp_path: Path, tiny_weights: Path, capsys: Capsys) -> None:

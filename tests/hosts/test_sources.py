@@ -16,7 +16,7 @@ import torch
 import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import ARCHITECTURE_FILE
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.errors import ArtifactError, WeightsError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, WeightsError
 from sparsifiner_edge.images import AS_IS
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
@@ -129,7 +129,7 @@ def test_a_users_function(tmp_path: Path, pictures: Path, capsys: pytest.Capture
 def test_a_slip_in_a_path_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match="models/dinov does not exist"):
+    with pytest.raises(ConfigError, match="models/dinov does not exist"):
         load_source("models/dinov")
 
 
@@ -205,7 +205,7 @@ def test_a_name_on_the_hub_without_a_network(tmp_path: Path) -> None:
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dinov2: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     outcome = call(capsys, "sparsify", dinov2, "-o", dinov2.parent / "out")
-    assert_refused(outcome, "transformers", "sparsifiner-edge[transformers]")
+    assert_refused(outcome, "transformers", "[transformers]")
 
 
 @pytest.mark.parametrize("make", [lambda: model("DINOv2"), depth_anything])

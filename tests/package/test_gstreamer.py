@@ -134,7 +134,7 @@ def test_metadata_and_messages_are_the_sessions(
 @needs_element
 @pytest.mark.parametrize(
     ("properties", "said"),
-    [("bundle=nowhere", "nowhere is not a folder."), ("bundle={bundle} public-key={key}", "is not signed")],
+    [("bundle=nowhere", "nowhere does not exist."), ("bundle={bundle} public-key={key}", "is not signed")],
 )
 def test_what_is_wrong_is_the_pipelines_error(
     properties: str, said: str, package: Path, environment: dict[str, str], tiny_bundle: Path, keys: Path

@@ -384,7 +384,7 @@ def test_other_weights_fail_golden(
 def test_unusable_bundles_are_no_failed_checks(
     tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_refused(call(capsys, "bundle", "verify", tmp_path / "none"), "is not a folder")
+    assert_refused(call(capsys, "bundle", "verify", tmp_path / "none"), "does not exist")
     assert_refused(call(capsys, "bundle", "verify", tiny_bundle, "--backend", "abacus"), "Unknown backend")
     folder = altered(tiny_bundle)
     with pytest.raises(ArtifactError, match=r"ops\[0\] is 1, not str"):

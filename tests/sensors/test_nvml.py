@@ -7,6 +7,7 @@ import time
 import pynvml
 import pytest
 
+from sparsifiner_edge.errors import pip_install
 from sparsifiner_edge.profiles.measure.memory import device_bytes
 from sparsifiner_edge.profiles.sensors import Recording, find_sensor
 from sparsifiner_edge.profiles.sensors.nvml import THROTTLING
@@ -21,7 +22,7 @@ def test_without_a_driver_or_the_module_there_is_a_reason(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: (_ for _ in ()).throw(pynvml.NVMLError(12)))
     assert "NVML Shared Library Not Found" in find_sensor(on="gpu").not_used["nvml"]
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
-    assert 'pip install "sparsifiner-edge[gpu]"' in find_sensor(on="gpu").not_used["nvml"]
+    assert pip_install("gpu") in find_sensor(on="gpu").not_used["nvml"]
 
 
 def test_a_card_with_an_energy_counter_and_one_without(nvml):

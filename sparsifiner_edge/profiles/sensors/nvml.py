@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsifiner_edge.errors import pip_install
 from sparsifiner_edge.profiles.sensors.power import PowerSensor, UnavailableError
 
 _PERIOD_S = 0.1
@@ -54,7 +55,7 @@ def open_card() -> Iterator[_Card]:
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:
-        raise UnavailableError('nvidia-ml-py is not installed (pip install "sparsifiner-edge[gpu]")') from None
+        raise UnavailableError(f"nvidia-ml-py is not installed ({pip_install('gpu')})") from None
     try:
         nvml.nvmlInit()
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import math
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsE
 from sparsifiner_edge.images import Normalisation
 from sparsifiner_edge.sparse.hosts import Backbone, for_size, require_size
 from sparsifiner_edge.sparse.weights import FIT, StateDict, load_exactly, read_weights
-from sparsifiner_edge.text import one_line
+from sparsifiner_edge.text import nearest, one_line
 
 TimmModel: TypeAlias = VisionTransformer | Eva
 """What can be made sparse: timm's plain vision transformers, the latter with rotary position embeddings too."""
@@ -58,7 +57,7 @@ class Timm(Backbone):
         if type(model.patch_embed) is not PatchEmbed:
             return f"patch embedding {type(model.patch_embed).__name__}"
         if model.dynamic_img_size:
-            return "dynamic image size (the token order is fixed): create it with img_size"
+            return "dynamic image size (the token order is fixed): create it with dynamic_img_size=False"
         if not (model.patch_drop is None or isinstance(model.patch_drop, nn.Identity)):
             return "patch dropout"
         reasons = [(number, _layer_refusal(layer)) for number, layer in enumerate(self.layers)]
@@ -149,13 +148,9 @@ def on_paper(name: str, num_classes: int | None = None) -> TimmModel:
         UnsupportedModelError, ConfigError: as of `create`.
     """
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("*it_*"))
-        hint = (
-            f"Did you mean {', '.join(close)}?"
-            if close
-            else "Names: python -c 'import timm; print(timm.list_models())'"
-        )
-        raise UnsupportedModelError(f"timm has no model {name!r}.", hint)
+        hint = nearest(name.partition(".")[0], timm.list_models(["*it_*", "eva02*"]))
+        hint = hint or "Names: python -c 'import timm; print(timm.list_models())'"
+        raise UnsupportedModelError(f"timm has no model {name!r}, and no folder has that name.", hint)
     if num_classes is not None and not 0 <= num_classes <= MOST_CLASSES:
         raise ConfigError(f"num_classes is {num_classes}.", f"Give from 0 to {MOST_CLASSES} classes.")
     options = {} if num_classes is None else {"num_classes": num_classes}
@@ -175,7 +170,8 @@ def _name_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
+        hint = nearest(name, timm.list_pretrained()) or "Check the model's name."
+        raise UnsupportedModelError(f"timm cannot create {name!r}: {one_line(error).rstrip('.')}.", hint) from error
 
 
 def load_model(name: str, weights: Path | None = None, img_size: ImageSize | None = None) -> TimmModel:
