@@ -41,16 +41,6 @@ class UserFunction(NamedTuple):
     fit: Fit
 
 
-class _Worst(NamedTuple):
-    """The greatest difference of an output, and in which image."""
-
-    error: float
-    name: str
-    file: str
-    image: Pixels
-    wanted: Array
-
-
 def user_function(
     check: str | Callable[[Pixels], Any] | None, data: str | Path | None, fit: Fit
 ) -> UserFunction | None:  # fmt: skip
@@ -88,26 +78,25 @@ def hold_against(
     fix = "Check the model that it was made of: export MODEL --check .."
     require(student.provenance.training is None, "A trained student is no longer the model that you would call.", fix)
     run, dense = file_runner(model), None if exact else deploy(dense_twin(student), tokens)
-    worst: dict[str, _Worst] = {}
+    errors: dict[str, tuple[float, Path]] = {}
     cosines: dict[str, float] = {}
+    likely = ""
     for path in function.images:
         image = load_image(path, Framing(student.img_size, function.fit))[None]
         got = {name: x[:1] for name, x in run(np.repeat(image, batch, 0)).items()}
         judged = got if dense is None else run_torch(dense, image)[0]
         for name, wanted in _answers(function, image[0], got).items():
             error = agreement(name, judged[name], wanted, SAME.error).error
+            likely = likely or ("" if error <= SAME.error else _likely(student, tokens, image, name, wanted, error))
+            errors[name] = max((error, path), errors.get(name, (error, path)))
             cosines[name] = min(cosines.get(name, 1.0), agreement(name, got[name], wanted, SAME.error).cosine)
-            if name not in worst or error > worst[name].error:
-                worst[name] = _Worst(error, name, path.name, image, wanted)
     whose = "the file" if exact else "the dense model"
     what = f"{function.name} on {len(function.images)} images: " + "; ".join(
-        f"{name} of {whose} {one.error:.2g} of its range apart (worst in {one.file}), least cosine of the file "
-        f"{cosines[name]:.6f}" for name, one in worst.items()
+        f"{name} of {whose} {error:.2g} of its range apart (worst in {path.name}), least cosine of the file "
+        f"{cosines[name]:.6f}" for name, (error, path) in errors.items()
     )  # fmt: skip
-    for one in worst.values():
-        if one.error > SAME.error:
-            likely = _likely(student, tokens, one)
-            raise GateError(f"Answers differ from {what}.", f"Nothing was written. {likely} {_TAKES}")
+    if likely:
+        raise GateError(f"Answers differ from {what}.", f"Nothing was written. {likely} {_TAKES}")
     return what
 
 
@@ -128,17 +117,16 @@ def _answers(function: UserFunction, image: Pixels, got: Mapping[str, Array]) ->
     return {name: value.reshape(got[name].shape) for name, value in arrays.items()}
 
 
-def _likely(student: Student, tokens: bool, one: _Worst) -> str:
+def _likely(student: Student, tokens: bool, image: Pixels, name: str, wanted: Array, error: float) -> str:
     """What the function does otherwise, where it is one of the usual: each is tried."""
     dense, takes, tried = dense_twin(student), f"the file gives it RGB, {student.normalisation}", {}
     for scale, pixels in {"": student.normalisation, **_PIXELS}.items():
         deployed = DeployedModel(dense.model, pixels, tokens, student.outputs)
-        for order, image in (("", one.image), ("BGR", one.image[..., ::-1].copy())):
-            answer = run_torch(deployed, image)[0][one.name]
+        for order, changed in (("", image), ("BGR", image[..., ::-1].copy())):
             label = ", ".join(filter(None, (order, scale and f"pixels {scale}")))
-            tried[label] = agreement(one.name, answer, one.wanted, SAME.error).error
+            tried[label] = agreement(name, run_torch(deployed, changed)[0][name], wanted, SAME.error).error
     best = min(tried, key=lambda label: tried[label])
-    if not best or tried[best] > one.error / 2:
+    if not best or tried[best] > error / 2:
         return f"No other channels or normalisation explain it ({takes}): a resize or crop, or other weights, would."
     fix = "Say what it expects (--mean and --std, or --no-normalise; of a student at sparsify), or mend the function."
-    return f"The model answers so, but for {tried[best]:.2g}, where it is label {best}; {takes}. {fix}"
+    return f"The model answers so, but for {tried[best]:.2g}, where it is given {best}; {takes}. {fix}"
