@@ -161,6 +161,7 @@ def test_a_classifier_the_whole_way(tmp_path: Path, tiny_weights: Path, pictures
 
     ran = process("run", bundle, "--source", pictures)
     assert re.fullmatch(CLOSING, ran.err.splitlines(keepends=True)[-1]), ran.err
+    assert "60x60 of 80x60 pixels are read, 25 % is dropped; to read all, run with --fit letterbox" in ran.err
     records = [json.loads(line) for line in ran.out.splitlines()]
     assert [Path(record["source"]).name for record in records] == [f"picture{i}.png" for i in range(3)]
     for record in records:

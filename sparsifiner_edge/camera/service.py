@@ -170,6 +170,9 @@ def _write(model: Model, source: Source, options: RunOptions, status: Status, st
         answers = stack.enter_context(contextlib.closing(_answers(model, source, options, status, stop)))
         # Before the file: a bundle whose first answer is an error leaves it as it was.
         first = [next(answers)] if source.kind == "images" else []
+        read = first[0].fitting if first and isinstance(first[0], Answered) else None  # Of a video that is an event.
+        if read is not None and read.box[2:] != read.frame and sys.stderr is not None:
+            print(model.framing.said(read), file=sys.stderr)
         lines = stack.enter_context(LineWriter(options.output or sys.stdout, source.live, stop, status.count))
         overlay = None
         if options.overlay is not None:
