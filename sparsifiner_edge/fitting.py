@@ -86,11 +86,7 @@ class Framing(msgspec.Struct, frozen=True):
             parse_region(",".join(map(str, self.region)))
 
     def of(self, width: int, height: int) -> Fitting:
-        """Of a frame of so many pixels.
-
-        Raises:
-            ConfigError: the region is not within it.
-        """
+        """Of a frame of so many pixels; refuses one that the region is not within."""
         rows, columns = height_width(self.size)
         box, inner = self.region or (0, 0, width, height), (0, 0, columns, rows)
         if box[0] + box[2] > width or box[1] + box[3] > height:
@@ -149,15 +145,11 @@ def require_fit(fit: str) -> None:
 
 
 def parse_region(text: str) -> Box:
-    """ "640,0,640,480" -> (640, 0, 640, 480).
-
-    Raises:
-        ConfigError: not four whole numbers X,Y,WIDTH,HEIGHT, or there is no pixel in it.
-    """
+    """ "640,0,640,480" -> (640, 0, 640, 480); refuses what is not four whole numbers, or holds no pixel."""
     parts = text.split(",")
     if len(parts) != 4:
         raise ConfigError(f"The region is {text!r:.60}.", "Give X,Y,WIDTH,HEIGHT, in pixels of the frame.")
-    x, y = (whole_number(part, f"{name} of the region", 0) for name, part in zip("XY", parts, strict=False))
+    x, y = (whole_number(part, "X or Y of the region") for part in parts[:2])
     width, height = (whole_number(part, "A side of the region", 1, MOST_COUNT) for part in parts[2:])
     return x, y, width, height
 

@@ -166,11 +166,7 @@ def load_mask(path: Path, size: ImageSize | Framing) -> npt.NDArray[np.bool_]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image, in pixels.
-
-    Raises:
-        ImageError: see `load_image`.
-    """
+    """Width and height of an image, in pixels; raises as `read_image`."""
     width, height = _use(path, lambda image: image.size)
     return width, height
 

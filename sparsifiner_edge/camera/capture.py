@@ -39,11 +39,7 @@ def wait_s(attempts: int) -> float:
 
 
 def frame_size(source: Source, seconds: float = 20) -> tuple[int, int]:
-    """Width and height of a source's first frame, in pixels.
-
-    Raises:
-        ImageError: it gives none in time.
-    """
+    """Width and height of a source's first frame, in pixels; it is an ImageError if none comes in time."""
     if source.kind == "images":
         return image_size(list_images(Path(source.location))[0])
     require_decoder(source)
