@@ -249,17 +249,13 @@ def test_a_map_is_a_segmentation(shape: str, tmp_path: Path) -> None:
         wanted = golden["output.mask"].reshape(2, 3)
     assert answer.shape == (1, 1, 8, 12)
     assert answer[0, 0].reshape(2, 4, 3, 4).mean(axis=(1, 3)) == pytest.approx(wanted, abs=0.1)
-    package_bundle(make_map_bundle(tmp_path / "depth", shape, "2"), "deepstream", tmp_path / "raw")
+    raw = reseal(
+        make_map_bundle(tmp_path / "depth", shape, "2"), found_for={"backend": "tensorrt", "precision": "fp16"}
+    )
+    package_bundle(raw, "deepstream", tmp_path / "raw")
     found = nvinfer(tmp_path / "raw")
-    assert (found["network-type"], found["output-blob-names"]) == ("100", "mask")
-
-
-def test_what_was_found_for_fp16_is_built_in_it(tmp_path: Path) -> None:
-    found_for = {"backend": "tensorrt", "precision": "fp16"}
-    bundle = make_bundle(tmp_path / "bundle", preprocessing={"size": 4}, found_for=found_for)
-    package_bundle(bundle, "deepstream", tmp_path / "out")
-    found = nvinfer(tmp_path / "out")
-    assert (found["network-mode"], found["model-engine-file"]) == ("2", "model.onnx_b1_gpu0_fp16.engine")
+    assert (found["network-type"], found["output-blob-names"], found["network-mode"]) == ("100", "mask", "2")
+    assert found["model-engine-file"] == "model.onnx_b1_gpu0_fp16.engine"
 
 
 def test_the_probe_reads_what_pyds_gives(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
