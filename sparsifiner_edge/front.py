@@ -60,14 +60,16 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A plan as it was exported, in one engine.
+    """A plan as it was exported, in one engine; or the dense model.
 
     Attributes:
         backend, stored, computes: see `Deployment`.
-        fidelity: of the bundle, mean over the images searched with. predicted_fidelity: by a model that was fitted to
-            all plans but this one. ms: median of the whole model, or for a board that is not here an estimate of it,
-            as `ms.interval` says. predicted_ms: from parts; of the dense model as it was at the start: of what took
-            a tenth longer or less since, the machine changed its speed, and predictions are of another.
+        fidelity: of the bundle, mean over the images searched with; of the dense model over those kept back.
+        kept_fidelity: over those kept back.
+        predicted_fidelity: by a model that was fitted to all plans but this one; of the dense model, 1.
+        ms: median of the whole model, or for a board that is not here an estimate of it, as `ms.interval` says.
+        predicted_ms: from parts, corrected by the dense model's time beside it; of that its own.
+        file_bytes: of model.onnx.
     """
 
     merge: str
@@ -76,9 +78,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     stored: str
     computes: str
     fidelity: float
+    kept_fidelity: float
     predicted_fidelity: float
     predicted_ms: float
     ms: Quantity
+    file_bytes: int
 
     @property
     def engine(self) -> Deployment:
@@ -90,7 +94,7 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     """How it was searched.
 
     Attributes:
-        board: None: this machine. images: names by use.
+        board: None: this machine. images: names by use. minutes: that it might take, and seconds: that it took.
     """
 
     metric: str
@@ -98,6 +102,8 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     at_most_ms: float | None = None
     board: str | None = None
     images: dict[str, list[str]]
+    minutes: float
+    seconds: float
 
 
 class Front(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,8 +112,9 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         points: in the order of fidelity. finalists: the answer first, if there is one.
         check: fidelity of the answer on images that nothing was searched or calibrated with.
-        dense: the dense model in what runs it fastest, and in what runs finalists.
+        dense: the dense model in what runs finalists, and in others that were tried; the fastest first.
         left_out: backends that do not run here, engines whose precision lost too much, and why.
+        remarks: on the images, and on what was not reached.
     """
 
     points: list[Point]
@@ -116,6 +123,7 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
     check: Known[Quantity]
     dense: list[Candidate]
     left_out: dict[str, str]
+    remarks: list[str]
 
 
 class SearchResult(Result, frozen=True):

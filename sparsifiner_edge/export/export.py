@@ -189,6 +189,14 @@ def export_model(
     return _export(student, target, form, None, progress)
 
 
+def export_student(
+    student: Student, output: Path, options: ExportOptions, base: FloatFile | None = None,
+    progress: Progress | None = None,
+) -> Path:  # fmt: skip
+    """Export a student in memory, for no boards; see `export_bundle`. base: its `float_file`, where that is there."""
+    return _export(student, output, _form(options), None, progress, base)
+
+
 class _Form(NamedTuple):
     """What a bundle is to be; batch: None: dynamic; images calibrate int8 and judge the layout for boards."""
 
@@ -229,11 +237,12 @@ def _form(options: ExportOptions) -> _Form:
 
 
 def _export(
-    student: Student, target: Path, form: _Form, retiled: Retiled | None, progress: Progress | None
+    student: Student, target: Path, form: _Form, retiled: Retiled | None, progress: Progress | None,
+    base: FloatFile | None = None,
 ) -> Path:  # fmt: skip
     """Check a student's file, then write the bundle."""
-    deployed = deploy(student, form.tokens)
-    file = _file(student.img_size, deployed, form, progress)
+    base = base or float_file(student, form.tokens, form.batch)
+    deployed, file = base.deployed, _file(student.img_size, base, form, progress)
     model = student.model
     exact, user_call = form.precision == "fp32" and student.sparsity.is_dense, None
     if form.function is not None:
@@ -257,6 +266,31 @@ def _export(
     return target
 
 
+class FloatFile(NamedTuple):
+    """A student's file in float32, checked against torch: files of all precisions are made of it."""
+
+    deployed: DeployedModel
+    model: onnx.ModelProto
+    check: Check
+    golden: dict[str, Any]
+
+
+def float_file(student: Student, tokens: bool, batch: int | None = 1) -> FloatFile:
+    """Export a student and check that. tokens: see `ExportOptions`. batch: None: dynamic.
+
+    Raises:
+        GateError: the file disagrees with torch.
+    """
+    deployed, size = deploy(student, tokens), student.img_size
+    model = export_graph(deployed, size, batch, deployed.output_names)
+    return FloatFile(deployed, model, *check_export(model, deployed, size, _batches(batch)))
+
+
+def _batches(batch: int | None) -> tuple[int, ...]:
+    """That a file is checked at."""
+    return (1, 3) if batch is None else (batch,)
+
+
 class _File(NamedTuple):
     """A file, its golden arrays, and what was found of it."""
 
@@ -267,11 +301,9 @@ class _File(NamedTuple):
     float16: Float16 | None
 
 
-def _file(size: ImageSize, deployed: DeployedModel, form: _Form, progress: Progress | None) -> _File:
-    """Export and check a module; then the same in fp16, or in int8 with the rest as its target wants it."""
-    batches = (1, 3) if form.batch is None else (form.batch,)
-    model = export_graph(deployed, size, form.batch, deployed.output_names)
-    check, golden = check_export(model, deployed, size, batches)
+def _file(size: ImageSize, base: FloatFile, form: _Form, progress: Progress | None) -> _File:
+    """The same in fp16, or in int8 with the rest as its target wants it."""
+    model, golden, batches = base.model, base.golden, _batches(form.batch)
     quantisation = float16 = judged = None
     if form.precision == "int8":
         images = [np.repeat(load_image(path, Framing(size, form.fit))[None], batches[0], 0) for path in form.images]
@@ -281,8 +313,8 @@ def _file(size: ImageSize, deployed: DeployedModel, form: _Form, progress: Progr
         images = [smooth_images(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
         model, float16 = to_fp16(model, images, judged)
     if form.precision != "fp32":
-        golden |= {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
-    return _File(model, golden, check, quantisation, float16)
+        golden = golden | {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
+    return _File(model, golden, base.check, quantisation, float16)
 
 
 def _load(source: str | Path, options: ModelOptions, budget: Budget) -> Student:

@@ -1,102 +1,116 @@
-"""The search itself: plans where the front is expected are measured, until the answer stays as it is."""
+"""The search itself: a bundle at once, better ones as long as there is time; nothing is lost when it ends."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
-from collections.abc import Sequence
-from statistics import fmean
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+from typing import Protocol
 
 import numpy as np
 
-from sparsifiner_edge.errors import GateError
-from sparsifiner_edge.front import Candidate, Deployment
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import BackendError, GateError
+from sparsifiner_edge.front import Deployment
+from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.fidelity_model import PROBED, FidelityModel
 from sparsifiner_edge.optimizer.latency import PlanLatency
-from sparsifiner_edge.optimizer.request import Bound
+from sparsifiner_edge.optimizer.request import SearchRequest
 from sparsifiner_edge.optimizer.solve import Solver
 from sparsifiner_edge.optimizer.trial import Trial
-from sparsifiner_edge.optimizer.whole import WholeModels
-from sparsifiner_edge.plan import LayerPlan
-from sparsifiner_edge.process import stopping
-from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.optimizer.whole import Found, WholeModels
+from sparsifiner_edge.plan import LayerPlan, plan_of
+from sparsifiner_edge.results import Quantity
 
-SPREAD = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.6, 2.5)
-NEAR = (0.9, 0.97, 1.03)
-"""Distances that are tried, as multiples of the bound: once, and then in every round."""
+FIRST_RATE, FIRST_AIM, FIRST_TRIES, STEEP = 0.08, 0.6, 3, 1.7
+"""Of the patches, what the first layer of the first plan merges, and ever fewer the next ones; the share of what may be
+lost that it aims at, in so many tries, where it loses as a power of its rate.
+"""
+SPREAD = (0.4, 0.6, 0.8, 1.0, 1.2, 1.6)
+NEAR = (0.85, 0.95, 1.05)
+"""Distances that are tried, as multiples of what is aimed at: once, and then in every round."""
 ROUNDS = 4
-SETTLED = 0.03
+SETTLED = 0.02
 """A round that changes what is expected of the answer by less is the last."""
-CLOSE, MOST_ENGINES = 1.15, 3
+CLOSE, MOST_ENGINES = 1.2, 2
 """Engines are followed that are within this factor of the best, this many at most."""
+ENGINES_SHARE = 0.16
+"""Of all time, that engines may be tried for."""
+TRIES = 4
+"""Plans of one engine that are exported until one meets the bound."""
 ROOM = 0.98
 """Of a bound of time: two measurements of the same differ."""
+DEVIATIONS = 0.3
+"""Standard errors of the mean distance that are kept from the bound: images to come are others."""
 LEAST_AIM = 1e-3
 """A distance below which nothing is to be gained: what the latency allows is the dense model, or nearly."""
-
-
-class _StoppedError(Exception):
-    """No plan is measured any more."""
+PROBES = 4
+"""Judges of a plan that changes one layer alone."""
 
 
 class Search:
-    """What is known of a student's plans, which are measured in float32 as they come up, and of engines: each is
-    calibrated with a plan near the answer as soon as it matters.
+    """What is known of a student's plans, which are judged in float32 as they come up, of engines, and of bundles.
 
     Args:
-        bound: of the request. trial: measures plans. whole: measures whole models.
-        dense: the dense model at the start, by what runs it. latencies: by engine.
+        request: what for. trial: judges plans. models: as bundles. clock: says what still fits.
+        keep: is given every bundle that is better than what was found before.
 
     Attributes:
-        distances: of each plan, image by image, in the order of measuring. stop: once set, no other plan is measured.
-        losses: by engine, what its precision loses beside what plans do: of the dense model, until a plan near the
-            answer is measured in it.
-        excluded: engines that are not searched, and why.
+        distances: of each plan, judge by judge. alone: mean of each plan that changes one layer.
+        latencies: of engines that are followed, and ms: of whole models, as of the reference.
+        losses: by engine, what its precision loses beside what plans do.
+        excluded: engines that are not searched, and why. found: bundles, in the order of finding. remarks: on the way.
         limit: of what is bounded: distance, or milliseconds with room for another measurement.
+        factor: of a mean distance over all images, to that over the judges. margin: of one as it counts, to the mean.
     """
 
     def __init__(
-        self, bound: Bound, trial: Trial, whole: WholeModels, dense: dict[Deployment, Candidate],
-        latencies: dict[Deployment, PlanLatency], excluded: dict[Deployment, str], progress: Progress | None = None,
-    ) -> None:  # fmt: skip
-        self.bound, self.trial, self.whole, self.dense = bound, trial, whole, dense
-        self.latencies, self.excluded, self._calibrated = latencies, excluded, set[Deployment]()
-        self.distances, self.stop, self._progress = dict[LayerPlan, list[float]](), threading.Event(), progress
-        self.losses = {engine: max(0.0, 1 - dense[engine.dense_host].fidelity) for engine in latencies}
-        self.limit = 1 - bound.value if bound.by_fidelity else ROOM * bound.value
+        self, request: SearchRequest, trial: Trial, models: WholeModels, clock: Clock, keep: Callable[[Found], None]
+    ) -> None:
+        self.request, self.bound, self.trial, self.models, self.clock = request, request.bound, trial, models, clock
+        self._keep, self.count = keep, len(request.images)
+        self.distances, self.alone = dict[LayerPlan, list[float]](), dict[LayerPlan, float]()
+        self.latencies, self.ms = dict[Deployment, PlanLatency](), dict[tuple[LayerPlan, Deployment], Quantity]()
+        self.losses, self.excluded, self.found = dict[Deployment, float](), dict[Deployment, str](), list[Found]()
+        self.remarks, self.factor, self.margin = list[str](), 1.0, 1.0
+        self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
 
     def measure(self, plans: Sequence[LayerPlan], stage: str) -> list[float]:
         """Mean distances; those that are known already are not measured again."""
-        for number, plan in enumerate(plans):
+        for plan in plans:
             if plan not in self.distances:
-                if self.stop.is_set():
-                    raise _StoppedError
-                self.distances[plan] = self.trial.distances(plan)
-            if self._progress:
-                self._progress(stage, number + 1, len(plans))
+                with self.clock.step("plan", stage):
+                    self.distances[plan] = self.trial.distances(plan)
         return [self.mean(plan) for plan in plans]
 
     def mean(self, plan: LayerPlan) -> float:
-        """Distance of a plan that was measured."""
-        return fmean(self.distances[plan])
+        """Distance of a plan that was judged, over all images as far as is known."""
+        return self.factor * fmean(self.distances[plan])
 
-    def shape(self, plan: LayerPlan) -> float:
+    def shape(self, found: Found) -> float:
         """Of the gamma distribution that the distances of single images have; an exponential one's at most."""
-        least, spread = self.trial.least, float(np.std(self.distances[plan], ddof=1))
-        return min(1.0, (max(self.mean(plan), least) / max(spread, least)) ** 2)
+        least, spread = self.trial.least, stdev(found.distances)
+        return min(1.0, (max(fmean(found.distances), least) / max(spread, least)) ** 2)
 
     def model(self, but: LayerPlan | None = None) -> FidelityModel:
         """Fitted to all that is known but one plan, from each layer alone on."""
         selects, patches = self.trial.selects, self.trial.patches
-        layers = range(len(selects))
-        merging = [_alone(len(selects), layer, merge=patches // 4) for layer in layers]
-        merge = self.measure(merging, "each layer alone, merging")
-        reading = {layer: _alone(len(selects), layer, keep=PROBED) for layer in layers if selects[layer]}
-        keep = dict(zip(reading, self.measure(list(reading.values()), "each layer alone, reading"), strict=True))
-        model = FidelityModel(merge, [keep.get(layer, 1.0) for layer in layers], patches, self.trial.least)
-        known = [plan for plan in self.distances if not plan.is_dense and plan != but]
+        merge = [self._probe(layer, merge=patches // 4) for layer in range(len(selects))]
+        keep = [self._probe(layer, keep=PROBED) if selected else 1.0 for layer, selected in enumerate(selects)]
+        model = FidelityModel(merge, keep, patches, self.trial.least)
+        known = [plan for plan in self.distances if plan != but]
         return model.fit(known, [self.mean(plan) for plan in known])
+
+    def _probe(self, layer: int, merge: int = 0, keep: float = 1.0) -> float:
+        """Of the dense plan with one layer changed."""
+        layers = range(len(self.trial.selects))
+        plan = LayerPlan(
+            tuple(merge if each == layer else 0 for each in layers),
+            tuple(keep if each == layer else 1.0 for each in layers),
+        )
+        if plan not in self.alone:
+            with self.clock.step("probe", f"layer {layer} alone, {'merging' if merge else 'reading'}"):
+                self.alone[plan] = fmean(self.trial.distances(plan, PROBES))
+        return self.alone[plan]
 
     def constraint(self, engine: Deployment, plan: LayerPlan) -> float:
         """What is bounded: a plan's distance, or its milliseconds as predicted."""
@@ -107,110 +121,259 @@ class Search:
         return self._terms(engine, plan)[self.bound.by_fidelity]
 
     def _terms(self, engine: Deployment, plan: LayerPlan) -> tuple[float, float]:
-        """Its distance as measured in float32 with what the precision loses, and its milliseconds as predicted."""
-        return self.mean(plan) + self.losses[engine], self.latencies[engine].of(plan)
+        """Its distance in float32, as it counts, with what the precision loses, and its milliseconds as predicted."""
+        return self.margin * (self.mean(plan) + self.losses[engine]), self.latencies[engine].of(plan)
 
     def best(self, engine: Deployment, limit: float) -> LayerPlan:
         """Of the plans that were measured and stay within a limit the best; where none does the nearest to it."""
-        plans = [plan for plan in self.distances if not plan.is_dense]
-        within = [plan for plan in plans if self.constraint(engine, plan) <= limit]
+        within = [plan for plan in self.distances if self.constraint(engine, plan) <= limit]
         if within:
             return min(within, key=lambda plan: self.objective(engine, plan))
-        return min(plans, key=lambda plan: self.constraint(engine, plan))
+        return min(self.distances, key=lambda plan: self.constraint(engine, plan))
 
-    def distance(self, engine: Deployment, plan: LayerPlan) -> float:
-        """Of a plan's whole model in an engine."""
-        return fmean(self.whole.distances(plan, engine, self.trial))
-
-    def calibrate(self, engine: Deployment, plan: LayerPlan) -> None:
-        """Once, by a plan where the answer is expected, beside the dense model, which shows how the machine's
-        speed has changed; a board that is not here stays as it is estimated.
-
-        Raises:
-            GateError: no engine is left, since each one's precision loses too much.
+    def bounded(self, found: Found) -> float:
+        """What is bounded of a bundle, as it counts: the mean distance and a bit more, for images to come are others,
+        or on the images kept back where that is worse; or the milliseconds.
         """
-        if engine in self._calibrated or plan.is_dense:
-            return
-        (in_float32,) = self.measure([plan], "near the answer")
-        if not engine.is_here:
-            return
-        host, nothing = engine.dense_host, LayerPlan.dense(len(plan.keep))
+        if not self.bound.by_fidelity:
+            return found.ms.value
+        spread = stdev(found.distances) / len(found.distances) ** 0.5 if len(found.distances) > 1 else 0.0
+        return max(fmean(found.distances) + DEVIATIONS * spread, fmean(found.kept))
+
+    def order(self, found: Found) -> tuple[bool, float]:
+        """What is better comes first: what meets the bound, and of that the best; else the nearest to it."""
+        met = self.bounded(found) <= self.limit
+        nearest = self.bounded(found)
+        best = found.ms.value if self.bound.by_fidelity else fmean(found.distances)
+        return not met, best if met else nearest
+
+    def try_out(self, plan: LayerPlan, engine: Deployment) -> Found | None:
+        """Make a bundle, time and judge it, and keep it if nothing better was found; None: the engine is out."""
+        earlier = next((one for one in self.found if (one.plan, one.engine) == (plan, engine)), None)
+        if earlier is not None:
+            return earlier
         try:
-            ours, again = self.whole.times([(plan, engine), (nothing, host)])
-        except GateError as error:
+            distances = self.models.distances(plan, engine, self.trial)
+            ms = self.time(plan, engine)
+        except (GateError, BackendError) as error:
             self.exclude(engine, error)
-            return
-        self._calibrated.add(engine)
-        ms = ours.value * self.dense[host].predicted_ms / again.value
-        self.latencies[engine] = self.latencies[engine].calibrate(plan, ms)
-        self.losses[engine] = max(0.0, self.distance(engine, plan) - in_float32)
+            return None
+        known = engine in self.latencies
+        predicted = (
+            (self.model(but=plan).of(plan) + self.losses[engine], self.latencies[engine].of(plan))
+            if known else (fmean(distances[: self.count]), ms.value)
+        )  # fmt: skip
+        found = Found(plan, engine, ms, distances[: self.count], distances[self.count :], predicted)
+        self.found.append(found)
+        if plan in self.distances:
+            lost = max(
+                0.0, fmean(found.distances[number] for number in self.trial.judges) * self.factor - self.mean(plan)
+            )
+            self.losses[engine] = max(lost, self.losses.get(engine, 0.0))
+        if known and engine.is_here:
+            self.latencies[engine] = self.latencies[engine].calibrate(plan, ms.value)
+        if min(self.found, key=self.order) is found:
+            self._keep(found)
+        return found
 
-    def exclude(self, engine: Deployment, error: GateError) -> None:
-        """An engine whose precision loses too much.
+    def choose_judges(self, found: Found) -> None:
+        """From what a bundle lost on all images: which few stand for them, and how much all lose beside those."""
+        self.trial.choose_judges(found.distances)
+        self.distances.clear()
+        (few,), mean = self.measure([found.plan], "the judges"), fmean(found.distances)
+        least = self.trial.least
+        self.factor = max(mean - self.losses.get(found.engine, 0.0), least) / max(few, least)
+        spread = stdev(found.distances) / len(found.distances) ** 0.5
+        self.margin = 1 + DEVIATIONS * spread / max(mean, least) if self.bound.by_fidelity else 1.0
+        self.losses[found.engine] = 0.0
+
+    def time(self, plan: LayerPlan, engine: Deployment) -> Quantity:
+        """Of a whole model, once.
 
         Raises:
-            GateError: it is the last.
+            GateError, BackendError: see `WholeModels.ms`.
         """
-        if len(self.latencies) == 1:
-            raise error
+        if (plan, engine) not in self.ms:
+            self.ms[plan, engine] = self.models.ms(plan, engine)
+        return self.ms[plan, engine]
+
+    def exclude(self, engine: Deployment, error: GateError | BackendError) -> None:
+        """An engine that refuses the model, or whose precision loses too much.
+
+        Raises:
+            GateError, BackendError: no other is left.
+        """
         self.excluded[engine] = error.what
-        del self.latencies[engine]
+        self.latencies.pop(engine, None)
+        if set(self.request.engines) <= set(self.excluded):
+            raise error
 
 
-def _alone(depth: int, changed: int, merge: int = 0, keep: float = 1.0) -> LayerPlan:
-    """The dense plan with one layer changed."""
-    layers = range(depth)
-    return LayerPlan(
-        tuple(merge if layer == changed else 0 for layer in layers),
-        tuple(keep if layer == changed else 1.0 for layer in layers),
-    )
+def falling(rate: float, patches: int, depth: int) -> LayerPlan:
+    """Merging `rate` patches in the first layer, evenly fewer in each one after it, none in the last."""
+    return plan_of(SparsityConfig(keep=1.0, merge=(max(1, round(rate)), 0)), depth, patches)
 
 
-def explore(search: Search, tile: int, until: float) -> None:
-    """Measure plans where the front is expected, until the answer stays as it is.
+def first_plan(search: Search) -> LayerPlan:
+    """A bundle at once: no predictor and no table is needed for a plan that merges alone.
 
-    Ctrl-C (or SIGTERM) ends it too, once each layer alone is known: of what was found so far answers are chosen.
-    until: `time.monotonic()` at which no round is begun any more, nor an engine calibrated.
+    Of a bound of time it knows nothing yet: it loses a fiftieth, about.
     """
+    patches, depth = search.trial.patches, len(search.trial.selects)
+    aim = FIRST_AIM * (search.limit if search.bound.by_fidelity else 0.02)
+    rate, plans = FIRST_RATE * patches, list[LayerPlan]()
+    for _ in range(FIRST_TRIES):
+        plans.append(falling(rate, patches, depth))
+        (lost,) = search.measure(plans[-1:], "a first plan")
+        if aim / 1.5 <= lost <= aim:
+            break
+        rate *= float(np.clip((0.85 * aim / max(lost, search.trial.least)) ** (1 / STEEP), 0.2, 3.0))
+        rate = min(rate, patches / 4)
+    within = [plan for plan in plans if search.mean(plan) <= aim]
+    plan = max(within, key=search.mean) if within else min(plans, key=search.mean)
+    engines = search.request.engines
+    plain = [engine for engine in engines if (engine.stored, engine.computes) == ("fp32", "auto")]
+    for engine in [*plain[:1], *engines]:
+        found = search.try_out(plan, engine)
+        if found is not None:
+            search.choose_judges(found)
+            break
+    return plan
+
+
+def choose_engines(search: Search, plan: LayerPlan) -> list[Deployment]:
+    """Engines that are worth it, the fastest first: a plan is timed in each, and the dense model in what is left."""
+    until, ms = search.clock.gone + ENGINES_SHARE * search.clock.seconds, dict[Deployment, float]()
+    for engine in search.request.engines:
+        if search.clock.gone > until and ms:
+            search.excluded[engine] = "there was no time to try it"
+        if engine in search.excluded:
+            continue
+        try:
+            ms[engine] = search.time(plan, engine).value
+        except (GateError, BackendError) as error:
+            search.exclude(engine, error)
+    order = sorted(ms, key=ms.__getitem__)
+    close = [engine for engine in order if ms[engine] <= CLOSE * ms[order[0]]][:MOST_ENGINES]
+    nothing = LayerPlan.dense(len(search.trial.selects))
+    for engine in list(close):
+        try:
+            search.time(nothing, engine.dense_host)
+        except (GateError, BackendError) as error:
+            search.exclude(engine, error)
+            close.remove(engine)
+    for number, engine in enumerate(close):  # What a precision loses is much the same wherever it runs.
+        alike = next((search.losses[other] for other in close[:number] if other.stored == engine.stored), None)
+        if alike is None:
+            search.try_out(plan, engine)
+        else:
+            search.losses[engine] = alike
+    return [engine for engine in close if engine not in search.excluded]
+
+
+class Preparation(Protocol):
+    """What a search needs once it knows what is worth it."""
+
+    def learn(self) -> None:
+        """Let predictors learn: from now on plans may read less, where `Trial.selects` says so."""
+
+    def latency(self, engine: Deployment) -> PlanLatency:
+        """From parts, not yet calibrated."""
+
+
+def explore(search: Search, preparation: Preparation, tile: int) -> None:
+    """Judge plans where the front is expected, and make bundles of the best, until the answer stays as it is or the
+    time is over. tile: the student's.
+    """
+    plan = first_plan(search)
+    engines, nothing = choose_engines(search, plan), LayerPlan.dense(len(search.trial.selects))
+    preparation.learn()
     search.model()
+    for engine in engines:
+        with search.clock.step("parts", f"timing parts of layers in {engine}"):
+            latency = preparation.latency(engine)
+        if engine.is_here:
+            latency = latency.calibrate(nothing, search.ms[nothing, engine.dense_host].value)
+            latency = latency.calibrate(plan, search.ms[plan, engine].value)
+        search.latencies[engine] = latency
+        if not search.clock.fits("parts", "plan", *LAST):
+            break
     before = 0.0
-    with stopping() as search.stop, contextlib.suppress(_StoppedError):
-        for number in range(ROUNDS):
-            best = _round(number, search, tile, until)
-            if abs(best - before) < SETTLED * best or time.monotonic() > until:
-                break
-            before = best
+    for number in range(ROUNDS):
+        best = _round(number, search, tile)
+        if not number and search.clock.fits(*LAST, *LAST):  # Better soon; and rounds learn from it.
+            engine = _promising(search)[0]
+            search.try_out(search.best(engine, search.limit), engine)
+        if abs(best - before) < SETTLED * best or not search.clock.fits(*len(SPREAD) * ("plan",), *LAST):
+            break
+        before = best
+    for engine in _promising(search):
+        _tighten(search, engine, tile)
 
 
-def _round(number: int, search: Search, tile: int, until: float) -> float:
-    """Plans around the bound measured in the engines that are near the best; what the best was expected to cost."""
-    bound, losses, selects, model = search.bound, search.losses, search.trial.selects, search.model()
+LAST = ("export", "export int8", "judging", "timing", "timing", "judging", "timing", "timing")
+"""What is yet to come: a plan as a bundle, and the last measurement."""
+
+
+def _round(number: int, search: Search, tile: int) -> float:
+    """Plans around the bound judged for the engines that are near the best; what the best was expected to cost."""
+    selects, model = search.trial.selects, search.model()
     solvers = {e: Solver(latency, model, selects, tile) for e, latency in search.latencies.items()}
-    aims = {engine: _aim(solver, bound, losses[engine]) for engine, solver in solvers.items()}
-    costs = {engine: _cost(solver, aims[engine], bound, losses[engine]) for engine, solver in solvers.items()}
+    aims = {engine: _aim(search, solver, search.losses[engine]) for engine, solver in solvers.items()}
+    costs = {engine: _cost(search, solver, aims[engine]) for engine, solver in solvers.items()}
     best = min(costs.values())
-    followed = [e for e in sorted(costs, key=costs.__getitem__)[:MOST_ENGINES] if costs[e] <= CLOSE * best]
+    followed = [engine for engine in sorted(costs, key=costs.__getitem__) if costs[engine] <= CLOSE * best]
     chosen = dict.fromkeys(
         solvers[engine].at_distance(aims[engine] * factor)
         for engine in followed
         for factor in (NEAR if number else SPREAD)
     )
-    search.measure([plan for plan in chosen if not plan.is_dense], f"round {number + 1}")
-    if time.monotonic() > until:  # A whole model more takes a minute; what is chosen is measured whole anyway.
-        return best
-    model = search.model()
-    for engine in followed:
-        search.calibrate(engine, Solver(search.latencies[engine], model, selects, tile).at_distance(aims[engine]))
+    for plan in chosen:
+        if not plan.is_dense and search.clock.fits("plan", *LAST):
+            search.measure([plan], f"round {number + 1}")
     return best
 
 
-def _aim(solver: Solver, bound: Bound, loss: float) -> float:
+def _aim(search: Search, solver: Solver, loss: float) -> float:
     """The distance that an engine's best plan is expected at, but for what its precision loses."""
-    if bound.by_fidelity:
-        return max(min(LEAST_AIM, 1 - bound.value), 1 - bound.value - loss)
-    return max(LEAST_AIM, solver.model.of(solver.at_latency(ROOM * bound.value)))
+    if search.bound.by_fidelity:
+        return max(min(LEAST_AIM, search.limit), search.limit / search.margin - loss)
+    return max(LEAST_AIM, solver.model.of(solver.at_latency(search.limit)))
 
 
-def _cost(solver: Solver, aim: float, bound: Bound, loss: float) -> float:
+def _cost(search: Search, solver: Solver, aim: float) -> float:
     """What tells engines apart: milliseconds at a fidelity, distance within a latency."""
-    return solver.latency.of(solver.at_distance(aim)) if bound.by_fidelity else aim + loss
+    return solver.latency.of(solver.at_distance(aim)) if search.bound.by_fidelity else aim
+
+
+def _promising(search: Search) -> list[Deployment]:
+    """Engines by what their best plan is expected to cost."""
+    costs = {engine: search.objective(engine, search.best(engine, search.limit)) for engine in search.latencies}
+    order = sorted(costs, key=costs.__getitem__)
+    return [engine for engine in order if costs[engine] <= CLOSE * costs[order[0]]]
+
+
+def _tighten(search: Search, engine: Deployment, tile: int) -> None:
+    """Plans as bundles until one meets the bound: what int8 and float16 lose on top, what more images lose, or what a
+    whole model takes longer than predicted, makes the plan's own limit tighter.
+    """
+    limit, excess = search.limit, 0.0
+    for _ in range(TRIES):
+        if search.clock.fits("plan", *LAST):
+            solver = Solver(search.latencies[engine], search.model(), search.trial.selects, tile)
+            nearest = (
+                solver.at_distance(max(LEAST_AIM, limit / search.margin - search.losses[engine]))
+                if search.bound.by_fidelity else solver.at_latency(limit)
+            )  # fmt: skip
+            if not nearest.is_dense:
+                search.measure([nearest], "near the bound")
+        plan = search.best(engine, limit)
+        known = any((one.plan, one.engine) == (plan, engine) for one in search.found)
+        if not known and not search.clock.fits(*LAST):
+            return
+        predicted = search.constraint(engine, plan)
+        found = search.try_out(plan, engine)
+        if found is None or search.bounded(found) <= search.limit:
+            return
+        excess = max(excess, search.bounded(found) - predicted)
+        limit = max(0.0, min(search.limit - excess, 0.98 * search.constraint(engine, plan)))

@@ -28,11 +28,11 @@ from sparsifiner_edge.sparse.student import Student
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
 """Of the keys, that a layer of a plan reads; 1 is dense."""
-MEASURED_SIZES = 7
+MEASURED_SIZES = 5
 """Numbers of tokens that are measured, from the image's down to a tenth."""
 LEAST_MS = 1e-4
 """What no part takes less than, where shares of its time are reckoned with."""
-EACH = 3
+EACH = 2
 """Merging is measured at one in this many of them: its time is nearly linear, its graph slow to make."""
 
 

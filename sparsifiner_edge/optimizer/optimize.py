@@ -2,101 +2,131 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
-from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
-from sparsifiner_edge.config import keep_text, merge_text, require
-from sparsifiner_edge.errors import BackendError, ConfigError, GateError
+from torch import nn
+
+from sparsifiner_edge.artifacts import kind_of
+from sparsifiner_edge.bundle.store import bundle_hash, remember_execution
+from sparsifiner_edge.config import SparsityConfig, keep_text, merge_text, require
+from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.files import io_errors, replace_folder, scratch_folder
 from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import evenly
-from sparsifiner_edge.optimizer.candidates import check, rank
+from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.explore import Search, explore
-from sparsifiner_edge.optimizer.latency import estimate_latency, measure_latency
-from sparsifiner_edge.optimizer.request import OptimizeOptions, SearchRequest, read_request
+from sparsifiner_edge.optimizer.latency import PlanLatency, estimate_latency, measure_latency
+from sparsifiner_edge.optimizer.picture import draw_front
+from sparsifiner_edge.optimizer.remarks import remarks_on
+from sparsifiner_edge.optimizer.request import CHECKED, LEAST_IMAGES, OptimizeOptions, SearchRequest, read_request
 from sparsifiner_edge.optimizer.trial import Trial
-from sparsifiner_edge.optimizer.whole import WholeModels, link_images
+from sparsifiner_edge.optimizer.whole import Found, WholeModels, link_images
 from sparsifiner_edge.plan import LayerPlan
+from sparsifiner_edge.profiles.stats import quantity, skewed_mean
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import Quantity, Subject, write_result
+from sparsifiner_edge.sparse.defaults import fit_to_model
 from sparsifiner_edge.sparse.model_options import ModelOptions
+from sparsifiner_edge.sparse.outputs import check_names
+from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.source import load_source, normalisation_of
 from sparsifiner_edge.sparse.student import (
     Student,
+    calibrate_student,
     load_student,
+    make_student,
     refuse_normalisation,
     save_student,
-    sparsify,
     teacher_of,
 )
 
-TIME_AFTERWARDS = 0.4
-"""Of the time allowed, what exports and the last measurement may take."""
-LEAST_TRIED, MOST_TRIED, PATCHES = 6, 24, 16_000
-"""Images that plans are judged by: of large ones fewer, so that they have about this many patches together."""
-FRONT, STUDENT, BUNDLE = "front.json", "student", "bundle"
+FRONT, PICTURE, PAGE, START, STUDENT, BUNDLE = "front.json", "front.png", "report.html", "start", "student", "bundle"
+START_SHARE = 0.25
+"""Of keys, of the student that plans are made from: each gives its own."""
+PREDICTOR_IMAGES = 8
+"""Images at most that predictors are calibrated with."""
+LEARNING_IMAGES, LEARNING_SHARE = 60.0, 0.15
+"""Learning takes as long as the dense model does for so many images, about; and what it may take of all time."""
+DENSE_SHARE = 0.06
+"""Of all time, what the dense model may take on all images."""
+JUDGING_SHARE, DENSE_IMAGES, LEAST_JUDGES = 0.25, 22.0, 3
+"""Of all time, what judging plans may take, which is as long as the dense model takes for so many times the judges."""
+FINALISTS, HOSTS, LAST_S = 3, 2, 1.3
+"""Bundles, and engines of the dense model, that are timed in the end, each as long as so many quick timings."""
 
 
 def optimize(
-    source: str | Path,
-    data: str | Path,
-    output: str | Path,
-    options: OptimizeOptions,
+    source: str | Path | nn.Module,
+    images: str | Path | Sequence[str | Path],
+    output: str | Path = "optimized",
+    options: OptimizeOptions | None = None,
     *,
     model: ModelOptions | None = None,
     teacher: str | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Find the fastest plan at a fidelity on this machine, or the most faithful within a latency, and export it.
+    """Find the fastest plan at a fidelity on this machine, or the most faithful within a latency, as a bundle.
 
     Args:
-        source: a model (see `load_source`), or a student folder with predictors in the layers that may be sparse.
-        data: folder of images like those that the model will see; a fifth of them is kept for the last check.
-        output: new folder for `front.json`, `student/`, `bundle/`.
-        options: what for. model: how the source is loaded, or the teacher.
+        source: a model (see `load_source`), a student folder with predictors in the layers that may be sparse, or a
+            module in memory that contains a vision transformer, on the CPU; it stays as it is.
+        images: a folder of images like those that the model will see, or some of both; a fifth is kept for the check.
+        output: new folder for `bundle/`, `student/` (not of a module in memory), `front.json`, `front.png` and
+            `report.html`; as soon as there is one, `bundle/` holds the best so far.
+        options: what for, and for how long. model: how the source is loaded, or the teacher.
         teacher: of a student that was trained: its dense model.
-        progress: see `Progress`.
+        progress: see `Progress`; counts seconds.
 
     Returns:
         A result of kind "search"; `answer` is unavailable where nothing meets the bound: the nearest is first of the
-        finalists.
+        finalists, and in `bundle/`.
 
     Raises:
-        ConfigError: not one bound, or one out of range; too few images; a folder that holds something.
+        ConfigError: two bounds, or one out of range; too few images; a folder that holds something; no time for one
+            bundle.
         SparsifinerError: model, student or images are unusable.
 
     Example:
-        >>> few = OptimizeOptions(at_least=0.5, backends=["onnxruntime"], precisions=["fp32"], minutes=0.1)
-        >>> result = optimize("student", "images", "searched", few)
+        >>> few = OptimizeOptions(at_least=0.5, backends=["onnxruntime"], precisions=["fp32"], minutes=0.5)
+        >>> result = optimize("student", "images", "found", few)
         >>> result.statistics.answer.fidelity > 0.5
         True
     """
-    end, model = time.monotonic() + 60 * options.minutes * (1 - TIME_AFTERWARDS), model or ModelOptions()
-    request, trust, folder = read_request(options, data), model.trust, _new(Path(output))
-    start = start_of(source, folder, model, teacher, request.images, progress)
-    student = load_student(start, trust=trust)
-    require_searchable(student, start)
-    # A model's weights are those that its student was made of.
-    dense_model = teacher_of(student, teacher, model.file if start == Path(source) else None)
+    options, model = options or OptimizeOptions(), model or ModelOptions()
+    clock, folder = Clock(60 * options.minutes, progress), _new(Path(output))
+    request, search = read_request(options, images), None
+    clock.tell("loading")
+    subject, ending = _subject(source, model, teacher), _Last()
     with io_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with scratch_folder() as scratch:
-        whole = WholeModels(scratch, start, dense_model, request.images, request.board, trust, progress)
-        search = prepare(request, student, dense_model, whole, progress)
-        explore(search, student.sparsity.tile, end)
-        candidates, dense = rank(search)
-        (plan, best), checked = candidates[0], None
-        if request.bound.is_met(best.fidelity, best.ms.value):
-            reserved = Trial(student, dense_model.model, request.reserved, options.metric)
-            checked = check(search, plan, best.engine, reserved)
-            _keep_answer(whole.bundle(plan, best.engine), start, plan, folder, trust)
-    subject = Subject(path=str(source), name=student.name, sha256=sha256(start / STUDENT_FILE))
-    result = _result(subject, request, search, [candidate for _, candidate in candidates], dense, checked)
+    with scratch_folder() as scratch, contextlib.ExitStack() as stack:
+        with clock.ending():
+            request, trial = _judges(request, subject, clock)
+            whole = WholeModels(scratch, subject.student, subject.dense, request.images, request.board, clock)
+            stack.enter_context(whole)
+            search = Search(request, trial, whole, clock, lambda found: _keep(whole, found, folder / BUNDLE))
+            preparation = _Preparation(search, subject, scratch, folder)
+            explore(search, preparation, subject.student.sparsity.tile)
+            ending.measure(search)
+        if search is None or not search.found:
+            short = f"{options.minutes:g} minutes were not enough for one bundle."
+            raise ConfigError(short, "Give more --minutes, or fewer images.")
+        best = min(search.found, key=search.order)
+        _keep(search.models, best, folder / BUNDLE)
+        if subject.path is not None:
+            save_student(search.models.student_of(best.plan), folder / STUDENT)
+        result = _result(subject, search, ending, options)
     write_result(folder / FRONT, result)
+    _draw(result, folder)
     return result
 
 
@@ -112,79 +142,208 @@ def _new(folder: Path) -> Path:
     return folder
 
 
-def prepare(
-    request: SearchRequest, student: Student, dense_model: Student, whole: WholeModels, progress: Progress | None
-) -> Search:
-    """The dense model judged and timed in every engine, and every engine's parts.
+class _Subject(NamedTuple):
+    """What is searched: a student with predictors, which plans change, and its dense model.
+
+    Attributes:
+        path: as given; None: it was in memory. ready: whether its predictors have learnt.
+    """
+
+    student: Student
+    dense: Student
+    path: str | None
+    ready: bool
+
+
+def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str | None) -> _Subject:
+    """See `optimize`.
 
     Raises:
-        GateError, BackendError: every engine refuses the dense model, or its precision loses too much of it.
+        ConfigError: a size or a teacher that the source does not take; a student that plans cannot be made of.
     """
-    backbone = student.backbone
-    judges = evenly(request.images, min(MOST_TRIED, max(LEAST_TRIED, PATCHES // backbone.patches)))
-    trial = Trial(student, dense_model.model, judges, request.metric)
-    nothing, losses, refused = LayerPlan.dense(len(backbone.layers)), dict[Deployment, float](), dict[Deployment, str]()
-    for host in dict.fromkeys(engine.dense_host for engine in request.engines):
-        try:  # A processor may have a precision that an engine does not take for this model.
-            losses[host] = fmean(whole.distances(nothing, host, trial))
-        except (GateError, BackendError) as error:
-            refused[host], last = error.what, error
-    if not losses:
-        raise last
-    times = zip(losses, whole.times([(nothing, host) for host in losses]), strict=True)
-    dense = {
-        host: Candidate(
-            merge="0", keep="1", **host._asdict(), fidelity=1 - losses[host], predicted_fidelity=1.0,
-            predicted_ms=ms.value, ms=ms,
-        ) for host, ms in times
-    }  # fmt: skip
-    latencies = {
-        engine: estimate_latency(student, request.board, engine.stored)
-        if request.board is not None
-        else measure_latency(student, engine, progress).calibrate(nothing, dense[engine.dense_host].predicted_ms)
-        for engine in request.engines
-        if engine.dense_host in dense
-    }
-    excluded = {x: refused[x.dense_host] for x in request.engines if x.dense_host in refused}
-    return Search(request.bound, trial, whole, dense, latencies, excluded, progress)
+    if not isinstance(source, nn.Module) and Path(source).is_dir() and kind_of(Path(source)) == "student":
+        require(options.img_size is None, "A student has a size of its own.", "Leave --img-size out.")
+        refuse_normalisation(options.normalise)
+        student = load_student(source, trust=options.trust)
+        usable = not student.sparsity.is_dense and not student.sparsity.token_keep and student.sparsity.preset == "edge"
+        what = f"{source} is dense, prunes tokens, or is of another preset than edge."
+        require(usable, what, "Give the model itself, or a student made by `sparsify MODEL --keep 0.25`.")
+        return _Subject(student, teacher_of(student, teacher, options.file), str(source), ready=True)
+    require(teacher is None, "--teacher is for a student.", "Leave it out: a model is its own teacher.")
+    if isinstance(source, nn.Module):
+        pixels = normalisation_of(source, f"This {type(source).__name__}", options.normalisation)
+        names = check_names(getattr(source, "output_names", None))
+        module = copy.deepcopy(source).eval().float()
+        dense = Student(module, type(source).__name__, pixels, outputs=names)
+        require(dense.backbone.sparsity is None, "This module is sparse already.", "Call `restore_model` first.")
+    else:
+        dense = load_source(str(source), options.file, options.img_size, options.normalisation)
+    sparsity = fit_to_model(SparsityConfig(keep=START_SHARE), dense.backbone, {"keep": START_SHARE})
+    student = make_student(dataclasses.replace(dense, model=copy.deepcopy(dense.model)), sparsity)
+    return _Subject(student, dense, None if isinstance(source, nn.Module) else str(source), ready=False)
 
 
-def _keep_answer(bundle: Path, start: Path, plan: LayerPlan, folder: Path, trust: Sequence[str]) -> None:
-    """The answer as student and bundle."""
-    save_student(load_student(start, budget=plan.budget, trust=trust), folder / STUDENT)
-    with replace_folder(folder / BUNDLE) as target:
-        shutil.copytree(bundle, target, dirs_exist_ok=True)
+def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[SearchRequest, Trial]:
+    """What judges plans; with fewer images where the dense model is slow beside the time."""
+    student, teacher, paths = subject.student, subject.dense.model, [*request.images, *request.kept]
+    for _ in range(2):  # The first time is of getting ready.
+        with clock.step("dense image", "the dense model on the images"):
+            Trial(student, teacher, paths[:1], request.metric)
+    most = max(LEAST_IMAGES, int(DENSE_SHARE * clock.seconds / clock.took("dense image")))
+    if len(paths) > most:
+        kept = max(1, most // CHECKED)
+        request = request._replace(images=evenly(request.images, most - kept), kept=evenly(request.kept, kept))
+        paths = [*request.images, *request.kept]
+    judges = int(JUDGING_SHARE * clock.seconds / DENSE_IMAGES / clock.took("dense image"))
+    trial = Trial(student, teacher, paths, request.metric, max(LEAST_JUDGES, min(len(request.images), judges)))
+    return request, trial
 
 
-def _result(
-    subject: Subject, request: SearchRequest, search: Search, finalists: list[Candidate], dense: list[Candidate],
-    checked: tuple[Quantity, list[float]] | None,
-) -> SearchResult:  # fmt: skip
-    bound = request.bound
-    nearest = f"{finalists[0].fidelity:.4f} at {finalists[0].ms.value:.1f} ms"
-    images = {"searched": request.images, "tried": search.trial.paths, "checked": request.reserved}
+class _Preparation(NamedTuple):
+    """What is done once an engine's parts matter; gives their times."""
+
+    search: Search
+    subject: _Subject
+    scratch: Path
+    folder: Path
+
+    def learn(self) -> None:
+        """Let predictors learn, and keep the student that all plans are made of; without, plans read all keys."""
+        clock, student = self.search.clock, self.subject.student
+        if not self.subject.ready and LEARNING_IMAGES * clock.took("dense image") > LEARNING_SHARE * clock.seconds:
+            self.search.trial.selects = [False] * len(self.search.trial.selects)
+            self.search.remarks.append(
+                "There was no time for predictors to learn: plans merge alone. Give more --minutes."
+            )
+        elif not self.subject.ready:
+            images = link_images(self.scratch / "images", evenly(self.search.request.images, PREDICTOR_IMAGES))
+            set_budget(student.model, student.sparsity, keep_predictors=True)  # A plan has changed it.
+            with clock.step("learning", "predictors learn"):
+                student = calibrate_student(student, images, clock.tell)
+        if self.subject.path is not None:
+            save_student(student, self.folder / START)
+
+    def latency(self, engine: Deployment) -> PlanLatency:
+        """From parts, measured or of a board."""
+        student, board = self.subject.student, self.search.request.board
+        if board is not None:
+            return estimate_latency(student, board, engine.stored)
+        return measure_latency(student, engine, self.search.clock.tell)
+
+
+class _Last:
+    """What is measured in the end.
+
+    Attributes:
+        dense: milliseconds of the dense model in what ran it, and what it loses there on each image kept back.
+    """
+
+    def __init__(self) -> None:
+        self.dense: dict[Deployment, tuple[Quantity, list[float]]] = {}
+
+    def measure(self, search: Search) -> None:
+        """Best bundles and the dense model, in turn: that takes the place of what was measured beside the reference."""
+        nothing, models, clock = LayerPlan.dense(len(search.trial.selects)), search.models, search.clock
+        best = sorted(search.found, key=search.order)[:FINALISTS]
+        hosts = [host for plan, host in search.ms if plan == nothing]
+        hosts.sort(key=lambda host: (host != best[0].engine.dense_host, search.ms[nothing, host].value))
+        most = max(2, int(clock.left / max(1e-3, LAST_S * clock.took("timing"))))
+        for host in hosts[: min(HOSTS, most - 1)]:
+            self.dense[host] = search.ms[nothing, host], models.distances(nothing, host, search.trial, search.count)
+        best = best[: max(1, most - len(self.dense))]
+        subjects = [*((one.plan, one.engine) for one in best), *((nothing, host) for host in self.dense)]
+        times = models.times(subjects)
+        for one, ms in zip(best, times, strict=False):
+            search.found[search.found.index(one)] = one._replace(ms=ms, again=True)
+        for host, ms in zip(self.dense, times[len(best) :], strict=True):
+            self.dense[host] = ms, self.dense[host][1]
+
+
+def _keep(whole: WholeModels, found: Found, target: Path) -> None:
+    """A bundle as the answer so far."""
+    with replace_folder(target) as folder:
+        shutil.copytree(whole.bundle(found.plan, found.engine), folder, dirs_exist_ok=True)
+    if found.engine.is_here:
+        remember_execution(target, found.engine.backend, found.engine.computes)
+
+
+def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOptions) -> SearchResult:
+    bound, request = search.bound, search.request
+    ranked = sorted(search.found, key=search.order)
+    ranked = [one for one in ranked if one.again] or ranked[:1]
+    nothing = LayerPlan.dense(len(search.trial.selects))
+    drifts = {host: ms.value / search.ms[nothing, host].value for host, (ms, _) in last.dense.items()}
+
+    def drift(engine: Deployment) -> float:
+        return drifts.get(engine.dense_host, fmean(drifts.values()) if drifts else 1.0)
+
+    def candidate(found: Found) -> Candidate:
+        return Candidate(
+            merge=merge_text(found.plan.merge), keep=keep_text(found.plan.short_keep), **found.engine._asdict(),
+            fidelity=1 - fmean(found.distances), kept_fidelity=1 - fmean(found.kept),
+            predicted_fidelity=1 - found.predicted[0], predicted_ms=found.predicted[1] * drift(found.engine),
+            ms=found.ms, file_bytes=search.models.file_bytes(found.plan, found.engine),
+        )  # fmt: skip
+
+    dense = [
+        Candidate(
+            merge="0", keep="1", **host._asdict(), fidelity=1 - fmean(lost), kept_fidelity=1 - fmean(lost),
+            predicted_fidelity=1.0, predicted_ms=ms.value, ms=ms,
+            file_bytes=search.models.file_bytes(nothing, host),
+        ) for host, (ms, lost) in last.dense.items()
+    ]  # fmt: skip
+    finalists, best = [candidate(one) for one in ranked], ranked[0]
+    why = f"no plan meets {bound.text}; the nearest has {finalists[0].fidelity:.4f} at {best.ms.value:.1f} ms"
+    remarks, fastest = (
+        [*search.remarks, *remarks_on(search, best)],
+        min(dense, key=lambda one: one.ms.value, default=None),
+    )
+    if fastest is not None and fastest.ms.value <= best.ms.value:
+        much = f"{fastest.ms.value:.1f} ms in {fastest.engine}"
+        remarks.append(
+            f"Dense is faster here: {much}. Nothing is gained by a sparse model of this size on this machine."
+        )
+    met = search.bounded(best) <= search.limit if bound.by_fidelity else best.ms.value <= bound.value
+    tried = [search.trial.paths[number] for number in search.trial.judges]
+    images = {"searched": request.images, "tried": tried, "checked": request.kept}
     method = SearchMethod(
         metric=request.metric, at_least=bound.value if bound.by_fidelity else None,
         at_most_ms=None if bound.by_fidelity else bound.value,
         board=None if request.board is None else request.board.name,
         images={use: [path.name for path in paths] for use, paths in images.items()},
+        minutes=options.minutes, seconds=round(search.clock.gone, 1),
     )  # fmt: skip
     front = Front(
-        points=_points(search), finalists=finalists,
-        answer=finalists[0] if checked else Unavailable(f"no plan meets {bound.text}; the nearest has {nearest}"),
-        check=checked[0] if checked else Unavailable("there is no answer to check"),
-        dense=dense, left_out=request.unavailable | {str(engine): why for engine, why in search.excluded.items()},
+        points=_points(search, drift), finalists=finalists,
+        answer=finalists[0] if met else Unavailable(why),
+        check=_check(search, best), dense=sorted(dense, key=lambda one: one.ms.value),
+        left_out=request.unavailable | {str(engine): why for engine, why in search.excluded.items()},
+        remarks=remarks,
     )  # fmt: skip
     samples = {
         f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}": [1 - lost for lost in distances]
         for plan, distances in search.distances.items()
     }
-    return SearchResult("search", [subject], method, samples | ({"check": checked[1]} if checked else {}), front)
+    file = Subject(
+        path=subject.path or Unavailable("it was in memory"), name=subject.student.name,
+        sha256=bundle_hash(search.models.bundle(best.plan, best.engine)),
+    )  # fmt: skip
+    return SearchResult("search", [file], method, samples | {"check": [1 - lost for lost in best.kept]}, front)
 
 
-def _points(search: Search) -> list[Point]:
+def _check(search: Search, best: Found) -> Quantity:
+    """Fidelity of the answer on images kept back; those that it was judged by tell how images differ."""
+    lost = skewed_mean(best.kept, search.shape(best))
+    low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (lost.high, lost.low))
+    return quantity(1 - lost.value, low, high, f"1 - distance, {lost.interval}")
+
+
+def _points(search: Search, drift: Callable[[Deployment], float]) -> list[Point]:
     plans, latencies = sorted(search.distances, key=search.mean), search.latencies
-    rows = [(search.mean(plan), *(latency.of(plan) for latency in latencies.values())) for plan in plans]
+    rows = [
+        (search.mean(plan), *(latency.of(plan) * drift(engine) for engine, latency in latencies.items()))
+        for plan in plans
+    ]
     return [
         Point(
             merge=merge_text(plan.merge), keep=keep_text(plan.short_keep), fidelity=1 - row[0],
@@ -201,47 +360,8 @@ def _pareto_front(rows: Sequence[tuple[float, ...]]) -> list[bool]:
     ]
 
 
-START = "start"
-START_SHARE = 0.25
-"""Of keys, of the student that plans are made from: each gives its own."""
-PREDICTOR_IMAGES = 8
-"""Images at most that predictors are calibrated with: a minute or two at 518 px."""
-
-
-def start_of(
-    source: str | Path, folder: Path, options: ModelOptions, teacher: str | None, images: Sequence[Path],
-    progress: Progress | None,
-) -> Path:  # fmt: skip
-    """The user's student, or one with a predictor in every layer, which is made in `folder`; see `optimize`.
-
-    Raises:
-        ConfigError: a size or a teacher that the source does not take.
-    """
-    path = Path(source)
-    if path.is_dir() and kind_of(path) == "student":
-        if options.img_size is not None:
-            raise ConfigError("A student has a size of its own.", "Leave --img-size out.")
-        refuse_normalisation(options.normalise)
-        return path
-    if teacher is not None:
-        raise ConfigError("--teacher is for a student.", "Leave it out: a model is its own teacher.")
-    with scratch_folder() as scratch:
-        return sparsify(
-            str(source), folder / START, weights=options.weights, img_size=options.img_size, keep=START_SHARE,
-            calibrate=link_images(scratch / "images", evenly(images, PREDICTOR_IMAGES)), normalise=options.normalise,
-            progress=progress,
-        )  # fmt: skip
-
-
-def require_searchable(student: Student, start: Path) -> None:
-    """Refuse a student that plans cannot be made of.
-
-    Raises:
-        ConfigError: it is dense, prunes tokens, or is of another preset.
-    """
-    sparsity = student.sparsity
-    if sparsity.is_dense or sparsity.token_keep or sparsity.preset != "edge":
-        raise ConfigError(
-            f"{start} is dense, prunes tokens, or is of another preset than edge.",
-            "Give the model itself, or a student made by `sparsify MODEL --keep 0.25`.",
-        )
+def _draw(result: SearchResult, folder: Path) -> None:
+    """The front as a picture, and the page; where what they need is not installed they are left out."""
+    with contextlib.suppress(MissingExtraError):
+        draw_front(result, folder / PICTURE)
+        write_report([folder / FRONT], folder / PAGE, pictures=[folder / PICTURE])

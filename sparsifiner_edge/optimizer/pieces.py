@@ -7,10 +7,11 @@ fixed; attention is put together from the operators, since nothing else of it de
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -38,8 +39,8 @@ from sparsifiner_edge.sparse.merge import Merging
 LINEAR = ("projections", "mlp")
 INPUT, TOKENS = "image", "tokens"
 """Of the linear parts: their input bears the name that the quantiser feeds."""
-LEAST_RUNS, LEAST_S = 9, 0.08
-"""Of each graph. One session is open at a time: threads of another would spin meanwhile."""
+LEAST_RUNS, LEAST_S = 7, 0.05
+"""Of each graph. One session is open at a time beside the reference's, whose threads have come to rest by then."""
 Key = TypeVar("Key")
 
 
@@ -152,6 +153,10 @@ def _random(*shape: int) -> Array:
 
 _times: dict[tuple[Execution, str], float] = {}
 """Of this process: engines that differ in their linear layers alone have attention in common."""
+_nominal: dict[Execution, float] = {}
+"""Milliseconds of the first reference in each: all times are as of then."""
+GROUP = 6
+"""Graphs that are measured between two measurements of the reference."""
 
 
 def piece_times(
@@ -159,15 +164,30 @@ def piece_times(
 ) -> dict[Key, float]:
     """Milliseconds of each graph, alone, in a backend of the processor; equal graphs are measured once.
 
+    A reference, the first of them, is measured again every few graphs: what the machine's speed did meanwhile, since
+    other programs run too, is taken out.
+
     Raises:
         MissingExtraError, BackendError: it cannot run here.
     """
     named = {key: (execution, _hash(piece)) for key, piece in pieces.items()}
-    lacking = {name: pieces[key] for key, name in named.items() if name not in _times}
-    for number, (name, piece) in enumerate(lacking.items(), 1):
-        _times[name] = _measure(piece, execution)
-        if progress:
-            progress(f"timing parts of layers in {execution.backend}", number, len(lacking))
+    lacking = [(name, pieces[key]) for key, name in named.items() if name not in _times]
+    stage = f"timing parts of layers in {execution.backend}"
+    with contextlib.ExitStack() as stack:
+        reference = _opened(next(iter(pieces.values())), execution, stack) if lacking else None
+        before = reference() if reference else 0.0
+        for start in range(0, len(lacking), GROUP):
+            group, taken = dict(lacking[start : start + GROUP]), dict[tuple[Execution, str], float]()
+            for number, (name, piece) in enumerate(group.items(), start):
+                with contextlib.ExitStack() as inner:
+                    taken[name] = _opened(piece, execution, inner)()
+                if progress:
+                    progress(stage, number, len(lacking))
+            assert reference is not None
+            after = reference()
+            nominal = _nominal.setdefault(execution, before)
+            _times.update({name: ms * nominal / ((before + after) / 2) for name, ms in taken.items()})
+            before = after
     return {key: _times[name] for key, name in named.items()}
 
 
@@ -184,9 +204,16 @@ def _hash(piece: Piece) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _measure(piece: Piece, execution: Execution) -> float:
-    """Milliseconds of a graph, as the faster quarter of runs has them: what else a machine does makes some slower."""
+def _opened(piece: Piece, execution: Execution, stack: contextlib.ExitStack) -> Callable[[], float]:
+    """What measures a graph's milliseconds, as the faster quarter of runs has them: what else a machine does makes some
+    slower.
+    """
     backend = cast(ProcessorBackend, find_backend(execution))  # A request names no others.
-    with backend.session(Path("layer"), piece.model.SerializeToString(), piece.stored) as opened:
+    session = backend.session(Path("layer"), piece.model.SerializeToString(), piece.stored)
+    opened = stack.enter_context(session)
+
+    def measure() -> float:
         taken = call_ms(lambda: opened.infer(piece.feed), LEAST_RUNS, least_s=LEAST_S, warm_up=1)
         return statistics.quantiles(taken)[0]
+
+    return measure

@@ -12,7 +12,7 @@ from sparsifiner_edge.config import require, require_lists
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution
 from sparsifiner_edge.front import Deployment
-from sparsifiner_edge.images import list_images
+from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.optimizer.trial import FIDELITIES
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.runtime.backend import ProcessorBackend
@@ -23,7 +23,13 @@ MOST_MS = 1e6
 PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
 """That are searched: here and for a CPU, and for a board's GPU."""
 LEAST_IMAGES, CHECKED = 5, 5
-"""Fewest images for a search; one in this many is reserved for the check."""
+"""Fewest images for a search; one in this many is kept back for the check."""
+MOST_SEARCHED, MOST_KEPT = 24, 12
+"""Of a large folder, evenly taken."""
+AT_LEAST = 0.98
+"""Fidelity, where nothing else is asked for."""
+PROMISING = ("bf16", "auto", "fp16")
+"""Of what is computed in, what is tried first."""
 
 
 class Bound(NamedTuple):
@@ -48,8 +54,8 @@ class SearchRequest(NamedTuple):
     Attributes:
         metric: one of `trial.FIDELITIES`, or a user's own. board: None: this machine.
         unavailable: backends that do not run here, and why.
-        images: that predictors and int8 are calibrated with, and of which some judge plans. reserved: unused before
-            the last check.
+        images: that predictors and int8 are calibrated with, and that judge. kept: that bundles are checked with.
+        engines: the most promising first.
     """
 
     bound: Bound
@@ -58,7 +64,7 @@ class SearchRequest(NamedTuple):
     engines: list[Deployment]
     unavailable: dict[str, str]
     images: list[Path]
-    reserved: list[Path]
+    kept: list[Path]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ class OptimizeOptions:
     """What is searched for, and for how long.
 
     Attributes:
-        at_least: fidelity in (0, 1). at_most_ms: latency. One of them.
+        at_least: fidelity in (0, 1). at_most_ms: latency. One of them; none: a fidelity of .98.
         metric: "patches" or "class": cosine of these tokens; "maps": IoU of a decoder's map; or a `judge.TaskMetric` of
             yours with scores from 0 to 1, as package.module:class.
         backends: of the processor; computes: what of a file that is not int8 they compute in, of "auto" (as stored),
@@ -74,8 +80,7 @@ class OptimizeOptions:
         precisions: that files store; none: fp32 and int8, or for a board's GPU fp16 and int8.
         board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
             fidelity.
-        minutes: how long to look, about, export and last measurement included. Ctrl-C ends the looking: the best that
-            was found by then is measured whole and exported, as if the time were over.
+        minutes: that all may take, a hard cap; the best that was found by then is there. Ctrl-C is the cap too.
 
     Example:
         >>> OptimizeOptions(at_least=0.98, backends=["openvino"], minutes=5).metric
@@ -89,13 +94,13 @@ class OptimizeOptions:
     computes: Sequence[str] = ()
     precisions: Sequence[str] = ()
     board: str | Path | None = None
-    minutes: float = 20.0
+    minutes: float = 8.0
 
     def __post_init__(self) -> None:
         require_lists(backends=self.backends, computes=self.computes, precisions=self.precisions)
 
 
-def read_request(options: OptimizeOptions, data: str | Path) -> SearchRequest:
+def read_request(options: OptimizeOptions, data: str | Path | Sequence[str | Path]) -> SearchRequest:
     """See `optimize`.
 
     Raises:
@@ -103,9 +108,9 @@ def read_request(options: OptimizeOptions, data: str | Path) -> SearchRequest:
         SparsifinerError: a backend that was named does not run here; no such board.
     """
     least, most_ms, metric, precisions = options.at_least, options.at_most_ms, options.metric, options.precisions
-    if (least is None) == (most_ms is None):
-        raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY or --at-most-ms MS.")
-    bound = Bound(least) if least is not None else Bound(most_ms or 0.0, by_fidelity=False)
+    require(least is None or most_ms is None, "There are two bounds.", "Give --at-least FIDELITY or --at-most-ms MS.")
+    require(options.minutes > 0, f"minutes is {options.minutes}.", "Give more than 0.")
+    bound = Bound(AT_LEAST if least is None else least) if most_ms is None else Bound(most_ms, by_fidelity=False)
     if not 0 < bound.value < (1 if bound.by_fidelity else MOST_MS):
         raise ConfigError(f"The bound is {bound.text}.", "Give a fidelity between 0 and 1, or more than 0 ms.")
     fix = f"Give {', '.join(FIDELITIES)}, or your own as package.module:class."
@@ -148,14 +153,17 @@ def _engines_here(
                 if computed == "auto":  # It does not run here at all.
                     break
     require(bool(usable), f"Nothing runs here: {' '.join(unavailable.values())}", "Leave --computes out.")
-    return [Deployment(name, stored, computed) for name, computed in usable for stored in precisions], unavailable
+    engines = [Deployment(name, stored, computed) for name, computed in usable for stored in precisions]
+    order = sorted(engines, key=lambda x: (PROMISING.index(x.computes), x.stored != "int8", x.backend != "openvino"))
+    return order, unavailable
 
 
-def _split(data: str | Path) -> tuple[list[Path], list[Path]]:
-    """Images to search with, and those that are kept for the check: of a folder always the same."""
-    paths = list_images(Path(data))
-    enough = len(paths) >= LEAST_IMAGES
-    require(enough, f"{data} has {len(paths)} images.", f"Give {LEAST_IMAGES} or more: one is kept for the last check.")
+def _split(data: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Images to search with, and those that are kept back for the check: of a folder always the same."""
+    given = [data] if isinstance(data, str | Path) else data
+    paths = [path for each in given for path in list_images(Path(each))]
+    many = f"{', '.join(map(str, given))[:200]} has {len(paths)} images."
+    require(len(paths) >= LEAST_IMAGES, many, f"Give {LEAST_IMAGES} or more: one is kept back for the last check.")
     shuffled = random.Random(0).sample(paths, len(paths))  # noqa: S311
-    count = max(1, len(paths) // CHECKED)
-    return sorted(shuffled[count:]), sorted(shuffled[:count])
+    kept = max(1, len(paths) // CHECKED)
+    return evenly(shuffled[kept:], MOST_SEARCHED), evenly(shuffled[:kept], MOST_KEPT)

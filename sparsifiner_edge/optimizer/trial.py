@@ -101,15 +101,18 @@ class Trial:
     """A student whose layers all have predictors, and what its dense model makes of some images.
 
     Args:
-        metric: see `distance_by`.
+        metric: see `distance_by`. judges: how many of the images plans are judged by, the first; None: all.
 
     Attributes:
-        paths: of the images. patches: of the backbone. least: a distance counts as no smaller.
+        paths: of the images. judges: places of those that judge plans. patches: of the backbone. least: a distance
+            counts as no smaller.
         selects: by layer whether it has a predictor; one without stays dense.
     """
 
-    def __init__(self, student: Student, teacher: Any, paths: Sequence[Path], metric: str) -> None:
-        self._student, self.paths = student, paths
+    def __init__(
+        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, judges: int | None = None
+    ) -> None:  # fmt: skip
+        self._student, self.paths, self.judges = student, paths, list(range(len(paths)))[:judges]
         self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
         self.patches = student.backbone.patches
         self._raw = [load_image(path, student.img_size)[None] for path in paths]
@@ -120,16 +123,18 @@ class Trial:
         self._dense_outputs: list[list[Tensor]] = []
 
     @torch.inference_mode()
-    def distances(self, plan: LayerPlan) -> list[float]:
-        """1 - the metric, of every image."""
+    def distances(self, plan: LayerPlan, most: int | None = None) -> list[float]:
+        """1 - the metric, of every judge, or of the first `most`."""
+        judges = self.judges[:most]
         if plan.is_dense:
-            return [0.0] * len(self._pixels)
+            return [0.0] * len(judges)
         changes = (bool(rate) or share < 1 for rate, share in zip(plan.merge, plan.keep, strict=True))
         dense = self._by_dense_layers(next(layer for layer, changed in enumerate(changes) if changed))
         set_budget(self._student.model, plan.config(self._student.sparsity), keep_predictors=True)
         layers, distances = self._student.backbone.layers, []
         with native_kernels(available_cores()):
-            for number, (pixels, outputs) in enumerate(zip(self._pixels, dense, strict=True)):
+            for number, outputs in zip(judges, dense, strict=False):
+                pixels = self._pixels[number]
                 with _giving(layers, outputs):
                     answer = prediction_of(self._student.model, pixels, self._student.outputs)
                 distances.append(self._distance(number, answer))
@@ -141,11 +146,11 @@ class Trial:
         """
         student, depth = self._student, len(self.selects)
         size = student.backbone.width * (student.backbone.prefix + self.patches) * self._pixels[0].element_size()
-        if count == 0 or size * depth * len(self._pixels) > MOST_REMEMBERED:
-            return [[] for _ in self._pixels]
+        if count == 0 or size * depth * len(self.judges) > MOST_REMEMBERED:
+            return [[] for _ in self.judges]
         if not self._dense_outputs:
             set_budget(student.model, LayerPlan.dense(depth).config(student.sparsity), keep_predictors=True)
-            self._dense_outputs = [self._outputs_of_layers(pixels) for pixels in self._pixels]
+            self._dense_outputs = [self._outputs_of_layers(self._pixels[number]) for number in self.judges]
         return [outputs[:count] for outputs in self._dense_outputs]
 
     def _outputs_of_layers(self, pixels: Tensor) -> list[Tensor]:
@@ -162,11 +167,20 @@ class Trial:
                 hook.remove()
         return outputs
 
-    def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]]) -> list[float]:
-        """1 - the metric, image by image, of what a session makes of them."""
+    def choose_judges(self, distances: Sequence[float]) -> None:
+        """As many as there are, so that they lose little and much as all do: evenly taken by what some plan loses.
+
+        distances: of the images that may judge, which are the first.
+        """
+        order, count = sorted(range(len(distances)), key=distances.__getitem__), len(self.judges)
+        self.judges = [order[(2 * number + 1) * len(order) // (2 * count)] for number in range(count)]
+        self._dense_outputs = []
+
+    def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]], start: int = 0) -> list[float]:
+        """1 - the metric of what a session makes of each image, from that at place `start` on."""
         prefix = self._student.backbone.prefix
-        answers = (Prediction(infer({"image": image}), prefix) for image in self._raw)
-        return [self._distance(number, answer) for number, answer in enumerate(answers)]
+        answers = (Prediction(infer({"image": image}), prefix) for image in self._raw[start:])
+        return [self._distance(number, answer) for number, answer in enumerate(answers, start)]
 
 
 @contextlib.contextmanager

@@ -3,62 +3,68 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from msgspec.structs import replace
 
-from sparsifiner_edge.export.export import ExportOptions, export_bundle
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.export.export import ExportOptions, FloatFile, export_student, float_file
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
-from sparsifiner_edge.profiles.measure.side import (
-    MeasuredSide,
-    make_rules,
-    measure_blocks,
-    open_side,
-    stage_progress,
-    warm_up,
-)
-from sparsifiner_edge.profiles.stats import medians_in_turn
-from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.profiles.measure.side import MeasuredSide, Rules, measure_blocks, open_side, warm_up
+from sparsifiner_edge.profiles.stats import CONFIDENCE, medians_in_turn, percentile
+from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
-from sparsifiner_edge.sparse.model_options import ModelOptions
-from sparsifiner_edge.sparse.student import Student, save_student
+from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.student import Student
 
-INT8_IMAGES = 16
+INT8_IMAGES = 9
 """Images at most that int8 is calibrated with."""
-SECONDS = 4.0
-"""Least time measured of each."""
-MOST_SECONDS = 60.0
-"""Most, so that slow models get their rounds."""
-LEAST_ROUNDS = 10
-"""Of slow models; of ten, the second least and second greatest bound a median at 95 %."""
 PlanInEngine: TypeAlias = tuple[LayerPlan, Deployment]
+QUICK = Rules(seconds=0.4, min_queries=6, blocks=6, max_seconds=8.0)
+"""Of a model beside the reference. Six blocks either: their order is turned round."""
+WARM_UP_S = 0.8
+"""At most."""
+THOROUGH = Rules(seconds=4.0, min_queries=10, blocks=10, max_seconds=60.0)
+"""At the end; of ten blocks, the second least and second greatest bound a median at 95 %."""
 
 
 class WholeModels:
     """Bundles of a student by plan, each made when it is first asked for; the dense plan is the dense model.
 
     Args:
-        folder: for them. start: the student's folder. dense_model: what it is compared with.
-        images: to calibrate int8 with. board: that times are estimated for; None: they are measured, here.
-        trust: see `load_student`.
+        folder: for them. student: whose plans they are, changed by others meanwhile. dense_model: what it is compared
+            with. images: to calibrate int8 with. board: that times are estimated for; None: they are measured, here.
+        clock: is told what goes on.
     """
 
     def __init__(
-        self, folder: Path, start: Path, dense_model: Student, images: Sequence[Path], board: Board | None,
-        trust: Sequence[str], progress: Progress | None,
+        self, folder: Path, student: Student, dense_model: Student, images: Sequence[Path], board: Board | None,
+        clock: Clock,
     ) -> None:  # fmt: skip
-        self._start, self._trust, self._folder, self._board, self._progress = start, trust, folder, board, progress
-        self._dense = save_student(dense_model, folder / "dense-student")
+        self._folder, self._student, self._dense, self._board, self._clock = folder, student, dense_model, board, clock
         self._calibration = link_images(folder / "calibration", evenly(images, INT8_IMAGES))
         self._bundles: dict[tuple[LayerPlan, str], Path] = {}
+        self._floats: dict[LayerPlan, tuple[Student, FloatFile]] = {}
+        self._reference: tuple[MeasuredSide, float] | None = None
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> WholeModels:
+        """The processes that it opens end with it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def bundle(self, plan: LayerPlan, engine: Deployment) -> Path:
         """A plan as an engine takes it.
@@ -66,48 +72,108 @@ class WholeModels:
         Raises:
             GateError: its precision loses too much.
         """
-        stored = engine.stored
+        stored, which = engine.stored, "the dense model in " * plan.is_dense
         if (plan, stored) not in self._bundles:
-            count = len(self._bundles)
-            if self._progress:
-                self._progress(f"exporting {'the dense model in ' * plan.is_dense}{stored}", count, count + 1)
-            self._bundles[plan, stored] = export_bundle(
-                self._dense if plan.is_dense else self._start, self._folder / f"bundle-{count}",
-                model=ModelOptions(trust=self._trust), budget=None if plan.is_dense else plan.budget,
-                options=ExportOptions(
-                    precision=stored, calibrate=self._calibration if stored == "int8" else None, tokens=True
-                ),
-            )  # fmt: skip
+            if plan not in self._floats:
+                with self._clock.step("export", f"exporting {which or 'a plan in '}fp32"):
+                    student = self.student_of(plan)
+                    self._floats[plan] = student, float_file(student, tokens=True)
+            student, base = self._floats[plan]
+            options = ExportOptions(
+                precision=stored, calibrate=self._calibration if stored == "int8" else None, tokens=True
+            )
+            with self._clock.step(f"export {stored}", f"exporting {which or 'a plan in '}{stored}"):
+                self._bundles[plan, stored] = export_student(
+                    student, self._folder / f"bundle-{len(self._bundles)}", options, base, self._clock.tell
+                )
         return self._bundles[plan, stored]
 
-    def distances(self, plan: LayerPlan, engine: Deployment, trial: Trial) -> list[float]:
-        """Of a plan's bundle in an engine, from the dense model in float32, image by image."""
-        with session_on(checked_bundle(self.bundle(plan, engine)), engine.execution) as session:
-            return trial.distances_of(session.infer)
+    def student_of(self, plan: LayerPlan) -> Student:
+        """The student that merges and reads by a plan; the dense model's own for the dense plan."""
+        if plan.is_dense:
+            return self._dense
+        sparsity = plan.config(self._student.sparsity)
+        student = dataclasses.replace(self._student, model=copy.deepcopy(self._student.model), sparsity=sparsity)
+        set_budget(student.model, sparsity)
+        return student
 
-    def times(self, subjects: Sequence[PlanInEngine]) -> list[Quantity]:
+    def file_bytes(self, plan: LayerPlan, engine: Deployment) -> int:
+        """Of the file that an engine reads."""
+        return (self.bundle(plan, engine) / MODEL_FILE).stat().st_size
+
+    def distances(self, plan: LayerPlan, engine: Deployment, trial: Trial, start: int = 0) -> list[float]:
+        """Of a plan's bundle in an engine, from the dense model in float32, image by image from place `start` on.
+
+        Raises:
+            GateError, BackendError: see `bundle`; the engine does not take it.
+        """
+        bundle = checked_bundle(self.bundle(plan, engine))
+        with (
+            self._clock.step("judging", f"judging a plan in {engine}"),
+            session_on(bundle, engine.execution) as session,
+        ):
+            return trial.distances_of(session.infer, start)
+
+    def ms(self, plan: LayerPlan, engine: Deployment) -> Quantity:
+        """Milliseconds, measured in turn with the reference, which is the first that was asked for: as of when that was
+        first timed, whatever the machine's speed became. Or an estimate with its bounds.
+
+        Raises:
+            GateError, BackendError: see `distances`; or a process died or hung.
+        """
+        bundle = self.bundle(plan, engine)
+        if self._board is not None:
+            return _estimate(bundle, self._board, engine.stored)
+        with self._clock.step("timing", f"timing a whole model in {engine}"), contextlib.ExitStack() as stack:
+            if self._reference is None:
+                reference = self._open.enter_context(_side("reference", bundle, engine, self._clock))
+                (ms,) = _faster_quarters([reference], self._clock)
+                self._reference = reference, ms
+            else:
+                reference, nominal = self._reference
+                side = stack.enter_context(_side("subject", bundle, engine, self._clock))
+                beside, own = _faster_quarters([reference, side], self._clock)
+                ms = own * nominal / beside
+            none = Unavailable("it was measured beside the reference, quickly")
+            return Quantity(ms, none, none, CONFIDENCE, "faster quarter, beside a reference")
+
+    def times(self, subjects: Sequence[PlanInEngine], rules: Rules = THOROUGH) -> list[Quantity]:
         """Median milliseconds, measured in turn, each in a process of its own; or an estimate with its bounds.
 
         Raises:
-            BackendError: a backend rejects a bundle, or a process died or hung.
+            GateError, BackendError: see `ms`.
         """
         bundles = [(self.bundle(plan, engine), engine) for plan, engine in subjects]
-        if self._board is None:
-            return whole_ms(bundles, self._progress)
-        return [_estimate(bundle, self._board, engine.stored) for bundle, engine in bundles]
+        if self._board is not None:
+            return [_estimate(bundle, self._board, engine.stored) for bundle, engine in bundles]
+        return whole_ms(bundles, self._clock, rules)
 
 
-def whole_ms(bundles: Sequence[tuple[Path, Deployment]], progress: Progress | None = None) -> list[Quantity]:
+def whole_ms(
+    bundles: Sequence[tuple[Path, Deployment]], clock: Clock, rules: Rules = THOROUGH
+) -> list[Quantity]:  # fmt: skip
     """Median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
-    rules = replace(make_rules(SECONDS, LEAST_ROUNDS), blocks=LEAST_ROUNDS, max_seconds=MOST_SECONDS)
-    on_stage = stage_progress(progress, len(bundles) * (SECONDS + 2.0))
     with contextlib.ExitStack() as stack:
-        sides: list[MeasuredSide] = []
-        for number, (bundle, engine) in enumerate(bundles):
-            sides.append(stack.enter_context(open_side(str(number), bundle, engine.execution, on_stage)))
-            warm_up(sides[-1], on_stage)
-        measure_blocks(sides, rules, on_stage, "measuring whole models")
+        sides = [stack.enter_context(_side(str(n), *bundle, clock)) for n, bundle in enumerate(bundles)]
+        most = min(rules.max_seconds, max(1.0, clock.left / len(sides)))
+        measure_blocks(sides, replace(rules, max_seconds=most), clock.tell, "measuring whole models")
         return medians_in_turn([side.blocks for side in sides])
+
+
+def _faster_quarters(sides: Sequence[MeasuredSide], clock: Clock) -> list[float]:
+    """Milliseconds in turn; what else the machine does makes some slower."""
+    for side in sides:
+        side.blocks, side.seconds, side.queries, side.wall_s = [], 0.0, 0, 0.0
+    measure_blocks(list(sides), QUICK, clock.tell, "timing whole models")
+    return [percentile(side.latency_ms, 0.25) for side in sides]
+
+
+@contextlib.contextmanager
+def _side(role: str, bundle: Path, engine: Deployment, clock: Clock) -> Iterator[MeasuredSide]:
+    """Loaded and warm."""
+    with open_side(role, bundle, engine.execution, clock.tell) as side:
+        warm_up(side, clock.tell, WARM_UP_S)
+        yield side
 
 
 def _estimate(bundle: Path, board: Board, precision: str) -> Quantity:
@@ -121,3 +187,21 @@ def link_images(folder: Path, images: Sequence[Path]) -> Path:
     for number, path in enumerate(images):
         (folder / f"{number:05}{path.suffix.lower()}").symlink_to(path.resolve())
     return folder
+
+
+class Found(NamedTuple):
+    """A plan that became a bundle, as an engine runs it.
+
+    Attributes:
+        ms: as of the reference, or of the last measurement, in turn with the dense model, if it was measured again.
+        distances: of the images searched with, those that judge every plan first. kept: of those kept back.
+        predicted: distance and milliseconds, before it was measured; of a first plan its own.
+    """
+
+    plan: LayerPlan
+    engine: Deployment
+    ms: Quantity
+    distances: list[float]
+    kept: list[float]
+    predicted: tuple[float, float]
+    again: bool = False

@@ -1,0 +1,61 @@
+"""`front.png`: every plan that was judged, the dense model, and the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsifiner_edge.errors import MissingExtraError
+from sparsifiner_edge.front import Candidate, SearchResult
+from sparsifiner_edge.text import printable
+
+PLANS, DENSE, ANSWER = "#8aa1b8", "#c0392b", "#1e8449"
+
+
+def draw_front(result: SearchResult, path: Path) -> None:
+    """1 - fidelity over milliseconds in the answer's engine, as predicted for plans and measured for the rest.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "report") from error
+    front, method = result.statistics, result.method
+    answer, fastest = front.finalists[0], min((one.ms.value for one in front.dense), default=None)
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    engine = str(answer.engine)
+    points = [(p.predicted_ms[engine], 1 - p.fidelity) for p in front.points if engine in p.predicted_ms]
+    if points:
+        ms, lost = zip(*points, strict=True)
+        axes.scatter(ms, lost, s=14, color=PLANS, label=f"plans, predicted in {engine}")
+        best: list[tuple[float, float]] = []
+        for point in sorted(points):
+            if not best or point[1] < best[-1][1]:
+                best.append(point)
+        axes.step(*zip(*best, strict=True), where="post", color=PLANS, linewidth=1)
+    shown = [(one, ANSWER, "answer" if n == 0 else "") for n, one in enumerate(front.finalists)]
+    shown += [(one, DENSE, "dense" if n == 0 else "") for n, one in enumerate(front.dense)]
+    floor = min([1 - one.fidelity for one in front.finalists] + [lost for _, lost in points]) / 3
+    for one, colour, label in shown:
+        place = one.ms.value, max(1 - one.fidelity, floor)
+        axes.scatter(*place, s=70 if label else 28, color=colour, marker="D" if colour == DENSE else "*", zorder=3)
+        if label:
+            axes.annotate(f"{label}: {_said(one)}", place, textcoords="offset points", xytext=(7, 7), color=colour)
+    for bound, line in ((method.at_least, axes.axhline), (method.at_most_ms, axes.axvline)):
+        if bound is not None:
+            line(1 - bound if line == axes.axhline else bound, color="black", linewidth=0.8, linestyle=":")
+    times = "" if fastest is None else f": {fastest / answer.ms.value:.2f} times as fast as the dense model"
+    axes.set_title(f"{printable(str(result.subjects[0].name), 60)}{times}", fontsize=10)
+    axes.set(
+        yscale="log", xlabel="milliseconds", ylabel=f"1 - fidelity ({printable(method.metric, 40)})", xlim=(0, None)
+    )
+    axes.margins(x=0.18)
+    if points:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _said(one: Candidate) -> str:
+    return f"{one.ms.value:.1f} ms, {one.engine}"
