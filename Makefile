@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
-MINUTES := 5
+MINUTES := 4
 
 .PHONY: demo test everything check bench gpu aarch64 clean
 

@@ -44,23 +44,17 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.long
 def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    vars(demo).update(MODULE="tests.test_demo", SIZE=160, AT_LEAST=0.8, AFTER_MINUTES=0, LEAST_MINUTES=0)
+    vars(demo).update(MODEL="tests.test_demo:saliency", SIZE=160, AT_LEAST=0.8)
     output = tmp_path / "demo"
-    found = demo.main(["-o", str(output), "--minutes", "1.2"])
-    assert list(found) == ["defaults", "fastest at 0.8"]
-    printed = capsys.readouterr().out
-    assert printed.index("defaults") < printed.index("maps.png written") < printed.index("fastest at 0.8")
-    answer = read_result(output / "found" / "front.json")["statistics"]["answer"]
-    assert answer["fidelity"] >= 0.8
-    assert (output / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 1
+    found = demo.main(["-o", str(output), "--minutes", "1"])
+    assert found.statistics.answer.fidelity >= 0.8
+    assert "found: " in capsys.readouterr().out
+    assert (output / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 2
     assert (output / "maps.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("default", "found"):
-        assert read_result(output / f"{name}-task.json")["statistics"]["iou"]["mean"]["value"] > 0
-    assert read_result(output / "default-speed.json")["statistics"]["comparison"]["ratio"]["value"] > 0
-    # An earlier one is replaced, and with no time left there are the defaults alone.
-    demo.LEAST_MINUTES = 1
-    assert list(demo.main(["-o", str(output), "--minutes", "0"])) == ["defaults"]
-    assert not (output / "found").exists()
+    assert read_result(output / "task.json")["statistics"]["iou"]["mean"]["value"] > 0
+    (output / "mine.txt").touch()
+    demo.begin(output)
+    assert [path.name for path in output.iterdir()] == [demo.MARK], "an earlier one is replaced"
 
 
 def test_a_demonstration_leaves_other_folders_alone(demo: Any, tmp_path: Path) -> None:

@@ -44,11 +44,14 @@ _STARTED = time.monotonic()
               help="A board that is not here: latency is estimated, as `estimate` does.")  # fmt: skip
 @click.option("--minutes", type=common.FiniteRange(min=0.1, max=10_000), default=8.0, show_default=True,
               help="Hard cap on the time; Ctrl-C ends it earlier, with the best so far.")  # fmt: skip
+@common.fit_option
 @common.trust_option
 @common.normalise_options
 @common.json_option
 @common.output_option("New folder for bundle/, student/, front.json, front.png and report.html.")
-def command(*, source: str, data: Path, output: Path, minutes: float, as_json: bool, **options: Any) -> None:
+def command(
+    *, source: str, data: Path, output: Path, minutes: float, fit: str | None, as_json: bool, **options: Any
+) -> None:
     """Give the fastest sparse model at a fidelity, or the most faithful within a latency, on this machine, as a bundle.
 
     The best so far lies in OUTPUT/bundle from the first fifth of the time on.
@@ -57,7 +60,7 @@ def command(*, source: str, data: Path, output: Path, minutes: float, as_json: b
         import sparsifiner_edge as se
 
         optimize, gone = se.optimize, (time.monotonic() - _STARTED) / 60
-        options["minutes"] = max(0.01, minutes - gone)
+        options |= {"minutes": max(0.01, minutes - gone), "fit": fit or "crop"}
         groups = common.group(options, model=se.ModelOptions, options=se.OptimizeOptions)
         result = optimize(source, data, output, progress=progress, **groups)
     common.print_result(result, as_json, lambda result: _print(result, output, options["trust"]))

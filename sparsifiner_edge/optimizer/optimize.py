@@ -111,7 +111,9 @@ def optimize(
     with scratch_folder() as scratch, contextlib.ExitStack() as stack:
         with clock.ending():
             request, trial = _judges(request, subject, clock)
-            whole = WholeModels(scratch, subject.student, subject.dense, request.images, request.board, clock)
+            whole = WholeModels(
+                scratch, subject.student, subject.dense, request.images, request.board, clock, request.fit
+            )
             stack.enter_context(whole)
             search = Search(request, trial, whole, clock, lambda found: _keep(whole, found, folder / BUNDLE))
             preparation = _Preparation(search, subject, scratch, folder)
@@ -188,14 +190,15 @@ def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[Se
     student, teacher, paths = subject.student, subject.dense.model, [*request.images, *request.kept]
     for _ in range(2):  # The first time is of getting ready.
         with clock.step("dense image", "the dense model on the images"):
-            Trial(student, teacher, paths[:1], request.metric)
+            Trial(student, teacher, paths[:1], request.metric, fit=request.fit)
     most = max(LEAST_IMAGES, int(DENSE_SHARE * clock.seconds / clock.took("dense image")))
     if len(paths) > most:
         kept = max(1, most // CHECKED)
         request = request._replace(images=evenly(request.images, most - kept), kept=evenly(request.kept, kept))
         paths = [*request.images, *request.kept]
     judges = int(JUDGING_SHARE * clock.seconds / DENSE_IMAGES / clock.took("dense image"))
-    trial = Trial(student, teacher, paths, request.metric, max(LEAST_JUDGES, min(len(request.images), judges)))
+    judges = max(LEAST_JUDGES, min(len(request.images), judges))
+    trial = Trial(student, teacher, paths, request.metric, judges, request.fit)
     return request, trial
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sparsifiner_edge.config import require, require_lists
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.execution import ON_PROCESSOR, Execution
+from sparsifiner_edge.fitting import Fit, require_fit
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.optimizer.trial import FIDELITIES
@@ -65,6 +66,7 @@ class SearchRequest(NamedTuple):
     unavailable: dict[str, str]
     images: list[Path]
     kept: list[Path]
+    fit: Fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ class OptimizeOptions:
         precisions: that files store; none: fp32 and int8, or for a board's GPU fp16 and int8.
         board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
             fidelity.
+        fit: how images are brought to the size; the bundle remembers it.
         minutes: that all may take, a hard cap; the best that was found by then is there. Ctrl-C is the cap too.
 
     Example:
@@ -95,8 +98,10 @@ class OptimizeOptions:
     precisions: Sequence[str] = ()
     board: str | Path | None = None
     minutes: float = 8.0
+    fit: Fit = "crop"
 
     def __post_init__(self) -> None:
+        require_fit(self.fit)
         require_lists(backends=self.backends, computes=self.computes, precisions=self.precisions)
 
 
@@ -122,13 +127,13 @@ def read_request(options: OptimizeOptions, data: str | Path | Sequence[str | Pat
         require(precision in choices, f"precision is {precision!r}.", f"Choose one of: {', '.join(choices)}.")
     if device is None:
         usable = _engines_here(options.backends, options.computes, precisions or known)
-        return SearchRequest(bound, metric, None, *usable, *_split(data))
+        return SearchRequest(bound, metric, None, *usable, *_split(data), options.fit)
     plain = not options.backends and not options.computes
     require(plain, "A board's latency is estimated for no backend.", "Leave one of the two out.")
     stored = precisions or [precision for precision in known if precision in device.peaks]
     require(bool(stored), f"{device.name} has no arithmetic for {' or '.join(known)}.", "Give --precision fp32.")
     engines = [Deployment(device.name, precision) for precision in stored]
-    return SearchRequest(bound, metric, device, engines, {}, *_split(data))
+    return SearchRequest(bound, metric, device, engines, {}, *_split(data), options.fit)
 
 
 def _engines_here(

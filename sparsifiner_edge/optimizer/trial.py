@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.fitting import Fit, Framing
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.judge import MAPS, THRESHOLD, Outputs, Prediction, UserMetric, alike, map_scores
 from sparsifiner_edge.machine import available_cores
@@ -102,6 +103,7 @@ class Trial:
 
     Args:
         metric: see `distance_by`. judges: how many of the images plans are judged by, the first; None: all.
+        fit: how images are brought to the size.
 
     Attributes:
         paths: of the images. judges: places of those that judge plans. patches: of the backbone. least: a distance
@@ -110,12 +112,13 @@ class Trial:
     """
 
     def __init__(
-        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, judges: int | None = None
+        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, judges: int | None = None,
+        fit: Fit = "crop",
     ) -> None:  # fmt: skip
         self._student, self.paths, self.judges = student, paths, list(range(len(paths)))[:judges]
         self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
         self.patches = student.backbone.patches
-        self._raw = [load_image(path, student.img_size)[None] for path in paths]
+        self._raw = [load_image(path, Framing(student.img_size, fit))[None] for path in paths]
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():
             wanted = [prediction_of(teacher, image, student.outputs) for image in self._pixels]
