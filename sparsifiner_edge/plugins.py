@@ -28,16 +28,21 @@ def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerErro
     Raises:
         SparsifinerError: `error`: it cannot be imported, for any reason: it is others' code; `fix`: if none is there.
     """
-    here = str(Path.cwd())
-    if isinstance(place, str) and here not in sys.path and not getattr(sys.flags, "safe_path", False):
-        sys.path.append(here)
-    module, _, name = (place if isinstance(place, str) else place.value).partition(":")
+    here, module, name = "", "", ""
+    if isinstance(place, EntryPoint):
+        here, module, name = "", place.module, place.attr
+    else:
+        here, (module, _, name) = str(Path.cwd()), place.partition(":")
+        if here not in sys.path and not getattr(sys.flags, "safe_path", False):
+            sys.path.append(here)
     try:
         imported = importlib.import_module(module)
     except Exception as cause:
         if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
             hint = nearest(module, (path.stem for path in Path(here).iterdir()))
-            raise error(f"There is no module {module!r}, looked for from {here}.", f"{hint} {fix}".strip()) from cause
+            raise error(
+                f"There is no module {module!r}, looked for from {here or 'a package'}.", f"{hint} {fix}".strip()
+            ) from cause
         what = f"{module} cannot be imported: {type(cause).__name__}: {one_line(cause)}."
         raise error(what, "Mend it, or install what it needs.") from cause
     try:
