@@ -28,7 +28,6 @@ def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerErro
     Raises:
         SparsifinerError: `error`: it cannot be imported, for any reason: it is others' code; `fix`: if none is there.
     """
-    here, module, name = "", "", ""
     if isinstance(place, EntryPoint):
         here, module, name = "", place.module, place.attr
     else:
@@ -40,9 +39,8 @@ def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerErro
     except Exception as cause:
         if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
             hint = nearest(module, (path.stem for path in Path(here).iterdir()))
-            raise error(
-                f"There is no module {module!r}, looked for from {here or 'a package'}.", f"{hint} {fix}".strip()
-            ) from cause
+            what = f"There is no module {module!r}, looked for from {here or 'a package'}."
+            raise error(what, f"{hint} {fix}".strip()) from cause
         what = f"{module} cannot be imported: {type(cause).__name__}: {one_line(cause)}."
         raise error(what, "Mend it, or install what it needs.") from cause
     try:
