@@ -160,7 +160,7 @@ def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[
     times = stats.quantity(fastest.value / ours.value, fastest.value / high, fastest.value / low, ours.interval)
     found = {
         "wall_s": seconds, "engine": str(answer.engine), "merge": answer.merge, "keep": answer.keep,
-        "fidelity": answer.fidelity, "kept_fidelity": answer.kept_fidelity,
+        "fidelity": answer.fidelity, "check_fidelity": answer.check_fidelity,
         "publication": write_record(stats.small_sample_mean(fidelities(folder, answer))),
         "predicted_over_measured": answer.predicted_ms / answer.ms.value, "ms": write_record(ours),
         "dense_ms": {str(one.engine): ms.value for one, ms in zip(front.dense, others, strict=False)},
@@ -169,7 +169,7 @@ def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[
     }  # fmt: skip
     err_console.print(
         f"{size} px, {case}: {seconds:.0f} s; {found['engine']} {ours.value:.1f} ms, {said(found['times'])} times; "
-        f"kept back {answer.kept_fidelity:.4f}, publication {said(found['publication'], 4)}; predicted over measured "
+        f"kept back {answer.check_fidelity:.4f}, publication {said(found['publication'], 4)}; predicted over measured "
         f"{found['predicted_over_measured']:.2f}; over the earlier plan {found['over_earlier']}"
     )
     return {name: value for name, value in found.items() if value is not None}
@@ -183,7 +183,7 @@ def seeded(seed: int, minutes: float, output: Path) -> dict[str, Any]:
     answer = answer_of(result)
     row = {
         "seed": seed, "engine": str(answer.engine), "wall_s": seconds, "fidelity": answer.fidelity,
-        "kept_fidelity": answer.kept_fidelity, "publication": fmean(fidelities(folder, answer)),
+        "check_fidelity": answer.check_fidelity, "publication": fmean(fidelities(folder, answer)),
     }  # fmt: skip
     err_console.print(str(row))
     return row

@@ -76,11 +76,11 @@ def show(result: SearchResult, judged: Any) -> None:
     table = Table(f"saliency at {SIZE} px", "ms", "times", "cosine", "map's IoU", "map's error")
     fastest = min((one.ms.value for one in front.dense), default=front.finalists[0].ms.value)
     for one in front.dense[:1]:
-        table.add_row(f"dense: {one.engine}", f"{one.ms.value:.0f}", "1.00", f"{one.kept_fidelity:.4f}")
+        table.add_row(f"dense: {one.engine}", f"{one.ms.value:.0f}", "1.00", f"{one.check_fidelity:.4f}")
     one = front.finalists[0]
     task = [f"{scores['iou'].mean.value:.3f}", f"{scores['error'].mean.value:.4f}"]
     times = f"{fastest / one.ms.value:.2f}"
-    table.add_row(f"found: {one.engine}", f"{one.ms.value:.0f}", times, f"{one.kept_fidelity:.4f}", *task)
+    table.add_row(f"found: {one.engine}", f"{one.ms.value:.0f}", times, f"{one.check_fidelity:.4f}", *task)
     Console().print(table)
 
 

@@ -65,7 +65,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         backend, stored, computes: see `Deployment`.
         fidelity: of the bundle, mean over the images searched with; of the dense model over those kept back.
-        kept_fidelity: over those kept back.
+        check_fidelity: over those kept back.
         predicted_fidelity: by a model that was fitted to all plans but this one; of the dense model, 1.
         ms: median of the whole model, or for a board that is not here an estimate of it, as `ms.interval` says.
         predicted_ms: from parts, corrected by the dense model's time beside it; of that its own.
@@ -78,7 +78,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     stored: str
     computes: str
     fidelity: float
-    kept_fidelity: float
+    check_fidelity: float
     predicted_fidelity: float
     predicted_ms: float
     ms: Quantity

@@ -69,12 +69,12 @@ def command(
 
 
 def _print(result: SearchResult, output: Path, trust: Sequence[str]) -> None:
-    front, board, kept = result.statistics, result.method.board, len(result.method.images["checked"])
+    front, board, count = result.statistics, result.method.board, len(result.method.images["checked"])
     fastest = min((one.ms.value for one in front.dense), default=None)
     rows = [_row(f"dense: {one.engine}", one, fastest) for one in reversed(front.dense)]
     rows += [_row(f"ours: {one.engine}", one, fastest) for one in reversed(front.finalists)]
     title = "Whole models, measured in turn" if board is None else f"Estimated for {board}, not measured"
-    common.print_table(title, ["", "ms", "times", f"fidelity on {kept} kept back", "MB"], rows)
+    common.print_table(title, ["", "ms", "times", f"fidelity on {count} kept back", "MB"], rows)
     for text in (f"Left out: {engine}: {why}" for engine, why in front.left_out.items()):
         click.echo(text, err=True)
     for remark in front.remarks:
@@ -104,4 +104,4 @@ def _row(label: str, one: Candidate, fastest: float | None) -> list[str]:
     if isinstance(one.ms.low, float) and isinstance(one.ms.high, float):
         ms += f" ({one.ms.low:.1f} to {one.ms.high:.1f})"
     times = "" if fastest is None else f"{fastest / one.ms.value:.2f}"
-    return [label, ms, times, f"{one.kept_fidelity:.4f}", f"{one.file_bytes / 1e6:.0f}"]
+    return [label, ms, times, f"{one.check_fidelity:.4f}", f"{one.file_bytes / 1e6:.0f}"]

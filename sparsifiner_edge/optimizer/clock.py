@@ -39,7 +39,7 @@ class Clock:
         return time.monotonic() - self._begun
 
     @property
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Seconds until what was found is to be written."""
         return self.seconds - self.gone - min(CLOSING_S, CLOSING_SHARE * self.seconds)
 
@@ -51,7 +51,7 @@ class Clock:
         """
         if self._progress:
             self._progress(stage, min(self.gone, self.seconds), self.seconds)
-        if not self._over and self.left <= 0:
+        if not self._over and self.remaining <= 0:
             self._over = True
             raise TimeIsUpError
 
@@ -69,7 +69,7 @@ class Clock:
 
     def fits(self, *kinds: str) -> bool:
         """Whether steps of these kinds are over in time if they take as long as their last ones did, and a bit more."""
-        return SPARE * self.took(*kinds) < self.left
+        return SPARE * self.took(*kinds) < self.remaining
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
@@ -89,7 +89,7 @@ class Clock:
         for number in before:
             signal.signal(number, ring)
         if main:
-            signal.setitimer(signal.ITIMER_REAL, max(self.left, 1e-3), AGAIN_S)
+            signal.setitimer(signal.ITIMER_REAL, max(self.remaining, 1e-3), AGAIN_S)
         with contextlib.suppress(TimeIsUpError):
             try:
                 yield

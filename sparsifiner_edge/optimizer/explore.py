@@ -17,7 +17,7 @@ from sparsifiner_edge.optimizer.latency import PlanLatency
 from sparsifiner_edge.optimizer.request import SearchRequest
 from sparsifiner_edge.optimizer.solve import Solver
 from sparsifiner_edge.optimizer.trial import Trial
-from sparsifiner_edge.optimizer.whole import Found, WholeModels
+from sparsifiner_edge.optimizer.whole import Attempt, WholeModels
 from sparsifiner_edge.plan import LayerPlan, plan_of
 from sparsifiner_edge.results import Quantity
 
@@ -58,19 +58,19 @@ class Search:
         distances: of each plan, judge by judge. alone: mean of each plan that changes one layer.
         latencies: of engines that are followed, and ms: of whole models, as of the reference.
         losses: by engine, what its precision loses beside what plans do.
-        excluded: engines that are not searched, and why. found: bundles, in the order of finding. remarks: on the way.
+        excluded: engines that are not searched, and why. attempts: bundles, as they came. remarks: on the way.
         limit: of what is bounded: distance, or milliseconds with room for another measurement.
         factor: of a mean distance over all images, to that over the judges. margin: of one as it counts, to the mean.
     """
 
     def __init__(
-        self, request: SearchRequest, trial: Trial, models: WholeModels, clock: Clock, keep: Callable[[Found], None]
+        self, request: SearchRequest, trial: Trial, models: WholeModels, clock: Clock, keep: Callable[[Attempt], None]
     ) -> None:
         self.request, self.bound, self.trial, self.models, self.clock = request, request.bound, trial, models, clock
         self._keep, self.count = keep, len(request.images)
         self.distances, self.alone = dict[LayerPlan, list[float]](), dict[LayerPlan, float]()
         self.latencies, self.ms = dict[Deployment, PlanLatency](), dict[tuple[LayerPlan, Deployment], Quantity]()
-        self.losses, self.excluded, self.found = dict[Deployment, float](), dict[Deployment, str](), list[Found]()
+        self.losses, self.excluded, self.attempts = dict[Deployment, float](), dict[Deployment, str](), list[Attempt]()
         self.remarks, self.factor, self.margin = list[str](), 1.0, 1.0
         self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
 
@@ -86,10 +86,10 @@ class Search:
         """Distance of a plan that was judged, over all images as far as is known."""
         return self.factor * fmean(self.distances[plan])
 
-    def shape(self, found: Found) -> float:
+    def shape(self, attempt: Attempt) -> float:
         """Of the gamma distribution that the distances of single images have; an exponential one's at most."""
-        least, spread = self.trial.least, stdev(found.distances)
-        return min(1.0, (max(fmean(found.distances), least) / max(spread, least)) ** 2)
+        least, spread = self.trial.least, stdev(attempt.distances)
+        return min(1.0, (max(fmean(attempt.distances), least) / max(spread, least)) ** 2)
 
     def model(self, but: LayerPlan | None = None) -> FidelityModel:
         """Fitted to all that is known but one plan, from each layer alone on."""
@@ -131,25 +131,25 @@ class Search:
             return min(within, key=lambda plan: self.objective(engine, plan))
         return min(self.distances, key=lambda plan: self.constraint(engine, plan))
 
-    def bounded(self, found: Found) -> float:
+    def bounded(self, attempt: Attempt) -> float:
         """What is bounded of a bundle, as it counts: the mean distance and a bit more, for images to come are others,
         or on the images kept back where that is worse; or the milliseconds.
         """
         if not self.bound.by_fidelity:
-            return found.ms.value
-        spread = stdev(found.distances) / len(found.distances) ** 0.5 if len(found.distances) > 1 else 0.0
-        return max(fmean(found.distances) + DEVIATIONS * spread, fmean(found.kept))
+            return attempt.ms.value
+        spread = stdev(attempt.distances) / len(attempt.distances) ** 0.5 if len(attempt.distances) > 1 else 0.0
+        return max(fmean(attempt.distances) + DEVIATIONS * spread, fmean(attempt.reserved))
 
-    def order(self, found: Found) -> tuple[bool, float]:
+    def order(self, attempt: Attempt) -> tuple[bool, float]:
         """What is better comes first: what meets the bound, and of that the best; else the nearest to it."""
-        met = self.bounded(found) <= self.limit
-        nearest = self.bounded(found)
-        best = found.ms.value if self.bound.by_fidelity else fmean(found.distances)
+        met = self.bounded(attempt) <= self.limit
+        nearest = self.bounded(attempt)
+        best = attempt.ms.value if self.bound.by_fidelity else fmean(attempt.distances)
         return not met, best if met else nearest
 
-    def try_out(self, plan: LayerPlan, engine: Deployment) -> Found | None:
+    def try_out(self, plan: LayerPlan, engine: Deployment) -> Attempt | None:
         """Make a bundle, time and judge it, and keep it if nothing better was found; None: the engine is out."""
-        earlier = next((one for one in self.found if (one.plan, one.engine) == (plan, engine)), None)
+        earlier = next((one for one in self.attempts if (one.plan, one.engine) == (plan, engine)), None)
         if earlier is not None:
             return earlier
         try:
@@ -163,29 +163,29 @@ class Search:
             (self.model(but=plan).of(plan) + self.losses[engine], self.latencies[engine].of(plan))
             if known else (fmean(distances[: self.count]), ms.value)
         )  # fmt: skip
-        found = Found(plan, engine, ms, distances[: self.count], distances[self.count :], predicted)
-        self.found.append(found)
+        attempt = Attempt(plan, engine, ms, distances[: self.count], distances[self.count :], predicted)
+        self.attempts.append(attempt)
         if plan in self.distances:
             lost = max(
-                0.0, fmean(found.distances[number] for number in self.trial.judges) * self.factor - self.mean(plan)
+                0.0, fmean(attempt.distances[number] for number in self.trial.judges) * self.factor - self.mean(plan)
             )
             self.losses[engine] = max(lost, self.losses.get(engine, 0.0))
         if known and engine.is_here:
             self.latencies[engine] = self.latencies[engine].calibrate(plan, ms.value)
-        if min(self.found, key=self.order) is found:
-            self._keep(found)
-        return found
+        if min(self.attempts, key=self.order) is attempt:
+            self._keep(attempt)
+        return attempt
 
-    def choose_judges(self, found: Found) -> None:
+    def choose_judges(self, attempt: Attempt) -> None:
         """From what a bundle lost on all images: which few stand for them, and how much all lose beside those."""
-        self.trial.choose_judges(found.distances)
+        self.trial.choose_judges(attempt.distances)
         self.distances.clear()
-        (few,), mean = self.measure([found.plan], "the judges"), fmean(found.distances)
+        (few,), mean = self.measure([attempt.plan], "the judges"), fmean(attempt.distances)
         least = self.trial.least
-        self.factor = max(mean - self.losses.get(found.engine, 0.0), least) / max(few, least)
-        spread = stdev(found.distances) / len(found.distances) ** 0.5
+        self.factor = max(mean - self.losses.get(attempt.engine, 0.0), least) / max(few, least)
+        spread = stdev(attempt.distances) / len(attempt.distances) ** 0.5
         self.margin = 1 + DEVIATIONS * spread / max(mean, least) if self.bound.by_fidelity else 1.0
-        self.losses[found.engine] = 0.0
+        self.losses[attempt.engine] = 0.0
 
     def time(self, plan: LayerPlan, engine: Deployment) -> Quantity:
         """Of a whole model, once.
@@ -234,9 +234,9 @@ def first_plan(search: Search) -> LayerPlan:
     engines = search.request.engines
     plain = [engine for engine in engines if (engine.stored, engine.computes) == ("fp32", "auto")]
     for engine in [*plain[:1], *engines]:
-        found = search.try_out(plan, engine)
-        if found is not None:
-            search.choose_judges(found)
+        attempt = search.try_out(plan, engine)
+        if attempt is not None:
+            search.choose_judges(attempt)
             break
     return plan
 
@@ -368,12 +368,12 @@ def _tighten(search: Search, engine: Deployment, tile: int) -> None:
             if not nearest.is_dense:
                 search.measure([nearest], "near the bound")
         plan = search.best(engine, limit)
-        known = any((one.plan, one.engine) == (plan, engine) for one in search.found)
+        known = any((one.plan, one.engine) == (plan, engine) for one in search.attempts)
         if not known and not search.clock.fits(*LAST):
             return
         predicted = search.constraint(engine, plan)
-        found = search.try_out(plan, engine)
-        if found is None or search.bounded(found) <= search.limit:
+        attempt = search.try_out(plan, engine)
+        if attempt is None or search.bounded(attempt) <= search.limit:
             return
-        excess = max(excess, search.bounded(found) - predicted)
+        excess = max(excess, search.bounded(attempt) - predicted)
         limit = max(0.0, min(search.limit - excess, 0.98 * search.constraint(engine, plan)))

@@ -27,7 +27,7 @@ from sparsifiner_edge.optimizer.picture import draw_front
 from sparsifiner_edge.optimizer.remarks import remarks_on
 from sparsifiner_edge.optimizer.request import CHECKED, LEAST_IMAGES, OptimizeOptions, SearchRequest, read_request
 from sparsifiner_edge.optimizer.trial import Trial
-from sparsifiner_edge.optimizer.whole import Found, WholeModels, link_images
+from sparsifiner_edge.optimizer.whole import Attempt, WholeModels, link_images
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.stats import quantity, skewed_mean
 from sparsifiner_edge.progress import Progress
@@ -115,14 +115,14 @@ def optimize(
                 scratch, subject.student, subject.dense, request.images, request.board, clock, request.fit
             )
             stack.enter_context(whole)
-            search = Search(request, trial, whole, clock, lambda found: _keep(whole, found, folder / BUNDLE))
+            search = Search(request, trial, whole, clock, lambda attempt: _keep(whole, attempt, folder / BUNDLE))
             preparation = _Preparation(search, subject, scratch, folder)
             explore(search, preparation, subject.student.sparsity.tile)
             ending.measure(search)
-        if search is None or not search.found:
+        if search is None or not search.attempts:
             short = f"{options.minutes:g} minutes were not enough for one bundle."
             raise ConfigError(short, "Give more --minutes, or fewer images.")
-        best = min(search.found, key=search.order)
+        best = min(search.attempts, key=search.order)
         _keep(search.models, best, folder / BUNDLE)
         if subject.path is not None:
             save_student(search.models.student_of(best.plan), folder / STUDENT)
@@ -187,15 +187,17 @@ def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str
 
 def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[SearchRequest, Trial]:
     """What judges plans; with fewer images where the dense model is slow beside the time."""
-    student, teacher, paths = subject.student, subject.dense.model, [*request.images, *request.kept]
+    student, teacher, paths = subject.student, subject.dense.model, [*request.images, *request.reserved]
     for _ in range(2):  # The first time is of getting ready.
         with clock.step("dense image", "the dense model on the images"):
             Trial(student, teacher, paths[:1], request.metric, fit=request.fit)
     most = max(LEAST_IMAGES, int(DENSE_SHARE * clock.seconds / clock.took("dense image")))
     if len(paths) > most:
-        kept = max(1, most // CHECKED)
-        request = request._replace(images=evenly(request.images, most - kept), kept=evenly(request.kept, kept))
-        paths = [*request.images, *request.kept]
+        reserved = max(1, most // CHECKED)
+        request = request._replace(
+            images=evenly(request.images, most - reserved), reserved=evenly(request.reserved, reserved)
+        )
+        paths = [*request.images, *request.reserved]
     judges = int(JUDGING_SHARE * clock.seconds / DENSE_IMAGES / clock.took("dense image"))
     judges = max(LEAST_JUDGES, min(len(request.images), judges))
     trial = Trial(student, teacher, paths, request.metric, judges, request.fit)
@@ -247,32 +249,32 @@ class _Last:
     def measure(self, search: Search) -> None:
         """Best bundles and the dense model, in turn: that takes the place of what was measured beside the reference."""
         nothing, models, clock = LayerPlan.dense(len(search.trial.selects)), search.models, search.clock
-        best = sorted(search.found, key=search.order)[:FINALISTS]
+        best = sorted(search.attempts, key=search.order)[:FINALISTS]
         hosts = [host for plan, host in search.ms if plan == nothing]
         hosts.sort(key=lambda host: (host != best[0].engine.dense_host, search.ms[nothing, host].value))
-        most = max(2, int(clock.left / max(1e-3, LAST_S * clock.took("timing"))))
+        most = max(2, int(clock.remaining / max(1e-3, LAST_S * clock.took("timing"))))
         for host in hosts[: min(HOSTS, most - 1)]:
             self.dense[host] = search.ms[nothing, host], models.distances(nothing, host, search.trial, search.count)
         best = best[: max(1, most - len(self.dense))]
         subjects = [*((one.plan, one.engine) for one in best), *((nothing, host) for host in self.dense)]
         times = models.times(subjects)
         for one, ms in zip(best, times, strict=False):
-            search.found[search.found.index(one)] = one._replace(ms=ms, again=True)
+            search.attempts[search.attempts.index(one)] = one._replace(ms=ms, again=True)
         for host, ms in zip(self.dense, times[len(best) :], strict=True):
             self.dense[host] = ms, self.dense[host][1]
 
 
-def _keep(whole: WholeModels, found: Found, target: Path) -> None:
+def _keep(whole: WholeModels, attempt: Attempt, target: Path) -> None:
     """A bundle as the answer so far."""
     with replace_folder(target) as folder:
-        shutil.copytree(whole.bundle(found.plan, found.engine), folder, dirs_exist_ok=True)
-    if found.engine.is_here:
-        remember_execution(target, found.engine.backend, found.engine.computes)
+        shutil.copytree(whole.bundle(attempt.plan, attempt.engine), folder, dirs_exist_ok=True)
+    if attempt.engine.is_here:
+        remember_execution(target, attempt.engine.backend, attempt.engine.computes)
 
 
 def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOptions) -> SearchResult:
     bound, request = search.bound, search.request
-    ranked = sorted(search.found, key=search.order)
+    ranked = sorted(search.attempts, key=search.order)
     ranked = [one for one in ranked if one.again] or ranked[:1]
     nothing = LayerPlan.dense(len(search.trial.selects))
     drifts = {host: ms.value / search.ms[nothing, host].value for host, (ms, _) in last.dense.items()}
@@ -280,17 +282,17 @@ def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOpt
     def drift(engine: Deployment) -> float:
         return drifts.get(engine.dense_host, fmean(drifts.values()) if drifts else 1.0)
 
-    def candidate(found: Found) -> Candidate:
+    def candidate(attempt: Attempt) -> Candidate:
         return Candidate(
-            merge=merge_text(found.plan.merge), keep=keep_text(found.plan.short_keep), **found.engine._asdict(),
-            fidelity=1 - fmean(found.distances), kept_fidelity=1 - fmean(found.kept),
-            predicted_fidelity=1 - found.predicted[0], predicted_ms=found.predicted[1] * drift(found.engine),
-            ms=found.ms, file_bytes=search.models.file_bytes(found.plan, found.engine),
+            merge=merge_text(attempt.plan.merge), keep=keep_text(attempt.plan.short_keep), **attempt.engine._asdict(),
+            fidelity=1 - fmean(attempt.distances), check_fidelity=1 - fmean(attempt.reserved),
+            predicted_fidelity=1 - attempt.predicted[0], predicted_ms=attempt.predicted[1] * drift(attempt.engine),
+            ms=attempt.ms, file_bytes=search.models.file_bytes(attempt.plan, attempt.engine),
         )  # fmt: skip
 
     dense = [
         Candidate(
-            merge="0", keep="1", **host._asdict(), fidelity=1 - fmean(lost), kept_fidelity=1 - fmean(lost),
+            merge="0", keep="1", **host._asdict(), fidelity=1 - fmean(lost), check_fidelity=1 - fmean(lost),
             predicted_fidelity=1.0, predicted_ms=ms.value, ms=ms,
             file_bytes=search.models.file_bytes(nothing, host),
         ) for host, (ms, lost) in last.dense.items()
@@ -308,7 +310,7 @@ def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOpt
         )
     met = search.bounded(best) <= search.limit if bound.by_fidelity else best.ms.value <= bound.value
     tried = [search.trial.paths[number] for number in search.trial.judges]
-    images = {"searched": request.images, "tried": tried, "checked": request.kept}
+    images = {"searched": request.images, "tried": tried, "checked": request.reserved}
     method = SearchMethod(
         metric=request.metric, at_least=bound.value if bound.by_fidelity else None,
         at_most_ms=None if bound.by_fidelity else bound.value,
@@ -331,12 +333,12 @@ def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOpt
         path=subject.path or Unavailable("it was in memory"), name=subject.student.name,
         sha256=bundle_hash(search.models.bundle(best.plan, best.engine)),
     )  # fmt: skip
-    return SearchResult("search", [file], method, samples | {"check": [1 - lost for lost in best.kept]}, front)
+    return SearchResult("search", [file], method, samples | {"check": [1 - lost for lost in best.reserved]}, front)
 
 
-def _check(search: Search, best: Found) -> Quantity:
+def _check(search: Search, best: Attempt) -> Quantity:
     """Fidelity of the answer on images kept back; those that it was judged by tell how images differ."""
-    lost = skewed_mean(best.kept, search.shape(best))
+    lost = skewed_mean(best.reserved, search.shape(best))
     low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (lost.high, lost.low))
     return quantity(1 - lost.value, low, high, f"1 - distance, {lost.interval}")
 

@@ -25,7 +25,7 @@ PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
 """That are searched: here and for a CPU, and for a board's GPU."""
 LEAST_IMAGES, CHECKED = 5, 5
 """Fewest images for a search; one in this many is kept back for the check."""
-MOST_SEARCHED, MOST_KEPT = 24, 12
+MOST_SEARCHED, MOST_RESERVED = 24, 12
 """Of a large folder, evenly taken."""
 AT_LEAST = 0.98
 """Fidelity, where nothing else is asked for."""
@@ -55,7 +55,7 @@ class SearchRequest(NamedTuple):
     Attributes:
         metric: one of `trial.FIDELITIES`, or a user's own. board: None: this machine.
         unavailable: backends that do not run here, and why.
-        images: that predictors and int8 are calibrated with, and that judge. kept: that bundles are checked with.
+        images: that predictors and int8 are calibrated with, and that judge. reserved: that bundles are checked with.
         engines: the most promising first.
     """
 
@@ -65,7 +65,7 @@ class SearchRequest(NamedTuple):
     engines: list[Deployment]
     unavailable: dict[str, str]
     images: list[Path]
-    kept: list[Path]
+    reserved: list[Path]
     fit: Fit
 
 
@@ -165,10 +165,10 @@ def _engines_here(
 
 def _split(data: str | Path | Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
     """Images to search with, and those that are kept back for the check: of a folder always the same."""
-    given = [data] if isinstance(data, str | Path) else data
-    paths = [path for each in given for path in list_images(Path(each))]
-    many = f"{', '.join(map(str, given))[:200]} has {len(paths)} images."
+    sources = [data] if isinstance(data, str | Path) else data
+    paths = [path for each in sources for path in list_images(Path(each))]
+    many = f"{', '.join(map(str, sources))[:200]} has {len(paths)} images."
     require(len(paths) >= LEAST_IMAGES, many, f"Give {LEAST_IMAGES} or more: one is kept back for the last check.")
     shuffled = random.Random(0).sample(paths, len(paths))  # noqa: S311
-    kept = max(1, len(paths) // CHECKED)
-    return evenly(shuffled[kept:], MOST_SEARCHED), evenly(shuffled[:kept], MOST_KEPT)
+    reserved = max(1, len(paths) // CHECKED)
+    return evenly(shuffled[reserved:], MOST_SEARCHED), evenly(shuffled[:reserved], MOST_RESERVED)

@@ -157,7 +157,7 @@ def whole_ms(
     """Median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(_side(str(n), *bundle, clock)) for n, bundle in enumerate(bundles)]
-        most = min(rules.max_seconds, max(1.0, clock.left / len(sides)))
+        most = min(rules.max_seconds, max(1.0, clock.remaining / len(sides)))
         measure_blocks(sides, replace(rules, max_seconds=most), clock.tell, "measuring whole models")
         return medians_in_turn([side.blocks for side in sides])
 
@@ -191,12 +191,12 @@ def link_images(folder: Path, images: Sequence[Path]) -> Path:
     return folder
 
 
-class Found(NamedTuple):
+class Attempt(NamedTuple):
     """A plan that became a bundle, as an engine runs it.
 
     Attributes:
         ms: as of the reference, or of the last measurement, in turn with the dense model, if it was measured again.
-        distances: of the images searched with, those that judge every plan first. kept: of those kept back.
+        distances: of the images searched with, those that judge every plan first. reserved: of those kept back.
         predicted: distance and milliseconds, before it was measured; of a first plan its own.
     """
 
@@ -204,6 +204,6 @@ class Found(NamedTuple):
     engine: Deployment
     ms: Quantity
     distances: list[float]
-    kept: list[float]
+    reserved: list[float]
     predicted: tuple[float, float]
     again: bool = False

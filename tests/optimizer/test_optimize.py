@@ -27,7 +27,7 @@ from sparsifiner_edge.optimizer.clock import Clock, TimeIsUpError
 from sparsifiner_edge.optimizer.explore import Search, first_plan
 from sparsifiner_edge.optimizer.request import OptimizeOptions, read_request
 from sparsifiner_edge.optimizer.trial import Trial
-from sparsifiner_edge.optimizer.whole import Found
+from sparsifiner_edge.optimizer.whole import Attempt
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.records import Unavailable
@@ -260,18 +260,18 @@ def test_an_engine_that_refuses_the_model_is_left_out_and_said(
         return opened(found, execution)
 
     monkeypatch.setattr(whole, "session_on", refused)
-    student, kept = load_student(tiny_student), list[Found]()
+    student, kept = load_student(tiny_student), list[Attempt]()
     dense, clock = dense_twin(student), Clock(600)
     options = OptimizeOptions(at_least=0.9, backends=BACKENDS, computes=["auto"], precisions=["fp32"])
     request = read_request(options, folder)
-    trial = Trial(student, dense.model, [*request.images, *request.kept], "patches", 3)
+    trial = Trial(student, dense.model, [*request.images, *request.reserved], "patches", 3)
     with whole.WholeModels(tmp_path, student, dense, request.images, None, clock) as models:
         search = Search(request, trial, models, clock, kept.append)
         plan = first_plan(search)
         assert search.excluded == dict.fromkeys(request.engines[:1], "It runs in fp32, not fp16.")
-        assert [str(found.engine) for found in search.found] == ["onnxruntime, fp32"]
-        assert search.found == kept
+        assert [str(found.engine) for found in search.attempts] == ["onnxruntime, fp32"]
+        assert search.attempts == kept
         refusing.append("onnxruntime")
-        search.found.clear()
+        search.attempts.clear()
         with pytest.raises(BackendError, match="not fp16"):
             search.try_out(plan, request.engines[1])
