@@ -147,6 +147,11 @@ class Search:
         best = attempt.ms.value if self.bound.by_fidelity else fmean(attempt.distances)
         return not met, best if met else nearest
 
+    def ranked(self) -> list[Attempt]:
+        """The best first: of those that were measured again in the end, or the best of all where none was."""
+        attempts = sorted(self.attempts, key=self.order)
+        return [one for one in attempts if one.again] or attempts[:1]
+
     def try_out(self, plan: LayerPlan, engine: Deployment) -> Attempt | None:
         """Make a bundle, time and judge it, and keep it if nothing better was found; None: the engine is out."""
         earlier = next((one for one in self.attempts if (one.plan, one.engine) == (plan, engine)), None)

@@ -122,7 +122,7 @@ def optimize(
         if search is None or not search.attempts:
             short = f"{options.minutes:g} minutes were not enough for one bundle."
             raise ConfigError(short, "Give more --minutes, or fewer images.")
-        best = min(search.attempts, key=search.order)
+        best = search.ranked()[0]
         _keep(search.models, best, folder / BUNDLE)
         if subject.path is not None:
             save_student(search.models.student_of(best.plan), folder / STUDENT)
@@ -274,8 +274,7 @@ def _keep(whole: WholeModels, attempt: Attempt, target: Path) -> None:
 
 def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOptions) -> SearchResult:
     bound, request = search.bound, search.request
-    ranked = sorted(search.attempts, key=search.order)
-    ranked = [one for one in ranked if one.again] or ranked[:1]
+    ranked = search.ranked()
     nothing = LayerPlan.dense(len(search.trial.selects))
     drifts = {host: ms.value / search.ms[nothing, host].value for host, (ms, _) in last.dense.items()}
 
@@ -299,15 +298,11 @@ def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOpt
     ]  # fmt: skip
     finalists, best = [candidate(one) for one in ranked], ranked[0]
     why = f"no plan meets {bound.text}; the nearest has {finalists[0].fidelity:.4f} at {best.ms.value:.1f} ms"
-    remarks, fastest = (
-        [*search.remarks, *remarks_on(search, best)],
-        min(dense, key=lambda one: one.ms.value, default=None),
-    )
-    if fastest is not None and fastest.ms.value <= best.ms.value:
-        much = f"{fastest.ms.value:.1f} ms in {fastest.engine}"
-        remarks.append(
-            f"Dense is faster here: {much}. Nothing is gained by a sparse model of this size on this machine."
-        )
+    dense.sort(key=lambda one: one.ms.value)
+    remarks = [*search.remarks, *remarks_on(search, best)]
+    if dense and dense[0].ms.value <= best.ms.value:
+        much = f"{dense[0].ms.value:.1f} ms in {dense[0].engine}"
+        remarks.append(f"Dense is faster here: {much}. A sparse model of this size gains nothing on this machine.")
     met = search.bounded(best) <= search.limit if bound.by_fidelity else best.ms.value <= bound.value
     tried = [search.trial.paths[number] for number in search.trial.judges]
     images = {"searched": request.images, "tried": tried, "checked": request.reserved}
@@ -321,7 +316,7 @@ def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOpt
     front = Front(
         points=_points(search, drift), finalists=finalists,
         answer=finalists[0] if met else Unavailable(why),
-        check=_check(search, best), dense=sorted(dense, key=lambda one: one.ms.value),
+        check=_check(search, best), dense=dense,
         left_out=request.unavailable | {str(engine): why for engine, why in search.excluded.items()},
         remarks=remarks,
     )  # fmt: skip
