@@ -27,8 +27,8 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or another package's; "auto": what the bundle
-            was found for, else the first that runs here of an engine in it, ONNX Runtime and OpenVINO.
-        precision: what is computed in: "fp32", "bf16", "fp16"; "auto": found with the backend, else as stored.
+            is intended for, else the first that runs here of an engine in it, ONNX Runtime and OpenVINO.
+        precision: what is computed in: "fp32", "bf16", "fp16"; "auto": intended with the backend, else as stored.
         provider: of ONNX Runtime: "cpu" or "cuda".
         kernels: "auto", "native" (the library, or an error) or "portable" (bodies of standard operators); a session's
             `description` says what runs.

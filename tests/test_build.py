@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE, require_replaceable
 from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine, EngineDevice, fitting_engine, system
-from sparsifiner_edge.bundle.manifest import FoundFor, Manifest, TensorSpec
+from sparsifiner_edge.bundle.manifest import Intended, Manifest, TensorSpec
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.records import write_record
@@ -40,8 +40,8 @@ def test_engines_are_added_and_those_of_one_name_replaced(tiny: Path) -> None:
     assert manifest["engines"] == [first[1], *again, *wider]
     assert {f"engines/{p.name}" for p in (tiny / "engines").iterdir()} == {e["file"] for e in manifest["engines"]}
     after = open_bundle(tiny).manifest
-    assert (after.found_for, before.found_for) == (FoundFor(RTX), None)
-    assert replace(after, files={}, engines=(), found_for=None) == replace(before, files={})
+    assert (after.intended, before.intended) == (Intended(RTX), None)
+    assert replace(after, files={}, engines=(), intended=None) == replace(before, files={})
     assert before.files.items() <= after.files.items()
     require_replaceable(tiny, "bundle")
     with open_session(tiny) as session:  # What it was before it still is.

@@ -1,4 +1,4 @@
-"""What a bundle remembers of what it was found for, and what runs it then."""
+"""What a bundle remembers of what it is intended for, and what runs it then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.bundle.manifest import FoundFor
+from sparsifiner_edge.bundle.manifest import Intended
 from sparsifiner_edge.bundle.sign import require_signature, sign_bundle
 from sparsifiner_edge.bundle.store import open_bundle, remember_execution
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
@@ -40,13 +40,13 @@ def test_a_bundle_remembers_and_a_signature_holds_no_longer(bundle: Path, keys: 
     before = open_bundle(bundle).manifest.files
     remember_execution(bundle, "onnxruntime")
     remember_execution(bundle, "openvino", "bf16")
-    assert open_bundle(bundle).manifest.found_for == FoundFor("openvino", "bf16")
+    assert open_bundle(bundle).manifest.intended == Intended("openvino", "bf16")
     assert open_bundle(bundle).manifest.files == before
     with pytest.raises(ArtifactError, match="was changed after it was signed"):
         require_signature(bundle, keys / "key.pub")
     kept = snapshot(bundle)
     for wrong in (("openvino", "int1"), ("../evil", "auto"), ("", "auto"), ("a" * 65, "auto")):
-        with pytest.raises(ConfigError, match=r"Found for: (backend|precision) is"):
+        with pytest.raises(ConfigError, match=r"Intended: (backend|precision) is"):
             remember_execution(bundle, *wrong)
     assert snapshot(bundle) == kept
 
@@ -62,7 +62,7 @@ def chosen(folder: Path, **asked: str) -> tuple[str, str, str | None]:
 def test_what_the_manifest_names_runs_unless_a_caller_names_another(bundle: Path) -> None:
     assert chosen(bundle) == ("onnxruntime", "auto", None)
     remember_execution(bundle, "openvino")
-    assert chosen(bundle) == ("openvino", "auto", "openvino runs this bundle, which was found for it.")
+    assert chosen(bundle) == ("openvino", "auto", "openvino runs this bundle, which is intended for it.")
     assert chosen(bundle, backend="onnxruntime") == ("onnxruntime", "auto", None)
     assert chosen(bundle, precision="fp32")[:2] == ("openvino", "fp32")
     with pytest.raises(BackendError, match="precision is 'int1'"):
@@ -74,7 +74,7 @@ def test_a_precision_is_remembered_with_its_backend_and_never_lowered(
 ) -> None:
     monkeypatch.setattr(openvino, "import_openvino", without_bf16)
     remember_execution(bundle, "openvino", "bf16")
-    found = "openvino runs this bundle, which was found for openvino in bf16: "
+    found = "openvino runs this bundle, which is intended for openvino in bf16: "
     assert chosen(bundle) == ("openvino", "auto", found + "This processor has no bf16.")
     assert chosen(bundle, backend="openvino") == ("openvino", "auto", found + "This processor has no bf16.")
     assert chosen(bundle, backend="onnxruntime") == ("onnxruntime", "auto", None)
@@ -94,10 +94,10 @@ def without_bf16(precision: str = "auto") -> Any:
 
 @pytest.mark.parametrize(("name", "reason"), [("tensorrt-rtx", r": .* (no engine|not installed).*"), ("sys", r"\.")])
 def test_what_cannot_run_here_is_said_and_no_bundle_names_code(name: str, reason: str, bundle: Path) -> None:
-    reseal(bundle, found_for={"backend": name})
+    reseal(bundle, intended={"backend": name})
     backend, _, why = chosen(bundle)
     assert backend == "onnxruntime"
-    assert re.fullmatch(f"onnxruntime runs this bundle, which was found for {name}{reason}", str(why))
+    assert re.fullmatch(f"onnxruntime runs this bundle, which is intended for {name}{reason}", str(why))
 
 
 BLOCKED = "import sys; sys.modules['openvino'] = None; from sparsifiner_edge.cli.main import main; main(sys.argv[1:])"
@@ -111,7 +111,7 @@ def test_every_command_says_once_what_runs_in_place_of_what_is_not_installed(bun
         ("bundle", "verify", bundle, "--json"): 1,
         ("evaluate", bundle, "--against", bundle, "--data", pictures): 2,  # By role.
     }
-    said = "onnxruntime runs this bundle, which was found for openvino: openvino is not installed"
+    said = "onnxruntime runs this bundle, which is intended for openvino: openvino is not installed"
     for command, times in commands.items():
         line = [sys.executable, "-c", BLOCKED, *map(str, command)]
         ran = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -123,7 +123,7 @@ def test_sides_of_a_comparison_have_executions_of_their_own(bundle: Path, tmp_pa
     remember_execution(bundle, "openvino")
     short = ("--seconds", "0.1", "--threads", "1")
     printed = process("profile", bundle, "--against", other, *short).out
-    assert "bundle: openvino runs this bundle, which was found for it." in printed
+    assert "bundle: openvino runs this bundle, which is intended for it." in printed
     assert re.search(r"; they differ in .*backend \(openvino .* beside onnxruntime ", printed)
     same = ("profile", bundle, "--against", bundle, *short, "--against-backend", "onnxruntime", "--json")
     result = json.loads(process(*same).out)

@@ -74,8 +74,8 @@ class Preprocessing(msgspec.Struct, frozen=True):
     folded: Normalisation | None = None
 
 
-class FoundFor(msgspec.Struct, frozen=True):
-    """What a bundle was found or built for, and is run by where a caller does not say; see `Execution`."""
+class Intended(msgspec.Struct, frozen=True):
+    """What a bundle is to be run by, where a caller does not say; see `Execution`."""
 
     backend: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -91,7 +91,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         inputs, outputs: of the model, in its order. Images are "NHWC", 0 to 255, RGB.
         sparsity: None where attention is dense. plan: what each layer does.
         tolerances: output -> greatest difference from golden, relative to its range; more than 1 would pass anything.
-        engines: in the order in which they were built. found_for: what is to run it, where that is known.
+        engines: in the order in which they were built. intended: what is to run it, where that is known.
         user_call: how far from a user's own function: `export --check`.
         check, retiled, quantisation, float16, boards: what export found; float16 decides `float_precision`.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
@@ -110,7 +110,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     plan: LayerPlan | None = None
     tolerances: dict[str, Annotated[float, Meta(ge=0, le=1)]] = {}
     engines: tuple[Engine, ...] = ()
-    found_for: FoundFor | None = None
+    intended: Intended | None = None
     check: Check | None = None
     user_call: str | None = None
     retiled: Retiled | None = None

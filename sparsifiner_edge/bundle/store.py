@@ -31,7 +31,7 @@ from sparsifiner_edge.bundle.manifest import (
     AGAIN,
     BUNDLE_SCHEMA,
     MODEL_FILE,
-    FoundFor,
+    Intended,
     Manifest,
     manifest_content,
     parse_manifest,
@@ -292,13 +292,14 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
 
 
 def remember_execution(folder: Path, backend: str, precision: str = "auto") -> None:
-    """Let a bundle say what it was found for; a signature holds no longer, as after building an engine.
+    """Let a bundle say what it is intended for; a signature holds no longer, as after building an engine.
 
     Raises:
         ConfigError: these are no backend and precision as `Execution` has them. ArtifactError: see `extend_bundle`.
     """
-    found = read_record({"backend": backend, "precision": precision}, FoundFor, "Found for", "Correct it.", ConfigError)
-    extend_bundle(folder, {}, lambda manifest: msgspec.structs.replace(manifest, found_for=found))
+    named = {"backend": backend, "precision": precision}
+    intended = read_record(named, Intended, "Intended", "Correct it.", ConfigError)
+    extend_bundle(folder, {}, lambda manifest: msgspec.structs.replace(manifest, intended=intended))
 
 
 def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:

@@ -89,10 +89,10 @@ def execution_options(command: Command) -> Command:
     """How a bundle is run: backend, precision, provider and kernels, each an argument of the command."""
     for option in reversed((
         click.option("--backend", default="auto", show_default=True,
-                     help="onnxruntime, openvino, tensorrt or tensorrt-rtx; auto: what BUNDLE was found for, else the "
-                          "first that runs here: an engine in it, onnxruntime, openvino."),
+                     help="onnxruntime, openvino, tensorrt or tensorrt-rtx; auto: what BUNDLE is intended for, else "
+                          "the first that runs here: an engine in it, onnxruntime, openvino."),
         click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True,
-                     help="What all that is not int8 in the file is computed in; auto: found with the backend, else as "
+                     help="What all that is not int8 in the file is computed in; auto: intended with it, else as "
                           "it is stored."),
         click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True,
                      help="Of onnxruntime: what it runs on."),

@@ -120,7 +120,7 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
         deepstream.give_map(model, shape, (height, width))
         outputs = [deepstream.MAP]
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
-    execution = bundle.manifest.found_for
+    execution = bundle.manifest.intended
     precision = "fp16" if execution is not None and execution.precision == "fp16" else bundle.precision
     config = template(
         "deepstream/nvinfer.txt", batch=bundle.manifest.batch or 1, precision=precision, height=height, width=width,

@@ -17,7 +17,7 @@ import msgspec
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, ENGINE_FOLDER, sha256
 from sparsifiner_edge.bundle.engines import DENSE, BatchRange, Details, Engine, EngineVariant, parse_capability
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, FoundFor, Manifest, parse_manifest
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Intended, Manifest, parse_manifest
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle, read_manifest
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.execution import Execution
@@ -159,8 +159,8 @@ def _require_same(manifest: Manifest, bundle: Bundle) -> None:
 
 
 def _with_engines(manifest: Manifest, engines: Sequence[Engine], bundle: Bundle) -> Manifest:
-    """A bundle's manifest with engines added; those of the same names go. It is found for their backend, unless they
-    are for other machines and it was found for something.
+    """A bundle's manifest with engines added; those of the same names go. It is intended for their backend, unless
+    they are for other machines and it is for something.
     """
     _require_same(manifest, bundle)
     names = {engine.name for engine in engines}
@@ -168,8 +168,8 @@ def _with_engines(manifest: Manifest, engines: Sequence[Engine], bundle: Bundle)
     remaining = [engine for engine in manifest.engines if engine.name not in names]
     files = {name: digest for name, digest in manifest.files.items() if name not in stale}
     elsewhere = all(engine.details.chosen.failed for engine in engines)
-    found_for = (manifest.found_for if elsewhere else None) or FoundFor(engines[0].backend)
-    return msgspec.structs.replace(manifest, files=files, engines=(*remaining, *engines), found_for=found_for)
+    intended = (manifest.intended if elsewhere else None) or Intended(engines[0].backend)
+    return msgspec.structs.replace(manifest, files=files, engines=(*remaining, *engines), intended=intended)
 
 
 def build_fastest(engine: Engine, bundle: Bundle, place: Path, timeout_s: float, progress: Progress | None) -> Details:

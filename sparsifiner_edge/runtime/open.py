@@ -9,6 +9,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from sparsifiner_edge.bounds import MOST_THREADS
+from sparsifiner_edge.bundle.manifest import Intended
 from sparsifiner_edge.bundle.sign import require_signature
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError, SparsifinerError
@@ -32,14 +33,12 @@ BACKENDS = {
 
 
 def find_backend(execution: Execution) -> Backend:
-    """The backend that an execution names, set up to run as it says; "auto" without a bundle is ONNX Runtime.
+    """The backend that an execution names, set up to run as it says.
 
     Raises:
         BackendError: the name or a choice is unknown; the message lists those that are known. Or another package's
             backend is not a class of `Backend`, or cannot be imported.
     """
-    if execution.backend == "auto":
-        execution = replace(execution, backend=ON_PROCESSOR[0])
     known = BACKENDS if execution.backend in BACKENDS else {**BACKENDS, **plugins(ENTRY_POINTS)}
     if execution.backend not in known:
         raise BackendError(f"Unknown backend {execution.backend!r}.", f"Choose one of: {', '.join(known)}.")
@@ -66,19 +65,18 @@ def choose_execution(bundle: Bundle, execution: Execution) -> tuple[Execution, s
     Raises:
         BackendError, MissingExtraError: see `find_backend`; or nothing can run it here.
     """
-    find_backend(execution)
-    found, refused = bundle.manifest.found_for, list[SparsifinerError]()
+    intended, refused = bundle.manifest.intended, list[SparsifinerError]()
     for choice in _choices(bundle, execution):
         try:
-            if choice != execution:  # Of what was asked for, opening says whether it runs.
+            if choice != execution:  # Of what is named, opening says whether it runs.
                 find_backend(choice).check(bundle)
         except (BackendError, MissingExtraError) as error:
             refused.append(error)
             continue
-        if not refused and (found is None or choice == execution):
+        if not refused and (intended is None or choice == execution):
             return choice, None
-        wanted = found and str(replace(choice, backend=found.backend, precision=found.precision))
-        of = f", which was found for {'it' if wanted == str(choice) else wanted}" if wanted else ""
+        aim = intended and str(replace(choice, backend=intended.backend, precision=intended.precision))
+        of = f", which is intended for {'it' if aim == str(choice) else aim}" if aim else ""
         why = f": {refused[0].what}" if refused else "."
         install = f" {refused[0].fix}" if refused and isinstance(refused[0], MissingExtraError) else ""
         return choice, f"{choice} runs this bundle{of}{why}{install}"
@@ -87,13 +85,13 @@ def choose_execution(bundle: Bundle, execution: Execution) -> tuple[Execution, s
 
 def _choices(bundle: Bundle, execution: Execution) -> Iterator[Execution]:
     """What to try, in this order; another package's backend only if a caller names it, whatever a bundle does."""
-    found = [] if bundle.manifest.found_for is None else [bundle.manifest.found_for]
-    engines = (engine.backend for engine in reversed(bundle.manifest.engines))
-    wanted = (*(one.backend for one in found), *engines, *ON_PROCESSOR)
-    ours = [name for name in wanted if name in BACKENDS]
-    for name in ours if execution.backend == "auto" else [execution.backend]:
-        if found and found[0].backend == name and execution.precision == "auto":
-            yield replace(execution, backend=name, precision=found[0].precision)
+    intended, names = bundle.manifest.intended or Intended("auto"), [execution.backend]
+    if names == ["auto"]:
+        engines = (engine.backend for engine in reversed(bundle.manifest.engines))
+        names = [name for name in (intended.backend, *engines, *ON_PROCESSOR) if name in BACKENDS]
+    for name in names:
+        if name == intended.backend and execution.precision == "auto":
+            yield replace(execution, backend=name, precision=intended.precision)
         yield replace(execution, backend=name)
 
 
@@ -141,8 +139,8 @@ def session_on(bundle: Bundle, execution: Execution | None = None) -> Session:
             f"{execution.backend} is no backend of sparsifiner-edge itself, and a signature is required.",
             f"Choose one of: {', '.join(BACKENDS)}.",
         )
-    chosen, why = choose_execution(bundle, execution)
-    session = find_backend(chosen).open(bundle)
+    choice, why = choose_execution(bundle, execution)
+    session = find_backend(choice).open(bundle)
     if why is not None:
         session.description = replace(session.description, chosen=why)
     return session

@@ -46,12 +46,6 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     why_no_graph: str | None = None
     chosen: str | None = None
 
-    def warn_of_kernels(self) -> None:
-        """Warn where operators run several times slower than here, with kernels installed, they could."""
-        if isinstance(self.kernels, str) and self.kernels.startswith(LACKING):
-            what = f"Sparse attention runs by {self.kernels}, which are several times slower than its kernels."
-            warnings.warn(what, SlowKernelsWarning, stacklevel=3)
-
 
 class Session(abc.ABC):
     """A bundle, loaded and ready to run. A context manager: leaving the block closes it.
@@ -76,7 +70,6 @@ class Session(abc.ABC):
     least_batch = golden_runs = 1
     in_place_of_sparse = False
     description: Runtime
-    _has_run = False
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """Check names, types, ranks, sizes, and that axes of one name have one size.
@@ -106,12 +99,12 @@ class Session(abc.ABC):
             BackendError: `validate` rejects the inputs, the backend fails, or the session is closed.
 
         Warns:
-            SlowKernelsWarning: at the first run, where kernels are not installed that would carry out the operators.
+            SlowKernelsWarning: where kernels are not installed that would carry out the operators.
         """
         self.validate(inputs)
-        if not self._has_run:
-            self._has_run = True
-            self.description.warn_of_kernels()
+        if (kernels := str(self.description.kernels)).startswith(LACKING):  # Shown once, unless filters say otherwise.
+            what = f"Sparse attention runs by {kernels}, which are several times slower than its kernels."
+            warnings.warn(what, SlowKernelsWarning, stacklevel=2)
         try:
             outputs = self._run({name: np.ascontiguousarray(value) for name, value in inputs.items()})
         except BackendError:

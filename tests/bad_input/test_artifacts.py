@@ -62,9 +62,9 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m["inputs"][0].update(shape=[-1, 4, 4, 3]), "inputs[0].shape[0] is -1, not int >= 1"),
         (lambda m: m["shape"].update(depth=10**300), "shape.depth is 1000000"),
         (lambda m: m.update(more=float("inf")), "more is inf"),
-        (lambda m: m.update(found_for={"backend": "os:system\n"}), "found_for.backend is"),
-        (lambda m: m.update(found_for={"backend": "openvino", "precision": "int1"}), "found_for.precision is"),
-        (lambda m: m.update(found_for={"precision": "bf16"}), "found_for.backend is missing"),
+        (lambda m: m.update(intended={"backend": "os:system\n"}), "intended.backend is"),
+        (lambda m: m.update(intended={"backend": "openvino", "precision": "int1"}), "intended.precision is"),
+        (lambda m: m.update(intended={"precision": "bf16"}), "intended.backend is missing"),
     ],
 )
 def test_a_bundle_with_another_manifest(change: Change, said: str, bundle: Path, pictures: Path, capsys: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparsifiner_edge.artifacts import kind_of
-from sparsifiner_edge.bundle.manifest import FoundFor
+from sparsifiner_edge.bundle.manifest import Intended
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.config import keep_text, merge_text, parse_merge
@@ -89,7 +89,7 @@ def test_the_answer_is_what_was_asked_for(found: Path, folder: Path, tiny_weight
     assert load_student(found / "student").sparsity.merge == (rates if any(rates) else ())
     assert any(point.on_front for point in front.points)
     assert all(0 < point.fidelity <= 1 for point in front.points)
-    assert open_bundle(found / "bundle").manifest.found_for == FoundFor("onnxruntime")
+    assert open_bundle(found / "bundle").manifest.intended == Intended("onnxruntime")
     assert {"front.png", "report.html", "start"} <= {path.name for path in found.iterdir()}
     assert result.method.seconds < 60 * result.method.minutes
     said = (found.parent / "said").read_text()

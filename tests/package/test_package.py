@@ -249,9 +249,7 @@ def test_a_map_is_a_segmentation(shape: str, tmp_path: Path) -> None:
         wanted = golden["output.mask"].reshape(2, 3)
     assert answer.shape == (1, 1, 8, 12)
     assert answer[0, 0].reshape(2, 4, 3, 4).mean(axis=(1, 3)) == pytest.approx(wanted, abs=0.1)
-    raw = reseal(
-        make_map_bundle(tmp_path / "depth", shape, "2"), found_for={"backend": "tensorrt", "precision": "fp16"}
-    )
+    raw = reseal(make_map_bundle(tmp_path / "depth", shape, "2"), intended={"backend": "tensorrt", "precision": "fp16"})
     package_bundle(raw, "deepstream", tmp_path / "raw")
     found = nvinfer(tmp_path / "raw")
     assert (found["network-type"], found["output-blob-names"], found["network-mode"]) == ("100", "mask", "2")

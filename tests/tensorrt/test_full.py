@@ -65,7 +65,7 @@ def test_an_engine_comes_before_the_processor_where_what_was_found_does_not_run(
     remember_execution(folder, "tensorrt-rtx")
     with open_session(folder) as session:
         assert session.backend == "tensorrt"
-        assert "found for tensorrt-rtx: " in session.description.chosen
+        assert "intended for tensorrt-rtx: " in session.description.chosen
     with open_session(folder, kernels="portable") as session:
         assert session.backend == "onnxruntime"
     assert gpu.live() == {}

@@ -73,11 +73,11 @@ class _Worker:
     inputs: dict[str, Array]
 
     def load(self, bundle: str, execution: dict[str, Any]) -> Loaded:
-        checked, asked = checked_bundle(Path(bundle)), msgspec.convert(execution, Execution)
-        chosen, _ = choose_execution(checked, asked)
+        checked, named = checked_bundle(Path(bundle)), msgspec.convert(execution, Execution)
+        chosen, _ = choose_execution(checked, named)
         find_backend(chosen).load()
         before = process_bytes(RESIDENT)
-        self.session = session_on(checked, asked)
+        self.session = session_on(checked, named)
         self.inputs = fixed_inputs(self.session.inputs)
         return Loaded(
             execution=chosen,
