@@ -4,12 +4,12 @@
     python benchmarks/optimize.py --seeds 10 [--minutes 2] -o FOLDER
 
 DINOv2 ViT-S/14, real weights, untrained. The command runs as a process of its own, with the default of every option but
-the precision: once in fp32 alone, once in any. Its images are the development photographs and the calibration images;
-what it gives is judged by the publication photographs (`demo/split.py`), and timed once more, in turn with the dense
-model in the engines that ran that fastest, and with the plan of an earlier search (`--earlier`) in the answer's engine.
+the precision: once in fp32 alone, once in any. Its images are the development and the training photographs; what it
+gives is judged by the publication photographs (`demo/split.py`), and timed once more, in turn with the dense model in
+the engines that ran that fastest, and with the plan of an earlier search (`--earlier`) in the answer's engine.
 Wall time is the command's, from start to end. With `--loaded` one core computes something else meanwhile.
 
-With `--seeds` each search, at 224 px, gets another fourteen of these images; no search sees what it is held against.
+With `--seeds` each search, at 224 px, gets another 25 of these images; no search sees what it is held against.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from sparsifiner_edge.sparse.student import dense_twin, load_student
 CASES = {"fp32": ("--precision", "fp32", "--computes", "auto"), "any": ()}
 """Options of the command."""
 ASKED = 0.98
-DRAWN = 14
+DRAWN = 25
 """Of the images, by seed."""
 
 
@@ -84,8 +84,8 @@ def published() -> list[Path]:
 
 
 def users() -> list[Path]:
-    """Images that a user might give."""
-    return [*split.images("development"), *split.images("calibration")]
+    """Images that a user might give: of those that may be tuned on the photographs."""
+    return [*split.images("development"), *(path for path in split.training() if path.suffix == ".jpg")]
 
 
 @contextlib.contextmanager

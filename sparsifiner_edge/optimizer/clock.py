@@ -67,9 +67,12 @@ class Clock:
         """Seconds of the last steps of these kinds together; what was never taken counts nothing."""
         return sum(self._took.get(kind, 0.0) for kind in kinds)
 
-    def fits(self, *kinds: str) -> bool:
-        """Whether steps of these kinds are over in time if they take as long as their last ones did, and a bit more."""
-        return SPARE * self.took(*kinds) < self.remaining
+    def fits(self, *kinds: str, reserve: float = 0.0) -> bool:
+        """Whether steps of these kinds are over in time if they take as long as their last ones did, and a bit more.
+
+        reserve: share of all time that is for something else.
+        """
+        return SPARE * self.took(*kinds) < self.remaining - reserve * self.seconds
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:

@@ -35,6 +35,8 @@ CLOSE, MOST_ENGINES = 1.2, 2
 """Engines are followed that are within this factor of the best, this many at most."""
 ENGINES_SHARE = 0.16
 """Of all time, that engines may be tried for."""
+FAR = 1.4
+"""A backend that takes so many times as long as another is tried in no other precision."""
 TRIES = 4
 """Plans of one engine that are exported until one meets the bound."""
 ROOM = 0.98
@@ -43,7 +45,7 @@ DEVIATIONS = 0.3
 """Standard errors of the mean distance that are kept from the bound: images to come are others."""
 LEAST_AIM = 1e-3
 """A distance below which nothing is to be gained: what the latency allows is the dense model, or nearly."""
-PROBES = 4
+PROBES = 3
 """Judges of a plan that changes one layer alone."""
 
 
@@ -95,7 +97,7 @@ class Search:
         """Fitted to all that is known but one plan, from each layer alone on."""
         selects, patches = self.trial.selects, self.trial.patches
         merge = [self._probe(layer, merge=patches // 4) for layer in range(len(selects))]
-        keep = [self._probe(layer, keep=PROBED) if selected else 1.0 for layer, selected in enumerate(selects)]
+        keep = [self._probe(layer, keep=PROBED) if reads else 1.0 for layer, reads in enumerate(selects)]
         model = FidelityModel(merge, keep, patches, self.trial.least)
         known = [plan for plan in self.distances if plan != but]
         return model.fit(known, [self.mean(plan) for plan in known])
@@ -192,6 +194,10 @@ class Search:
         self.margin = 1 + DEVIATIONS * spread / max(mean, least) if self.bound.by_fidelity else 1.0
         self.losses[attempt.engine] = 0.0
 
+    def fits(self, *kinds: str) -> bool:
+        """Whether there is time for these steps before the last measurement."""
+        return self.clock.fits(*kinds, reserve=LAST_SHARE)
+
     def time(self, plan: LayerPlan, engine: Deployment) -> Quantity:
         """Of a whole model, once.
 
@@ -250,7 +256,10 @@ def choose_engines(search: Search, plan: LayerPlan) -> list[Deployment]:
     """Engines that are worth it, the fastest first: a plan is timed in each, and the dense model in what is left."""
     until, ms = search.clock.gone + ENGINES_SHARE * search.clock.seconds, dict[Deployment, float]()
     for engine in search.request.engines:
-        if search.clock.gone > until and ms:
+        slower = [ms[x] / min(ms.values()) for x in ms if x.backend == engine.backend]
+        if slower and min(slower) > FAR:
+            search.excluded[engine] = f"{engine.backend} takes {min(slower):.1f} times as long in another precision"
+        elif search.clock.gone > until and ms:
             search.excluded[engine] = "there was no time to try it"
         if engine in search.excluded:
             continue
@@ -301,23 +310,23 @@ def explore(search: Search, preparation: Preparation, tile: int) -> None:
             latency = latency.calibrate(nothing, search.ms[nothing, engine.dense_host].value)
             latency = latency.calibrate(plan, search.ms[plan, engine].value)
         search.latencies[engine] = latency
-        if not search.clock.fits("parts", "plan", *LAST):
+        if not search.fits("parts", "plan", *BUNDLE):
             break
     before = 0.0
     for number in range(ROUNDS):
         best = _round(number, search, tile)
-        if not number and search.clock.fits(*LAST, *LAST):  # Better soon; and rounds learn from it.
+        if not number and search.fits(*BUNDLE, *BUNDLE):  # Better soon; and rounds learn from it.
             engine = _promising(search)[0]
             search.try_out(search.best(engine, search.limit), engine)
-        if abs(best - before) < SETTLED * best or not search.clock.fits(*len(SPREAD) * ("plan",), *LAST):
+        if abs(best - before) < SETTLED * best or not search.fits(*len(SPREAD) * ("plan",), *BUNDLE):
             break
         before = best
     for engine in _promising(search):
         _tighten(search, engine, tile)
 
 
-LAST = ("export", "export int8", "judging", "timing", "timing", "judging", "timing", "timing")
-"""What is yet to come: a plan as a bundle, and the last measurement."""
+BUNDLE, LAST_SHARE = ("export", "export int8", "judging", "timing"), 0.12
+"""What a plan takes to become a bundle; of all time, what the last measurement may take."""
 
 
 def _round(number: int, search: Search, tile: int) -> float:
@@ -334,7 +343,7 @@ def _round(number: int, search: Search, tile: int) -> float:
         for factor in (NEAR if number else SPREAD)
     )
     for plan in chosen:
-        if not plan.is_dense and search.clock.fits("plan", *LAST):
+        if not plan.is_dense and search.fits("plan", *BUNDLE):
             search.measure([plan], f"round {number + 1}")
     return best
 
@@ -364,7 +373,7 @@ def _tighten(search: Search, engine: Deployment, tile: int) -> None:
     """
     limit, excess = search.limit, 0.0
     for _ in range(TRIES):
-        if search.clock.fits("plan", *LAST):
+        if search.fits("plan", *BUNDLE):
             solver = Solver(search.latencies[engine], search.model(), search.trial.selects, tile)
             nearest = (
                 solver.at_distance(max(LEAST_AIM, limit / search.margin - search.losses[engine]))
@@ -374,7 +383,7 @@ def _tighten(search: Search, engine: Deployment, tile: int) -> None:
                 search.measure([nearest], "near the bound")
         plan = search.best(engine, limit)
         known = any((one.plan, one.engine) == (plan, engine) for one in search.attempts)
-        if not known and not search.clock.fits(*LAST):
+        if not known and not search.fits(*BUNDLE):
             return
         predicted = search.constraint(engine, plan)
         attempt = search.try_out(plan, engine)

@@ -21,7 +21,7 @@ from sparsifiner_edge.files import io_errors, replace_folder, scratch_folder
 from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.optimizer.clock import Clock
-from sparsifiner_edge.optimizer.explore import Search, explore
+from sparsifiner_edge.optimizer.explore import LAST_SHARE, Search, explore
 from sparsifiner_edge.optimizer.latency import PlanLatency, estimate_latency, measure_latency
 from sparsifiner_edge.optimizer.picture import draw_front
 from sparsifiner_edge.optimizer.remarks import remarks_on
@@ -225,6 +225,8 @@ class _Preparation(NamedTuple):
             set_budget(student.model, student.sparsity, keep_predictors=True)  # A plan has changed it.
             with clock.step("learning", "predictors learn"):
                 student = calibrate_student(student, images, clock.tell)
+        selects = self.search.trial.selects  # Later layers see so few tokens, merged, that plain attention is cheap.
+        self.search.trial.selects = [selected and 2 * layer < len(selects) for layer, selected in enumerate(selects)]
         if self.subject.path is not None:
             save_student(student, self.folder / START)
 
@@ -257,7 +259,7 @@ class _Last:
             self.dense[host] = search.ms[nothing, host], models.distances(nothing, host, search.trial, search.count)
         best = best[: max(1, most - len(self.dense))]
         subjects = [*((one.plan, one.engine) for one in best), *((nothing, host) for host in self.dense)]
-        times = models.times(subjects)
+        times = models.times(subjects, LAST_SHARE * clock.seconds / len(subjects))
         for one, ms in zip(best, times, strict=False):
             search.attempts[search.attempts.index(one)] = one._replace(ms=ms, again=True)
         for host, ms in zip(self.dense, times[len(best) :], strict=True):

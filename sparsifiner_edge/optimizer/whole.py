@@ -139,8 +139,9 @@ class WholeModels:
             none = Unavailable("it was measured beside the reference, quickly")
             return Quantity(ms, none, none, CONFIDENCE, "faster quarter, beside a reference")
 
-    def times(self, subjects: Sequence[PlanInEngine], rules: Rules = THOROUGH) -> list[Quantity]:
-        """Median milliseconds, measured in turn, each in a process of its own; or an estimate with its bounds.
+    def times(self, subjects: Sequence[PlanInEngine], most_s: float = THOROUGH.max_seconds) -> list[Quantity]:
+        """Median milliseconds, measured in turn, each in a process of its own, in `most_s` about each; or an estimate
+        with its bounds.
 
         Raises:
             GateError, BackendError: see `ms`.
@@ -148,17 +149,17 @@ class WholeModels:
         bundles = [(self.bundle(plan, engine), engine) for plan, engine in subjects]
         if self._board is not None:
             return [_estimate(bundle, self._board, engine.stored) for bundle, engine in bundles]
-        return whole_ms(bundles, self._clock, rules)
+        return whole_ms(bundles, self._clock, most_s)
 
 
 def whole_ms(
-    bundles: Sequence[tuple[Path, Deployment]], clock: Clock, rules: Rules = THOROUGH
+    bundles: Sequence[tuple[Path, Deployment]], clock: Clock, most_s: float = THOROUGH.max_seconds
 ) -> list[Quantity]:  # fmt: skip
     """Median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(_side(str(n), *bundle, clock)) for n, bundle in enumerate(bundles)]
-        most = min(rules.max_seconds, max(1.0, clock.remaining / len(sides)))
-        measure_blocks(sides, replace(rules, max_seconds=most), clock.tell, "measuring whole models")
+        most_s = max(1.0, min(most_s, clock.remaining / len(sides)))
+        measure_blocks(sides, replace(THOROUGH, max_seconds=most_s), clock.tell, "measuring whole models")
         return medians_in_turn([side.blocks for side in sides])
 
 
