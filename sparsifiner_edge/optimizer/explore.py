@@ -37,8 +37,10 @@ ENGINES_SHARE = 0.16
 """Of all time, that engines may be tried for."""
 FAR = 1.4
 """A backend that takes so many times as long as another is tried in no other precision."""
-TRIES = 4
-"""Plans of one engine that are exported until one meets the bound."""
+TRIES, NEAR_ENOUGH, JUST, LOOSER = 4, 0.88, 0.97, 1.3
+"""Plans of one engine that become bundles until one reaches so much of the bound; what the next one aims at, and how much
+further than the last at most.
+"""
 ROOM = 0.98
 """Of a bound of time: two measurements of the same differ."""
 DEVIATIONS = 0.3
@@ -368,26 +370,24 @@ def _promising(search: Search) -> list[Deployment]:
 
 
 def _tighten(search: Search, engine: Deployment, tile: int) -> None:
-    """Plans as bundles until one meets the bound: what int8 and float16 lose on top, what more images lose, or what a
-    whole model takes longer than predicted, makes the plan's own limit tighter.
+    """Plans as bundles until one just meets the bound: what a precision and more images lose on top, or what a whole
+    model takes longer than predicted, is known from the last one, and the next is as much tighter, or looser.
     """
-    limit, excess = search.limit, 0.0
+    aim, plan = search.limit, search.best(engine, search.limit)
     for _ in range(TRIES):
-        if search.fits("plan", *BUNDLE):
-            solver = Solver(search.latencies[engine], search.model(), search.trial.selects, tile)
-            nearest = (
-                solver.at_distance(max(LEAST_AIM, limit / search.margin - search.losses[engine]))
-                if search.bound.by_fidelity else solver.at_latency(limit)
-            )  # fmt: skip
-            if not nearest.is_dense:
-                search.measure([nearest], "near the bound")
-        plan = search.best(engine, limit)
-        known = any((one.plan, one.engine) == (plan, engine) for one in search.attempts)
-        if not known and not search.fits(*BUNDLE):
+        attempt = search.try_out(plan, engine) if search.fits(*BUNDLE) else None
+        if attempt is None:
             return
-        predicted = search.constraint(engine, plan)
-        attempt = search.try_out(plan, engine)
-        if attempt is None or search.bounded(attempt) <= search.limit:
+        reached = search.bounded(attempt)
+        if NEAR_ENOUGH * search.limit <= reached <= search.limit or not search.fits("plan", *BUNDLE):
             return
-        excess = max(excess, search.bounded(attempt) - predicted)
-        limit = max(0.0, min(search.limit - excess, 0.98 * search.constraint(engine, plan)))
+        aim = min(JUST * search.limit * search.constraint(engine, plan) / reached, LOOSER * aim)
+        solver = Solver(search.latencies[engine], search.model(), search.trial.selects, tile)
+        for factor in (1.0, 0.9, 1.1):
+            distance = max(LEAST_AIM, factor * aim / search.margin - search.losses[engine])
+            one = solver.at_distance(distance) if search.bound.by_fidelity else solver.at_latency(factor * aim)
+            if not one.is_dense:
+                search.measure([one], "near the bound")
+        plan = search.best(engine, aim)
+        if any((one.plan, one.engine) == (plan, engine) for one in search.attempts):
+            return
