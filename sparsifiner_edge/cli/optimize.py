@@ -75,7 +75,7 @@ def _print(result: SearchResult, output: Path, trust: Sequence[str]) -> None:
     rows += [_row(f"ours: {one.engine}", one, fastest) for one in reversed(front.finalists)]
     title = "Whole models, measured in turn" if board is None else f"Estimated for {board}, not measured"
     common.print_table(title, ["", "ms", "times", f"fidelity on {count} kept back", "MB"], rows)
-    for text in (f"Left out: {engine}: {why}" for engine, why in front.left_out.items()):
+    for text in (f"Left out: {engine}: {why:.160}" for engine, why in front.left_out.items()):
         click.echo(text, err=True)
     for remark in front.remarks:
         click.echo(printable(remark, 500), err=True)

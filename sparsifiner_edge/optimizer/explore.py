@@ -38,8 +38,8 @@ ENGINES_SHARE = 0.16
 FAR = 1.4
 """A backend that takes so many times as long as another is tried in no other precision."""
 TRIES, NEAR_ENOUGH, JUST, LOOSER = 4, 0.88, 0.97, 1.3
-"""Plans of one engine that become bundles until one reaches so much of the bound; what the next one aims at, and how much
-further than the last at most.
+"""Plans of one engine that become bundles until one reaches so much of the bound; what the next one aims at of it, and
+how much further than the last at most.
 """
 ROOM = 0.98
 """Of a bound of time: two measurements of the same differ."""

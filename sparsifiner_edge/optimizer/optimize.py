@@ -58,7 +58,7 @@ LEARNING_IMAGES, LEARNING_SHARE = 60.0, 0.15
 """Learning takes as long as the dense model does for so many images, about; and what it may take of all time."""
 DENSE_SHARE = 0.06
 """Of all time, what the dense model may take on all images."""
-JUDGING_SHARE, DENSE_IMAGES, LEAST_JUDGES = 0.3, 14.0, 3
+JUDGING_SHARE, DENSE_IMAGES, LEAST_JUDGES = 0.2, 14.0, 3
 """Of all time, what judging plans may take, which is as long as the dense model takes for so many times the judges."""
 FINALISTS, HOSTS, LAST_S = 3, 2, 1.3
 """Bundles, and engines of the dense model, that are timed in the end, each as long as so many quick timings."""
