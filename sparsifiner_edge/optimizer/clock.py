@@ -14,7 +14,7 @@ CLOSING_S, CLOSING_SHARE = 10.0, 0.08
 """Seconds before the end, and share of all at most, that what was found is written in."""
 AGAIN_S = 4.0
 """Between two alarms: code of others may swallow one."""
-SPARE = 1.25
+SPARE = 1.15
 """A step may take so many times as long as the last of its kind."""
 
 

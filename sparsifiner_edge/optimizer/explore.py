@@ -327,7 +327,7 @@ def explore(search: Search, preparation: Preparation, tile: int) -> None:
         _tighten(search, engine, tile)
 
 
-BUNDLE, LAST_SHARE = ("export", "export int8", "judging", "timing"), 0.12
+BUNDLE, LAST_SHARE = ("export", "export int8", "judging", "timing"), 0.1
 """What a plan takes to become a bundle; of all time, what the last measurement may take."""
 
 

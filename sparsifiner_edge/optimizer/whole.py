@@ -29,8 +29,8 @@ from sparsifiner_edge.runtime.open import checked_bundle, session_on
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 
-INT8_IMAGES = 9
-"""Images at most that int8 is calibrated with."""
+INT8_IMAGES, DENSE_INT8_IMAGES = 9, 4
+"""Images at most that int8 is calibrated with, and of the dense model, which is there to be compared with."""
 PlanInEngine: TypeAlias = tuple[LayerPlan, Deployment]
 QUICK = Rules(seconds=0.4, min_queries=6, blocks=6, max_seconds=8.0)
 """Of a model beside the reference. Six blocks either: their order is turned round."""
@@ -56,6 +56,7 @@ class WholeModels:
         self._folder, self._student, self._dense, self._board, self._clock = folder, student, dense_model, board, clock
         self._fit = fit
         self._calibration = link_images(folder / "calibration", evenly(images, INT8_IMAGES))
+        self._dense_calibration = link_images(folder / "few", evenly(images, DENSE_INT8_IMAGES))
         self._bundles: dict[tuple[LayerPlan, str], Path] = {}
         self._floats: dict[LayerPlan, tuple[Student, FloatFile]] = {}
         self._reference: tuple[MeasuredSide, float] | None = None
@@ -81,8 +82,9 @@ class WholeModels:
                     student = self.student_of(plan)
                     self._floats[plan] = student, float_file(student, tokens=True)
             student, base = self._floats[plan]
+            shown = self._dense_calibration if plan.is_dense else self._calibration
             options = ExportOptions(
-                precision=stored, calibrate=self._calibration if stored == "int8" else None, tokens=True, fit=self._fit
+                precision=stored, calibrate=shown if stored == "int8" else None, tokens=True, fit=self._fit
             )
             with self._clock.step(f"export {stored}", f"exporting {which or 'a plan in '}{stored}"):
                 self._bundles[plan, stored] = export_student(
