@@ -12,13 +12,7 @@ from typing import Any, BinaryIO
 
 from sparsifiner_edge.bounds import flaw
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.files import (
-    io_errors,
-    is_locked,
-    open_regular,
-    read_bytes,
-    replace_folder,
-)
+from sparsifiner_edge.files import io_errors, is_locked, open_regular, read_bytes, replace_folder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -159,13 +153,13 @@ def require_kind(folder: Path, *kinds: str) -> str:
     kind, fix = kind_of(folder), "Check the path: sparsify writes students, export bundles."
     if kind in kinds:
         return str(kind)
+    what = f"is not a {' or '.join(kinds)}" if folder.is_dir() else "is not a folder"
     if kind is not None:
         fix = "Give its student." if kind == "bundle" else f"Export it: sparsifiner-edge export {folder} -o BUNDLE/"
-        raise ArtifactError(f"{folder} is a {kind}, not a {kinds[0]}.", fix)
-    if folder.is_file() and kind_of(folder.parent) in kinds:
+        what = f"is a {kind}, not a {kinds[0]}"
+    elif folder.is_file() and kind_of(folder.parent) in kinds:
         fix = f"Give the folder that it lies in: {folder.parent}"
-    wanted = f"not a {' or '.join(kinds)}" if folder.is_dir() else "not a folder"
-    raise ArtifactError(f"{folder} is {wanted}." if folder.exists() else f"{folder} does not exist.", fix)
+    raise ArtifactError(f"{folder} {what if folder.exists() else 'does not exist'}.", fix)
 
 
 def require_replaceable(folder: Path, kind: str) -> None:

@@ -5,8 +5,6 @@ The command line prints the message alone and exits with `exit_code`: 2 for unus
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -72,15 +70,9 @@ class MissingExtraError(SparsifinerError):
 
 
 def pip_install(extras: str) -> str:
-    """The command for extras, such as "train,cpu": from where pip had this package, which is on no index."""
-    from importlib.metadata import PackageNotFoundError, distribution
-    from urllib.parse import unquote
-
-    place = Path()
-    with contextlib.suppress(PackageNotFoundError):
-        record = json.loads(distribution("sparsifiner-edge").read_text("direct_url.json") or "{}")
-        place = Path(unquote(record.get("url", "").removeprefix("file://")))
-    known = place.is_absolute() and place.exists()
+    """The command for extras, such as "train,cpu": from the checkout, for the package is on no index."""
+    place = Path(__file__).resolve().parents[1]
+    known = (place / "pyproject.toml").is_file()
     return f"pip install {shlex.quote(f'{place}[{extras}]')}" if known else f'pip install ".[{extras}]" in a checkout'
 
 

@@ -43,24 +43,15 @@ class Fitting(msgspec.Struct, frozen=True):
     size: tuple[int, int]
     inner: Box
 
-    @property
-    def has_bars(self) -> bool:
-        """That some of the input is none of the frame."""
-        return self.inner[2:] != self.size
-
     def to_frame(self, x: float, y: float) -> tuple[float, float]:
         """A point of the input, in pixels from its corner, in those of the frame."""
-        return _moved(x, y, self.inner, self.box)
-
-    def to_input(self, x: float, y: float) -> tuple[float, float]:
-        """The other way."""
-        return _moved(x, y, self.box, self.inner)
+        (x0, y0, across, down), (column, row, columns, rows) = self.box, self.inner
+        return x0 + (x - column) * across / columns, y0 + (y - row) * down / rows
 
     def cut(self, values: Array) -> Array:
         """What a map [...,h,w] of the input says of the box: without bars."""
-        (left, top, width, height), (across, down) = self.inner, self.size
-        rows, columns = values.shape[-2:]
-        return values[..., _span(top, height, down, rows), _span(left, width, across, columns)]
+        (x, y, width, height), (across, down), (rows, columns) = self.inner, self.size, values.shape[-2:]
+        return values[..., _span(y, height, down, rows), _span(x, width, across, columns)]
 
 
 class Framing(msgspec.Struct, frozen=True):
@@ -129,12 +120,7 @@ def shape_like(frame: tuple[int, int], patch: tuple[int, int], patches: int) -> 
         (392, 700)
     """
     ratio = frame[0] * patch[0] / (frame[1] * patch[1])  # Of columns to rows.
-
-    def apart(rows: int) -> float:
-        columns = max(1, round(rows * ratio))
-        return abs(math.log(rows * columns / patches)) + abs(math.log(columns / (rows * ratio)))
-
-    rows = min(range(1, patches + 1), key=apart)
+    rows = max(1, round(math.sqrt(patches / ratio)))
     return rows * patch[0], max(1, round(rows * ratio)) * patch[1]
 
 
@@ -156,14 +142,9 @@ def parse_region(text: str) -> Box:
 
 def _largest(within: Box, across: int, down: int) -> Box:
     """The largest box of the shape across : down about the centre of another."""
-    left, top, width, height = within
+    x, y, width, height = within
     wide, high = min(width, max(1, round(height * across / down))), min(height, max(1, round(width * down / across)))
-    return left + (width - wide) // 2, top + (height - high) // 2, wide, high
-
-
-def _moved(x: float, y: float, before: Box, after: Box) -> tuple[float, float]:
-    left, top, width, height = before
-    return after[0] + (x - left) * after[2] / width, after[1] + (y - top) * after[3] / height
+    return x + (width - wide) // 2, y + (height - high) // 2, wide, high
 
 
 def _span(first: int, length: int, whole: int, cells: int) -> slice:

@@ -174,10 +174,10 @@ def image_size(path: Path) -> tuple[int, int]:
 def fit_image(image: Any, size: ImageSize | Framing, mode: str = "RGB", resampling: str = "BICUBIC") -> Any:
     """A Pillow image, as `size` says how, as Pillow's image of that size and mode."""
     fitting = (size if isinstance(size, Framing) else Framing(size)).of(*image.size)
-    left, top, width, height = fitting.box
-    part = image.crop((left, top, left + width, top + height)).convert(mode)
+    x, y, width, height = fitting.box
+    part = image.crop((x, y, x + width, y + height)).convert(mode)
     part = part.resize(fitting.inner[2:], _pillow().Resampling[resampling])
-    if not fitting.has_bars:
+    if fitting.inner[2:] == fitting.size:
         return part
     whole = _pillow().new(mode, fitting.size, BARS if mode == "RGB" else 0)
     whole.paste(part, fitting.inner[:2])

@@ -21,11 +21,6 @@ def hilbert_order(height: int, width: int) -> IntArray:
     return np.asarray(path.imag * width + path.real, dtype=np.int64)
 
 
-def inverse(order: IntArray) -> IntArray:
-    """The permutation that undoes `order`."""
-    return np.argsort(order)
-
-
 def _curve(start: complex, long: complex, short: complex) -> Iterator[complex]:
     """Points x + yi of the curve that fills the box spanned by `long` and `short` from `start`, ending along `long`."""
     length, breadth = abs(long), abs(short)

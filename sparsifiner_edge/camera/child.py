@@ -86,7 +86,7 @@ def import_decoder() -> None:
     """All of PyAV, where it is installed, and of Pillow: both import what they need when they meet it, and by then no
     file can be opened.
     """
-    frame_of(Image.new("RGB", (2, 1)), Wanted(Framing(2, "letterbox"), view=True), 0, 0)
+    frame_of(Image.new("RGB", (2, 1)), Wanted(Framing(2, "letterbox"), view=True), (0, 0, 0))
     with contextlib.suppress(ImportError):
         import av.video.reformatter
 
@@ -103,7 +103,7 @@ def _test_frames(fps: float, wanted: Wanted) -> Iterator[Frame]:
         due = start + round(number * 1e9 / fps)
         time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
         at = time.monotonic_ns()
-        yield frame_of(Image.fromarray(draw_pattern(number)), wanted, due, at, number / fps)
+        yield frame_of(Image.fromarray(draw_pattern(number)), wanted, (due, due, at), number / fps)
         number = max(number + 1, int((time.monotonic_ns() - start) * fps / 1e9))
 
 

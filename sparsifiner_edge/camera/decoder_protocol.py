@@ -79,12 +79,13 @@ def view_size(width: int, height: int) -> tuple[int, int]:
     return max(1, width * VIEW_SIDE // most), max(1, height * VIEW_SIDE // most)
 
 
-def frame_of(image: Any, wanted: Wanted, captured_ns: int, decoded_ns: int, pts_s: float | None = None) -> Frame:
-    """Of a Pillow image, which arrived when it was captured."""
+def frame_of(
+    image: Any, wanted: Wanted, times_ns: tuple[int, int, int], pts_s: float | None = None, bad_packets: int = 0
+) -> Frame:
+    """Of a whole frame as a Pillow image, and the times until it was decoded."""
     pixels = np.asarray(fit_image(image, wanted.framing)).data
     view = np.asarray(image.resize(view_size(*image.size))).data if wanted.view else None
-    times = captured_ns, captured_ns, decoded_ns, time.monotonic_ns()
-    return Frame(pixels, image.width, image.height, *times, pts_s, view=view)
+    return Frame(pixels, image.width, image.height, *times_ns, time.monotonic_ns(), pts_s, bad_packets, view=view)
 
 
 class End(msgspec.Struct, frozen=True, tag_field="kind", tag="end"):

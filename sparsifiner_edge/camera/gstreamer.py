@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -36,13 +36,14 @@ def launch_line(pipeline: str, wanted: Wanted, handle: int) -> list[str]:
     """The command that writes RGB images to the file descriptor `handle`: of the model's size, or whole."""
     height, width = height_width(wanted.framing.size)
     both = math.gcd(height, width)
-    frames = "name=sparsifiner-frames"
-    held = "! queue {} leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! {}"
     caps = "video/x-raw,format=RGB,pixel-aspect-ratio=1/1"
-    centre = f"aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false"
-    scaled = f"{centre} ! {caps},width={width},height={height}"
-    whole = f"videoscale ! capsfilter {frames} caps={caps}"
-    tail = held.format(frames, scaled) if wanted.centre_alone else held.format("", whole)
+    tail = (
+        "! queue leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! videoscale ! "
+        f"capsfilter name=sparsifiner-frames caps={caps}"
+    )
+    if wanted.centre_alone:
+        tail += f" ! aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false"
+        tail += f" ! {caps},width={width},height={height}"
     return ["gst-launch-1.0", "-v", *shlex.split(pipeline), *shlex.split(f"{tail} ! fdsink fd={handle} sync=false")]
 
 
@@ -60,29 +61,17 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
     )  # fmt: skip
     os.close(theirs)
     errors: deque[bytes] = deque(maxlen=_ERRORS)
-    sizes: list[tuple[int, int]] = []
-    known = threading.Event()
-
-    def read_sizes() -> None:
-        for line in _lines(launched.stdout):
-            if match := _CAPS.search(line):
-                sizes.append((int(match[1]), int(match[2])))
-                known.set()
-        known.set()
-
+    matches = filter(None, map(_CAPS.search, _lines(launched.stdout)))
+    sizes = ((int(match[1]), int(match[2])) for match in matches)
     said = (line for line in _lines(launched.stderr) if b"ERROR" in line or b"erroneous" in line)
     # Read all the time: GStreamer would wait for ever for room in a full pipe.
-    listeners = [
-        threading.Thread(target=errors.extend, args=(said,), name="remarks", daemon=True),
-        threading.Thread(target=read_sizes, name="sizes", daemon=True),
-    ]
-    for listener in listeners:
-        listener.start()
+    listeners = [_listen(errors, said)]
     with launched, os.fdopen(ours, "rb", buffering=1 << 20) as pixels:
         try:
-            known.wait()
-            if sizes:
-                yield from _frames(pixels, wanted, sizes)
+            if (first := next(sizes, None)) is not None:
+                latest = deque([first], 1)
+                listeners.append(_listen(latest, sizes))
+                yield from _frames(pixels, wanted, latest)
             launched.wait()
         finally:
             launched.kill()
@@ -92,22 +81,28 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
         raise ValueError(errors[0].decode("utf-8", "replace") if errors else "the pipeline failed")
 
 
+def _listen(into: deque[Any], lines: Iterator[Any]) -> threading.Thread:
+    listener = threading.Thread(target=into.extend, args=(lines,), name="listener", daemon=True)
+    listener.start()
+    return listener
+
+
 def _lines(stream: IO[bytes] | None) -> Iterator[bytes]:
     assert stream is not None
     return iter(functools.partial(stream.readline, _LONGEST), b"")
 
 
-def _frames(stream: BinaryIO, wanted: Wanted, sizes: list[tuple[int, int]]) -> Iterator[Frame]:
-    """Of RGB images in a stream; sizes: width and height of the pipeline's own frames, of the latest last."""
-    first = sizes[-1]
+def _frames(stream: BinaryIO, wanted: Wanted, latest: deque[tuple[int, int]]) -> Iterator[Frame]:
+    """Of RGB images in a stream; latest: width and height of the pipeline's own frames, as they are now."""
+    first = latest[-1]
     height, width = height_width(wanted.framing.size) if wanted.centre_alone else first[::-1]
     row = -(-width * 3 // 4) * 4  # GStreamer pads rows to four bytes.
     while len(data := stream.read(row * height)) == row * height:
         at = time.monotonic_ns()
         pixels = np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(height, row)[:, : width * 3])
         if wanted.centre_alone:
-            yield Frame(pixels.data, *sizes[-1], at, at, at, time.monotonic_ns())
-        elif sizes[-1] != first:
+            yield Frame(pixels.data, *latest[-1], at, at, at, time.monotonic_ns())
+        elif latest[-1] != first:
             raise ValueError("its frames have another size now")
         else:
-            yield frame_of(Image.fromarray(pixels.reshape(height, width, 3)), wanted, at, at)
+            yield frame_of(Image.fromarray(pixels.reshape(height, width, 3)), wanted, (at, at, at))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import time
 from collections.abc import Iterator
@@ -13,10 +12,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted, view_size
-from sparsifiner_edge.images import fit_image
+from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted, frame_of
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
@@ -113,7 +110,7 @@ class _Reader:
     def __init__(self, stream: Any, wanted: Wanted, live: bool) -> None:
         self._stream, self._wanted, self._live = stream, wanted, live
         self._clock = _StreamClock()
-        self._scalers = collections.defaultdict[str, Any](VideoReformatter)  # One for each purpose: it keeps tables.
+        self._scaler: Any = VideoReformatter()
         self._arrived: dict[int | None, int] = {}
         self.bad, self.count = 0, 0
 
@@ -132,35 +129,24 @@ class _Reader:
             arrived = time.monotonic_ns()  # A file's frames are taken up one by one, as soon as there is room for them.
 
     def _ready(self, frame: Any, arrived: int) -> Frame:
-        at = time.monotonic_ns()
+        at, wanted = time.monotonic_ns(), self._wanted
+        width, height = scaled_size(frame.width, frame.height, wanted.framing.size)
         stamp = None if frame.pts is None else int(frame.pts * frame.time_base * 1_000_000_000)
         if stamp is not None and abs(stamp) >= 1 << 63:  # Of a damaged file; no clock goes there.
             stamp = None
         captured = self._clock.capture_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
-        pixels = self._fitted(frame)
-        view = self._rgb("view", frame, *view_size(frame.width, frame.height)) if self._wanted.view else None
+        if not wanted.centre_alone:
+            width, height = frame.width, frame.height
+        scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
         self.count += 1
-        pts_s = None if stamp is None else stamp / 1e9
-        times, shown = (captured, arrived, at, time.monotonic_ns()), None if view is None else view.data
-        return Frame(pixels.data, frame.width, frame.height, *times, pts_s, self.bad, view=shown)
-
-    def _fitted(self, frame: Any) -> Pixels:
-        """The model's input: of a centre FFmpeg resizes the frame, which takes half the time."""
-        framing = self._wanted.framing
-        width, height = scaled_size(frame.width, frame.height, framing.size)
-        if not framing.is_centre:
-            whole = self._rgb("whole", frame, frame.width, frame.height)
-            return np.asarray(fit_image(Image.fromarray(whole), framing))
-        scaled, (rows, columns) = self._rgb("input", frame, width, height), height_width(framing.size)
-        top, left = (height - rows) // 2, (width - columns) // 2
-        return np.ascontiguousarray(scaled[top : top + rows, left : left + columns])
-
-    def _rgb(self, purpose: str, frame: Any, width: int, height: int) -> Pixels:
-        """uint8 [height,width,3]."""
-        scaled = self._scalers[purpose].reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-        pixels: Pixels = np.ascontiguousarray(scaled.to_ndarray())
-        return pixels
+        times, more = (captured, arrived, at), (None if stamp is None else stamp / 1e9, self.bad)
+        if not wanted.centre_alone:
+            return frame_of(Image.fromarray(scaled), wanted, times, *more)
+        rows, columns = height_width(wanted.framing.size)
+        y, x = (height - rows) // 2, (width - columns) // 2
+        pixels = np.ascontiguousarray(scaled[y : y + rows, x : x + columns])
+        return Frame(pixels.data, frame.width, frame.height, *times, time.monotonic_ns(), *more)
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""

@@ -53,8 +53,8 @@ class Model:
         public_key: Path | None = None, fit: Fit | None = None, region: Box | None = None,
     ) -> None:  # fmt: skip
         bundle = checked_bundle(folder, public_key)
-        kept = bundle.require(bundle.manifest.preprocessing, "preprocessing").fit
-        self.framing = Framing(bundle.image_size, fit or kept, region)
+        fit = fit or bundle.require(bundle.manifest.preprocessing, "preprocessing").fit
+        self.framing = Framing(bundle.image_size, fit, region)
         self.labels = bundle.labels()
         self._top, self._threshold = top, threshold or 0.0
         self.map_threshold = THRESHOLD if threshold is None else threshold
@@ -93,9 +93,8 @@ class Model:
         if maps or self.any_outputs:
             bad = sum(int(np.count_nonzero(~np.isfinite(values))) for values in maps.values())
             summaries = [] if bad else [_summary(*item, self.map_threshold) for item in maps.items()]
-            summaries = (
-                sorted(summaries, key=lambda x: -(x.area or 0))[: self._top] if len(maps) > self._top else summaries
-            )
+            if len(summaries) > self._top:
+                summaries = sorted(summaries, key=lambda x: -(x.area or 0))[: self._top]
             return Answer(maps=summaries if maps else None, not_finite=bad or None)
         raise ArtifactError(
             f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map.", "Export it again."
@@ -144,13 +143,13 @@ def dense_maps(
         if name == "tokens" or values.ndim < 3 or x.ndim not in (2, 3):
             continue
         x = fitting.cut(x) if fitting else x
-        named = x.ndim == 3 and len(labels) == len(x)
         if x.ndim == 2:
             maps[name] = x
-        elif named or len(x) <= _MOST_CHANNELS:
-            if named and not (x.min() >= 0 and x.max() <= 1):
+        elif len(labels) == len(x) or len(x) <= _MOST_CHANNELS:
+            names = labels if len(labels) == len(x) else range(len(x))
+            if names is labels and not (x.min() >= 0 and x.max() <= 1):
                 x = np.exp(x - x.max(0)) / np.exp(x - x.max(0)).sum(0)
-            maps |= {f"{name}.{labels[n] if named else n}": channel for n, channel in enumerate(x)}
+            maps |= {f"{name}.{part}": channel for part, channel in zip(names, x, strict=True)}
     return maps
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.camera.answers import FrameRecord
+from sparsifiner_edge.camera.answers import Answered, FrameRecord
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import io_errors
@@ -70,20 +70,18 @@ class Overlay:
             if self._began is not None and not self._lost:
                 self._file.mux(self._stream.encode(None))
 
-    def write(self, view: Pixels, fitting: Fitting, record: FrameRecord, heats: list[Array], at_s: float) -> None:
-        """Add a frame.
-
-        Args:
-            view: uint8 RGB [H,W,3], the whole frame at any size. fitting: what the model read of it.
-            record: what is written, top left.
-            heats: see `Model.heats`.
-            at_s: seconds; the first frame's are zero.
+    def write(self, answered: Answered, heats: list[Array]) -> None:
+        """Add a frame with its record, top left, and `Model.heats`.
 
         Raises:
             ArtifactError: the disk or the encoder refuses, of a source that is not live.
         """
         if self._lost:
             return
+        view, record, age_ms = answered.view, answered.record, getattr(answered.record, "frame_age_ms", None)
+        assert view is not None
+        assert isinstance(record, FrameRecord)
+        at_s = record.pts_s or 0.0 if age_ms is None else record.monotonic_s - age_ms / 1000
         self._answered_at.append(record.monotonic_s)
         span_s = self._answered_at[-1] - self._answered_at[0]
         lines = text_lines(record, (len(self._answered_at) - 1) / span_s if span_s else 0.0)
@@ -92,7 +90,7 @@ class Overlay:
             times = max(1, -(-_LEAST_SIDE // max(height, width)))
             self._size = tuple(max(2, side * times // 2 * 2) for side in (width, height))  # Encoders take no odd ones.
             self._stream.width, self._stream.height = self._size
-        frame = av.VideoFrame.from_ndarray(self._draw(view, fitting, lines, heats), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(self._draw(view, answered.fitting, lines, heats), format="rgb24")
         self._began = at_s if self._began is None else self._began
         self._last = max(self._last + 1, round((at_s - self._began) * 1000))
         frame.pts, frame.time_base = self._last, Fraction(1, 1000)
@@ -138,10 +136,10 @@ class Overlay:
 
 def _scaled(fitting: Fitting, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of the box in a picture of the frame; a pixel at least."""
-    left, top, width, height = fitting.box
+    x, y, width, height = fitting.box
     across, down = size[0] / fitting.frame[0], size[1] / fitting.frame[1]
-    x, y = min(round(left * across), size[0] - 1), min(round(top * down), size[1] - 1)
-    return x, y, max(x + 1, round((left + width) * across)), max(y + 1, round((top + height) * down))
+    column, row = min(round(x * across), size[0] - 1), min(round(y * down), size[1] - 1)
+    return column, row, max(column + 1, round((x + width) * across)), max(row + 1, round((y + height) * down))
 
 
 def text_lines(record: FrameRecord, rate: float) -> list[str]:

@@ -105,11 +105,7 @@ def _run(bundle: Path, source: Source, options: RunOptions) -> Iterator[Answered
     with _open(bundle, options) as model:
         model.any_outputs = True
         with contextlib.closing(_answers(model, source, options, status, threading.Event())) as answers:
-            for answer in answers:
-                if isinstance(answer, Answered):
-                    yield answer
-        if status.failure is not None:
-            raise status.failure
+            yield from (answer for answer in answers if isinstance(answer, Answered))
 
 
 def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = None) -> Summary:
@@ -156,12 +152,11 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
         if is_video:
             stack.enter_context(warnings.catch_warnings())
             warnings.showwarning = lambda message, *_, **__: status.event("warning", reason=str(message))
-        _write(model, parsed, options, status, stop)
-        summary = status.summary()
-        status.event("done", **status.counts | write_record(summary))
-    if status.failure is not None and not stop.is_set():
-        raise status.failure
-    return summary
+        try:
+            _write(model, parsed, options, status, stop)
+        finally:
+            status.event("done", **status.counts | write_record(status.summary()))
+    return status.summary()
 
 
 def _write(model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event) -> None:
@@ -182,14 +177,9 @@ def _write(model: Model, source: Source, options: RunOptions, status: Status, st
         stack.callback(notify_systemd, "STOPPING=1")
         notify_systemd("READY=1")
         for answer in itertools.chain(first, answers):
-            record = answer.record if isinstance(answer, Answered) else answer
-            lines.write(record)
-            if overlay is not None and isinstance(answer, Answered) and isinstance(record, FrameRecord):
-                assert answer.view is not None
-                age_ms = record.frame_age_ms
-                at_s = record.pts_s or 0.0 if age_ms is None else record.monotonic_s - age_ms / 1000
-                heats = model.heats(answer.outputs, answer.fitting)
-                overlay.write(answer.view, answer.fitting, record, heats, at_s)
+            lines.write(answer.record if isinstance(answer, Answered) else answer)
+            if overlay is not None and isinstance(answer, Answered):
+                overlay.write(answer, model.heats(answer.outputs, answer.fitting))
 
 
 def _open(bundle: Path, options: RunOptions) -> Model:
@@ -203,35 +193,34 @@ def _answers(
     model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event
 ) -> Generator[Answered | ImageRecord, None, None]:
     """Answers, until the source ends, enough is given, or someone asks to stop; of an image that cannot be read its
-    record. In the end `status` has what failed.
+    record.
 
     Raises:
-        ImageError: a single image cannot be read.
+        ImageError: a single image cannot be read; or in the end, some could not, or the source failed or was empty.
         SparsifinerError: what the model gives is unusable.
     """
     if source.kind == "images":
         yield from _of_images(model, Path(source.location), status, stop)
         return
-    told: Fitting | None = None
+    before: Fitting | None = None
     with Capture(source, Wanted(model.framing, options.overlay is not None), options.stall_s, status) as capture:
         for frame in _frames(capture, stop):
             answered = _answer(model, source, frame, status)
-            if (read := answered.fitting) != told:
+            if (read := answered.fitting) != before:
                 status.event("frames", size=read.frame, box=read.box, says=model.framing.said(read))
-            told = read
+            before = read
             status.count_answer(answered.record)
             yield answered
             if status.counts["processed"] == options.frames:
                 break
+    if stop.is_set():
+        return
     if capture.failure is not None:
         what = f"{source.shown} cannot be read as a video: {capture.failure.rstrip('.')}."
-        fix = "Replace or repair it" + (", or give another region." if options.region else ".")
-        status.failure = ImageError(what, fix)
-    elif status.counts["processed"] == 0:
+        raise ImageError(what, "Replace or repair it" + (", or give another region." if options.region else "."))
+    if status.counts["processed"] == 0:
         reason = f": {status.last_reason}" if status.last_reason else ""
-        status.failure = ImageError(
-            f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address."
-        )
+        raise ImageError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")
 
 
 def _of_images(model: Model, source: Path, status: Status, stop: threading.Event) -> Iterator[Answered | ImageRecord]:
@@ -257,7 +246,7 @@ def _of_images(model: Model, source: Path, status: Status, stop: threading.Event
         if stop.is_set():
             return
     if failed:
-        status.failure = ImageError(f"{len(failed)} of {len(images)} images could not be read: {failed[0]}")
+        raise ImageError(f"{len(failed)} of {len(images)} images could not be read: {failed[0]}")
 
 
 def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 
 from sparsifiner_edge.camera.answers import FrameRecord, ImageRecord, Summary
-from sparsifiner_edge.errors import SparsifinerError
 
 STATES = ("starting", "connecting", "streaming", "lost", "stalled", "ended")
 COUNTERS = {
@@ -45,9 +44,6 @@ class Status:
     Args:
         source: as it may be shown.
         tell: takes each event; where it raises an OSError the event is lost, and nothing else.
-
-    Attributes:
-        failure: why the source could not be read to its end, where that is the user's to know.
     """
 
     def __init__(self, source: str, tell: Callable[[object], None]) -> None:
@@ -63,7 +59,6 @@ class Status:
         self._processed_at: float | None = None
         self._first_at = 0.0
         self._latest = {name: deque[float](maxlen=LATEST) for name in SUMMED_UP}
-        self.failure: SparsifinerError | None = None
         self.times = {name: [0] * (len(UP_TO_S) + 1) for name in TIMES}
         self.sums_s = dict.fromkeys(TIMES, 0.0)
 

@@ -126,15 +126,15 @@ def img_size_option(command: Command) -> Command:
 
 
 def _size_like(source: str, like: str, trust: Sequence[str]) -> ImageSize:
-    """Found, and told."""
+    """As said on standard error."""
     import sparsifiner_edge as se
     from sparsifiner_edge.camera.capture import frame_size
     from sparsifiner_edge.camera.sources import parse_source
 
-    seen = parse_source(like)
-    width, height = frame_size(seen)
+    frames = parse_source(like)
+    width, height = frame_size(frames)
     size = se.size_like(source, (width, height), trust)
-    click.echo(f"like {printable(seen.shown)}, frames of {width}x{height}: --img-size {size_text(size)}", err=True)
+    click.echo(f"like {printable(frames.shown)}, frames of {width}x{height}: --img-size {size_text(size)}", err=True)
     return size
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_kind, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_number
 from sparsifiner_edge.bundle.entries import Check, Float16, Quantisation, Retiled
@@ -31,11 +30,12 @@ from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import held_out_images, quantise
 from sparsifiner_edge.export.sessions import file_runner
-from sparsifiner_edge.export.user_call import UserFunction, hold_against, user_function
+from sparsifiner_edge.export.user_call import UserFunction, hold_against
 from sparsifiner_edge.fitting import Fit, Framing, require_fit
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.plan import plan_of
+from sparsifiner_edge.plugins import NAME_IT, import_object
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
@@ -82,7 +82,7 @@ class ExportOptions:
     batch: int | str = 1
     tokens: bool = False
     calibrate: str | Path | None = None
-    check: str | Callable[[Pixels], Any] | None = None
+    check: str | UserFunction | None = None
     data: str | Path | None = None
     int8_target: str = "cpu"
     labels: Sequence[str] = ()
@@ -198,42 +198,47 @@ def export_student(
 
 
 class _Form(NamedTuple):
-    """What a bundle is to be; batch: None: dynamic; images calibrate int8 and judge the layout for boards."""
+    """Options, read; batch: None: dynamic; images calibrate int8 and judge the layout for boards, and `call` on `held`
+    the file.
+    """
 
-    precision: str
+    options: ExportOptions
     batch: int | None
-    tokens: bool
-    int8_target: str
     images: list[Path]
     labels: tuple[str, ...]
     boards: list[Board]
-    fit: Fit
-    function: UserFunction | None
+    call: UserFunction | None
+    held: list[Path]
 
 
 def _form(options: ExportOptions) -> _Form:
     """Refuse what cannot be combined."""
     precision, int8_target, calibrate = options.precision, options.int8_target, options.calibrate
-    if precision not in STORED_PRECISIONS:
-        raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(STORED_PRECISIONS)}.")
-    if int8_target not in INT8_TARGETS:
-        raise ConfigError(f"int8 target is {int8_target!r}.", f"Choose one of: {', '.join(INT8_TARGETS)}.")
-    if precision == "int8" and calibrate is None:
-        raise ConfigError("int8 requires images to calibrate with.", "Give a folder of them with --calibrate.")
-    if precision != "int8" and calibrate is not None and not options.boards:
-        fix = "Leave them out, or choose --precision int8."
-        raise ConfigError("Images to calibrate with require int8, or a board.", fix)
-    if precision != "int8" and int8_target != INT8_TARGETS[0]:
-        raise ConfigError(f"int8 target {int8_target!r} requires int8.", "Leave it out, or choose --precision int8.")
+    choices = ("precision", precision, STORED_PRECISIONS), ("int8 target", int8_target, INT8_TARGETS)
+    for name, value, known in choices:
+        require(value in known, f"{name} is {value!r}.", f"Choose one of: {', '.join(known)}.")
+    if precision == "int8":
+        fix = "Give a folder of them with --calibrate."
+        require(calibrate is not None, "int8 requires images to calibrate with.", fix)
+    else:
+        fix = "Leave it out, or choose --precision int8."
+        for_board = calibrate is None or bool(options.boards)
+        require(for_board, "Images to calibrate with require int8, or a board.", fix)
+        require(int8_target == INT8_TARGETS[0], f"int8 target {int8_target!r} requires int8.", fix)
     loaded = [load_board(name) for name in options.boards]
-    if loaded and precision != "fp16" and int8_target != "tensorrt":
-        fix = "Choose --precision fp16, or int8 with --int8-target tensorrt."
-        raise ConfigError(f"A board's kernels are for float16, not for {precision}.", fix)
-    images = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
-    function = user_function(options.check, options.data, options.fit)
+    half, fix = precision == "fp16" or int8_target == "tensorrt", "Choose fp16, or int8 with --int8-target tensorrt."
+    require(half or not loaded, f"A board's kernels are for float16, not for {precision}.", fix)
+    both, fix = (options.check is None) == (options.data is None), "Give both: --check module:function --data IMAGES/."
+    require(both, "A file is checked against a function of yours on images.", fix)
+    call = import_object(options.check, NAME_IT) if isinstance(options.check, str) else options.check
+    require(call is None or callable(call), f"{options.check} is a {type(call).__name__}.", "Name a function.")
+    images, held = (
+        [] if folder is None else evenly(list_images(Path(folder)), MAX_CALIBRATION_IMAGES)
+        for folder in (calibrate, options.data)
+    )
     batch, labels = options.batch, check_labels(list(options.labels), "The classes", _LABELS)
     size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
-    return _Form(precision, size, options.tokens, int8_target, images, labels, loaded, options.fit, function)
+    return _Form(options, size, images, labels, loaded, call, held)
 
 
 def _export(
@@ -241,12 +246,13 @@ def _export(
     base: FloatFile | None = None,
 ) -> Path:  # fmt: skip
     """Check a student's file, then write the bundle."""
-    base = base or float_file(student, form.tokens, form.batch)
-    deployed, file = base.deployed, _file(student.img_size, base, form, progress)
-    model = student.model
-    exact, user_call = form.precision == "fp32" and student.sparsity.is_dense, None
-    if form.function is not None:
-        user_call = hold_against(form.function, student, file.model, form.batch or 1, form.tokens, exact)
+    options = form.options
+    file = _stored(student.img_size, base or float_file(student, options.tokens, form.batch), form, progress)
+    model, user_call = student.model, None
+    if form.call is not None:
+        exact = options.precision == "fp32" and student.sparsity.is_dense
+        images = {path: load_image(path, Framing(student.img_size, options.fit)) for path in form.held}
+        user_call = hold_against(form.call, images, student, file.model, options.tokens, exact)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
     classes = {output.name: output.type.tensor_type.shape.dim[-1].dim_value for output in file.model.graph.output}
     count = classes.get("logits", 0)
@@ -254,25 +260,29 @@ def _export(
     known = class_labels if isinstance(model, TimmModel) else hugging_face.configured_labels
     named = form.labels or student.labels or known(model)
     labels = [printable(name) for name in named if len(named) == count]  # A classifier inside may not be what answers.
-    onnx.helper.set_model_props(file.model, _metadata(student, deployed, labels))
+    onnx.helper.set_model_props(file.model, _metadata(student, file.deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
         np.savez_compressed(folder / GOLDEN_FILE, **file.golden)
         if labels:
             (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         kernels = tuple(board_files(file.model, student.name, board, folder) for board in form.boards)
-        manifest = _manifest(student, file, form)
+        manifest = _manifest(student, file, options)
         seal_bundle(folder, msgspec.structs.replace(manifest, user_call=user_call, retiled=retiled, boards=kernels))
     return target
 
 
 class FloatFile(NamedTuple):
-    """A student's file in float32, checked against torch: files of all precisions are made of it."""
+    """A student's file in float32, checked against torch, and its golden arrays: files of all precisions are made of
+    it, with what that cost.
+    """
 
     deployed: DeployedModel
     model: onnx.ModelProto
     check: Check
     golden: dict[str, Any]
+    quantisation: Quantisation | None = None
+    float16: Float16 | None = None
 
 
 def float_file(student: Student, tokens: bool, batch: int | None = 1) -> FloatFile:
@@ -283,38 +293,24 @@ def float_file(student: Student, tokens: bool, batch: int | None = 1) -> FloatFi
     """
     deployed, size = deploy(student, tokens), student.img_size
     model = export_graph(deployed, size, batch, deployed.output_names)
-    return FloatFile(deployed, model, *check_export(model, deployed, size, _batches(batch)))
+    return FloatFile(deployed, model, *check_export(model, deployed, size, (1, 3) if batch is None else (batch,)))
 
 
-def _batches(batch: int | None) -> tuple[int, ...]:
-    """That a file is checked at."""
-    return (1, 3) if batch is None else (batch,)
-
-
-class _File(NamedTuple):
-    """A file, its golden arrays, and what was found of it."""
-
-    model: onnx.ModelProto
-    golden: dict[str, Any]
-    check: Check
-    quantisation: Quantisation | None
-    float16: Float16 | None
-
-
-def _file(size: ImageSize, base: FloatFile, form: _Form, progress: Progress | None) -> _File:
+def _stored(size: ImageSize, base: FloatFile, form: _Form, progress: Progress | None) -> FloatFile:
     """The same in fp16, or in int8 with the rest as its target wants it."""
-    model, golden, batches = base.model, base.golden, _batches(form.batch)
+    model, golden, batches, options = base.model, base.golden, base.check.batches_run, form.options
     quantisation = float16 = judged = None
-    if form.precision == "int8":
-        images = [np.repeat(load_image(path, Framing(size, form.fit))[None], batches[0], 0) for path in form.images]
-        model, quantisation = quantise(model, images, form.int8_target, progress)
+    if options.precision == "int8":
+        framing = Framing(size, options.fit)
+        images = [np.repeat(load_image(path, framing)[None], batches[0], 0) for path in form.images]
+        model, quantisation = quantise(model, images, options.int8_target, progress)
         judged = held_out_images(images)[:3]
-    if form.precision == "fp16" or form.int8_target == "tensorrt":
+    if options.precision == "fp16" or options.int8_target == "tensorrt":
         images = [smooth_images(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
         model, float16 = to_fp16(model, images, judged)
-    if form.precision != "fp32":
+    if options.precision != "fp32":
         golden = golden | {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
-    return _File(model, golden, base.check, quantisation, float16)
+    return base._replace(model=model, golden=golden, quantisation=quantisation, float16=float16)
 
 
 def _load(source: str | Path, options: ModelOptions, budget: Budget) -> Student:
@@ -359,7 +355,7 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
     return entries | {name: f"sparsifiner-edge-{name}" for name in deployed.output_names}
 
 
-def _manifest(student: Student, file: _File, form: _Form) -> Manifest:
+def _manifest(student: Student, file: FloatFile, options: ExportOptions) -> Manifest:
     size, shape, graph = student.img_size, model_shape(student.model), file.model.graph
     plan = plan_of(student.sparsity, shape.depth, shape.patches)
     selects = not plan.is_dense  # Keys, tokens that stay, or pairs that merge.
@@ -367,15 +363,15 @@ def _manifest(student: Student, file: _File, form: _Form) -> Manifest:
         schema_version=BUNDLE_SCHEMA,
         files={},
         name=student.name,
-        precision=form.precision,
+        precision=options.precision,
         shape=shape,
         ops=tuple(sorted(f"{DOMAIN}::{f.name}" for f in file.model.functions)),
         inputs=tuple(map(tensor_spec, graph.input)),
         outputs=tuple(map(tensor_spec, graph.output)),
-        preprocessing=Preprocessing(size, form.fit, student.normalisation),
+        preprocessing=Preprocessing(size, options.fit, student.normalisation),
         sparsity=student.sparsity if selects else None,
         plan=plan,
-        tolerances=tolerances_of(file.check, form.precision, form.int8_target, selects),
+        tolerances=tolerances_of(file.check, options.precision, options.int8_target, selects),
         check=file.check,
         quantisation=file.quantisation,
         float16=file.float16,

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops import torch_landmarks
-from sparsifiner_edge.order import hilbert_order, inverse
+from sparsifiner_edge.order import hilbert_order
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, PackedAttention, SparseAttention
 from sparsifiner_edge.sparse.hosts import backbone_of
@@ -189,7 +189,7 @@ def _factors(moments: _Moments, channels: int, gain: float = 1.0) -> tuple[Tenso
 def _set_landmarks(select: LandmarkSelector, patches: int, grid: tuple[int, int]) -> None:
     """Pooled start: landmarks are runs of the curve; of the order of the tokens, where some of the grid are pruned."""
     landmarks = select.down.shape[1]
-    place = torch.from_numpy(inverse(hilbert_order(*(grid if math.prod(grid) == patches else (1, patches)))))
+    place = torch.from_numpy(hilbert_order(*(grid if math.prod(grid) == patches else (1, patches))).argsort())
     member = F.one_hot(place * landmarks // patches, landmarks).float()
     select.down.copy_(F.pad(member / member.sum(0), (0, 0, 1, 0)))
     # The class token belongs a little to every landmark.

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
-from sparsifiner_edge.order import hilbert_order, inverse
+from sparsifiner_edge.order import hilbert_order
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse, restore_attention
 from sparsifiner_edge.sparse.hosts import SUPPORTED, Backbone, backbone_of, backbones
@@ -62,7 +62,7 @@ def _make_sparse(backbone: Backbone, sparsity: SparsityConfig) -> None:
     plan = plan_of(sparsity, len(backbone.layers), backbone.patches)
     # The published method knows raster order alone.
     order = np.arange(backbone.patches) if sparsity.preset == "paper" else hilbert_order(*backbone.grid)
-    curve = TokenOrder(torch.from_numpy(order), torch.from_numpy(inverse(order)), backbone.prefix)
+    curve = TokenOrder(torch.from_numpy(order), torch.from_numpy(order.argsort()), backbone.prefix)
     curve.to(backbone.embedding.weight.device)
     backbone.module.sparsity = sparsity
     counts = plan.tokens(backbone.patches)

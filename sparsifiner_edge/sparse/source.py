@@ -80,14 +80,16 @@ def load_source(
         SparsifinerError: there is no such model, it cannot be had, the size does not suit it, or nobody says what it
             expects of pixels; or it could not be made sparse, so that it is no baseline for anything here.
     """
-    if is_factory(source):
-        _require_no_weights(weights, source)
+    from_factory = is_factory(source)
+    from_folder = bool(source) and not from_factory and not timm.is_model(source) and _is_hugging_face(source)
+    brings = f"--weights are for timm's names; {source!r} brings its own."
+    require(weights is None or not (from_factory or from_folder), brings, "Leave --weights out.")
+    if from_factory:
         module = call_factory(source, img_size)
         names = getattr(module, "output_names", None)
         pixels = normalisation_of(module, source, normalisation)
         student = Student(module, source, pixels, outputs=None if names is None else tuple(names), host="factory")
-    elif source and not timm.is_model(source) and _is_hugging_face(source):
-        _require_no_weights(weights, source)
+    elif from_folder:
         name, module, pixels = hugging_face.load(source, img_size, normalisation)
         labels, provenance = hugging_face.configured_labels(module), Provenance(Weights(origin=source))
         student = Student(module, name, pixels, provenance=provenance, labels=labels, host="transformers")
@@ -110,8 +112,7 @@ def _is_hugging_face(source: str) -> bool:
     if folder.is_dir():
         kind = kind_of(folder)
         require(kind is None, f"{source} is a {kind}, not a model.", "Give the model that it was made of.")
-        saved = f"{source} is not a student, nor a folder that transformers has saved."
-        require(hugging_face.is_saved(folder), saved, "Make one with `sparsifiner-edge sparsify`.")
+        require(hugging_face.is_saved(folder), f"{source} is not a student, nor saved by transformers.", fix)
         return True
     is_name = ":" not in source and not folder.exists()
     require(is_name, f"{source} is {'a file' if folder.exists() else 'no name'}, not a model.", fix)
@@ -126,11 +127,6 @@ def is_factory(source: str) -> bool:
     return _FACTORY.fullmatch(source) is not None
 
 
-def _require_no_weights(weights: Path | None, source: str) -> None:
-    if weights is not None:
-        raise ConfigError(f"--weights are for timm's names; {source!r} brings its own.", "Leave --weights out.")
-
-
 def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
     """What a user's own function makes, in evaluation mode: it is imported, and called with `img_size` where it takes
     that. The module may say what it expects of pixels (see `normalisation_of`), and name its outputs (`output_names`).
@@ -140,8 +136,7 @@ def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
         UnsupportedModelError: the module contains no vision transformer, or several.
     """
     factory = import_object(source, NAME_IT)
-    if not callable(factory):
-        raise ConfigError(f"{source} is a {type(factory).__name__}.", "Name a function that makes a module.")
+    require(callable(factory), f"{source} is a {type(factory).__name__}.", "Name a function that makes a module.")
     parameters = inspect.signature(factory).parameters
     takes_size = "img_size" in parameters
     options = {"img_size": img_size} if takes_size and img_size is not None else {}
@@ -153,8 +148,8 @@ def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
     # A user's own code may raise anything.
     except Exception as error:
         raise ConfigError(f"{source} failed: {type(error).__name__}: {one_line(error)}.", "Fix the code.") from error
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"{source} made a {type(model).__name__}.", "Let it return a torch.nn.Module.")
+    is_module, fix = isinstance(model, nn.Module), "Let it return a torch.nn.Module."
+    require(is_module, f"{source} made a {type(model).__name__}.", fix)
     backbone = backbone_of(model)
     if img_size is not None and backbone.image_size != height_width(img_size):
         raise ConfigError(

@@ -16,7 +16,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE, new_folder, require_replaceable, sha256
+from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE, kind_of, new_folder, require_replaceable, sha256
 from sparsifiner_edge.bounds import ImageSize, size_of
 from sparsifiner_edge.config import Budget, Keep, SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -32,13 +32,7 @@ from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_model, set_budget
 from sparsifiner_edge.sparse.source import Student as Student  # noqa: PLC0414
 from sparsifiner_edge.sparse.source import call_factory, is_factory, load_source
-from sparsifiner_edge.sparse.student_file import (
-    SPARSIFY_AGAIN,
-    Calibration,
-    StudentConfig,
-    check_labels,
-    read_config,
-)
+from sparsifiner_edge.sparse.student_file import SPARSIFY_AGAIN, Calibration, StudentConfig, check_labels, read_config
 from sparsifiner_edge.sparse.weights import StateDict, check_fit, load_exactly, normalise, read_weights
 from sparsifiner_edge.text import dump_json
 
@@ -221,14 +215,12 @@ def size_like(source: str | Path, frame: tuple[int, int], trust: Sequence[str] =
         >>> size_like("vit_small_patch14_dinov2.lvd142m", (1920, 1080))
         (392, 700)
     """
-    if (Path(source) / STUDENT_FILE).is_file():
-        backbone = load_student(source, trust=trust).backbone
-    elif is_factory(str(source)):
-        backbone = backbone_of(call_factory(str(source)))
-    elif timm.is_model(str(source)):
-        backbone = backbone_of(on_paper(str(source)))
+    name = str(source)
+    if is_factory(name) or timm.is_model(name):
+        backbone = backbone_of(call_factory(name) if is_factory(name) else on_paper(name))
     else:
-        backbone = load_source(str(source)).backbone
+        is_student = kind_of(Path(name)) == "student"
+        backbone = (load_student(name, trust=trust) if is_student else load_source(name)).backbone
     return size_of(*shape_like(frame, backbone.patch, backbone.patches))
 
 

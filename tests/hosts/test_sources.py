@@ -180,7 +180,7 @@ def _nested(folder: Path) -> None:
         (_config(num_hidden_layers=2**30), "config.json: num_hidden_layers is 1073741824"),
         (_config(transformers_weights="../other.safetensors"), "transformers_weights is '../other.safetensors'"),
         (_nested, "could not be loaded by transformers"),
-        (lambda folder: (folder / "config.json").unlink(), "nor a folder that transformers has saved"),
+        (lambda folder: (folder / "config.json").unlink(), "not a student, nor saved by transformers"),
         (_pixels(image_mean=None), "no image_mean and image_std"),
         (_pixels(image_std=[0, 1, 1]), "std is (0.0, 1.0, 1.0)"),
         (_pixels(rescale_factor=1e-320), "is (inf, inf, inf)"),
