@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import msgspec
@@ -110,18 +109,6 @@ class Framing(msgspec.Struct, frozen=True):
         ways = "centre square" if rows == columns else "centre rectangle", "whole between bars", "whole, stretched"
         region = f" of the region {','.join(map(str, self.region))}" if self.region else ""
         return f"{ways[FITS.index(self.fit)]}{region}, bicubic to {size_text(self.size)} px"
-
-
-def shape_like(frame: tuple[int, int], patch: tuple[int, int], patches: int) -> tuple[int, int]:
-    """Height and width in the shape of a frame (its width, height), of whole patches (height, width) and about as many.
-
-    Example:
-        >>> shape_like((1920, 1080), (14, 14), 37 * 37)
-        (392, 700)
-    """
-    ratio = frame[0] * patch[0] / (frame[1] * patch[1])  # Of columns to rows.
-    rows = max(1, round(math.sqrt(patches / ratio)))
-    return rows * patch[0], max(1, round(rows * ratio)) * patch[1]
 
 
 def require_fit(fit: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -20,7 +21,6 @@ from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE, kind_of, new_
 from sparsifiner_edge.bounds import ImageSize, size_of
 from sparsifiner_edge.config import Budget, Keep, SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.fitting import shape_like
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
@@ -221,7 +221,10 @@ def size_like(source: str | Path, frame: tuple[int, int], trust: Sequence[str] =
     else:
         is_student = kind_of(Path(name)) == "student"
         backbone = (load_student(name, trust=trust) if is_student else load_source(name)).backbone
-    return size_of(*shape_like(frame, backbone.patch, backbone.patches))
+    height, width = backbone.patch
+    ratio = frame[0] * height / (frame[1] * width)  # Of columns to rows.
+    rows = max(1, round(math.sqrt(backbone.patches / ratio)))
+    return size_of(rows * height, max(1, round(rows * ratio)) * width)
 
 
 def _dense(
