@@ -122,7 +122,7 @@ def matching(mask: Array, shape: Sequence[int]) -> Array:
 
 class TaskMetric(Protocol):
     """How well a model does a user's task; `evaluate --metric task --task NAME` makes one for the model and one for its
-    teacher, `search --metric package.module:class` one for both, of which it asks `update` alone.
+    teacher, `optimize --metric package.module:class` one for both, of which it asks `update` alone.
 
     Attributes:
         higher_is_better: of `result`, and of what `update` returns.

@@ -238,7 +238,7 @@ class _ProgressText:
 
 
 @contextlib.contextmanager
-def progress_bar(stage: str) -> Iterator[Progress]:
+def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
     """Progress on standard error: a bar where that is a terminal, else a line every `EVERY_S`; gives what moves it."""
     text, over = _ProgressText(stage), threading.Event()
 
@@ -247,7 +247,9 @@ def progress_bar(stage: str) -> Iterator[Progress]:
             while not over.wait(EVERY_S):
                 click.echo(str(text), err=True)
 
-    if err_console.is_terminal:
+    if not visible:
+        yield text
+    elif err_console.is_terminal:
         with Live(text, console=err_console, transient=True):
             yield text
     else:

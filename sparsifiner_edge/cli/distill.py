@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +46,7 @@ def command(*, student: Path, data: Path, output: Path, as_json: bool, **options
 
     groups = common.group(options, model=se.ModelOptions, options=se.TrainingOptions)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
-    with common.progress_bar("preparing") if first else contextlib.nullcontext() as progress:
+    with common.progress_bar("preparing", visible=first) as progress:
         summary = se.distill_student(student, data, output, progress=progress, **groups)
     if first:
         common.print_result(summary, as_json, lambda trained: _print(trained, output))

@@ -144,7 +144,7 @@ def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
     fix = "Give --img-size" if needed == ["img_size"] else "Name a function that takes none but img_size"
     require(not needed, f"{source} needs {', '.join(needed)}.", f"{fix}, or give defaults.")
     try:
-        model = factory(**options)
+        model: nn.Module = factory(**options)
     # A user's own code may raise anything.
     except Exception as error:
         raise ConfigError(f"{source} failed: {type(error).__name__}: {one_line(error)}.", "Fix the code.") from error
