@@ -93,7 +93,7 @@ class Framing(msgspec.Struct, frozen=True):
         """That it is what `crop` takes of a whole frame."""
         return self.fit == "crop" and self.region is None
 
-    def said(self, fitting: Fitting) -> str:
+    def describe(self, fitting: Fitting) -> str:
         """For people: what of a frame is read, what is not, and what to do about it."""
         (width, height), (_, _, across, down), (columns, rows) = fitting.frame, fitting.box, fitting.size
         dropped = round(100 * (1 - across * down / (width * height)))

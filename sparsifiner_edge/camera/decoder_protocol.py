@@ -55,7 +55,7 @@ class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="frame"):
         """uint8 [H,W,3]."""
         return np.frombuffer(self.pixels, np.uint8).reshape(*height_width(framing.size), 3)
 
-    def shown(self) -> Pixels | None:
+    def whole(self) -> Pixels | None:
         """The whole frame, uint8 [H,W,3], where that is wanted."""
         width, height = view_size(self.width, self.height)
         return None if self.view is None else np.frombuffer(self.view, np.uint8).reshape(height, width, 3)

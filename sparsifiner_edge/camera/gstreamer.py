@@ -37,13 +37,12 @@ def launch_line(pipeline: str, wanted: Wanted, handle: int) -> list[str]:
     height, width = height_width(wanted.framing.size)
     both = math.gcd(height, width)
     caps = "video/x-raw,format=RGB,pixel-aspect-ratio=1/1"
-    tail = (
-        "! queue leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! videoscale ! "
-        f"capsfilter name=sparsifiner-frames caps={caps}"
-    )
-    if wanted.centre_alone:
-        tail += f" ! aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false"
-        tail += f" ! {caps},width={width},height={height}"
+    frames = "name=sparsifiner-frames"
+    line = "! queue {} leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! {}"
+    centre = f"aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false"
+    scaled = f"{centre} ! {caps},width={width},height={height}"
+    whole = f"videoscale ! capsfilter {frames} caps={caps}"
+    tail = line.format(frames, scaled) if wanted.centre_alone else line.format("", whole)
     return ["gst-launch-1.0", "-v", *shlex.split(pipeline), *shlex.split(f"{tail} ! fdsink fd={handle} sync=false")]
 
 

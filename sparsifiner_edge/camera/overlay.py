@@ -116,7 +116,7 @@ class Overlay:
             self._status.event("overlay_lost", reason=error.what)
 
     def _draw(self, view: Pixels, fitting: Fitting, lines: list[str], heats: list[Array]) -> Pixels:
-        image, box = Image.fromarray(view).resize(self._size), _scaled(fitting, self._size)
+        image, box = Image.fromarray(view).resize(self._size), _box_in(fitting, self._size)
         for number, heat in enumerate(heats):
             size = box[2] - box[0], box[3] - box[1]
             values = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
@@ -134,7 +134,7 @@ class Overlay:
         return np.asarray(image)
 
 
-def _scaled(fitting: Fitting, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _box_in(fitting: Fitting, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of the box in a picture of the frame; a pixel at least."""
     x, y, width, height = fitting.box
     across, down = size[0] / fitting.frame[0], size[1] / fitting.frame[1]

@@ -167,7 +167,7 @@ def _write(model: Model, source: Source, options: RunOptions, status: Status, st
         first = [next(answers)] if source.kind == "images" else []
         read = first[0].fitting if first and isinstance(first[0], Answered) else None  # Of a video that is an event.
         if read is not None and read.box[2:] != read.frame and sys.stderr is not None:
-            print(model.framing.said(read), file=sys.stderr)
+            print(model.framing.describe(read), file=sys.stderr)
         lines = stack.enter_context(LineWriter(options.output or sys.stdout, source.live, stop, status.count))
         overlay = None
         if options.overlay is not None:
@@ -207,7 +207,7 @@ def _answers(
         for frame in _frames(capture, stop):
             answered = _answer(model, source, frame, status)
             if (read := answered.fitting) != before:
-                status.event("frames", size=read.frame, box=read.box, says=model.framing.said(read))
+                status.event("frames", size=read.frame, box=read.box, says=model.framing.describe(read))
             before = read
             status.count_answer(answered.record)
             yield answered
@@ -285,7 +285,7 @@ def _answer(model: Model, source: Source, frame: Frame, status: Status) -> Answe
         frame_age_ms=_ms(frame.captured_ns, done) if source.live else None,
         **asdict(answer),
     )
-    return Answered(record.frame, record.end_to_end_ms, image, outputs, record, fitting, frame.shown())
+    return Answered(record.frame, record.end_to_end_ms, image, outputs, record, fitting, frame.whole())
 
 
 def _ms(began_ns: int, ended_ns: int) -> float:

@@ -247,7 +247,7 @@ def _export(
 ) -> Path:  # fmt: skip
     """Check a student's file, then write the bundle."""
     options = form.options
-    file = _stored(student.img_size, base or float_file(student, options.tokens, form.batch), form, progress)
+    file = _file(student.img_size, base or float_file(student, options.tokens, form.batch), form, progress)
     model, user_call = student.model, None
     if form.call is not None:
         exact = options.precision == "fp32" and student.sparsity.is_dense
@@ -296,7 +296,7 @@ def float_file(student: Student, tokens: bool, batch: int | None = 1) -> FloatFi
     return FloatFile(deployed, model, *check_export(model, deployed, size, (1, 3) if batch is None else (batch,)))
 
 
-def _stored(size: ImageSize, base: FloatFile, form: _Form, progress: Progress | None) -> FloatFile:
+def _file(size: ImageSize, base: FloatFile, form: _Form, progress: Progress | None) -> FloatFile:
     """The same in fp16, or in int8 with the rest as its target wants it."""
     model, golden, batches, options = base.model, base.golden, base.check.batches_run, form.options
     quantisation = float16 = judged = None

@@ -89,7 +89,7 @@ def test_images_and_videos_are_fitted_alike(fit: Fit, region: Box | None, tmp_pa
     with video.open("rb") as file:
         frame = next(read_stream(file, Wanted(framing, view=True), 3))
     assert framing.of(frame.width, frame.height) == fitted
-    assert np.abs(frame.shown().astype(int) - np.asarray(picture).astype(int))[5:-5, 5:-5].max() < 12
+    assert np.abs(frame.whole().astype(int) - np.asarray(picture).astype(int))[5:-5, 5:-5].max() < 12
     left, top, across, down = fitted.inner
     for pixels in (image, frame.image(framing)):
         for x, y in ((left + 4, top + 4), (left + across - 5, top + down - 5)):
