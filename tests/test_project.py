@@ -183,7 +183,8 @@ def walk(folder):
 files = {name: dict(walk(importlib.resources.files(f"sparsifiner_edge.{name}"))) for name in sys.argv[1:]}
 print(json.dumps({
     "from": str(pathlib.Path(sparsifiner_edge.__file__).parents[1]), "library": library_path() is not None,
-    "read": [len(board_names()), len(names()), "{" in template("triton/guide.md", name="n", shape="1")], **files,
+    "read": [len(board_names()), len(names()), "{" in template("triton/guide.md", name="n", shape="1", framing="")],
+    **files,
 }))
 """
 

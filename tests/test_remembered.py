@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.manifest import Intended
 from sparsifiner_edge.bundle.sign import require_signature, sign_bundle
@@ -37,53 +38,17 @@ def bundle(once: Once, tmp_path: Path) -> Path:
 
 def test_a_bundle_remembers_and_a_signature_holds_no_longer(bundle: Path, keys: Path) -> None:
     sign_bundle(bundle, keys / "key.pem")
-    before = open_bundle(bundle).manifest.files
-    remember_execution(bundle, "onnxruntime")
-    remember_execution(bundle, "openvino", "bf16")
-    assert open_bundle(bundle).manifest.intended == Intended("openvino", "bf16")
-    assert open_bundle(bundle).manifest.files == before
+    before = open_bundle(bundle).manifest
+    for intended in (Intended("onnxruntime"), Intended("openvino", "bf16")):
+        remember_execution(bundle, intended.backend, intended.precision)
+        assert open_bundle(bundle).manifest == replace(before, intended=intended)
     with pytest.raises(ArtifactError, match="was changed after it was signed"):
         require_signature(bundle, keys / "key.pub")
-    kept = snapshot(bundle)
-    for wrong in (("openvino", "int1"), ("../evil", "auto"), ("", "auto"), ("a" * 65, "auto")):
+    content = snapshot(bundle)
+    for wrong in (("openvino", "int1"), ("../evil", "auto")):
         with pytest.raises(ConfigError, match=r"Intended: (backend|precision) is"):
             remember_execution(bundle, *wrong)
-    assert snapshot(bundle) == kept
-
-
-def chosen(folder: Path, **asked: str) -> tuple[str, str, str | None]:
-    """Backend and precision that were resolved, and what the session says of why."""
-    with open_session(folder, **asked) as session:
-        resolved, _ = choose_execution(open_bundle(folder), Execution(**asked))
-        assert session.backend == resolved.backend
-        return resolved.backend, resolved.precision, session.description.chosen
-
-
-def test_what_the_manifest_names_runs_unless_a_caller_names_another(bundle: Path) -> None:
-    assert chosen(bundle) == ("onnxruntime", "auto", None)
-    remember_execution(bundle, "openvino")
-    assert chosen(bundle) == ("openvino", "auto", "openvino runs this bundle, which is intended for it.")
-    assert chosen(bundle, backend="onnxruntime") == ("onnxruntime", "auto", None)
-    assert chosen(bundle, precision="fp32")[:2] == ("openvino", "fp32")
-    with pytest.raises(BackendError, match="precision is 'int1'"):
-        open_session(bundle, precision="int1")
-
-
-def test_a_precision_is_remembered_with_its_backend_and_never_lowered(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openvino, "import_openvino", without_bf16)
-    remember_execution(bundle, "openvino", "bf16")
-    found = "openvino runs this bundle, which is intended for openvino in bf16: "
-    assert chosen(bundle) == ("openvino", "auto", found + "This processor has no bf16.")
-    assert chosen(bundle, backend="openvino") == ("openvino", "auto", found + "This processor has no bf16.")
-    assert chosen(bundle, backend="onnxruntime") == ("onnxruntime", "auto", None)
-    with pytest.raises(BackendError, match=r"This processor has no bf16"):
-        open_session(bundle, backend="openvino", precision="bf16")
-    monkeypatch.undo()
-    if "BF16" in KNOWN:
-        assert chosen(bundle, backend="openvino")[:2] == ("openvino", "bf16")
-        assert chosen(bundle)[:2] == ("openvino", "bf16")
+    assert snapshot(bundle) == content
 
 
 def without_bf16(precision: str = "auto") -> Any:
@@ -92,12 +57,40 @@ def without_bf16(precision: str = "auto") -> Any:
     return import_openvino(precision)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("tensorrt-rtx", r": .* (no engine|not installed).*"), ("sys", r"\.")])
-def test_what_cannot_run_here_is_said_and_no_bundle_names_code(name: str, reason: str, bundle: Path) -> None:
-    reseal(bundle, intended={"backend": name})
-    backend, _, why = chosen(bundle)
-    assert backend == "onnxruntime"
-    assert re.fullmatch(f"onnxruntime runs this bundle, which is intended for {name}{reason}", str(why))
+OPENVINO, BF16 = {"backend": "openvino"}, {"backend": "openvino", "precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("intended", "named", "runs", "why"),
+    [
+        (None, {}, "onnxruntime", None),
+        (OPENVINO, {}, "openvino", "it."),
+        (OPENVINO, {"backend": "onnxruntime"}, "onnxruntime", None),
+        (OPENVINO, {"precision": "fp32"}, "openvino in fp32", "openvino."),
+        (BF16, {}, "openvino", "openvino in bf16: This processor has no bf16."),
+        (BF16, OPENVINO, "openvino", "openvino in bf16: This processor has no bf16."),
+        (BF16, {"backend": "onnxruntime"}, "onnxruntime", None),
+        ({"backend": "tensorrt-rtx"}, {}, "onnxruntime", "tensorrt-rtx: .* (no engine|not installed).*"),
+        ({"backend": "sys"}, {}, "onnxruntime", r"sys\."),  # No bundle names code.
+    ],
+)
+def test_what_runs(
+    intended: object, named: dict[str, str], runs: str, why: str | None, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the manifest names, unless a caller names another; a precision with its backend, and never a lower one."""
+    monkeypatch.setattr(openvino, "import_openvino", without_bf16)
+    reseal(bundle, intended=intended)
+    with open_session(bundle, **named) as session:
+        assert session.backend == runs.partition(" ")[0]
+        assert str(choose_execution(open_bundle(bundle), Execution(**named))[0]) == runs
+        said = session.description.chosen
+    assert said == why or re.fullmatch(f"{runs} runs this bundle, which is intended for {why}", str(said)), said
+    for wrong in (BF16, {"precision": "int1"}):
+        with pytest.raises(BackendError, match=r"This processor has no bf16|precision is 'int1'"):
+            open_session(bundle, **wrong)
+    monkeypatch.undo()
+    if intended == BF16 and not named and "BF16" in KNOWN:
+        assert str(choose_execution(open_bundle(bundle), Execution())[0]) == "openvino in bf16"
 
 
 BLOCKED = "import sys; sys.modules['openvino'] = None; from sparsifiner_edge.cli.main import main; main(sys.argv[1:])"
@@ -124,13 +117,12 @@ def test_sides_of_a_comparison_have_executions_of_their_own(bundle: Path, tmp_pa
     short = ("--seconds", "0.1", "--threads", "1")
     printed = process("profile", bundle, "--against", other, *short).out
     assert "bundle: openvino runs this bundle, which is intended for it." in printed
-    assert re.search(r"; they differ in .*backend \(openvino .* beside onnxruntime ", printed)
+    assert re.search(r"; they differ in .*backend \(openvino .* \| onnxruntime ", printed)
     same = ("profile", bundle, "--against", bundle, *short, "--against-backend", "onnxruntime", "--json")
     result = json.loads(process(*same).out)
-    runtimes = [result["method"]["runtime"][role] for role in ("subject", "against")]
-    assert [runtime["backend"] for runtime in runtimes] == ["openvino", "onnxruntime"]
-    assert isinstance(result["statistics"]["subject"]["layers"], dict)
-    assert isinstance(result["statistics"]["against"]["layers"], list)
+    for role, backend, layers in (("subject", "openvino", dict), ("against", "onnxruntime", list)):
+        assert result["method"]["runtime"][role]["backend"] == backend
+        assert isinstance(result["statistics"][role]["layers"], layers)
     assert_refused(process("profile", bundle, "--against-backend", "onnxruntime"), "It is compared with none")
     assert_refused(process(*same[:-2], "opencv"), "Unknown backend 'opencv'")
 
@@ -139,11 +131,8 @@ def test_labels_of_a_file_are_what_run_prints(
     tiny_student: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names, export = tmp_path / "names", ("export", tiny_student, "-o", tmp_path / "b", "--labels", tmp_path / "names")
-    for content, said in (
-        (b"car\nbus\n", "2 labels for 10 classes. Give one name for each class"),
-        (b"car\n\n", 'labels[1] is ""'),
-        (b"\xff\n", "labels[0] is"),
-    ):
+    wrong = {b"car\nbus\n": "2 labels for 10 classes", b"car\n\n": 'labels[1] is ""', b"\xff\n": "labels[0] is"}
+    for content, said in wrong.items():
         names.write_bytes(content)
         assert_refused(call(capsys, *export), said)
     names.write_bytes("\ufeff".encode() + b"".join(b"a car, number %d\r\n" % number for number in range(10)))

@@ -259,9 +259,8 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
             for old in scratches(folder):
                 if not is_locked(old):
                     shutil.rmtree(old, ignore_errors=True)
-            for path in unlisted_engines(
-                folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA, AGAIN).get("files", ())
-            ):
+            listed = read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA, AGAIN).get("files", ())
+            for path in unlisted_engines(folder, listed):
                 path.unlink(missing_ok=True)
             scratch = stack.enter_context(scratch_beside(folder / SCRATCH, folder=True))
         yield scratch

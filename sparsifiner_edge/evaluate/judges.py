@@ -199,8 +199,6 @@ class _MapJudge(Judge):
         return self._without_bars(subject, image.number), self._without_bars(teacher, image.number)
 
     def _without_bars(self, values: Array, number: int) -> Array:
-        if self.framing.fit != "letterbox":
-            return values
         return self.framing.of(*image_size(self.files[number])).cut(values)
 
     def _true_mask(self, number: int) -> Array:

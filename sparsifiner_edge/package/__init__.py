@@ -16,6 +16,7 @@ import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 
@@ -26,7 +27,7 @@ from sparsifiner_edge.bundle.sign import read_signature, write_signature
 from sparsifiner_edge.bundle.store import LABELS_FILE, Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors, replace_folder
-from sparsifiner_edge.fitting import Fit, Framing
+from sparsifiner_edge.fitting import Framing
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.package import deepstream
 from sparsifiner_edge.text import file_name
@@ -95,15 +96,19 @@ def _name(bundle: Bundle) -> str:
     return file_name(bundle.manifest.name or "")
 
 
-def _fit(bundle: Bundle) -> Fit:
-    return bundle.require(bundle.manifest.preprocessing, "preprocessing").fit
+def _framing(bundle: Bundle) -> Framing:
+    return Framing(bundle.image_size, bundle.require(bundle.manifest.preprocessing, "preprocessing").fit)
+
+
+def _resource(name: str) -> Any:
+    """A file of `export/`, such as "triton/guide.md"."""
+    target, _, file = name.partition("/")
+    return importlib.resources.files(f"sparsifiner_edge.{target}").joinpath(file)
 
 
 def template(name: str, /, **values: object) -> str:
-    """A file of `export/` with its fields filled in, such as "triton/guide.md"."""
-    target, _, file = name.partition("/")
-    text = importlib.resources.files(f"sparsifiner_edge.{target}").joinpath(file).read_text(encoding="utf-8")
-    return text.format(**values)
+    """One with its fields filled in."""
+    return _resource(name).read_text(encoding="utf-8").format(**values)
 
 
 def _write_deepstream(bundle: Bundle, folder: Path) -> None:
@@ -114,35 +119,28 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
     outputs = [output.name for output in model.graph.output]  # Names that were not checked go into no list.
     if not {deepstream.PROBABILITIES, *(output.name for output in bundle.manifest.outputs)}.issuperset(outputs):
         raise ArtifactError(f"{bundle.folder}: the model gives other outputs than its manifest says.", "Do not use it.")
-    (height, width), labels, shape = height_width(bundle.image_size), bundle.labels(), deepstream.map_shape(bundle)
-    kind = "classifier" if outputs == [deepstream.PROBABILITIES] else "tensors" if shape is None else "map"
-    if shape is not None:
-        deepstream.give_map(model, shape, (height, width))
-        outputs = [deepstream.MAP]
+    channels, framing, intended = deepstream.give_map(model, bundle), _framing(bundle), bundle.manifest.intended
+    kind = "map" if channels else "classifier" if outputs == [deepstream.PROBABILITIES] else "tensors"
     (folder / MODEL_FILE).write_bytes(model.SerializeToString())
-    execution = bundle.manifest.intended
-    precision = "fp16" if execution is not None and execution.precision == "fp16" else bundle.precision
+    precision = "fp16" if intended is not None and intended.precision == "fp16" else bundle.precision
+    (height, width), labels = height_width(framing.size), bundle.labels()
     config = template(
         "deepstream/nvinfer.txt", batch=bundle.manifest.batch or 1, precision=precision, height=height, width=width,
-        aspect=int(_fit(bundle) != "stretch"), mode=deepstream.MODES[precision], outputs=";".join(outputs),
-    )  # fmt: skip
-    channels = 1 if shape is None else shape[0]
-    more = template(f"deepstream/{kind}.txt", channels=channels, threshold=0.5 if channels == 1 else 0.0)
-    (folder / "config_infer.txt").write_text(config + more, encoding="utf-8")
-    if kind != "classifier":
-        for probe in ("probe.py", "probe.c"):
-            place = importlib.resources.files("sparsifiner_edge.deepstream").joinpath(probe)
-            (folder / probe).write_bytes(place.read_bytes())
-    else:
+        aspect=int(framing.fit != "stretch"), mode=deepstream.MODES[precision],
+        outputs=";".join(output.name for output in model.graph.output),
+    ) + template(f"deepstream/{kind}.txt", channels=channels, threshold=0.5 if channels == 1 else 0.0)  # fmt: skip
+    (folder / "config_infer.txt").write_text(config, encoding="utf-8")
+    if kind == "classifier":
         classes = bundle.manifest.outputs[0].shape[-1]
         if not isinstance(classes, int) or len(labels) not in (0, classes):
             raise ConfigError(f"{bundle.folder} has {len(labels)} labels for {classes!r:.40} classes.", AGAIN)
         labels = labels or [f"class_{number}" for number in range(classes)]
+    for probe in () if kind == "classifier" else ("probe.py", "probe.c"):
+        (folder / probe).write_bytes(_resource(f"deepstream/{probe}").read_bytes())
     if labels:  # One line, with semicolons between.
         line = ";".join(label.replace(";", ",").strip() or "-" for label in labels)
         (folder / LABELS_FILE).write_text(f"{line}\n", encoding="utf-8")
-    fitted = deepstream.FITTED[_fit(bundle)]
-    guide = template("deepstream/guide.md", name=_name(bundle), height=height, width=width, fitted=fitted)
+    guide = template("deepstream/guide.md", name=_name(bundle), height=height, width=width, framing=framing)
     (folder / "README.md").write_text(guide, encoding="utf-8")
 
 
@@ -165,8 +163,7 @@ def _write_triton(bundle: Bundle, folder: Path) -> None:
     )  # fmt: skip
     (model / "config.pbtxt").write_text(config, encoding="utf-8")
     shape = f"{bundle.manifest.batch or 1},{','.join(map(str, height_width(bundle.image_size)))},3"
-    fitted = Framing(bundle.image_size, _fit(bundle))
-    guide = template("triton/guide.md", name=name, shape=shape, fitted=fitted)
+    guide = template("triton/guide.md", name=name, shape=shape, framing=_framing(bundle))
     (folder / "README.md").write_text(guide, encoding="utf-8")
 
 
@@ -190,12 +187,12 @@ def _write_gstreamer(bundle: Bundle, folder: Path) -> None:
     if signature is not None:
         write_signature(folder / "bundle", signature)
     # GStreamer's loader imports the element; here it is data.
-    element, plugins = importlib.resources.files("sparsifiner_edge.gstreamer"), folder / "plugins" / "python"
-    plugins.mkdir(parents=True)
-    (plugins / "sparsifiner.py").write_bytes((element / "python" / "sparsifiner.py").read_bytes())
-    height, width = height_width(bundle.image_size)
+    element, framing = folder / "plugins" / "python" / "sparsifiner.py", _framing(bundle)
+    element.parent.mkdir(parents=True)
+    element.write_bytes(_resource("gstreamer/python/sparsifiner.py").read_bytes())
+    height, width = height_width(framing.size)
     ratio = "/".join(map(str, Fraction(width, height).as_integer_ratio()))
-    fitted = {"crop": f"aspectratiocrop aspect-ratio={ratio} ! videoscale", "letterbox": "videoscale add-borders=true"}
-    scaled = fitted.get(_fit(bundle), "videoscale add-borders=false")
+    crop = f"aspectratiocrop aspect-ratio={ratio} ! " if framing.fit == "crop" else ""
+    scaled = f"{crop}videoscale add-borders={str(framing.fit == 'letterbox').lower()}"
     guide = template("gstreamer/guide.md", name=_name(bundle), scaled=scaled, height=height, width=width)
     (folder / "README.md").write_text(guide, encoding="utf-8")

@@ -24,13 +24,6 @@ from sparsifiner_edge.runtime.golden import read_golden
 PROBABILITIES, MAP = "probabilities", "map"
 MODES = {"fp32": 0, "fp16": 2}
 """Precision -> Gst-nvinfer's network-mode."""
-FITTED = {
-    "crop": "The bundle takes the centre of a frame. Gst-nvinfer cannot crop: it gets the whole frame with black bars. "
-    "Crop before\n  it (`nvvideoconvert src-crop=LEFT:TOP:WIDTH:HEIGHT`) for the same image.",
-    "letterbox": "The bundle takes the whole frame between bars. Gst-nvinfer's are black, those of `run` are grey.",
-    "stretch": "The bundle takes the whole frame, stretched; so does Gst-nvinfer (`maintain-aspect-ratio=0`).",
-}
-"""What the guide says of how a bundle wants frames fitted."""
 
 
 def for_nvinfer(model: Any) -> Any:
@@ -64,33 +57,32 @@ def for_nvinfer(model: Any) -> Any:
     return changed
 
 
-def map_shape(bundle: Bundle) -> tuple[int, int, int] | None:
-    """Channels, rows and columns of a bundle's one output, where that is a map of probabilities: float32 [B,h,w] or
-    [B,C,h,w], sides that divide the image's, and by the golden pair from 0 to 1. None of any other.
+def give_map(model: Any, bundle: Bundle) -> int:
+    """Let a model's one output be `map` float32 [B,C,H,W], as large as the image, where it is a map of probabilities:
+    float32 [B,h,w] or [B,C,h,w], sides that divide the image's, and by the golden pair from 0 to 1.
+
+    Returns:
+        Channels of the map; 0: the output is none, and is as it was.
     """
-    if len(bundle.manifest.outputs) != 1 or GOLDEN_FILE not in bundle.manifest.files:
-        return None
-    (output,) = bundle.manifest.outputs
-    values = read_golden(bundle)[1].get(output.name)
-    if values is None or values.ndim not in (3, 4) or output.name == "tokens" or values.dtype != np.float32:
-        return None
+    graph, outputs, (height, width) = model.graph, bundle.manifest.outputs, height_width(bundle.image_size)
+    if len(outputs) != 1 or [outputs[0].name] != [output.name for output in graph.output]:
+        return 0
+    values = read_golden(bundle)[1].get(outputs[0].name) if GOLDEN_FILE in bundle.manifest.files else None
+    if values is None or values.ndim not in (3, 4) or outputs[0].name == "tokens" or values.dtype != np.float32:
+        return 0
     channels, rows, columns = (1, *values.shape[1:])[-3:]
-    height, width = height_width(bundle.image_size)
-    fits = values.shape[1:] == output.shape[1:] and height % rows == width % columns == 0
-    return (channels, rows, columns) if fits and values.min() >= 0 and values.max() <= 1 else None
-
-
-def give_map(model: Any, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
-    """Let a model's one output, a map (`map_shape`), be `map` float32 [B,C,H,W], as large as the image."""
-    graph = model.graph
-    (output,) = graph.output
-    name, (batch, *dims) = output.name, output.type.tensor_type.shape.dim
-    constants = {"map.scales": np.array([1, 1, size[0] / shape[1], size[1] / shape[2]], np.float32)}
-    if len(dims) == 2:
-        constants["map.axis"] = np.array([1])
-        graph.node.append(helper.make_node("Unsqueeze", [name, "map.axis"], ["map.plane"]))
-        name = "map.plane"
-    graph.node.append(helper.make_node("Resize", [name, "", "map.scales"], [MAP], mode="linear"))
-    graph.initializer.extend(numpy_helper.from_array(value, constant) for constant, value in constants.items())
-    answer = [batch.dim_param or batch.dim_value, shape[0], *size]
-    graph.output[0].CopyFrom(helper.make_tensor_value_info(MAP, TensorProto.FLOAT, answer))
+    fits = values.shape[1:] == outputs[0].shape[1:] and height % rows == width % columns == 0
+    if not (fits and values.min() >= 0 and values.max() <= 1):
+        return 0
+    for node in graph.node:  # The output's own name may be `map`.
+        for names in (node.input, node.output):
+            names[:] = ["map.small" if name == outputs[0].name else name for name in names]
+    scales = np.array([1, 1, height / rows, width / columns], np.float32)
+    constants = {"map.shape": np.array([-1, channels, rows, columns]), "map.scales": scales}
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    graph.node.append(helper.make_node("Reshape", ["map.small", "map.shape"], ["map.planes"]))
+    graph.node.append(helper.make_node("Resize", ["map.planes", "", "map.scales"], [MAP], mode="linear"))
+    batch = graph.output[0].type.tensor_type.shape.dim[0]
+    shape = [batch.dim_param or batch.dim_value, channels, height, width]
+    graph.output[0].CopyFrom(helper.make_tensor_value_info(MAP, TensorProto.FLOAT, shape))
+    return channels

@@ -9,7 +9,7 @@ import msgspec
 
 from sparsifiner_edge.bounds import MOST_BATCH
 from sparsifiner_edge.bundle.kernels import table_file
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, layers, summary
@@ -18,14 +18,7 @@ from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.profiles import roofline, stats
 from sparsifiner_edge.profiles.boards.board import Board, JetPack, load_board
 from sparsifiner_edge.profiles.figures import Comparison
-from sparsifiner_edge.profiles.roofline import (
-    CPU_FIT,
-    GPU_FIT,
-    SIZES,
-    SPARSE_KINDS,
-    RooflineFit,
-    Workload,
-)
+from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, SIZES, SPARSE_KINDS, RooflineFit, Workload
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Quantity, Result
 
@@ -49,7 +42,6 @@ was read; how many layers' tensors are alive then. CPU: recorded; GPU: judged.
 """
 SCORE_COPIES = (1.0, 1.0, 2.0)
 """The same for scores and gathered keys, where they are kept in memory."""
-_AGAIN = "Export the bundle again."
 
 
 class EstimateStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,10 +154,10 @@ def _estimate(
     plan, batch = plan_of(sparsity, shape.depth, shape.patches), 1 if manifest.batch is None else manifest.batch
     kernels, because = _kernels(manifest, device, release)
     if not manifest.ops and plan.sparse_layers:
-        raise ArtifactError(f"{checked.folder}: the manifest names no operators for its sparse layers.", _AGAIN)
+        raise ArtifactError(f"{checked.folder}: the manifest names no operators for its sparse layers.", AGAIN)
     checked.require(manifest.inputs or None, "inputs")
     if not 0 < batch <= MOST_BATCH:
-        raise ArtifactError(f"{checked.folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)
+        raise ArtifactError(f"{checked.folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", AGAIN)
     size = (checked.folder / MODEL_FILE).stat().st_size * SIZES[chosen] / SIZES.get(stored, 4)
     cpu = device.kind == "cpu"
     run_by = ("native" if cpu else "kernels") if kernels == "native" else "bodies"
@@ -205,7 +197,7 @@ def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
     try:
         summary(shape, sparsity)
     except SparsifinerError as error:
-        raise ArtifactError(f"{bundle.folder}: {error.what}", _AGAIN) from error
+        raise ArtifactError(f"{bundle.folder}: {error.what}", AGAIN) from error
     return shape, sparsity
 
 

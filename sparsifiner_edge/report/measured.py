@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -11,21 +11,14 @@ from sparsifiner_edge.report.blocks import Block, Note, Section, Table, strips
 from sparsifiner_edge.report.reading import ReportData, Side, conditions_of
 from sparsifiner_edge.report.values import Figure, clean, quantity_of
 
-_LATENCY: dict[str, Callable[[Side], Figure]] = {
-    "p50": lambda side: side.figures.latency_ms.p50,
-    "p90": lambda side: side.figures.latency_ms.p90,
-    "p99": lambda side: side.figures.latency_ms.p99,
-    "mean": lambda side: side.figures.latency_ms.mean,
-    "throughput_per_s": lambda side: side.figures.throughput_per_s,
-    "queries": lambda side: side.figures.queries,
-    "load_ms": lambda side: side.figures.load_ms,
-    "first_inference_ms": lambda side: side.figures.first_inference_ms,
-}
-_MEMORY: dict[str, Callable[[Side], Figure]] = {
-    "before": lambda side: side.figures.rss_before_load_bytes,
-    "peak": lambda side: side.figures.peak_memory_bytes,
-    "device": lambda side: side.figures.device_bytes,
-}
+_LATENCY = (
+    *(f"latency_ms.{name}" for name in ("p50", "p90", "p99", "mean")),
+    "throughput_per_s", "queries", "load_ms", "first_inference_ms",
+)  # fmt: skip
+_JOULES = ("energy.gross_j_per_inference", "energy.net_j_per_inference")
+_WATTS = ("energy.mean_w", "energy.idle_w")
+_MEMORY = ("rss_before_load_bytes", "peak_memory_bytes", "device_bytes")
+"""Of a side's figures, what tables hold."""
 
 
 def latency_section(data: ReportData) -> Section:
@@ -35,8 +28,22 @@ def latency_section(data: ReportData) -> Section:
         return "latency", []
     marks = ("p50", "p90", "p99")
     chart = [(x.label, x.samples, {name: getattr(x.figures.latency_ms, name).value for name in marks}) for x in sides]
-    rows = {texts(f"latency.{name}"): list(map(read, sides)) for name, read in _LATENCY.items()}
-    return "latency", [strips(texts("latency.chart"), texts("axis.latency"), chart), _table("", rows, data)]
+    table = _table("", _rows("latency", _LATENCY, data), data)
+    return "latency", [strips(texts("latency.chart"), texts("axis.latency"), chart), table]
+
+
+def _rows(section: str, names: Sequence[str], data: ReportData) -> dict[str, list[Figure]]:
+    """Figures of every side, under what the section calls them."""
+    texts = {name: data.texts(f"{section}.{name.rpartition('.')[2]}") for name in names}
+    return {text: [_figure(side, name) for side in data.sides] for name, text in texts.items()}
+
+
+def _figure(side: Side, name: str) -> Any:
+    """A figure such as "energy.mean_w", or why there is none."""
+    figure: Any = side.figures
+    for part in name.split("."):
+        figure = figure if isinstance(figure, Unavailable) else getattr(figure, part)
+    return figure
 
 
 def _table(title: str, rows: dict[str, list[Figure]], data: ReportData, factor: float = 1.0) -> Table:
@@ -62,29 +69,20 @@ def bar_cells(
 def energy_section(data: ReportData) -> Section:
     """Joules per inference, gross and net, and mean power; where there is none, why."""
     texts, blocks = data.texts, list[Block]()
-    joules, watts = (
-        {texts(f"energy.{name}"): [_energy(side, name + unit) for side in data.sides] for name in names}
-        for names, unit in ((("gross", "net"), "_j_per_inference"), (("mean_w", "idle_w"), ""))
-    )
     if not all(isinstance(side.figures.energy, Unavailable) for side in data.sides):
-        blocks += [_table(texts("energy.chart"), joules, data, 1e3), _table("", watts, data)]
+        blocks.append(_table(texts("energy.chart"), _rows("energy", _JOULES, data), data, 1e3))
+        blocks.append(_table("", _rows("energy", _WATTS, data), data))
     for side in data.sides:
-        energy, gross = side.figures.energy, _energy(side, "gross_j_per_inference")
+        energy, gross = side.figures.energy, _figure(side, _JOULES[0])
         missing = texts.missing(gross, "") if isinstance(gross, Unavailable) else ""
         source = "" if isinstance(energy, Unavailable) else f"{clean(energy.sensor)} · {clean(energy.total)} "
         blocks.append(Note(f"{side.label}: {source}{missing}", bool(missing)))
     return "energy", blocks
 
 
-def _energy(side: Side, name: str) -> Any:
-    """A figure of its energy, or why there is none."""
-    energy = side.figures.energy
-    return energy if isinstance(energy, Unavailable) else getattr(energy, name)
-
-
 def memory_section(data: ReportData) -> Section:
     """Memory of the process before loading and at its peak, and of the device."""
-    rows = {data.texts(f"memory.{name}"): list(map(read, data.sides)) for name, read in _MEMORY.items()}
+    rows = _rows("memory", _MEMORY, data)
     return "memory", [_table(data.texts("memory.chart"), rows, data, 1e-6)] if data.sides else []
 
 

@@ -15,7 +15,7 @@ from sparsifiner_edge.report.blocks import Block, Note, Section, Table
 from sparsifiner_edge.report.measured import bar_cells
 from sparsifiner_edge.report.reading import ReportData, ResultFile
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.values import Figure, clean, quantity_of
+from sparsifiner_edge.report.values import clean, quantity_of
 
 MAX_ROWS = 60
 """Of a table: a result may hold thousands, a page that is read does not."""
@@ -55,7 +55,7 @@ def _score_name(name: str, texts: Texts) -> str:
 def _model(data: ReportData, file: ResultFile[ScoresResult], role: str) -> str:
     """Name, what ran it, and its latency where the bundle was profiled too."""
     subject, runtime = file.subject(role), file.result.method.runtime.get(role)
-    latency = [side.figures.latency_ms.p50 for side in data.sides if side.sha == subject.sha256]
+    latency = [side.figures.latency_ms.p50 for side in data.sides if side.subject.sha256 == subject.sha256]
     parts = (runtime.backend, runtime.version, runtime.precision) if runtime else ()
     ran = " ".join(clean(part) for part in parts if isinstance(part, str)) or "–"
     timed = f" · {data.texts.figure(latency[0], 'ms')}" if latency else ""
@@ -90,25 +90,18 @@ def estimate_section(data: ReportData) -> Section:
     """Of every estimate its figures, of one bundle or two, and below them what is assumed."""
     texts, blocks = data.texts, list[Block]()
     for file in data.of(EstimateResult):
-        statistics, method = file.result.statistics, file.result.method
+        statistics, method, board = file.result.statistics, file.result.method, file.result.method.board
         sides = [side for side in (statistics, statistics.against) if side is not None]
-        figures: dict[str, tuple[list[Figure], float]] = {
-            "axis.latency": ([side.latency_ms for side in sides], 1),
-            "memory.peak": ([side.peak_memory_bytes for side in sides], 1e-6),
-            "energy.gross": ([side.energy_j for side in sides], 1e3),
-        }
         rows = [
-            [texts(key), *bar_cells(row, data, factor)]
-            for key, (row, factor) in figures.items()
-            if any(map(quantity_of, row))
+            [texts(f"estimate.{name}"), *bar_cells([getattr(side, name) for side in sides], data, factor)]
+            for name, factor in (("latency_ms", 1.0), ("peak_memory_bytes", 1e-6), ("energy_j", 1e3))
+            if any(quantity_of(getattr(side, name)) for side in sides)
         ]
-        board, jetpack = method.board, method.jetpack
-        parts = [board.title, method.power_mode, jetpack and f"JetPack {jetpack.version}, TensorRT {jetpack.tensorrt}"]
-        title = f"{texts('estimate.of')} {' · '.join(part for part in parts if isinstance(part, str))}"
+        jetpack = method.jetpack and f"JetPack {method.jetpack.version}, TensorRT {method.jetpack.tensorrt}"
+        parts = [part for part in (board.title, method.power_mode, jetpack) if isinstance(part, str)]
         names = [clean(subject.path) for subject in file.result.subjects]
-        blocks.append(Table(["", *names], rows, clean(title, 200)))
-        methods = [how for how in (method, method.against) if how is not None]
-        for name, how, side in zip(names, methods, sides, strict=False):
+        blocks.append(Table(["", *names], rows, clean(f"{texts('estimate.of')} {' · '.join(parts)}", 200)))
+        for name, how, side in zip(names, (method, method.against or method), sides, strict=False):
             said = {key: clean(getattr(how, key), 200) for key in ("linear", "other", "stored", "kernels", "because")}
             fits = texts.get(f"fits.{side.fits_memory}", clean(side.fits_memory))
             blocks.append(Note(texts("estimate.runs", name=name, **said, memory=f"{board.memory_gb:g}", fits=fits)))

@@ -73,11 +73,12 @@ def write_report(
         raise ConfigError(f"{target} is one of the results.", "Give the page another name.")
     data = report_data(paths, texts)
     sections = _sections(data, [_picture(Path(path)) for path in pictures])
-    write_text(target, _html(data, sections))
-    return Report(
-        page=str(target), verdict=verdict_sentences(data), differences=data.differences, warnings=_warnings(data),
-        sections=[name for name, _ in sections],
+    report = Report(
+        page=str(target), verdict=verdict_sentences(data), differences=data.differences,
+        warnings=sum(len(side.figures.flags) for side in data.sides), sections=[name for name, _ in sections],
     )  # fmt: skip
+    write_text(target, _html(data, sections, report))
+    return report
 
 
 def page_of(result: Result) -> tuple[list[tuple[str, Table | Note]], list[str]]:
@@ -116,12 +117,8 @@ def _sections(data: ReportData, pictures: Sequence[Note]) -> list[Section]:
     return [(name, blocks) for name, blocks in sections if blocks]
 
 
-def _warnings(data: ReportData) -> int:
-    return sum(len(side.figures.flags) for side in data.sides)
-
-
-def _html(data: ReportData, sections: Sequence[Section]) -> str:
-    texts, sentences = data.texts, verdict_sentences(data)
+def _html(data: ReportData, sections: Sequence[Section], report: Report) -> str:
+    texts, sentences = data.texts, report.verdict
     names = list(dict.fromkeys(side.bundle_name for side in data.sides))
     verdict = next((comparison.verdict for *_, comparison in data.comparisons()), "")
     text: str = templates().get_template("page.html").render(
@@ -130,7 +127,7 @@ def _html(data: ReportData, sections: Sequence[Section]) -> str:
         verdict=sentences[0], others=sentences[1:],
         tone="refused" if data.differences else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
         differences=[(texts(f"field.{name}"), values) for name, values in data.differences.items()],
-        sides=data.sides, warnings=_warnings(data), sections=sections, bins=BINS, clean=clean,
+        sides=data.sides, warnings=report.warnings, sections=sections, bins=BINS, clean=clean,
         version=version("sparsifiner-edge"),
     )  # fmt: skip
     return text

@@ -85,11 +85,6 @@ class Side:
     runtime: Runtime
 
     @property
-    def sha(self) -> str:
-        """The hash that names the bundle."""
-        return str(self.subject.sha256)
-
-    @property
     def bundle_name(self) -> str:
         """The label without what tells measurements apart."""
         return self.label.partition(" · ")[0]
@@ -109,16 +104,16 @@ class ReportData(NamedTuple):
 
     def label_of(self, subject: Subject) -> str:
         """The name of a subject, the same wherever the page speaks of the bundle."""
-        names = {side.sha: side.bundle_name for side in self.sides}
-        return names.get(str(subject.sha256), _name(subject))
+        names = {side.subject.sha256: side.bundle_name for side in self.sides}
+        return names.get(subject.sha256, _name(subject))
 
     def comparisons(self) -> list[tuple[Side, Side, Comparison]]:
         """Sides that one run measured in turn, the subject first, where nothing forbids to compare them."""
-        pairs = [(one, other) for one, other in pairwise(self.sides) if one.file is other.file]
-        compared = [
-            (one, other, one.file.result.statistics.comparison) for one, other in pairs if not forbids(one, other)
-        ]
-        return [(one, other, comparison) for one, other, comparison in compared if comparison is not None]
+        return [
+            (one, other, comparison) for one, other in pairwise(self.sides)
+            if one.file is other.file and not forbids(one, other)
+            and (comparison := one.file.result.statistics.comparison) is not None
+        ]  # fmt: skip
 
 
 def report_data(sources: Sequence[Path | Result], texts: Texts) -> ReportData:
@@ -140,11 +135,15 @@ def report_data(sources: Sequence[Path | Result], texts: Texts) -> ReportData:
     return ReportData(files, _label(sides, varied), differences, texts)
 
 
-def forbids(one: Side, other: Side) -> list[str]:
-    """Fields of the conditions in which two sides differ, but may not for their figures to stand side by side."""
-    may = CHOSEN if one.file is other.file else CHOSEN[:2]
+def unlike(one: Side, other: Side) -> dict[str, list[str]]:
+    """Conditions in which two sides differ, with both values."""
     here, there = conditions_of(one), conditions_of(other)
-    return [field for field in here if here[field] != there[field] and field not in may]
+    return {field: [here[field], there[field]] for field in here if here[field] != there[field]}
+
+
+def forbids(one: Side, other: Side) -> set[str]:
+    """Those in which they may not differ for their figures to stand side by side."""
+    return unlike(one, other).keys() - (CHOSEN if one.file is other.file else CHOSEN[:2])
 
 
 def _read(path: Path | Result) -> ResultFile[Any]:
@@ -200,15 +199,15 @@ def _name(subject: Subject) -> str:
 
 def _label(sides: Sequence[Side], differences: Container[str]) -> list[Side]:
     """With what tells one apart from another: its folder, its file, the conditions in which they differ."""
-    shas: dict[str, set[str]] = {}
+    shas: dict[str, set[object]] = {}
     for side in sides:
         for name in (side.label, _in_folder(side)):
-            shas.setdefault(name, set()).add(side.sha)
-    times, labelled = Counter(sha for sha, _ in {(side.sha, side.file.sha256) for side in sides}), []
+            shas.setdefault(name, set()).add(side.subject.sha256)
+    times, labelled = Counter(sha for sha, _ in {(side.subject.sha256, side.file.sha256) for side in sides}), []
     for side in sides:
         folder = _in_folder(side)[len(side.label) :] if len(shas[side.label]) > 1 else ""
-        folder += f" #{side.sha[:6]}" if len(shas[_in_folder(side)]) > 1 else ""
-        parts = [side.label + folder, *([side.file.name] if times[side.sha] > 1 else [])]
+        folder += f" #{str(side.subject.sha256)[:6]}" if len(shas[_in_folder(side)]) > 1 else ""
+        parts = [side.label + folder, *([side.file.name] if times[side.subject.sha256] > 1 else [])]
         parts += [value for field, value in conditions_of(side).items() if field in differences]
         labelled.append(dataclasses.replace(side, label=" · ".join(parts)))
     return labelled

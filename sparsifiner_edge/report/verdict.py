@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from sparsifiner_edge.front import SearchResult
 from sparsifiner_edge.outcomes import ALL, RobustnessResult, ScoresResult
 from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import Comparison
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report.reading import ReportData, ResultFile, Side, conditions_of
+from sparsifiner_edge.report.reading import ReportData, ResultFile, Side, conditions_of, unlike
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean, plain
 
@@ -18,14 +18,9 @@ from sparsifiner_edge.report.values import clean, plain
 def verdict_sentences(data: ReportData) -> list[str]:
     """The verdict: what the page shows, a sentence each, the most important first."""
     texts, comparisons = data.texts, data.comparisons()
-    fields = texts.join(
-        [f"{texts(f'field.{name}')} ({' | '.join(values)})" for name, values in data.differences.items()]
-    )
-    sentences = [texts("verdict.refused", fields=fields)] if data.differences else []
-    for subject, against, comparison in comparisons:
-        sentences += _measured(subject, against, comparison, data)
-    compared = [side for subject, against, _ in comparisons for side in (subject, against)]
-    mentioned = [conditions_of(side) for side in compared]
+    refused = [texts("verdict.refused", fields=_fields(data.differences, texts))] if data.differences else []
+    sentences = refused + [sentence for each in comparisons for sentence in _measured(*each, data)]
+    mentioned = [conditions_of(side) for *sides, _ in comparisons for side in sides]
     for side in (side for side in data.sides if conditions_of(side) not in mentioned):
         latency = texts.figure(side.figures.latency_ms.p50, "ms")
         sentences.append(texts("verdict.alone", subject=side.label, latency=latency))
@@ -34,24 +29,23 @@ def verdict_sentences(data: ReportData) -> list[str]:
     sentences += [sentence for file in data.of(EstimateResult) for sentence in _estimated(file.result, texts)]
     sentences += [sentence for file in data.of(RobustnessResult) for sentence in _stability(file, texts)]
     subjects = [side for side in data.sides if side.role == "subject"]
-    if subjects and not compared and not any(_is_judged(side, data) for side in subjects):
+    if subjects and not comparisons and not any(_is_judged(side, data) for side in subjects):
         sentences.append(texts("verdict.no_accuracy"))
     return sentences or [texts("verdict.nothing")]
 
 
+def _fields(values: Mapping[str, Sequence[str]], texts: Texts) -> str:
+    """Conditions in a row, each with what it was: "precision (fp16 | fp32)"."""
+    return texts.join([f"{texts(f'field.{name}')} ({' | '.join(each)})" for name, each in values.items()])
+
+
 def _measured(subject: Side, against: Side, comparison: Comparison, data: ReportData) -> Iterator[str]:
     """Which is faster, what else differs; and what is known of fidelity: of both, if backend or precision differ."""
-    texts, pairs = data.texts, zip(conditions_of(subject).items(), conditions_of(against).values(), strict=True)
-    unlike = {
-        field: f"{texts(f'field.{field}')} ({here}{texts('verdict.beside')}{there})"
-        for (field, here), there in pairs
-        if here != there
-    }
-    how = texts("verdict.others", others=texts.join([*unlike.values()])) if unlike else ""
-    names = (subject.bundle_name, against.bundle_name)
+    texts, others, names = data.texts, unlike(subject, against), (subject.bundle_name, against.bundle_name)
+    how = texts("verdict.others", others=_fields(others, texts)) if others else ""
     names = (f"{names[0]} (1)", f"{names[1]} (2)") if names[0] == names[1] else names
     yield _compared(comparison, *names, texts, how)
-    sides = (subject, against) if unlike.keys() & {"backend", "precision"} else (subject,)
+    sides = (subject, against) if others.keys() & {"backend", "precision"} else (subject,)
     if all(_is_judged(side, data) for side in sides):
         return
     for side, name in zip(sides, names, strict=False):
@@ -64,7 +58,7 @@ def _measured(subject: Side, against: Side, comparison: Comparison, data: Report
 def _is_judged(side: Side, data: ReportData) -> bool:
     """Whether its bundle was evaluated in its precision, or others were held against it."""
     return any(
-        subject.sha256 == side.sha and runtime.precision == side.runtime.precision
+        subject.sha256 == side.subject.sha256 and runtime.precision == side.runtime.precision
         for file in data.of(ScoresResult) for subject in file.result.subjects
         if (runtime := file.result.method.runtime.get(str(subject.role))) is not None
     )  # fmt: skip

@@ -94,11 +94,9 @@ def require_precision(precision: str, stored: str, name: str) -> None:
         stored: what the file holds beside int8: "fp32" or "fp16". name: of what runs it.
     """
     if precision not in ("auto", stored):
-        raise BackendError(
-            f"{name} computes in what a file stores, {stored} here, and not in {precision}.",
-            "Leave --precision out"
-            + (f", or export with --precision {precision}." if precision in ("fp32", "fp16") else "."),
-        )
+        what = f"{name} computes in what a file stores, {stored} here, and not in {precision}."
+        other = f", or export with --precision {precision}" if precision in ("fp32", "fp16") else ""
+        raise BackendError(what, f"Leave --precision out{other}.")
 
 
 class ProcessorBackend(Backend):

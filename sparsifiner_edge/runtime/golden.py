@@ -108,11 +108,8 @@ def _unpack(content: bytes) -> dict[str, Array]:
 
 
 def _repeat(pair: Pair, least: int) -> Pair:
-    inputs, outputs = pair
-    times = max(1, math.ceil(least / min(len(array) for array in inputs.values())))
-    if times == 1:
-        return pair
-    inputs, outputs = ({k: np.concatenate([v] * times) for k, v in arrays.items()} for arrays in (inputs, outputs))
+    times = max(1, math.ceil(least / min(map(len, pair[0].values()))))
+    inputs, outputs = ({k: np.concatenate([v] * times) for k, v in arrays.items()} for arrays in pair)
     return inputs, outputs
 
 

@@ -70,6 +70,7 @@ class Session(abc.ABC):
     least_batch = golden_runs = 1
     in_place_of_sparse = False
     description: Runtime
+    _has_run = False
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """Check names, types, ranks, sizes, and that axes of one name have one size.
@@ -99,12 +100,13 @@ class Session(abc.ABC):
             BackendError: `validate` rejects the inputs, the backend fails, or the session is closed.
 
         Warns:
-            SlowKernelsWarning: where kernels are not installed that would carry out the operators.
+            SlowKernelsWarning: at the first run, where kernels are not installed that would carry out the operators.
         """
         self.validate(inputs)
-        if (kernels := str(self.description.kernels)).startswith(LACKING):  # Shown once, unless filters say otherwise.
+        if not self._has_run and (kernels := str(self.description.kernels)).startswith(LACKING):
             what = f"Sparse attention runs by {kernels}, which are several times slower than its kernels."
             warnings.warn(what, SlowKernelsWarning, stacklevel=2)
+        self._has_run = True
         try:
             outputs = self._run({name: np.ascontiguousarray(value) for name, value in inputs.items()})
         except BackendError:

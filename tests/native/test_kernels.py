@@ -19,18 +19,7 @@ from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.torch_native import native_kernels
-from tests.ops.matrix import (
-    PAPER,
-    Case,
-    body_model,
-    cases,
-    check,
-    feed,
-    run_body,
-    run_native,
-    run_reference,
-    run_torch,
-)
+from tests.ops.matrix import PAPER, Case, body_model, cases, check, feed, run_body, run_native, run_reference, run_torch
 from tests.plain import examine
 
 SETS = ("AVX3", "AVX2", "SSE2") if os.uname().machine == "x86_64" else ("NEON",)

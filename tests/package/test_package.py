@@ -58,9 +58,9 @@ def test_sizes_in_configurations(tmp_path: Path) -> None:
     for place, target, file, text in (
         (bundle, "deepstream", "config_infer.txt", "infer-dims=3;4;6\n"),
         (bundle, "triton", "models/b/config.pbtxt", "dims: [4, 6, 3]\n"),
-        (bundle, "gstreamer", "README.md", "aspect-ratio=3/2 ! videoscale ! "),
+        (bundle, "gstreamer", "README.md", "aspect-ratio=3/2 ! videoscale add-borders=false ! "),
         (bundle, "deepstream", "config_infer.txt", "maintain-aspect-ratio=1\n"),
-        (bundle, "deepstream", "README.md", "takes the centre of a frame"),
+        (bundle, "deepstream", "README.md", "takes a frame: centre rectangle, bicubic to 4x6 px"),
         (wide, "deepstream", "config_infer.txt", "maintain-aspect-ratio=0\n"),
         (wide, "triton", "README.md", "whole, stretched, bicubic to 4x6 px"),
         (wide, "gstreamer", "README.md", "videoconvert ! videoscale add-borders=false ! "),
@@ -207,89 +207,80 @@ def test_what_deepstream_gets(name: str, tmp_path: Path, request: pytest.Fixture
     assert np.abs(answer - expected).max() < 1e-3 * max(1.0, float(np.ptp(expected)))
 
 
-def make_map_bundle(folder: Path, shape: str, pixels: str) -> Path:
-    """A bundle of 8 x 12 px whose `mask` is the brightness of 4 x 4 px each, from 0 to 1."""
+def make_map_bundle(folder: Path, name: str, shape: str, pixels: str) -> Path:
+    """A bundle of 8 x 12 px whose one output is the brightness of 4 x 4 px each, from 0 to 1."""
     folder.mkdir()
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20]>
-        mask (uint8[1,8,12,3] image) => (float[{shape}] mask)
+        brightness (uint8[1,8,12,3] image) => (float[{shape}] {name})
         <int64[1] channels = {{3}}, float most = {{{pixels}}}, int64[{shape.count(",") + 1}] whole = {{{shape}}}> {{
             bright = Cast <to = 1> (image)
             grey = ReduceMean <keepdims = 0> (bright, channels)
             one = Unsqueeze (grey, first)
             share = Div (one, most)
             small = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (share)
-            mask = Reshape (small, whole)
+            {name} = Reshape (small, whole)
         }}""")
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "first"))
     onnx.save(model, folder / "model.onnx")
     image = np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), dtype=np.uint8)
-    (mask,) = onnxruntime.InferenceSession(str(folder / "model.onnx")).run(None, {"image": image})
-    np.savez(folder / "golden.npz", **{"input.image": image, "output.mask": mask})
-    tensors = [{"name": "image", "dtype": "uint8", "shape": [1, 8, 12, 3]}]
-    outputs = [{"name": "mask", "dtype": "float32", "shape": [*mask.shape]}]
-    manifest = {"name": "mask", "precision": "fp32", "preprocessing": {"size": [8, 12]}, "inputs": tensors}
-    seal_bundle(folder, manifest | {"outputs": outputs, "tolerances": {"mask": 1e-5}})
+    (values,) = onnxruntime.InferenceSession(str(folder / "model.onnx")).run(None, {"image": image})
+    np.savez(folder / "golden.npz", **{"input.image": image, f"output.{name}": values})
+    seal_bundle(folder, {
+        "name": "brightness", "precision": "fp32", "preprocessing": {"size": [8, 12]}, "tolerances": {name: 1e-5},
+        "inputs": [{"name": "image", "dtype": "uint8", "shape": [1, 8, 12, 3]}],
+        "outputs": [{"name": name, "dtype": "float32", "shape": [*values.shape]}],
+    })  # fmt: skip
     return folder
 
 
-@pytest.mark.parametrize("shape", ["1,2,3", "1,1,2,3"])
-def test_a_map_is_a_segmentation(shape: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "shape"), [("mask", "1,2,3"), ("map", "1,1,2,3")])
+def test_a_map_is_a_segmentation(name: str, shape: str, tmp_path: Path) -> None:
     """As large as the image, which Gst-nvinfer takes for granted; one that is no probability is raw."""
-    bundle = make_map_bundle(tmp_path / "bundle", shape, "255")
+    bundle = make_map_bundle(tmp_path / "bundle", name, shape, "255")
     package_bundle(bundle, "deepstream", tmp_path / "out")
-    found = nvinfer(tmp_path / "out")
-    assert (found["network-type"], found["output-blob-names"], found["output-tensor-meta"]) == ("2", "map", "1")
-    assert (found["num-detected-classes"], found["segmentation-threshold"], found["network-mode"]) == ("1", "0.5", "0")
+    expected = {"network-type": "2", "output-blob-names": "map", "output-tensor-meta": "1", "network-mode": "0"}
+    expected |= {"num-detected-classes": "1", "segmentation-threshold": "0.5"}
+    assert expected.items() <= nvinfer(tmp_path / "out").items()
     model = onnx.load(tmp_path / "out" / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     with np.load(bundle / "golden.npz") as golden:
         planes = np.ascontiguousarray(golden["input.image"].transpose(0, 3, 1, 2), dtype=np.float32)
         (answer,) = onnxruntime.InferenceSession(model.SerializeToString()).run(["map"], {"image": planes})
-        wanted = golden["output.mask"].reshape(2, 3)
+        wanted = golden[f"output.{name}"].reshape(2, 3)
     assert answer.shape == (1, 1, 8, 12)
     assert answer[0, 0].reshape(2, 4, 3, 4).mean(axis=(1, 3)) == pytest.approx(wanted, abs=0.1)
-    raw = reseal(make_map_bundle(tmp_path / "depth", shape, "2"), intended={"backend": "tensorrt", "precision": "fp16"})
-    package_bundle(raw, "deepstream", tmp_path / "raw")
-    found = nvinfer(tmp_path / "raw")
-    assert (found["network-type"], found["output-blob-names"], found["network-mode"]) == ("100", "mask", "2")
-    assert found["model-engine-file"] == "model.onnx_b1_gpu0_fp16.engine"
+    depth = make_map_bundle(tmp_path / "depth", name, shape, "2")
+    package_bundle(reseal(depth, intended={"backend": "tensorrt", "precision": "fp16"}), "deepstream", tmp_path / "raw")
+    expected = {"network-type": "100", "output-blob-names": name, "network-mode": "2"}
+    expected |= {"model-engine-file": "model.onnx_b1_gpu0_fp16.engine"}
+    assert expected.items() <= nvinfer(tmp_path / "raw").items()
 
 
 def test_the_probe_reads_what_pyds_gives(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Names as the bindings of pyds have them; its lists end with StopIteration."""
-    kept = np.array([[[0.9, 0.1], [0.2, 0.8]]], np.float32)
-    cast = SimpleNamespace(cast=lambda data: data)
-    dims = SimpleNamespace(d=[1, 2, 2, 0], numDims=3)
-    layer = SimpleNamespace(dataType=0, layerName="map", inferDims=dims, buffer=kept.ctypes.data)
+    values, it = np.array([[[0.9, 0.1], [0.2, 0.8]]], np.float32), SimpleNamespace
 
-    class Entry:
-        def __init__(self, data: Any) -> None:
-            self.data = data
-
+    class Entry(SimpleNamespace):
         @property
         def next(self) -> Any:
             raise StopIteration
 
-    meta = SimpleNamespace(base_meta=SimpleNamespace(meta_type=12), user_meta_data=SimpleNamespace(num_output_layers=1))
-    frame = SimpleNamespace(frame_num=7, frame_user_meta_list=Entry(meta))
-    pyds: Any = SimpleNamespace(
-        NvDsFrameMeta=cast, NvDsUserMeta=cast, NvDsInferTensorMeta=cast, get_ptr=lambda buffer: buffer,
-        NvDsMetaType=SimpleNamespace(NVDSINFER_TENSOR_OUTPUT_META=12), NvDsInferDataType=SimpleNamespace(FLOAT=0),
+    layer = it(dataType=0, layerName="map", inferDims=it(d=[1, 2, 2, 0], numDims=3), buffer=values.ctypes.data)
+    meta = it(base_meta=it(meta_type=12), user_meta_data=it(num_output_layers=1), cast=lambda data: data)
+    frame = it(frame_num=7, frame_user_meta_list=Entry(data=meta))
+    pyds = it(
+        NvDsFrameMeta=meta, NvDsUserMeta=meta, NvDsInferTensorMeta=meta, get_ptr=meta.cast,
+        NvDsMetaType=it(NVDSINFER_TENSOR_OUTPUT_META=12), NvDsInferDataType=it(FLOAT=0),
         get_nvds_LayerInfo=lambda _tensors, _number: layer,
-        gst_buffer_get_nvds_batch_meta=lambda _address: SimpleNamespace(frame_meta_list=Entry(frame)),
+        gst_buffer_get_nvds_batch_meta=lambda _address: it(frame_meta_list=Entry(data=frame)),
     )  # fmt: skip
-    gst = SimpleNamespace(PadProbeReturn=SimpleNamespace(OK=1))
-    repository = SimpleNamespace(Gst=gst)
-    for name, module in {
-        "pyds": pyds,
-        "gi": SimpleNamespace(require_version=print),
-        "gi.repository": repository,
-    }.items():
+    repository = it(Gst=it(PadProbeReturn=it(OK=1)))
+    for name, module in {"pyds": pyds, "gi": it(require_version=print), "gi.repository": repository}.items():
         monkeypatch.setitem(sys.modules, name, module)
     package_bundle(make_bundle(tmp_path / "bundle", preprocessing={"size": 4}), "deepstream", tmp_path / "out")
     probe = runpy.run_path(str(tmp_path / "out" / "probe.py"))
-    assert probe["print_outputs"](None, SimpleNamespace(get_buffer=object)) == 1
+    assert probe["print_outputs"](None, it(get_buffer=object)) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "7 map (1, 2, 2) 50.0% above one half"
 
 

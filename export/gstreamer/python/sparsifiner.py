@@ -77,14 +77,12 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             begun = time.monotonic()
             outputs = self._model.infer(image)
             elapsed_ms = (time.monotonic() - begun) * 1e3
-            self._tell(buffer, self._model.frame_answer(outputs, self._fitting()), elapsed_ms)
+            fitting = self._model.framing.of(self._info.width, self._info.height)
+            self._tell(buffer, self._model.frame_answer(outputs, fitting), elapsed_ms)
         except Exception as error:  # It would vanish in the binding.
             self._fail(str(error))
             return Gst.FlowReturn.ERROR
         return Gst.FlowReturn.OK
-
-    def _fitting(self) -> Any:
-        return self._model.framing.of(self._info.width, self._info.height)
 
     def _image(self, buffer: Any) -> Any:
         """The frame as the model takes it, uint8 [H,W,3]."""

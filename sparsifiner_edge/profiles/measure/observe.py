@@ -12,14 +12,7 @@ from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.figures import Figures, Method
 from sparsifiner_edge.profiles.flags import flags_of
 from sparsifiner_edge.profiles.measure.memory import PEAK, Bytes, process_bytes
-from sparsifiner_edge.profiles.measure.side import (
-    LOAD_TIMEOUT_S,
-    MeasuredSide,
-    OnStage,
-    Rules,
-    measure_blocks,
-    warm_up,
-)
+from sparsifiner_edge.profiles.measure.side import LOAD_TIMEOUT_S, MeasuredSide, OnStage, Rules, measure_blocks, warm_up
 from sparsifiner_edge.profiles.sensors import Energy, Recording, energy, find_sensor, no_sensor
 from sparsifiner_edge.records import MISSING, Known, Unavailable
 from sparsifiner_edge.runtime.session import Runtime

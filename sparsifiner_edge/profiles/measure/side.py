@@ -167,14 +167,14 @@ def load_request(bundle: Path, execution: Execution) -> dict[str, Any]:
     return {"bundle": str(bundle.resolve()), "execution": to_builtins(execution)}
 
 
-def warm_up(side: MeasuredSide, on_stage: OnStage, most_s: float = _WARM_UP_S) -> None:
-    """Run windows of about 100 ms until three medians in a row lie within 2 %, for about `most_s` at most."""
+def warm_up(side: MeasuredSide, on_stage: OnStage) -> None:
+    """Run windows of about 100 ms until three medians in a row lie within 2 %, for about 5 s at most."""
     start = time.monotonic()
     side.query_ms = max(side.run(1)[0][0], 1e-3)
     window = max(1, round(_WINDOW_MS / side.query_ms))
     medians: list[float] = []
     settled = False
-    while not settled and (time.monotonic() - start < most_s or not medians):
+    while not settled and (time.monotonic() - start < _WARM_UP_S or not medians):
         medians.append(statistics.median(side.run(window)[0]))
         last = medians[-_WINDOWS:]
         settled = len(last) == _WINDOWS and max(last) <= min(last) * (1 + _SETTLED)
