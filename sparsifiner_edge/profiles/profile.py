@@ -113,7 +113,7 @@ def _layers(side: MeasuredSide) -> list[Row] | Unavailable:
     p50 = stats.percentile(side.latency_ms, 0.5)
     try:
         with start_worker() as worker:
-            request = load_request(side.bundle, side.execution)
+            request = load_request(side.bundle, side.loaded.execution)
             return worker.ask("layers", LOAD_TIMEOUT_S, list[Row], **request, query_ms=p50)
     except SparsifinerError as error:
         return Unavailable(error.what)

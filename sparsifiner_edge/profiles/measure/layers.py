@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     nodes: int = 1
     ms: float
-
-
-def ms_by_kind(rows: Sequence[Row]) -> dict[str, float]:
-    """Milliseconds of each of `LAYER_KINDS` over all layers, from the rows of a result's `layers`."""
-    return {kind: sum((row.ms for row in rows if row.kind == kind), 0.0) for kind in LAYER_KINDS}
 
 
 def measure_layers(bundle: str | Path, execution: Execution, query_ms: float) -> list[Row]:

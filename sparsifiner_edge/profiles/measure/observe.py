@@ -31,7 +31,7 @@ def observe(
 
     The idle baseline comes before warm-up, so that nothing cools down between warm-up and the first query.
     """
-    on_processor = {side.execution.on_processor for side in sides}
+    on_processor = {side.loaded.execution.on_processor for side in sides}
     on = "cpu" if on_processor == {True} else "gpu"
     alike = power and len(on_processor) == 1
     sensor = find_sensor(on=on) if alike else no_sensor({"power": "not asked for, or two devices"})

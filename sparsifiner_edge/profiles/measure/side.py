@@ -96,7 +96,7 @@ class MeasuredSide:
 
     Attributes:
         role: "subject" or "against".
-        worker: its process. bundle, execution: what it loaded, and how it runs that.
+        worker: its process. bundle: what it loaded.
         loaded: what loading reported. device: bytes that it took of the device's memory, and who tells.
         warm_up: how warm-up went. query_ms: a query's time, the first one's before it.
         blocks: latencies in ms, block by block. windows: start and end of each block, CLOCK_MONOTONIC nanoseconds.
@@ -106,7 +106,6 @@ class MeasuredSide:
     role: str
     worker: Child
     bundle: Path
-    execution: Execution
     loaded: Loaded
     device: tuple[Bytes, str]
     query_ms: float
@@ -159,7 +158,7 @@ def open_side(role: str, bundle: Path, execution: Execution, on_stage: OnStage) 
         loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **load_request(bundle, execution))
         held, source = device_bytes()  # Before another side takes any.
         taken = max(0, held - before) if isinstance(held, int) and isinstance(before, int) else held
-        yield MeasuredSide(role, worker, bundle, loaded.execution, loaded, (taken, source), loaded.first_ms)
+        yield MeasuredSide(role, worker, bundle, loaded, (taken, source), loaded.first_ms)
 
 
 def load_request(bundle: Path, execution: Execution) -> dict[str, Any]:
@@ -167,14 +166,14 @@ def load_request(bundle: Path, execution: Execution) -> dict[str, Any]:
     return {"bundle": str(bundle.resolve()), "execution": to_builtins(execution)}
 
 
-def warm_up(side: MeasuredSide, on_stage: OnStage) -> None:
-    """Run windows of about 100 ms until three medians in a row lie within 2 %, for about 5 s at most."""
+def warm_up(side: MeasuredSide, on_stage: OnStage, most_s: float = _WARM_UP_S) -> None:
+    """Run windows of about 100 ms until three medians in a row lie within 2 %, for about `most_s` at most."""
     start = time.monotonic()
     side.query_ms = max(side.run(1)[0][0], 1e-3)
     window = max(1, round(_WINDOW_MS / side.query_ms))
     medians: list[float] = []
     settled = False
-    while not settled and (time.monotonic() - start < _WARM_UP_S or not medians):
+    while not settled and (time.monotonic() - start < most_s or not medians):
         medians.append(statistics.median(side.run(window)[0]))
         last = medians[-_WINDOWS:]
         settled = len(last) == _WINDOWS and max(last) <= min(last) * (1 + _SETTLED)
