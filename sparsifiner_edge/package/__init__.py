@@ -108,7 +108,7 @@ def _resource(name: str) -> Any:
 
 def template(name: str, /, **values: object) -> str:
     """One with its fields filled in."""
-    return _resource(name).read_text(encoding="utf-8").format(**values)
+    return str(_resource(name).read_text(encoding="utf-8").format(**values))
 
 
 def _write_deepstream(bundle: Bundle, folder: Path) -> None:

@@ -70,7 +70,7 @@ def give_map(model: Any, bundle: Bundle) -> int:
     values = read_golden(bundle)[1].get(outputs[0].name) if GOLDEN_FILE in bundle.manifest.files else None
     if values is None or values.ndim not in (3, 4) or outputs[0].name == "tokens" or values.dtype != np.float32:
         return 0
-    channels, rows, columns = (1, *values.shape[1:])[-3:]
+    channels, rows, columns = map(int, (1, *values.shape[1:])[-3:])
     fits = values.shape[1:] == outputs[0].shape[1:] and height % rows == width % columns == 0
     if not (fits and values.min() >= 0 and values.max() <= 1):
         return 0
