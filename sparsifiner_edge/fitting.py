@@ -20,6 +20,8 @@ BARS = (124, 116, 104)
 """RGB of what "letterbox" leaves free: ImageNet's mean, within a fifth of a standard deviation of zero whichever of the
 usual means a model takes off. One colour for all, so that no program needs to ask a model.
 """
+_ROUNDED = 5
+"""Percent of a frame that may be lost to a size of its own shape, which is of whole patches: no reason for another."""
 
 
 class Fitting(msgspec.Struct, frozen=True):
@@ -100,8 +102,10 @@ class Framing(msgspec.Struct, frozen=True):
         bars = round(100 * (1 - fitting.inner[2] * fitting.inner[3] / (columns * rows)))
         text = f"{self}: {across}x{down} of {width}x{height} pixels are read"
         if dropped and self.region is None:
-            text += f", {dropped} % is dropped; to read all, run with --fit letterbox, or export with --like VIDEO"
-        return text + (f", {bars} % of the input is bars; export with --like VIDEO to have none" if bars else "")
+            like = ", or export with --like VIDEO" if dropped > _ROUNDED else ""
+            text += f", {dropped} % is dropped; to read all, run with --fit letterbox{like}"
+        like = "; export with --like VIDEO to have none" if bars > _ROUNDED else ""
+        return text + (f", {bars} % of the input is bars{like}" if bars else "")
 
     def __str__(self) -> str:
         """As results and people are told: "centre square, bicubic to 224 px"."""

@@ -7,6 +7,7 @@ import datetime
 import functools
 import inspect
 import math
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -161,12 +162,13 @@ trust_option = click.option("--trust", multiple=True, metavar="MODULE",
     help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
 
 
-def trust_text(student: Path) -> str:
-    """What a printed command on a student of a user's own function needs: " --trust MODULE"; of others nothing."""
+def next_export(student: Path) -> str:
+    """What to do with a student next, to be pasted into a shell; --trust is needed of one of a user's own function."""
     from sparsifiner_edge.sparse.student_file import read_config
 
     config = read_config(student)
-    return f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
+    trust = f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
+    return f"Next: sparsifiner-edge export {shlex.quote(str(student))}{trust} -o BUNDLE/"
 
 
 def normalise_options(command: Command) -> Command:

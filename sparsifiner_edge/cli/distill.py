@@ -65,7 +65,7 @@ def _print(summary: TrainingSummary, output: Path) -> None:
     if summary.unreadable:
         listed = "\n  ".join(map(printable, summary.unreadable[:10]))
         click.echo(f"{len(summary.unreadable)} images could not be read and were skipped:\n  {listed}", err=True)
-    click.echo(f"Next: sparsifiner-edge export {output}{common.trust_text(output)} -o BUNDLE/")
+    click.echo(common.next_export(output))
 
 
 def _budget(row: BudgetFidelity) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def _print(bundle: Bundle) -> None:
         click.echo(f"{board.board}: {counts}, compute capability {board.compute_capability}{bodies}")
     none = "none: plain dense attention in standard operators"
     click.echo(f"custom operators (with bodies in standard operators): {', '.join(manifest.ops) or none}")
-    click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")
+    click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {shlex.quote(str(folder))}")
 
 
 def _merge_lines(manifest: Manifest) -> Iterator[str]:

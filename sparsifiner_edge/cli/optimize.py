@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,12 +63,12 @@ def command(
         options |= {"minutes": max(0.01, minutes - gone), "fit": fit or "crop"}
         groups = common.group(options, model=se.ModelOptions, options=se.OptimizeOptions)
         result = optimize(source, data, output, progress=progress, **groups)
-    common.print_result(result, as_json, lambda result: _print(result, output, options["trust"]))
+    common.print_result(result, as_json, lambda result: _print(result, output))
     if isinstance(result.statistics.answer, Unavailable):
         raise click.exceptions.Exit(1)
 
 
-def _print(result: SearchResult, output: Path, trust: Sequence[str]) -> None:
+def _print(result: SearchResult, output: Path) -> None:
     front, board, count = result.statistics, result.method.board, len(result.method.images["checked"])
     fastest = min((one.ms.value for one in front.dense), default=None)
     rows = [_row(f"dense: {one.engine}", one, fastest) for one in reversed(front.dense)]
@@ -90,12 +90,13 @@ def _print(result: SearchResult, output: Path, trust: Sequence[str]) -> None:
     if board is not None:
         click.echo(f"Next: sparsifiner-edge estimate {output / 'bundle'} --board {board}")
         return
-    student, trusted = output / "start", "".join(f" --trust {name}" for name in trust)
-    click.echo(f"Next: sparsifiner-edge run {output / 'bundle'} --source IMAGES/     (a video, a camera: --source URL)")
+    student = output / "start"
+    bundle = shlex.quote(str(output / "bundle"))
+    click.echo(f"Next: sparsifiner-edge run {bundle} --source IMAGES/     (a video, a camera: --source URL)")
     click.echo(f"Page: {output / 'report.html'}")
     if student.is_dir():
-        budgets = f"--data IMAGES/ --budgets {output / 'front.json'}{trusted} -o BETTER/"
-        click.echo(f"Train for more: sparsifiner-edge distill {student} {budgets}")
+        budgets = f"--data IMAGES/ --budgets {shlex.quote(str(output / 'front.json'))}{common.trust_text(student)}"
+        click.echo(f"Train for more: sparsifiner-edge distill {shlex.quote(str(student))} {budgets} -o BETTER/")
 
 
 def _row(label: str, one: Candidate, fastest: float | None) -> list[str]:

@@ -55,5 +55,5 @@ def command(*, model: str, output: Path, settings: dict[str, Any], **options: An
     merging = f", merge {merge_text(sparsity.merge)}" if any(sparsity.merge) else ""
     click.echo(
         f"{folder}: student written, keep {keep_text(sparsity.keep)}, {sparsity.cells} cells{merging}. "
-        f"Next: sparsifiner-edge export {folder}{common.trust_text(folder)} -o BUNDLE/"
+        f"{common.next_export(folder)}"
     )
