@@ -8,14 +8,14 @@ from __future__ import annotations
 from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tracked
 
 BUDGET = {
-    "base": 2836, "ops": 2009, "native": 3836, "triton": 1823, "sparse": 3072, "distill": 1502,
-    "export": 1843, "bundle": 1120, "runtime": 2866, "profiles": 2722, "evaluate": 1758, "optimizer": 1714,
-    "report": 979, "camera": 2005, "package": 359, "cli": 1476, "demo, doctor": 379,
+    "base": 3037, "ops": 2011, "native": 3836, "triton": 1823, "sparse": 3101, "distill": 1502,
+    "export": 1998, "bundle": 1151, "runtime": 2926, "profiles": 2745, "evaluate": 1777, "optimizer": 2289,
+    "report": 1077, "camera": 2282, "package": 498, "cli": 1540, "demo, doctor": 379,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.18
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 17956, "benchmarks": 4993}
+BESIDE = {"tests": 18988, "benchmarks": 4859}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""

@@ -162,13 +162,17 @@ trust_option = click.option("--trust", multiple=True, metavar="MODULE",
     help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
 
 
-def next_export(student: Path) -> str:
-    """What to do with a student next, to be pasted into a shell; --trust is needed of one of a user's own function."""
+def trust_text(student: Path) -> str:
+    """What a printed command on a student of a user's own function needs: " --trust MODULE"; of others nothing."""
     from sparsifiner_edge.sparse.student_file import read_config
 
     config = read_config(student)
-    trust = f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
-    return f"Next: sparsifiner-edge export {shlex.quote(str(student))}{trust} -o BUNDLE/"
+    return f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
+
+
+def next_export(student: Path) -> str:
+    """What to do with a student next, to be pasted into a shell."""
+    return f"Next: sparsifiner-edge export {shlex.quote(str(student))}{trust_text(student)} -o BUNDLE/"
 
 
 def normalise_options(command: Command) -> Command:
