@@ -28,6 +28,8 @@ lost that it aims at, in so many tries, where it loses as a power of its rate.
 SPREAD = (0.4, 0.6, 0.8, 1.0, 1.2, 1.6)
 NEAR = (0.85, 0.95, 1.05)
 """Distances that are tried, as multiples of what is aimed at: once, and then in every round."""
+FURTHER = 0.8
+"""What a second plan aims at of the bound: a precision loses something too."""
 ROUNDS = 4
 SETTLED = 0.02
 """A round that changes what is expected of the answer by less is the last."""
@@ -251,6 +253,13 @@ def first_plan(search: Search) -> LayerPlan:
         if attempt is not None:
             search.choose_judges(attempt)
             break
+    for _ in range(2 if search.bound.by_fidelity else 0):  # By all images now: near the bound more is to be seen.
+        reached = search.margin * search.mean(plan)
+        if NEAR_ENOUGH * aim <= reached <= search.limit:
+            break
+        rate = plan.merge[0] * float(np.clip((FURTHER * search.limit / reached) ** (1 / STEEP), 0.3, 3.0))
+        plan = falling(min(rate, patches / 4), patches, depth)
+        search.measure([plan], "a second plan")
     return plan
 
 
