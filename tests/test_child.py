@@ -41,7 +41,7 @@ def test_one_that_dies_is_told_with_what_it_wrote(name, said, tmp_path, monkeypa
 
 def test_an_error_keeps_its_class_and_its_message(tmp_path: Path) -> None:
     with start_worker() as worker:
-        with pytest.raises(ArtifactError, match=r"not a folder"):
+        with pytest.raises(ArtifactError, match=r"does not exist"):
             worker.ask("load", 60, dict, bundle=str(tmp_path / "none"), execution=to_builtins(Execution()))
         assert worker.ask("processor_s", 60, float) > 0  # It lives on.
         with pytest.raises(BackendError, match=r"(?s)exit status 1 during 'nonsense'.*KeyError"):

@@ -207,7 +207,7 @@ def test_a_reader_that_leaves_ends_the_run_quietly(bundle: Path, tmp_path: Path,
     assert run.returncode == 141
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "{bundle}", "--source", "{pictures}"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "{bundle}", "--source", "{pictures}", "--fit", "stretch"]])
 def test_standard_output_on_a_full_disk(arguments: list[str], bundle: Path, pictures: Path) -> None:
     with Path("/dev/full").open("w") as full:
         run = subprocess.run(

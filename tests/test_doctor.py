@@ -151,7 +151,7 @@ def test_a_bare_environment_is_enough(tmp_path: Path) -> None:
     distribution(tmp_path, "sparsifiner-edge", "0.0.1", ('no-such-package; extra == "gpu"',))
     said = command(before=f"{before}; sys.path.insert(0, {str(tmp_path)!r})")
     assert all(text in said for text in ("native library", "python", "CUDA device", "CUDA driver", "telemetry"))
-    assert 'pip install ".[gpu]" in a checkout' in said  # With its brackets, which are no markup.
+    assert "[gpu]" in said  # With its brackets, which are no markup.
 
 
 def test_a_missing_native_library_says_what_to_install(monkeypatch: Patch) -> None:

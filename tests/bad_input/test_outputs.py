@@ -117,7 +117,9 @@ def test_results_on_a_full_or_read_only_disk(
     command: str, state: str, bundle: Path, pictures: Path, tmp_path: Path
 ) -> None:
     fill = "cat /dev/zero > fill 2> /dev/null" if state == "full" else 'mount -o remount,ro "$PWD"'
-    more = ["--seconds", "0.05", "-o"] if command == "profile" else ["--source", pictures, "--output"]
+    more = (
+        ["--seconds", "0.05", "-o"] if command == "profile" else ["--source", pictures, "--fit", "stretch", "--output"]
+    )
     outcome, names = in_mount(tmp_path, 64, f"echo old > result; {fill}", command, bundle, *more, "disk/result")
     reason = "No space left on device" if state == "full" else "Read-only file system"
     # What was measured is shown all the same: the reader keeps the figures.

@@ -61,7 +61,7 @@ COMMANDS = (
     "build {bundle} --backend tensorrt-rtx --compute-capability 9.9",
     "bundle sign {bundle} --key {keys}/key.pem", "run {bundle} --source test --frames 1",
     "run {bundle} --source test --require-signature {keys}/key.pub", "profile {bundle} --seconds .1 -o {place}/out",
-    "estimate {bundle} --board orin-nano-8gb -o {place}/out",
+    "estimate {bundle} --board jetson-orin-nano-8gb -o {place}/out",
     "evaluate {bundle} --against {bundle} --data {place}/image.png -o {place}/out",
     *(f"package {{bundle}} --for {kind} -o {{place}}/out" for kind in ("deepstream", "triton", "gstreamer")),
 )  # fmt: skip
