@@ -9,8 +9,8 @@ from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tr
 
 BUDGET = {
     "base": 3037, "ops": 2011, "native": 3836, "triton": 1823, "sparse": 3101, "distill": 1502,
-    "export": 1998, "bundle": 1151, "runtime": 2926, "profiles": 2745, "evaluate": 1777, "optimizer": 2298,
-    "report": 1077, "camera": 2282, "package": 498, "cli": 1540, "demo, doctor": 379,
+    "export": 1998, "bundle": 1151, "runtime": 2926, "profiles": 2745, "evaluate": 1777, "optimizer": 2282,
+    "report": 1077, "camera": 2282, "package": 498, "cli": 1542, "demo, doctor": 379,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.18

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.errors import pip_install
 from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import printable
@@ -93,7 +94,8 @@ def _print(result: SearchResult, output: Path) -> None:
     student = output / "start"
     bundle = shlex.quote(str(output / "bundle"))
     click.echo(f"Next: sparsifiner-edge run {bundle} --source IMAGES/     (a video, a camera: --source URL)")
-    click.echo(f"Page: {output / 'report.html'}")
+    page = output / "report.html"
+    click.echo(f"Page: {page}" if page.is_file() else f"For front.png and report.html: {pip_install('report')}")
     if student.is_dir():
         budgets = f"--data IMAGES/ --budgets {shlex.quote(str(output / 'front.json'))}{common.trust_text(student)}"
         click.echo(f"Train for more: sparsifiner-edge distill {shlex.quote(str(student))} {budgets} -o BETTER/")

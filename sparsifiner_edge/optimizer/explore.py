@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import fmean, stdev
-from typing import Protocol
 
 import numpy as np
 
@@ -49,6 +48,8 @@ DEVIATIONS = 0.3
 """Standard errors of the mean distance that are kept from the bound: images to come are others."""
 LEAST_AIM = 1e-3
 """A distance below which nothing is to be gained: what the latency allows is the dense model, or nearly."""
+BUNDLE, LAST_SHARE = ("export", "export int8", "judging", "timing"), 0.1
+"""What a plan takes to become a bundle; of all time, what the last measurement may take."""
 PROBES = 3
 """Judges of a plan that changes one layer alone."""
 
@@ -64,7 +65,8 @@ class Search:
         distances: of each plan, judge by judge. alone: mean of each plan that changes one layer.
         latencies: of engines that are followed, and ms: of whole models, as of the reference.
         losses: by engine, what its precision loses beside what plans do.
-        excluded: engines that are not searched, and why. attempts: bundles, as they came. remarks: on the way.
+        excluded: engines that are not searched, and why. attempts: bundles, as they came; current: the kept.
+        remarks: on the way.
         limit: of what is bounded: distance, or milliseconds with room for another measurement.
         factor: of a mean distance over all images, to that over the judges. margin: of one as it counts, to the mean.
     """
@@ -78,19 +80,19 @@ class Search:
         self.latencies, self.ms = dict[Deployment, PlanLatency](), dict[tuple[LayerPlan, Deployment], Quantity]()
         self.losses, self.excluded, self.attempts = dict[Deployment, float](), dict[Deployment, str](), list[Attempt]()
         self.remarks, self.factor, self.margin = list[str](), 1.0, 1.0
+        self.current: Attempt | None = None
         self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
 
-    def measure(self, plans: Sequence[LayerPlan], stage: str) -> list[float]:
-        """Mean distances; those that are known already are not measured again."""
-        for plan in plans:
-            if plan not in self.distances:
-                with self.clock.step("plan", stage):
-                    self.distances[plan] = self.trial.distances(plan)
-        return [self.mean(plan) for plan in plans]
+    def judge(self, plan: LayerPlan, stage: str) -> float:
+        """Its mean distance; what is known already is not measured again."""
+        if plan not in self.distances:
+            with self.clock.step("plan", stage):
+                self.distances[plan] = self.trial.distances(plan)
+        return self.mean(plan)
 
     def mean(self, plan: LayerPlan) -> float:
-        """Distance of a plan that was judged, over all images as far as is known."""
-        return self.factor * fmean(self.distances[plan])
+        """Distance of a plan that was judged, over all images as far as is known; no less than what counts."""
+        return max(self.trial.least, self.factor * fmean(self.distances[plan]))
 
     def shape(self, attempt: Attempt) -> float:
         """Of the gamma distribution that the distances of single images have; an exponential one's at most."""
@@ -143,15 +145,14 @@ class Search:
         """
         if not self.bound.by_fidelity:
             return attempt.ms.value
-        spread = stdev(attempt.distances) / len(attempt.distances) ** 0.5 if len(attempt.distances) > 1 else 0.0
-        return max(fmean(attempt.distances) + DEVIATIONS * spread, fmean(attempt.reserved))
+        spread = stdev(attempt.distances) / len(attempt.distances) ** 0.5
+        counted: float = max(fmean(attempt.distances) + DEVIATIONS * spread, fmean(attempt.reserved))
+        return counted if counted > self.trial.least else self.trial.least
 
     def order(self, attempt: Attempt) -> tuple[bool, float]:
         """What is better comes first: what meets the bound, and of that the best; else the nearest to it."""
-        met = self.bounded(attempt) <= self.limit
-        nearest = self.bounded(attempt)
-        best = attempt.ms.value if self.bound.by_fidelity else fmean(attempt.distances)
-        return not met, best if met else nearest
+        reached, best = self.bounded(attempt), attempt.ms.value if self.bound.by_fidelity else fmean(attempt.distances)
+        return (False, best) if reached <= self.limit else (True, reached)
 
     def ranked(self) -> list[Attempt]:
         """The best first: of those that were measured again in the end, or the best of all where none was."""
@@ -185,15 +186,15 @@ class Search:
             self.latencies[engine] = self.latencies[engine].calibrate(plan, ms.value)
         if min(self.attempts, key=self.order) is attempt:
             self._keep(attempt)
+            self.current = attempt
         return attempt
 
     def choose_judges(self, attempt: Attempt) -> None:
         """From what a bundle lost on all images: which few stand for them, and how much all lose beside those."""
         self.trial.choose_judges(attempt.distances)
         self.distances.clear()
-        (few,), mean = self.measure([attempt.plan], "the judges"), fmean(attempt.distances)
-        least = self.trial.least
-        self.factor = max(mean - self.losses.get(attempt.engine, 0.0), least) / max(few, least)
+        few, mean, least = self.judge(attempt.plan, "the judges"), fmean(attempt.distances), self.trial.least
+        self.factor = max(mean - self.losses.get(attempt.engine, 0.0), least) / few
         spread = stdev(attempt.distances) / len(attempt.distances) ** 0.5
         self.margin = 1 + DEVIATIONS * spread / max(mean, least) if self.bound.by_fidelity else 1.0
         self.losses[attempt.engine] = 0.0
@@ -239,10 +240,10 @@ def first_plan(search: Search) -> LayerPlan:
     rate, plans = FIRST_RATE * patches, list[LayerPlan]()
     for _ in range(FIRST_TRIES):
         plans.append(falling(rate, patches, depth))
-        (lost,) = search.measure(plans[-1:], "a first plan")
+        lost = search.judge(plans[-1], "a first plan")
         if aim / 1.5 <= lost <= aim:
             break
-        rate *= float(np.clip((0.85 * aim / max(lost, search.trial.least)) ** (1 / STEEP), 0.2, 3.0))
+        rate *= float(np.clip((0.85 * aim / lost) ** (1 / STEEP), 0.2, 3.0))
         rate = min(rate, patches / 4)
     within = [plan for plan in plans if search.mean(plan) <= aim]
     plan = max(within, key=search.mean) if within else min(plans, key=search.mean)
@@ -259,7 +260,7 @@ def first_plan(search: Search) -> LayerPlan:
             break
         rate = plan.merge[0] * float(np.clip((FURTHER * search.limit / reached) ** (1 / STEEP), 0.3, 3.0))
         plan = falling(min(rate, patches / 4), patches, depth)
-        search.measure([plan], "a second plan")
+        search.judge(plan, "a second plan")
     return plan
 
 
@@ -271,7 +272,9 @@ def choose_engines(search: Search, plan: LayerPlan) -> list[Deployment]:
         if slower and min(slower) > FAR:
             search.excluded[engine] = f"{engine.backend} takes {min(slower):.1f} times as long in another precision"
         elif search.clock.gone > until and ms:
-            search.excluded[engine] = "there was no time to try it"
+            if not any(attempt.engine == engine for attempt in search.attempts):
+                search.excluded[engine] = "there was no time to try it"
+            continue
         if engine in search.excluded:
             continue
         try:
@@ -288,41 +291,39 @@ def choose_engines(search: Search, plan: LayerPlan) -> list[Deployment]:
             search.exclude(engine, error)
             close.remove(engine)
     for number, engine in enumerate(close):  # What a precision loses is much the same wherever it runs.
-        alike = next((search.losses[other] for other in close[:number] if other.stored == engine.stored), None)
-        if alike is None:
-            search.try_out(plan, engine)
+        alike = [other for other in close[:number] if other.stored == engine.stored and other in search.losses]
+        if alike:
+            search.losses[engine] = search.losses[alike[0]]
         else:
-            search.losses[engine] = alike
+            search.try_out(plan, engine)
     return [engine for engine in close if engine not in search.excluded]
 
 
-class Preparation(Protocol):
-    """What a search needs once it knows what is worth it."""
-
-    def learn(self) -> None:
-        """Let predictors learn: from now on plans may read less, where `Trial.selects` says so."""
-
-    def latency(self, engine: Deployment) -> PlanLatency:
-        """From parts, not yet calibrated."""
-
-
-def explore(search: Search, preparation: Preparation, tile: int) -> None:
+def explore(
+    search: Search, learn: Callable[[], None], latency_of: Callable[[Deployment], PlanLatency], tile: int
+) -> None:
     """Judge plans where the front is expected, and make bundles of the best, until the answer stays as it is or the
-    time is over. tile: the student's.
+    time is over.
+
+    Args:
+        learn: lets predictors learn, once engines are known: then plans may read less, where `Trial.selects` says so.
+        latency_of: an engine's from parts, not yet calibrated. tile: the student's.
     """
     plan = first_plan(search)
     engines, nothing = choose_engines(search, plan), LayerPlan.dense(len(search.trial.selects))
-    preparation.learn()
+    learn()
     search.model()
     for engine in engines:
         with search.clock.step("parts", f"timing parts of layers in {engine}"):
-            latency = preparation.latency(engine)
+            latency = latency_of(engine)
         if engine.is_here:
             latency = latency.calibrate(nothing, search.ms[nothing, engine.dense_host].value)
             latency = latency.calibrate(plan, search.ms[plan, engine].value)
         search.latencies[engine] = latency
         if not search.fits("parts", "plan", *BUNDLE):
             break
+    if not search.latencies:  # No engine that is near the best takes the dense model: what is there stays.
+        return
     before = 0.0
     for number in range(ROUNDS):
         best = _round(number, search, tile)
@@ -334,10 +335,6 @@ def explore(search: Search, preparation: Preparation, tile: int) -> None:
         before = best
     for engine in _promising(search):
         _tighten(search, engine, tile)
-
-
-BUNDLE, LAST_SHARE = ("export", "export int8", "judging", "timing"), 0.1
-"""What a plan takes to become a bundle; of all time, what the last measurement may take."""
 
 
 def _round(number: int, search: Search, tile: int) -> float:
@@ -355,7 +352,7 @@ def _round(number: int, search: Search, tile: int) -> float:
     )
     for plan in chosen:
         if not plan.is_dense and search.fits("plan", *BUNDLE):
-            search.measure([plan], f"round {number + 1}")
+            search.judge(plan, f"round {number + 1}")
     return best
 
 
@@ -396,7 +393,7 @@ def _tighten(search: Search, engine: Deployment, tile: int) -> None:
             distance = max(LEAST_AIM, factor * aim / search.margin - search.losses[engine])
             one = solver.at_distance(distance) if search.bound.by_fidelity else solver.at_latency(factor * aim)
             if not one.is_dense:
-                search.measure([one], "near the bound")
+                search.judge(one, "near the bound")
         plan = search.best(engine, aim)
         if any((one.plan, one.engine) == (plan, engine) for one in search.attempts):
             return

@@ -9,20 +9,20 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
 from sparsifiner_edge.artifacts import kind_of
 from sparsifiner_edge.bundle.store import bundle_hash, remember_execution
 from sparsifiner_edge.config import SparsityConfig, keep_text, merge_text, require
-from sparsifiner_edge.errors import ConfigError, MissingExtraError
+from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import io_errors, replace_folder, scratch_folder
 from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.explore import LAST_SHARE, Search, explore
-from sparsifiner_edge.optimizer.latency import PlanLatency, estimate_latency, measure_latency
+from sparsifiner_edge.optimizer.latency import estimate_latency, measure_latency
 from sparsifiner_edge.optimizer.picture import draw_front
 from sparsifiner_edge.optimizer.remarks import remarks_on
 from sparsifiner_edge.optimizer.request import CHECKED, LEAST_IMAGES, OptimizeOptions, SearchRequest, read_request
@@ -80,8 +80,8 @@ def optimize(
         source: a model (see `load_source`), a student folder with predictors in the layers that may be sparse, or a
             module in memory that contains a vision transformer, on the CPU; it stays as it is.
         images: a folder of images like those that the model will see, or some of both; a fifth is kept for the check.
-        output: new folder for `bundle/`, `student/` (not of a module in memory), `front.json`, `front.png` and
-            `report.html`; as soon as there is one, `bundle/` holds the best so far.
+        output: new folder for `bundle/`, `student/` (not of a module in memory), `front.json`, and with the extra
+            `report` `front.png` and `report.html`; as soon as there is one, `bundle/` holds the best so far.
         options: what for, and for how long. model: how the source is loaded, or the teacher.
         teacher: of a student that was trained: its dense model.
         progress: see `Progress`; counts seconds.
@@ -103,30 +103,35 @@ def optimize(
     """
     options, model = options or OptimizeOptions(), model or ModelOptions()
     clock, folder = Clock(60 * options.minutes, progress), _new(Path(output))
-    request, search = read_request(options, images), None
-    clock.tell("loading")
-    subject, ending = _subject(source, model, teacher), _Last()
-    with io_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    request, search, dense = read_request(options, images), None, dict[Deployment, DenseTimes]()
     with scratch_folder() as scratch, contextlib.ExitStack() as stack:
         with clock.ending():
+            clock.tell("loading")
+            subject = _subject(source, model, teacher)
+            with io_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             request, trial = _judges(request, subject, clock)
             whole = WholeModels(
                 scratch, subject.student, subject.dense, request.images, request.board, clock, request.fit
             )
             stack.enter_context(whole)
             search = Search(request, trial, whole, clock, lambda attempt: _keep(whole, attempt, folder / BUNDLE))
-            preparation = _Preparation(search, subject, scratch, folder)
-            explore(search, preparation, subject.student.sparsity.tile)
-            ending.measure(search)
+            student = subject.student
+            explore(
+                search, lambda: _learn(search, subject, folder / START),
+                lambda engine: estimate_latency(student, request.board, engine.stored) if request.board
+                else measure_latency(student, engine, clock.tell), student.sparsity.tile,
+            )  # fmt: skip
+            _measure_last(search, dense)
         if search is None or not search.attempts:
             short = f"{options.minutes:g} minutes were not enough for one bundle."
             raise ConfigError(short, "Give more --minutes, or fewer images.")
         best = search.ranked()[0]
-        _keep(search.models, best, folder / BUNDLE)
+        if search.current is None or best[:2] != search.current[:2]:
+            _keep(search.models, best, folder / BUNDLE)
         if subject.path is not None:
             save_student(search.models.student_of(best.plan), folder / STUDENT)
-        result = _result(subject, search, ending, options)
+        result = _result(subject, search, dense, options)
     write_result(folder / FRONT, result)
     _draw(result, folder)
     return result
@@ -204,81 +209,67 @@ def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[Se
     return request, trial
 
 
-class _Preparation(NamedTuple):
-    """What is done once an engine's parts matter; gives their times."""
-
-    search: Search
-    subject: _Subject
-    scratch: Path
-    folder: Path
-
-    def learn(self) -> None:
-        """Let predictors learn, and keep the student that all plans are made of; without, plans read all keys."""
-        clock, student = self.search.clock, self.subject.student
-        if not self.subject.ready and LEARNING_IMAGES * clock.took("dense image") > LEARNING_SHARE * clock.seconds:
-            self.search.trial.selects = [False] * len(self.search.trial.selects)
-            self.search.remarks.append(
-                "There was no time for predictors to learn: plans merge alone. Give more --minutes."
-            )
-        elif not self.subject.ready:
-            images = link_images(self.scratch / "images", evenly(self.search.request.images, PREDICTOR_IMAGES))
-            set_budget(student.model, student.sparsity, keep_predictors=True)  # A plan has changed it.
-            with clock.step("learning", "predictors learn"):
-                student = calibrate_student(student, images, clock.tell)
-        selects = self.search.trial.selects  # Later layers see so few tokens, merged, that plain attention is cheap.
-        self.search.trial.selects = [selected and 2 * layer < len(selects) for layer, selected in enumerate(selects)]
-        if self.subject.path is not None:
-            save_student(student, self.folder / START)
-
-    def latency(self, engine: Deployment) -> PlanLatency:
-        """From parts, measured or of a board."""
-        student, board = self.subject.student, self.search.request.board
-        if board is not None:
-            return estimate_latency(student, board, engine.stored)
-        return measure_latency(student, engine, self.search.clock.tell)
+def _learn(search: Search, subject: _Subject, start: Path) -> None:
+    """Let predictors learn, and keep the student that all plans are made of; without, plans read all keys."""
+    clock, trial, student = search.clock, search.trial, subject.student
+    selects = trial.selects  # Later layers see so few tokens, merged, that plain attention is cheap.
+    trial.selects = [selected and 2 * layer < len(selects) for layer, selected in enumerate(selects)]
+    if not subject.ready and LEARNING_IMAGES * clock.took("dense image") > LEARNING_SHARE * clock.seconds:
+        trial.selects = [False] * len(selects)
+        search.remarks.append("There was no time for predictors to learn: plans merge alone. Give more --minutes.")
+    elif not subject.ready:
+        set_budget(student.model, student.sparsity, keep_predictors=True)  # A plan has changed it.
+        with scratch_folder() as scratch, clock.step("learning", "predictors learn"):
+            images = link_images(scratch / "images", evenly(search.request.images, PREDICTOR_IMAGES))
+            student = calibrate_student(student, images, clock.tell)
+    if subject.path is not None:
+        save_student(student, start)
 
 
-class _Last:
-    """What is measured in the end.
+DenseTimes: TypeAlias = tuple[Quantity, list[float]]
+"""Milliseconds of the dense model in what ran it, and what it loses there on each image kept back."""
 
-    Attributes:
-        dense: milliseconds of the dense model in what ran it, and what it loses there on each image kept back.
+
+def _measure_last(search: Search, dense: dict[Deployment, DenseTimes]) -> None:
+    """Best bundles and the dense model, in turn: that takes the place of what was measured beside the reference.
+
+    dense: is filled.
     """
-
-    def __init__(self) -> None:
-        self.dense: dict[Deployment, tuple[Quantity, list[float]]] = {}
-
-    def measure(self, search: Search) -> None:
-        """Best bundles and the dense model, in turn: that takes the place of what was measured beside the reference."""
-        nothing, models, clock = LayerPlan.dense(len(search.trial.selects)), search.models, search.clock
-        best = sorted(search.attempts, key=search.order)[:FINALISTS]
-        hosts = [host for plan, host in search.ms if plan == nothing]
-        hosts.sort(key=lambda host: (host != best[0].engine.dense_host, search.ms[nothing, host].value))
-        most = max(2, int(clock.remaining / max(1e-3, LAST_S * clock.took("timing"))))
+    nothing, models, clock = LayerPlan.dense(len(search.trial.selects)), search.models, search.clock
+    best = sorted(search.attempts, key=search.order)[:FINALISTS]
+    hosts = [host for plan, host in search.ms if plan == nothing]
+    hosts.sort(key=lambda host: (host != best[0].engine.dense_host, search.ms[nothing, host].value))
+    most = max(2, int(clock.remaining / max(1e-3, LAST_S * clock.took("timing"))))
+    try:
         for host in hosts[: min(HOSTS, most - 1)]:
-            self.dense[host] = search.ms[nothing, host], models.distances(nothing, host, search.trial, search.count)
-        best = best[: max(1, most - len(self.dense))]
-        subjects = [*((one.plan, one.engine) for one in best), *((nothing, host) for host in self.dense)]
+            dense[host] = search.ms[nothing, host], models.distances(nothing, host, search.trial, search.count)
+        best = best[: max(1, most - len(dense))]
+        subjects = [*((one.plan, one.engine) for one in best), *((nothing, host) for host in dense)]
         times = models.times(subjects, LAST_SHARE * clock.seconds / len(subjects))
-        for one, ms in zip(best, times, strict=False):
-            search.attempts[search.attempts.index(one)] = one._replace(ms=ms, again=True)
-        for host, ms in zip(self.dense, times[len(best) :], strict=True):
-            self.dense[host] = ms, self.dense[host][1]
+    except BackendError as error:  # Of several at once one may be too many; what was measured before stands.
+        search.remarks.append(f"The last measurement failed: {error.what} Times are those taken on the way.")
+        return
+    for one, ms in zip(best, times, strict=False):
+        search.attempts[search.attempts.index(one)] = one._replace(ms=ms, again=True)
+    for host, ms in zip(dense, times[len(best) :], strict=True):
+        dense[host] = ms, dense[host][1]
 
 
 def _keep(whole: WholeModels, attempt: Attempt, target: Path) -> None:
     """A bundle as the answer so far."""
     with replace_folder(target) as folder:
         shutil.copytree(whole.bundle(attempt.plan, attempt.engine), folder, dirs_exist_ok=True)
-    if attempt.engine.is_here:
-        remember_execution(target, attempt.engine.backend, attempt.engine.computes)
+        if attempt.engine.is_here:
+            remember_execution(folder, attempt.engine.backend, attempt.engine.computes)
 
 
-def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOptions) -> SearchResult:
+def _result(
+    subject: _Subject, search: Search, dense: dict[Deployment, DenseTimes], options: OptimizeOptions
+) -> SearchResult:
     bound, request = search.bound, search.request
     ranked = search.ranked()
     nothing = LayerPlan.dense(len(search.trial.selects))
-    drifts = {host: ms.value / search.ms[nothing, host].value for host, (ms, _) in last.dense.items()}
+    drifts = {host: ms.value / search.ms[nothing, host].value for host, (ms, _) in dense.items()}
 
     def drift(engine: Deployment) -> float:
         return drifts.get(engine.dense_host, fmean(drifts.values()) if drifts else 1.0)
@@ -291,19 +282,19 @@ def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOpt
             ms=attempt.ms, file_bytes=search.models.file_bytes(attempt.plan, attempt.engine),
         )  # fmt: skip
 
-    dense = [
+    dense_rows = [
         Candidate(
             merge="0", keep="1", **host._asdict(), fidelity=1 - fmean(lost), check_fidelity=1 - fmean(lost),
             predicted_fidelity=1.0, predicted_ms=ms.value, ms=ms,
             file_bytes=search.models.file_bytes(nothing, host),
-        ) for host, (ms, lost) in last.dense.items()
+        ) for host, (ms, lost) in dense.items()
     ]  # fmt: skip
     finalists, best = [candidate(one) for one in ranked], ranked[0]
     why = f"no plan meets {bound.text}; the nearest has {finalists[0].fidelity:.4f} at {best.ms.value:.1f} ms"
-    dense.sort(key=lambda one: one.ms.value)
+    dense_rows.sort(key=lambda one: one.ms.value)
     remarks = [*search.remarks, *remarks_on(search, best)]
-    if dense and dense[0].ms.value <= best.ms.value:
-        much = f"{dense[0].ms.value:.1f} ms in {dense[0].engine}"
+    if dense_rows and dense_rows[0].ms.value <= best.ms.value:
+        much = f"{dense_rows[0].ms.value:.1f} ms in {dense_rows[0].engine}"
         remarks.append(f"Dense is faster here: {much}. A sparse model of this size gains nothing on this machine.")
     met = search.bounded(best) <= search.limit if bound.by_fidelity else best.ms.value <= bound.value
     tried = [search.trial.paths[number] for number in search.trial.judges]
@@ -318,7 +309,7 @@ def _result(subject: _Subject, search: Search, last: _Last, options: OptimizeOpt
     front = Front(
         points=_points(search, drift), finalists=finalists,
         answer=finalists[0] if met else Unavailable(why),
-        check=_check(search, best), dense=dense,
+        check=_check(search, best), dense=dense_rows,
         left_out=request.unavailable | {str(engine): why for engine, why in search.excluded.items()},
         remarks=remarks,
     )  # fmt: skip

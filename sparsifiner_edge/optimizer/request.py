@@ -44,10 +44,6 @@ class Bound(NamedTuple):
         """For people."""
         return f"fidelity {self.value}" if self.by_fidelity else f"{self.value:.4g} ms"
 
-    def is_met(self, fidelity: float, ms: float) -> bool:
-        """By what was measured."""
-        return fidelity >= self.value if self.by_fidelity else ms <= self.value
-
 
 class SearchRequest(NamedTuple):
     """What is searched for, in which engines, with which images.
@@ -109,7 +105,7 @@ def read_request(options: OptimizeOptions, data: str | Path | Sequence[str | Pat
     """See `optimize`.
 
     Raises:
-        ConfigError: not one bound, or a value is out of range; too few images.
+        ConfigError: two bounds, or a value is out of range; too few images.
         SparsifinerError: a backend that was named does not run here; no such board.
     """
     least, most_ms, metric, precisions = options.at_least, options.at_most_ms, options.metric, options.precisions
