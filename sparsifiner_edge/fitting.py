@@ -62,7 +62,7 @@ class Framing(msgspec.Struct, frozen=True):
         size: of the input, in pixels.
         fit: "crop": the largest box of that shape about the frame's centre; "letterbox": the whole frame, with bars of
             the colour `BARS`; "stretch": the whole frame, distorted.
-        region: what counts as the whole frame; None: all of it.
+        region: what counts as the whole frame, whatever `parse_region` takes; None: all of it.
 
     Raises:
         ConfigError: there is no such fit, or the region is none.
@@ -75,7 +75,7 @@ class Framing(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         require_fit(self.fit)
         if self.region is not None:
-            parse_region(",".join(map(str, self.region)))
+            msgspec.structs.force_setattr(self, "region", parse_region(self.region))
 
     def of(self, width: int, height: int) -> Fitting:
         """Of a frame of so many pixels; refuses one that the region is not within."""
@@ -104,7 +104,7 @@ class Framing(msgspec.Struct, frozen=True):
         if dropped and self.region is None:
             like = ", or export with --like VIDEO" if dropped > _ROUNDED else ""
             text += f", {dropped} % is dropped; to read all, run with --fit letterbox{like}"
-        like = "; export with --like VIDEO to have none" if bars > _ROUNDED else ""
+        like = "; export with --like VIDEO to have none" if bars > _ROUNDED and self.region is None else ""
         return text + (f", {bars} % of the input is bars{like}" if bars else "")
 
     def __str__(self) -> str:
@@ -121,13 +121,13 @@ def require_fit(fit: str) -> None:
         raise ConfigError(f"fit is {fit!r:.40}.", f"Choose one of: {', '.join(FITS)}.")
 
 
-def parse_region(text: str) -> Box:
-    """ "640,0,640,480" -> (640, 0, 640, 480); refuses what is not four whole numbers, or holds no pixel."""
-    parts = text.split(",")
-    if len(parts) != 4:
-        raise ConfigError(f"The region is {text!r:.60}.", "Give X,Y,WIDTH,HEIGHT, in pixels of the frame.")
-    x, y = (whole_number(part, "X or Y of the region") for part in parts[:2])
-    width, height = (whole_number(part, "A side of the region", 1, MOST_COUNT) for part in parts[2:])
+def parse_region(region: object) -> Box:
+    """ "640,0,640,480" or [640, 0, 640, 480] -> (640, 0, 640, 480); refuses other than four numbers, and no pixel."""
+    parts = region.split(",") if isinstance(region, str) else region
+    if not isinstance(parts, list | tuple) or len(parts) != 4:
+        raise ConfigError(f"The region is {region!r:.60}.", "Give X,Y,WIDTH,HEIGHT, in pixels of the frame.")
+    x, y = (whole_number(str(part), "X or Y of the region") for part in parts[:2])
+    width, height = (whole_number(str(part), "A side of the region", 1, MOST_COUNT) for part in parts[2:])
     return x, y, width, height
 
 

@@ -147,7 +147,7 @@ def read_image(path: Path, size: ImageSize | Framing) -> tuple[Pixels, Fitting]:
 
     def read(image: Any) -> tuple[Pixels, Fitting]:
         fitting = framing.of(*image.size)
-        if framing.region is None:  # Its pixels are those of the whole image.
+        if framing.region is None and framing.fit != "letterbox":  # Region and bars are of the whole image's pixels.
             image.draft("RGB", (width, height))
         return np.array(fit_image(image, framing)), fitting
 

@@ -38,11 +38,7 @@ def test_no_package_gives_the_pip_command(monkeypatch):
     ("gpu", "release", "message"),
     [
         (Gpu(driver=0), "12.6", "No NVIDIA driver"),
-        (
-            Gpu(driver=12060),
-            "13.4",
-            r"(?s)13.4 needs .* takes CUDA 12.6 at most.*cuda-python>=12.6,<13",
-        ),
+        (Gpu(driver=12060), "13.4", r"(?s)13.4 needs .* takes CUDA 12.6 at most.*cuda-python>=12.6,<13"),
         (Gpu(driver=11040), "12.6", r"(?s)this one takes CUDA 11.4 at most.*on a Jetson: JetPack"),
         (Gpu(fail={"cudaGetDeviceCount": "cudaErrorNoDevice"}), "12.6", "CUDA_VISIBLE_DEVICES"),
         (Gpu(fail={"cudaGetDeviceCount": "cudaErrorInsufficientDriver"}), "12.6", "doctor` says what fits"),

@@ -165,10 +165,7 @@ def seeded(transform: Any, image: Any, seed: int) -> torch.Tensor:
         return transform(image)
 
 
-@pytest.mark.parametrize(
-    ("policy", "size"),
-    [("rand-m9-mstd0.5-inc1", (32, 48)), ("augmix-m10-w3", (32, 32))],
-)
+@pytest.mark.parametrize(("policy", "size"), [("rand-m9-mstd0.5-inc1", (32, 48)), ("augmix-m10-w3", (32, 32))])
 def test_policies_at_every_magnitude(policy: str, size: tuple[int, int]) -> None:
     """At its end timm asks Pillow for an image of no bits; and what is drawn leaves others alone."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))

@@ -21,9 +21,7 @@ from tests.commands import assert_refused, call, snapshot
 from tests.seal import flip, reseal
 from tests.tiny import make_bundle
 
-serialization = pytest.importorskip(
-    "cryptography.hazmat.primitives.serialization", reason="the extra sign is not installed"
-)
+serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization", reason="the extra sign is missing")
 
 
 @pytest.fixture

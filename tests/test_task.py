@@ -41,10 +41,7 @@ from tests.commands import process
 FACTORY, METRICS = "tests.hosts.factories", "tests.hosts.metrics"
 
 
-@given(
-    arrays.arrays(np.float32, 40, elements=st.integers(0, 8).map(lambda x: x / 8)),
-    arrays.arrays(np.bool_, 40),
-)
+@given(arrays.arrays(np.float32, 40, elements=st.integers(0, 8).map(lambda x: x / 8)), arrays.arrays(np.bool_, 40))
 def test_figures_are_those_of_scikit_learn(scores: Any, truth: Any) -> None:
     found = auroc(scores.reshape(5, 8), truth.reshape(5, 8))
     if truth.all() or not truth.any():
@@ -68,7 +65,7 @@ def masks(tmp_path: Path, pictures: Path) -> Path:
     folder = tmp_path / "masks"
     folder.mkdir()
     for number, path in enumerate(sorted(pictures.iterdir())):
-        pixels = np.zeros((60, 80), np.uint8)
+        pixels = np.zeros((60 + number, 80), np.uint8)
         pixels[20:40, 10 * number : 40] = 255
         Image.fromarray(pixels).save(folder / f"{path.stem}.png")
     return folder
@@ -117,8 +114,10 @@ def test_bars_are_not_judged(student: Path, pictures: Path, masks: Path) -> None
     assert samples["error"][0] == pytest.approx(float(abs(own - dense).mean()), rel=1e-3)
     true = matching(fitted.cut(load_mask(masks / f"{path.stem}.png", framing)), dense.shape)
     assert samples["teacher_error"][0] == pytest.approx(float(abs(dense - true).mean()), rel=1e-3)
-    with pytest.raises(ConfigError, match="has another size than"):
-        flat.evaluate_student(student, pictures, trust=[FACTORY], region=(0, 0, 40, 40), **asked)
+    Image.new("L", (60, 60)).save(masks / f"{path.stem}.png")
+    for how in ({"region": (0, 0, 40, 40)}, {"fit": "letterbox"}):
+        with pytest.raises(ConfigError, match="has another size than"):
+            flat.evaluate_student(student, pictures, trust=[FACTORY], **how, **asked)
 
 
 def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:

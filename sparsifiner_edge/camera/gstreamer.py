@@ -28,7 +28,10 @@ from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
 """Errors that are quoted, the last ones; and characters read of a line without end."""
-_CAPS = re.compile(rb"sparsifiner-frames\.GstPad:src: caps = video/x-raw.* width=\(int\)(\d+), height=\(int\)(\d+)")
+_CAPS = re.compile(
+    rb"sparsifiner-frames\.GstPad:src: caps = video/x-raw.* width=\(int\)(\d+), height=\(int\)(\d+)"
+    rb"(?:.* pixel-aspect-ratio=\(fraction\)([1-9]\d*)/([1-9]\d*))?"
+)
 """What `gst-launch-1.0 -v` says of the frames that pass."""
 
 
@@ -61,7 +64,9 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
     os.close(theirs)
     errors: deque[bytes] = deque(maxlen=_ERRORS)
     matches = filter(None, map(_CAPS.search, _lines(launched.stdout)))
-    sizes = ((int(match[1]), int(match[2])) for match in matches)
+    numbers = ([int(part or 1) for part in match.groups()] for match in matches)
+    # In square pixels: GStreamer crops what is shown.
+    sizes = ((max(1, round(width * across / down)), height) for width, height, across, down in numbers)
     said = (line for line in _lines(launched.stderr) if b"ERROR" in line or b"erroneous" in line)
     # Read all the time: GStreamer would wait for ever for room in a full pipe.
     listeners = [_listen(errors, said)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +31,10 @@ class Model:
     Args:
         folder: the bundle.
         execution: how it is run.
-        top: most classes of a classifier's answer.
+        top: most classes of a classifier's answer, and channels of an output that is told as maps.
         threshold: classes less probable are left out; None: none are; and what is less of a map, None: one half.
         public_key: file of the key that must have signed the bundle; None: no signature is required.
         fit, region: how frames are brought to its size, see `Framing`; a fit of None: as the bundle says.
-
-    Attributes:
-        framing: the same.
         any_outputs: whether outputs that `answer` cannot say in a record make an empty one.
 
     Raises:
@@ -46,19 +42,18 @@ class Model:
         SparsifinerError: the bundle or backend is unusable.
     """
 
-    any_outputs = False
-
     def __init__(
         self, folder: Path, execution: Execution | None = None, top: int = 5, threshold: float | None = None,
-        public_key: Path | None = None, fit: Fit | None = None, region: Box | None = None,
+        public_key: Path | None = None, fit: Fit | None = None, region: Box | None = None, any_outputs: bool = False,
     ) -> None:  # fmt: skip
         bundle = checked_bundle(folder, public_key)
         fit = fit or bundle.require(bundle.manifest.preprocessing, "preprocessing").fit
         self.framing = Framing(bundle.image_size, fit, region)
         self.labels = bundle.labels()
-        self._top, self._threshold = top, threshold or 0.0
+        self._top, self._threshold, self._any_outputs = top, threshold or 0.0, any_outputs
         self.map_threshold = THRESHOLD if threshold is None else threshold
         self._reference: Array | None = None
+        self._answered: tuple[dict[str, Array], list[dict[str, Array]]] = {}, []
         self.session: Session = session_on(bundle, execution)
         try:
             _require_image(self.session, bundle)
@@ -89,23 +84,25 @@ class Model:
         if "features" in outputs:
             features, bad = finite([round(float(x), 6) for x in outputs["features"][0]])
             return Answer(features=features, not_finite=bad or None)
-        maps = dense_maps(outputs, fitting, self.labels)
-        if maps or self.any_outputs:
-            bad = sum(int(np.count_nonzero(~np.isfinite(values))) for values in maps.values())
-            summaries = [] if bad else [_summary(*item, self.map_threshold) for item in maps.items()]
-            if len(summaries) > self._top:
-                summaries = sorted(summaries, key=lambda x: -(x.area or 0))[: self._top]
+        maps, summaries = self._maps(outputs, fitting), list[MapSummary]()
+        self._answered = outputs, maps
+        if maps or self._any_outputs:
+            bad = sum(int(np.count_nonzero(~np.isfinite(x))) for channels in maps for x in channels.values())
+            for channels in [] if bad else maps:
+                found = [_summary(*item, self.map_threshold) for item in channels.items()]
+                ordered = found if len(found) <= self._top else sorted(found, key=lambda x: -(x.area or 0))
+                summaries += ordered[: self._top]
             return Answer(maps=summaries if maps else None, not_finite=bad or None)
-        raise ArtifactError(
-            f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map.", "Export it again."
-        )
+        what = f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map."
+        raise ArtifactError(what, "Export it again.")
 
     def heats(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> list[Array]:
         """What an overlay shows where in the box, [rows, columns] each: maps from 0 to 1, but of a background; where
         there is none the first map, by its own range.
         """
-        maps = dense_maps(outputs, fitting, self.labels)
-        heats = {name: np.nan_to_num(values.astype(np.float64)) for name, values in maps.items()}
+        answered, maps = self._answered
+        maps = maps if answered is outputs else self._maps(outputs, fitting)
+        heats = {name: np.nan_to_num(x.astype(np.float64)) for channels in maps for name, x in channels.items()}
         shown = [x for name, x in heats.items() if x.min() >= 0 and x.max() <= 1 and not name.endswith(".background")]
         others = [] if shown else list(heats.values())[:1]
         return shown or [(x - x.min()) / max(float(np.ptp(x)), 1e-12) for x in others]
@@ -122,6 +119,27 @@ class Model:
         self._reference = before + _FOLLOW * (features - before)
         return replace(answer, change=round(max(0.0, float(1 - cosine(features, before))), 6))
 
+    def _maps(self, outputs: dict[str, Array], fitting: Fitting | None) -> list[dict[str, Array]]:
+        """Of each output that is one, [B,h,w] or [B,C,h,w] in the input's shape: its maps, [rows, columns], without
+        bars. Of several channels each is one, with the label of its class where there is one for each; these become
+        probabilities if they are none.
+        """
+        maps, (down, across), labels = list[dict[str, Array]](), height_width(self.framing.size), self.labels
+        for name, values in outputs.items():
+            rows, columns = values.shape[-2:] if values.ndim in (3, 4) else (0, 0)
+            whole = rows and abs(rows * across - columns * down) <= max(across, down)  # As whole cells allow.
+            if name == "tokens" or not whole:
+                continue
+            x = fitting.cut(values[0]) if fitting else values[0]
+            if x.ndim == 2 or len(x) == 1:
+                maps.append({name: x.reshape(x.shape[-2:])})
+            elif len(labels) == len(x) or len(x) <= _MOST_CHANNELS:
+                names = labels if len(labels) == len(x) else range(len(x))
+                if names is labels and not (x.min() >= 0 and x.max() <= 1):
+                    x = np.exp(x - x.max(0)) / np.exp(x - x.max(0)).sum(0)
+                maps.append({f"{name}.{part}": channel for part, channel in zip(names, x, strict=True)})
+        return maps
+
     def _classes(self, logits: Array) -> list[Class]:
         weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
@@ -129,28 +147,6 @@ class Model:
         names = self.labels if len(self.labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
         probable = (i for i in best if probabilities[i] >= self._threshold)
         return [Class(int(i), names[i], float(probabilities[i])) for i in probable]
-
-
-def dense_maps(
-    outputs: dict[str, Array], fitting: Fitting | None = None, labels: Sequence[str] = ()
-) -> dict[str, Array]:
-    """Outputs for one image that are maps, [rows, columns], without bars. Of several channels each is one, with the
-    label of its class where there is one for each; these become probabilities if they are none.
-    """
-    maps: dict[str, Array] = {}
-    for name, values in outputs.items():
-        x = np.squeeze(values)
-        if name == "tokens" or values.ndim < 3 or x.ndim not in (2, 3):
-            continue
-        x = fitting.cut(x) if fitting else x
-        if x.ndim == 2:
-            maps[name] = x
-        elif len(labels) == len(x) or len(x) <= _MOST_CHANNELS:
-            names = labels if len(labels) == len(x) else range(len(x))
-            if names is labels and not (x.min() >= 0 and x.max() <= 1):
-                x = np.exp(x - x.max(0)) / np.exp(x - x.max(0)).sum(0)
-            maps |= {f"{name}.{part}": channel for part, channel in zip(names, x, strict=True)}
-    return maps
 
 
 def _summary(name: str, values: Array, threshold: float) -> MapSummary:
@@ -177,9 +173,7 @@ def _require_image(session: Session, bundle: Bundle) -> None:
     takes, (height, width) = session.inputs[0], height_width(bundle.image_size)
     batch, *rest = takes.shape
     if [len(session.inputs), takes.name, takes.dtype, *rest] != [1, "image", "uint8", height, width, 3]:
-        raise ArtifactError(
-            f"{bundle.folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}.",
-            f"Export it again: one uint8 image [B, {height}, {width}, 3] is needed.",
-        )
+        what = f"{bundle.folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}."
+        raise ArtifactError(what, f"Export it again: one uint8 image [B, {height}, {width}, 3] is needed.")
     if isinstance(batch, int) and batch != 1:
         raise ConfigError(f"{bundle.folder} takes batches of {batch}.", "Export it with --batch 1 or dynamic.")

@@ -148,7 +148,7 @@ def text_lines(record: FrameRecord, rate: float) -> list[str]:
     if record.change is not None:
         lines.append(f"change {record.change:.3f}")
     for summary in record.maps or []:
-        area = f"mean {summary.mean:.3g}" if summary.area is None else f"{summary.area:.0%} of the image"
+        area = f"mean {summary.mean:.3g}" if summary.area is None else f"{summary.area:.0%} of what is read"
         lines.append(f"{printable(summary.output, _TEXT_WIDTH)}  {area}")
     age = record.frame_age_ms
     lines.append(f"{rate:.1f} fps   " + (f"model {record.infer_ms:.0f} ms" if age is None else f"age {age:.0f} ms"))

@@ -43,7 +43,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to run.
 
     Attributes:
-        execution: how it is run. top: most classes of an answer.
+        execution: how it is run. top: most classes of an answer, and channels of each output that is told as maps.
         threshold: less probable ones are left out (None: none are), and what is less in a map (None: one half).
         fit, region: how frames are brought to the model's size, see `fitting.Framing`; fit None: as the bundle says.
         public_key: file of the key that must have signed the bundle; None: no signature is required.
@@ -101,11 +101,9 @@ def run(bundle: str | Path, source: str, options: RunOptions | None = None) -> I
 
 
 def _run(bundle: Path, source: Source, options: RunOptions) -> Iterator[Answered]:
-    status = Status(source.shown, lambda _event: None)
-    with _open(bundle, options) as model:
-        model.any_outputs = True
-        with contextlib.closing(_answers(model, source, options, status, threading.Event())) as answers:
-            yield from (answer for answer in answers if isinstance(answer, Answered))
+    status, stop, closing = Status(source.shown, lambda _event: None), threading.Event(), contextlib.closing
+    with _open(bundle, options, True) as model, closing(_answers(model, source, options, status, stop)) as answers:
+        yield from (answer for answer in answers if isinstance(answer, Answered))
 
 
 def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = None) -> Summary:
@@ -146,8 +144,8 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
         # What really runs, once: a library that could not be loaded means kernels several times slower.
         status.event("model", **write_record(model.session.description))
         status.event("decoding", **(_NOT_CONFINED if parsed.kind == "gst" else write_record(confinement())))
-        if not is_video and (chosen := model.session.description.chosen) is not None and sys.stderr is not None:
-            print(chosen, file=sys.stderr)
+        if not is_video and (chosen := model.session.description.chosen) is not None:
+            _say(chosen)
         stop = stack.enter_context(stopping())
         if is_video:
             stack.enter_context(warnings.catch_warnings())
@@ -166,8 +164,8 @@ def _write(model: Model, source: Source, options: RunOptions, status: Status, st
         # Before the file: a bundle whose first answer is an error leaves it as it was.
         first = [next(answers)] if source.kind == "images" else []
         read = first[0].fitting if first and isinstance(first[0], Answered) else None  # Of a video that is an event.
-        if read is not None and read.box[2:] != read.frame and sys.stderr is not None:
-            print(model.framing.describe(read), file=sys.stderr)
+        if read is not None and (read.box[2:], read.inner[2:]) != (read.frame, read.size):
+            _say(model.framing.describe(read))
         lines = stack.enter_context(LineWriter(options.output or sys.stdout, source.live, stop, status.count))
         overlay = None
         if options.overlay is not None:
@@ -182,10 +180,16 @@ def _write(model: Model, source: Source, options: RunOptions, status: Status, st
                 overlay.write(answer, model.heats(answer.outputs, answer.fitting))
 
 
-def _open(bundle: Path, options: RunOptions) -> Model:
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):  # Who read it may have gone, as of `Status.event`.
+            print(text, file=sys.stderr)
+
+
+def _open(bundle: Path, options: RunOptions, any_outputs: bool = False) -> Model:
     return Model(
         bundle, execution_of(options.execution), options.top, options.threshold, options.public_key, options.fit,
-        options.region,
+        options.region, any_outputs,
     )  # fmt: skip
 
 
@@ -299,9 +303,8 @@ def _require(bundle: Path, source: Source, options: RunOptions) -> None:
             raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
         for name in ("overlay", "metrics", "frames"):
             if getattr(options, name) is not None:
-                raise ConfigError(
-                    f"--{name} cannot be combined with images.", "Give a video or a camera, or leave it out."
-                )
+                what = f"{name} or --{name} cannot be combined with images."
+                raise ConfigError(what, "Give a video or a camera, or leave it out.")
     else:
         require_decoder(source, options.overlay is not None)
     if options.overlay is not None and options.overlay.suffix.lower() not in _OVERLAY_SUFFIXES:

@@ -125,9 +125,8 @@ def require_other_file(path: Path, source: Source, bundle: Path) -> None:
     if source.kind in ("file", "images") and path.is_file() and os.path.exists(source.location):  # noqa: PTH110
         for read in list_images(Path(source.location)):
             if path.samefile(read):
-                raise ArtifactError(
-                    f"{path} is what is read: the source, or one of its images.", "Give the output another name."
-                )
+                what = f"{path} is what is read: the source, or one of its images."
+                raise ArtifactError(what, "Give the output another name.")
 
 
 def require_decoder(source: Source, overlay: bool = False) -> None:
@@ -140,10 +139,8 @@ def require_decoder(source: Source, overlay: bool = False) -> None:
     if (overlay or source.kind in ("file", "rtsp")) and importlib.util.find_spec("av") is None:
         raise MissingExtraError("av", "camera")
     if source.kind == "gst" and shutil.which("gst-launch-1.0") is None:
-        raise ConfigError(
-            f"{source.shown} needs GStreamer, and gst-launch-1.0 is not installed.",
-            "Install it: apt-get install gstreamer1.0-tools gstreamer1.0-plugins-good",
-        )
+        what = f"{source.shown} needs GStreamer, and gst-launch-1.0 is not installed."
+        raise ConfigError(what, "Install it: apt-get install gstreamer1.0-tools gstreamer1.0-plugins-good")
 
 
 def _pipeline(text: str) -> Source:

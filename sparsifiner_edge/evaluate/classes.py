@@ -76,10 +76,8 @@ class ClassJudge(Judge):
             return int(fit.predict(_require(outputs, "features", model))[0])
         logits, classes = _require(outputs, "logits", model)[0], self._queries.classes
         if len(logits) != len(classes):
-            raise ConfigError(
-                f"The classifier knows {len(logits)} classes, the images have {len(classes)}.",
-                "Give one folder per class, in the order of the classifier's labels.",
-            )
+            what = f"The classifier knows {len(logits)} classes, the images have {len(classes)}."
+            raise ConfigError(what, "Give one folder per class, in the order of the classifier's labels.")
         return int(logits.argmax())
 
 
@@ -101,9 +99,7 @@ def gallery_of(metric: str, folder: str | Path | None, queries: Labelled) -> Lab
         raise ConfigError(f"Only one class was found, {queries.classes[0]!r}.", "Give images of several.")
     gallery = class_set(Path(folder), queries.classes)
     if missing := set(range(len(queries.classes))).difference(gallery.labels.tolist()):
-        raise ConfigError(
-            f"The gallery has no image of {queries.classes[min(missing)]!r}.", "Give some of every class."
-        )
+        raise ConfigError(f"The gallery has no image of {queries.classes[min(missing)]!r}.", "Give some of each class.")
     return gallery
 
 

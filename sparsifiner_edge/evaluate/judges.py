@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,10 +149,8 @@ def _require_comparable(got: Outputs, expected: Outputs) -> None:
         raise ConfigError("The teacher prunes tokens.", "Compare with a model that keeps all of them.")
     name = "tokens" if "tokens" in got and "tokens" in expected and POSITIONS not in got else "features"
     if got[name].shape != expected[name].shape:
-        shapes = f"{list(got[name].shape)}, the teacher's {list(expected[name].shape)}"
-        raise ConfigError(
-            f"The subject's {name} have shape {shapes}.", "Give the model that the subject was made from."
-        )
+        what = f"The subject's {name} have shape {list(got[name].shape)}, the teacher's {list(expected[name].shape)}."
+        raise ConfigError(what, "Give the model that the subject was made from.")
 
 
 class _MapJudge(Judge):
@@ -167,6 +166,7 @@ class _MapJudge(Judge):
         super().__init__(files, framing)
         self._folder, self._output, self._measures = masks, output, tuple(MAP_MEASURES) if clean else ("iou",)
         self._masks = [] if masks is None else _masks_of(Path(masks), files)
+        self._fitting = functools.lru_cache(1)(lambda number: framing.of(*image_size(files[number])))
         with_masks = "the dense model's map; subject, teacher and lost: true masks" if clean else "true masks"
         self.truth = with_masks if self._masks else "the dense model's map" + " of the clean image" * (not clean)
 
@@ -174,10 +174,8 @@ class _MapJudge(Judge):
         """See `Judge`; first the subject's map against the teacher's."""
         subject, teacher = self._maps(image)
         if subject.shape != teacher.shape:
-            raise ConfigError(
-                f"The subject's map has shape {list(subject.shape)}, the teacher's {list(teacher.shape)}.",
-                "Give the model that the subject was made from.",
-            )
+            what = f"The subject's map has shape {list(subject.shape)}, the teacher's {list(teacher.shape)}."
+            raise ConfigError(what, "Give the model that the subject was made from.")
         apart = map_scores(subject, teacher, THRESHOLD, self._measures)
         return apart | super().clean(image) if self._masks else apart
 
@@ -199,12 +197,16 @@ class _MapJudge(Judge):
         return self._without_bars(subject, image.number), self._without_bars(teacher, image.number)
 
     def _without_bars(self, values: Array, number: int) -> Array:
-        return self.framing.of(*image_size(self.files[number])).cut(values)
+        return values if self.framing.fit != "letterbox" else self._fitting(number).cut(values)
 
     def _true_mask(self, number: int) -> Array:
-        mask, image = self._masks[number], self.files[number]
-        if self.framing.region is not None and image_size(mask) != image_size(image):
-            raise ConfigError(f"{mask} has another size than {image}: a region of it is another.", "Give masks of it.")
+        mask, region = self._masks[number], self.framing.region
+        if region is not None or self.framing.fit == "letterbox":
+            whole, size = self._fitting(number).frame, image_size(mask)
+            apart = abs(size[0] * whole[1] - size[1] * whole[0]) > max(*size, *whole)  # More than whole pixels cost.
+            if apart or (region is not None and size != whole):
+                what = f"{mask} has another size than {self.files[number]}: its region or bars are others."
+                raise ConfigError(what, "Give masks of the image's size.")
         return load_mask(mask, self.framing)
 
     def _mask_of(self, clean: Prediction) -> Array:

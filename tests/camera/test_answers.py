@@ -53,9 +53,7 @@ def test_a_loop_that_is_left_ends_the_decoder(source: str, cells: Path, video: P
 
 def test_a_program_that_ends_in_the_middle_says_nothing(cells: Path, video: Path) -> None:
     """Not even of an iterator that it still holds."""
-    code = (
-        f"import sparsifiner_edge as se\nanswers = se.run({str(cells)!r}, {str(video)!r})\nprint(next(answers).index)"
-    )
+    code = f"import sparsifiner_edge as se\nfound = se.run({str(cells)!r}, {str(video)!r})\nprint(next(found).index)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 

@@ -84,6 +84,10 @@ def test_images_and_videos_are_fitted_alike(fit: Fit, region: Box | None, tmp_pa
     """A pixel is where the geometry says it is, in an image and in a decoded frame; bars are of their colour."""
     framing, picture = Framing((96, 64), fit, region), picture_of((240, 120))
     picture.save(tmp_path / "image.png")
+    Image.new("RGB", (3779, 2234)).save(tmp_path / "large.jpg")  # May be decoded smaller, which moves no bar.
+    image, fitted = read_image(tmp_path / "large.jpg", Framing(224, fit, region))
+    rows = np.flatnonzero(image[:, 112].max(-1) < 40)
+    assert (rows[0], len(rows)) == fitted.inner[1::2]
     image, fitted = read_image(tmp_path / "image.png", framing)
     video = encode(tmp_path / "v.mkv", [np.asarray(picture)] * 2, codec="ffv1")
     with video.open("rb") as file:
@@ -132,11 +136,8 @@ def test_no_clock_that_can_be_set_is_read() -> None:
 
 # Messages of the decoder.
 
-GOOD = (
-    dict.fromkeys(("captured_ns", "arrived_ns", "decoded_ns", "ready_ns"), 1)
-    | {"kind": "frame", "pixels": bytes(3)}
-    | {"width": 9, "height": 9}
-)
+GOOD: dict[str, Any] = {"kind": "frame", "pixels": bytes(3), "width": 9, "height": 9}
+GOOD |= dict.fromkeys(("captured_ns", "arrived_ns", "decoded_ns", "ready_ns"), 1)
 
 
 def message(**fields: Any) -> bytes:
@@ -183,9 +184,11 @@ def test_a_scene_that_stays_does_not_change(cells: Path) -> None:
 def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
     mask = np.zeros((1, 4, 8), np.float32)
     mask[0, 1:3, 6:] = 0.9
-    depth = np.linspace(2, 5, 16, dtype=np.float32).reshape(1, 1, 4, 4)
-    with Model(cells) as model:
-        answer = model.answer({"mask": mask, "depth": depth, "tokens": mask})
+    depth = np.linspace(2, 5, 32, dtype=np.float32).reshape(1, 1, 4, 8)
+    others = {"tokens": mask, "patches": np.ones((1, 197, 192)), "last": np.ones((1, 4, 8, 3)), "boxes": depth[..., :4]}
+    with Model(cells, top=2) as model:
+        model.framing = Framing((32, 64))
+        answer = model.answer({"mask": mask, "depth": depth, **others})
         assert answer.maps is not None
         first, second = answer.maps
         assert (first.output, first.area, first.centroid) == ("mask", 4 / 32, (7 / 8, 0.5))
@@ -197,8 +200,8 @@ def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
         assert np.array_equal(heat, mask[0])
         model.labels = ["background", "cat", "dog"]  # Of a segmentation.
         logits = np.stack([mask[0] - 0.5, 0.1 - mask[0], mask[0] * 0 - 3])[None] * 20
-        found = {x.output: x.area for x in model.answer({"mask": logits}).maps or []}
-        assert found == {"mask.background": 4 / 32, "mask.cat": 28 / 32, "mask.dog": 0}
+        found = {x.output: x.area for x in model.answer({"mask": logits, "depth": depth}).maps or []}
+        assert found == {"mask.cat": 28 / 32, "mask.background": 4 / 32, "depth": None}
         assert len(model.heats({"mask": logits})) == 2
         mask[0, 0, 0] = np.nan
         broken = model.answer({"mask": mask})
@@ -206,7 +209,7 @@ def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
         with pytest.raises(ArtifactError, match="needed are logits, features or a dense map"):
             model.answer({"mask": np.zeros((1, 48, 4, 8), np.float32)})
     said = text_lines(record(maps=list(answer.maps), infer_ms=3.2), 25.0)
-    assert said == ["mask  12% of the image", "depth  mean 3.5", "25.0 fps   model 3 ms"]
+    assert said == ["mask  12% of what is read", "depth  mean 3.5", "25.0 fps   model 3 ms"]
 
 
 def test_what_a_model_sees_and_says_is_drawn(tmp_path: Path) -> None:

@@ -34,9 +34,7 @@ PYTHON = next(
 )  # fmt: skip
 pytestmark = [
     pytest.mark.everything,
-    pytest.mark.skipif(
-        not PYTHON, reason="no Python with gi and GstRtspServer (python3-gi, gir1.2-gst-rtsp-server-1.0)"
-    ),
+    pytest.mark.skipif(not PYTHON, reason="no Python with GstRtspServer (python3-gi, gir1.2-gst-rtsp-server-1.0)"),
 ]
 
 

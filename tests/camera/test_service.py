@@ -13,6 +13,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -27,6 +28,9 @@ from PIL import Image
 from sparsifiner_edge.bundle.sign import sign_bundle
 from sparsifiner_edge.camera.json_lines import LineWriter, line_of
 from sparsifiner_edge.camera.pattern import draw_pattern
+from sparsifiner_edge.camera.service import RunOptions, run_bundle
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.fitting import Framing
 from tests.camera.conftest import encode, lines, make_cells_bundle, metric, needs_gst, numbers_of, records_of
 from tests.commands import PROGRAM, assert_refused, call, process, snapshot, wait_for
 from tests.mounts import in_mount, needs_mounts
@@ -166,6 +170,8 @@ def test_what_of_a_pipeline_is_read_is_what_was_asked(cells: Path, tmp_path: Pat
     """Of a frame of four colours from left to right, by brightness: cells of an 8 x 8 grid."""
     frame = np.repeat(np.array([0, 80, 160, 240], np.uint8), 80)[None, :, None].repeat(160, 0).repeat(3, 2)
     source = f"gst:filesrc location={encode(tmp_path / 'v.mp4', [frame] * 3)} ! decodebin"
+    narrow = f"{source} ! videoscale ! video/x-raw,width=160,height=160,pixel-aspect-ratio=2/1"
+    assert records_of(process("run", cells, "--source", narrow, "--frames", 1))[0]["box"] == [80, 0, 160, 160]
     for options, box, rows, columns, bright in (
         ((), [80, 0, 160, 160], slice(8), slice(1, 3), 80),
         (("--fit", "letterbox"), [0, 0, 320, 160], slice(2, 6), slice(0, 8, 2), [0, 80, 160, 240]),
@@ -185,6 +191,19 @@ def test_a_region_that_no_frame_has(cells: Path, video: Path, pictures: Path) ->
         assert "Traceback" not in outcome.err
     for region, said in (("1,2,3", "Give X,Y,WIDTH,HEIGHT"), ("0,0,0,5", "from 1"), ("-1,0,5,5", "from 0")):
         assert_refused(process("run", cells, "--source", "test", "--region", region), said)
+    from_python: Any = "1,2,3,4", [1, 2, 3, 4], 5
+    assert [Framing(8, region=region).region for region in from_python[:2]] == [(1, 2, 3, 4)] * 2
+    with pytest.raises(ConfigError, match="The region is 5"):
+        Framing(8, region=from_python[2])
+
+
+def test_bars_may_be_told_nobody(cells: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = process("run", cells, "--source", pictures, "--fit", "letterbox").err
+    assert "80x60 of 80x60 pixels are read, 25 % of the input is bars; export with --like VIDEO" in said
+    region = Framing(64, "letterbox", (0, 0, 60, 9))
+    assert "--like" not in region.describe(region.of(80, 60))
+    monkeypatch.setattr(sys.stderr, "write", lambda _text: os.close(-1))  # An OSError.
+    assert run_bundle(cells, str(pictures), RunOptions(output=tmp_path / "o.jsonl")).processed == 3
 
 
 @needs_gst

@@ -40,9 +40,8 @@ def dinov2(tmp_path: Path) -> Path:
 def test_a_folder_of_hugging_face(tmp_path: Path, pictures: Path, name: str) -> None:
     made = model(name)
     folder = saved(made, tmp_path / "model")
-    student = se.sparsify(
-        str(folder), tmp_path / "student", keep=0.5, cells=4, channels=8, merge=(2,), calibrate=pictures
-    )
+    student = tmp_path / "student"
+    se.sparsify(str(folder), student, keep=0.5, cells=4, channels=8, merge=(2,), calibrate=pictures)
     found = load_student(student)
     assert (found.host, found.name) == ("transformers", type(made).__name__)
     assert found.normalisation.mean == (0.5, 0.4, 0.3)
@@ -110,9 +109,8 @@ def test_a_processor_that_does_not_normalise(tmp_path: Path) -> None:
 
 
 def test_a_users_function(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    student = se.sparsify(
-        f"{HERE}:Segmenter", tmp_path / "student", keep=0.5, channels=8, merge=(2,), calibrate=pictures
-    )
+    student = tmp_path / "student"
+    se.sparsify(f"{HERE}:Segmenter", student, keep=0.5, channels=8, merge=(2,), calibrate=pictures)
     refused = call(capsys, "export", student, "-o", tmp_path / "bundle")
     assert_refused(refused, f"made by the code of '{HERE}'", f"--trust {HERE}")
     assert not (tmp_path / "bundle").exists()
@@ -211,9 +209,8 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 @pytest.mark.parametrize("make", [lambda: model("DINOv2"), depth_anything])
 def test_attention_that_a_configuration_names_is_never_fetched(tmp_path: Path, make: Any) -> None:
     folder = saved(make(), tmp_path / "model")
-    evil = dict.fromkeys(
-        ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"), "evil/kernel"
-    )
+    names = "attn_implementation", "_attn_implementation", "_attn_implementation_internal"
+    evil = dict.fromkeys(names, "evil/kernel")
     content = json.loads((folder / "config.json").read_text()) | evil
     if "backbone_config" in content:
         content["backbone_config"] |= evil

@@ -22,9 +22,8 @@ pytestmark = [LACKING]
 
 def test_a_session_of_onnx_runtime_says_so_and_leaves_others_alone(tmp_path: Path) -> None:
     sparsity = SparsityConfig(keep=(0.2, 0.5, 1.0), cells=4, channels=8, merge=(9, 0))
-    bundle = export_bundle(
-        save_student(student(TINY, sparsity), tmp_path / "student"), tmp_path / "bundle", tokens=True
-    )
+    made = save_student(student(TINY, sparsity), tmp_path / "student")
+    bundle = export_bundle(made, tmp_path / "bundle", tokens=True)
     with open_session(bundle) as exact, open_session(bundle, precision="bf16") as session:
         image = {"image": np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)}
         wanted, got, again = exact.infer(image), session.infer(image), exact.infer(image)

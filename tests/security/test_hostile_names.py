@@ -22,9 +22,7 @@ from sparsifiner_edge.package import package_bundle
 from tests.commands import assert_refused, call, snapshot
 from tests.tiny import make_bundle
 
-serialization = pytest.importorskip(
-    "cryptography.hazmat.primitives.serialization", reason="the extra sign is not installed"
-)
+serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization", reason="the extra sign is missing")
 
 Capsys = pytest.CaptureFixture[str]
 SECRET = b"-----BEGIN OPENSSH PRIVATE KEY-----"

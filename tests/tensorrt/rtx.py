@@ -12,9 +12,7 @@ from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime.build import build_engine
 
 RTX = "tensorrt-rtx"
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx exists for x86-64 alone"
-)
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="it exists for x86-64 alone")
 
 
 def rtx(bundle: Path, *capabilities: str, **options: Any) -> list[dict[str, Any]]:
