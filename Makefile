@@ -29,7 +29,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.photographs
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/model_cpu.py
 	$(BIN)/python benchmarks/fidelity.py
@@ -37,6 +37,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/estimate.py
 	$(BIN)/python benchmarks/engines_rtx.py
 	$(BIN)/python benchmarks/kernels_static.py
+	$(BIN)/python benchmarks/optimize.py --size 518 -o profiles/results
+	$(BIN)/python benchmarks/optimize.py --seeds 10 --minutes 2.5 -o profiles/results
 	$(BIN)/python -m tests.fuzz --full --kills 500 -o profiles/results/fuzz
 
 # On a machine with an NVIDIA GPU, a torch for CUDA and Triton in this environment: parity, memory errors, speed.
@@ -100,13 +102,29 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
 	$(VENV)/bare/bin/python -m pip install --quiet --editable . --config-settings=wheel.cmake=false
 	@touch $@ $(VENV)/.demo
 
+# Photographs that figures are published for, and that are trained on (sparsifiner_edge/demo/split.py), as Debian has them;
+# each by itself: another distribution lacks some.
+PHOTOGRAPHS := opencv-doc budgie-backgrounds gnome-backgrounds lomiri-wallpapers-16.04 \
+  lomiri-wallpapers-20.04 mate-backgrounds plasma-workspace-wallpapers ukui-wallpapers
+$(VENV)/.photographs: $(VENV)/.dev
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq; \
+	  for package in $(PHOTOGRAPHS); do \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -o DPkg::Lock::Timeout=300 -y -qq --no-install-recommends $$package \
+	      || echo "$$package cannot be installed here: what needs it is left out."; \
+	  done; \
+	else \
+	  echo "For photographs that benchmarks and tests need (Debian, Ubuntu): sudo apt-get install $(PHOTOGRAPHS)"; \
+	fi
+	@touch $@
+
 # What the long tests add: a browser, fonts, a GStreamer with an RTSP server, network namespaces. Tests that miss them
 # skip and say so. (The loader of Python plugins opens libpython3.x.so, which only libpython3-dev has.)
 ADDED := chromium fonts-noto-cjk iproute2 python3-gi python3-venv gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
   gir1.2-gst-plugins-bad-1.0 gstreamer1.0-python3-plugin-loader libpython3-dev \
   gstreamer1.0-tools gstreamer1.0-rtsp gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad \
   gstreamer1.0-plugins-ugly
-$(VENV)/.everything: $(VENV)/.dev
+$(VENV)/.everything: $(VENV)/.photographs
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -o DPkg::Lock::Timeout=300 -y -qq --no-install-recommends $(ADDED); \
 	else \

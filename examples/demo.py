@@ -5,12 +5,13 @@
 DINOv2 ViT-S/14 with a trained decoder, at 518 px, untrained for sparsity: what a user with a model and some photographs
 gets in four minutes (`sparsifiner-edge optimize sparsifiner_edge.demo.saliency:saliency --data PHOTOGRAPHS/ --minutes 4
 -o demo/found`), and, on photographs that nothing was searched or calibrated with, what both models find. Into the
-folder go the bundles, results, maps.png and report.html. A folder that holds an earlier demonstration is replaced.
+folder go the bundles, results, maps.png and report.html. An earlier demonstration there is replaced, nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -63,10 +64,13 @@ def main(arguments: list[str] | None = None) -> SearchResult:
 
 def begin(output: Path) -> None:
     """Refuse a folder that holds something else; drop what an earlier demonstration left."""
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MARK).exists())):
+    if os.path.lexists(output) and (not output.is_dir() or (any(output.iterdir()) and not (output / MARK).exists())):
         sys.exit(f"{output} exists and holds no demonstration. Choose another -o.")
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    for folder in ("dense", "found"):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    for file in ("task.json", "maps.png", "report.html"):
+        (output / file).unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     (output / MARK).touch()
 
 

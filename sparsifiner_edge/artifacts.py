@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -155,11 +156,23 @@ def require_kind(folder: Path, *kinds: str) -> str:
         return str(kind)
     what = f"is not a {' or '.join(kinds)}" if folder.is_dir() else "is not a folder"
     if kind is not None:
-        fix = "Give its student." if kind == "bundle" else f"Export it: sparsifiner-edge export {folder} -o BUNDLE/"
+        fix = "Give its student." if kind == "bundle" else f"Export it: {export_line(folder)}"
         what = f"is a {kind}, not a {kinds[0]}"
     elif folder.is_file() and kind_of(folder.parent) in kinds:
         fix = f"Give the folder that it lies in: {folder.parent}"
     raise ArtifactError(f"{folder} {what if folder.exists() else 'does not exist'}.", fix)
+
+
+def trust_text(student: Path) -> str:
+    """What a printed command on a student of a user's own function needs: " --trust MODULE"; of others nothing."""
+    content = read_json(student / STUDENT_FILE, None, "Make it again.")
+    module = str(content.get("model")).partition(":")[0]
+    return f" --trust {shlex.quote(module)}" if content.get("host") == "factory" else ""
+
+
+def export_line(student: Path) -> str:
+    """What exports a student, to be pasted into a shell."""
+    return f"sparsifiner-edge export {shlex.quote(str(student))}{trust_text(student)} -o BUNDLE/"
 
 
 def require_replaceable(folder: Path, kind: str) -> None:

@@ -113,22 +113,13 @@ class SparsityConfig:
                 f"{name} is {getattr(self, name)}, but the preset {self.preset!r} has {value}.",
                 "Leave it out, or choose another preset.",
             )
-        require(
-            self.tile % self.probe == 0,
-            f"tile {self.tile} is not a multiple of probe {self.probe}.",
-            "Choose a probe that divides the tile, such as 4 and 16.",
-        )
+        what, fix = f"tile {self.tile} is not a multiple of probe {self.probe}.", "Choose a probe that divides the tile"
+        require(self.tile % self.probe == 0, what, f"{fix}, such as 4 and 16.")
         layers = [layer for layer, _ in self.token_keep]
-        require(
-            layers == sorted(set(layers)),
-            f"tokens are pruned at layers {layers}.",
-            "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7.",
-        )
-        require(
-            not self.merge or (not self.token_keep and self.preset == "edge"),
-            "merge cannot be combined with token_keep or the preset paper.",
-            "Leave one of them out.",
-        )
+        fix = "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7."
+        require(layers == sorted(set(layers)), f"tokens are pruned at layers {layers}.", fix)
+        alone, what = not self.token_keep and self.preset == "edge", "merge cannot be combined with token_keep"
+        require(not self.merge or alone, f"{what} or the preset paper.", "Leave one of them out.")
 
     @property
     def is_dense(self) -> bool:
@@ -145,18 +136,11 @@ class SparsityConfig:
         Raises:
             ConfigError: tile or cells exceed the number of patches.
         """
-        require(
-            self.tile <= patches,
-            f"tile {self.tile} exceeds the {patches} patches of this image size.",
-            "Choose a smaller tile or a larger image.",
-        )
+        most = f"the {patches} patches of this image size."
+        require(self.tile <= patches, f"tile {self.tile} exceeds {most}", "Choose a smaller tile or a larger image.")
         # Where tokens merge, later layers see too few for as many cells: then each holds four tokens.
         wanted = min(self.cells, patches // 4) if self.merge else self.cells
-        require(
-            wanted <= patches,
-            f"{self.cells} cells exceed the {patches} patches of this image size.",
-            "Choose fewer cells or a larger image.",
-        )
+        require(wanted <= patches, f"{self.cells} cells exceed {most}", "Choose fewer cells or a larger image.")
         cell = math.ceil(patches / wanted) if wanted else 0
         choices = patches + prefix if self.preset == "paper" else patches
         if isinstance(self.keep, tuple):

@@ -81,11 +81,8 @@ def plan_of(sparsity: SparsityConfig, depth: int, patches: int) -> LayerPlan:
     """
     shares = dict(sparsity.token_keep)
     last = max(shares, default=0)
-    require(
-        last < depth,
-        f"tokens are pruned at layer {last}: the model has {depth} layers.",
-        f"Give indices from 0 to {depth - 1}.",
-    )
+    what = f"tokens are pruned at layer {last}: the model has {depth} layers."
+    require(last < depth, what, f"Give indices from 0 to {depth - 1}.")
     merge, remaining = [], patches
     for layer, rate in enumerate(_rates(sparsity.merge, depth)):
         merge.append(min(rate, remaining // PATCHES_PER_MERGE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -28,23 +29,25 @@ def import_object(place: EntryPoint | str, fix: str, error: type[SparsifinerErro
     Raises:
         SparsifinerError: `error`: it cannot be imported, for any reason: it is others' code; `fix`: if none is there.
     """
-    if isinstance(place, EntryPoint):
-        here, module, name = "", place.module, place.attr
-    else:
-        here, (module, _, name) = str(Path.cwd()), place.partition(":")
-        if here not in sys.path and not getattr(sys.flags, "safe_path", False):
-            sys.path.append(here)
+    here, (module, _, name) = "", (place.value if isinstance(place, EntryPoint) else place).partition(":")
     try:
+        if isinstance(place, EntryPoint):
+            module, name = place.module, place.attr or ""
+        else:
+            with contextlib.suppress(OSError):  # The current folder may be deleted.
+                here = str(Path.cwd())
+            if here and here not in sys.path and not getattr(sys.flags, "safe_path", False):
+                sys.path.append(here)
         imported = importlib.import_module(module)
     except Exception as cause:
         if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
-            hint = nearest(module, (path.stem for path in Path(here).iterdir()))
+            hint = nearest(module, (path.stem for path in Path(here).glob("*"))) if here else ""
             what = f"There is no module {module!r}, looked for from {here or 'a package'}."
             raise error(what, f"{hint} {fix}".strip()) from cause
         what = f"{module} cannot be imported: {type(cause).__name__}: {one_line(cause)}."
         raise error(what, "Mend it, or install what it needs.") from cause
     try:
-        return functools.reduce(getattr, name.split("."), imported)
+        return functools.reduce(getattr, filter(None, name.split(".")), imported)
     except AttributeError as cause:
         where, hint = getattr(imported, "__file__", None) or "a folder", nearest(name, vars(imported))
         raise error(f"{module} ({where}) has no {name!r}.", hint or "Check the name.") from cause

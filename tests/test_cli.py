@@ -19,6 +19,7 @@ from sparsifiner_edge.camera.capture import frame_size
 from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.cli.main import COMMANDS
 from sparsifiner_edge.errors import ImageError
+from sparsifiner_edge.sparse.student import size_like
 from tests.commands import PROGRAM, PROGRESS, Outcome, call, manifest_of, process
 from tests.models import TINY
 from tests.plain import read_result
@@ -241,6 +242,8 @@ def test_a_size_like_a_cameras_frames(tiny_student: Path, capsys: Capsys, tmp_pa
     assert outcome.code == 0, outcome.err
     assert f"like {frame}, frames of 320x180: --img-size 128x224\n" in outcome.err
     assert manifest_of(tmp_path / "wide")["preprocessing"]["size"] == [128, 224]
+    shutil.copy(tiny_student / "config.json", tmp_path)
+    assert size_like(tmp_path, (320, 180)) == (128, 224), "a student's weights are not read"
     assert frame_size(parse_source("test")) == (640, 480)
     (tmp_path / "none.mp4").write_bytes(b"none")
     with pytest.raises(ImageError, match=r"none\.mp4 gave no frame: .*Invalid data"):

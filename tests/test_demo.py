@@ -53,8 +53,9 @@ def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.Capture
     assert (output / "maps.png").read_bytes().startswith(b"\x89PNG")
     assert read_result(output / "task.json")["statistics"]["iou"]["mean"]["value"] > 0
     (output / "mine.txt").touch()
-    demo.begin(output)
-    assert [path.name for path in output.iterdir()] == [demo.MARK], "an earlier one is replaced"
+    (tmp_path / "link").symlink_to(output)
+    demo.begin(tmp_path / "link")
+    assert {path.name for path in output.iterdir()} == {demo.MARK, "mine.txt"}, "an earlier one alone is replaced"
 
 
 def test_a_demonstration_leaves_other_folders_alone(demo: Any, tmp_path: Path) -> None:
@@ -62,3 +63,5 @@ def test_a_demonstration_leaves_other_folders_alone(demo: Any, tmp_path: Path) -
     with pytest.raises(SystemExit, match="holds no demonstration"):
         demo.main(["-o", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+    (tmp_path / "mine.png").unlink()
+    demo.begin(tmp_path)

@@ -14,26 +14,10 @@ WORDS = frozenset(["found", "told", "asked", "own", "made", "given", "left", "se
 MOST = 40
 PARTICIPLES = 10
 """Functions whose name is a past participle, or ends in one."""
-IRREGULAR = frozenset(
-    [
-        "held",
-        "told",
-        "found",
-        "made",
-        "left",
-        "kept",
-        "seen",
-        "given",
-        "known",
-        "said",
-        "taken",
-        "drawn",
-        "written",
-        "shown",
-        "bound",
-        "lost",
-    ]
-)
+IRREGULAR = frozenset([
+    "held", "told", "found", "made", "left", "kept", "seen", "given", "known", "said", "taken", "drawn",
+    "written", "shown", "bound", "lost",
+])  # fmt: skip
 
 
 def names(path: str, text: str) -> Iterator[str]:

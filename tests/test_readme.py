@@ -101,7 +101,7 @@ def test_make_demo(tmp_path: Path) -> None:
     assert BLOCKS[2][1].strip() == "make demo"
     # The environment of this very run serves: `make demo` itself would install into .venv, which CI has just done.
     folders = f"DEMO={tmp_path / 'demo'}", f"BIN={Path(sys.executable).parent}"
-    run(["make", "-o", f"{ROOT}/.venv/.demo", "demo", *folders], ROOT)
+    run(["make", "-o", ".venv/.demo", "demo", *folders], ROOT)
     task = read_result(tmp_path / "demo" / "task.json")["statistics"]
     assert task["iou"]["mean"]["value"] >= 0.85
     assert task["error"]["mean"]["value"] <= 0.05
@@ -117,7 +117,10 @@ def test_shell_then_python(place: Path) -> None:
     run(["bash", "-euc", BLOCKS[4][1]], place)
     assert read_result(place / "result.json")["kind"] == "comparison"
     assert len((place / "features.jsonl").read_text().splitlines()) == IMAGES
-    assert f"native, {native.target()}" in run([sys.executable, "-c", BLOCKS[5][1]], place)
+    said = run([sys.executable, "-c", BLOCKS[5][1]], place)
+    if why := native.why_unusable():
+        pytest.skip(f"native kernels: the library {why}")
+    assert f"native, {native.target()}" in said
 
 
 @pytest.mark.everything

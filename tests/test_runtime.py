@@ -165,6 +165,7 @@ def test_golden_without_tolerance_or_file_is_refused(tmp_path):
 def foreign(tmp_path, monkeypatch):
     """Another package's backend, installed: it runs ours under its own name."""
     points = {"foreign": "foreign:Foreign", "broken": "foreign:Missing", "no-backend": "foreign:NUMBER"}
+    points |= {"module": "foreign", "malformed": "for-eign:Foreign", "gone": "gone:Foreign"}
     install_plugin(tmp_path / "site", monkeypatch, "backends", **points)
     (tmp_path / "site" / "foreign.py").write_text(
         "from sparsifiner_edge.runtime.onnxruntime import OnnxRuntime\n"
@@ -177,7 +178,11 @@ def foreign(tmp_path, monkeypatch):
 
 
 def test_what_another_package_names_and_is_no_backend_is_refused(bundle, foreign):
-    for name, message in (("broken", "has no 'Missing'"), ("no-backend", "is no class of Backend")):
+    for name, message in (
+        ("broken", "has no 'Missing'"), ("no-backend", "is no class of Backend"),
+        ("module", "foreign is no class of Backend"), ("malformed", "^for-eign cannot be imported"),
+        ("gone", "no module 'gone', looked for from a package.\n  Reinstall gone"),
+    ):  # fmt: skip
         with pytest.raises(BackendError, match=message):
             flat.open_session(bundle, name)
     with pytest.raises(BackendError, match="tensorrt-rtx, foreign, broken"):

@@ -71,10 +71,13 @@ def test_recorded_hashes_are_those_of_the_files(name: str) -> None:
         assert hash_of(path) in kept.values(), f"{path} is not recorded: python -m tests.test_split"
 
 
-def test_a_demonstration_judges_by_others_than_it_searches_with() -> None:
+def test_a_demonstration_judges_by_others_than_it_searches_with(monkeypatch: pytest.MonkeyPatch) -> None:
     searched, shown = split.images("searched"), split.images("shown")
     assert len(searched) >= 5
     assert not set(searched) & set(shown)
+    monkeypatch.setitem(split.SETS, "shown", {"skimage": ["none.png"]})
+    with pytest.raises(ImageError, match=r"\[demo\]"):
+        split.images("shown")
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import datetime
 import functools
 import inspect
 import math
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sparsifiner_edge.artifacts import trust_text as trust_text  # noqa: PLC0414
 from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, size_text, whole_number
 from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS
@@ -160,19 +160,6 @@ token_keep_option = click.option("--token-keep", callback=read_by(parse_token_ke
     help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.')  # fmt: skip
 trust_option = click.option("--trust", multiple=True, metavar="MODULE",
     help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
-
-
-def trust_text(student: Path) -> str:
-    """What a printed command on a student of a user's own function needs: " --trust MODULE"; of others nothing."""
-    from sparsifiner_edge.sparse.student_file import read_config
-
-    config = read_config(student)
-    return f" --trust {config.model.partition(':')[0]}" if config.host == "factory" else ""
-
-
-def next_export(student: Path) -> str:
-    """What to do with a student next, to be pasted into a shell."""
-    return f"Next: sparsifiner-edge export {shlex.quote(str(student))}{trust_text(student)} -o BUNDLE/"
 
 
 def normalise_options(command: Command) -> Command:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparsifiner_edge.artifacts import export_line
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.text import printable
@@ -65,7 +66,7 @@ def _print(summary: TrainingSummary, output: Path) -> None:
     if summary.unreadable:
         listed = "\n  ".join(map(printable, summary.unreadable[:10]))
         click.echo(f"{len(summary.unreadable)} images could not be read and were skipped:\n  {listed}", err=True)
-    click.echo(common.next_export(output))
+    click.echo(f"Next: {export_line(output)}")
 
 
 def _budget(row: BudgetFidelity) -> str:

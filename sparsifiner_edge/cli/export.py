@@ -86,7 +86,11 @@ def _print(bundle: Bundle) -> None:
         click.echo(f"{board.board}: {counts}, compute capability {board.compute_capability}{bodies}")
     none = "none: plain dense attention in standard operators"
     click.echo(f"custom operators (with bodies in standard operators): {', '.join(manifest.ops) or none}")
-    click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {shlex.quote(str(folder))}")
+    if "logits" in {output.name for output in manifest.outputs} and not bundle.labels():
+        click.echo("no names of its classes: the model has none, or not one for each logit (--labels FILE gives them)")
+    quoted = shlex.quote(str(folder))
+    others = f"(or run {quoted} --source IMAGES/)"
+    click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {quoted}     {others}")
 
 
 def _merge_lines(manifest: Manifest) -> Iterator[str]:

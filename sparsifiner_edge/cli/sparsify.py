@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from sparsifiner_edge.artifacts import export_line
 from sparsifiner_edge.bounds import whole_number
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_text
@@ -55,5 +56,5 @@ def command(*, model: str, output: Path, settings: dict[str, Any], **options: An
     merging = f", merge {merge_text(sparsity.merge)}" if any(sparsity.merge) else ""
     click.echo(
         f"{folder}: student written, keep {keep_text(sparsity.keep)}, {sparsity.cells} cells{merging}. "
-        f"{common.next_export(folder)}"
+        f"Next: {export_line(folder)}"
     )

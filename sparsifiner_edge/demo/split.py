@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.artifacts import read_toml
-from sparsifiner_edge.errors import ImageError, MissingExtraError
+from sparsifiner_edge.errors import ImageError, MissingExtraError, pip_install
 from sparsifiner_edge.images import list_images
 
 SETS: dict[str, dict[str, Any]] = read_toml(Path(__file__).with_name("split.toml"), "Install this package again.")
@@ -37,9 +37,9 @@ def images(name: str) -> list[Path]:
         (Path(where) if (where := SETS["folders"][package]).startswith("/") else home(package) / where) / file
         for package, names in SETS[name].items() for file in names
     ]  # fmt: skip
-    missing = next((path for path in files if not path.is_file()), None)
-    if missing is not None:
-        raise ImageError(f"{missing} is not there.", f"apt-get install {' '.join(SETS['publication'])}")
+    if missing := next((path for path in files if not path.is_file()), None):
+        debian, apt = missing.is_relative_to("/usr/share"), f"apt-get install {' '.join(SETS['publication'])}"
+        raise ImageError(f"{missing} is not there.", apt if debian else pip_install("demo"))
     return files
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_kind, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_number
-from sparsifiner_edge.bundle.entries import Check, Float16, Quantisation, Retiled
+from sparsifiner_edge.bundle.entries import Check, Float16, Quantisation
 from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, MODEL_FILE, Manifest, Preprocessing, tensor_spec
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
 from sparsifiner_edge.config import Budget, SparsityConfig, require, require_lists
@@ -127,9 +127,7 @@ def export_bundle(
     target = Path(output)
     require_replaceable(target, "bundle")
     form = _form(options or ExportOptions())
-    student = _load(source, model or ModelOptions(), budget or Budget())
-    student, retiled = fit_to_gpus(student, form.images) if form.boards else (student, None)
-    return _export(student, target, form, retiled, progress)
+    return _export(_load(source, model or ModelOptions(), budget or Budget()), target, form, progress)
 
 
 def export_model(
@@ -186,7 +184,7 @@ def export_model(
     student = Student(
         module, name or type(module).__name__, pixels, backbone.sparsity or SparsityConfig(keep=1), outputs=names
     )
-    return _export(student, target, form, None, progress)
+    return _export(student, target, form, progress)
 
 
 def export_student(
@@ -194,7 +192,7 @@ def export_student(
     progress: Progress | None = None,
 ) -> Path:  # fmt: skip
     """Export a student in memory, for no boards; see `export_bundle`. base: its `float_file`, where that is there."""
-    return _export(student, output, _form(options), None, progress, base)
+    return _export(student, output, _form(options), progress, base)
 
 
 class _Form(NamedTuple):
@@ -242,11 +240,13 @@ def _form(options: ExportOptions) -> _Form:
 
 
 def _export(
-    student: Student, target: Path, form: _Form, retiled: Retiled | None, progress: Progress | None,
-    base: FloatFile | None = None,
-) -> Path:  # fmt: skip
+    student: Student, target: Path, form: _Form, progress: Progress | None, base: FloatFile | None = None
+) -> Path:
     """Check a student's file, then write the bundle."""
-    options = form.options
+    options, fix = form.options, "Check the model that it was made of: export MODEL --check .."
+    same = form.call is None or student.provenance.training is None
+    require(same, "A trained student is no longer the model that you would call.", fix)
+    student, retiled = fit_to_gpus(student, form.images) if form.boards else (student, None)
     file = _file(student.img_size, base or float_file(student, options.tokens, form.batch), form, progress)
     model, user_call = student.model, None
     if form.call is not None:
@@ -258,8 +258,9 @@ def _export(
     count = classes.get("logits", 0)
     require(len(form.labels) in (0, count), f"{len(form.labels)} labels for {count} classes.", _LABELS)
     known = class_labels if isinstance(model, TimmModel) else hugging_face.configured_labels
-    named = form.labels or student.labels or known(model)
-    labels = [printable(name) for name in named if len(named) == count]  # A classifier inside may not be what answers.
+    named = form.labels or student.labels or (known(model) if count else ())
+    # A classifier inside may not be what answers.
+    labels = [printable(name) for name in named] if len(named) == count else []
     onnx.helper.set_model_props(file.model, _metadata(student, file.deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())

@@ -81,7 +81,7 @@ def load_source(
             expects of pixels; or it could not be made sparse, so that it is no baseline for anything here.
     """
     from_factory = is_factory(source)
-    from_folder = bool(source) and not from_factory and not timm.is_model(source) and _is_hugging_face(source)
+    from_folder = is_hugging_face(source)
     brings = f"--weights are for timm's names; {source!r} brings its own."
     require(weights is None or not (from_factory or from_folder), brings, "Leave --weights out.")
     if from_factory:
@@ -101,12 +101,14 @@ def load_source(
     return student
 
 
-def _is_hugging_face(source: str) -> bool:
+def is_hugging_face(source: str) -> bool:
     """Whether this is a folder or a hub's name of Hugging Face's, and not what may be a name of timm's.
 
     Raises:
-        ArtifactError: it is a path to nothing, or to something else.
+        ConfigError: it is a path to nothing, or to something else.
     """
+    if not source or is_factory(source) or timm.is_model(source):
+        return False
     folder, on_hub = Path(source), _HUB.fullmatch(source) is not None
     fix = "Give a model's name or folder (docs/models.md); one of your own is package.module:function."
     if folder.is_dir():
@@ -141,7 +143,7 @@ def call_factory(source: str, img_size: ImageSize | None = None) -> nn.Module:
     takes_size = "img_size" in parameters
     options = {"img_size": img_size} if takes_size and img_size is not None else {}
     needed = [n for n, x in parameters.items() if x.default is x.empty and x.kind not in _ANY and n not in options]
-    fix = "Give --img-size" if needed == ["img_size"] else "Name a function that takes none but img_size"
+    fix = "Give --img-size (--like needs a default)" if needed == ["img_size"] else "Name one that takes img_size alone"
     require(not needed, f"{source} needs {', '.join(needed)}.", f"{fix}, or give defaults.")
     try:
         model: nn.Module = factory(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import safetensors.torch
-import timm
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from sparsifiner_edge.sparse.hosts.timm import create, on_paper
 from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_model, set_budget
 from sparsifiner_edge.sparse.source import Student as Student  # noqa: PLC0414
-from sparsifiner_edge.sparse.source import call_factory, is_factory, load_source
+from sparsifiner_edge.sparse.source import call_factory, is_factory, is_hugging_face, load_source
 from sparsifiner_edge.sparse.student_file import SPARSIFY_AGAIN, Calibration, StudentConfig, check_labels, read_config
 from sparsifiner_edge.sparse.weights import StateDict, check_fit, load_exactly, normalise, read_weights
 from sparsifiner_edge.text import dump_json
@@ -72,16 +72,10 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
 
 
 def sparsify(
-    model: str,
-    output: str | Path,
-    *,
-    weights: str | Path | None = None,
-    img_size: ImageSize | None = None,
-    calibrate: str | Path | None = None,
-    normalise: Normalise = None,
-    progress: Progress | None = None,
+    model: str, output: str | Path, *, weights: str | Path | None = None, img_size: ImageSize | None = None,
+    calibrate: str | Path | None = None, normalise: Normalise = None, progress: Progress | None = None,
     **options: Unpack[SparsityOptions],
-) -> Path:
+) -> Path:  # fmt: skip
     """Make a pretrained model sparse and write it as a student folder.
 
     Args:
@@ -136,26 +130,17 @@ def save_student(student: Student, output: Path) -> Path:
         if student.host == "transformers":
             hugging_face.write_configuration(student.model, folder)
         config = StudentConfig(
-            host=student.host,
-            model=student.name,
-            img_size=student.img_size,
-            num_classes=student.backbone.classes or len(student.labels),
-            labels=student.labels,
-            normalisation=student.normalisation,
-            outputs=student.outputs,
-            sparsity=student.sparsity.to_dict(),
-            provenance=student.provenance,
+            host=student.host, model=student.name, img_size=student.img_size, labels=student.labels,
+            num_classes=student.backbone.classes or len(student.labels), normalisation=student.normalisation,
+            outputs=student.outputs, sparsity=student.sparsity.to_dict(), provenance=student.provenance,
             weights_sha256=sha256(folder / WEIGHTS_FILE),
-        )
+        )  # fmt: skip
         (folder / STUDENT_FILE).write_text(dump_json(write_record(config)), encoding="utf-8")
     return output
 
 
 def load_student(
-    folder: str | Path,
-    img_size: ImageSize | None = None,
-    budget: Budget | None = None,
-    trust: Sequence[str] = (),
+    folder: str | Path, img_size: ImageSize | None = None, budget: Budget | None = None, trust: Sequence[str] = ()
 ) -> Student:
     """Read a student folder, optionally at another image size or with another budget than its own.
 
@@ -215,12 +200,17 @@ def size_like(source: str | Path, frame: tuple[int, int], trust: Sequence[str] =
         >>> size_like("vit_small_patch14_dinov2.lvd142m", (1920, 1080))
         (392, 700)
     """
-    name = str(source)
-    if is_factory(name) or timm.is_model(name):
-        backbone = backbone_of(call_factory(name) if is_factory(name) else on_paper(name))
+    name, folder = str(source), Path(source)
+    if kind_of(folder) == "student":
+        config = read_config(folder)
+        with contextlib.nullcontext() if config.host == "factory" else torch.device("meta"):
+            model = _maker(folder, config, trust)(config.img_size)
+    elif is_factory(name):
+        model = call_factory(name)
     else:
-        is_student = kind_of(Path(name)) == "student"
-        backbone = (load_student(name, trust=trust) if is_student else load_source(name)).backbone
+        with torch.device("meta"):
+            model = hugging_face.blank(name) if is_hugging_face(name) else on_paper(name)
+    backbone = backbone_of(model)
     height, width = backbone.patch
     ratio = frame[0] * height / (frame[1] * width)  # Of columns to rows.
     rows = max(1, round(math.sqrt(backbone.patches / ratio)))
@@ -257,7 +247,7 @@ def _maker(folder: Path, config: StudentConfig, trust: Sequence[str]) -> Callabl
     if config.host == "timm":
         return lambda size: create(config.model, size, config.num_classes)
     if config.host == "transformers":
-        return lambda size: hugging_face.blank(folder, size)
+        return lambda size: hugging_face.blank(str(folder), size, folder)
     module = config.model.partition(":")[0]
     if module not in trust:
         raise ArtifactError(

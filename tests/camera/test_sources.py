@@ -64,14 +64,9 @@ SOURCES = [
     "user:hUntEr2@h/x",
 ]
 UNREADABLE = [
-    "rtsp://user:hUn/tEr2@h/x",
-    "rtsp:/user:hUntEr2@h/x",
-    " rtsp://user:hUntEr2@h/x",
-    "rtsp://user:hUntEr2@h:port/x",
-    "rtsp://user:hUntEr2@h/x\r\nHeader: y",
-    "http://user:hUntEr2@h/x",
-    "gst:rtspsrc user-pw='hUntEr2",
-]
+    "rtsp://user:hUn/tEr2@h/x", "rtsp:/user:hUntEr2@h/x", " rtsp://user:hUntEr2@h/x", "rtsp://user:hUntEr2@h:port/x",
+    "rtsp://user:hUntEr2@h/x\r\nHeader: y", "http://user:hUntEr2@h/x", "gst:rtspsrc user-pw='hUntEr2",
+]  # fmt: skip
 
 
 def assert_hidden(text: str) -> None:

@@ -240,6 +240,12 @@ def test_numbers_of_classes_are_no_names(tmp_path: Path) -> None:
     made.config.id2label = {0: "a", 7: "b", 8: "c"}
     with pytest.raises(ConfigError, match=r"names the classes \[0, 7, 8\], not 0 to 2"):
         flat.export_model(made, EXAMPLE, tmp_path / "b", normalise=False)
+    assert open_bundle(flat.export_model(Scores(made), EXAMPLE, tmp_path / "c", normalise=False)).labels() == []
+
+
+class Scores(Normalising):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scores": super().forward(images)["logits"]}
 
 
 def test_a_teacher_of_the_same_function_expects_what_its_student_does(tmp_path: Path, pictures: Path) -> None:

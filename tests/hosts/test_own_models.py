@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsifiner_edge.export import export
 from tests import commands
 from tests.commands import assert_refused, call, process, snapshot
 
@@ -34,6 +35,9 @@ def segmenter():
     return Segmenter().eval()
 
 def of_classes(classes):
+    return segmenter()
+
+def sized(img_size):
     return segmenter()
 
 def predict(image):
@@ -79,6 +83,13 @@ def test_the_whole_way_as_printed(
     done = process(*words.split(), *f"{EXPORT}:predict".split())
     assert re.search(r"predict on 3 images; mask of the dense model \S+ of its range .* least cosine", done.out), done
     assert process("run", "out", "--source", "images").out.count('"mask"') == 3
+    assert f"sparsifiner-edge {words} -o BUNDLE/" in process("run", words.split()[1], "--source", "images").err
+    content = json.loads((place / "own" / "config.json").read_text())
+    content["provenance"]["training"] = {}
+    (place / "own" / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(export, "float_file", pytest.fail)
+    trained = call(capsys, *words.split(), "-o", "new", *["--data", "images", "--check", "mymodels:predict"])
+    assert_refused(trained, "A trained student is no longer the model")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +103,7 @@ def test_the_whole_way_as_printed(
         ("sparsify mymodls:segmenter -o out", "'mymodls', looked for from PLACE. Did you mean mymodels?"),
         ("sparsify mymodels:segmentr -o out", "mymodels (PLACE/mymodels.py) has no 'segmentr'. Did you mean segmenter"),
         ("sparsify mymodels:of_classes -o out", "mymodels:of_classes needs classes."),
+        ("sparsify mymodels:sized --like images/picture0.png -o out", "Give --img-size (--like needs a default)"),
         ("sparsify broken:model -o out", "broken cannot be imported: ModuleNotFoundError: No module named 'nothing_of"),
         ("sparsify mymodels.py -o out", "mymodels.py is a file, not a model."),
         ("sparsify student -o out", "student is a student, not a model."),

@@ -104,6 +104,7 @@ def test_an_image_tower_is_taken_out_of_a_model_of_images_and_texts(tmp_path: Pa
 def test_a_processor_that_does_not_normalise(tmp_path: Path) -> None:
     folder = saved(model("ViT"), tmp_path / "m", {"do_normalize": False})
     assert load_source(str(folder)).normalisation == AS_IS
+    assert se.size_like(saved(model("ViT"), tmp_path / "o", {}), (320, 180)) == (128, 224), "asks nothing of pixels"
     folder = saved(model("ViT"), tmp_path / "n", PROCESSOR | {"do_rescale": False})
     assert load_source(str(folder)).normalisation.mean == pytest.approx((0.5 / 255, 0.4 / 255, 0.3 / 255))
 

@@ -85,19 +85,13 @@ def make_vit_bundle(folder: Path, kind: str, precision: str, batch: int | None) 
     ("kind", "precision", "batch", "capability"),
     first(
         [
-            ("edge", "fp16", DYNAMIC, "12.0"),
-            ("merged", "fp32", 1, "8.9"),
-            ("edge", "int8", 2, "8.9"),
-            ("dense", "fp32", DYNAMIC, "8.0"),
-            ("dense", "int8", 1, "8.6"),
-            ("paper", "fp16", 1, "8.9"),
-            ("pruned", "fp16", DYNAMIC, "8.6"),
-            ("merged", "int8", 1, "12.0"),
-            ("merged alone", "fp32", DYNAMIC, "8.6"),
-            ("merged alone", "int8", 2, "8.9"),
+            ("edge", "fp16", DYNAMIC, "12.0"), ("merged", "fp32", 1, "8.9"), ("edge", "int8", 2, "8.9"),
+            ("dense", "fp32", DYNAMIC, "8.0"), ("dense", "int8", 1, "8.6"), ("paper", "fp16", 1, "8.9"),
+            ("pruned", "fp16", DYNAMIC, "8.6"), ("merged", "int8", 1, "12.0"),
+            ("merged alone", "fp32", DYNAMIC, "8.6"), ("merged alone", "int8", 2, "8.9"),
         ]
     ),
-)
+)  # fmt: skip
 def test_every_kind_of_file_builds(vit_bundle, kind, precision, batch, capability):
     bundle = vit_bundle(kind, precision, batch)
     stages = []

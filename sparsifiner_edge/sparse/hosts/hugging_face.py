@@ -89,10 +89,7 @@ def load(
         SparsifinerError: it cannot be had, does not fit its configuration, holds NaN, or is none that can be taken.
     """
     with _loading(source) as transformers:
-        folder = Path(source)
-        if not folder.is_dir():
-            hub = importlib.import_module("huggingface_hub")
-            folder = Path(hub.snapshot_download(source, allow_patterns=list(_FETCHED)))
+        folder = _folder(source)
         kind, config = _configuration(folder, source)
         _require_room(kind, config, folder / WEIGHTS_FILE, source)
         if pixels is None:
@@ -112,14 +109,23 @@ def load(
         return kind.__name__, for_size(_with_attention(model), img_size), pixels
 
 
-def blank(folder: Path, img_size: ImageSize) -> nn.Module:
-    """The model that a student's folder describes, with random weights; on the device `meta` it takes no memory.
+def _folder(source: str) -> Path:
+    """Where a model lies: of a name on the hub, what is downloaded."""
+    if (folder := Path(source)).is_dir():
+        return folder
+    hub = importlib.import_module("huggingface_hub")
+    return Path(hub.snapshot_download(source, allow_patterns=list(_FETCHED)))
+
+
+def blank(source: str, img_size: ImageSize | None = None, student: Path | None = None) -> nn.Module:
+    """The model that a source or a student's folder describes, with random weights; on the device `meta` without any.
 
     Raises:
         SparsifinerError: it describes none that can be taken.
     """
-    with _loading(str(folder)):
-        kind, config = _configuration((folder / ARCHITECTURE_FILE).parent, str(folder))
+    with _loading(source):
+        folder = (student / ARCHITECTURE_FILE).parent if student else _folder(source)
+        kind, config = _configuration(folder, source)
         model: nn.Module = kind(config)
         return for_size(_with_attention(model), img_size)
 
