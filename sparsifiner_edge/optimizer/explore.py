@@ -20,15 +20,13 @@ from sparsifiner_edge.optimizer.whole import Attempt, WholeModels
 from sparsifiner_edge.plan import LayerPlan, plan_of
 from sparsifiner_edge.results import Quantity
 
-FIRST_RATE, FIRST_AIM, FIRST_TRIES, STEEP = 0.08, 0.6, 3, 1.7
+FIRST_RATE, FIRST_AIM, FIRST_TRIES, STEEP = 0.14, 0.7, 3, 1.7
 """Of the patches, what the first layer of the first plan merges, and ever fewer the next ones; the share of what may be
-lost that it aims at, in so many tries, where it loses as a power of its rate.
+lost that it aims at, in so many tries, where it loses as a power of its rate: a precision loses something too.
 """
 SPREAD = (0.4, 0.6, 0.8, 1.0, 1.2, 1.6)
 NEAR = (0.85, 0.95, 1.05)
 """Distances that are tried, as multiples of what is aimed at: once, and then in every round."""
-FURTHER = 0.8
-"""What a second plan aims at of the bound: a precision loses something too."""
 ROUNDS = 4
 SETTLED = 0.02
 """A round that changes what is expected of the answer by less is the last."""
@@ -59,6 +57,7 @@ class Search:
 
     Args:
         request: what for. trial: judges plans. models: as bundles. clock: says what still fits.
+        few: how many images judge plans, but for the first, which all judge.
         keep: is given every bundle that is better than what was found before.
 
     Attributes:
@@ -72,8 +71,10 @@ class Search:
     """
 
     def __init__(
-        self, request: SearchRequest, trial: Trial, models: WholeModels, clock: Clock, keep: Callable[[Attempt], None]
-    ) -> None:
+        self, request: SearchRequest, trial: Trial, models: WholeModels, clock: Clock, few: int,
+        keep: Callable[[Attempt], None],
+    ) -> None:  # fmt: skip
+        self.few = few
         self.request, self.bound, self.trial, self.models, self.clock = request, request.bound, trial, models, clock
         self._keep, self.count = keep, len(request.images)
         self.distances, self.alone = dict[LayerPlan, list[float]](), dict[LayerPlan, float]()
@@ -189,15 +190,14 @@ class Search:
             self.current = attempt
         return attempt
 
-    def choose_judges(self, attempt: Attempt) -> None:
-        """From what a bundle lost on all images: which few stand for them, and how much all lose beside those."""
-        self.trial.choose_judges(attempt.distances)
-        self.distances.clear()
-        few, mean, least = self.judge(attempt.plan, "the judges"), fmean(attempt.distances), self.trial.least
-        self.factor = max(mean - self.losses.get(attempt.engine, 0.0), least) / few
-        spread = stdev(attempt.distances) / len(attempt.distances) ** 0.5
-        self.margin = 1 + DEVIATIONS * spread / max(mean, least) if self.bound.by_fidelity else 1.0
-        self.losses[attempt.engine] = 0.0
+    def choose_judges(self, plan: LayerPlan) -> None:
+        """From what a plan loses on all images: which few stand for them, and how much all lose beside those."""
+        lost = self.distances[plan]
+        self.trial.choose_judges(lost, self.few)
+        self.distances = {plan: [lost[number] for number in self.trial.judges]}
+        self.factor = max(fmean(lost), self.trial.least) / max(fmean(self.distances[plan]), self.trial.least)
+        if self.bound.by_fidelity:
+            self.margin = 1 + DEVIATIONS * stdev(lost) / len(lost) ** 0.5 / max(fmean(lost), self.trial.least)
 
     def fits(self, *kinds: str) -> bool:
         """Whether there is time for these steps before the last measurement."""
@@ -233,34 +233,26 @@ def falling(rate: float, patches: int, depth: int) -> LayerPlan:
 def first_plan(search: Search) -> LayerPlan:
     """A bundle at once: no predictor and no table is needed for a plan that merges alone.
 
-    Of a bound of time it knows nothing yet: it loses a fiftieth, about.
+    It is judged by all images, and tells which few of them judge from then on. Of a bound of time it knows nothing yet:
+    it loses a fiftieth, about.
     """
-    patches, depth = search.trial.patches, len(search.trial.selects)
-    aim = FIRST_AIM * (search.limit if search.bound.by_fidelity else 0.02)
+    patches, depth, limit = search.trial.patches, len(search.trial.selects), search.limit
+    limit = limit if search.bound.by_fidelity else 0.02
     rate, plans = FIRST_RATE * patches, list[LayerPlan]()
     for _ in range(FIRST_TRIES):
-        plans.append(falling(rate, patches, depth))
+        plans.append(falling(min(rate, patches / 4), patches, depth))
         lost = search.judge(plans[-1], "a first plan")
-        if aim / 1.5 <= lost <= aim:
+        if FIRST_AIM * 0.8 * limit <= lost <= FIRST_AIM * 1.15 * limit:
             break
-        rate *= float(np.clip((0.85 * aim / lost) ** (1 / STEEP), 0.2, 3.0))
-        rate = min(rate, patches / 4)
-    within = [plan for plan in plans if search.mean(plan) <= aim]
+        rate = plans[-1].merge[0] * float(np.clip((FIRST_AIM * limit / lost) ** (1 / STEEP), 0.2, 3.0))
+    within = [plan for plan in plans if search.mean(plan) <= 1.2 * FIRST_AIM * limit]
     plan = max(within, key=search.mean) if within else min(plans, key=search.mean)
+    search.choose_judges(plan)
     engines = search.request.engines
     plain = [engine for engine in engines if (engine.stored, engine.computes) == ("fp32", "auto")]
     for engine in [*plain[:1], *engines]:
-        attempt = search.try_out(plan, engine)
-        if attempt is not None:
-            search.choose_judges(attempt)
+        if search.try_out(plan, engine) is not None:
             break
-    for _ in range(2 if search.bound.by_fidelity else 0):  # By all images now: near the bound more is to be seen.
-        reached = search.margin * search.mean(plan)
-        if NEAR_ENOUGH * aim <= reached <= search.limit:
-            break
-        rate = plan.merge[0] * float(np.clip((FURTHER * search.limit / reached) ** (1 / STEEP), 0.3, 3.0))
-        plan = falling(min(rate, patches / 4), patches, depth)
-        search.judge(plan, "a second plan")
     return plan
 
 

@@ -104,8 +104,10 @@ def name_of(share: float) -> str:
     return f"{share:g}"
 
 
-def measure_latency(student: Student, engine: Deployment, progress: Progress | None = None) -> PlanLatency:
-    """On this machine (see `piece_times`).
+def measure_latency(
+    student: Student, engine: Deployment, reads: bool = True, progress: Progress | None = None
+) -> PlanLatency:
+    """On this machine (see `piece_times`). reads: whether plans may read less than all keys.
 
     Raises:
         MissingExtraError, BackendError: the engine cannot run here.
@@ -120,14 +122,16 @@ def measure_latency(student: Student, engine: Deployment, progress: Progress | N
     dense |= {
         ("merging", n): merging_piece(geometry, prefix, sparsity.merge_window, n, backbone.width, whole) for n in few
     }
-    layers = {share: dataclasses.replace(sparsity, keep=share, merge=(1,)) for share in SHARES}
+    shares = SHARES if reads else SHARES[-1:]
+    layers = {share: dataclasses.replace(sparsity, keep=share, merge=(1,)) for share in shares}
     ours = {
         (name_of(share), n): attention_piece(geometry, prefix, n, layer, n != whole)
         for n in patches
         for share, layer in layers.items()
     }
     ms = piece_times(ours, engine.execution, progress) | piece_times(dense, engine.dense_host.execution, progress)
-    parts = {name: [ms[name, n] for n in patches] for name in (*map(name_of, SHARES), *LINEAR)}
+    parts = {name: [ms[name, n] for n in patches] for name in (*map(name_of, shares), *LINEAR)}
+    parts = {name_of(share): parts[name_of(SHARES[-1])] for share in SHARES} | parts  # What is not read is dense.
     parts["merging"] = np.interp(patches, few, [ms["merging", n] for n in few]).tolist()
     return PlanLatency(patches, parts)
 

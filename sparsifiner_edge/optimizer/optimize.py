@@ -54,7 +54,7 @@ START_SHARE = 0.25
 """Of keys, of the student that plans are made from: each gives its own."""
 PREDICTOR_IMAGES = 8
 """Images at most that predictors are calibrated with."""
-LEARNING_IMAGES, LEARNING_SHARE = 60.0, 0.15
+LEARNING_IMAGES, LEARNING_SHARE = 60.0, 0.08
 """Learning takes as long as the dense model does for so many images, about; and what it may take of all time."""
 DENSE_SHARE = 0.06
 """Of all time, what the dense model may take on all images."""
@@ -110,17 +110,17 @@ def optimize(
             subject = _subject(source, model, teacher)
             with io_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            request, trial = _judges(request, subject, clock)
+            request, trial, few = _judges(request, subject, clock)
             whole = WholeModels(
                 scratch, subject.student, subject.dense, request.images, request.board, clock, request.fit
             )
             stack.enter_context(whole)
-            search = Search(request, trial, whole, clock, lambda attempt: _keep(whole, attempt, folder / BUNDLE))
+            search = Search(request, trial, whole, clock, few, lambda attempt: _keep(whole, attempt, folder / BUNDLE))
             student = subject.student
             explore(
                 search, lambda: _learn(search, subject, folder / START),
                 lambda engine: estimate_latency(student, request.board, engine.stored) if request.board
-                else measure_latency(student, engine, clock.tell), student.sparsity.tile,
+                else measure_latency(student, engine, any(trial.selects), clock.tell), student.sparsity.tile,
             )  # fmt: skip
             _measure_last(search, dense)
         if search is None or not search.attempts:
@@ -190,8 +190,8 @@ def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str
     return _Subject(student, dense, None if isinstance(source, nn.Module) else str(source), ready=False)
 
 
-def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[SearchRequest, Trial]:
-    """What judges plans; with fewer images where the dense model is slow beside the time."""
+def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[SearchRequest, Trial, int]:
+    """What judges plans, and how many images do; fewer where the dense model is slow beside the time."""
     student, teacher, paths = subject.student, subject.dense.model, [*request.images, *request.reserved]
     for _ in range(2):  # The first time is of getting ready.
         with clock.step("dense image", "the dense model on the images"):
@@ -204,9 +204,8 @@ def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[Se
         )
         paths = [*request.images, *request.reserved]
     judges = int(JUDGING_SHARE * clock.seconds / DENSE_IMAGES / clock.took("dense image"))
-    judges = max(LEAST_JUDGES, min(len(request.images), judges))
-    trial = Trial(student, teacher, paths, request.metric, judges, request.fit)
-    return request, trial
+    trial = Trial(student, teacher, paths, request.metric, len(request.images), request.fit)
+    return request, trial, max(LEAST_JUDGES, min(len(request.images), judges))
 
 
 def _learn(search: Search, subject: _Subject, start: Path) -> None:
@@ -257,10 +256,11 @@ def _measure_last(search: Search, dense: dict[Deployment, DenseTimes]) -> None:
 
 def _keep(whole: WholeModels, attempt: Attempt, target: Path) -> None:
     """A bundle as the answer so far."""
+    ours = whole.bundle(attempt.plan, attempt.engine)
+    if attempt.engine.is_here:  # Before it is copied: what takes the place of `target` lacks nothing then.
+        remember_execution(ours, attempt.engine.backend, attempt.engine.computes)
     with replace_folder(target) as folder:
-        shutil.copytree(whole.bundle(attempt.plan, attempt.engine), folder, dirs_exist_ok=True)
-        if attempt.engine.is_here:
-            remember_execution(folder, attempt.engine.backend, attempt.engine.computes)
+        shutil.copytree(ours, folder, dirs_exist_ok=True)
 
 
 def _result(

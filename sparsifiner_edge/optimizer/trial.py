@@ -170,13 +170,14 @@ class Trial:
                 hook.remove()
         return outputs
 
-    def choose_judges(self, distances: Sequence[float]) -> None:
-        """As many as there are, so that they lose little and much as all do: evenly taken by what some plan loses.
+    def choose_judges(self, distances: Sequence[float], count: int) -> None:
+        """So many, which lose little and much as all do: evenly taken by what some plan loses.
 
         distances: of the images that may judge, which are the first.
         """
-        order, count = sorted(range(len(distances)), key=distances.__getitem__), len(self.judges)
-        self.judges = [order[(2 * number + 1) * len(order) // (2 * count)] for number in range(count)]
+        order = sorted(range(len(distances)), key=distances.__getitem__)
+        spread = [order[(2 * number + 1) * len(order) // (2 * count)] for number in range(count)]
+        self.judges = [*spread[1::3], *spread[::3], *spread[2::3]]  # So that the first few are as they all are.
         self._dense_outputs = []
 
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]], start: int = 0) -> list[float]:

@@ -36,7 +36,7 @@ QUICK = Rules(seconds=0.4, min_queries=6, blocks=6, max_seconds=8.0)
 """Of a model beside the reference. Six blocks either: their order is turned round."""
 WARM_UP_S = 0.8
 """At most."""
-THOROUGH = Rules(seconds=4.0, min_queries=10, blocks=10, max_seconds=60.0)
+THOROUGH = Rules(seconds=2.0, min_queries=10, blocks=10, max_seconds=60.0)
 """At the end; of ten blocks, the second least and second greatest bound a median at 95 %."""
 
 

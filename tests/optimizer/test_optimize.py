@@ -266,7 +266,7 @@ def test_an_engine_that_refuses_the_model_is_left_out_and_said(
     request = read_request(options, folder)
     trial = Trial(student, dense.model, [*request.images, *request.reserved], "patches", 3)
     with whole.WholeModels(tmp_path, student, dense, request.images, None, clock) as models:
-        search = Search(request, trial, models, clock, kept.append)
+        search = Search(request, trial, models, clock, 3, kept.append)
         plan = first_plan(search)
         assert search.excluded == dict.fromkeys(request.engines[:1], "It runs in fp32, not fp16.")
         assert [str(found.engine) for found in search.attempts] == ["onnxruntime, fp32"]
