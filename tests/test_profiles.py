@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -134,6 +135,15 @@ def test_energy_is_power_times_the_time_of_ones_own_queries(monkeypatch, bundles
     assert (method["sensor"]["name"], len(method["sensor"]["idle_s"])) == ("made up", 2)
     assert len(result["samples"]["power"]["time_s"]) == method["sensor"]["readings"]
     assert set(method["conditions"]["subject"]) >= {"before", "during", "throttled_by"}
+
+
+def test_each_side_is_flagged_for_what_ran_it(monkeypatch, bundles):
+    flagged = Mock(return_value=[])
+    monkeypatch.setattr(observation, "flags_of", flagged)
+    monkeypatch.setattr(Execution, "on_processor", property(lambda execution: execution.precision == "auto"))
+    sides = {"against": bundles["fast"], "against_execution": Execution(precision="fp32")}
+    profile_bundle(bundles["fast"], seconds=0.1, **sides, **BARE)
+    assert [call.args[3] for call in flagged.call_args_list] == ["cpu", "gpu"]
 
 
 def test_a_sensor_that_vanishes_ends_the_energy_alone(monkeypatch, bundles):

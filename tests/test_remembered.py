@@ -9,13 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from msgspec.structs import replace
 
+import sparsifiner_edge as se
 from sparsifiner_edge.bundle.manifest import Intended
 from sparsifiner_edge.bundle.sign import require_signature, sign_bundle
 from sparsifiner_edge.bundle.store import open_bundle, remember_execution
+from sparsifiner_edge.cli import profile
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.runtime import openvino
@@ -125,6 +128,23 @@ def test_sides_of_a_comparison_have_executions_of_their_own(bundle: Path, tmp_pa
         assert isinstance(result["statistics"][role]["layers"], layers)
     assert_refused(process("profile", bundle, "--against-backend", "onnxruntime"), "It is compared with none")
     assert_refused(process(*same[:-2], "opencv"), "Unknown backend 'opencv'")
+
+
+def test_another_precision_alone_leaves_the_provider(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Mock(side_effect=BackendError("Enough.", ""))
+    monkeypatch.setattr(se, "profile_bundle", asked)
+    for named, provider in ((("precision", "fp16"), "cuda"), (("backend", "openvino"), "cpu")):
+        line = (bundle, "--against", bundle, "--provider", "cuda", f"--against-{named[0]}", named[1])
+        with pytest.raises(BackendError, match="Enough"):
+            profile.command.main([*map(str, line)], standalone_mode=False)
+        assert asked.call_args.kwargs["against_execution"].provider == provider
+
+
+def test_auto_is_the_first_that_has_the_precision(bundle: Path) -> None:
+    for stored, named in (("fp16", "fp32"), *([("fp32", "bf16")] if "BF16" in KNOWN else [])):
+        with open_session(reseal(bundle, precision=stored), precision=named) as session:
+            assert session.backend == "openvino"
+            assert "openvino in" in str(session.description.chosen)
 
 
 def test_labels_of_a_file_are_what_run_prints(

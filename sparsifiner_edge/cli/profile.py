@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @common.bundle_argument
 @common.execution_options
 @click.option("--against", type=common.PATH, help="Another bundle: measure the ratio of the two.")
-@click.option("--against-backend", help="What runs that, where it is not what runs BUNDLE.")
+@click.option("--against-backend", help="What else runs that, on the CPU and in its own precision.")
 @click.option("--against-precision", type=click.Choice(PRECISIONS), help="What it computes in, likewise.")
 @common.threads_option
 @click.option("--seconds", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
@@ -35,8 +35,8 @@ def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any)
     other = {name: value for name in ("backend", "precision") if (value := options.pop(f"against_{name}"))}
     groups = common.group(options, execution=se.Execution, options=se.ProfileOptions)
     if other:
-        of = {"precision": "auto", "provider": "cpu"} | other
-        groups["against_execution"] = replace(groups["execution"], **of)
+        of = {"precision": "auto", "provider": "cpu"} if "backend" in other else {}
+        groups["against_execution"] = replace(groups["execution"], **of | other)
     with common.progress_bar("starting") as progress:
         result = se.profile_bundle(bundle, progress=progress, **groups)
     common.print_result(result, as_json, _print, output)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, pip_install
 from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import package_version
@@ -79,6 +81,11 @@ class OnnxRuntime(ProcessorBackend):
                 raise BackendError(f"{native.target()} has no bfloat16.", "Leave --precision out.")
         return ort
 
+    def check(self, bundle: Bundle) -> None:
+        """See `Backend.check`."""
+        self.load()
+        _require(self.execution, bundle.manifest.float_precision, bundle.manifest.ops, bundle.folder / MODEL_FILE)
+
     def session(self, model: Path, content: bytes | str, stored: str | None = None) -> _OrtSession:
         """See `ProcessorBackend.session`. On a GPU, after CUDA has answered."""
         ort = self.load()
@@ -92,6 +99,14 @@ class OnnxRuntime(ProcessorBackend):
             return _OrtSession(model, content, self.execution, stored, device)
 
 
+def _require(execution: Execution, stored: str, operators: Iterable[str], model: Path) -> None:
+    """Refuse what ONNX Runtime would not compute as asked."""
+    if execution.precision != "bf16" or execution.provider != "cpu":
+        require_precision(execution.precision, stored, "ONNX Runtime")
+    elif not any(name.endswith("Attention") for name in operators):  # Nothing of it would be bfloat16.
+        raise BackendError(f"{model} has no attention that could run in bfloat16.", "Leave --precision out.")
+
+
 class _OrtSession(Session):
     """A `Session` on ONNX Runtime; see `ProcessorBackend.session`. device: the CUDA device that runs it.
 
@@ -101,13 +116,9 @@ class _OrtSession(Session):
     """
 
     def __init__(
-        self,
-        model: Path,
-        content: bytes | str,
-        execution: Execution,
-        stored: str | None = None,
+        self, model: Path, content: bytes | str, execution: Execution, stored: str | None = None,
         device: CudaDevice | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         on_cpu = device is None
         self.backend, self.model = execution.backend, model
         bfloat16 = execution.precision == "bf16" and on_cpu
@@ -115,10 +126,7 @@ class _OrtSession(Session):
         # The parsed file goes before ONNX Runtime reads it: memory is short on a board.
         file = read_file(content, model, kernels)[1]
         computed = "fp16" if file.float16 else "fp32"
-        if not bfloat16:
-            require_precision(execution.precision, computed, "ONNX Runtime")
-        elif not any(name.endswith("Attention") for name in file.names):  # Nothing of it would be bfloat16.
-            raise BackendError(f"{model} has no attention that could run in bfloat16.", "Leave --precision out.")
+        _require(execution, computed, file.names, model)
         self.least_tolerance = BF16_TOLERANCE_FREE if bfloat16 else 0.0
         options = session_options(execution.cores, bfloat16)
         start = time.perf_counter_ns()

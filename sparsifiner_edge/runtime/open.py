@@ -46,15 +46,12 @@ def find_backend(execution: Execution) -> Backend:
         if getattr(execution, name) not in choices:
             raise BackendError(f"{name} is {getattr(execution, name)!r}.", f"Choose one of: {', '.join(choices)}.")
     if execution.provider != "cpu" and execution.backend != "onnxruntime":
-        raise BackendError(
-            f"{execution.backend} has no provider {execution.provider}: those are ONNX Runtime's.",
-            "Leave --provider out, or choose --backend onnxruntime.",
-        )
+        what = f"{execution.backend} has no provider {execution.provider}: those are ONNX Runtime's."
+        raise BackendError(what, "Leave --provider out, or choose --backend onnxruntime.")
     threads = execution.threads
     if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
-        raise BackendError(
-            f"threads is {threads!r}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
-        )
+        fix = f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
+        raise BackendError(f"threads is {threads!r}.", fix)
     return subclass(Backend, known[execution.backend], BackendError)(execution)  # type: ignore[type-abstract]
 
 
@@ -96,10 +93,7 @@ def _choices(bundle: Bundle, execution: Execution) -> Iterator[Execution]:
 
 
 def open_session(
-    bundle: str | Path,
-    execution: Execution | str | None = None,
-    *,
-    public_key: str | Path | None = None,
+    bundle: str | Path, execution: Execution | str | None = None, *, public_key: str | Path | None = None
 ) -> Session:
     """Open a bundle whose hashes match, ready to run.
 
@@ -129,17 +123,17 @@ def checked_bundle(folder: Path, public_key: str | Path | None = None) -> Bundle
     return open_bundle(folder) if public_key is None else require_signature(folder, Path(public_key))
 
 
-def session_on(bundle: Bundle, execution: Execution | None = None) -> Session:
+def session_on(
+    bundle: Bundle, execution: Execution | None = None, chosen: tuple[Execution, str | None] | None = None
+) -> Session:
     """`open_session` with what `checked_bundle` returned: only files that its manifest vouches for are used, and no
-    code of other packages where a signature was required.
+    code of other packages where a signature was required. chosen: what `choose_execution` gave, if it was asked.
     """
     execution = execution or Execution()
     if bundle.signed and execution.backend not in ("auto", *BACKENDS):
-        raise BackendError(
-            f"{execution.backend} is no backend of sparsifiner-edge itself, and a signature is required.",
-            f"Choose one of: {', '.join(BACKENDS)}.",
-        )
-    choice, why = choose_execution(bundle, execution)
+        what = f"{execution.backend} is no backend of sparsifiner-edge itself, and a signature is required."
+        raise BackendError(what, f"Choose one of: {', '.join(BACKENDS)}.")
+    choice, why = chosen or choose_execution(bundle, execution)
     session = find_backend(choice).open(bundle)
     if why is not None:
         session.description = replace(session.description, chosen=why)

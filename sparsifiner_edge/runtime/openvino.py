@@ -134,9 +134,8 @@ class _OpenVinoSession(Session):
             frontend = import_package("openvino.frontend.onnx", "openvino", "openvino", "Reinstall openvino.")
             for extension in converters(openvino, frontend, ours, self._operators):
                 core.add_extension(extension)
-        return core.compile_model(
-            core.read_model(without_bodies(graph, ours).SerializeToString(), b""), "CPU", settings
-        )
+        model = core.read_model(without_bodies(graph, ours).SerializeToString(), b"")
+        return core.compile_model(model, "CPU", settings)
 
     def _precision(self, wanted: str, stored: str | None) -> str:
         """What the linear layers really run in.

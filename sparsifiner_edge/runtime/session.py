@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,7 +71,6 @@ class Session(abc.ABC):
     least_batch = golden_runs = 1
     in_place_of_sparse = False
     description: Runtime
-    _has_run = False
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """Check names, types, ranks, sizes, and that axes of one name have one size.
@@ -100,13 +100,11 @@ class Session(abc.ABC):
             BackendError: `validate` rejects the inputs, the backend fails, or the session is closed.
 
         Warns:
-            SlowKernelsWarning: at the first run, where kernels are not installed that would carry out the operators.
+            SlowKernelsWarning: once per process, where kernels are not installed that would carry out the operators.
         """
         self.validate(inputs)
-        if not self._has_run and (kernels := str(self.description.kernels)).startswith(LACKING):
-            what = f"Sparse attention runs by {kernels}, which are several times slower than its kernels."
-            warnings.warn(what, SlowKernelsWarning, stacklevel=2)
-        self._has_run = True
+        if (kernels := str(self.description.kernels)).startswith(LACKING):
+            _say_slow(f"Sparse attention runs by {kernels}, which are several times slower than its kernels.")
         try:
             outputs = self._run({name: np.ascontiguousarray(value) for name, value in inputs.items()})
         except BackendError:
@@ -134,6 +132,12 @@ class Session(abc.ABC):
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+
+@functools.cache
+def _say_slow(text: str) -> None:
+    """Python itself repeats a warning for each calling line, and for all after any `catch_warnings`."""
+    warnings.warn(text, SlowKernelsWarning, stacklevel=3)
 
 
 def _validate_one(spec: TensorSpec, value: object, bound: dict[str, int]) -> None:
@@ -167,7 +171,5 @@ def validate_outputs(origin: object, outputs: Mapping[str, Array | list[object]]
             raise BackendError(f"Output {name!r} of {origin} is {kind}.", "A bundle's model gives arrays of numbers.")
         rank = RANKS.get(name, value.ndim)
         if value.ndim != rank or not value.size:
-            raise BackendError(
-                f"Output {name!r} of {origin} has shape {shape_text(value.shape)}.",
-                f"Export it again: it must have {rank} axes, none of them empty.",
-            )
+            what = f"Output {name!r} of {origin} has shape {shape_text(value.shape)}."
+            raise BackendError(what, f"Export it again: it must have {rank} axes, none of them empty.")

@@ -41,10 +41,7 @@ class Verification(Struct, frozen=True):
 
 
 def verify_bundle(
-    bundle: str | Path,
-    execution: Execution | str | None = None,
-    *,
-    public_key: str | Path | None = None,
+    bundle: str | Path, execution: Execution | str | None = None, *, public_key: str | Path | None = None
 ) -> Verification:
     """Check all of a bundle.
 

@@ -106,6 +106,8 @@ def test_kernels_that_are_not_installed_are_said_once(
     assert [event["reason"].startswith(said) for event in warned] == [True]
     profiled = process("profile", tiny_bundle, "--seconds", "0.2")
     assert "portable-kernels: sparse attention ran as function bodies (the native library is not built" in profiled.out
+    judged = process("evaluate", tiny_bundle, "--against", tiny_bundle, "--data", pictures)
+    assert (judged.code, judged.err.count("warning: Sparse attention runs")) == (0, 1)
     chosen = process("run", tiny_bundle, "--source", pictures, "--kernels", "portable")
     assert "warning" not in chosen.err + process("run", cells, "--source", pictures).err  # Nothing of ours in it.
     code = f"import sparsifiner_edge as se\nfor _ in se.run({str(tiny_bundle)!r}, {str(pictures)!r}): pass"

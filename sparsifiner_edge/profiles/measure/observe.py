@@ -31,10 +31,10 @@ def observe(
 
     The idle baseline comes before warm-up, so that nothing cools down between warm-up and the first query.
     """
-    on_processor = {side.loaded.execution.on_processor for side in sides}
-    on = "cpu" if on_processor == {True} else "gpu"
-    alike = power and len(on_processor) == 1
-    sensor = find_sensor(on=on) if alike else no_sensor({"power": "not asked for, or two devices"})
+    on = ["cpu" if side.loaded.execution.on_processor else "gpu" for side in sides]
+    sensor = (
+        find_sensor(on=on[0]) if power and len(set(on)) == 1 else no_sensor({"power": "not asked for, or two devices"})
+    )
     with Recording(sensor, conditions_period_s=_share(rules, _LOOK_SHARE, _LOOK_S)) as recording:
         _idle(recording, rules, on_stage)
         for side in sides:
@@ -47,8 +47,8 @@ def observe(
     others = other_cores(busy, busy_after, after - before, seconds)
     method = _method(sides, rules, recording)
     figures = {
-        side.role: _figures(side, peak, recording, method, others, on)
-        for side, peak in zip(sides, peaks, strict=True)
+        side.role: _figures(side, peak, recording, method, others, where)
+        for side, peak, where in zip(sides, peaks, on, strict=True)
     }  # fmt: skip
     return figures, method, recording.samples()
 

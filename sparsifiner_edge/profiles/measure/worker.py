@@ -74,13 +74,13 @@ class _Worker:
 
     def load(self, bundle: str, execution: dict[str, Any]) -> Loaded:
         checked, named = checked_bundle(Path(bundle)), msgspec.convert(execution, Execution)
-        chosen, _ = choose_execution(checked, named)
-        find_backend(chosen).load()
+        chosen = choose_execution(checked, named)
+        find_backend(chosen[0]).load()
         before = process_bytes(RESIDENT)
-        self.session = session_on(checked, named)
+        self.session = session_on(checked, named, chosen)
         self.inputs = fixed_inputs(self.session.inputs)
         return Loaded(
-            execution=chosen,
+            execution=chosen[0],
             input_shapes={name: list(value.shape) for name, value in self.inputs.items()},
             load_ms=self.session.load_ms,
             first_ms=call_ms(lambda: self.session.infer(self.inputs), 1)[0],
