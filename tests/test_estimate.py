@@ -116,6 +116,12 @@ def test_of_two_bundles_the_faster_is_said_and_where_that_is_the_dense_one(capsy
         assert result["method"]["kernels"] == ("native" if jetpack == "7" else "portable")
         assert result["method"]["against"]["kernels"] == "none"
     assert ratio["6"] == ratio["6.2"] < 1 < ratio["7"]
+    for precision, spread in (("fp16", 1.42), ("fp32", 1.5 * 1.42)):  # None was fitted for that on a GPU.
+        bounds = estimate_bundle(whole, nano, against=dense, precision=precision)["statistics"]["comparison"]["ratio"]
+        assert bounds["high"] / bounds["low"] == pytest.approx(spread**2)
+    board = load_board(nano)
+    turned = msgspec.structs.replace(board, jetpack=board.jetpack[::-1])
+    assert turned.release(None) == board.release(None) == board.release("7")
     for one, other, board, jetpack, *parts in (
         (sparse, whole, nano, "6", "TensorRT 10.3 takes no kernels of a bundle, 10.9 and later do",
          f"Dense is faster here. Estimated for Jetson Orin Nano 8 GB, Super modes, not measured: {sparse} is"),

@@ -24,9 +24,10 @@ static GstPadProbeReturn print_outputs(GstPad *pad, GstPadProbeInfo *info, gpoin
 
 int main(int count, char **arguments) {
   gst_init(&count, &arguments);
-  GstElement *pipeline = gst_parse_launchv((const gchar **)arguments + 1, NULL);
+  GError *error = NULL;
+  GstElement *pipeline = gst_parse_launchv((const gchar **)arguments + 1, &error);
   GstElement *model = pipeline ? gst_bin_get_by_name(GST_BIN(pipeline), "model") : NULL;
-  if (!model) return 2;
+  if (!model) return g_printerr("%s\n", error ? error->message : "No element is named model: name=model"), 2;
   gst_pad_add_probe(gst_element_get_static_pad(model, "src"), GST_PAD_PROBE_TYPE_BUFFER, print_outputs, NULL, NULL);
   gst_element_set_state(pipeline, GST_STATE_PLAYING);
   GstMessageType ends = GST_MESSAGE_EOS | GST_MESSAGE_ERROR;

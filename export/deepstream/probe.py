@@ -40,8 +40,10 @@ def print_outputs(_pad, info):
 
 if __name__ == "__main__":
     Gst.init(None)
-    pipeline = Gst.parse_launch(" ".join(sys.argv[1:]))
-    pipeline.get_by_name("model").get_static_pad("src").add_probe(Gst.PadProbeType.BUFFER, print_outputs)
+    pipeline = Gst.parse_launchv(sys.argv[1:])
+    if (model := pipeline.get_by_name("model")) is None:
+        sys.exit("No element is named model: name=model")
+    model.get_static_pad("src").add_probe(Gst.PadProbeType.BUFFER, print_outputs)
     pipeline.set_state(Gst.State.PLAYING)
     last = pipeline.get_bus().timed_pop_filtered(Gst.CLOCK_TIME_NONE, Gst.MessageType.EOS | Gst.MessageType.ERROR)
     pipeline.set_state(Gst.State.NULL)

@@ -183,8 +183,7 @@ def _dims(tensor: TensorSpec, most: int) -> list[int]:
 def _write_gstreamer(bundle: Bundle, folder: Path) -> None:
     bundle.copy(bundle.manifest.files, folder / "bundle")
     (folder / "bundle" / BUNDLE_FILE).write_bytes(bundle.text)
-    signature = read_signature(bundle.folder)
-    if signature is not None:
+    if (signature := read_signature(bundle.folder)) is not None:
         write_signature(folder / "bundle", signature)
     # GStreamer's loader imports the element; here it is data.
     element, framing = folder / "plugins" / "python" / "sparsifiner.py", _framing(bundle)

@@ -48,8 +48,7 @@ def for_nvinfer(model: Any) -> Any:
     batch, height, width, _ = (dim.dim_param or dim.dim_value for dim in dims[0])
     graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, height, width]))
     del graph.value_info[:]
-    logits = next((output for output in graph.output if output.name == "logits"), None)
-    if logits is not None:
+    if (logits := next((output for output in graph.output if output.name == "logits"), None)) is not None:
         answer = onnx.ValueInfoProto(name=PROBABILITIES, type=logits.type)
         del graph.output[:]
         graph.output.append(answer)
@@ -71,15 +70,16 @@ def give_map(model: Any, bundle: Bundle) -> int:
     if values is None or values.ndim not in (3, 4) or outputs[0].name == "tokens" or values.dtype != np.float32:
         return 0
     channels, rows, columns = map(int, (1, *values.shape[1:])[-3:])
-    fits = values.shape[1:] == outputs[0].shape[1:] and height % rows == width % columns == 0
+    fits = values.size and values.shape[1:] == outputs[0].shape[1:] and height % rows == width % columns == 0
     if not (fits and values.min() >= 0 and values.max() <= 1):
         return 0
-    for node in graph.node:  # The output's own name may be `map`.
-        for names in (node.input, node.output):
-            names[:] = ["map.small" if name == outputs[0].name else name for name in names]
-    scales = np.array([1, 1, height / rows, width / columns], np.float32)
-    constants = {"map.shape": np.array([-1, channels, rows, columns]), "map.scales": scales}
-    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    renamed = {MAP: "map.own", outputs[0].name: "map.small"}  # Any tensor's own name may be `map`.
+    for names in (names for node in graph.node for names in (node.input, node.output)):
+        names[:] = [renamed.get(name, name) for name in names]
+    for weights in graph.initializer:
+        weights.name = renamed.get(weights.name, weights.name)
+    planes, scales = np.array([-1, channels, rows, columns]), np.array([1, 1, height / rows, width / columns], "f")
+    graph.initializer.extend(map(numpy_helper.from_array, (planes, scales), ("map.shape", "map.scales")))
     graph.node.append(helper.make_node("Reshape", ["map.small", "map.shape"], ["map.planes"]))
     graph.node.append(helper.make_node("Resize", ["map.planes", "", "map.scales"], [MAP], mode="linear"))
     batch = graph.output[0].type.tensor_type.shape.dim[0]

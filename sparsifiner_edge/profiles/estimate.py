@@ -24,8 +24,8 @@ from sparsifiner_edge.results import Quantity, Result
 
 ESTIMATED = 0.9
 """Of bounds: what the fit was widened to."""
-UNFITTED = 1.5
-"""Widens the bounds for a GPU precision that no measurement was fitted for."""
+UNFITTED = {("gpu", "fp32"): 1.5, ("gpu", "tf32"): 1.5}
+"""Widens the bounds for a kind of board and a precision that no measurement was fitted for."""
 UNMEASURED = {"kernels": (0.5, 2.5), "bodies": (0.3, 4.0)}
 """Least and most that sparse layers' own operators, and merging, may take on a GPU, as factors: no one published it."""
 RATIO_SPREAD = {"gpu": (1.42, 1.75), "cpu": (1.17, 1.17)}
@@ -203,7 +203,7 @@ def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
 
 def _statistics(method: EstimateMethod, work: Workload, seconds: _Bounds, model_bytes: float) -> EstimateStatistics:
     board, linear = method.board, method.linear
-    spread = method.calibration.spread * (UNFITTED if board.kind == "gpu" and linear in ("fp32", "tf32") else 1.0)
+    spread = method.calibration.spread * UNFITTED.get((board.kind, linear), 1.0)
     latency, room = (seconds[0] / spread, seconds[1], seconds[2] * spread), board.memory_gb * 1e9
     memory = memory_bytes(board.kind, model_bytes, *peak_activations(work, SIZES[linear]))
     low, _, high = memory
@@ -241,7 +241,8 @@ def _compare(ours: EstimateMethod, subject: _Bounds, theirs: EstimateMethod, aga
     least, value, most = (b / a for a, b in zip(subject, against, strict=True))
     if ours.kernels != theirs.kernels:
         least, most = against[0] / subject[2], against[2] / subject[0]
-    spread = RATIO_SPREAD[ours.board.kind][ours.linear != theirs.linear]
+    kind, alike = ours.board.kind, ours.linear == theirs.linear
+    spread = RATIO_SPREAD[kind][not alike] * max(UNFITTED.get((kind, how.linear), 1.0) for how in (ours, theirs))
     low, high = min(least, most) / spread, max(least, most) * spread
     ratio = _quantity((low, value, high), 1.0, f"factor {spread:.3g} either way, beside kernels that no one measured")
     return Comparison(ratio=ratio, verdict=stats.judge(low, high))

@@ -63,14 +63,10 @@ def strips(title: str, x_title: str, sides: Sequence[tuple[str, LatencySamples, 
     low = min(float(samples.min()) for _, samples, _ in sides)
     ends = [max(float(np.quantile(samples, SHOWN_SHARE)), *marks.values()) for _, samples, marks in sides]
     high = max(*ends, low * 1.01)
-    rows = [
-        (
-            label,
-            _outline(samples, low, high),
-            [(_place(x, low, high), f"{name} {plain(x)} ms") for name, x in marks.items()],
-        )
-        for label, samples, marks in sides
-    ]
+    rows = list[tuple[str, str, Sequence[Place]]]()
+    for label, samples, marks in sides:
+        places = [(_place(x, low, high), f"{name} {plain(x)} ms") for name, x in marks.items()]
+        rows.append((label, _outline(samples, low, high), places))
     return Strips(title, x_title, rows, _ticks(low, high))
 
 

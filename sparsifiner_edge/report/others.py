@@ -79,10 +79,8 @@ def search_section(data: ReportData) -> Section:
         if isinstance(front.answer, Unavailable):
             blocks.append(Note(texts.missing(front.answer, ""), True))
         if not isinstance(front.check, Unavailable):
-            value = texts.figure(front.check, digits=4)
-            blocks.append(
-                Note(texts("search.check", value=value, images=len(file.result.method.images.get("checked", ()))))
-            )
+            value, images = texts.figure(front.check, digits=4), len(file.result.method.images.get("checked", ()))
+            blocks.append(Note(texts("search.check", value=value, images=images)))
     return "search", blocks
 
 

@@ -59,11 +59,7 @@ class ResultFile(Generic[Form]):
         return shlex.join(["python", first, *rest] if first.endswith(".py") else [first, *rest])
 
     def subject(self, role: str) -> Subject:
-        """The subject of a role.
-
-        Raises:
-            ArtifactError: there is none.
-        """
+        """The subject of a role; raises ArtifactError where there is none."""
         return _of(self, "subjects", {subject.role or "": subject for subject in self.result.subjects}, role)
 
 
@@ -198,19 +194,21 @@ def _name(subject: Subject) -> str:
 
 
 def _label(sides: Sequence[Side], differences: Container[str]) -> list[Side]:
-    """With what tells one apart from another: its folder, its file, the conditions in which they differ."""
+    """With what tells one apart from another: its folder, its file, conditions in which they differ, or a number."""
     shas: dict[str, set[object]] = {}
     for side in sides:
         for name in (side.label, _in_folder(side)):
             shas.setdefault(name, set()).add(side.subject.sha256)
-    times, labelled = Counter(sha for sha, _ in {(side.subject.sha256, side.file.sha256) for side in sides}), []
+    times, labels = Counter(sha for sha, _ in {(side.subject.sha256, side.file.sha256) for side in sides}), list[str]()
     for side in sides:
         folder = _in_folder(side)[len(side.label) :] if len(shas[side.label]) > 1 else ""
         folder += f" #{str(side.subject.sha256)[:6]}" if len(shas[_in_folder(side)]) > 1 else ""
         parts = [side.label + folder, *([side.file.name] if times[side.subject.sha256] > 1 else [])]
         parts += [value for field, value in conditions_of(side).items() if field in differences]
-        labelled.append(dataclasses.replace(side, label=" · ".join(parts)))
-    return labelled
+        labels.append(" · ".join(parts))
+    numbers = [f" · ({labels[:at].count(label) + 1})" * (labels.count(label) > 1) for at, label in enumerate(labels)]
+    each = zip(sides, labels, numbers, strict=True)
+    return [dataclasses.replace(side, label=label + number) for side, label, number in each]
 
 
 def _in_folder(side: Side) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -43,7 +44,7 @@ def _measured(subject: Side, against: Side, comparison: Comparison, data: Report
     """Which is faster, what else differs; and what is known of fidelity: of both, if backend or precision differ."""
     texts, others, names = data.texts, unlike(subject, against), (subject.bundle_name, against.bundle_name)
     how = texts("verdict.others", others=_fields(others, texts)) if others else ""
-    names = (f"{names[0]} (1)", f"{names[1]} (2)") if names[0] == names[1] else names
+    names = (subject.label, against.label) if names[0] == names[1] else names
     yield _compared(comparison, *names, texts, how)
     sides = (subject, against) if others.keys() & {"backend", "precision"} else (subject,)
     if all(_is_judged(side, data) for side in sides):
@@ -51,8 +52,21 @@ def _measured(subject: Side, against: Side, comparison: Comparison, data: Report
     for side, name in zip(sides, names, strict=False):
         if side.subject.to_float32 is not None:
             yield texts("verdict.to_float32", subject=name, value=f"{side.subject.to_float32:.4f}")
-    paths = [shlex.quote(clean(side.subject.path, 500)) for side in (subject, against)]
-    yield texts("verdict.unjudged", how=f"sparsifiner-edge evaluate {paths[0]} --against {paths[1]} --data IMAGES/")
+    alone = subject.subject.sha256 == against.subject.sha256
+    dense = "DENSE/" if alone else shlex.quote(clean(against.subject.path, 500))
+    lacking = [_evaluate(side, dense) for side in sides if alone and not _is_judged(side, data)]
+    yield texts("verdict.unjudged", how=" && ".join(lacking or [_evaluate(subject, dense)]))
+
+
+def _evaluate(side: Side, dense: str) -> str:
+    """The command that judges a bundle as it ran here."""
+    ran, path = side.runtime, shlex.quote(clean(side.subject.path, 500))
+    computed = " ".join(re.findall("fp32|bf16|fp16", str(ran.precision))[-1:])
+    cuda, asked = ran.provider == "CUDAExecutionProvider", computed == "bf16" or ran.backend == "openvino"
+    named = {"backend": ran.backend, "provider": cuda and "cuda", "precision": asked and computed}
+    known = {name: value for name, value in named.items() if isinstance(value, str) and value}
+    options = "".join(f" --{name} {shlex.quote(clean(value))}" for name, value in known.items())
+    return f"sparsifiner-edge evaluate {path} --against {dense} --data IMAGES/{options}"
 
 
 def _is_judged(side: Side, data: ReportData) -> bool:

@@ -210,6 +210,7 @@ def test_what_deepstream_gets(name: str, tmp_path: Path, request: pytest.Fixture
 def make_map_bundle(folder: Path, name: str, shape: str, pixels: str) -> Path:
     """A bundle of 8 x 12 px whose one output is the brightness of 4 x 4 px each, from 0 to 1."""
     folder.mkdir()
+    inner = "small" if name == "map" else "map"
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20]>
         brightness (uint8[1,8,12,3] image) => (float[{shape}] {name})
@@ -218,8 +219,8 @@ def make_map_bundle(folder: Path, name: str, shape: str, pixels: str) -> Path:
             grey = ReduceMean <keepdims = 0> (bright, channels)
             one = Unsqueeze (grey, first)
             share = Div (one, most)
-            small = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (share)
-            {name} = Reshape (small, whole)
+            {inner} = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (share)
+            {name} = Reshape ({inner}, whole)
         }}""")
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "first"))
     onnx.save(model, folder / "model.onnx")
@@ -282,6 +283,11 @@ def test_the_probe_reads_what_pyds_gives(tmp_path: Path, monkeypatch: Any, capsy
     probe = runpy.run_path(str(tmp_path / "out" / "probe.py"))
     assert probe["print_outputs"](None, it(get_buffer=object)) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "7 map (1, 2, 2) 50.0% above one half"
+    pipelines = {("filesrc", "location=a b"): it(get_by_name=lambda _name: None)}
+    repository.Gst.init, repository.Gst.parse_launchv = print, lambda words: pipelines[tuple(words)]
+    monkeypatch.setattr(sys, "argv", ["probe.py", "filesrc", "location=a b"])
+    with pytest.raises(SystemExit, match="No element is named model"):
+        runpy.run_path(str(tmp_path / "out" / "probe.py"), run_name="__main__")
 
 
 def test_labels(tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path) -> None:

@@ -65,14 +65,17 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.parametrize("field", sorted(DIFFERENT))
+def test_a_precision_is_chosen_and_said(real, changed, tmp_path):
+    """Of two runs there is no ratio anyhow."""
+    summary, page = written([real["comparison"], changed("profile", DIFFERENT["precision"])], tmp_path / "r.html")
+    assert summary["differences"] == {}
+    assert all(f"· {value}" in page.text for value in ("fp32", "fp16"))
+
+
+@pytest.mark.parametrize("field", sorted(DIFFERENT.keys() - {"precision"}))
 def test_results_that_differ_stand_below_a_banner(real, changed, tmp_path, field):
     # The side named here is the dense one of the comparison, so that it alone could be compared.
     summary, page = written([real["comparison"], changed("profile", DIFFERENT[field])], tmp_path / "r.html")
-    if field == "precision":  # It is chosen, and said: of two runs there is no ratio anyhow.
-        assert summary["differences"] == {}
-        assert all(f"· {value}" in page.text for value in ("fp32", "fp16"))
-        return
     assert list(summary["differences"]) == [field]
     assert summary["verdict"][0].startswith("No overall verdict")
     assert "must not be compared" in page.text
@@ -105,6 +108,20 @@ def test_profile_and_report_say_the_same_of_one_file(capsys, real, changed, tmp_
     peaks = [plain(figures.peak_memory_bytes / 1e6) for figures in result.statistics.sides()]
     for text in (printed, page.text):
         assert re.search("peak memory, MB[ │]+{}[ │]+{}".format(*peaks), text), text
+
+    def twice(result):  # Of one bundle, as it is and in bf16.
+        result["subjects"][1] = {**result["subjects"][0], "role": "against", "path": "a b"}
+        result["method"]["runtime"]["against"].update(precision="fp32, attention bf16")
+
+    verdict, page = written([changed("comparison", twice, "twice.json")], tmp_path / "r.html")
+    name = json.loads(path.read_text())["subjects"][0]["name"]
+    assert f"{name} · fp32" in verdict["verdict"][0]
+    assert (
+        "evaluate 'a b' --against DENSE/ --data IMAGES/ --backend onnxruntime --precision bf16"
+        in verdict["verdict"][-1]
+    )
+    alike = changed("comparison", lambda r: r["subjects"][1].update(r["subjects"][0], role="against"), "alike.json")
+    assert all(f"{name} · ({number})" in written([alike], tmp_path / "r.html")[1].text for number in (1, 2))
     # An evaluation in another precision says nothing of it.
     for precision, known in (("fp32", False), ("fp16", True)):
         change = {"precision": precision}

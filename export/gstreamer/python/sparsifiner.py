@@ -52,8 +52,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         try:
             from sparsifiner_edge.camera.model import Model
 
-            key = Path(self.public_key) if self.public_key else None
-            self._model = Model(Path(self.bundle), public_key=key)
+            self._model = Model(Path(self.bundle), public_key=Path(self.public_key) if self.public_key else None)
         except Exception as error:  # Whatever it is, the pipeline must hear of it.
             return self._fail(f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else str(error))
         return True
@@ -73,8 +72,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
     def do_transform_ip(self, buffer: Any) -> Any:
         """One frame."""
         try:
-            image = self._image(buffer)
-            begun = time.monotonic()
+            image, begun = self._image(buffer), time.monotonic()
             outputs = self._model.infer(image)
             elapsed_ms = (time.monotonic() - begun) * 1e3
             fitting = self._model.framing.of(self._info.width, self._info.height)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,7 +105,7 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return {name: getattr(self, field) for name, field in _PEAKS.items() if getattr(self, field)}
 
     def release(self, jetpack: str | None) -> JetPack | None:
-        """The last of its JetPacks, of a series or version ("6", "6.2") if one is given; None where it has none.
+        """The newest of its JetPacks, of a series or version ("6", "6.2") if one is given; None where it has none.
 
         Raises:
             ConfigError: it has not that one.
@@ -114,7 +115,7 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             known = ", ".join(one.version for one in self.jetpack)
             fix = f"Choose one of: {known}." if known else "Leave --jetpack out: the board has none."
             raise ConfigError(f"{self.name} has no JetPack {jetpack!r:.40}.", fix)
-        return matching[-1] if matching else None
+        return max(matching, key=lambda one: [*map(int, re.findall(r"\d+", one.version))], default=None)
 
     def in_mode(self, mode: str) -> Board:
         """The same board with clocks, peaks, bandwidth and power of a power mode, given by name or number.

@@ -38,10 +38,8 @@ def fixed_inputs(specs: list[TensorSpec]) -> dict[str, Array]:
         sizes = [size for size in shape if isinstance(size, int)]
         kind = np.dtype(spec.dtype)
         if len(sizes) != len(shape) or (kind != np.uint8 and kind.kind != "f"):
-            raise BackendError(
-                f"Input {spec.name!r} ({spec}) cannot be synthesised for a measurement.",
-                "Export with uint8 or float inputs, dynamic in the batch alone.",
-            )
+            what = f"Input {spec.name!r} ({spec}) cannot be synthesised for a measurement."
+            raise BackendError(what, "Export with uint8 or float inputs, dynamic in the batch alone.")
         whole = kind == np.uint8
         arrays[spec.name] = random.integers(0, 256, sizes, np.uint8) if whole else random.random(sizes).astype(kind)
     return arrays
