@@ -124,7 +124,10 @@ def test_a_failure_inside_the_model_is_a_message(tmp_path):
         ({"threads": 0}, "threads is 0"),
         ({"kernels": "fast"}, r"(?s)kernels is 'fast'.*auto, native, portable"),
         ({"backend": "openvino", "provider": "cuda"}, r"openvino has no provider cuda.*\n.*--backend onnxruntime"),
-        ({"precision": "fp16"}, r"ONNX Runtime computes in what a file stores, fp32 here.*\n.*--precision fp16"),
+        (
+            {"backend": "onnxruntime", "precision": "fp16"},
+            r"computes in what a file stores, fp32 here.*\n.*--precision fp16",
+        ),
     ],
 )
 def test_a_choice_that_cannot_be_is_refused(bundle, wrong, message):

@@ -89,8 +89,8 @@ class Model:
         if maps or self._any_outputs:
             bad = sum(int(np.count_nonzero(~np.isfinite(x))) for channels in maps for x in channels.values())
             for channels in [] if bad else maps:
-                found = [_summary(*item, self.map_threshold) for item in channels.items()]
-                ordered = found if len(found) <= self._top else sorted(found, key=lambda x: -(x.area or 0))
+                entries = [_summary(*item, self.map_threshold) for item in channels.items()]
+                ordered = entries if len(entries) <= self._top else sorted(entries, key=lambda x: -(x.area or 0))
                 summaries += ordered[: self._top]
             return Answer(maps=summaries if maps else None, not_finite=bad or None)
         what = f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map."

@@ -136,8 +136,8 @@ class WholeModels:
             else:
                 reference, nominal = self._reference
                 side = stack.enter_context(_side("subject", bundle, engine, self._clock))
-                beside, own = _faster_quarters([reference, side], self._clock)
-                ms = own * nominal / beside
+                beside, alone = _faster_quarters([reference, side], self._clock)
+                ms = alone * nominal / beside
             none = Unavailable("it was measured beside the reference, quickly")
             return Quantity(ms, none, none, CONFIDENCE, "faster quarter, beside a reference")
 

@@ -62,8 +62,8 @@ def _evaluate(side: Side, dense: str) -> str:
     """The command that judges a bundle as it ran here."""
     ran, path = side.runtime, shlex.quote(clean(side.subject.path, 500))
     computed = " ".join(re.findall("fp32|bf16|fp16", str(ran.precision))[-1:])
-    cuda, asked = ran.provider == "CUDAExecutionProvider", computed == "bf16" or ran.backend == "openvino"
-    named = {"backend": ran.backend, "provider": cuda and "cuda", "precision": asked and computed}
+    cuda, tuned = ran.provider == "CUDAExecutionProvider", computed == "bf16" or ran.backend == "openvino"
+    named = {"backend": ran.backend, "provider": cuda and "cuda", "precision": tuned and computed}
     known = {name: value for name, value in named.items() if isinstance(value, str) and value}
     options = "".join(f" --{name} {shlex.quote(clean(value))}" for name, value in known.items())
     return f"sparsifiner-edge evaluate {path} --against {dense} --data IMAGES/{options}"
