@@ -22,7 +22,7 @@ from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.profiles.measure.side import MeasuredSide, Rules, measure_blocks, open_side, warm_up
-from sparsifiner_edge.profiles.stats import CONFIDENCE, medians_in_turn, percentile
+from sparsifiner_edge.profiles.stats import CONFIDENCE, medians_in_turn
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
@@ -32,8 +32,8 @@ from sparsifiner_edge.sparse.student import Student
 INT8_IMAGES, DENSE_INT8_IMAGES = 9, 4
 """Images at most that int8 is calibrated with, and of the dense model, which is there to be compared with."""
 PlanInEngine: TypeAlias = tuple[LayerPlan, Deployment]
-QUICK = Rules(seconds=0.4, min_queries=6, blocks=6, max_seconds=8.0)
-"""Of a model beside the reference. Six blocks either: their order is turned round."""
+QUICK = Rules(seconds=0.4, min_queries=8, blocks=8, max_seconds=8.0)
+"""Of a model beside the reference. Eight blocks either: their order is turned round."""
 WARM_UP_S = 0.8
 """At most."""
 THOROUGH = Rules(seconds=2.0, min_queries=10, blocks=10, max_seconds=60.0)
@@ -131,15 +131,15 @@ class WholeModels:
         with self._clock.step("timing", f"timing a whole model in {engine}"), contextlib.ExitStack() as stack:
             if self._reference is None:
                 reference = self._open.enter_context(_side("reference", bundle, engine, self._clock))
-                (ms,) = _faster_quarters([reference], self._clock)
-                self._reference = reference, ms
+                self._reference = reference, _quick_ms([reference], self._clock)[0]
+                ms = self._reference[1]
             else:
                 reference, nominal = self._reference
                 side = stack.enter_context(_side("subject", bundle, engine, self._clock))
-                beside, alone = _faster_quarters([reference, side], self._clock)
+                beside, alone = _quick_ms([reference, side], self._clock)
                 ms = alone * nominal / beside
             none = Unavailable("it was measured beside the reference, quickly")
-            return Quantity(ms, none, none, CONFIDENCE, "faster quarter, beside a reference")
+            return Quantity(ms, none, none, CONFIDENCE, "median of rounds, beside a reference")
 
     def times(self, subjects: Sequence[PlanInEngine], most_s: float = THOROUGH.max_seconds) -> list[Quantity]:
         """Median milliseconds, measured in turn, each in a process of its own, in `most_s` about each; or an estimate
@@ -165,12 +165,12 @@ def whole_ms(
         return medians_in_turn([side.blocks for side in sides])
 
 
-def _faster_quarters(sides: Sequence[MeasuredSide], clock: Clock) -> list[float]:
-    """Milliseconds in turn; what else the machine does makes some slower."""
+def _quick_ms(sides: Sequence[MeasuredSide], clock: Clock) -> list[float]:
+    """Median milliseconds in turn; what slows all of a round is taken out."""
     for side in sides:
         side.blocks, side.seconds, side.queries, side.wall_s = [], 0.0, 0, 0.0
     measure_blocks(list(sides), QUICK, clock.tell, "timing whole models")
-    return [percentile(side.latency_ms, 0.25) for side in sides]
+    return [ms.value for ms in medians_in_turn([side.blocks for side in sides])]
 
 
 @contextlib.contextmanager
