@@ -106,7 +106,7 @@ def test_1_my_module_normalises_inside(desk: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_2_the_fastest_in_a_minute_and_3_as_it_was_found(desk: Path, tmp_path: Path) -> None:
     engine, out = "--backend onnxruntime --precision fp32 --computes auto", tmp_path / "found"
-    line, begun = f"optimize {MINE} --data IMAGES/ --minutes 1 {engine} -o {out}", time.monotonic()
+    line, begun = f"optimize {MINE} --data IMAGES/ --labels names.txt --minutes 1 {engine} -o {out}", time.monotonic()
     found = subprocess.run([SCRIPT, *line.split()], cwd=desk, capture_output=True, text=True, check=False)
     assert time.monotonic() - begun < 63
     assert (found.returncode, bool(PROGRESS.search(found.stderr))) == (0, True), found
@@ -116,7 +116,8 @@ def test_2_the_fastest_in_a_minute_and_3_as_it_was_found(desk: Path, tmp_path: P
     assert "data:image/png;base64," in (out / "report.html").read_text(encoding="utf-8")
     ran = done(following(found.stdout), desk)
     assert "onnxruntime runs this bundle, which is intended for it" in ran.err
-    assert len(ran.out.splitlines()) == 12
+    tops = [json.loads(line)["top"] for line in ran.out.splitlines()]
+    assert [{top["label"] for top in each} for each in tops] == [set(NAMES)] * 12
 
 
 @slow

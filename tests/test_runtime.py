@@ -298,7 +298,7 @@ def test_an_inlined_file_runs_without_us(bundles: Bundles) -> None:
 
 
 def test_a_precision_that_the_processor_or_an_operator_lacks_is_refused(bundles: Bundles) -> None:
-    why = r"runs \w+ of .* in no fp16" if "FP16" in KNOWN else r"no fp16 arithmetic \(OpenVINO: .*FP32"
+    why = r"runs \w+ in no fp16" if "FP16" in KNOWN else r"no fp16 arithmetic \(OpenVINO: .*FP32"
     with pytest.raises(BackendError, match=rf"(?s){why}.*Leave --precision out"):
         flat.open_session(bundles("edge"), "openvino", precision="fp16")
 

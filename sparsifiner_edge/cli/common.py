@@ -21,11 +21,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sparsifiner_edge.artifacts import MAX_JSON
 from sparsifiner_edge.artifacts import trust_text as trust_text  # noqa: PLC0414
 from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, size_text, whole_number
 from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.execution import KERNEL_CHOICES, PRECISIONS, PROVIDERS
-from sparsifiner_edge.files import require_file_path
+from sparsifiner_edge.files import read_bytes, require_file_path
 from sparsifiner_edge.fitting import FITS, parse_region
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
@@ -139,6 +140,14 @@ def _size_like(source: str, like: str, trust: Sequence[str]) -> ImageSize:
     return size
 
 
+def _labels(path: Path | None) -> list[str]:
+    """A name from each line; of what is no UTF-8, such as no name may have."""
+    text = b"" if path is None else read_bytes(path, MAX_JSON)
+    return text.decode("utf-8", "surrogateescape").removeprefix("\ufeff").splitlines()
+
+
+labels_option = click.option("--labels", type=PATH, callback=lambda _context, _option, path: _labels(path),
+    metavar="FILE", help="Names of the classes, one a line; by default those that the model has.")  # fmt: skip
 fit_option = click.option("--fit", type=click.Choice(FITS),
     help="How an image gets the model's shape: crop, its centre; letterbox, all of it between bars; stretch, all of it "
          "distorted. By default as the bundle says, else crop.")  # fmt: skip

@@ -9,24 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsifiner_edge.artifacts import MAX_JSON
 from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import merge_text
 from sparsifiner_edge.execution import INT8_TARGETS, STORED_PRECISIONS
-from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.fitting import FITS
 from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
     from sparsifiner_edge.bundle.manifest import Manifest
     from sparsifiner_edge.bundle.store import Bundle
-
-
-def _labels(path: Path | None) -> list[str]:
-    """A name from each line; of what is no UTF-8, such as no name may have."""
-    text = b"" if path is None else read_bytes(path, MAX_JSON)
-    return text.decode("utf-8", "surrogateescape").removeprefix("\ufeff").splitlines()
 
 
 @click.command()
@@ -47,8 +39,7 @@ def _labels(path: Path | None) -> list[str]:
               show_default=True, help="For int8: what will run it.")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile float16 kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
-@click.option("--labels", type=common.PATH, callback=lambda _context, _option, path: _labels(path), metavar="FILE",
-              help="Names of the classes, one a line; by default those that the model has.")  # fmt: skip
+@common.labels_option
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
 @click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True,
               help="How `run` and `evaluate` bring images to the size, unless told otherwise.")  # fmt: skip

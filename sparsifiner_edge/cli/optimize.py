@@ -45,6 +45,7 @@ _STARTED = time.monotonic()
               help="A board that is not here: latency is estimated, as `estimate` does.")  # fmt: skip
 @click.option("--minutes", type=common.FiniteRange(min=0.1, max=10_000), default=8.0, show_default=True,
               help="Hard cap on the time; Ctrl-C ends it earlier, with the best so far.")  # fmt: skip
+@common.labels_option
 @common.fit_option
 @common.trust_option
 @common.normalise_options

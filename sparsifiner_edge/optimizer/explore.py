@@ -386,6 +386,6 @@ def _tighten(search: Search, engine: Deployment, tile: int) -> None:
             one = solver.at_distance(distance) if search.bound.by_fidelity else solver.at_latency(factor * aim)
             if not one.is_dense:
                 search.judge(one, "near the bound")
-        plan = search.best(engine, aim)
-        if any((one.plan, one.engine) == (plan, engine) for one in search.attempts):
+        before, plan = plan, search.best(engine, aim)
+        if plan == before:
             return

@@ -17,6 +17,7 @@ from sparsifiner_edge.artifacts import kind_of
 from sparsifiner_edge.bundle.store import bundle_hash, remember_execution
 from sparsifiner_edge.config import SparsityConfig, keep_text, merge_text, require
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
+from sparsifiner_edge.export.export import ExportOptions
 from sparsifiner_edge.files import io_errors, replace_folder, scratch_folder
 from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import evenly
@@ -54,7 +55,7 @@ START_SHARE = 0.25
 """Of keys, of the student that plans are made from: each gives its own."""
 PREDICTOR_IMAGES = 8
 """Images at most that predictors are calibrated with."""
-LEARNING_IMAGES, LEARNING_SHARE = 60.0, 0.08
+LEARNING_IMAGES, LEARNING_SHARE = 60.0, 0.12
 """Learning takes as long as the dense model does for so many images, about; and what it may take of all time."""
 DENSE_SHARE = 0.06
 """Of all time, what the dense model may take on all images."""
@@ -111,9 +112,8 @@ def optimize(
             with io_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             request, trial, few = _judges(request, subject, clock)
-            whole = WholeModels(
-                scratch, subject.student, subject.dense, request.images, request.board, clock, request.fit
-            )
+            form = ExportOptions(fit=request.fit, labels=options.labels)
+            whole = WholeModels(scratch, subject.student, subject.dense, request.images, request.board, clock, form)
             stack.enter_context(whole)
             search = Search(request, trial, whole, clock, few, lambda attempt: _keep(whole, attempt, folder / BUNDLE))
             student = subject.student
@@ -130,7 +130,8 @@ def optimize(
         if search.current is None or best[:2] != search.current[:2]:
             _keep(search.models, best, folder / BUNDLE)
         if subject.path is not None:
-            save_student(search.models.student_of(best.plan), folder / STUDENT)
+            student = search.models.student_of(best.plan)
+            save_student(dataclasses.replace(student, labels=(*options.labels,) or student.labels), folder / STUDENT)
         result = _result(subject, search, dense, options)
     write_result(folder / FRONT, result)
     _draw(result, folder)

@@ -78,6 +78,7 @@ class OptimizeOptions:
         precisions: that files store; none: fp32 and int8, or for a board's GPU fp16 and int8.
         board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
             fidelity.
+        labels: of the classes of the output "logits", in their order; none takes those that the model has.
         fit: how images are brought to the size; the bundle remembers it.
         minutes: that all may take, a hard cap; the best that was found by then is there. Ctrl-C is the cap too.
 
@@ -94,11 +95,12 @@ class OptimizeOptions:
     precisions: Sequence[str] = ()
     board: str | Path | None = None
     minutes: float = 8.0
+    labels: Sequence[str] = ()
     fit: Fit = "crop"
 
     def __post_init__(self) -> None:
         require_fit(self.fit)
-        require_lists(backends=self.backends, computes=self.computes, precisions=self.precisions)
+        require_lists(backends=self.backends, computes=self.computes, precisions=self.precisions, labels=self.labels)
 
 
 def read_request(options: OptimizeOptions, data: str | Path | Sequence[str | Path]) -> SearchRequest:

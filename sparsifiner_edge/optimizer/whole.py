@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.export.export import ExportOptions, FloatFile, export_student, float_file
-from sparsifiner_edge.fitting import Fit
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.optimizer.clock import Clock
@@ -46,15 +45,15 @@ class WholeModels:
     Args:
         folder: for them. student: whose plans they are, changed by others meanwhile. dense_model: what it is compared
             with. images: to calibrate int8 with. board: that times are estimated for; None: they are measured, here.
-        clock: is told what goes on. fit: how images are brought to the size.
+        clock: is told what goes on. options: of bundles, but for the precision.
     """
 
     def __init__(
         self, folder: Path, student: Student, dense_model: Student, images: Sequence[Path], board: Board | None,
-        clock: Clock, fit: Fit = "crop",
+        clock: Clock, options: ExportOptions | None = None,
     ) -> None:  # fmt: skip
         self._folder, self._student, self._dense, self._board, self._clock = folder, student, dense_model, board, clock
-        self._fit = fit
+        self._options = dataclasses.replace(options or ExportOptions(), tokens=True)
         self._calibration = link_images(folder / "calibration", evenly(images, INT8_IMAGES))
         self._dense_calibration = link_images(folder / "few", evenly(images, DENSE_INT8_IMAGES))
         self._bundles: dict[tuple[LayerPlan, str], Path] = {}
@@ -83,9 +82,8 @@ class WholeModels:
                     self._floats[plan] = student, float_file(student, tokens=True)
             student, base = self._floats[plan]
             shown = self._dense_calibration if plan.is_dense else self._calibration
-            options = ExportOptions(
-                precision=stored, calibrate=shown if stored == "int8" else None, tokens=True, fit=self._fit
-            )
+            calibrate = shown if stored == "int8" else None
+            options = dataclasses.replace(self._options, precision=stored, calibrate=calibrate)
             with self._clock.step(f"export {stored}", f"exporting {which or 'a plan in '}{stored}"):
                 self._bundles[plan, stored] = export_student(
                     student, self._folder / f"bundle-{len(self._bundles)}", options, base, self._clock.tell

@@ -95,7 +95,7 @@ class _OpenVinoSession(Session):
             self.least_tolerance = BF16_TOLERANCE_FREE if file.names else BF16_TOLERANCE
         ours = sorted(file.names & set(NATIVE)) if file.library else []
         if ours and precision == "fp16":  # It would compute around them in float16, and they give float32.
-            what = f"OpenVINO runs {ours[0]} of {model} in no fp16."
+            what = f"OpenVINO runs {ours[0]} in no fp16."
             raise BackendError(what, "Leave --precision out, or take bf16.")
         self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
