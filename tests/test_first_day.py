@@ -96,7 +96,7 @@ def desk(once: Once) -> Path:
 
 @slow
 def test_1_my_module_normalises_inside(desk: Path, tmp_path: Path) -> None:
-    (apart,) = re.findall(r"12 images: logits of the file (\S+) of its range", (desk / "checked").read_text())
+    (apart,) = re.findall(r"12 images; logits of the file (\S+) of its range", (desk / "checked").read_text())
     assert float(apart) < 1e-3
     refused = typed(f"export mymodels:sorter -o {tmp_path / 'out'}", desk)
     assert_refused(refused, "does not say what its module expects of pixels", "or --no-normalise where the module")
@@ -136,7 +136,7 @@ def test_3_a_backend_each_6_one_sentence_and_7_a_board_elsewhere(desk: Path, tmp
 
 @slow
 def test_4_as_printed_5_with_my_names_and_9_not_in_silence(desk: Path, tmp_path: Path) -> None:
-    assert "latency" in done(f"{(desk / 'next').read_text()} --seconds 0.3", desk).out
+    assert "Latency" in done(f"{(desk / 'next').read_text()} --seconds 0.3", desk).out
     ran = done(f"run BUNDLE/ --source IMAGES/ --output {tmp_path / 'lines'}", desk)
     assert re.fullmatch(CLOSING.replace("3", "12", 1), ran.err.splitlines(keepends=True)[-1]), ran.err
     assert len((tmp_path / "lines").read_text().splitlines()) == 12

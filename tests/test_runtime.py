@@ -291,7 +291,7 @@ def test_an_inlined_file_runs_without_us(bundles: Bundles) -> None:
     with pytest.raises(RuntimeError, match="sparsifiner"):
         core.compile_model(file, "CPU")
     inlined = onnx.inliner.inline_local_functions(onnx.load(file)).SerializeToString()
-    plain = core.compile_model(inlined, b"", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    plain = core.compile_model(core.read_model(inlined, b""), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     with flat.open_session(bundles("some dense")) as session:
         wanted = session.infer({"image": image})
     assert all(cosine(plain({"image": image})[name], value) > 0.9999 for name, value in wanted.items())
