@@ -1,6 +1,6 @@
 """What `optimize` gives, as its user gets it, held against the dense model, its time, and images that it did not see.
 
-    python benchmarks/optimize.py --size 518 [--minutes 8] [--loaded] [--earlier MERGE KEEP] -o FOLDER
+    python benchmarks/optimize.py --size 518 [--case any] [--minutes 8] [--loaded] [--earlier MERGE KEEP] -o FOLDER
     python benchmarks/optimize.py --seeds 10 [--minutes 2] -o FOLDER
 
 DINOv2 ViT-S/14, real weights, untrained. The command runs as a process of its own, with the default of every option but
@@ -69,7 +69,7 @@ def main(size: str | None, minutes: float, loaded: bool, earlier: tuple[str, str
     if size:
         with busy() if loaded else contextlib.nullcontext():
             found = {case: searched(case, int(size), minutes, output, earlier) for case in cases or CASES}
-        name = f"optimize_{size}{'_loaded' * loaded}.json"
+        name = "_".join(["optimize", size, *cases, *["loaded"] * loaded]) + ".json"
         write_summary(output / name, Result("search", [subject], method | {"size": int(size)}, {}, found))
     if seeds:
         rows = [seeded(seed, minutes, output) for seed in range(seeds)]
