@@ -44,6 +44,8 @@ ROOM = 0.98
 """Of a bound of time: two measurements of the same differ."""
 DEVIATIONS = 0.3
 """Standard errors of the mean distance that are kept from the bound: images to come are others."""
+HARDER = 2.0
+"""How many times as much images kept back are taken to lose, at most: they may be few."""
 LEAST_AIM = 1e-3
 """A distance below which nothing is to be gained: what the latency allows is the dense model, or nearly."""
 BUNDLE, LAST_SHARE = ("export", "export int8", "judging", "timing"), 0.1
@@ -67,7 +69,8 @@ class Search:
         excluded: engines that are not searched, and why. attempts: bundles, as they came; current: the kept.
         remarks: on the way.
         limit: of what is bounded: distance, or milliseconds with room for another measurement.
-        factor: of a mean distance over all images, to that over the judges. margin: of one as it counts, to the mean.
+        factor: of a mean distance over all images, to that over the judges. spread: of one as it counts, to the mean,
+            for images differ; margin: the same, or what the last bundle lost on the images kept back.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class Search:
         self.distances, self.alone = dict[LayerPlan, list[float]](), dict[LayerPlan, float]()
         self.latencies, self.ms = dict[Deployment, PlanLatency](), dict[tuple[LayerPlan, Deployment], Quantity]()
         self.losses, self.excluded, self.attempts = dict[Deployment, float](), dict[Deployment, str](), list[Attempt]()
-        self.remarks, self.factor, self.margin = list[str](), 1.0, 1.0
+        self.remarks, self.factor, self.spread, self.margin = list[str](), 1.0, 1.0, 1.0
         self.current: Attempt | None = None
         self.limit = 1 - self.bound.value if self.bound.by_fidelity else ROOM * self.bound.value
 
@@ -183,6 +186,9 @@ class Search:
                 0.0, fmean(attempt.distances[number] for number in self.trial.judges) * self.factor - self.mean(plan)
             )
             self.losses[engine] = max(lost, self.losses.get(engine, 0.0))
+        if self.bound.by_fidelity:  # Images kept back may be harder.
+            ratio = fmean(attempt.reserved) / max(fmean(attempt.distances), self.trial.least)
+            self.margin = max(self.spread, min(ratio, HARDER))
         if known and engine.is_here:
             self.latencies[engine] = self.latencies[engine].calibrate(plan, ms.value)
         if min(self.attempts, key=self.order) is attempt:
@@ -197,7 +203,8 @@ class Search:
         self.distances = {plan: [lost[number] for number in self.trial.judges]}
         self.factor = max(fmean(lost), self.trial.least) / max(fmean(self.distances[plan]), self.trial.least)
         if self.bound.by_fidelity:
-            self.margin = 1 + DEVIATIONS * stdev(lost) / len(lost) ** 0.5 / max(fmean(lost), self.trial.least)
+            self.spread = 1 + DEVIATIONS * stdev(lost) / len(lost) ** 0.5 / max(fmean(lost), self.trial.least)
+            self.margin = self.spread
 
     def fits(self, *kinds: str) -> bool:
         """Whether there is time for these steps before the last measurement."""
