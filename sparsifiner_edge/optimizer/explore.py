@@ -198,7 +198,7 @@ class Search:
 
     def choose_judges(self, plan: LayerPlan) -> None:
         """From what a plan loses on all images: which few stand for them, and how much all lose beside those."""
-        lost = self.distances[plan]
+        lost = self.distances[plan][: self.count]
         self.trial.choose_judges(lost, self.few)
         self.distances = {plan: [lost[number] for number in self.trial.judges]}
         self.factor = max(fmean(lost), self.trial.least) / max(fmean(self.distances[plan]), self.trial.least)
@@ -240,20 +240,26 @@ def falling(rate: float, patches: int, depth: int) -> LayerPlan:
 def first_plan(search: Search) -> LayerPlan:
     """A bundle at once: no predictor and no table is needed for a plan that merges alone.
 
-    It is judged by all images, and tells which few of them judge from then on. Of a bound of time it knows nothing yet:
-    it loses a fiftieth, about.
+    It is judged by all images, those kept back too, and tells which few of the others judge from then on. Of a bound of
+    time it knows nothing yet: it loses a fiftieth, about.
     """
     patches, depth, limit = search.trial.patches, len(search.trial.selects), search.limit
     limit = limit if search.bound.by_fidelity else 0.02
-    rate, plans = FIRST_RATE * patches, list[LayerPlan]()
+    rate, steep, losses = FIRST_RATE * patches, STEEP, dict[LayerPlan, float]()
     for _ in range(FIRST_TRIES):
-        plans.append(falling(min(rate, patches / 4), patches, depth))
-        lost = search.judge(plans[-1], "a first plan")
+        plan = falling(min(rate, patches / 4), patches, depth)
+        search.judge(plan, "a first plan")
+        of = search.distances[plan]
+        lost = max(search.trial.least, *(fmean(some) for some in (of[: search.count], of[search.count :]) if some))
+        for other, before in losses.items():  # As they lie: the last one counts.
+            apart = np.log(lost / before) / np.log(plan.merge[0] / other.merge[0]) if other != plan else STEEP
+            steep = float(np.clip(apart, 1.0, 2 * STEEP))
+        losses[plan] = lost
         if FIRST_AIM * 0.8 * limit <= lost <= FIRST_AIM * 1.15 * limit:
             break
-        rate = plans[-1].merge[0] * float(np.clip((FIRST_AIM * limit / lost) ** (1 / STEEP), 0.2, 3.0))
-    within = [plan for plan in plans if search.mean(plan) <= 1.2 * FIRST_AIM * limit]
-    plan = max(within, key=search.mean) if within else min(plans, key=search.mean)
+        rate = plan.merge[0] * float(np.clip((FIRST_AIM * limit / lost) ** (1 / steep), 0.2, 3.0))
+    within = [plan for plan, lost in losses.items() if lost <= 1.2 * FIRST_AIM * limit]
+    plan = max(within, key=losses.__getitem__) if within else min(losses, key=losses.__getitem__)
     search.choose_judges(plan)
     engines = search.request.engines
     plain = [engine for engine in engines if (engine.stored, engine.computes) == ("fp32", "auto")]
