@@ -32,6 +32,8 @@ def test_a_result_survives_the_disk(tmp_path):
     assert write_record(read) == write_record(result)
     assert read.schema_version == 2
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", read.created)
+    results.write_result(path, a_result(kind="evaluation", samples={"auroc": [1.0, None]}))
+    assert results.read_result(path).samples == {"auroc": [1.0, None]}
 
 
 def test_a_missing_or_mistyped_field_is_named_and_so_is_what_is_no_result(tmp_path):

@@ -50,6 +50,6 @@ def test_a_session_of_onnx_runtime_is_never_silently_float32(tmp_path: Path) -> 
         open_session(bundle, "onnxruntime", precision="bf16", kernels="portable")
     plain = export_bundle(save_student(student(TINY, SparsityConfig(keep=1)), tmp_path / "dense"), tmp_path / "plain")
     with pytest.raises(BackendError, match=r"no attention that could run in bfloat16\.\n.*Leave --precision out"):
-        open_session(plain, precision="bf16")
+        open_session(plain, "onnxruntime", precision="bf16")
     with pytest.raises(BackendError, match=r"(?s)computes in what a file stores, fp32 here, .* export .* fp16"):
-        open_session(plain, precision="fp16")
+        open_session(plain, "onnxruntime", precision="fp16")
