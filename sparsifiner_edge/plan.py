@@ -117,3 +117,8 @@ def _rates(merge: tuple[int, ...], depth: int) -> list[int]:
         f"Give one rate, the first and the last as 160..0, or {depth}.",
     )
     return list(merge) if len(merge) == depth else [merge[0] if merge else 0] * depth
+
+
+def falling(rate: float, patches: int, depth: int) -> LayerPlan:
+    """Merging `rate` patches in the first layer, evenly fewer in each one after it, none in the last."""
+    return plan_of(SparsityConfig(keep=1.0, merge=(max(1, round(rate)), 0)), depth, patches)

@@ -109,10 +109,8 @@ def check_result(content: dict[str, Any], origin: object, form: type[Form]) -> F
     for name in ("method", "samples", "statistics"):
         if not isinstance(content[name], dict):
             _refuse(origin, f"{name} is {content[name]!r:.60}, not dict")
-    scored = content["kind"] in (
-        "evaluation",
-        "robustness",
-    )  # On one image a score may say nothing: AUROC of no object.
+    # A score may say nothing of an image, as AUROC where no object is.
+    scored = content["kind"] in ("evaluation", "robustness")
     defect = flaw({**content, "samples": {}}, nulls=False) or flaw({"samples": content["samples"]}, nulls=scored)
     if defect is not None:
         _refuse(origin, defect)

@@ -7,7 +7,6 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.optimizer.clock import Clock
@@ -17,7 +16,7 @@ from sparsifiner_edge.optimizer.request import SearchRequest
 from sparsifiner_edge.optimizer.solve import Solver
 from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.optimizer.whole import Attempt, WholeModels
-from sparsifiner_edge.plan import LayerPlan, plan_of
+from sparsifiner_edge.plan import LayerPlan, falling
 from sparsifiner_edge.results import Quantity
 
 FIRST_RATE, FIRST_AIM, FIRST_TRIES, STEEP = 0.14, 0.7, 3, 1.7
@@ -232,11 +231,6 @@ class Search:
             raise error
 
 
-def falling(rate: float, patches: int, depth: int) -> LayerPlan:
-    """Merging `rate` patches in the first layer, evenly fewer in each one after it, none in the last."""
-    return plan_of(SparsityConfig(keep=1.0, merge=(max(1, round(rate)), 0)), depth, patches)
-
-
 def first_plan(search: Search) -> LayerPlan:
     """A bundle at once: no predictor and no table is needed for a plan that merges alone.
 
@@ -251,8 +245,9 @@ def first_plan(search: Search) -> LayerPlan:
         search.judge(plan, "a first plan")
         of = search.distances[plan]
         lost = max(search.trial.least, *(fmean(some) for some in (of[: search.count], of[search.count :]) if some))
-        for other, before in losses.items():  # As they lie: the last one counts.
-            apart = np.log(lost / before) / np.log(plan.merge[0] / other.merge[0]) if other != plan else STEEP
+        if losses and plan not in losses:  # As the last two lie.
+            other, before = list(losses.items())[-1]
+            apart = np.log(lost / before) / np.log(plan.merge[0] / other.merge[0])
             steep = float(np.clip(apart, 1.0, 2 * STEEP))
         losses[plan] = lost
         if FIRST_AIM * 0.8 * limit <= lost <= FIRST_AIM * 1.15 * limit:

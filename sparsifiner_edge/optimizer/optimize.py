@@ -23,7 +23,7 @@ from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMe
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.explore import LAST_SHARE, Search, explore
-from sparsifiner_edge.optimizer.latency import estimate_latency, measure_latency
+from sparsifiner_edge.optimizer.latency import PlanLatency, estimate_latency, measure_latency
 from sparsifiner_edge.optimizer.picture import draw_front
 from sparsifiner_edge.optimizer.remarks import remarks_on
 from sparsifiner_edge.optimizer.request import CHECKED, LEAST_IMAGES, OptimizeOptions, SearchRequest, read_request
@@ -116,12 +116,7 @@ def optimize(
             whole = WholeModels(scratch, subject.student, subject.dense, request.images, request.board, clock, form)
             stack.enter_context(whole)
             search = Search(request, trial, whole, clock, few, lambda attempt: _keep(whole, attempt, folder / BUNDLE))
-            student = subject.student
-            explore(
-                search, lambda: _learn(search, subject, folder / START),
-                lambda engine: estimate_latency(student, request.board, engine.stored) if request.board
-                else measure_latency(student, engine, any(trial.selects), clock.tell), student.sparsity.tile,
-            )  # fmt: skip
+            _explore(search, subject, folder / START)
             _measure_last(search, dense)
         if search is None or not search.attempts:
             short = f"{options.minutes:g} minutes were not enough for one bundle."
@@ -207,6 +202,18 @@ def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[Se
     judges = int(JUDGING_SHARE * clock.seconds / DENSE_IMAGES / clock.took("dense image"))
     trial = Trial(student, teacher, paths, request.metric, len(paths), request.fit)
     return request, trial, max(LEAST_JUDGES, min(len(request.images), judges))
+
+
+def _explore(search: Search, subject: _Subject, start: Path) -> None:
+    """With latencies of this machine, or of a board. start: where the student that plans are made of is kept."""
+    student, board, trial, tell = subject.student, search.request.board, search.trial, search.clock.tell
+
+    def latency_of(engine: Deployment) -> PlanLatency:
+        if board is not None:
+            return estimate_latency(student, board, engine.stored)
+        return measure_latency(student, engine, any(trial.selects), tell)
+
+    explore(search, lambda: _learn(search, subject, start), latency_of, student.sparsity.tile)
 
 
 def _learn(search: Search, subject: _Subject, start: Path) -> None:

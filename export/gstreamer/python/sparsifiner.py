@@ -72,7 +72,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
     def do_transform_ip(self, buffer: Any) -> Any:
         """One frame."""
         try:
-            image, begun = self._image(buffer), time.monotonic()
+            image = self._image(buffer)
+            begun = time.monotonic()
             outputs = self._model.infer(image)
             elapsed_ms = (time.monotonic() - begun) * 1e3
             fitting = self._model.framing.of(self._info.width, self._info.height)
