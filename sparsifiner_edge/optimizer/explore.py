@@ -14,7 +14,7 @@ from sparsifiner_edge.optimizer.fidelity_model import PROBED, FidelityModel
 from sparsifiner_edge.optimizer.latency import PlanLatency
 from sparsifiner_edge.optimizer.request import SearchRequest
 from sparsifiner_edge.optimizer.solve import Solver
-from sparsifiner_edge.optimizer.trial import Trial
+from sparsifiner_edge.optimizer.trial import Trial, evenly_lost
 from sparsifiner_edge.optimizer.whole import Attempt, WholeModels
 from sparsifiner_edge.plan import LayerPlan, falling
 from sparsifiner_edge.results import Quantity
@@ -196,8 +196,16 @@ class Search:
         return attempt
 
     def choose_judges(self, plan: LayerPlan) -> None:
-        """From what a plan loses on all images: which few stand for them, and how much all lose beside those."""
-        lost = self.distances[plan][: self.count]
+        """From what a plan loses on all images: which are kept back, as easy and as hard as the others; which few of
+        these stand for them, and how much all lose beside those.
+        """
+        lost = self.distances[plan]
+        back = evenly_lost(lost, len(lost) - self.count)
+        places = [*(place for place in range(len(lost)) if place not in back), *back]
+        self.trial.arrange(places)
+        paths, lost = self.trial.paths, [lost[place] for place in places][: self.count]
+        self.models.images = paths[: self.count]
+        self.request = self.request._replace(images=paths[: self.count], reserved=paths[self.count :])
         self.trial.choose_judges(lost, self.few)
         self.distances = {plan: [lost[number] for number in self.trial.judges]}
         self.factor = max(fmean(lost), self.trial.least) / max(fmean(self.distances[plan]), self.trial.least)

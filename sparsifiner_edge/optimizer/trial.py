@@ -171,20 +171,32 @@ class Trial:
         return outputs
 
     def choose_judges(self, distances: Sequence[float], count: int) -> None:
-        """So many, which lose little and much as all do: evenly taken by what some plan loses.
-
-        distances: of the images that may judge, which are the first.
+        """So many, which lose little and much as all do. distances: of the images that may judge, the first, by some
+        plan.
         """
-        order = sorted(range(len(distances)), key=distances.__getitem__)
-        spread = [order[(2 * number + 1) * len(order) // (2 * count)] for number in range(count)]
+        spread = evenly_lost(distances, count)
         self.judges = [*spread[1::3], *spread[::3], *spread[2::3]]  # So that the first few are as they all are.
         self._dense_outputs = []
+
+    def arrange(self, places: Sequence[int]) -> None:
+        """Put the images in another order: of each that comes, its place so far."""
+        self.paths, self._raw, self._pixels = (
+            [images[place] for place in places] for images in (self.paths, self._raw, self._pixels)
+        )
+        before, self._dense_outputs = self._distance, []
+        self._distance = lambda number, got: before(places[number], got)
 
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]], start: int = 0) -> list[float]:
         """1 - the metric of what a session makes of each image, from that at place `start` on."""
         prefix = self._student.backbone.prefix
         answers = (Prediction(infer({"image": image}), prefix) for image in self._raw[start:])
         return [self._distance(number, answer) for number, answer in enumerate(answers, start)]
+
+
+def evenly_lost(distances: Sequence[float], count: int) -> list[int]:
+    """Places of so many, evenly taken by distance, least first: these are as easy and as hard as all are."""
+    order = sorted(range(len(distances)), key=distances.__getitem__)
+    return [order[(2 * number + 1) * len(order) // (2 * count)] for number in range(count)]
 
 
 @contextlib.contextmanager

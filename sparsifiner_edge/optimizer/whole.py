@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -54,8 +55,7 @@ class WholeModels:
     ) -> None:  # fmt: skip
         self._folder, self._student, self._dense, self._board, self._clock = folder, student, dense_model, board, clock
         self._options = dataclasses.replace(options or ExportOptions(), tokens=True)
-        self._calibration = link_images(folder / "calibration", evenly(images, INT8_IMAGES))
-        self._dense_calibration = link_images(folder / "few", evenly(images, DENSE_INT8_IMAGES))
+        self.images = images
         self._bundles: dict[tuple[LayerPlan, str], Path] = {}
         self._floats: dict[LayerPlan, tuple[Student, FloatFile]] = {}
         self._reference: tuple[MeasuredSide, float] | None = None
@@ -67,6 +67,14 @@ class WholeModels:
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
+
+    @functools.cached_property
+    def _calibration(self) -> Path:
+        return link_images(self._folder / "calibration", evenly(self.images, INT8_IMAGES))
+
+    @functools.cached_property
+    def _dense_calibration(self) -> Path:
+        return link_images(self._folder / "few", evenly(self.images, DENSE_INT8_IMAGES))
 
     def bundle(self, plan: LayerPlan, engine: Deployment) -> Path:
         """A plan as an engine takes it.
