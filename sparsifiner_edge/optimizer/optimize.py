@@ -200,7 +200,7 @@ def _judges(request: SearchRequest, subject: _Subject, clock: Clock) -> tuple[Se
         )
         paths = [*request.images, *request.reserved]
     judges = int(JUDGING_SHARE * clock.seconds / DENSE_IMAGES / clock.took("dense image"))
-    trial = Trial(student, teacher, paths, request.metric, len(paths), request.fit)
+    trial = Trial(student, teacher, paths, request.metric, request.fit)
     return request, trial, max(LEAST_JUDGES, min(len(request.images), judges))
 
 

@@ -102,20 +102,17 @@ class Trial:
     """A student whose layers all have predictors, and what its dense model makes of some images.
 
     Args:
-        metric: see `distance_by`. judges: how many of the images plans are judged by, the first; None: all.
+        metric: see `distance_by`.
         fit: how images are brought to the size.
 
     Attributes:
-        paths: of the images. judges: places of those that judge plans. patches: of the backbone. least: a distance
+        paths: of the images. judges: places of those that judge plans, at first all. patches: of the backbone. least: a distance
             counts as no smaller.
         selects: by layer whether it has a predictor; one without stays dense.
     """
 
-    def __init__(
-        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, judges: int | None = None,
-        fit: Fit = "crop",
-    ) -> None:  # fmt: skip
-        self._student, self.paths, self.judges = student, paths, list(range(len(paths)))[:judges]
+    def __init__(self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, fit: Fit = "crop") -> None:
+        self._student, self.paths, self.judges = student, list(paths), list(range(len(paths)))
         self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
         self.patches = student.backbone.patches
         self._raw = [load_image(path, Framing(student.img_size, fit))[None] for path in paths]
@@ -180,10 +177,9 @@ class Trial:
 
     def arrange(self, places: Sequence[int]) -> None:
         """Put the images in another order: of each that comes, its place so far."""
-        self.paths, self._raw, self._pixels = (
-            [images[place] for place in places] for images in (self.paths, self._raw, self._pixels)
-        )
-        before, self._dense_outputs = self._distance, []
+        before = self._distance
+        self.paths, self._raw = [self.paths[place] for place in places], [self._raw[place] for place in places]
+        self._pixels, self._dense_outputs = [self._pixels[place] for place in places], []
         self._distance = lambda number, got: before(places[number], got)
 
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]], start: int = 0) -> list[float]:

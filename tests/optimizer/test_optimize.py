@@ -264,7 +264,7 @@ def test_an_engine_that_refuses_the_model_is_left_out_and_said(
     dense, clock = dense_twin(student), Clock(600)
     options = OptimizeOptions(at_least=0.9, backends=BACKENDS, computes=["auto"], precisions=["fp32"])
     request = read_request(options, folder)
-    trial = Trial(student, dense.model, [*request.images, *request.reserved], "patches", 3)
+    trial = Trial(student, dense.model, [*request.images, *request.reserved], "patches")
     with whole.WholeModels(tmp_path, student, dense, request.images, None, clock) as models:
         search = Search(request, trial, models, clock, 3, kept.append)
         plan = first_plan(search)
