@@ -106,8 +106,8 @@ class Trial:
         fit: how images are brought to the size.
 
     Attributes:
-        paths: of the images. judges: places of those that judge plans, at first all. patches: of the backbone. least: a distance
-            counts as no smaller.
+        paths: of the images. judges: places of those that judge plans, at first all. patches: of the backbone.
+        least: a distance counts as no smaller.
         selects: by layer whether it has a predictor; one without stays dense.
     """
 

@@ -22,7 +22,7 @@ from sparsifiner_edge.optimizer.fidelity_model import FidelityModel
 from sparsifiner_edge.optimizer.latency import SHARES, PlanLatency, name_of
 from sparsifiner_edge.optimizer.pieces import attention_piece, linear_pieces
 from sparsifiner_edge.optimizer.solve import Solver, possible_counts
-from sparsifiner_edge.optimizer.trial import Trial
+from sparsifiner_edge.optimizer.trial import Trial, evenly_lost
 from sparsifiner_edge.plan import PATCHES_PER_MERGE, LayerPlan, plan_of
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, sparsify
@@ -59,6 +59,13 @@ def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictu
         cosine = torch.cosine_similarity(got[:, 1:], wanted[:, 1:], dim=-1).mean()
         assert distance == pytest.approx(1 - float(cosine), abs=1e-5)
     assert trial.distances(plan) == found, "a plan in between changes nothing"
+    trial.arrange([2, 0, 1])
+    assert (trial.paths, trial.distances(plan)) == ([paths[2], *paths[:2]], [found[2], *found[:2]])
+
+
+def test_images_are_taken_evenly_by_what_is_lost_on_them() -> None:
+    assert evenly_lost([0.5, 0.1, 0.9, 0.3, 0.7], 2) == [3, 4]
+    assert evenly_lost([0.2, 0.1], 2) == [1, 0]
 
 
 def test_layers_before_the_first_change_need_no_second_run(
