@@ -130,7 +130,7 @@ def answer_of(result: SearchResult) -> Candidate:
 
 def fidelities(folder: Path, answer: Candidate) -> list[float]:
     """Of the answer, over the publication photographs."""
-    student = load_student(folder / "out" / "start")
+    student = load_student(folder / "out" / "student")
     trial = Trial(student, dense_twin(student).model, published(), "patches")
     with se.open_session(folder / "out" / "bundle", answer.engine.execution) as session:
         return [1 - distance for distance in trial.distances_of(session.infer)]

@@ -41,7 +41,7 @@ how much further than the last at most.
 """
 ROOM = 0.98
 """Of a bound of time: two measurements of the same differ."""
-DEVIATIONS = 0.3
+DEVIATIONS = 0.7
 """Standard errors of the mean distance that are kept from the bound: images to come are others."""
 HARDER = 2.0
 """How many times as much images kept back are taken to lose, at most: they may be few."""
