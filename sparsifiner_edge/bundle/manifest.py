@@ -81,6 +81,20 @@ class Intended(msgspec.Struct, frozen=True):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
 
+class StreamFiles(msgspec.Struct, frozen=True):
+    """Files by role, of a bundle that computes of a stream's frames what changed.
+
+    Attributes:
+        embedding: what tokens are, and how far they are from what they were. step: chosen tokens through all layers.
+        golden: a sequence of frames. read: layers whose outputs what is behind them reads.
+    """
+
+    embedding: str = "stream/embedding.onnx"
+    step: str = "stream/step.onnx"
+    golden: str = "stream/golden.npz"
+    read: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a bundle says about itself. Code that needs a missing entry refuses the bundle.
 
@@ -91,7 +105,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         inputs, outputs: of the model, in its order. Images are "NHWC", 0 to 255, RGB.
         sparsity: None where attention is dense. plan: what each layer does.
         tolerances: output -> greatest difference from golden, relative to its range; more than 1 would pass anything.
-        engines: in the order in which they were built. intended: what is to run it, where that is known.
+        engines: in the order in which they were built. stream: of `export --stream`. intended: what is to run it, where that is known.
         user_call: how far from a user's own function: `export --check`.
         check, retiled, quantisation, float16, boards: what export found; float16 decides `float_precision`.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
@@ -110,6 +124,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     plan: LayerPlan | None = None
     tolerances: dict[str, Annotated[float, Meta(ge=0, le=1)]] = {}
     engines: tuple[Engine, ...] = ()
+    stream: StreamFiles | None = None
     intended: Intended | None = None
     check: Check | None = None
     user_call: str | None = None

@@ -42,7 +42,7 @@ def export_graph(module: nn.Module, size: ImageSize, batch: int | None, outputs:
     example = torch.zeros(batch or 2, *height_width(size), 3, dtype=torch.uint8)
     shapes = {"image": {0: torch.export.Dim(DYNAMIC)}} if batch is None else None
     model = to_onnx(module, {"image": example}, outputs, shapes)
-    _tidy(model, _Names.of(module))
+    tidy(model, module)
     check_structure(model)
     return model
 
@@ -83,11 +83,16 @@ def _check_keys(module: nn.Module) -> None:
             )
 
 
-def _tidy(model: onnx.ModelProto, names: _Names) -> None:
-    """Drop what only the exporter needs; put the Cast of the image first: a dynamic batch has a Shape before it."""
-    cast = next(n for n in model.graph.node if n.op_type == "Cast" and n.input[0] == "image")
-    model.graph.node.remove(cast)
-    model.graph.node.insert(0, cast)
+def tidy(model: onnx.ModelProto, module: nn.Module) -> None:
+    """Drop what only the exporter of a module needs, and inputs that nothing reads; put the Cast of the image first: a
+    dynamic batch has a Shape before it.
+    """
+    names, read = _Names.of(module), {name for node in model.graph.node for name in node.input}
+    for value in [value for value in model.graph.input if value.name not in read]:
+        model.graph.input.remove(value)
+    for cast in [n for n in model.graph.node if n.op_type == "Cast" and n.input[0] == "image"]:
+        model.graph.node.remove(cast)
+        model.graph.node.insert(0, cast)
     model.producer_name = "sparsifiner-edge"
     model.graph.name = "sparsifiner_edge"
     model.graph.doc_string = ""
@@ -123,6 +128,7 @@ class _Names(NamedTuple):
         (path, backbone) = next(iter(backbones(module).items()), ("", None))
         if backbone is None:
             return cls("", "blocks", frozenset())
+        path = path[path.find("model") :]
         names = cls(f"{path.removeprefix('model').removeprefix('.')}.".lstrip("."), backbone.layers_name, frozenset())
         packed = {names.rename(name) for name, part in module.named_modules() if isinstance(part, PackedAttention)}
         return names._replace(packed=packed)
@@ -156,7 +162,7 @@ def _name_nodes(graph: onnx.GraphProto, names: _Names) -> None:
 def _module(node: onnx.NodeProto, names: _Names) -> str:
     """The innermost module that a node comes from, such as "blocks.3.mlp.fc1"; "" for the model itself."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
-    modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith("model.")]
+    modules = [scope[scope.find("model.") :] for scope in ast.literal_eval(scopes)[:-1] if "model." in scope]
     return names.rename(modules[-1]) if modules else ""
 
 

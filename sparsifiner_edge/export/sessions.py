@@ -31,13 +31,19 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
 
 def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[..., dict[str, Array]]:
     """A function from the input `image`, and other inputs by name, to the outputs by name; see `file_session`."""
-    session = file_session(model, kernels)
-    names = [output.name for output in session.get_outputs()]
+    infer = runner_of(model, kernels)
 
     def run(image: Array, others: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        return dict(zip(names, session.run(names, {"image": image, **(others or {})}), strict=True))
+        return infer({"image": image, **(others or {})})
 
     return run
+
+
+def runner_of(model: onnx.ModelProto, kernels: str = "auto") -> Callable[[dict[str, Array]], dict[str, Array]]:
+    """The same from inputs by name, among which are those that the file has."""
+    session = file_session(model, kernels)
+    taken, names = ([value.name for value in side] for side in (session.get_inputs(), session.get_outputs()))
+    return lambda given: dict(zip(names, session.run(names, {name: given[name] for name in taken}), strict=True))
 
 
 def results_of(model: onnx.ModelProto, kind: str) -> list[str]:

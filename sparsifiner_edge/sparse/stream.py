@@ -1,0 +1,192 @@
+"""A model as a stream runs it: keys and values of every layer stay from frame to frame; a step takes some of the tokens
+through the layers, lets them attend to all, and what is behind the layers gets all tokens, old and new.
+
+The model itself runs, whatever its library and whatever surrounds it: only its layers differ. The first one takes the
+step's tokens in place of what comes in, what a layer hands to the next rides beside, and what a decoder reads of a
+layer are all tokens in raster order. Attention is dense and nothing merges: a step over all tokens is the dense model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsifiner_edge.errors import UnsupportedModelError
+from sparsifiner_edge.sparse.attention import PackedAttention, mix
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.layer import SparseLayer, TokenOrder
+from sparsifiner_edge.sparse.patch import restore_model
+
+KeysAndValues = tuple[Tensor, Tensor]
+"""Of one layer, [1,H,L,d] each."""
+
+
+@dataclasses.dataclass
+class Passage:
+    """What a call of the model takes and gives beside images and outputs: N tokens, M of them computed, L kept: N, or
+    none before the first frame.
+
+    Attributes:
+        rows: which tokens are computed, ascending, the prefix first: int64 [M]; None: none, the embedding alone.
+        tokens: what the first layer takes, [1,M,C], then what each layer gave; of the embedding alone, all: [1,N,C].
+        stale: what is added to the logits of kept keys, [L]: far below 0 where a row is computed anew.
+        places: of each token, where it is in those kept with the new ones behind them: int64 [N].
+        kept: of each layer. new: the same of the rows, as they come.
+        read: by number, of layers whose outputs the model itself reads, those kept, [1,L,C]. given: of the rows.
+    """
+
+    rows: Tensor | None = None
+    tokens: Tensor | None = None
+    stale: Tensor | None = None
+    places: Tensor | None = None
+    kept: list[KeysAndValues] = dataclasses.field(default_factory=list)
+    new: list[KeysAndValues] = dataclasses.field(default_factory=list)
+    read: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    given: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+
+
+class Call:
+    """Holds the passage of a model's call at hand, for its layers. (Of a list torch's exporter would make copies.)"""
+
+    passage = Passage()
+
+
+class StreamAttention(PackedAttention):
+    """Attention of some tokens to all. Attributes: call: shared by the layers of a model."""
+
+    call: Call
+
+    def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """See `PackedAttention`: qkv [1,M,3C] of the rows."""
+        heads, dim, scale = self.geometry
+        queries, keys, values = qkv.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
+        passage = self.call.passage
+        before = passage.kept[len(passage.new)]
+        passage.new.append((keys, values))
+        queries = queries * scale
+        old, new = queries @ before[0].transpose(-1, -2) + passage.stale, queries @ keys.transpose(-1, -2)
+        weights = torch.cat([old, new], -1).softmax(-1)
+        count = before[0].shape[2]
+        attended = weights[..., :count] @ before[1] + weights[..., count:] @ values
+        return attended.transpose(1, 2).flatten(2)
+
+
+class StreamLayer(SparseLayer):
+    """Mixed into the class of a library's layer. Attributes: call: see `StreamAttention`. number: its own."""
+
+    call: Call
+    number: int
+
+    def forward(self, x: Tensor, *masks: Any, **options: Any) -> Tensor:
+        """x [1,N,C] as the library has it, of which the first layer may take the embedding, and the others nothing."""
+        passage, prefix = self.call.passage, self.curve.prefix
+        if passage.rows is None:
+            passage.tokens = x if self.number == 0 else passage.tokens
+            return x
+        table, values = self.rotary_table(*masks, **options), passage.tokens
+        turns = None if table is None else table.index_select(-2, passage.rows[prefix:] - prefix)
+        attended, _ = self.packed_attention(self.entry_norm(values), turns)
+        values = values + self.after_attention(attended)
+        passage.tokens = values = values + self.after_mlp(values)
+        if self.number not in passage.read:
+            return x
+        passage.given[self.number] = values
+        return torch.cat([passage.read[self.number], values], 1).index_select(1, passage.places)
+
+
+class StreamModel(nn.Module):
+    """A module around a vision transformer, or one alone, as a stream runs it.
+
+    Attributes:
+        module: what was given. backbone: within it.
+        read: numbers of the layers whose outputs the module itself reads, ascending.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor) -> None:
+        """Take over a module, in place.
+
+        Args:
+            module: called with images alone; it gives a tuple of tensors. example: an image as it takes them.
+
+        Raises:
+            UnsupportedModelError: a stream cannot run it; with the reason.
+        """
+        super().__init__()
+        self.backbone = backbone_of(module)
+        sparsity = self.backbone.sparsity
+        if sparsity is not None and (sparsity.token_keep or sparsity.preset == "paper"):
+            raise _refused("it prunes tokens" if sparsity.token_keep else "preset paper always selects its keys")
+        self.module, self._call = restore_model(module), Call()
+        none = torch.empty(0, dtype=torch.long)
+        curve = TokenOrder(none, none, self.backbone.prefix)
+        for number, (layer, attention) in enumerate(zip(self.backbone.layers, self.backbone.attentions, strict=True)):
+            attention.__class__ = mix("StreamAttention", StreamAttention, type(attention))
+            layer.__class__ = mix(f"Stream{type(layer).__name__}", StreamLayer, type(layer))
+            attention.call = layer.call = self._call
+            layer.number, layer.curve = number, curve
+        self.read = self._find_read(example)
+
+    @property
+    def count(self) -> int:
+        """Tokens of an image, N, prefix included."""
+        return self.backbone.prefix + self.backbone.patches
+
+    def embed(self, images: Tensor) -> Tensor:
+        """One image -> the tokens that enter the first layer, [1,N,C]."""
+        self._call.passage = Passage()
+        self.module(images)
+        tokens, wanted = self._call.passage.tokens, (1, self.count, self.backbone.width)
+        if tokens is None or tokens.shape != wanted:
+            given = None if tokens is None else list(tokens.shape)
+            raise _refused(f"its layers get tokens {given} of one image, and not {list(wanted)}")
+        return tokens
+
+    def step(self, images: Tensor, passage: Passage) -> tuple[Tensor, ...]:
+        """What the module gives once some rows are computed anew; of these `passage` then has `new` and `given`.
+
+        Args:
+            images: for what reads pixels beside the transformer.
+        """
+        self._call.passage = passage
+        outputs: tuple[Tensor, ...] = self.module(images)
+        return outputs
+
+    def whole(self, tokens: Tensor, read: Iterable[int] | None = None) -> Passage:
+        """What a step takes that computes all of an image's tokens [1,N,C], and keeps none of before."""
+        rows, (heads, dim, _) = torch.arange(self.count), self.backbone.geometry
+        empty = tokens.new_zeros(1, heads, 0, dim)
+        return Passage(
+            rows, tokens, tokens.new_zeros(0), rows, [(empty, empty)] * len(self.backbone.layers),
+            read=dict.fromkeys(self.read if read is None else read, tokens[:, :0]),
+        )  # fmt: skip
+
+    def _find_read(self, example: Tensor) -> tuple[int, ...]:
+        """By gradients: those that an output depends on; all where one has none, such as a map of classes."""
+        layers, returned = self.backbone.layers, dict[int, Tensor]()
+
+        def cut(layer: Any, _: Any, output: Tensor) -> Tensor:
+            returned[layer.number] = output.detach().requires_grad_()
+            return returned[layer.number]
+
+        with torch.no_grad():
+            passage = self.whole(self.embed(example), range(len(layers)))
+        hooks = [layer.register_forward_hook(cut) for layer in layers]
+        try:
+            with torch.enable_grad():
+                outputs = self.step(example, passage)
+                total = torch.stack([output.float().sum() for output in outputs]).sum()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not all(output.requires_grad for output in outputs):
+            return tuple(range(len(layers)))
+        found = torch.autograd.grad(total, list(returned.values()), allow_unused=True)
+        return tuple(sorted(number for number, gradient in zip(returned, found, strict=True) if gradient is not None))
+
+
+def _refused(reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"No stream runs this model: {reason}.", "Leave --stream out.")
