@@ -1,4 +1,4 @@
-// DenseAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h): tiles of 16 queries share chunks of packed keys
+// DenseAttention and CachedAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h): tiles of 16 queries share chunks of packed keys
 // and values; softmax is carried from chunk to chunk, so that no score matrix is larger than one tile's of one chunk.
 
 #if defined(SPARSIFINER_DENSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -21,8 +21,10 @@ constexpr size_t kGroupKeys = 64;
 
 struct GroupJob {
   Packed in;
+  Kept kept;
   float* output;
-  const float* bias;     // [batch][tokens]: log2 of sizes, or null
+  const float* bias;       // [batch][tokens]: log2 of sizes, or null
+  const float* kept_bias;  // [batch][kept.tokens]: log2 of counts
   size_t groups, tiles;  // of a head; of a group, the last may have less
 };
 
@@ -109,7 +111,17 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
   const size_t group = item % job.groups, head = item / job.groups, batch = head / in.heads;
   const size_t begin = group * job.tiles * kQueries, end = std::min(begin + job.tiles * kQueries, in.tokens);
   const size_t words = Kind::RowWords(in.width), stride = Kind::Stride(in.width);
-  const float *keys = in.Rows(head, 1), *values = in.Rows(head, 2), *queries = in.Rows(head, 0);
+  const float* queries = in.Rows(head, 0);
+  const size_t channels = in.heads * in.width, first = batch * job.kept.tokens;
+  const float* kept = job.kept.tokens == 0 ? nullptr : job.kept.rows + first * 2 * channels + head % in.heads * in.width;
+  // Own tokens first: all of the kept ones' first chunk may count as 0, and softmax starts with something.
+  const struct {
+    const float *keys, *values, *bias;
+    size_t row, tokens;
+  } parts[] = {{in.Rows(head, 1), in.Rows(head, 2), job.bias == nullptr ? nullptr : job.bias + batch * in.tokens, in.Row(),
+                in.tokens},
+               {kept, kept == nullptr ? nullptr : kept + channels, job.kept_bias + (kept == nullptr ? 0 : first),
+                2 * channels, job.kept.tokens}};
   GroupWork<typename Kind::Word> work;
   LayOut<Kind>(job, base, &work);
   [[maybe_unused]] const typename Kind::Session session;
@@ -122,16 +134,18 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
     for (size_t i = 0; i < kQueries; ++i) FetchRow(rows[i] + (q + kQueries < end ? kQueries * in.Row() : 0), in.width);
     Kind::PackQueries(rows, in.width, in.scale * kLog2e, work.turned, work.qt + (q - begin) * words);
   }
-  for (size_t start = 0; start < in.tokens; start += kGroupKeys) {
-    const size_t count = std::min(kGroupKeys, in.tokens - start);
-    PackChunk<Kind>(keys + start * in.Row(), values + start * in.Row(), in.Row(), in.width, count, work);
-    for (size_t q = begin; q < end; q += kQueries) {
-      float *sums = work.sums + (q - begin) * stride, *state = work.highest + (q - begin);
-      Kind::Scores(work.qt + (q - begin) * words, work.keys, in.width, count, work.scores);
-      HWY_ALIGN float carry[kQueries];
-      WeighChunk<Kind>(job.bias == nullptr ? nullptr : job.bias + batch * in.tokens + start, count, work, state,
-                       work.totals + (q - begin), carry);
-      Kind::AddSums(work.weights, work.values, Groups(count, Kind::kRows), stride, carry, sums);
+  for (const auto& part : parts) {
+    for (size_t start = 0; start < part.tokens; start += kGroupKeys) {
+      const size_t count = std::min(kGroupKeys, part.tokens - start);
+      PackChunk<Kind>(part.keys + start * part.row, part.values + start * part.row, part.row, in.width, count, work);
+      for (size_t q = begin; q < end; q += kQueries) {
+        float *sums = work.sums + (q - begin) * stride, *state = work.highest + (q - begin);
+        Kind::Scores(work.qt + (q - begin) * words, work.keys, in.width, count, work.scores);
+        HWY_ALIGN float carry[kQueries];
+        WeighChunk<Kind>(part.bias == nullptr ? nullptr : part.bias + start, count, work, state,
+                         work.totals + (q - begin), carry);
+        Kind::AddSums(work.weights, work.values, Groups(count, Kind::kRows), stride, carry, sums);
+      }
     }
   }
   for (size_t q = begin; q < end; ++q) {
@@ -142,19 +156,25 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
 }
 
 template <class Kind>
-bool AttendDensely(const Packed& in, float* output, const Call& call) {
+bool AttendDensely(const Packed& in, const Kept& kept, float* output, const Call& call) {
   if (in.batch == 0) return true;
-  GroupJob job{in, output, nullptr, 0, 0};
+  GroupJob job{in, kept, output, nullptr, nullptr, 0, 0};
   // Groups of a head are alike: a small one would pack all keys too.
   const size_t tiles = Groups(in.tokens, kQueries);
   const size_t least = std::max<size_t>(1, (tiles + kGroupTiles / 2) / kGroupTiles);
   job.tiles = Groups(tiles, least);
   job.groups = Groups(tiles, job.tiles);
-  if (in.sizes != nullptr) {
-    float* bias = nullptr;
-    if (!call.Share([&](Layout* layout) { bias = layout->Take<float>(in.batch, in.tokens); })) return false;
-    LogSizes(in.sizes, in.batch * in.tokens, bias);
-    job.bias = bias;
+  if (in.sizes != nullptr || kept.tokens != 0) {
+    float *bias = nullptr, *kept_bias = nullptr;
+    const auto take = [&](Layout* layout) {
+      bias = layout->Take<float>(in.sizes == nullptr ? 0 : in.batch, in.tokens);
+      kept_bias = layout->Take<float>(in.batch, kept.tokens);
+    };
+    if (!call.Share(take)) return false;
+    if (in.sizes != nullptr) LogSizes(in.sizes, in.batch * in.tokens, bias);
+    LogSizes(kept.counts, in.batch * kept.tokens, kept_bias);
+    job.bias = in.sizes == nullptr ? nullptr : bias;
+    job.kept_bias = kept_bias;
   }
   GroupWork<typename Kind::Word> work;
   return call.For(in.batch * in.heads * job.groups, LayOut<Kind>(job, nullptr, &work), GroupItem<Kind>, &job);

@@ -76,6 +76,32 @@ struct DenseKernel {
   sparsifiner_qkv qkv{};
 };
 
+struct CachedKernel {
+  bool Read(const Attributes& from) {
+    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
+  }
+
+  bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
+    sparsifiner_qkv in = qkv;
+    sparsifiner_kept kept{};
+    Shape rows, counts;
+    if (!tensors.PackBare(&in) || !tensors.Input(1, &rows, &kept.kept) || !tensors.Input(2, &counts, &kept.counts)) {
+      return false;
+    }
+    kept.tokens = rows.rank == 3 ? rows.axes[1] : 0;
+    const Shape expected{3, {in.batch, kept.tokens, 2 * in.num_heads * in.width}};
+    if (rows.rank != 3 || !std::equal(expected.axes, expected.axes + 3, rows.axes) || counts.rank != 2 ||
+        !std::equal(expected.axes, expected.axes + 2, counts.axes)) {
+      return problem->Refuse("kept must have shape [B, S, 2 * num_heads * d] and counts [B, S], got %s and %s",
+                             Text(rows).text, Text(counts).text);
+    }
+    return session->Fill(tensors, {in.batch, in.tokens, in.num_heads * in.width},
+                         [&](auto* call, auto to) { return sparsifiner_cached_attention(call, &in, &kept, to); });
+  }
+
+  sparsifiner_qkv qkv{};
+};
+
 struct SparseKernel {
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale) &&
@@ -242,7 +268,7 @@ class Domain {
     if (OrtCustomOpDomain* existing = domain_.load()) return existing;
     OrtCustomOpDomain* domain = nullptr;
     if (!problem->Check(api.CreateCustomOpDomain("sparsifiner", &domain)) || domain == nullptr) return nullptr;
-    const OrtCustomOp* const operators[] = {&select_, &sparse_, &dense_, &match_, &merge_};
+    const OrtCustomOp* const operators[] = {&select_, &sparse_, &dense_, &cached_, &match_, &merge_};
     for (const OrtCustomOp* each : operators) {
       if (problem->Check(api.CustomOpDomain_Add(domain, each))) continue;
       api.ReleaseCustomOpDomain(domain);
@@ -260,6 +286,7 @@ class Domain {
   const Operator<SelectKernel> select_{"KeySelect", 4, kFloat, kInt, precision_};
   const Operator<SparseKernel> sparse_{"SparseAttention", 3, kInt, kFloat, precision_};
   const Operator<DenseKernel> dense_{"DenseAttention", 2, kFloat, kFloat, precision_};
+  const Operator<CachedKernel> cached_{"CachedAttention", 3, kFloat, kFloat, precision_};
   const Operator<MatchKernel> match_{"MatchTokens", 2, kFloat, kInt, precision_};
   const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat, precision_};
   std::atomic<OrtCustomOpDomain*> domain_{nullptr};

@@ -164,7 +164,10 @@ class Tensors {
   }
 
   // Packed queries, keys and values, of as many heads as `in` has, and the sizes of their tokens.
-  bool Pack(sparsifiner_qkv* in) const {
+  bool Pack(sparsifiner_qkv* in) const { return PackBare(in) && Sizes(1, in->batch, in->tokens, &in->sizes); }
+
+  // The same without sizes.
+  bool PackBare(sparsifiner_qkv* in) const {
     Shape shape;
     if (!Input(0, &shape, &in->qkv)) return false;
     const int64_t* axes = shape.axes;
@@ -178,7 +181,7 @@ class Tensors {
     in->batch = axes[0];
     in->tokens = axes[1];
     in->width = axes[2] / (3 * in->num_heads);
-    return Sizes(1, in->batch, in->tokens, &in->sizes);
+    return true;
   }
 
   bool Sizes(size_t index, int64_t batch, int64_t tokens, sparsifiner_floats* sizes) const {

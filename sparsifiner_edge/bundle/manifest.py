@@ -105,7 +105,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         inputs, outputs: of the model, in its order. Images are "NHWC", 0 to 255, RGB.
         sparsity: None where attention is dense. plan: what each layer does.
         tolerances: output -> greatest difference from golden, relative to its range; more than 1 would pass anything.
-        engines: in the order in which they were built. stream: of `export --stream`. intended: what is to run it, where that is known.
+        engines: in the order in which they were built. stream: of `export --stream`.
+        intended: what is to run it, where that is known.
         user_call: how far from a user's own function: `export --check`.
         check, retiled, quantisation, float16, boards: what export found; float16 decides `float_precision`.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
@@ -171,6 +172,9 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     except ConfigError as error:
         raise ArtifactError(f"{folder}: {error.what}", AGAIN) from error
     manifest = read_record(content, Manifest, folder, AGAIN)
+    roles = (manifest.stream.embedding, manifest.stream.step, manifest.stream.golden) if manifest.stream else ()
+    if lacking := [name for name in roles if name not in files]:
+        raise ArtifactError(f"{folder} lists {lacking[0]!r:.80} without a hash.", AGAIN)
     for engine in manifest.engines:
         if engine.file not in files:
             raise ArtifactError(f"{folder} lists {engine.file!r:.80} without a hash.", AGAIN)

@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
 @click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True,
               help="How `run` and `evaluate` bring images to the size, unless told otherwise.")  # fmt: skip
+@click.option("--stream", is_flag=True,
+              help="Also write what computes of a camera's frames only what changed: `run` does it then.")  # fmt: skip
 @click.option("--tokens", is_flag=True, help="Also give the tokens of a classifier, or of a model with a decoder.")
 @common.normalise_options
 @common.json_option

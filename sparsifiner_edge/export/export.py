@@ -30,6 +30,7 @@ from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import held_out_images, quantise
 from sparsifiner_edge.export.sessions import file_runner
+from sparsifiner_edge.export.stream import write_stream
 from sparsifiner_edge.export.user_call import UserFunction, hold_against
 from sparsifiner_edge.fitting import Fit, Framing, require_fit
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
@@ -72,6 +73,7 @@ class ExportOptions:
         boards: names or files of boards (see `profiles.boards`) whose GPU kernels go into the bundle, of float16; the
             student gets the tile and cells that suit them if those pass the gate (see `gpu_layout`).
         fit: how `run` and `evaluate` bring images to the size unless told otherwise; see `fitting.Framing`.
+        stream: also write what computes of a camera's frames only what changed (see `Session.stream`).
 
     Example:
         >>> ExportOptions(precision="int8", calibrate="images").batch
@@ -88,6 +90,7 @@ class ExportOptions:
     labels: Sequence[str] = ()
     boards: Sequence[str | Path] = ()
     fit: Fit = "crop"
+    stream: bool = False
 
     def __post_init__(self) -> None:
         require_fit(self.fit)
@@ -234,6 +237,8 @@ def _form(options: ExportOptions) -> _Form:
         [] if folder is None else evenly(list_images(Path(folder)), MAX_CALIBRATION_IMAGES)
         for folder in (calibrate, options.data)
     )
+    single = (options.precision, str(options.batch)) == ("fp32", "1")
+    require(single or not options.stream, "A stream's files are of fp32 and batch 1.", "Leave --stream out, or those.")
     batch, labels = options.batch, check_labels(list(options.labels), "The classes", _LABELS)
     size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
     return _Form(options, size, images, labels, loaded, call, held)
@@ -268,8 +273,11 @@ def _export(
         if labels:
             (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         kernels = tuple(board_files(file.model, student.name, board, folder) for board in form.boards)
-        manifest = _manifest(student, file, options)
-        seal_bundle(folder, msgspec.structs.replace(manifest, user_call=user_call, retiled=retiled, boards=kernels))
+        manifest = msgspec.structs.replace(
+            _manifest(student, file, options), user_call=user_call, retiled=retiled, boards=kernels,
+            stream=write_stream(deploy(student, options.tokens), student.img_size, folder) if options.stream else None,
+        )  # fmt: skip
+        seal_bundle(folder, manifest)
     return target
 
 

@@ -20,11 +20,12 @@ from sparsifiner_edge.export.sessions import runner_of
 from sparsifiner_edge.metrics import agreement
 from sparsifiner_edge.runtime.stream import (
     CHANGE,
+    COUNTS,
+    FINAL,
     NEW,
     PLACES,
     REFERENCES,
     ROWS,
-    STALE,
     TOKENS,
     Infer,
     StreamShape,
@@ -53,20 +54,22 @@ class _Embedding(nn.Module):
 
 
 class _Step(nn.Module):
-    """The parts of a `Passage`, one by one -> the model's outputs, then what is new, as `StreamShape.kept` names it."""
+    """The parts of a `Passage`, one by one -> the model's outputs, the final tokens of the rows, then what is new, as
+    `StreamShape.kept` names it.
+    """
 
     def __init__(self, stream: StreamModel) -> None:
         super().__init__()
         self.stream = stream
 
     def forward(
-        self, image: Tensor, tokens: Tensor, rows: Tensor, stale: Tensor, places: Tensor, *kept: Tensor
+        self, image: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, places: Tensor, *kept: Tensor
     ) -> tuple[Tensor, ...]:
-        depth = 2 * len(self.stream.backbone.layers)
-        pairs, read = list(zip(kept[:depth:2], kept[1:depth:2], strict=True)), kept[depth:]
-        passage = Passage(rows, tokens, stale, places, pairs, read=dict(zip(self.stream.read, read, strict=True)))
+        depth = len(self.stream.backbone.layers)
+        read = dict(zip(self.stream.read, kept[depth:], strict=True))
+        passage = Passage(rows, tokens, counts, places, list(kept[:depth]), read=read)
         outputs = self.stream.step(image, passage)
-        return (*outputs, *(new for pair in passage.new for new in pair), *passage.given.values())
+        return (*outputs, passage.tokens, *passage.new, *passage.given.values())
 
 
 def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> StreamFiles:
@@ -81,14 +84,14 @@ def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> Stre
     """
     images = [smooth_images(size, seed=seed) for seed in range(GOLDEN_FRAMES)]
     stream, names = StreamModel(deployed, torch.from_numpy(images[0])), deployed.output_names
-    backbone = stream.backbone
+    backbone, (heads, dim, _) = stream.backbone, stream.backbone.geometry
     shape = StreamShape(
-        len(backbone.layers), backbone.geometry.heads, backbone.width, backbone.prefix, backbone.patches, stream.read
+        len(backbone.layers), backbone.width, heads * dim, backbone.prefix, backbone.patches, stream.read
     )
     embedding, step = _Embedding(stream), _Step(stream)
     models = _embedding_file(embedding, shape, images[0]), _step_file(step, shape, images[0], names)
     golden = {"input.image": np.stack(images), "input.patches": _some_patches(shape)}
-    outputs = [*names, *(NEW + name for name in shape.kept)]
+    outputs = [*names, FINAL, *(NEW + name for name in shape.kept)]
     with torch.no_grad():
         inner = _of_torch(embedding, [TOKENS, CHANGE]), _of_torch(step, outputs)
         wanted = list(play(shape, *inner, golden))
@@ -118,13 +121,13 @@ def _step_file(module: _Step, shape: StreamShape, image: Array, outputs: list[st
     some = shape.prefix + _SOME
     given = {
         "image": torch.from_numpy(image), TOKENS: torch.zeros(1, some, shape.width), ROWS: torch.arange(some),
-        STALE: torch.zeros(_SOME), PLACES: torch.arange(shape.tokens) % _SOME,
+        COUNTS: torch.ones(1, _SOME), PLACES: torch.arange(shape.tokens) % _SOME,
     }  # fmt: skip
-    kept = {name: torch.zeros(*axes[:-2], _SOME, axes[-1]) for name, axes in shape.kept.items()}
+    kept = {name: torch.zeros(1, _SOME, width) for name, width in shape.kept.items()}
     rows, known = torch.export.Dim("rows"), torch.export.Dim("kept")
-    axes = {"image": None, "tokens": {1: rows}, "rows": {0: rows}, "stale": {0: known}, "places": None}
-    lengths = tuple({value.ndim - 2: known} for value in kept.values())
-    names = [*outputs, *(NEW + name for name in kept)]
+    axes = {"image": None, "tokens": {1: rows}, "rows": {0: rows}, "counts": {1: known}, "places": None}
+    lengths = ({1: known},) * len(kept)
+    names = [*outputs, FINAL, *(NEW + name for name in kept)]
     model = to_onnx(module, given | kept, names, {**axes, "kept": lengths})
     tidy(model, module)
     check_structure(model)

@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from sparsifiner_edge.ops import native
 
-NATIVE = ("KeySelect", "SparseAttention", "DenseAttention", "MatchTokens", "MergeTokens")
+NATIVE = ("KeySelect", "SparseAttention", "DenseAttention", "CachedAttention", "MatchTokens", "MergeTokens")
 """Operators of the native kernels: of float32, on the processor."""
 TRITON = ("KeySelect", "SparseAttention", "MatchTokens", "MergeTokens")
 """Operators of the kernels in Triton, on a CUDA GPU; for limits of sizes see `ops.triton.schedule.refusals`."""

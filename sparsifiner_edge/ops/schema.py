@@ -1,7 +1,7 @@
 """Schemas of the operators: types, shapes, limits, tolerances. Bodies, test matrix and documentation follow from here.
 
 Symbols: B batch, N tokens, C channels, H heads, d = C / H, P = N - num_prefix patches, T = ceil(P / tile) tiles,
-K keys, c predictor channels. `qkv` is after bias, qk-norm and RoPE; its last axis is q|k|v, each H x d.
+K keys, c predictor channels, S kept tokens. `qkv` is after bias, qk-norm and RoPE; its last axis is q|k|v, each H x d.
 """
 
 from __future__ import annotations
@@ -151,6 +151,22 @@ DENSE_ATTENTION = Operator(
 )
 
 
+CACHED_ATTENTION = Operator(
+    name="CachedAttention",
+    inputs=(
+        QKV,
+        Tensor("kept", FLOATS, ("B", "S", "2C"), "keys and values of other tokens, from before: k|v along the last axis"),
+        Tensor("counts", ("float32",), ("B", "S"), "what each of these counts as: 1, or 0 where it is not read"),
+    ),
+    attributes=(_HEADS, _SCALE),
+    output=SPARSE_ATTENTION.output,
+    tolerances=SPARSE_ATTENTION.tolerances,
+    doc=(
+        "softmax(scale q k^T + log c) v per head, over the N tokens, each of which counts as c = 1, and the S kept\n"
+        "ones. Softmax in float32."
+    ),
+)
+
 _PAIRS = Tensor(
     "pairs",
     ("int32",),
@@ -204,5 +220,5 @@ MERGE_TOKENS = Operator(
 
 OPERATORS = {
     op.name: op
-    for op in (KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, MATCH_TOKENS, MERGE_TOKENS)
+    for op in (KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, CACHED_ATTENTION, MATCH_TOKENS, MERGE_TOKENS)
 }

@@ -232,17 +232,18 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
             self.constructor_validate_and_infer_types()
 
         def validate_and_infer_types(self) -> None:
-            """Type and shape of the output; a batch that is open stays open."""
+            """Type and shape of the output; a size that is open stays open: it follows what is put for it."""
             shapes = [self.get_input_partial_shape(i) for i in range(self.get_input_size())]
             sizes = [[axis.get_length() if axis.is_static else None for axis in shape] for shape in shapes]
             whole = OPERATORS[self.operator].output.dtypes == ("int32",)
             kind = openvino.Type.i32 if whole else openvino.Type.f32
-            shape = self.output_axes(sizes)
-            axes = [openvino.Dimension() if n is None else openvino.Dimension(n) for n in shape]
+            some, others = (self.output_axes([[n or put for n in shape] for shape in sizes]) for put in (64, 128))
+            pairs = zip(some, others, strict=True)
+            axes = [openvino.Dimension(a) if a == b else openvino.Dimension() for a, b in pairs]
             self.set_output_type(0, kind, openvino.PartialShape(axes))
 
         def output_axes(self, shapes: Any) -> Any:
-            require_valid(self.operator, self.settings, [[1 if n is None else n for n in shape] for shape in shapes])
+            require_valid(self.operator, self.settings, shapes)
             return OPERATORS[self.operator].output_shape(self.settings, shapes)
 
         def clone_with_new_inputs(self, inputs: Any) -> Any:

@@ -16,35 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner_edge.errors import UnsupportedModelError
+from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import PackedAttention, mix
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.layer import SparseLayer, TokenOrder
 from sparsifiner_edge.sparse.patch import restore_model
 
-KeysAndValues = tuple[Tensor, Tensor]
-"""Of one layer, [1,H,L,d] each."""
-
 
 @dataclasses.dataclass
 class Passage:
     """What a call of the model takes and gives beside images and outputs: N tokens, M of them computed, L kept: N, or
-    none before the first frame.
+    one that counts as 0 where all are computed.
 
     Attributes:
         rows: which tokens are computed, ascending, the prefix first: int64 [M]; None: none, the embedding alone.
         tokens: what the first layer takes, [1,M,C], then what each layer gave; of the embedding alone, all: [1,N,C].
-        stale: what is added to the logits of kept keys, [L]: far below 0 where a row is computed anew.
+        counts: 1 of each token kept, but 0 where it is computed anew: [1,L].
         places: of each token, where it is in those kept with the new ones behind them: int64 [N].
-        kept: of each layer. new: the same of the rows, as they come.
+        kept: keys and values of each layer, [1,L,2C]. new: the same of the rows, as they come.
         read: by number, of layers whose outputs the model itself reads, those kept, [1,L,C]. given: of the rows.
     """
 
     rows: Tensor | None = None
     tokens: Tensor | None = None
-    stale: Tensor | None = None
+    counts: Tensor | None = None
     places: Tensor | None = None
-    kept: list[KeysAndValues] = dataclasses.field(default_factory=list)
-    new: list[KeysAndValues] = dataclasses.field(default_factory=list)
+    kept: list[Tensor] = dataclasses.field(default_factory=list)
+    new: list[Tensor] = dataclasses.field(default_factory=list)
     read: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     given: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -60,19 +58,12 @@ class StreamAttention(PackedAttention):
 
     call: Call
 
-    def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
+    def attend(self, qkv: Tensor, _: Tensor | None = None) -> Tensor:
         """See `PackedAttention`: qkv [1,M,3C] of the rows."""
-        heads, dim, scale = self.geometry
-        queries, keys, values = qkv.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
-        passage = self.call.passage
-        before = passage.kept[len(passage.new)]
-        passage.new.append((keys, values))
-        queries = queries * scale
-        old, new = queries @ before[0].transpose(-1, -2) + passage.stale, queries @ keys.transpose(-1, -2)
-        weights = torch.cat([old, new], -1).softmax(-1)
-        count = before[0].shape[2]
-        attended = weights[..., :count] @ before[1] + weights[..., count:] @ values
-        return attended.transpose(1, 2).flatten(2)
+        passage, (heads, _, scale) = self.call.passage, self.geometry
+        kept = passage.kept[len(passage.new)]
+        passage.new.append(qkv[..., qkv.shape[-1] // 3 :])
+        return ops.cached_attention(qkv, kept, passage.counts, num_heads=heads, scale=scale)
 
 
 class StreamLayer(SparseLayer):
@@ -146,22 +137,24 @@ class StreamModel(nn.Module):
         return tokens
 
     def step(self, images: Tensor, passage: Passage) -> tuple[Tensor, ...]:
-        """What the module gives once some rows are computed anew; of these `passage` then has `new` and `given`.
+        """What the module gives once some rows are computed anew; of these `passage` then has `new` and `given`, and as
+        `tokens` what leaves the final norm.
 
         Args:
             images: for what reads pixels beside the transformer.
         """
         self._call.passage = passage
         outputs: tuple[Tensor, ...] = self.module(images)
+        passage.tokens = self.backbone.final_norm(passage.tokens)
         return outputs
 
     def whole(self, tokens: Tensor, read: Iterable[int] | None = None) -> Passage:
         """What a step takes that computes all of an image's tokens [1,N,C], and keeps none of before."""
         rows, (heads, dim, _) = torch.arange(self.count), self.backbone.geometry
-        empty = tokens.new_zeros(1, heads, 0, dim)
+        kept = [tokens.new_zeros(1, 1, 2 * heads * dim)] * len(self.backbone.layers)
         return Passage(
-            rows, tokens, tokens.new_zeros(0), rows, [(empty, empty)] * len(self.backbone.layers),
-            read=dict.fromkeys(self.read if read is None else read, tokens[:, :0]),
+            rows, tokens, tokens.new_zeros(1, 1), 1 + rows, kept,
+            read=dict.fromkeys(self.read if read is None else read, tokens[:, :1]),
         )  # fmt: skip
 
     def _find_read(self, example: Tensor) -> tuple[int, ...]:

@@ -54,6 +54,8 @@ class Case:
         qkv[:, :: max(tokens // 5, 1)] *= 3
         packed = qkv.reshape(self.batch, tokens, -1).astype(self.dtype)
         first = [packed, self._sizes(rng, tokens)]
+        if self.op.name == "CachedAttention":
+            return [packed, *self._kept(rng, packed.shape[2] // 3)]
         if self.op.name == "KeySelect":
             return [*first, *(rng.normal(size=(heads, width, self.channels)).astype(self.dtype) for _ in range(2))]
         if self.op.name == "SparseAttention":
@@ -71,6 +73,12 @@ class Case:
         sizes = rng.choice([1, 1, 1, 2, 3, 7, 40] if self.merged else [1], (self.batch, tokens)).astype(np.float32)
         sizes[:, : self.prefix] = 1
         return sizes
+
+    def _kept(self, rng: np.random.Generator, channels: int) -> list[np.ndarray]:
+        """Of which a part is not read; of one patch, none is."""
+        count = 1 if self.patches == 37 else 90
+        counts = rng.choice([0, 1], (self.batch, count)).astype(np.float32) * (self.patches > 1)
+        return [rng.normal(size=(self.batch, count, 2 * channels)).astype(self.dtype), counts]
 
     def _merge_inputs(self, rng: np.random.Generator) -> list[np.ndarray]:
         """Tokens, sizes, and pairs of which a third are single."""

@@ -30,6 +30,7 @@ _BODIES: dict[str, Callable[[Structure], str]] = {
     "LandmarkKeySelect": select.landmark_key_select,
     "SparseAttention": attention.sparse_attention,
     "DenseAttention": attention.dense_attention,
+    "CachedAttention": attention.cached_attention,
     "MatchTokens": merge.match_tokens,
     "MergeTokens": merge.merge_tokens,
 }

@@ -50,6 +50,10 @@ class _Attend(Structure):
     _fields_ = _fields("num_prefix tile cell keys prefix_keys")
 
 
+class _Kept(Structure):
+    _fields_ = (("kept", _Tensor), ("counts", _Tensor), *_fields("tokens"))
+
+
 class _Match(Structure):
     _fields_ = _fields("num_prefix window merged")
 
@@ -64,6 +68,7 @@ _FUNCTIONS: dict[str, tuple[str, type[Structure] | None]] = {
     "KeySelect": ("sparsifiner_key_select", _Select),
     "SparseAttention": ("sparsifiner_sparse_attention", _Attend),
     "DenseAttention": ("sparsifiner_dense_attention", None),
+    "CachedAttention": ("sparsifiner_cached_attention", None),
     "MatchTokens": ("sparsifiner_match_tokens", _Match),
     "MergeTokens": ("sparsifiner_merge_tokens", None),
 }
@@ -163,6 +168,9 @@ def _arguments(
     if op == "MergeTokens":
         return [byref(_Pairs(*tensors[:3], *shapes[0], shapes[2][1])), tensors[3]]
     sizes = OPERATORS[op].sizes(attributes, shapes)
+    if op == "CachedAttention":
+        qkv = _Qkv(tensors[0], _Tensor(), *(sizes[symbol] for symbol in "BNHd"), attributes["scale"])
+        return [byref(qkv), byref(_Kept(*tensors[1:3], sizes["S"])), tensors[3]]
     qkv = _Qkv(*tensors[:2], *(sizes[symbol] for symbol in "BNHd"), attributes.get("scale", 1.0))
     kind, settings = _FUNCTIONS[op][1], {**attributes, "keys": sizes.get("K", 0), "channels": sizes.get("c", 0)}
     return [byref(qkv), *([] if kind is None else [byref(_fill(kind, settings))]), *tensors[2:]]
