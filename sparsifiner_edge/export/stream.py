@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -69,7 +70,7 @@ class _Step(nn.Module):
         read = dict(zip(self.stream.read, kept[depth:], strict=True))
         passage = Passage(rows, tokens, counts, places, list(kept[:depth]), read=read)
         outputs = self.stream.step(image, passage)
-        return (*outputs, passage.tokens, *passage.new, *passage.given.values())
+        return (*outputs, cast(Tensor, passage.tokens), *passage.new, *passage.given.values())
 
 
 def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> StreamFiles:
@@ -90,13 +91,15 @@ def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> Stre
     )
     embedding, step = _Embedding(stream), _Step(stream)
     models = _embedding_file(embedding, shape, images[0]), _step_file(step, shape, images[0], names)
-    golden = {"input.image": np.stack(images), "input.patches": _some_patches(shape)}
+    sequence = np.stack(images), _some_patches(shape)
+    golden = dict(zip(("input.image", "input.patches"), sequence, strict=True))
     outputs = [*names, FINAL, *(NEW + name for name in shape.kept)]
     with torch.no_grad():
         inner = _of_torch(embedding, [TOKENS, CHANGE]), _of_torch(step, outputs)
-        wanted = list(play(shape, *inner, golden))
+        wanted = list(play(shape, *inner, *sequence))
     golden |= {f"output.{name}": np.stack([frame[name] for frame in wanted]) for name in names}
-    for number, (got, frame) in enumerate(zip(play(shape, *map(runner_of, models), golden), wanted, strict=True)):
+    ran = play(shape, runner_of(models[0]), runner_of(models[1]), *sequence)
+    for number, (got, frame) in enumerate(zip(ran, wanted, strict=True)):
         for name, expected in frame.items():
             if (found := agreement(name, got[name], expected, SAME.error)).error > SAME.error:
                 what = f"Output {name!r} of frame {number} of a stream differs from torch by {found.error:.2e}."
@@ -105,7 +108,7 @@ def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> Stre
     (folder / files.step).parent.mkdir()
     for name, model in zip((files.embedding, files.step), models, strict=True):
         (folder / name).write_bytes(model.SerializeToString())
-    np.savez_compressed(folder / files.golden, **golden)
+    np.savez_compressed(folder / files.golden, **cast(Any, golden))
     return files
 
 

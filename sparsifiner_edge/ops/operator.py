@@ -95,7 +95,12 @@ class Operator:
             heads, patches = attributes["num_heads"], tokens - attributes.get("num_prefix", 0)
             tiles = math.ceil(patches / attributes.get("tile", 1))
             sizes |= {"B": batch, "N": tokens, "P": patches, "3C": packed, "C": packed // 3, "H": heads, "T": tiles}
-            sizes |= {"d": packed // (3 * heads), "2C": packed // 3 * 2, "N-1": tokens - 1, "N-merged": tokens - attributes.get("merged", 0)}
+            sizes |= {
+                "d": packed // (3 * heads),
+                "2C": packed // 3 * 2,
+                "N-1": tokens - 1,
+                "N-merged": tokens - attributes.get("merged", 0),
+            }
             sizes |= {"K": attributes["keys"]} if "keys" in attributes else {}
         for tensor, shape in zip(self.inputs, shapes, strict=True):
             for symbol, size in zip(tensor.axes, shape, strict=True):

@@ -155,7 +155,9 @@ CACHED_ATTENTION = Operator(
     name="CachedAttention",
     inputs=(
         QKV,
-        Tensor("kept", FLOATS, ("B", "S", "2C"), "keys and values of other tokens, from before: k|v along the last axis"),
+        Tensor(
+            "kept", FLOATS, ("B", "S", "2C"), "keys and values of other tokens, from before: k|v along the last axis"
+        ),
         Tensor("counts", ("float32",), ("B", "S"), "what each of these counts as: 1, or 0 where it is not read"),
     ),
     attributes=(_HEADS, _SCALE),
@@ -220,5 +222,13 @@ MERGE_TOKENS = Operator(
 
 OPERATORS = {
     op.name: op
-    for op in (KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, CACHED_ATTENTION, MATCH_TOKENS, MERGE_TOKENS)
+    for op in (
+        KEY_SELECT,
+        LANDMARK_KEY_SELECT,
+        SPARSE_ATTENTION,
+        DENSE_ATTENTION,
+        CACHED_ATTENTION,
+        MATCH_TOKENS,
+        MERGE_TOKENS,
+    )
 }

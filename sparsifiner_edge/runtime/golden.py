@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import zipfile
@@ -13,9 +14,13 @@ from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, agreement, align
+from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
+from sparsifiner_edge.runtime.stream import StreamShape, open_stream, play
 from sparsifiner_edge.text import one_line
 
+SEQUENCE_TOLERANCE = 1e-3
+"""Greatest difference of a stream's outputs from golden ones, of their range: steps compute nothing but sums."""
 _LEAST_MEAN = 0.99
 """Mean cosine of the rows of an output where some tokens that merge are others."""
 LEAST_DENSE_COSINE = 0.97
@@ -48,6 +53,44 @@ def check_golden(session: Session, bundle: Bundle) -> dict[str, dict[str, float]
     return report
 
 
+def check_sequence(bundle: Bundle, backend: Backend) -> str:
+    """Run a bundle's golden sequence of frames, where it has one, as a stream; what was found, for people.
+
+    Raises:
+        ArtifactError, GateError: see `check_golden`, of any frame.
+    """
+    files, tolerances, worst = bundle.manifest.stream, bundle.manifest.tolerances, 0.0
+    if files is None:
+        return "none"
+    with contextlib.closing(open_stream(bundle, backend)) as opened:
+        inputs, expected = read_golden(bundle, files.golden)
+        least = max(SEQUENCE_TOLERANCE, opened.step.least_tolerance)
+        sequence = _sequence(bundle, inputs, expected, opened.shape)
+        frames = play(opened.shape, opened.embedding.infer, opened.run, *sequence)
+        for number, outputs in enumerate(frames):
+            for name, wanted in expected.items():
+                stated = bundle.require(tolerances.get(name), f"the tolerance of {name!r}")
+                figures = _compare(name, outputs[name], wanted[number], max(stated, least), 0.0, opened.step)
+                worst = max(worst, figures["range_relative_error"])
+    return f"{len(next(iter(expected.values())))} frames, within {worst:.1e}"
+
+
+def _sequence(
+    bundle: Bundle, inputs: dict[str, Array], expected: dict[str, Array], shape: StreamShape
+) -> tuple[Array, Array]:
+    """Images and patches of a golden sequence.
+
+    Raises:
+        ArtifactError: they are none.
+    """
+    images, patches = inputs.get("image", np.empty(0)), inputs.get("patches", np.empty(0))
+    fits = images.ndim == 5 and patches.dtype.kind == "i" and patches.ndim == 2 and len(patches) == len(images) - 1
+    fits = fits and bool((np.diff(patches) > 0).all()) and patches.min() >= 0 and patches.max() < shape.patches
+    if not fits or any(len(values) != len(images) for values in expected.values()):
+        raise ArtifactError(f"{bundle.folder} has a golden sequence that is none.", AGAIN)
+    return images, patches
+
+
 def _check_outputs(
     outputs: dict[str, Array], expected: dict[str, Array], session: Session, bundle: Bundle
 ) -> dict[str, dict[str, float]]:
@@ -70,13 +113,13 @@ def _check_outputs(
     return report
 
 
-def read_golden(bundle: Bundle) -> Pair:
+def read_golden(bundle: Bundle, name: str = GOLDEN_FILE) -> Pair:
     """Golden inputs and outputs of a bundle, by the model's names: arrays of numbers, none of them empty.
 
     Raises:
         ArtifactError: missing, altered, too large once unpacked, or no archive of arrays.
     """
-    path, content = bundle.folder / GOLDEN_FILE, bundle.read(GOLDEN_FILE, _MOST_BYTES)
+    path, content = bundle.folder / name, bundle.read(name, _MOST_BYTES)
     try:
         arrays = _unpack(content)
     # An archive is read by zipfile, zlib and NumPy's own parser, which evaluates a header: each has errors of its own.

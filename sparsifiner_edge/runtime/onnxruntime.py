@@ -163,6 +163,7 @@ class _OrtSession(Session):
 
     def close(self) -> None:
         """See `Session.close`."""
+        super().close()
         self._session = None
 
 

@@ -134,7 +134,9 @@ def session_on(
         what = f"{execution.backend} is no backend of sparsifiner-edge itself, and a signature is required."
         raise BackendError(what, f"Choose one of: {', '.join(BACKENDS)}.")
     choice, why = chosen or choose_execution(bundle, execution)
-    session = find_backend(choice).open(bundle)
+    backend = find_backend(choice)
+    session = backend.open(bundle)
+    session.opened_as = bundle, backend
     if why is not None:
         session.description = replace(session.description, chosen=why)
     return session

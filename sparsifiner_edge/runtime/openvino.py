@@ -173,6 +173,7 @@ class _OpenVinoSession(Session):
 
     def close(self) -> None:
         """See `Session.close`."""
+        super().close()
         with self._lock:
             self._request = self._compiled = None
             if self._operators is not None:

@@ -7,7 +7,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,6 +18,11 @@ from sparsifiner_edge.errors import BackendError, SlowKernelsWarning
 from sparsifiner_edge.ops.kernels import LACKING
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import one_line
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.bundle.store import Bundle
+    from sparsifiner_edge.runtime.backend import Backend
+    from sparsifiner_edge.runtime.stream import Stream, StreamSessions
 
 Self = TypeVar("Self", bound="Session")
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
@@ -60,6 +65,7 @@ class Session(abc.ABC):
             counts if it is the larger one, for computing in fewer bits than the file holds; the batch to repeat the
             input to, where smaller ones are refused; runs that must agree, where later ones work otherwise than the
             first; whether attention is dense in the place of sparse, so that the mean cosine of rows counts.
+        opened_as: what it is on, where that is a bundle.
     """
 
     backend: str
@@ -71,6 +77,8 @@ class Session(abc.ABC):
     least_batch = golden_runs = 1
     in_place_of_sparse = False
     description: Runtime
+    opened_as: tuple[Bundle, Backend] | None = None
+    _streaming: StreamSessions | None = None
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """Check names, types, ranks, sizes, and that axes of one name have one size.
@@ -115,6 +123,35 @@ class Session(abc.ABC):
         validate_outputs(self.model, outputs)
         return outputs
 
+    def stream(self, at_least: float = 0.98, share: float | None = None) -> Stream:
+        """Frames of a camera, one after the other: of each is computed what changed. Several streams take turns, each
+        with a state of its own; they end with the session.
+
+        Args:
+            at_least: fidelity of a frame to the dense model, as forecast: the mean cosine of its patches. As few of
+                these are computed as that takes, and where it takes too many, the whole model.
+            share: of the patches, that every frame computes instead, unless it is another scene.
+
+        Raises:
+            BackendError: the bundle was exported without --stream, or this backend runs none.
+            ConfigError: a number is out of range.
+
+        Example:
+            >>> import numpy as np
+            >>> with open_session("streaming") as session:
+            ...     stream = session.stream()
+            ...     for number in range(3):
+            ...         outputs = stream.infer({"image": np.full((1, 160, 160, 3), 100 + number // 2, np.uint8)})
+            >>> stream.computed.by
+            'step'
+        """
+        from sparsifiner_edge.runtime.stream import Stream, open_stream
+
+        if self.opened_as is None:
+            raise BackendError(f"This session of {self.model} was opened without its bundle.", "Open the bundle.")
+        self._streaming = self._streaming or open_stream(*self.opened_as)
+        return Stream(self, self._streaming, at_least, share)
+
     @abc.abstractmethod
     def _run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """The backend's part of `infer`; the inputs are checked, and contiguous."""
@@ -125,7 +162,9 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Release the model. Closing twice is harmless."""
+        """Release the model, and what its streams run on. Closing twice is harmless."""
+        if self._streaming is not None:
+            self._streaming.close()
 
     def __enter__(self: Self) -> Self:
         return self

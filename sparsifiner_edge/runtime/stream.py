@@ -7,6 +7,7 @@ by keys and values that are kept here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,19 +16,43 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.metrics import cosine
+from sparsifiner_edge.runtime.backend import Backend, ProcessorBackend
+from sparsifiner_edge.runtime.session import Session
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.runtime.session import Session
+    from sparsifiner_edge.bundle.manifest import StreamFiles
+    from sparsifiner_edge.bundle.store import Bundle
 
 REFERENCES, TOKENS, CHANGE, ROWS, COUNTS, PLACES, FINAL, NEW = (
     "stream.references", "stream.tokens", "stream.change", "stream.rows", "stream.counts", "stream.places",
     "stream.final", "new.",
 )  # fmt: skip
 """Names in the files; no output of a model has a dot."""
+AT_LEAST, MARGIN = 0.98, 0.75
+"""Fidelity, where nothing else is asked for; and the share of what may be lost that frames are planned to lose."""
+SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+"""Of the patches, that a step computes: the least that keeps to the limit. Where none does, the model costs less."""
+STILL, FIRST_CHECK, LAST_CHECK = 2, 8, 256
+"""Frames that must hardly differ before something is kept again; steps after which a frame is computed whole, first and
+at last: forecasts are held against it.
+"""
+_CUT = 0.25
+"""What a step of a fixed share may lose, as predicted: it is another scene then."""
+_COMPUTED = 0.4
+"""Error of what a step computes, of that of what it leaves: it attends to both."""
+_LEAST_CHANGE, _AGES = -6, 7
+"""Exponents of 2: of the least change that counts, and how many of ages do."""
+_RATE, _SCALE, _SCALE_RATE = 0.02, 1.6, 0.5
+"""How fast forecasts follow each patch. How much further from the truth tokens are than these tell, which attend to
+others as old: at first, and how fast that follows each frame that is computed whole.
+"""
 Infer = Callable[[dict[str, Array]], dict[str, Array]]
 Places = npt.NDArray[np.int64]
+Axes = tuple[int | str | None, ...]
 
 
 class StreamShape(NamedTuple):
@@ -97,9 +122,228 @@ class StreamState:
         return outputs
 
 
-def play(shape: StreamShape, embed: Infer, step: Infer, golden: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-    """The outputs of each frame of a golden sequence: the first one is computed whole, of the others some patches."""
+def open_stream(bundle: Bundle, backend: Backend) -> StreamSessions:
+    """The files of a stream in a bundle, open.
+
+    Raises:
+        BackendError: the bundle has none, or the backend runs none.
+        ArtifactError: they are not what the bundle says of itself.
+    """
+    manifest = bundle.manifest
+    if manifest.stream is None:
+        raise BackendError(f"{bundle.folder} has no files of a stream.", "Export it with --stream.")
+    if not isinstance(backend, ProcessorBackend):
+        raise BackendError(f"{backend.name} runs no stream.", f"Choose one of: {', '.join(ON_PROCESSOR)}.")
+    with contextlib.ExitStack() as stack:
+        sessions = list[Session]()
+        for name in (manifest.stream.embedding, manifest.stream.step):
+            with bundle.sealed_copy(name) as copy:
+                session = backend.session(bundle.folder / name, copy, manifest.precision)
+            sessions.append(stack.enter_context(session))
+        opened = StreamSessions(sessions[0], sessions[1], _shape(bundle, manifest.stream, sessions[1]))
+        _require(opened, bundle)
+        stack.pop_all()
+    return opened
+
+
+def _shape(bundle: Bundle, files: StreamFiles, step: Session) -> StreamShape:
+    sizes = bundle.require(bundle.manifest.shape, "shape")
+    attended = next((spec.shape[-1] for spec in step.inputs if spec.name == "kept.0" and spec.shape), 0)
+    attended = attended // 2 if isinstance(attended, int) else 0
+    return StreamShape(sizes.depth, sizes.width, attended, sizes.prefix, sizes.patches, files.read)
+
+
+def _require(opened: StreamSessions, bundle: Bundle) -> None:
+    """Refuse files whose inputs and outputs do not fit the bundle: nothing else looks at names and sizes."""
+    shape, known = opened.shape, {spec.name: spec for spec in bundle.manifest.inputs}
+    image = known["image"].shape if "image" in known else ()
+    kept = {name: (1, None, width) for name, width in shape.kept.items()}
+    some: dict[str, Axes] = {"image": image, ROWS: (None,)}  # What not every model reads.
+    takes: dict[str, Axes] = {TOKENS: (1, None, shape.width), COUNTS: (1, None), PLACES: (shape.tokens,), **kept}
+    gives: dict[str, Axes] = {FINAL: (1, None, shape.width), **{NEW + name: axes for name, axes in kept.items()}}
+    gives |= {spec.name: spec.shape for spec in bundle.manifest.outputs}
+    embedding, step = opened.embedding, opened.step
+    for origin, specs, needed, others in (
+        (embedding, embedding.inputs, {"image": image, REFERENCES: (1, shape.patches, shape.width)}, {}),
+        (embedding, embedding.outputs, {TOKENS: (1, shape.tokens, shape.width), CHANGE: (1, shape.patches)}, {}),
+        (step, step.inputs, takes, some),
+        (step, step.outputs, gives, {}),
+    ):
+        found = {spec.name: tuple(x if isinstance(x, int) else None for x in spec.shape) for spec in specs}
+        wanted = {**needed, **{name: axes for name, axes in others.items() if name in found}}
+        if found != wanted:
+            odd = next(name for name in (*wanted, *found) if wanted.get(name) != found.get(name))
+            raise ArtifactError(f"{origin.model} has {odd!r:.80} otherwise than its manifest says.", AGAIN)
+
+
+def play(shape: StreamShape, embed: Infer, step: Infer, images: Array, patches: Array) -> Iterator[dict[str, Array]]:
+    """The outputs of each frame of a golden sequence, [F,1,H,W,3]: the first is computed whole, of the others these
+    patches, [F-1,n].
+    """
     state = StreamState(shape)
-    for number, image in enumerate(golden["input.image"]):
+    for number, image in enumerate(images):
         tokens = embed({"image": image, REFERENCES: state.references})[TOKENS]
-        yield state.step(step, image, tokens, golden["input.patches"][number - 1] if number else None)
+        yield state.step(step, image, tokens, patches[number - 1] if number else None)
+
+
+class StreamSessions(NamedTuple):
+    """The two files of a stream, open, for any number of streams in turn."""
+
+    embedding: Session
+    step: Session
+    shape: StreamShape
+
+    def embed(self, image: Array, references: Array) -> tuple[Array, Array]:
+        """A frame's tokens, and how far each patch is from its reference: [1,N,C] and [P]."""
+        outputs = self.embedding.infer({"image": image, REFERENCES: references})
+        return outputs[TOKENS], outputs[CHANGE][0]
+
+    def run(self, given: dict[str, Array]) -> dict[str, Array]:
+        """The step, of what it takes among these."""
+        return self.step.infer({spec.name: given[spec.name] for spec in self.step.inputs})
+
+    def close(self) -> None:
+        """Release both."""
+        self.embedding.close()
+        self.step.close()
+
+
+class Computed(msgspec.Struct, frozen=True):
+    """What was computed of a frame.
+
+    Attributes:
+        by: "whole": all, and what a stream keeps with it; "step": a part; "model": as without a stream, since too much
+            changed.
+        share: of the patches. oldest: frames since the patch was computed for which that is longest.
+        error: predicted, 1 - the mean cosine of the frame's patches to the dense model's; None: nothing was kept.
+    """
+
+    by: str
+    share: float
+    oldest: int
+    error: float | None = None
+
+
+class Forecast:
+    """How far final tokens are from the truth, 1 - cosine, by how far their patches are from when they were computed,
+    and how long ago that was. Learnt from every patch that is computed: a camera's noise is among the least changes.
+    """
+
+    def __init__(self) -> None:
+        change, age = 2.0 ** np.arange(_LEAST_CHANGE, 2)[:, None], 2.0 ** np.arange(_AGES)
+        self._errors = np.minimum(1.0, 0.15 * change**1.5 + 0.002 * np.sqrt(age))
+        self._scale = _SCALE
+
+    def of(self, change: Array, ages: Places) -> Array:
+        """Of each patch, [P]."""
+        return np.asarray(self._scale * self._errors[_cells(change, ages)])
+
+    def learn(self, change: Array, ages: Places, errors: Array) -> None:
+        """From patches that were computed anew: [n] each."""
+        cells, shape = np.ravel_multi_index(_cells(change, ages), self._errors.shape), self._errors.size
+        counts, sums = np.bincount(cells, minlength=shape), np.bincount(cells, errors, minlength=shape)
+        weight = 1 - (1 - _RATE) ** counts
+        means = np.divide(sums, counts, out=np.zeros(shape), where=counts > 0)
+        self._errors += (weight * (means - self._errors.ravel())).reshape(self._errors.shape)
+
+    def compare(self, change: Array, ages: Places, errors: Array) -> None:
+        """From all patches of a frame that is computed whole: what tokens computed lately are not told."""
+        ratio = errors.mean() / max(1e-6, self._errors[_cells(change, ages)].mean())
+        self._scale += _SCALE_RATE * (float(np.clip(ratio, 0.5, 4.0)) - self._scale)
+
+
+def _cells(change: Array, ages: Places) -> tuple[Places, Places]:
+    exponents = np.floor(np.log2(np.maximum(change, 1e-6))).astype(np.int64)
+    rows = np.clip(exponents - _LEAST_CHANGE, 0, 1 - _LEAST_CHANGE)
+    return rows, np.clip(np.floor(np.log2(ages + 1)).astype(np.int64), 0, _AGES - 1)
+
+
+class Stream:
+    """One stream of a session: see `Session.stream`.
+
+    Attributes:
+        computed: of the last frame; None before the first.
+    """
+
+    def __init__(
+        self, whole: Session, sessions: StreamSessions, at_least: float = AT_LEAST, share: float | None = None
+    ) -> None:
+        if not 0 < at_least < 1:
+            raise ConfigError(f"at_least is {at_least}.", "Give a fidelity between 0 and 1.")
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"share is {share}.", "Give a share of the patches, more than 0 and at most 1.")
+        self._whole, self._sessions = whole, sessions
+        self._limit = MARGIN * (1 - at_least) if share is None else _CUT
+        self._shares: tuple[float, ...] = SHARES if share is None else (share,)
+        self._state, self._forecast = StreamState(sessions.shape), Forecast()
+        self.computed: Computed | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the frames so far: the next one follows none of them."""
+        self._kept, self._still, self._steps, self._check = False, STILL, 0, FIRST_CHECK
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The model's outputs for the next frame; takes and gives what `Session.infer` does.
+
+        Raises:
+            BackendError: see `Session.infer`; the next frame is computed whole then.
+        """
+        self._whole.validate(inputs)
+        try:
+            outputs, self.computed = self._infer(inputs["image"])
+        except BaseException:
+            self.reset()
+            raise
+        return outputs
+
+    def _infer(self, image: Array) -> tuple[dict[str, Array], Computed]:
+        state, first = self._state, not self._kept and self._still == STILL
+        tokens, change = self._sessions.embed(image, state.references)
+        if first:
+            return self._all(image, tokens)
+        chosen, error = self._choose(change)
+        if chosen is None:
+            self._kept, self._still = False, 0
+        elif not self._kept:
+            self._still += 1
+        if chosen is not None and (self._kept or self._still == STILL):
+            if self._kept and self._steps < self._check and len(chosen) < len(change):
+                return self._step(image, tokens, change, chosen, error)
+            return self._all(image, tokens, change)
+        state.references[:], state.ages[:] = tokens[:, state.shape.prefix :], 0
+        return self._whole.infer({"image": image}), Computed("model", 1.0, 0)
+
+    def _choose(self, change: Array) -> tuple[Places | None, float]:
+        """Patches to compute, so that what is lost stays within the limit, and how much that is; None: too many."""
+        ages, count, error = self._state.ages, len(change), 0.0
+        errors = self._forecast.of(change, ages)
+        order = np.argsort(-change * np.sqrt(ages + 1), kind="stable")  # What changed most, or longest ago.
+        left = errors.sum() - np.cumsum(errors[order])
+        for share in self._shares:
+            some = min(count, max(1, round(share * count)))
+            error = float(left[some - 1]) / count * (1 + _COMPUTED * some / max(1, count - some))
+            if error <= self._limit:
+                return np.sort(order[:some]), error
+        return None, error
+
+    def _step(
+        self, image: Array, tokens: Array, change: Array, chosen: Places, error: float
+    ) -> tuple[dict[str, Array], Computed]:
+        state, rows = self._state, self._state.shape.prefix + chosen
+        before, ages = state.final[0, rows], state.ages[chosen]
+        outputs = state.step(self._sessions.run, image, tokens, chosen)
+        self._forecast.learn(change[chosen], ages, 1 - cosine(before, state.final[0, rows]))
+        self._steps += 1
+        return outputs, Computed("step", len(chosen) / len(change), int(state.ages.max()), error)
+
+    def _all(self, image: Array, tokens: Array, change: Array | None = None) -> tuple[dict[str, Array], Computed]:
+        """change: where what was kept tells how far it had come from the truth."""
+        state, prefix = self._state, self._state.shape.prefix
+        before, ages = state.final[0, prefix:].copy(), state.ages.copy()
+        outputs = state.step(self._sessions.run, image, tokens, None)
+        if change is not None and self._kept:
+            self._forecast.compare(change, ages, 1 - cosine(before, state.final[0, prefix:]))
+            self._check = min(4 * self._check, LAST_CHECK)
+        self._kept, self._steps = True, 0
+        return outputs, Computed("whole", 1.0, 0, 0.0)

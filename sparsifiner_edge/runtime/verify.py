@@ -18,7 +18,7 @@ from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
-from sparsifiner_edge.runtime.golden import beyond_text, check_golden
+from sparsifiner_edge.runtime.golden import beyond_text, check_golden, check_sequence
 from sparsifiner_edge.runtime.open import session_on
 from sparsifiner_edge.text import one_line
 
@@ -151,8 +151,11 @@ def _operators(stated: tuple[str, ...], model: Any) -> str:
 def _golden(bundle: Bundle, execution: Execution) -> str:
     with session_on(bundle, execution) as session:
         report, ran = check_golden(session, bundle), session.description
+        stream = (
+            "" if session.opened_as is None or bundle.manifest.stream is None else check_sequence(*session.opened_as)
+        )
     parts = (
         f"{name} {figures['range_relative_error']:.1e} of {figures['tolerance']:.0e}{beyond_text(figures)}"
         for name, figures in report.items()
     )
-    return f"{', '.join(parts)} ({ran.chosen or ran.backend})"
+    return f"{', '.join(parts)} ({ran.chosen or ran.backend}){'; a stream of ' * bool(stream)}{stream}"

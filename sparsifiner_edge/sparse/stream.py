@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from sparsifiner_edge.sparse.attention import PackedAttention, mix
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.layer import SparseLayer, TokenOrder
 from sparsifiner_edge.sparse.patch import restore_model
+
+_NOTHING = torch.empty(0)
 
 
 @dataclasses.dataclass
@@ -39,8 +41,8 @@ class Passage:
 
     rows: Tensor | None = None
     tokens: Tensor | None = None
-    counts: Tensor | None = None
-    places: Tensor | None = None
+    counts: Tensor = _NOTHING
+    places: Tensor = _NOTHING
     kept: list[Tensor] = dataclasses.field(default_factory=list)
     new: list[Tensor] = dataclasses.field(default_factory=list)
     read: dict[int, Tensor] = dataclasses.field(default_factory=dict)
@@ -60,10 +62,10 @@ class StreamAttention(PackedAttention):
 
     def attend(self, qkv: Tensor, _: Tensor | None = None) -> Tensor:
         """See `PackedAttention`: qkv [1,M,3C] of the rows."""
-        passage, (heads, _, scale) = self.call.passage, self.geometry
+        passage, geometry = self.call.passage, self.geometry
         kept = passage.kept[len(passage.new)]
         passage.new.append(qkv[..., qkv.shape[-1] // 3 :])
-        return ops.cached_attention(qkv, kept, passage.counts, num_heads=heads, scale=scale)
+        return ops.cached_attention(qkv, kept, passage.counts, num_heads=geometry.heads, scale=geometry.scale)
 
 
 class StreamLayer(SparseLayer):
@@ -78,7 +80,7 @@ class StreamLayer(SparseLayer):
         if passage.rows is None:
             passage.tokens = x if self.number == 0 else passage.tokens
             return x
-        table, values = self.rotary_table(*masks, **options), passage.tokens
+        table, values = self.rotary_table(*masks, **options), cast(Tensor, passage.tokens)
         turns = None if table is None else table.index_select(-2, passage.rows[prefix:] - prefix)
         attended, _ = self.packed_attention(self.entry_norm(values), turns)
         values = values + self.after_attention(attended)
