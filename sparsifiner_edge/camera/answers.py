@@ -8,6 +8,7 @@ import msgspec
 
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.fitting import Box, Fitting
+from sparsifiner_edge.runtime.stream import Computed
 
 
 class Class(msgspec.Struct, frozen=True):
@@ -64,6 +65,7 @@ class FrameRecord(Answer, frozen=True):
         pts_s: in the stream. monotonic_s: on the monotonic clock, when it was done.
         capture_ms, preprocess_ms, queued_ms, infer_ms, postprocess_ms, end_to_end_ms: see docs/camera.md.
         frame_age_ms: since it was taken; of a live source.
+        computed: of the frame, where a stream keeps what did not change.
     """
 
     source: str
@@ -79,6 +81,7 @@ class FrameRecord(Answer, frozen=True):
     postprocess_ms: float
     end_to_end_ms: float
     frame_age_ms: float | None
+    computed: Computed | None = None
 
 
 class ImageRecord(Answer, frozen=True):

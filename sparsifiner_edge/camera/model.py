@@ -12,11 +12,13 @@ from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
+from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.fitting import Box, Fit, Fitting, Framing
 from sparsifiner_edge.judge import THRESHOLD
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime import Execution, Session
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
+from sparsifiner_edge.runtime.stream import AT_LEAST, Computed, Stream
 from sparsifiner_edge.text import finite
 
 _MOST_CHANNELS = 32
@@ -53,6 +55,7 @@ class Model:
         self._top, self._threshold, self._any_outputs = top, threshold or 0.0, any_outputs
         self.map_threshold = THRESHOLD if threshold is None else threshold
         self._reference: Array | None = None
+        self._stream: Stream | None = None
         self._answered: tuple[dict[str, Array], list[dict[str, Array]]] = {}, []
         self.session: Session = session_on(bundle, execution)
         try:
@@ -70,6 +73,23 @@ class Model:
     def infer(self, image: Array) -> dict[str, Array]:
         """The model's own outputs for one image, uint8 [H,W,3]."""
         return self.session.infer({"image": image[None]})
+
+    def follow(self, at_least: float | None = None, share: float | None = None) -> None:
+        """From now on `infer_frame` is given frames of one stream, and computes of them what changed, where the bundle
+        has what that takes, or one of these is asked for: see `Session.stream`.
+        """
+        asked, bundle = at_least is not None or share is not None, self.session.opened_as
+        has = bundle is not None and bundle[0].manifest.stream is not None and self.session.backend in ON_PROCESSOR
+        if asked or has:
+            self._stream = self.session.stream(AT_LEAST if at_least is None else at_least, share)
+
+    def infer_frame(self, image: Array, follows: bool = True) -> tuple[dict[str, Array], Computed | None]:
+        """As `infer`, and what of the frame was computed; None: all of it. follows: the one before, as its next."""
+        if self._stream is None:
+            return self.infer(image), None
+        if not follows:
+            self._stream.reset()
+        return self._stream.infer({"image": image[None]}), self._stream.computed
 
     def answer(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Answer:
         """`top` of a classifier, else `features`, else `maps`, of an image that was fitted; None: without bars.

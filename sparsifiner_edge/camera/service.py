@@ -26,10 +26,10 @@ from sparsifiner_edge.camera.json_lines import LineWriter
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.sources import KNOWN, Source, parse_source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status, notify_systemd
-from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.errors import ConfigError, ImageError, SparsifinerError
 from sparsifiner_edge.execution import Execution, execution_of
 from sparsifiner_edge.files import require_file_path
-from sparsifiner_edge.fitting import Box, Fit, Fitting
+from sparsifiner_edge.fitting import Box, Fit
 from sparsifiner_edge.images import list_images, read_image
 from sparsifiner_edge.process import stopping
 from sparsifiner_edge.records import write_record
@@ -52,6 +52,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
         frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
         stall_s: a source that gives nothing for so long is taken for dead.
+        stream: of a video or a camera compute what changed, where the bundle was exported for that (`--stream`).
+        at_least, share: see `Session.stream`, which they then require; None: a fidelity of .98.
 
     Example:
         >>> RunOptions(execution=Execution(backend="openvino"), frames=100).top
@@ -69,6 +71,9 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     frames: int | None = None
     metrics: tuple[str, int] | None = None
     stall_s: float = 3.0
+    stream: bool = True
+    at_least: float | None = None
+    share: float | None = None
 
 
 def run(bundle: str | Path, source: str, options: RunOptions | None = None) -> Iterator[Answered]:
@@ -102,7 +107,10 @@ def run(bundle: str | Path, source: str, options: RunOptions | None = None) -> I
 
 def _run(bundle: Path, source: Source, options: RunOptions) -> Iterator[Answered]:
     status, stop, closing = Status(source.shown, lambda _event: None), threading.Event(), contextlib.closing
-    with _open(bundle, options, True) as model, closing(_answers(model, source, options, status, stop)) as answers:
+    with (
+        _open(bundle, source, options, True) as model,
+        closing(_answers(model, source, options, status, stop)) as answers,
+    ):
         yield from (answer for answer in answers if isinstance(answer, Answered))
 
 
@@ -135,7 +143,7 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
     options, folder = msgspec.structs.replace(options, **files), Path(bundle)
     _require(folder, parsed, options)
     with contextlib.ExitStack() as stack:
-        model, is_video = stack.enter_context(_open(folder, options)), parsed.kind != "images"
+        model, is_video = stack.enter_context(_open(folder, parsed, options)), parsed.kind != "images"
         events = stack.enter_context(LineWriter(sys.stderr, live=True)).write if is_video else lambda _event: None
         status = Status(parsed.shown, events)
         if options.metrics is not None:
@@ -186,11 +194,18 @@ def _say(text: str) -> None:
             print(text, file=sys.stderr)
 
 
-def _open(bundle: Path, options: RunOptions, any_outputs: bool = False) -> Model:
-    return Model(
+def _open(bundle: Path, source: Source, options: RunOptions, any_outputs: bool = False) -> Model:
+    model = Model(
         bundle, execution_of(options.execution), options.top, options.threshold, options.public_key, options.fit,
         options.region, any_outputs,
     )  # fmt: skip
+    if options.stream and source.kind != "images":
+        try:
+            model.follow(options.at_least, options.share)
+        except SparsifinerError:
+            model.session.close()
+            raise
+    return model
 
 
 def _answers(
@@ -206,10 +221,12 @@ def _answers(
     if source.kind == "images":
         yield from _of_images(model, Path(source.location), status, stop)
         return
-    before: Fitting | None = None
+    before, returns = None, 0
     with Capture(source, Wanted(model.framing, options.overlay is not None), options.stall_s, status) as capture:
         for frame in _frames(capture, stop):
-            answered = _answer(model, source, frame, status)
+            now = status.counts["reconnects"]
+            follows, returns = now == returns and model.framing.of(frame.width, frame.height) == before, now
+            answered = _answer(model, source, frame, status, follows)
             if (read := answered.fitting) != before:
                 status.event("frames", size=read.frame, box=read.box, says=model.framing.describe(read))
             before = read
@@ -264,11 +281,11 @@ def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
             yield frame
 
 
-def _answer(model: Model, source: Source, frame: Frame, status: Status) -> Answered:
-    """What the model says of a frame."""
+def _answer(model: Model, source: Source, frame: Frame, status: Status, follows: bool) -> Answered:
+    """What the model says of a frame; follows: the one before, from the same camera."""
     image, fitting = frame.image(model.framing), model.framing.of(frame.width, frame.height)
     began = time.monotonic_ns()
-    outputs = model.infer(image)
+    outputs, computed = model.infer_frame(image, follows)
     inferred = time.monotonic_ns()
     answer = model.frame_answer(outputs, fitting)
     status.count("not_finite", answer.not_finite or 0)
@@ -287,6 +304,7 @@ def _answer(model: Model, source: Source, frame: Frame, status: Status) -> Answe
         postprocess_ms=_ms(inferred, done),
         end_to_end_ms=_ms(frame.arrived_ns + began - frame.ready_ns, done),
         frame_age_ms=_ms(frame.captured_ns, done) if source.live else None,
+        computed=computed,
         **asdict(answer),
     )
     return Answered(record.frame, record.end_to_end_ms, image, outputs, record, fitting, frame.whole())
@@ -298,6 +316,10 @@ def _ms(began_ns: int, ended_ns: int) -> float:
 
 def _require(bundle: Path, source: Source, options: RunOptions) -> None:
     """Refuse what cannot be read, decoded or written, before anything is opened."""
+    asked = options.at_least is not None or options.share is not None
+    if asked and (source.kind == "images" or not options.stream):
+        what = "at_least and share are for streams: videos and cameras."
+        raise ConfigError(what, "Leave them out, or --no-stream.")
     if source.kind == "images":
         if not os.path.exists(source.location):  # noqa: PTH110  (of a name that is too long, too)
             raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")

@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
 @click.option("--stall", "stall_s", type=common.FiniteRange(0.1, MOST_SECONDS), default=3.0, show_default=True,
               help="Seconds without a frame after which a live source is reopened, and a file given up.")  # fmt: skip
+@click.option("--no-stream", "stream", is_flag=True, flag_value=False, default=True,
+              help="Compute every frame whole, though the bundle was exported with --stream.")  # fmt: skip
+@click.option("--at-least", type=common.FiniteRange(0, 1, min_open=True, max_open=True),
+              help="Of a stream: fidelity of its frames to the dense model, as forecast.  [default: 0.98]")  # fmt: skip
+@click.option("--share", type=common.FiniteRange(0, 1, min_open=True),
+              help="Of a stream: share of the patches that every frame computes instead.")  # fmt: skip
 @click.option("--require-signature", "public_key", metavar="KEY.pub", type=common.PATH,
               help="Refuse a bundle that the holder of this key did not sign, or that was altered since.")  # fmt: skip
 def command(*, bundle: Path, source: str, metrics: str | None, **options: Any) -> None:

@@ -55,6 +55,7 @@ def to_onnx(
         # Deprecations inside torch's exporter concern its own calls.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # Two inputs may have the same axis.
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module,

@@ -53,6 +53,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             from sparsifiner_edge.camera.model import Model
 
             self._model = Model(Path(self.bundle), public_key=Path(self.public_key) if self.public_key else None)
+            self._model.follow()
         except Exception as error:  # Whatever it is, the pipeline must hear of it.
             return self._fail(f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else str(error))
         return True
@@ -74,7 +75,7 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         try:
             image = self._image(buffer)
             begun = time.monotonic()
-            outputs = self._model.infer(image)
+            outputs, _ = self._model.infer_frame(image, follows=not buffer.has_flags(Gst.BufferFlags.DISCONT))
             elapsed_ms = (time.monotonic() - begun) * 1e3
             fitting = self._model.framing.of(self._info.width, self._info.height)
             self._tell(buffer, self._model.frame_answer(outputs, fitting), elapsed_ms)
