@@ -129,6 +129,14 @@ def tiny_bundle(once: Once, tiny_student: Path) -> Path:
     return once("bundle", lambda folder: export_bundle(tiny_student, folder / "bundle")) / "bundle"
 
 
+@pytest.fixture(scope="session")
+def stream_bundle(once: Once, tiny_student: Path) -> Path:
+    """The same with what follows a camera."""
+    from tests.flat import export_bundle
+
+    return once("stream", lambda folder: export_bundle(tiny_student, folder / "bundle", stream=True)) / "bundle"
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A bundle of two products, for a test of its own."""

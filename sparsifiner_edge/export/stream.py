@@ -89,7 +89,7 @@ def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> Stre
     shape = StreamShape(
         len(backbone.layers), backbone.width, heads * dim, backbone.prefix, backbone.patches, stream.read
     )
-    embedding, step = _Embedding(stream), _Step(stream)
+    embedding, step = _Embedding(stream).eval(), _Step(stream).eval()
     models = _embedding_file(embedding, shape, images[0]), _step_file(step, shape, images[0], names)
     sequence = np.stack(images), _some_patches(shape)
     golden = dict(zip(("input.image", "input.patches"), sequence, strict=True))

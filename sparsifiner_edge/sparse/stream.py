@@ -37,6 +37,7 @@ class Passage:
         places: of each token, where it is in those kept with the new ones behind them: int64 [N].
         kept: keys and values of each layer, [1,L,2C]. new: the same of the rows, as they come.
         read: by number, of layers whose outputs the model itself reads, those kept, [1,L,C]. given: of the rows.
+        watched: what these layers returned, cut off from what made it; None: they are not watched.
     """
 
     rows: Tensor | None = None
@@ -47,6 +48,7 @@ class Passage:
     new: list[Tensor] = dataclasses.field(default_factory=list)
     read: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     given: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    watched: dict[int, Tensor] | None = None
 
 
 class Call:
@@ -88,7 +90,10 @@ class StreamLayer(SparseLayer):
         if self.number not in passage.read:
             return x
         passage.given[self.number] = values
-        return torch.cat([passage.read[self.number], values], 1).index_select(1, passage.places)
+        whole = torch.cat([passage.read[self.number], values], 1).index_select(1, passage.places)
+        if passage.watched is not None:
+            whole = passage.watched[self.number] = whole.detach().requires_grad_()
+        return whole
 
 
 class StreamModel(nn.Module):
@@ -161,26 +166,17 @@ class StreamModel(nn.Module):
 
     def _find_read(self, example: Tensor) -> tuple[int, ...]:
         """By gradients: those that an output depends on; all where one has none, such as a map of classes."""
-        layers, returned = self.backbone.layers, dict[int, Tensor]()
-
-        def cut(layer: Any, _: Any, output: Tensor) -> Tensor:
-            returned[layer.number] = output.detach().requires_grad_()
-            return returned[layer.number]
-
+        every = range(len(self.backbone.layers))
         with torch.no_grad():
-            passage = self.whole(self.embed(example), range(len(layers)))
-        hooks = [layer.register_forward_hook(cut) for layer in layers]
-        try:
-            with torch.enable_grad():
-                outputs = self.step(example, passage)
-                total = torch.stack([output.float().sum() for output in outputs]).sum()
-        finally:
-            for hook in hooks:
-                hook.remove()
+            passage = self.whole(self.embed(example), every)
+        passage.watched = {}
+        with torch.enable_grad():
+            outputs = self.step(example, passage)
+            total = torch.stack([output.float().sum() for output in outputs]).sum()
         if not all(output.requires_grad for output in outputs):
-            return tuple(range(len(layers)))
-        found = torch.autograd.grad(total, list(returned.values()), allow_unused=True)
-        return tuple(sorted(number for number, gradient in zip(returned, found, strict=True) if gradient is not None))
+            return tuple(every)
+        found = torch.autograd.grad(total, list(passage.watched.values()), allow_unused=True)
+        return tuple(number for number, gradient in zip(passage.watched, found, strict=True) if gradient is not None)
 
 
 def _refused(reason: str) -> UnsupportedModelError:

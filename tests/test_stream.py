@@ -1,0 +1,228 @@
+"""A stream: a step over all tokens is the dense model, one over some is what it says, and no state is another's."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sparsifiner_edge as se
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, UnsupportedModelError
+from sparsifiner_edge.runtime.session import Session
+from sparsifiner_edge.runtime.stream import FIRST_CHECK, SHARES, STILL, Forecast
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.stream import Passage, StreamModel
+from tests.commands import process
+from tests.flat import export_bundle
+from tests.hosts import factories
+from tests.models import KINDS, eva, sparse, vit
+from tests.seal import reseal
+
+BACKENDS = ("onnxruntime", "openvino")
+
+
+class Tensors(torch.nn.Module):
+    """A model as a stream takes it: images in, a tuple of tensors out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = self.model(images)
+        found = found if isinstance(found, (tuple, torch.Tensor)) else found.to_tuple()
+        return tuple(x for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, torch.Tensor))
+
+
+MODELS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "timm": (vit, (5,)),
+    "merging": (lambda: sparse("test_vit", vit(), KINDS["merging"]).model, (5,)),
+    "rotary": (lambda: eva(rope_rotate_half=True, class_token=False, global_pool="avg"), (1,)),
+    "rotary by head": (lambda: eva(rope_type="mixed", attn_type="rope"), (1,)),
+    "transformers": (lambda: factories.model("DINOv2-registers"), (3,)),
+    "rotary, transformers": (lambda: factories.model("DINOv3"), (3,)),
+    "a decoder of two layers": (factories.Segmenter, (2, 5)),
+    "a decoder of four": (factories.depth_anything, (0, 1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_over_all_tokens_is_the_dense_model_and_what_is_kept_serves(name: str) -> None:
+    make, read = MODELS[name]
+    with torch.no_grad():
+        model = make()
+        dense = Tensors(se.restore_model(make()))
+        size = backbone_of(model).image_size
+        first, second = torch.rand(2, 1, 3, *size)
+        second[..., size[1] // 3 :] = first[..., size[1] // 3 :]
+        stream = StreamModel(Tensors(model), first)
+        assert stream.read == read
+        before = stream.whole(stream.embed(first))
+        _close(stream.step(first, before), dense(first))
+        # All rows again, beside what is kept, none of which counts then.
+        tokens, rows = stream.embed(second), torch.arange(stream.count)
+        every = Passage(rows, tokens, torch.zeros(1, len(rows)), len(rows) + rows, before.new, read=before.given)
+        _close(stream.step(second, every), dense(second))
+        # Of the same frame the prefix and any patches: all is as it was.
+        prefix = backbone_of(model).prefix
+        some = torch.cat([rows[:prefix], rows[prefix::3]])
+        counts = torch.ones(1, len(rows)).index_fill(1, some, 0)
+        places = rows.index_copy(0, some, len(rows) + torch.arange(len(some)))
+        again = Passage(some, stream.embed(first)[:, some], counts, places, before.new, read=before.given)
+        _close(stream.step(first, again), dense(first))
+
+
+def _close(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        assert float((a - b).abs().max()) <= 1e-4 * float(b.max() - b.min())
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("pruned", "prunes"), ("paper", "preset paper")])
+def test_what_no_stream_runs_is_refused(kind: str, reason: str) -> None:
+    model = sparse("test_vit", vit(), KINDS[kind]).model
+    with pytest.raises(UnsupportedModelError, match=reason):
+        StreamModel(Tensors(model), torch.rand(1, 3, 160, 160))
+
+
+def frames(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """A square that moves over a still picture with a little noise."""
+    random = np.random.default_rng(seed)
+    still = np.kron(random.integers(40, 200, (1, 10, 10, 3)), np.ones((1, 16, 16, 1)))
+    made = []
+    for number in range(count):
+        image = still + random.normal(0, 2, still.shape)
+        image[:, 40:60, 5 * number : 5 * number + 20] = 255
+        made.append({"image": image.clip(0, 255).astype(np.uint8)})
+    return made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bundle_follows_a_camera(stream_bundle: Path, backend: str) -> None:
+    verified = se.verify_bundle(stream_bundle, backend)
+    assert verified.passed
+    assert "a stream of 3 frames" in verified.checks[-1].details
+    with se.open_session(stream_bundle, backend) as session:
+        one, other, share = session.stream(), session.stream(), session.stream(share=0.25)
+        alone = [(one.infer(frame), one.computed) for frame in frames(6)]
+        assert [computed.by for _, computed in alone if computed] == ["whole"] + 5 * ["step"]
+        for frame, elsewhere, (wanted, _) in zip(frames(6), frames(6, 1), alone, strict=True):
+            share.infer(elsewhere)  # In turn: its state is its own.
+            found = other.infer(frame)
+            assert set(found) == {spec.name for spec in session.outputs}
+            for name, value in wanted.items():
+                np.testing.assert_array_equal(found[name], value)
+        assert share.computed is not None
+        assert (share.computed.by, share.computed.share, share.computed.oldest) == ("step", 0.25, 5)
+        for frame in frames(3, 2):  # Another scene.
+            other.infer(frame)
+        assert other.computed is not None
+        assert other.computed.by in ("whole", "step")
+
+
+def test_a_scene_that_moves_is_answered_by_the_model(stream_bundle: Path) -> None:
+    by = []
+    with se.open_session(stream_bundle, "onnxruntime") as session:
+        stream = session.stream()
+        random = np.random.default_rng(0)
+        moving = [random.integers(0, 256, (1, 160, 160, 3), dtype=np.uint8) for _ in range(4)]
+        still = frames(1)[0]["image"]
+        for image in [*moving, *(STILL + 2) * [still]]:
+            found, wanted = stream.infer({"image": image}), session.infer({"image": image})
+            assert stream.computed is not None
+            by.append(stream.computed.by)
+            if by[-1] == "model":
+                np.testing.assert_array_equal(found["features"], wanted["features"])
+        assert by == ["whole", *4 * ["model"], *(STILL - 1) * ["model"], "whole", "step"]
+        with pytest.raises(BackendError, match="uint8"):
+            stream.infer({"image": still.astype(np.float32)})
+        stream.infer({"image": still})
+        assert stream.computed.by == "step", "a refused input is no frame"
+
+
+def test_what_was_kept_is_held_against_a_whole_frame(stream_bundle: Path) -> None:
+    with se.open_session(stream_bundle, "onnxruntime") as session:
+        stream, by = session.stream(0.5), []
+        for frame in frames(FIRST_CHECK + 2):
+            stream.infer(frame)
+            assert stream.computed is not None
+            by.append(stream.computed.by)
+    assert by == ["whole", *FIRST_CHECK * ["step"], "whole"]
+    assert stream.computed.share == 1 > SHARES[0]
+
+
+def test_forecasts_follow_what_they_are_told() -> None:
+    forecast, random = Forecast(), np.random.default_rng(0)
+    change, ages = np.repeat([0.03, 0.5], 500), np.tile([1, 20], 500)
+    for _ in range(20):
+        forecast.learn(change, ages, np.where(change < 0.1, 0.001, 0.2) * random.uniform(0.5, 1.5, 1000))
+    low, high = forecast.of(np.array([0.03, 0.5]), np.array([1, 20]))
+    assert high == pytest.approx(200 * low, rel=0.2)
+    for _ in range(20):
+        forecast.compare(change, ages, np.full(1000, 0.2))
+    assert forecast.of(change, ages).mean() == pytest.approx(0.2, rel=0.1)
+
+
+def test_what_is_asked_for_and_cannot_be_had_is_said(stream_bundle: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    with se.open_session(tiny_bundle, "onnxruntime") as session, pytest.raises(BackendError, match="--stream"):
+        session.stream()
+    with se.open_session(stream_bundle, "onnxruntime") as session:
+        for wrong in ({"at_least": 1.0}, {"at_least": 0.0}, {"share": 0.0}, {"share": 1.5}):
+            with pytest.raises(ConfigError, match=next(iter(wrong))):
+                session.stream(**wrong)
+    for more in ({"batch": 2}, {"batch": "dynamic"}, {"precision": "fp16"}):
+        with pytest.raises(ConfigError, match="stream"):
+            export_bundle("test_vit", tmp_path / "none", stream=True, **more)
+    manifest = json.loads((stream_bundle / "manifest.json").read_text())["stream"]
+    altered = shutil.copytree(stream_bundle, tmp_path / "altered")
+    reseal(altered, stream={**manifest, "read": [0]})
+    with se.open_session(altered, "onnxruntime") as session, pytest.raises(ArtifactError, match=r"read\.0"):
+        session.stream()
+    reseal(altered, stream={**manifest, "step": "elsewhere.onnx"})
+    with pytest.raises(ArtifactError, match="elsewhere"):
+        se.open_session(altered)
+    reseal(altered, stream=manifest)
+    with np.load(altered / manifest["golden"]) as golden:
+        arrays = dict(golden)
+    arrays["output.features"][2] += 1
+    np.savez(altered / manifest["golden"], **arrays)
+    assert not se.verify_bundle(reseal(altered)).passed
+    arrays["input.patches"] = arrays["input.patches"][:, ::-1]
+    np.savez(altered / manifest["golden"], **arrays)
+    with pytest.raises(ArtifactError, match="golden sequence"):
+        se.verify_bundle(reseal(altered))
+
+
+def test_the_example_runs(stream_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(stream_bundle, tmp_path / "streaming")
+    monkeypatch.chdir(tmp_path)
+    names = {"open_session": se.open_session}
+    (example,) = doctest.DocTestFinder(recurse=False).find(Session.stream, "stream", globs=names)
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_run_follows_a_video(stream_bundle: Path, tiny_bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="the extra camera is not installed")
+    from tests.camera.conftest import encode, records_of
+
+    video = encode(tmp_path / "camera.mp4", [frame["image"][0] for frame in frames(12)])
+    command = ["run", stream_bundle, "--source", video, "--backend", "onnxruntime"]
+    by = [record["computed"]["by"] for record in records_of(process(*command))]
+    assert by == ["whole", *8 * ["step"], "whole", "step", "step"]
+    fixed = records_of(process(*command, "--share", "0.125"))
+    assert fixed[3]["computed"]["share"] == 0.12
+    assert all("computed" not in record for record in records_of(process(*command, "--no-stream")))
+    for wrong, said in (
+        ([*command, "--no-stream", "--share", "0.5"], "are for streams"),
+        (["run", stream_bundle, "--source", pictures, "--at-least", "0.9"], "are for streams"),
+        (["run", tiny_bundle, "--source", video, "--share", "0.5"], "--stream"),
+    ):
+        outcome = process(*wrong)
+        assert outcome.code == 2
+        assert said in outcome.err
