@@ -68,14 +68,14 @@ def test_a_step_over_all_tokens_is_the_dense_model_and_what_is_kept_serves(name:
         _close(stream.step(first, before), dense(first))
         # All rows again, beside what is kept, none of which counts then.
         tokens, rows = stream.embed(second), torch.arange(stream.count)
-        every = Passage(rows, tokens, torch.zeros(1, len(rows)), len(rows) + rows, before.new, read=before.given)
+        every = Passage(rows, tokens, torch.zeros(1, len(rows)), len(rows) + rows, before.new, read=before.outputs)
         _close(stream.step(second, every), dense(second))
         # Of the same frame the prefix and any patches: all is as it was.
         prefix = backbone_of(model).prefix
         some = torch.cat([rows[:prefix], rows[prefix::3]])
         counts = torch.ones(1, len(rows)).index_fill(1, some, 0)
         places = rows.index_copy(0, some, len(rows) + torch.arange(len(some)))
-        again = Passage(some, stream.embed(first)[:, some], counts, places, before.new, read=before.given)
+        again = Passage(some, stream.embed(first)[:, some], counts, places, before.new, read=before.outputs)
         _close(stream.step(first, again), dense(first))
 
 

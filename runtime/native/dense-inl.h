@@ -1,5 +1,6 @@
-// DenseAttention and CachedAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h): tiles of 16 queries share chunks of packed keys
-// and values; softmax is carried from chunk to chunk, so that no score matrix is larger than one tile's of one chunk.
+// DenseAttention and CachedAttention (ops/schema.py) in any kind of arithmetic (kernels-inl.h): tiles of 16 queries share
+// chunks of packed keys and values; softmax is carried from chunk to chunk, so that no score matrix is larger than one
+// tile's of one chunk.
 
 #if defined(SPARSIFINER_DENSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SPARSIFINER_DENSE_INL_H_
@@ -21,10 +22,10 @@ constexpr size_t kGroupKeys = 64;
 
 struct GroupJob {
   Packed in;
-  Kept kept;
+  Cache cache;
   float* output;
-  const float* bias;       // [batch][tokens]: log2 of sizes, or null
-  const float* kept_bias;  // [batch][kept.tokens]: log2 of counts
+  const float* bias;        // [batch][tokens]: log2 of sizes, or null
+  const float* cache_bias;  // [batch][cache.tokens]: log2 of counts
   size_t groups, tiles;  // of a head; of a group, the last may have less
 };
 
@@ -112,16 +113,16 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
   const size_t begin = group * job.tiles * kQueries, end = std::min(begin + job.tiles * kQueries, in.tokens);
   const size_t words = Kind::RowWords(in.width), stride = Kind::Stride(in.width);
   const float* queries = in.Rows(head, 0);
-  const size_t channels = in.heads * in.width, first = batch * job.kept.tokens;
-  const float* kept = job.kept.tokens == 0 ? nullptr : job.kept.rows + first * 2 * channels + head % in.heads * in.width;
-  // Own tokens first: all of the kept ones' first chunk may count as 0, and softmax starts with something.
+  const size_t channels = in.heads * in.width, first = batch * job.cache.tokens;
+  const float* cache = job.cache.tokens == 0 ? nullptr : job.cache.rows + first * 2 * channels + head % in.heads * in.width;
+  // Own tokens first: all of the cache's first chunk may count as 0, and softmax starts with something.
   const struct {
     const float *keys, *values, *bias;
     size_t row, tokens;
   } parts[] = {{in.Rows(head, 1), in.Rows(head, 2), job.bias == nullptr ? nullptr : job.bias + batch * in.tokens, in.Row(),
                 in.tokens},
-               {kept, kept == nullptr ? nullptr : kept + channels, job.kept_bias + (kept == nullptr ? 0 : first),
-                2 * channels, job.kept.tokens}};
+               {cache, cache == nullptr ? nullptr : cache + channels, job.cache_bias + (cache == nullptr ? 0 : first),
+                2 * channels, job.cache.tokens}};
   GroupWork<typename Kind::Word> work;
   LayOut<Kind>(job, base, &work);
   [[maybe_unused]] const typename Kind::Session session;
@@ -156,25 +157,25 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
 }
 
 template <class Kind>
-bool AttendDensely(const Packed& in, const Kept& kept, float* output, const Call& call) {
+bool AttendDensely(const Packed& in, const Cache& cache, float* output, const Call& call) {
   if (in.batch == 0) return true;
-  GroupJob job{in, kept, output, nullptr, nullptr, 0, 0};
+  GroupJob job{in, cache, output, nullptr, nullptr, 0, 0};
   // Groups of a head are alike: a small one would pack all keys too.
   const size_t tiles = Groups(in.tokens, kQueries);
   const size_t least = std::max<size_t>(1, (tiles + kGroupTiles / 2) / kGroupTiles);
   job.tiles = Groups(tiles, least);
   job.groups = Groups(tiles, job.tiles);
-  if (in.sizes != nullptr || kept.tokens != 0) {
-    float *bias = nullptr, *kept_bias = nullptr;
+  if (in.sizes != nullptr || cache.tokens != 0) {
+    float *bias = nullptr, *cache_bias = nullptr;
     const auto take = [&](Layout* layout) {
       bias = layout->Take<float>(in.sizes == nullptr ? 0 : in.batch, in.tokens);
-      kept_bias = layout->Take<float>(in.batch, kept.tokens);
+      cache_bias = layout->Take<float>(in.batch, cache.tokens);
     };
     if (!call.Share(take)) return false;
     if (in.sizes != nullptr) LogSizes(in.sizes, in.batch * in.tokens, bias);
-    LogSizes(kept.counts, in.batch * kept.tokens, kept_bias);
+    LogSizes(cache.counts, in.batch * cache.tokens, cache_bias);
     job.bias = in.sizes == nullptr ? nullptr : bias;
-    job.kept_bias = kept_bias;
+    job.cache_bias = cache_bias;
   }
   GroupWork<typename Kind::Word> work;
   return call.For(in.batch * in.heads * job.groups, LayOut<Kind>(job, nullptr, &work), GroupItem<Kind>, &job);

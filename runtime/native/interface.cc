@@ -104,7 +104,7 @@ Packed Checked(const sparsifiner_qkv& in, size_t prefix, Answer* answer, bool si
                   "%zu tokens of %zu heads and %zu channels are too large for 32-bit places", packed.tokens, packed.heads,
                   packed.width);
   answer->Input("qkv", in.qkv, packed.batch * packed.tokens * packed.Row());
-  if (sized) answer->Input("sizes", in.sizes, packed.batch * packed.tokens);
+  answer->Input("sizes", in.sizes, sized ? packed.batch * packed.tokens : 0);
   return packed;
 }
 
@@ -212,22 +212,22 @@ sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const spa
   const Packed in = Checked(*qkv, 0, &answer);
   answer.Output("output", output, in.batch * in.tokens * in.heads * in.width);
   if (!answer.computes()) return answer.status();
-  return answer.Of(answer.attention()->dense(Attended(in), Kept{}, static_cast<float*>(output.data), Call(*call)));
+  return answer.Of(answer.attention()->dense(Attended(in), Cache{}, static_cast<float*>(output.data), Call(*call)));
 }
 
 sparsifiner_status sparsifiner_cached_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv,
-                                                const sparsifiner_kept* cache, sparsifiner_output output) {
+                                                const sparsifiner_cache* from, sparsifiner_output output) {
   Answer answer(call, output.data == nullptr);
   if (!answer.well()) return answer.status();
   Packed in = Checked(*qkv, 0, &answer, /*sized=*/false);
   in.sizes = nullptr;
-  const Kept kept{cache->kept.data, cache->counts.data, answer.Whole("kept tokens", cache->tokens, 1)};
-  const size_t tokens = Times(in.batch, kept.tokens), channels = in.heads * in.width;
-  answer.Input("kept", cache->kept, Times(tokens, 2 * channels));
-  answer.Input("counts", cache->counts, tokens);
+  const Cache cache{from->cache.data, from->counts.data, answer.Whole("cached tokens", from->tokens, 1)};
+  const size_t tokens = Times(in.batch, cache.tokens), channels = in.heads * in.width;
+  answer.Input("cache", from->cache, Times(tokens, 2 * channels));
+  answer.Input("counts", from->counts, tokens);
   answer.Output("output", output, in.batch * in.tokens * channels);
   if (!answer.computes()) return answer.status();
-  return answer.Of(answer.attention()->dense(in, kept, static_cast<float*>(output.data), Call(*call)));
+  return answer.Of(answer.attention()->dense(in, cache, static_cast<float*>(output.data), Call(*call)));
 }
 
 sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* qkv,

@@ -38,7 +38,7 @@ struct Packed {
 };
 
 // Keys and values of other tokens: rows [batch, tokens, 2 * heads * width], and what each counts as, [batch, tokens]; or none.
-struct Kept {
+struct Cache {
   const float* rows = nullptr;
   const float* counts = nullptr;
   size_t tokens = 0;
@@ -81,8 +81,8 @@ struct Merging {
 
 // Attention with products in one precision: output [batch, tokens, heads * width].
 struct Attention {
-  // softmax(scale q k^T) v, over what is kept too.
-  bool (*dense)(const Packed& in, const Kept& kept, float* output, const Call& call);
+  // softmax(scale q k^T) v, over cached tokens too.
+  bool (*dense)(const Packed& in, const Cache& cache, float* output, const Call& call);
 
   // The same over listed keys: indices [batch, heads, tiles, keys].
   bool (*sparse)(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,

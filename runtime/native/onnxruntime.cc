@@ -83,20 +83,20 @@ struct CachedKernel {
 
   bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
-    sparsifiner_kept kept{};
+    sparsifiner_cache cache{};
     Shape rows, counts;
-    if (!tensors.PackBare(&in) || !tensors.Input(1, &rows, &kept.kept) || !tensors.Input(2, &counts, &kept.counts)) {
+    if (!tensors.PackBare(&in) || !tensors.Input(1, &rows, &cache.cache) || !tensors.Input(2, &counts, &cache.counts)) {
       return false;
     }
-    kept.tokens = rows.rank == 3 ? rows.axes[1] : 0;
-    const Shape expected{3, {in.batch, kept.tokens, 2 * in.num_heads * in.width}};
+    cache.tokens = rows.rank == 3 ? rows.axes[1] : 0;
+    const Shape expected{3, {in.batch, cache.tokens, 2 * in.num_heads * in.width}};
     if (rows.rank != 3 || !std::equal(expected.axes, expected.axes + 3, rows.axes) || counts.rank != 2 ||
         !std::equal(expected.axes, expected.axes + 2, counts.axes)) {
-      return problem->Refuse("kept must have shape [B, S, 2 * num_heads * d] and counts [B, S], got %s and %s",
+      return problem->Refuse("cache must have shape [B, S, 2 * num_heads * d] and counts [B, S], got %s and %s",
                              Text(rows).text, Text(counts).text);
     }
     return session->Fill(tensors, {in.batch, in.tokens, in.num_heads * in.width},
-                         [&](auto* call, auto to) { return sparsifiner_cached_attention(call, &in, &kept, to); });
+                         [&](auto* call, auto to) { return sparsifiner_cached_attention(call, &in, &cache, to); });
   }
 
   sparsifiner_qkv qkv{};

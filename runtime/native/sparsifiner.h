@@ -125,12 +125,12 @@ typedef struct sparsifiner_attend {
   int64_t num_prefix, tile, cell, keys, prefix_keys;
 } sparsifiner_attend;
 
-/* Keys and values of other tokens, kept [B, tokens, 2 * H * d], k|v along the last axis, and what each counts as: counts
+/* Keys and values of other tokens, cache [B, tokens, 2 * H * d], k|v along the last axis, and what each counts as: counts
  * [B, tokens], 1, or 0 where it is not read. */
-typedef struct sparsifiner_kept {
-  sparsifiner_floats kept, counts;
+typedef struct sparsifiner_cache {
+  sparsifiner_floats cache, counts;
   int64_t tokens;
-} sparsifiner_kept;
+} sparsifiner_cache;
 
 typedef struct sparsifiner_match {
   int64_t num_prefix, window, merged;
@@ -158,9 +158,9 @@ SPARSIFINER_EXPORT sparsifiner_status sparsifiner_sparse_attention(sparsifiner_c
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const sparsifiner_qkv* in,
                                                                   sparsifiner_output output);
 
-/* CachedAttention: over what is kept too; the sizes of `in` are not read. Output [B, N, H * d]. */
+/* CachedAttention: over cached tokens too; `in` has no sizes (null, 0). Output [B, N, H * d]. */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_cached_attention(sparsifiner_call* call, const sparsifiner_qkv* in,
-                                                                   const sparsifiner_kept* kept,
+                                                                   const sparsifiner_cache* cache,
                                                                    sparsifiner_output output);
 
 /* MatchTokens: pairs [B, N - merged, 2]. */

@@ -78,9 +78,9 @@ class Model:
         """From now on `infer_frame` is given frames of one stream, and computes of them what changed, where the bundle
         has what that takes, or one of these is asked for: see `Session.stream`.
         """
-        asked, bundle = at_least is not None or share is not None, self.session.opened_as
+        required, bundle = at_least is not None or share is not None, self.session.opened_as
         has = bundle is not None and bundle[0].manifest.stream is not None and self.session.backend in ON_PROCESSOR
-        if asked or has:
+        if required or has:
             self._stream = self.session.stream(AT_LEAST if at_least is None else at_least, share)
 
     def infer_frame(self, image: Array, follows: bool = True) -> tuple[dict[str, Array], Computed | None]:

@@ -316,8 +316,8 @@ def _ms(began_ns: int, ended_ns: int) -> float:
 
 def _require(bundle: Path, source: Source, options: RunOptions) -> None:
     """Refuse what cannot be read, decoded or written, before anything is opened."""
-    asked = options.at_least is not None or options.share is not None
-    if asked and (source.kind == "images" or not options.stream):
+    required = options.at_least is not None or options.share is not None
+    if required and (source.kind == "images" or not options.stream):
         what = "at_least and share are for streams: videos and cameras."
         raise ConfigError(what, "Leave them out, or --no-stream.")
     if source.kind == "images":

@@ -56,7 +56,7 @@ class _Embedding(nn.Module):
 
 class _Step(nn.Module):
     """The parts of a `Passage`, one by one -> the model's outputs, the final tokens of the rows, then what is new, as
-    `StreamShape.kept` names it.
+    `StreamShape.caches` names it.
     """
 
     def __init__(self, stream: StreamModel) -> None:
@@ -64,13 +64,13 @@ class _Step(nn.Module):
         self.stream = stream
 
     def forward(
-        self, image: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, places: Tensor, *kept: Tensor
+        self, image: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, places: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
         depth = len(self.stream.backbone.layers)
-        read = dict(zip(self.stream.read, kept[depth:], strict=True))
-        passage = Passage(rows, tokens, counts, places, list(kept[:depth]), read=read)
+        read = dict(zip(self.stream.read, caches[depth:], strict=True))
+        passage = Passage(rows, tokens, counts, places, list(caches[:depth]), read=read)
         outputs = self.stream.step(image, passage)
-        return (*outputs, cast(Tensor, passage.tokens), *passage.new, *passage.given.values())
+        return (*outputs, cast(Tensor, passage.tokens), *passage.new, *passage.outputs.values())
 
 
 def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> StreamFiles:
@@ -93,7 +93,7 @@ def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> Stre
     models = _embedding_file(embedding, shape, images[0]), _step_file(step, shape, images[0], names)
     sequence = np.stack(images), _some_patches(shape)
     golden = dict(zip(("input.image", "input.patches"), sequence, strict=True))
-    outputs = [*names, FINAL, *(NEW + name for name in shape.kept)]
+    outputs = [*names, FINAL, *(NEW + name for name in shape.caches)]
     with torch.no_grad():
         inner = _of_torch(embedding, [TOKENS, CHANGE]), _of_torch(step, outputs)
         wanted = list(play(shape, *inner, *sequence))
@@ -101,8 +101,8 @@ def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> Stre
     ran = play(shape, runner_of(models[0]), runner_of(models[1]), *sequence)
     for number, (got, frame) in enumerate(zip(ran, wanted, strict=True)):
         for name, expected in frame.items():
-            if (found := agreement(name, got[name], expected, SAME.error)).error > SAME.error:
-                what = f"Output {name!r} of frame {number} of a stream differs from torch by {found.error:.2e}."
+            if (stats := agreement(name, got[name], expected, SAME.error)).error > SAME.error:
+                what = f"Output {name!r} of frame {number} of a stream differs from torch by {stats.error:.2e}."
                 raise GateError(what, "Nothing was written. Report this with the command.")
     files = StreamFiles(read=stream.read)
     (folder / files.step).parent.mkdir()
@@ -122,16 +122,16 @@ def _embedding_file(module: _Embedding, shape: StreamShape, image: Array) -> onn
 
 def _step_file(module: _Step, shape: StreamShape, image: Array, outputs: list[str]) -> onnx.ModelProto:
     some = shape.prefix + _SOME
-    given = {
+    inputs = {
         "image": torch.from_numpy(image), TOKENS: torch.zeros(1, some, shape.width), ROWS: torch.arange(some),
         COUNTS: torch.ones(1, _SOME), PLACES: torch.arange(shape.tokens) % _SOME,
     }  # fmt: skip
-    kept = {name: torch.zeros(1, _SOME, width) for name, width in shape.kept.items()}
-    rows, known = torch.export.Dim("rows"), torch.export.Dim("kept")
+    caches = {name: torch.zeros(1, _SOME, width) for name, width in shape.caches.items()}
+    rows, known = torch.export.Dim("rows"), torch.export.Dim("stored")
     axes = {"image": None, "tokens": {1: rows}, "rows": {0: rows}, "counts": {1: known}, "places": None}
-    lengths = ({1: known},) * len(kept)
-    names = [*outputs, FINAL, *(NEW + name for name in kept)]
-    model = to_onnx(module, given | kept, names, {**axes, "kept": lengths})
+    lengths = ({1: known},) * len(caches)
+    names = [*outputs, FINAL, *(NEW + name for name in caches)]
+    model = to_onnx(module, inputs | caches, names, {**axes, "caches": lengths})
     tidy(model, module)
     check_structure(model)
     return model

@@ -146,10 +146,10 @@ def dense_attention(qkv: Array, sizes: Array, *, num_heads: int, scale: float) -
     return _merge_heads(_softmax(scale * q @ k.swapaxes(-1, -2) + offsets) @ v)
 
 
-def cached_attention(qkv: Array, kept: Array, counts: Array, *, num_heads: int, scale: float) -> Array:
+def cached_attention(qkv: Array, cache: Array, counts: Array, *, num_heads: int, scale: float) -> Array:
     """CachedAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
-    _, old_k, old_v = split_heads(np.concatenate([kept[..., : kept.shape[-1] // 2], kept], -1), num_heads)
+    _, old_k, old_v = split_heads(np.concatenate([cache[..., : cache.shape[-1] // 2], cache], -1), num_heads)
     with np.errstate(divide="ignore"):
         offsets = np.log(np.concatenate([np.ones(qkv.shape[:2]), counts], 1, dtype=np.float64))[:, None, None]
     keys, values = np.concatenate([k, old_k], 2), np.concatenate([v, old_v], 2)

@@ -256,14 +256,14 @@ def _dense_attention(qkv: Tensor, sizes: Tensor | None, *, num_heads: int, scale
     return out.transpose(1, 2).flatten(2)
 
 
-def cached_attention(qkv: Tensor, kept: Tensor, counts: Tensor, **attributes: Any) -> Tensor:
+def cached_attention(qkv: Tensor, cache: Tensor, counts: Tensor, **attributes: Any) -> Tensor:
     """CachedAttention: [B,N,C]."""
-    return run("CachedAttention", _cached_attention, (qkv, kept, counts), attributes)
+    return run("CachedAttention", _cached_attention, (qkv, cache, counts), attributes)
 
 
-def _cached_attention(qkv: Tensor, kept: Tensor, counts: Tensor, *, num_heads: int, scale: float) -> Tensor:
+def _cached_attention(qkv: Tensor, cache: Tensor, counts: Tensor, *, num_heads: int, scale: float) -> Tensor:
     q, k, v = split_heads(qkv, num_heads)
-    old_k, old_v = kept.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    old_k, old_v = cache.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
     bias = _bias(torch.cat([torch.ones_like(qkv[..., 0], dtype=counts.dtype), counts], 1), q)
     keys, values = torch.cat([k, old_k], 2), torch.cat([v, old_v], 2)
     return F.scaled_dot_product_attention(q, keys, values, bias, scale=scale).transpose(1, 2).flatten(2)

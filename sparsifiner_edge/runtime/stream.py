@@ -73,24 +73,24 @@ class StreamShape(NamedTuple):
         return self.prefix + self.patches
 
     @property
-    def kept(self) -> dict[str, int]:
+    def caches(self) -> dict[str, int]:
         """What is kept between frames, by the name of the step's input: channels of each token."""
-        kept = {f"kept.{layer}": 2 * self.attended for layer in range(self.depth)}
-        return kept | {f"read.{layer}": self.width for layer in self.read}
+        caches = {f"cache.{layer}": 2 * self.attended for layer in range(self.depth)}
+        return caches | {f"read.{layer}": self.width for layer in self.read}
 
 
 class StreamState:
     """What is known of one stream: nothing before its first frame.
 
     Attributes:
-        kept: see `StreamShape.kept`. final: tokens after the final norm, [1,N,C].
+        caches: see `StreamShape.caches`. final: tokens after the final norm, [1,N,C].
         references: of each patch, what it was when it was computed: [1,P,C]. ages: frames since then, int64 [P].
     """
 
     def __init__(self, shape: StreamShape) -> None:
         self.shape = shape
-        self.kept = {name: np.zeros((1, shape.tokens, width), np.float32) for name, width in shape.kept.items()}
-        self._none = {name: value[:, :1] for name, value in self.kept.items()}
+        self.caches = {name: np.zeros((1, shape.tokens, width), np.float32) for name, width in shape.caches.items()}
+        self._none = {name: value[:, :1] for name, value in self.caches.items()}
         self.final = np.zeros((1, shape.tokens, shape.width), np.float32)
         self.references = np.zeros((1, shape.patches, shape.width), np.float32)
         self.ages = np.zeros(shape.patches, np.int64)
@@ -111,9 +111,9 @@ class StreamState:
         count = 1 if whole else shape.tokens
         counts, places = np.ones((1, shape.tokens), np.float32), np.arange(shape.tokens)
         counts[:, rows], places[rows] = 0, count + np.arange(len(rows))
-        given = {"image": image, TOKENS: tokens[:, rows], ROWS: rows, COUNTS: counts[:, :count], PLACES: places}
-        outputs = infer(given | (self._none if whole else self.kept))
-        for name, value in self.kept.items():
+        inputs = {"image": image, TOKENS: tokens[:, rows], ROWS: rows, COUNTS: counts[:, :count], PLACES: places}
+        outputs = infer(inputs | (self._none if whole else self.caches))
+        for name, value in self.caches.items():
             value[:, rows] = outputs.pop(NEW + name)
         self.final[:, rows] = outputs.pop(FINAL)
         self.references[:, chosen] = tokens[:, rows[shape.prefix :]]
@@ -148,7 +148,7 @@ def open_stream(bundle: Bundle, backend: Backend) -> StreamSessions:
 
 def _shape(bundle: Bundle, files: StreamFiles, step: Session) -> StreamShape:
     sizes = bundle.require(bundle.manifest.shape, "shape")
-    attended = next((spec.shape[-1] for spec in step.inputs if spec.name == "kept.0" and spec.shape), 0)
+    attended = next((spec.shape[-1] for spec in step.inputs if spec.name == "cache.0" and spec.shape), 0)
     attended = attended // 2 if isinstance(attended, int) else 0
     return StreamShape(sizes.depth, sizes.width, attended, sizes.prefix, sizes.patches, files.read)
 
@@ -157,10 +157,10 @@ def _require(opened: StreamSessions, bundle: Bundle) -> None:
     """Refuse files whose inputs and outputs do not fit the bundle: nothing else looks at names and sizes."""
     shape, known = opened.shape, {spec.name: spec for spec in bundle.manifest.inputs}
     image = known["image"].shape if "image" in known else ()
-    kept = {name: (1, None, width) for name, width in shape.kept.items()}
+    caches = {name: (1, None, width) for name, width in shape.caches.items()}
     some: dict[str, Axes] = {"image": image, ROWS: (None,)}  # What not every model reads.
-    takes: dict[str, Axes] = {TOKENS: (1, None, shape.width), COUNTS: (1, None), PLACES: (shape.tokens,), **kept}
-    gives: dict[str, Axes] = {FINAL: (1, None, shape.width), **{NEW + name: axes for name, axes in kept.items()}}
+    takes: dict[str, Axes] = {TOKENS: (1, None, shape.width), COUNTS: (1, None), PLACES: (shape.tokens,), **caches}
+    gives: dict[str, Axes] = {FINAL: (1, None, shape.width), **{NEW + name: axes for name, axes in caches.items()}}
     gives |= {spec.name: spec.shape for spec in bundle.manifest.outputs}
     embedding, step = opened.embedding, opened.step
     for origin, specs, needed, others in (
@@ -169,10 +169,10 @@ def _require(opened: StreamSessions, bundle: Bundle) -> None:
         (step, step.inputs, takes, some),
         (step, step.outputs, gives, {}),
     ):
-        found = {spec.name: tuple(x if isinstance(x, int) else None for x in spec.shape) for spec in specs}
-        wanted = {**needed, **{name: axes for name, axes in others.items() if name in found}}
-        if found != wanted:
-            odd = next(name for name in (*wanted, *found) if wanted.get(name) != found.get(name))
+        present = {spec.name: tuple(x if isinstance(x, int) else None for x in spec.shape) for spec in specs}
+        wanted = {**needed, **{name: axes for name, axes in others.items() if name in present}}
+        if present != wanted:
+            odd = next(name for name in (*wanted, *present) if wanted.get(name) != present.get(name))
             raise ArtifactError(f"{origin.model} has {odd!r:.80} otherwise than its manifest says.", AGAIN)
 
 
@@ -198,9 +198,9 @@ class StreamSessions(NamedTuple):
         outputs = self.embedding.infer({"image": image, REFERENCES: references})
         return outputs[TOKENS], outputs[CHANGE][0]
 
-    def run(self, given: dict[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """The step, of what it takes among these."""
-        return self.step.infer({spec.name: given[spec.name] for spec in self.step.inputs})
+        return self.step.infer({spec.name: inputs[spec.name] for spec in self.step.inputs})
 
     def close(self) -> None:
         """Release both."""
@@ -281,7 +281,7 @@ class Stream:
 
     def reset(self) -> None:
         """Forget the frames so far: the next one follows none of them."""
-        self._kept, self._still, self._steps, self._check = False, STILL, 0, FIRST_CHECK
+        self._cached, self._still, self._steps, self._check = False, STILL, 0, FIRST_CHECK
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The model's outputs for the next frame; takes and gives what `Session.infer` does.
@@ -298,17 +298,17 @@ class Stream:
         return outputs
 
     def _infer(self, image: Array) -> tuple[dict[str, Array], Computed]:
-        state, first = self._state, not self._kept and self._still == STILL
+        state, first = self._state, not self._cached and self._still == STILL
         tokens, change = self._sessions.embed(image, state.references)
         if first:
             return self._all(image, tokens)
         chosen, error = self._choose(change)
         if chosen is None:
-            self._kept, self._still = False, 0
-        elif not self._kept:
+            self._cached, self._still = False, 0
+        elif not self._cached:
             self._still += 1
-        if chosen is not None and (self._kept or self._still == STILL):
-            if self._kept and self._steps < self._check and len(chosen) < len(change):
+        if chosen is not None and (self._cached or self._still == STILL):
+            if self._cached and self._steps < self._check and len(chosen) < len(change):
                 return self._step(image, tokens, change, chosen, error)
             return self._all(image, tokens, change)
         state.references[:], state.ages[:] = tokens[:, state.shape.prefix :], 0
@@ -319,10 +319,10 @@ class Stream:
         ages, count, error = self._state.ages, len(change), 0.0
         errors = self._forecast.of(change, ages)
         order = np.argsort(-change * np.sqrt(ages + 1), kind="stable")  # What changed most, or longest ago.
-        left = errors.sum() - np.cumsum(errors[order])
+        rest = errors.sum() - np.cumsum(errors[order])
         for share in self._shares:
             some = min(count, max(1, round(share * count)))
-            error = float(left[some - 1]) / count * (1 + _COMPUTED * some / max(1, count - some))
+            error = float(rest[some - 1]) / count * (1 + _COMPUTED * some / max(1, count - some))
             if error <= self._limit:
                 return np.sort(order[:some]), error
         return None, error
@@ -342,8 +342,8 @@ class Stream:
         state, prefix = self._state, self._state.shape.prefix
         before, ages = state.final[0, prefix:].copy(), state.ages.copy()
         outputs = state.step(self._sessions.run, image, tokens, None)
-        if change is not None and self._kept:
+        if change is not None and self._cached:
             self._forecast.compare(change, ages, 1 - cosine(before, state.final[0, prefix:]))
             self._check = min(4 * self._check, LAST_CHECK)
-        self._kept, self._steps = True, 0
+        self._cached, self._steps = True, 0
         return outputs, Computed("whole", 1.0, 0, 0.0)

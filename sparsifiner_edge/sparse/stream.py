@@ -35,8 +35,8 @@ class Passage:
         tokens: what the first layer takes, [1,M,C], then what each layer gave; of the embedding alone, all: [1,N,C].
         counts: 1 of each token kept, but 0 where it is computed anew: [1,L].
         places: of each token, where it is in those kept with the new ones behind them: int64 [N].
-        kept: keys and values of each layer, [1,L,2C]. new: the same of the rows, as they come.
-        read: by number, of layers whose outputs the model itself reads, those kept, [1,L,C]. given: of the rows.
+        caches: keys and values of each layer, [1,L,2C]. new: the same of the rows, as they come.
+        read: by number, of layers whose outputs the model itself reads, those kept, [1,L,C]. outputs: of the rows.
         watched: what these layers returned, cut off from what made it; None: they are not watched.
     """
 
@@ -44,10 +44,10 @@ class Passage:
     tokens: Tensor | None = None
     counts: Tensor = _NOTHING
     places: Tensor = _NOTHING
-    kept: list[Tensor] = dataclasses.field(default_factory=list)
+    caches: list[Tensor] = dataclasses.field(default_factory=list)
     new: list[Tensor] = dataclasses.field(default_factory=list)
     read: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    given: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    outputs: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     watched: dict[int, Tensor] | None = None
 
 
@@ -65,9 +65,9 @@ class StreamAttention(PackedAttention):
     def attend(self, qkv: Tensor, _: Tensor | None = None) -> Tensor:
         """See `PackedAttention`: qkv [1,M,3C] of the rows."""
         passage, geometry = self.call.passage, self.geometry
-        kept = passage.kept[len(passage.new)]
+        caches = passage.caches[len(passage.new)]
         passage.new.append(qkv[..., qkv.shape[-1] // 3 :])
-        return ops.cached_attention(qkv, kept, passage.counts, num_heads=geometry.heads, scale=geometry.scale)
+        return ops.cached_attention(qkv, caches, passage.counts, num_heads=geometry.heads, scale=geometry.scale)
 
 
 class StreamLayer(SparseLayer):
@@ -89,7 +89,7 @@ class StreamLayer(SparseLayer):
         passage.tokens = values = values + self.after_mlp(values)
         if self.number not in passage.read:
             return x
-        passage.given[self.number] = values
+        passage.outputs[self.number] = values
         whole = torch.cat([passage.read[self.number], values], 1).index_select(1, passage.places)
         if passage.watched is not None:
             whole = passage.watched[self.number] = whole.detach().requires_grad_()
@@ -139,13 +139,13 @@ class StreamModel(nn.Module):
         self.module(images)
         tokens, wanted = self._call.passage.tokens, (1, self.count, self.backbone.width)
         if tokens is None or tokens.shape != wanted:
-            given = None if tokens is None else list(tokens.shape)
-            raise _refused(f"its layers get tokens {given} of one image, and not {list(wanted)}")
+            sizes = None if tokens is None else list(tokens.shape)
+            raise _refused(f"its layers get tokens {sizes} of one image, and not {list(wanted)}")
         return tokens
 
     def step(self, images: Tensor, passage: Passage) -> tuple[Tensor, ...]:
-        """What the module gives once some rows are computed anew; of these `passage` then has `new` and `given`, and as
-        `tokens` what leaves the final norm.
+        """What the module gives once some rows are computed anew; of these `passage` then has `new`, `outputs` and, as
+        `tokens`, what leaves the final norm.
 
         Args:
             images: for what reads pixels beside the transformer.
@@ -158,9 +158,9 @@ class StreamModel(nn.Module):
     def whole(self, tokens: Tensor, read: Iterable[int] | None = None) -> Passage:
         """What a step takes that computes all of an image's tokens [1,N,C], and keeps none of before."""
         rows, (heads, dim, _) = torch.arange(self.count), self.backbone.geometry
-        kept = [tokens.new_zeros(1, 1, 2 * heads * dim)] * len(self.backbone.layers)
+        caches = [tokens.new_zeros(1, 1, 2 * heads * dim)] * len(self.backbone.layers)
         return Passage(
-            rows, tokens, tokens.new_zeros(1, 1), 1 + rows, kept,
+            rows, tokens, tokens.new_zeros(1, 1), 1 + rows, caches,
             read=dict.fromkeys(self.read if read is None else read, tokens[:, :1]),
         )  # fmt: skip
 
@@ -175,8 +175,8 @@ class StreamModel(nn.Module):
             total = torch.stack([output.float().sum() for output in outputs]).sum()
         if not all(output.requires_grad for output in outputs):
             return tuple(every)
-        found = torch.autograd.grad(total, list(passage.watched.values()), allow_unused=True)
-        return tuple(number for number, gradient in zip(passage.watched, found, strict=True) if gradient is not None)
+        gradients = torch.autograd.grad(total, list(passage.watched.values()), allow_unused=True)
+        return tuple(number for number, slope in zip(passage.watched, gradients, strict=True) if slope is not None)
 
 
 def _refused(reason: str) -> UnsupportedModelError:

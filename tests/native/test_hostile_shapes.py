@@ -28,6 +28,7 @@ LEAST: dict[str, dict[str, Any]] = {
                   "value_power": 0.0},
     "SparseAttention": {"num_heads": 2, "num_prefix": 1, "tile": 16, "cell": 0, "scale": 1.0, "prefix_keys": 1},
     "DenseAttention": {"num_heads": 2, "scale": 1.0},
+    "CachedAttention": {"num_heads": 2, "scale": 1.0},
     "MatchTokens": {"num_heads": 2, "num_prefix": 1, "window": 16, "merged": 5},
     "MergeTokens": {},
 }  # fmt: skip
@@ -58,6 +59,11 @@ TABLE: list[tuple[str, list[list[int]], dict[str, Any]]] = [
     ("DenseAttention", [[1, 0, 24], [1, 0]], {}),
     ("DenseAttention", [[1, 64, 0], SIZES], {}),
     ("DenseAttention", [[1, 64, 23], SIZES], {}),
+    # A cache of other channels, of another batch, of none, with counts of more.
+    ("CachedAttention", [QKV, [1, 64, 14], SIZES], {}),
+    ("CachedAttention", [QKV, [2, 64, 16], [2, 64]], {}),
+    ("CachedAttention", [QKV, [1, 0, 16], [1, 0]], {}),
+    ("CachedAttention", [QKV, [1, 63, 16], SIZES], {}),
     # Attributes that no shape suits.
     *(("KeySelect", [QKV, SIZES, PROJ, PROJ], change) for change in ({"keys": 64}, {"probe": 3}, {"scale": NAN})),
     *(("SparseAttention", [QKV, SIZES, LISTS], change) for change in ({"prefix_keys": 0}, {"num_heads": 7})),

@@ -163,13 +163,13 @@ def cached_attention(_: Structure) -> str:
     return f"""{attribute("num_heads")}{attribute("scale", "float")}
         rows = Identity (qkv){SPLIT}
         q_scaled = Mul (q, CastLike (a_scale, qkv))
-        kept_parts = Reshape (kept, Concat <axis = 0> (c0, c0, c2, a_num_heads, d))
-        kept_keys = Transpose <perm = [0, 2, 3, 1]> (Gather <axis = 2> (kept_parts, i0))
-        kept_values = Transpose <perm = [0, 2, 1, 3]> (Gather <axis = 2> (kept_parts, i1))
-        kept_bare = Cast <to = 1> (MatMul (q_scaled, kept_keys))
-        kept_logits = Add (kept_bare, Unsqueeze (Log (counts), Constant <value_ints: ints = [1, 2]> ()))
+        cached_parts = Reshape (cache, Concat <axis = 0> (c0, c0, c2, a_num_heads, d))
+        cached_keys = Transpose <perm = [0, 2, 3, 1]> (Gather <axis = 2> (cached_parts, i0))
+        cached_values = Transpose <perm = [0, 2, 1, 3]> (Gather <axis = 2> (cached_parts, i1))
+        cached_bare = Cast <to = 1> (MatMul (q_scaled, cached_keys))
+        cached_logits = Add (cached_bare, Unsqueeze (Log (counts), Constant <value_ints: ints = [1, 2]> ()))
         own_logits = Cast <to = 1> (MatMul (q_scaled, Transpose <perm = [0, 2, 3, 1]> (k_rows)))
-        weights = CastLike (Softmax <axis = -1> (Concat <axis = -1> (kept_logits, own_logits)), qkv)
-        stored = Shape <start = 3, end = 4> (kept_logits)
-        kept_out = MatMul (Slice (weights, c0, stored, c3), kept_values)
-        out_rows = Add (kept_out, MatMul (Slice (weights, stored, c_end, c3), v)){_OUTPUT}"""
+        weights = CastLike (Softmax <axis = -1> (Concat <axis = -1> (cached_logits, own_logits)), qkv)
+        stored = Shape <start = 3, end = 4> (cached_logits)
+        cached_out = MatMul (Slice (weights, c0, stored, c3), cached_values)
+        out_rows = Add (cached_out, MatMul (Slice (weights, stored, c_end, c3), v)){_OUTPUT}"""

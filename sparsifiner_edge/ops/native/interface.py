@@ -50,8 +50,8 @@ class _Attend(Structure):
     _fields_ = _fields("num_prefix tile cell keys prefix_keys")
 
 
-class _Kept(Structure):
-    _fields_ = (("kept", _Tensor), ("counts", _Tensor), *_fields("tokens"))
+class _Cache(Structure):
+    _fields_ = (("cache", _Tensor), ("counts", _Tensor), *_fields("tokens"))
 
 
 class _Match(Structure):
@@ -170,7 +170,7 @@ def _arguments(
     sizes = OPERATORS[op].sizes(attributes, shapes)
     if op == "CachedAttention":
         qkv = _Qkv(tensors[0], _Tensor(), *(sizes[symbol] for symbol in "BNHd"), attributes["scale"])
-        return [byref(qkv), byref(_Kept(*tensors[1:3], sizes["S"])), tensors[3]]
+        return [byref(qkv), byref(_Cache(*tensors[1:3], sizes["S"])), tensors[3]]
     qkv = _Qkv(*tensors[:2], *(sizes[symbol] for symbol in "BNHd"), attributes.get("scale", 1.0))
     kind, settings = _FUNCTIONS[op][1], {**attributes, "keys": sizes.get("K", 0), "channels": sizes.get("c", 0)}
     return [byref(qkv), *([] if kind is None else [byref(_fill(kind, settings))]), *tensors[2:]]
