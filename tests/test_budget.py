@@ -8,14 +8,14 @@ from __future__ import annotations
 from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tracked
 
 BUDGET = {
-    "base": 3041, "ops": 2011, "native": 3836, "triton": 1823, "sparse": 3099, "distill": 1502,
-    "export": 1996, "bundle": 1151, "runtime": 2929, "profiles": 2745, "evaluate": 1775, "optimizer": 2295,
-    "report": 1077, "camera": 2281, "package": 499, "cli": 1536, "demo, doctor": 379,
+    "base": 3041, "ops": 2091, "native": 3922, "triton": 1823, "sparse": 3282, "distill": 1502,
+    "export": 2170, "bundle": 1170, "runtime": 3368, "profiles": 2745, "evaluate": 1775, "optimizer": 2319,
+    "report": 1077, "camera": 2326, "package": 500, "cli": 1544, "demo, doctor": 379,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.18
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 19065, "benchmarks": 4859}
+BESIDE = {"tests": 19322, "benchmarks": 4859}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""
