@@ -14,8 +14,8 @@ For those who run, port or check an exported file. ONNX domain `{DOMAIN}`, versi
 A file that uses these operators carries a function body of standard operators (operator set 20) for each, so any
 ONNX runtime can run it; a runtime in which a native library is registered runs that instead. Each operator has one
 output, and no optional inputs or outputs. `B` batch, `N` tokens, `C` channels, `H` heads, `d = C / H`, `P = N -
-num_prefix` patches, `T = ceil(P / tile)` tiles, `K` keys, `c` predictor channels, `L` landmarks, `S` cached tokens. `qkv`
-is after bias, qk-norm and rotary embedding; its last axis is q, k, v, each H x d.
+num_prefix` patches, `T = ceil(P / tile)` tiles, `K` keys, `c` predictor channels, `L` landmarks, `S` cached tokens.
+`qkv` is after bias, qk-norm and rotary embedding; its last axis is q, k, v, each H x d.
 
 - **Ragged ends.** The last probe, tile and cell may be short: only real tokens enter means, softmax, maxima and counts.
 - **Indices** are strictly ascending; ties go to the lower index; NaN counts as -inf. Given other indices a kernel
