@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--no-stream", "stream", is_flag=True, flag_value=False, default=True,
               help="Compute every frame whole, though the bundle was exported with --stream.")  # fmt: skip
 @click.option("--at-least", type=common.FiniteRange(0, 1, min_open=True, max_open=True),
-              help="Of a stream: fidelity of its frames to the dense model, as forecast.  [default: 0.98]")  # fmt: skip
+              help="Of a stream: fidelity of frames to the dense model, as estimated.  [default: 0.98]")  # fmt: skip
 @click.option("--share", type=common.FiniteRange(0, 1, min_open=True),
               help="Of a stream: share of the patches that every frame computes instead.")  # fmt: skip
 @click.option("--require-signature", "public_key", metavar="KEY.pub", type=common.PATH,

@@ -128,8 +128,8 @@ class Session(abc.ABC):
         with a state of its own; they end with the session.
 
         Args:
-            at_least: fidelity of a frame to the dense model, as forecast: the mean cosine of its patches. As few of
-                these are computed as that takes, and where it takes too many, the whole model.
+            at_least: fidelity of a frame to the dense model, as estimated: the mean cosine of its patches. As few of
+                these are computed as that takes, and where too many changed, the model answers.
             share: of the patches, that every frame computes instead, unless it is another scene.
 
         Raises:

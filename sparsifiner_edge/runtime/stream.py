@@ -34,21 +34,23 @@ REFERENCES, TOKENS, CHANGE, ROWS, COUNTS, PLACES, FINAL, NEW = (
 """Names in the files; no output of a model has a dot."""
 AT_LEAST, MARGIN = 0.98, 0.75
 """Fidelity, where nothing else is asked for; and the share of what may be lost that frames are planned to lose."""
-SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Of the patches, that a step computes: the least that keeps to the limit. Where none does, the model costs less."""
+SHARES = (1 / 16, 1 / 8, 1 / 4)
+"""Of the patches, that a step computes; further ones follow in the same frame until it keeps to the limit."""
+CHANGED, NOISE = (0.25, 0.5), 3.0
+"""How far a patch is at least from what it was that counts as changed, and at most; in between so many medians of all
+patches of the frame: a camera's noise, and its gain.
+"""
 STILL, FIRST_CHECK, LAST_CHECK = 2, 8, 256
 """Frames that must hardly differ before something is kept again; steps after which a frame is computed whole, first and
-at last: forecasts are held against it.
+at last: estimates are held against it.
 """
-_CUT = 0.25
-"""What a step of a fixed share may lose, as predicted: it is another scene then."""
-_COMPUTED = 0.4
-"""Error of what a step computes, of that of what it leaves: it attends to both."""
-_LEAST_CHANGE, _AGES = -6, 7
-"""Exponents of 2: of the least change that counts, and how many of ages do."""
-_RATE, _SCALE, _SCALE_RATE = 0.02, 1.6, 0.5
-"""How fast forecasts follow each patch. How much further from the truth tokens are than these tell, which attend to
-others as old: at first, and how fast that follows each frame that is computed whole.
+_OLDEST = 8
+"""Of a step's patches, one in so many is the oldest there is: what is computed anew of those that did not change tells
+how far the others are from the truth, for that comes and goes with the whole frame.
+"""
+_SCALE, _SCALES, _SCALE_RATE = 2.0, (0.5, 6.0), 0.5
+"""How far all are from the truth, of how far the oldest were from what they became, which attend to others as old: at
+first, at least and at most, and how fast that follows each frame that is computed whole.
 """
 Infer = Callable[[dict[str, Array]], dict[str, Array]]
 Places = npt.NDArray[np.int64]
@@ -117,7 +119,6 @@ class StreamState:
             value[:, rows] = outputs.pop(NEW + name)
         self.final[:, rows] = outputs.pop(FINAL)
         self.references[:, chosen] = tokens[:, rows[shape.prefix :]]
-        self.ages += 1
         self.ages[chosen] = 0
         return outputs
 
@@ -224,40 +225,6 @@ class Computed(msgspec.Struct, frozen=True):
     error: float | None = None
 
 
-class Forecast:
-    """How far final tokens are from the truth, 1 - cosine, by how far their patches are from when they were computed,
-    and how long ago that was. Learnt from every patch that is computed: a camera's noise is among the least changes.
-    """
-
-    def __init__(self) -> None:
-        change, age = 2.0 ** np.arange(_LEAST_CHANGE, 2)[:, None], 2.0 ** np.arange(_AGES)
-        self._errors = np.minimum(1.0, 0.15 * change**1.5 + 0.002 * np.sqrt(age))
-        self._scale = _SCALE
-
-    def of(self, change: Array, ages: Places) -> Array:
-        """Of each patch, [P]."""
-        return np.asarray(self._scale * self._errors[_cells(change, ages)])
-
-    def learn(self, change: Array, ages: Places, errors: Array) -> None:
-        """From patches that were computed anew: [n] each."""
-        cells, shape = np.ravel_multi_index(_cells(change, ages), self._errors.shape), self._errors.size
-        counts, sums = np.bincount(cells, minlength=shape), np.bincount(cells, errors, minlength=shape)
-        weight = 1 - (1 - _RATE) ** counts
-        means = np.divide(sums, counts, out=np.zeros(shape), where=counts > 0)
-        self._errors += (weight * (means - self._errors.ravel())).reshape(self._errors.shape)
-
-    def compare(self, change: Array, ages: Places, errors: Array) -> None:
-        """From all patches of a frame that is computed whole: what tokens computed lately are not told."""
-        ratio = errors.mean() / max(1e-6, self._errors[_cells(change, ages)].mean())
-        self._scale += _SCALE_RATE * (float(np.clip(ratio, 0.5, 4.0)) - self._scale)
-
-
-def _cells(change: Array, ages: Places) -> tuple[Places, Places]:
-    exponents = np.floor(np.log2(np.maximum(change, 1e-6))).astype(np.int64)
-    rows = np.clip(exponents - _LEAST_CHANGE, 0, 1 - _LEAST_CHANGE)
-    return rows, np.clip(np.floor(np.log2(ages + 1)).astype(np.int64), 0, _AGES - 1)
-
-
 class Stream:
     """One stream of a session: see `Session.stream`.
 
@@ -272,10 +239,10 @@ class Stream:
             raise ConfigError(f"at_least is {at_least}.", "Give a fidelity between 0 and 1.")
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"share is {share}.", "Give a share of the patches, more than 0 and at most 1.")
-        self._whole, self._sessions = whole, sessions
-        self._limit = MARGIN * (1 - at_least) if share is None else _CUT
+        self._whole, self._sessions, self._state = whole, sessions, StreamState(sessions.shape)
+        self._limit = MARGIN * (1 - at_least) if share is None else 1.0
         self._shares: tuple[float, ...] = SHARES if share is None else (share,)
-        self._state, self._forecast = StreamState(sessions.shape), Forecast()
+        self._scale = _SCALE
         self.computed: Computed | None = None
         self.reset()
 
@@ -300,50 +267,60 @@ class Stream:
     def _infer(self, image: Array) -> tuple[dict[str, Array], Computed]:
         state, first = self._state, not self._cached and self._still == STILL
         tokens, change = self._sessions.embed(image, state.references)
+        state.ages += 1
         if first:
             return self._all(image, tokens)
-        chosen, error = self._choose(change)
-        if chosen is None:
+        changed = change > np.clip(NOISE * np.median(change), *CHANGED)
+        if changed.mean() > max(self._shares):
             self._cached, self._still = False, 0
         elif not self._cached:
             self._still += 1
-        if chosen is not None and (self._cached or self._still == STILL):
-            if self._cached and self._steps < self._check and len(chosen) < len(change):
-                return self._step(image, tokens, change, chosen, error)
-            return self._all(image, tokens, change)
+        if self._cached:
+            outputs, computed = self._step(image, tokens, change, changed)
+            check = computed.by == "step" and self._steps >= self._check
+            return self._all(image, tokens, computed.error) if check else (outputs, computed)
+        if self._still == STILL:
+            return self._all(image, tokens)
         state.references[:], state.ages[:] = tokens[:, state.shape.prefix :], 0
         return self._whole.infer({"image": image}), Computed("model", 1.0, 0)
 
-    def _choose(self, change: Array) -> tuple[Places | None, float]:
-        """Patches to compute, so that what is lost stays within the limit, and how much that is; None: too many."""
-        ages, count, error = self._state.ages, len(change), 0.0
-        errors = self._forecast.of(change, ages)
-        order = np.argsort(-change * np.sqrt(ages + 1), kind="stable")  # What changed most, or longest ago.
-        rest = errors.sum() - np.cumsum(errors[order])
-        for share in self._shares:
-            some = min(count, max(1, round(share * count)))
-            error = float(rest[some - 1]) / count * (1 + _COMPUTED * some / max(1, count - some))
-            if error <= self._limit:
-                return np.sort(order[:some]), error
-        return None, error
+    def _choose(self, change: Array, share: float) -> Places:
+        """Patches that changed most, or longest ago, and some of the oldest; ascending."""
+        ages, count = self._state.ages, max(1, round(share * len(change)))
+        score = change * np.sqrt(ages + 1)
+        score[np.argsort(-ages, kind="stable")[: count // _OLDEST]] = np.inf
+        return np.sort(np.argsort(-score, kind="stable")[:count])
 
     def _step(
-        self, image: Array, tokens: Array, change: Array, chosen: Places, error: float
+        self, image: Array, tokens: Array, change: Array, changed: npt.NDArray[np.bool_]
     ) -> tuple[dict[str, Array], Computed]:
-        state, rows = self._state, self._state.shape.prefix + chosen
-        before, ages = state.final[0, rows], state.ages[chosen]
-        outputs = state.step(self._sessions.run, image, tokens, chosen)
-        self._forecast.learn(change[chosen], ages, 1 - cosine(before, state.final[0, rows]))
-        self._steps += 1
-        return outputs, Computed("step", len(chosen) / len(change), int(state.ages.max()), error)
+        """As many steps as keep the frame to the limit, or else the whole of it."""
+        state, total, error = self._state, 0.0, 1.0
+        for share in self._shares:
+            if share < max(self._shares) and share < changed.mean():
+                continue
+            chosen = self._choose(change, share)
+            rows = state.shape.prefix + chosen
+            before, still = state.final[0, rows], ~changed[chosen]
+            outputs = state.step(self._sessions.run, image, tokens, chosen)
+            total += len(chosen) / len(change)
+            change[chosen], changed[chosen] = 0.0, False
+            lost = 1 - cosine(before, state.final[0, rows])[still]
+            error = self._scale * max(0.0, 1 - total) * float(lost.mean()) if lost.size else 0.0
+            if error <= self._limit:
+                self._steps += total < 1  # Of all patches there is nothing to check.
+                return outputs, Computed("step", total, int(state.ages.max()), error)
+        return self._all(image, tokens)
 
-    def _all(self, image: Array, tokens: Array, change: Array | None = None) -> tuple[dict[str, Array], Computed]:
-        """change: where what was kept tells how far it had come from the truth."""
+    def _all(self, image: Array, tokens: Array, error: float | None = None) -> tuple[dict[str, Array], Computed]:
+        """error: as estimated of what is kept of this frame already; the whole of it tells the truth."""
         state, prefix = self._state, self._state.shape.prefix
-        before, ages = state.final[0, prefix:].copy(), state.ages.copy()
+        before = state.final[0, prefix:].copy()
         outputs = state.step(self._sessions.run, image, tokens, None)
-        if change is not None and self._cached:
-            self._forecast.compare(change, ages, 1 - cosine(before, state.final[0, prefix:]))
+        if error is not None:
+            true = float((1 - cosine(before, state.final[0, prefix:])).mean())
+            scale = float(np.clip(self._scale * true / max(error, 1e-6), *_SCALES))
+            self._scale += _SCALE_RATE * (scale - self._scale)
             self._check = min(4 * self._check, LAST_CHECK)
         self._cached, self._steps = True, 0
         return outputs, Computed("whole", 1.0, 0, 0.0)
