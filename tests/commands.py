@@ -104,7 +104,7 @@ def assert_refused(outcome: Outcome, *texts: str, out: str = "") -> None:
     assert "Traceback" not in outcome.err
     for text in texts:
         assert text in " ".join(outcome.err.split()), outcome.err
-    message = outcome.err.strip().splitlines()
+    message = PROGRESS.sub("", outcome.err).strip().splitlines()
     # Ours say what to do on a second line; click's name the option and end with what it takes.
     assert message[0].startswith("error: ") or message[0].startswith("Usage: ")
     assert len(message) >= 2, outcome.err

@@ -165,7 +165,7 @@ def test_10_a_wide_frame(desk: Path, tmp_path: Path) -> None:
     done(f"export {MINE} --like IMAGES/00.png -o {wide}", desk)
     assert manifest_of(wide)["preprocessing"]["size"] == [128, 224]
     assert "--like" not in done(f"run {wide} {one}", desk).err
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    block, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     program = block.replace("bundle/", str(wide)).replace("video.mp4", "IMAGES/")
     answers = subprocess.run([sys.executable, "-c", program], cwd=desk, capture_output=True, text=True, check=True)
     assert [line.split()[0] for line in answers.stdout.splitlines()] == [str(number) for number in range(12)]

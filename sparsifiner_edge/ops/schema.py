@@ -156,7 +156,7 @@ CACHED_ATTENTION = Operator(
     inputs=(
         QKV,
         Tensor(
-            "kept", FLOATS, ("B", "S", "2C"), "keys and values of other tokens, from before: k|v along the last axis"
+            "cache", FLOATS, ("B", "S", "2C"), "keys and values of other tokens, from before: k|v along the last axis"
         ),
         Tensor("counts", ("float32",), ("B", "S"), "what each of these counts as: 1, or 0 where it is not read"),
     ),
