@@ -12,6 +12,7 @@ to .98 by itself, and the dense model of every k-th frame, held.
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,7 +137,7 @@ def measure(bundle: Path, video: Path, start: int, count: int, execution: Execut
                 way.answer(image, wanted, prefix)
             if number % TIMED_EVERY == 1:
                 for name, other in dense.items():
-                    ms[name] += call_ms(lambda other=other: other.infer({"image": image}), 1, warm_up=1)  # noqa: B023
+                    ms[name] += call_ms(functools.partial(other.infer, {"image": image}), 1, warm_up=1)
             err_console.print(f"frame {number + 1} of {count}", end="\r")
         medians = {name: float(np.median(taken)) for name, taken in ms.items()}
         rows = {name: way.figures(np.array(moved), min(medians.values())) for name, way in ways.items()}

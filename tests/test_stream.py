@@ -156,6 +156,16 @@ def test_what_was_kept_is_held_against_a_whole_frame(stream_bundle: Path) -> Non
     assert by == ["whole", *(FIRST_CHECK - 1) * ["step"], "whole", "step"]
 
 
+def test_a_fixed_share_takes_the_same_of_every_frame_of_a_scene(stream_bundle: Path) -> None:
+    with se.open_session(stream_bundle, "onnxruntime") as session:
+        stream, computed = session.stream(share=0.02), []
+        for frame in frames(FIRST_CHECK + 4):  # Of which more than that share moves.
+            stream.infer(frame)
+            computed.append(stream.computed)
+    assert [one.by for one in computed if one] == ["whole", *(FIRST_CHECK + 3) * ["step"]]
+    assert {one.share for one in computed[1:] if one} == {0.02}
+
+
 def test_what_is_asked_for_and_cannot_be_had_is_said(stream_bundle: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     with se.open_session(tiny_bundle, "onnxruntime") as session, pytest.raises(BackendError, match="--stream"):
         session.stream()

@@ -8,6 +8,7 @@ by keys and values that are kept here.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -216,7 +217,7 @@ class Computed(msgspec.Struct, frozen=True):
         by: "whole": all, and what a stream keeps with it; "step": a part; "model": as without a stream, since too much
             changed.
         share: of the patches. oldest: frames since the patch was computed for which that is longest.
-        error: predicted, 1 - the mean cosine of the frame's patches to the dense model's; None: nothing was kept.
+        error: estimated, 1 - the mean cosine of the frame's patches to the dense model's; None: nothing was kept.
     """
 
     by: str
@@ -240,7 +241,7 @@ class Stream:
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"share is {share}.", "Give a share of the patches, more than 0 and at most 1.")
         self._whole, self._sessions, self._state = whole, sessions, StreamState(sessions.shape)
-        self._limit = MARGIN * (1 - at_least) if share is None else 1.0
+        self._limit = MARGIN * (1 - at_least) if share is None else math.inf
         self._shares: tuple[float, ...] = SHARES if share is None else (share,)
         self._scale = _SCALE
         self.computed: Computed | None = None
@@ -271,13 +272,13 @@ class Stream:
         if first:
             return self._all(image, tokens)
         changed = change > np.clip(NOISE * np.median(change), *CHANGED)
-        if changed.mean() > max(self._shares):
+        if changed.mean() > SHARES[-1]:
             self._cached, self._still = False, 0
         elif not self._cached:
             self._still += 1
         if self._cached:
             outputs, computed = self._step(image, tokens, change, changed)
-            check = computed.by == "step" and self._steps >= self._check
+            check = computed.by == "step" and self._steps >= self._check and math.isfinite(self._limit)
             return self._all(image, tokens, computed.error) if check else (outputs, computed)
         if self._still == STILL:
             return self._all(image, tokens)
@@ -297,7 +298,7 @@ class Stream:
         """As many steps as keep the frame to the limit, or else the whole of it."""
         state, total, error = self._state, 0.0, 1.0
         for share in self._shares:
-            if share < max(self._shares) and share < changed.mean():
+            if share < changed.mean() and share < self._shares[-1]:
                 continue
             chosen = self._choose(change, share)
             rows = state.shape.prefix + chosen
@@ -306,9 +307,10 @@ class Stream:
             total += len(chosen) / len(change)
             change[chosen], changed[chosen] = 0.0, False
             lost = 1 - cosine(before, state.final[0, rows])[still]
-            error = self._scale * max(0.0, 1 - total) * float(lost.mean()) if lost.size else 0.0
+            # Where all of them changed, none of them tells.
+            error = min(1.0, self._scale * max(0.0, 1 - total) * float(lost.mean() if lost.size else 1.0))
             if error <= self._limit:
-                self._steps += total < 1  # Of all patches there is nothing to check.
+                self._steps += 1
                 return outputs, Computed("step", total, int(state.ages.max()), error)
         return self._all(image, tokens)
 

@@ -151,11 +151,9 @@ def _operators(stated: tuple[str, ...], model: Any) -> str:
 def _golden(bundle: Bundle, execution: Execution) -> str:
     with session_on(bundle, execution) as session:
         report, ran = check_golden(session, bundle), session.description
-        stream = (
-            "" if session.opened_as is None or bundle.manifest.stream is None else check_sequence(*session.opened_as)
-        )
+        stream = check_sequence(*session.opened_as) if session.opened_as else ""
     parts = (
         f"{name} {figures['range_relative_error']:.1e} of {figures['tolerance']:.0e}{beyond_text(figures)}"
         for name, figures in report.items()
     )
-    return f"{', '.join(parts)} ({ran.chosen or ran.backend}){'; a stream of ' * bool(stream)}{stream}"
+    return f"{', '.join(parts)} ({ran.chosen or ran.backend}){stream}"
