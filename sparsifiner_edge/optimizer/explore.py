@@ -97,11 +97,6 @@ class Search:
         """Distance of a plan that was judged, over all images as far as is known; no less than what counts."""
         return max(self.trial.least, self.factor * fmean(self.distances[plan]))
 
-    def shape(self, attempt: Attempt) -> float:
-        """Of the gamma distribution that the distances of single images have; an exponential one's at most."""
-        least, spread = self.trial.least, stdev(attempt.distances)
-        return min(1.0, (max(fmean(attempt.distances), least) / max(spread, least)) ** 2)
-
     def model(self, but: LayerPlan | None = None) -> FidelityModel:
         """Fitted to all that is known but one plan, from each layer alone on."""
         selects, patches = self.trial.selects, self.trial.patches
@@ -113,11 +108,8 @@ class Search:
 
     def _probe(self, layer: int, merge: int = 0, keep: float = 1.0) -> float:
         """Of the dense plan with one layer changed."""
-        layers = range(len(self.trial.selects))
-        plan = LayerPlan(
-            tuple(merge if each == layer else 0 for each in layers),
-            tuple(keep if each == layer else 1.0 for each in layers),
-        )
+        chosen = [each == layer for each in range(len(self.trial.selects))]
+        plan = LayerPlan(tuple(merge * each for each in chosen), tuple(keep if each else 1.0 for each in chosen))
         if plan not in self.alone:
             with self.clock.step("probe", f"layer {layer} alone, {'merging' if merge else 'reading'}"):
                 self.alone[plan] = fmean(self.trial.distances(plan, PROBES))
@@ -201,9 +193,9 @@ class Search:
         """
         lost = self.distances[plan]
         back = evenly_lost(lost, len(lost) - self.count)
-        places = [*(place for place in range(len(lost)) if place not in back), *back]
-        self.trial.arrange(places)
-        paths, lost = self.trial.paths, [lost[place] for place in places][: self.count]
+        places = [place for place in range(len(lost)) if place not in back]
+        self.trial.arrange([*places, *back])
+        paths, lost = self.trial.paths, [lost[place] for place in places]
         self.models.images = paths[: self.count]
         self.request = self.request._replace(images=paths[: self.count], reserved=paths[self.count :])
         self.trial.choose_judges(lost, self.few)

@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import NamedTuple, TypeAlias
 
 from torch import nn
@@ -334,7 +334,9 @@ def _result(
 
 def _check(search: Search, best: Attempt) -> Quantity:
     """Fidelity of the answer on images kept back; those that it was judged by tell how images differ."""
-    lost = skewed_mean(best.reserved, search.shape(best))
+    least = search.trial.least
+    shape = (max(fmean(best.distances), least) / max(stdev(best.distances), least)) ** 2  # Of a gamma distribution.
+    lost = skewed_mean(best.reserved, min(1.0, shape))
     low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (lost.high, lost.low))
     return quantity(1 - lost.value, low, high, f"1 - distance, {lost.interval}")
 
