@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import sparsifiner_edge as se
+from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, UnsupportedModelError
 from sparsifiner_edge.runtime.session import Session
 from sparsifiner_edge.runtime.stream import FIRST_CHECK, STILL
@@ -212,6 +213,11 @@ def test_run_follows_a_video(stream_bundle: Path, tiny_bundle: Path, pictures: P
     command = ["run", stream_bundle, "--source", video, "--backend", "onnxruntime"]
     by = [record["computed"]["by"] for record in records_of(process(*command))]
     assert by == ["whole", *7 * ["step"], "whole", *3 * ["step"]]
+    with Model(stream_bundle, se.Execution(backend="onnxruntime")) as model:
+        model.session.backend = "tensorrt"  # As an engine in the bundle would be opened.
+        model.follow()
+        assert model.whole == "tensorrt runs no stream: every frame is computed whole"
+        assert model.infer_frame(frames(1)[0]["image"][0])[1] is None
     fixed = records_of(process(*command, "--share", "0.125"))
     assert fixed[3]["computed"]["share"] == 0.12
     assert all("computed" not in record for record in records_of(process(*command, "--no-stream")))

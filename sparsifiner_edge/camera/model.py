@@ -56,6 +56,7 @@ class Model:
         self.map_threshold = THRESHOLD if threshold is None else threshold
         self._reference: Array | None = None
         self._stream: Stream | None = None
+        self.whole: str | None = None
         self._answered: tuple[dict[str, Array], list[dict[str, Array]]] = {}, []
         self.session: Session = session_on(bundle, execution)
         try:
@@ -76,12 +77,15 @@ class Model:
 
     def follow(self, at_least: float | None = None, share: float | None = None) -> None:
         """From now on `infer_frame` is given frames of one stream, and computes of them what changed, where the bundle
-        has what that takes, or one of these is asked for: see `Session.stream`.
+        has what that takes, or one of these is asked for: see `Session.stream`. Where a backend runs none, `whole` says
+        so.
         """
-        required, bundle = at_least is not None or share is not None, self.session.opened_as
-        has = bundle is not None and bundle[0].manifest.stream is not None and self.session.backend in ON_PROCESSOR
-        if required or has:
+        opened, backend = self.session.opened_as, self.session.backend
+        has = opened is not None and opened[0].manifest.stream is not None
+        if at_least is not None or share is not None or (has and backend in ON_PROCESSOR):
             self._stream = self.session.stream(AT_LEAST if at_least is None else at_least, share)
+        elif has:
+            self.whole = f"{backend} runs no stream: every frame is computed whole"
 
     def infer_frame(self, image: Array, follows: bool = True) -> tuple[dict[str, Array], Computed | None]:
         """As `infer`, and what of the frame was computed; None: all of it. follows: the one before, as its next."""

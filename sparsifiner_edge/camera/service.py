@@ -151,6 +151,8 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
             status.event("metrics", address=server.url)
         # What really runs, once: a library that could not be loaded means kernels several times slower.
         status.event("model", **write_record(model.session.description))
+        if model.whole is not None:
+            status.event("warning", reason=model.whole)
         status.event("decoding", **(_NOT_CONFINED if parsed.kind == "gst" else write_record(confinement())))
         if not is_video and (chosen := model.session.description.chosen) is not None:
             _say(chosen)
