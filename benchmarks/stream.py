@@ -163,7 +163,8 @@ def main(
         subject = Subject(path=model, sha256=bundle_hash(bundle))
     rows = [
         [name, *(f"{row[key]:.4f}" for key in ("patches", "moving_tenth", "worst_frame", "frames_at_98")),
-         f"{row['ms']:.1f}", f"{row['times']:.2f}", f"{row['p99_over_dense']:.2f}", f"{row['iou']:.3f}" if "iou" in row else "-"]
+         f"{row['ms']:.1f}", f"{row['times']:.2f}", f"{row['p99_over_dense']:.2f}",
+         f"{row['iou']:.3f}" if "iou" in row else "-"]
         for name, row in found["ways"].items()
     ]  # fmt: skip
     head = ["", "patches", "moving tenth", "worst frame", "at .98", "ms", "times dense", "p99 / dense", "IoU"]
