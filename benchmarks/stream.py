@@ -1,18 +1,23 @@
 """A camera's stream beside the dense model and what else one would do: frames of a video, all of them against the dense
 model's outputs of the same frame.
 
-    python benchmarks/stream.py [--video FILE] [--start 400] [--frames 300] [--model saliency] [--size 518] [-o FOLDER]
+    python benchmarks/stream.py [--video FILE] [--start 400] [--frames 300] [--model saliency] [--size 518] [--int8]
+        [--every 1] [-o FOLDER]
 
 Per way: mean cosine of the patches, of the worst frame, and of the moving tenth (the patches whose dense output differs
 most from that of the frame before); share of the frames at .98; of a decoder's map the IoU; milliseconds a frame in
 turn with the dense model in every engine, of which the fastest counts. Ways: a stream of fixed shares, one that keeps
-to .98 by itself, and the dense model of every k-th frame, held.
+to .98 by itself, the dense model of every k-th frame, held, and one of fewer pixels, whose tokens are enlarged.
+With --int8 the streams run a file in int8, which the dense model's engines then may too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +25,7 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 from camera_overhead import VIDEO
 from fidelity_subject import weights_file
 from summary import write_summary
@@ -28,7 +34,7 @@ import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.cli.common import err_console, print_table
-from sparsifiner_edge.demo import material
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.fitting import Framing
@@ -38,9 +44,11 @@ from sparsifiner_edge.metrics import cosine, intersection_over_union
 from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.results import Result, Subject
 
-SHARES, HELD, AT_LEAST = (1 / 4, 1 / 8, 1 / 16), (2, 4, 8), 0.98
-ENGINES = (Execution(backend="onnxruntime"), Execution(backend="openvino"),
-           Execution(backend="openvino", precision="bf16"))  # fmt: skip
+SHARES, HELD, AT_LEAST = (1 / 8, 1 / 16), (2, 4, 8), 0.98
+FEWER = 0.5
+"""Of the pixels a side: a quarter of the tokens."""
+FP32 = (Execution(backend="onnxruntime"), Execution(backend="openvino"))
+ANY = (Execution(backend="openvino", precision="bf16"),)
 TIMED_EVERY = 10
 """Frames, of which one is timed in every engine of the dense model."""
 MAP = "saliency"
@@ -59,12 +67,19 @@ def frames(video: Path, size: int, start: int, count: int) -> Iterator[Array]:
                 yield np.asarray(fit_image(frame.to_image(), Framing(size)))[None]
 
 
-def exported(model: str, size: int, folder: Path) -> Path:
-    """The dense model with the files of a stream, and tokens."""
+def exported(model: str, size: int, folder: Path, int8: bool = False) -> Path:
+    """The dense model with the files of a stream, and tokens; int8: calibrated with photographs of development."""
     name, options = material.DINOV2, se.ModelOptions(weights=weights_file(), img_size=size)
     if model == MAP:
         name, options = "sparsifiner_edge.demo.saliency:saliency", se.ModelOptions(img_size=size)
-    return se.export_bundle(name, folder, model=options, options=se.ExportOptions(stream=True, tokens=True))
+    form = se.ExportOptions(stream=True, tokens=True)
+    if int8:
+        images = folder.parent / "calibration"
+        images.mkdir(exist_ok=True)
+        for path in split.images("development"):
+            shutil.copy(path, images / path.name)
+        form = dataclasses.replace(form, precision="int8", calibrate=images)
+    return se.export_bundle(name, folder, model=options, options=form)
 
 
 class Way:
@@ -81,10 +96,15 @@ class Way:
 
     def answer(self, image: Array, dense: dict[str, Array], prefix: int) -> None:
         outputs: dict[str, Array] = {}
-        self.ms += call_ms(lambda: outputs.update(self.infer({"image": image})), 1)
-        self.lost.append(1 - cosine(outputs["tokens"], dense["tokens"])[0, prefix:])
+        taken = call_ms(lambda: outputs.update(self.infer({"image": image})), 1)[0]
         self.whole += self.stream is not None and self.stream.computed.by != "step"
-        if MAP in dense:
+        self.judge(outputs, taken, dense, prefix)
+
+    def judge(self, outputs: dict[str, Array], ms: float, dense: dict[str, Array], prefix: int) -> None:
+        """An answer that took so long."""
+        self.ms.append(ms)
+        self.lost.append(1 - cosine(outputs["tokens"], dense["tokens"])[0, prefix:])
+        if MAP in dense and outputs[MAP].shape == dense[MAP].shape:
             self.iou.append(intersection_over_union(outputs[MAP] > THRESHOLD, dense[MAP] > THRESHOLD))
 
     def figures(self, moved: Array, dense_ms: float) -> dict[str, Any]:
@@ -102,46 +122,78 @@ class Way:
         return row | ({"iou": float(np.mean(self.iou[1:])), "least_iou": min(self.iou[1:])} if self.iou else {})
 
 
-def held(every: int, infer: Infer) -> Infer:
-    """The model's outputs of every k-th frame."""
-    last, number = dict[str, Array](), iter(range(1 << 30))
-
-    def answer(inputs: dict[str, Array]) -> dict[str, Array]:
-        if next(number) % every == 0:
-            last.update(infer(inputs))
-        return last
-
-    return answer
+def enlarged(tokens: Array, size: int, prefix: int) -> Array:
+    """Tokens [1,N,C] of fewer patches on a square grid, each between the nearest of them."""
+    side = round(math.sqrt(tokens.shape[1] - prefix))
+    grid = torch.from_numpy(tokens[:, prefix:]).reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    whole = torch.nn.functional.interpolate(grid, (size, size), mode="bilinear", align_corners=False)
+    return np.concatenate([tokens[:, :prefix], whole.flatten(2).transpose(1, 2).numpy()], 1)
 
 
-def measure(bundle: Path, video: Path, start: int, count: int, execution: Execution) -> dict[str, Any]:
-    """All ways on the same frames, in turn."""
+def measure(
+    bundles: list[Path], video: Path, start: int, count: int, execution: Execution, every: int
+) -> dict[str, Any]:
+    """All ways on the same frames, in turn. bundles: in fp32, of fewer pixels; and in int8, which streams run then."""
     with contextlib.ExitStack() as stack:
-        session, dense = stack.enter_context(se.open_session(bundle, execution)), dict[str, Any]()
-        for engine in ENGINES:
-            with contextlib.suppress(SparsifinerError):  # A processor without bf16.
-                dense[str(engine)] = stack.enter_context(se.open_session(bundle, engine))
+        dense = dict[str, Any]()
+        for bundle in (bundles[0], *bundles[2:]):
+            for engine in (*FP32, *(ANY if bundles[2:] else ())):
+                with contextlib.suppress(SparsifinerError):  # A processor without bf16.
+                    name = f"{engine.backend}, {engine.precision}" + ", int8" * (bundle is not bundles[0])
+                    dense[name] = stack.enter_context(se.open_session(bundle, engine))
+        session, truth = (
+            stack.enter_context(se.open_session(bundles[-1 if bundles[2:] else 0], execution)),
+            next(iter(dense.values())),
+        )
+        fewer = stack.enter_context(se.open_session(bundles[1], execution))
         streams = {f"stream {share:g}": session.stream(share=share) for share in SHARES}
         streams[f"stream at {AT_LEAST}"] = session.stream(AT_LEAST)
-        truth = dense[str(ENGINES[0])]
         ways = {name: Way(stream.infer, stream) for name, stream in streams.items()}
-        ways |= {f"hold every {every}": Way(held(every, truth.infer)) for every in HELD}
-        ms, moved, before = {name: list[float]() for name in dense}, list[Array](), None
-        size, prefix = int(str(session.inputs[0].shape[1])), 1
-        for number, image in enumerate(frames(video, size, start, count)):
-            wanted = truth.infer({"image": image})
+        ways |= {f"hold every {k}": Way(lambda _: {}) for k in HELD} | {"fewer pixels": Way(fewer.infer)}
+        held, ms, moved, before = (
+            dict[int, dict[str, Array]](),
+            {name: list[float]() for name in dense},
+            list[Array](),
+            None,
+        )
+        (size, few), prefix = (int(str(one.inputs[0].shape[1])) for one in (session, fewer)), 1
+        pairs = zip(frames(video, size, start, count), frames(video, few, start, count), strict=True)
+        for number, (image, small) in enumerate(pairs):
+            if number % every:
+                for name in streams:
+                    ways[name].infer({"image": image})
+                continue
+            wanted: dict[str, Array] = {}
+            wanted.update(truth.infer({"image": image}))
             if before is not None:
                 moved.append(1 - cosine(before, wanted["tokens"])[0, prefix:])
             before = wanted["tokens"]
-            for way in ways.values():
-                way.answer(image, wanted, prefix)
-            if number % TIMED_EVERY == 1:
+            for name in streams:
+                ways[name].answer(image, wanted, prefix)
+            for k in HELD if every == 1 else ():
+                held[k] = held[k] if number % k else wanted
+                ways[f"hold every {k}"].judge(held[k], 0.0, wanted, prefix)
+            answer: dict[str, Array] = {}
+            small_ms = call_ms(
+                functools.partial(lambda into, x: into.update(fewer.infer({"image": x})), answer, small), 1
+            )
+            answer["tokens"] = enlarged(answer["tokens"], round(math.sqrt(wanted["tokens"].shape[1] - prefix)), prefix)
+            ways["fewer pixels"].judge(answer, small_ms[0], wanted, prefix)
+            if number // every % TIMED_EVERY == 1:
                 for name, other in dense.items():
                     ms[name] += call_ms(functools.partial(other.infer, {"image": image}), 1, warm_up=1)
             err_console.print(f"frame {number + 1} of {count}", end="\r")
         medians = {name: float(np.median(taken)) for name, taken in ms.items()}
-        rows = {name: way.figures(np.array(moved), min(medians.values())) for name, way in ways.items()}
-        return {"ways": rows, "dense_ms": medians, "engine": str(execution), "frames": len(moved) + 1}
+        for k in HELD:  # In the fastest engine, as anyone would.
+            way = ways[f"hold every {k}"]
+            way.ms = [0.0 if number % k else min(medians.values()) for number in range(len(way.lost))]
+        rows = {name: way.figures(np.array(moved), min(medians.values())) for name, way in ways.items() if way.lost}
+        return {
+            "ways": rows,
+            "dense_ms": medians,
+            "engine": f"{execution.backend}, {execution.precision}",
+            "frames": number + 1,
+        }
 
 
 @click.command()
@@ -152,15 +204,20 @@ def measure(bundle: Path, video: Path, start: int, count: int, execution: Execut
 @click.option("--size", default=518, show_default=True)
 @click.option("--backend", type=click.Choice(["onnxruntime", "openvino"]), default="onnxruntime", show_default=True)
 @click.option("--precision", default="auto", show_default=True)
+@click.option("--int8", is_flag=True)
+@click.option("--every", default=1, show_default=True, help="Compare one of so many frames.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for stream_MODEL_SIZE.json.")
 def main(
-    video: Path, start: int, count: int, model: str, size: int, backend: str, precision: str, output: Path | None
-) -> None:
+    video: Path, start: int, count: int, model: str, size: int, backend: str, precision: str, int8: bool, every: int,
+    output: Path | None,
+) -> None:  # fmt: skip
     """See the module's documentation."""
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = exported(model, size, Path(scratch) / "bundle")
-        found = measure(bundle, video, start, count, Execution(backend=backend, precision=precision))
-        subject = Subject(path=model, sha256=bundle_hash(bundle))
+        small = round(size * FEWER / 14) * 14
+        bundles = [exported(model, side, Path(scratch) / f"bundle{side}") for side in (size, small)]
+        bundles += [exported(model, size, Path(scratch) / "int8", True)] if int8 else []
+        found = measure(bundles, video, start, count, Execution(backend=backend, precision=precision), every)
+        subject = Subject(path=model, sha256=bundle_hash(bundles[-1]))
     rows = [
         [name, *(f"{row[key]:.4f}" for key in ("patches", "moving_tenth", "worst_frame", "frames_at_98")),
          f"{row['ms']:.1f}", f"{row['times']:.2f}", f"{row['p99_over_dense']:.2f}",
@@ -171,7 +228,10 @@ def main(
     print_table(f"{video.name}, {size} px, {found['engine']}; dense {found['dense_ms']}", head, rows)
     if output:
         method = {"video": video.name, "start": start, "size": size, "engine": found.pop("engine")}
-        write_summary(output / f"stream_{model}_{size}.json", Result("comparison", [subject], method, {}, found))
+        write_summary(
+            output / f"stream_{model}_{size}{'_int8' * int8}_{video.stem}.json",
+            Result("comparison", [subject], method, {}, found),
+        )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from sparsifiner_edge.bundle.sign import generate_key as generate_key
     from sparsifiner_edge.bundle.sign import sign_bundle as sign_bundle
+    from sparsifiner_edge.camera.fidelity import evaluate_video as evaluate_video
+    from sparsifiner_edge.camera.pace import profile_camera as profile_camera
     from sparsifiner_edge.camera.service import RunOptions as RunOptions
     from sparsifiner_edge.camera.service import run as run
     from sparsifiner_edge.camera.service import run_bundle as run_bundle
@@ -67,6 +69,7 @@ _HOMES = {
     "distill_student": ("distill.distill", "train"),
     "estimate_bundle": ("profiles.estimate", ""),
     "evaluate_student": ("evaluate.evaluate", "train,cpu"),
+    "evaluate_video": ("camera.fidelity", ""),
     "examine": ("doctor", ""),
     "explain_student": ("evaluate.explain", "train"),
     "export_bundle": ("export.export", "train,cpu"),
@@ -76,6 +79,7 @@ _HOMES = {
     "open_session": ("runtime", ""),
     "package_bundle": ("package", ""),
     "profile_bundle": ("profiles.profile", ""),
+    "profile_camera": ("camera.pace", ""),
     "restore_model": ("sparse.patch", "train"),
     "run": ("camera.service", ""),
     "run_bundle": ("camera.service", ""),

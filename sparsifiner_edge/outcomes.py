@@ -89,6 +89,43 @@ class RobustnessResult(Result, frozen=True):
     statistics: dict[str, dict[str, Stability]]
 
 
+class StreamMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stream followed, and how; of a fixed share there is no fidelity that it kept to.
+
+    Attributes:
+        frames: of the video. every: of so many one was compared.
+    """
+
+    video: str
+    frames: int
+    every: int
+    preprocessing: str
+    runtime: Runtime
+    at_least: float | None = None
+    share: float | None = None
+
+
+class StreamResult(Result, frozen=True):
+    """Of kind "stream"; samples: by way to answer frames and score, one value a frame, of those that it says something
+    of; statistics: their means, by the same names, with "_least" the least and "ms_p99".
+
+    "patches" is the mean cosine of a frame's patches to the dense model's of the same frame, "moving" that of the tenth
+    whose dense output differs most from the frame's before; "features" the cosine of a feature, and "x_iou" of a map x
+    the overlap of masks. "share" of the patches was computed, "oldest" is for how many frames one was not, "estimated"
+    what the stream itself thought to lose. "reached": share of the frames whose patches are at the fidelity asked for,
+    where one was; "patches_frames": how many frames patches are of: without an output of tokens none that the model
+    answered; "first_quarter" and "last_quarter" of the frames tell a drift.
+
+    Attributes:
+        pictures: by title a JPEG in base64, bright where patches were computed.
+    """
+
+    method: StreamMethod
+    samples: dict[str, dict[str, list[float]]]
+    statistics: dict[str, dict[str, float]]
+    pictures: dict[str, str] = msgspec.field(default_factory=dict)
+
+
 class LayerSummary(msgspec.Struct, frozen=True, kw_only=True):
     """A layer in figures.
 

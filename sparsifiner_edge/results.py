@@ -24,7 +24,9 @@ from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.text import dump_json
 
 RESULT_SCHEMA = 2
-Kind = Literal["profile", "evaluation", "comparison", "demo", "estimate", "search", "robustness", "explanation"]
+Kind = Literal[
+    "profile", "evaluation", "comparison", "demo", "estimate", "search", "robustness", "explanation", "stream", "pace",
+]  # fmt: skip
 MEASURE_AGAIN = "Measure again: sparsifiner-edge profile, evaluate, explain, estimate or optimize, with -o."
 _Time = Annotated[str, Meta(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9]{2}Z\Z")]
 """In UTC, such as 2025-01-31T12:00:00Z."""

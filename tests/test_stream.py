@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import doctest
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -19,7 +23,7 @@ from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, Un
 from sparsifiner_edge.runtime.session import Session
 from sparsifiner_edge.runtime.stream import FIRST_CHECK, STILL
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.stream import Passage, StreamModel
+from sparsifiner_edge.sparse.stream import Passage, StreamModel, carry
 from tests.commands import process
 from tests.flat import export_bundle
 from tests.hosts import factories
@@ -69,20 +73,34 @@ def test_a_step_over_all_tokens_is_the_dense_model_and_what_is_kept_serves(name:
         _close(stream.step(first, before), dense(first))
         # All rows again, beside what is kept, none of which counts then.
         tokens, rows = stream.embed(second), torch.arange(stream.count)
-        every = Passage(rows, tokens, torch.zeros(1, len(rows)), len(rows) + rows, before.new, read=before.outputs)
+        none = torch.zeros(1, len(rows))
+        kept = [qkv[..., qkv.shape[-1] // 3 :] for qkv in before.new]
+        every = Passage(rows, tokens, none, len(rows) + rows, none, kept, read=before.outputs)
         _close(stream.step(second, every), dense(second))
         # Of the same frame the prefix and any patches: all is as it was.
         prefix = backbone_of(model).prefix
         some = torch.cat([rows[:prefix], rows[prefix::3]])
         counts = torch.ones(1, len(rows)).index_fill(1, some, 0)
         places = rows.index_copy(0, some, len(rows) + torch.arange(len(some)))
-        again = Passage(some, stream.embed(first)[:, some], counts, places, before.new, read=before.outputs)
+        still = torch.ones(1, len(some))
+        again = Passage(some, stream.embed(first)[:, some], counts, places, still, kept, read=before.outputs)
         _close(stream.step(first, again), dense(first))
 
 
 def _close(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> None:
     for a, b in zip(found, wanted, strict=True):
         assert float((a - b).abs().max()) <= 1e-4 * float(b.max() - b.min())
+
+
+def test_what_is_kept_moves_as_what_is_like_it() -> None:
+    kinds = torch.nn.functional.one_hot(torch.arange(12) % 3, 8).float()[None]
+    moved = kinds + torch.tensor([0.0, 0.0, 0.5])[torch.arange(12) % 3, None] * torch.ones(8)
+    rows = torch.tensor([0, 1, 2, 4])
+    found = carry(kinds, moved[:, rows], rows, torch.ones(1, 4))
+    torch.testing.assert_close(found, moved, rtol=0, atol=1e-3)
+    # One that changed itself says nothing of others; and where all did, nothing moves.
+    found = carry(kinds, moved[:, rows] + 1, rows, torch.zeros(1, 4))
+    torch.testing.assert_close(found, kinds)
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("pruned", "prunes"), ("paper", "preset paper")])
@@ -125,6 +143,53 @@ def test_a_bundle_follows_a_camera(stream_bundle: Path, backend: str) -> None:
             other.infer(frame)
         assert other.computed is not None
         assert other.computed.by in ("whole", "step")
+
+
+def test_a_stream_in_int8_has_the_layers_of_the_file_beside_it_so(
+    tiny_student: Path, pictures: Path, tmp_path: Path
+) -> None:
+    bundle = export_bundle(tiny_student, tmp_path / "int8", stream=True, precision="int8", calibrate=pictures)
+    files = [onnx.load(bundle / name) for name in ("model.onnx", "stream/step.onnx")]
+    counts = [sum(node.op_type == "QuantizeLinear" for node in file.graph.node) for file in files]
+    assert counts[0] == counts[1] > 0
+    for backend in BACKENDS:
+        assert se.verify_bundle(bundle, backend).passed
+        with se.open_session(bundle, backend) as session:
+            stream = session.stream(share=0.25)
+            found = [stream.infer(frame)["features"] for frame in frames(2)]
+            assert found[0].shape == found[1].shape
+
+
+OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"
+
+
+@pytest.mark.skipif(not OLD_RUNTIME.is_dir(), reason=f"{OLD_RUNTIME} is made by `make test`")
+def test_onnx_runtime_1_21_runs_a_stream_by_its_bodies(stream_bundle: Path) -> None:
+    with se.open_session(stream_bundle, "onnxruntime") as session:
+        session.stream()
+        assert session._streaming is not None
+        shape = session._streaming.shape
+    script = (
+        "import numpy as np, onnxruntime as ort\n"
+        "from sparsifiner_edge.runtime.stream import StreamShape, play\n"
+        "assert ort.__version__.startswith('1.21'), ort.__version__\n"
+        "def runner(name):\n"
+        f"    path, on = {str(stream_bundle)!r} + '/stream/' + name, ['CPUExecutionProvider']\n"
+        "    session = ort.InferenceSession(path, providers=on)\n"
+        "    takes, gives = [x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()]\n"
+        "    return lambda given: dict(zip(gives, session.run(gives, {name: given[name] for name in takes})))\n"
+        f"golden = np.load({str(stream_bundle)!r} + '/stream/golden.npz')\n"
+        f"frames = play(StreamShape(*{tuple(shape)!r}), runner('embedding.onnx'), runner('step.onnx'),\n"
+        "              golden['input.image'], golden['input.patches'])\n"
+        "for number, outputs in enumerate(frames):\n"
+        "    for name in outputs:\n"
+        "        wanted = golden['output.' + name][number]\n"
+        "        assert np.abs(outputs[name] - wanted).max() <= 1e-3 * np.ptp(wanted), (number, name)\n"
+        "assert number == 2\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(OLD_RUNTIME)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_scene_that_moves_is_answered_by_the_model(stream_bundle: Path) -> None:

@@ -103,7 +103,8 @@ class Answered:
         index: counts from 0. ms: milliseconds of work on it; what a frame waited is `record.queued_ms`.
         image: what the model saw, uint8 RGB [H,W,3]. outputs: the model's own, batch 1; see `Session.infer`.
         record: its line: classes with their labels, times. fitting: which part of the frame `image` is: see `to_frame`.
-        view: the whole frame, where an overlay is drawn.
+        view: the whole frame, where an overlay is drawn. fresh: of a step of a stream, the patches of `image` that were
+            computed, bool [rows,columns].
     """
 
     index: int
@@ -113,6 +114,7 @@ class Answered:
     record: FrameRecord | ImageRecord
     fitting: Fitting
     view: Pixels | None = None
+    fresh: Array | None = None
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):

@@ -55,7 +55,7 @@ class Model:
         self._top, self._threshold, self._any_outputs = top, threshold or 0.0, any_outputs
         self.map_threshold = THRESHOLD if threshold is None else threshold
         self._reference: Array | None = None
-        self._stream: Stream | None = None
+        self.stream: Stream | None = None
         self.whole: str | None = None
         self._answered: tuple[dict[str, Array], list[dict[str, Array]]] = {}, []
         self.session: Session = session_on(bundle, execution)
@@ -83,17 +83,17 @@ class Model:
         opened, backend = self.session.opened_as, self.session.backend
         has = opened is not None and opened[0].manifest.stream is not None
         if at_least is not None or share is not None or (has and backend in ON_PROCESSOR):
-            self._stream = self.session.stream(AT_LEAST if at_least is None else at_least, share)
+            self.stream = self.session.stream(AT_LEAST if at_least is None else at_least, share)
         elif has:
             self.whole = f"{backend} runs no stream: every frame is computed whole"
 
     def infer_frame(self, image: Array, follows: bool = True) -> tuple[dict[str, Array], Computed | None]:
         """As `infer`, and what of the frame was computed; None: all of it. follows: the one before, as its next."""
-        if self._stream is None:
+        if self.stream is None:
             return self.infer(image), None
         if not follows:
-            self._stream.reset()
-        return self._stream.infer({"image": image[None]}), self._stream.computed
+            self.stream.reset()
+        return self.stream.infer({"image": image[None]}), self.stream.computed
 
     def answer(self, outputs: dict[str, Array], fitting: Fitting | None = None) -> Answer:
         """`top` of a classifier, else `features`, else `maps`, of an image that was fitted; None: without bars.

@@ -28,13 +28,16 @@ _FAST = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
 _TEXT, _MARGIN, _TEXT_WIDTH = 16, 8, 44
 _COLOURS = (255, 40, 0), (0, 140, 255), (60, 220, 60), (255, 200, 0), (200, 60, 255), (0, 220, 220), (255, 120, 180)
 """Of maps, in their order."""
+_FRESH, _TINT = (255, 255, 0), 70
+"""Colour of patches that were computed, and how strong it is, of 255."""
 _UNREAD = 140
 """How dark is what the model does not read, of 255."""
 
 
 class Overlay:
-    """A video of whole frames with the model's answers: what it does not read is darkened, and a map drawn where it is
-    above a threshold. As large as the first frame; times of the file are those of the frames. A context manager.
+    """A video of whole frames with the model's answers: what it does not read is darkened, what a stream's step
+    computed is tinted, and a map drawn where it is above a threshold. As large as the first frame; times of the file
+    are those of the frames. A context manager.
 
     Args:
         path: .mp4 (in fragments, so that a file cut short still plays) or .mkv.
@@ -90,7 +93,7 @@ class Overlay:
             times = max(1, -(-_LEAST_SIDE // max(height, width)))
             self._size = tuple(max(2, side * times // 2 * 2) for side in (width, height))  # Encoders take no odd ones.
             self._stream.width, self._stream.height = self._size
-        frame = av.VideoFrame.from_ndarray(self._draw(view, answered.fitting, lines, heats), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(self._draw(view, answered, lines, heats), format="rgb24")
         self._began = at_s if self._began is None else self._began
         self._last = max(self._last + 1, round((at_s - self._began) * 1000))
         frame.pts, frame.time_base = self._last, Fraction(1, 1000)
@@ -115,10 +118,14 @@ class Overlay:
             self._status.count("overlay_errors")
             self._status.event("overlay_lost", reason=error.what)
 
-    def _draw(self, view: Pixels, fitting: Fitting, lines: list[str], heats: list[Array]) -> Pixels:
+    def _draw(self, view: Pixels, answered: Answered, lines: list[str], heats: list[Array]) -> Pixels:
+        fitting = answered.fitting
         image, box = Image.fromarray(view).resize(self._size), _box_in(fitting, self._size)
+        size = box[2] - box[0], box[3] - box[1]
+        if answered.fresh is not None:
+            tint = Image.fromarray((fitting.cut(answered.fresh) * _TINT).astype(np.uint8))
+            image.paste(_FRESH, box[:2], tint.resize(size, Image.Resampling.NEAREST))
         for number, heat in enumerate(heats):
-            size = box[2] - box[0], box[3] - box[1]
             values = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
             mask = np.where(values > self._threshold, values.clip(0, 1) * 170, 0)
             image.paste(_COLOURS[number % len(_COLOURS)], box[:2], Image.fromarray(mask.astype(np.uint8)))
@@ -150,6 +157,8 @@ def text_lines(record: FrameRecord, rate: float) -> list[str]:
     for summary in record.maps or []:
         area = f"mean {summary.mean:.3g}" if summary.area is None else f"{summary.area:.0%} of what is read"
         lines.append(f"{printable(summary.output, _TEXT_WIDTH)}  {area}")
+    if record.computed is not None:
+        lines.append(f"{record.computed.by}: {record.computed.share:.0%} computed")
     age = record.frame_age_ms
     lines.append(f"{rate:.1f} fps   " + (f"model {record.infer_ms:.0f} ms" if age is None else f"age {age:.0f} ms"))
     return lines

@@ -225,7 +225,7 @@ def _answers(
         return
     before, returns = None, 0
     with Capture(source, Wanted(model.framing, options.overlay is not None), options.stall_s, status) as capture:
-        for frame in _frames(capture, stop):
+        for frame in frames_of(capture, stop):
             now = status.counts["reconnects"]
             follows, returns = now == returns and model.framing.of(frame.width, frame.height) == before, now
             answered = _answer(model, source, frame, status, follows)
@@ -272,7 +272,7 @@ def _of_images(model: Model, source: Path, status: Status, stop: threading.Event
         raise ImageError(f"{len(failed)} of {len(images)} images could not be read: {failed[0]}")
 
 
-def _frames(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
+def frames_of(capture: Capture, stop: threading.Event) -> Iterator[Frame]:
     """Frames until there are no more, or a stop is requested; notifies systemd's watchdog once a second."""
     notified_at = 0.0
     while not stop.is_set() and not capture.is_over:
@@ -309,7 +309,8 @@ def _answer(model: Model, source: Source, frame: Frame, status: Status, follows:
         computed=computed,
         **asdict(answer),
     )
-    return Answered(record.frame, record.end_to_end_ms, image, outputs, record, fitting, frame.whole())
+    fresh = model.stream.fresh if model.stream is not None and computed is not None and computed.by == "step" else None
+    return Answered(record.frame, record.end_to_end_ms, image, outputs, record, fitting, frame.whole(), fresh)
 
 
 def _ms(began_ns: int, ended_ns: int) -> float:
@@ -319,6 +320,8 @@ def _ms(began_ns: int, ended_ns: int) -> float:
 def _require(bundle: Path, source: Source, options: RunOptions) -> None:
     """Refuse what cannot be read, decoded or written, before anything is opened."""
     required = options.at_least is not None or options.share is not None
+    if options.at_least is not None and options.share is not None:
+        raise ConfigError("at_least and share are both given.", "Give one of them.")
     if required and (source.kind == "images" or not options.stream):
         what = "at_least and share are for streams: videos and cameras."
         raise ConfigError(what, "Leave them out, or --no-stream.")

@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from sparsifiner_edge.bounds import MOST_COUNT, MOST_WORKERS
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult
+    from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult, StreamResult
     from sparsifiner_edge.results import Quantity
+    from sparsifiner_edge.runtime.session import Runtime
 
 
 @click.command()
 @click.argument("subject", metavar="STUDENT|BUNDLE")
 @click.option("--against", metavar="MODEL|BUNDLE", help="The dense teacher; for a student by default its own weights.")
 @common.weights_option
-@click.option("--data", type=common.PATH, required=True,
-              help="An image or a folder; labelled: one folder per class.")  # fmt: skip
+@click.option("--data", type=common.PATH, help="An image or a folder; labelled: one folder per class.")
+@click.option("--video", metavar="FILE|FOLDER", help="Instead: a camera's frames, which a bundle's stream follows.")
 @click.option("--metric", type=click.Choice(["cosine", "knn", "linear", "top1", "task"]), default="cosine",
               show_default=True, help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the "
                                       "classifier; or a task's own (see --task).")  # fmt: skip
@@ -38,6 +41,12 @@ if TYPE_CHECKING:
 @click.option("--workers", type=click.IntRange(0, MOST_WORKERS),
               help="Processes that read images; by default as many as cores.")  # fmt: skip
 @click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
+@click.option("--at-least", type=common.FiniteRange(0, 1, min_open=True, max_open=True),
+              help="Of a stream: fidelity of frames to the dense model.  [default: 0.98]")  # fmt: skip
+@click.option("--share", type=common.FiniteRange(0, 1, min_open=True),
+              help="Of a stream: share of the patches that every frame computes instead.")  # fmt: skip
+@click.option("--every", type=click.IntRange(1, MOST_COUNT), help="Of a stream: compare one of so many frames.")
+@click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Of a stream: stop after so many.")
 @common.fit_option
 @common.region_option
 @common.keep_option
@@ -48,14 +57,66 @@ if TYPE_CHECKING:
 @common.execution_options
 @common.json_option
 @common.result_option
-def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **options: Any) -> None:
-    """Compare SUBJECT with its dense teacher, image by image."""
+def command(
+    *, subject: str, data: Path | None, video: str | None, as_json: bool, output: Path | None, **options: Any
+) -> None:
+    """Compare SUBJECT with its dense teacher, image by image; or a bundle's stream with the dense model, by frames."""
     import sparsifiner_edge as se
 
+    of_streams = {name: options.pop(name) for name in ("at_least", "share", "every", "frames")}
+    if video is not None and data is None:
+        _video(subject, video, of_streams, options, as_json, output)
+        return
+    if data is None or video is not None:
+        raise ConfigError("What is to be compared?", "Give --data IMAGES, or --video FILE.")
+    for name, value in of_streams.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is for streams.", "Leave it out, or give --video.")
     groups = {"model": se.ModelOptions, "budget": se.Budget, "execution": se.Execution, "options": se.EvaluationOptions}
     with common.progress_bar("images") as progress:
         result = se.evaluate_student(subject, data, progress=progress, **common.group(options, **groups))
     common.print_result(result, as_json, _print, output)
+
+
+def _video(
+    subject: str, video: str, of_streams: dict[str, Any], options: dict[str, Any], as_json: bool, output: Path | None
+) -> None:
+    """Refuse options that say nothing of a stream, and follow the video."""
+    import sparsifiner_edge as se
+
+    context, used = click.get_current_context(), {"backend", "precision", "provider", "kernels", "fit", "region"}
+    others = {"subject", "video", "as_json", "output", *of_streams, *used}
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) not in (None, ParameterSource.DEFAULT)
+        if given and parameter.name not in others:
+            raise ConfigError(f"{parameter.opts[-1]} says nothing of a stream.", "Leave it out, or --video.")
+    known = common.group({name: options[name] for name in used & options.keys()}, execution=se.Execution)
+    wanted = {name: value for name, value in of_streams.items() if value is not None}
+    with common.progress_bar("frames") as progress:
+        result = se.evaluate_video(subject, video, progress=progress, **wanted, **known)
+    common.print_result(result, as_json, _print_stream, output)
+
+
+def _print_stream(result: StreamResult) -> None:
+    """A row for each way to answer frames."""
+    method, heads = result.method, ("patches", "moving", "patches_least", "reached", "share", "ms", "ms_p99")
+    names = [name for name in result.statistics["stream"] if name.endswith(("_iou", "features"))]
+    rows = [
+        [way, *(f"{figures[name]:.1f}" if name.startswith("ms") else f"{figures[name]:.4f}" if name in figures else "-"
+                for name in (*heads, *names))]
+        for way, figures in result.statistics.items()
+    ]  # fmt: skip
+    floor = "" if method.at_least is None else f", at least {method.at_least:g}"
+    title = f"{printable(method.video)}, {method.frames} frames{floor}"
+    common.print_table(title, ["", *(name.replace("_", " ") for name in (*heads, *names))], rows)
+    figures = result.statistics["stream"]
+    compared = int(figures.get("patches_frames", 0))
+    if compared < len(result.samples["stream"]["ms"]):
+        click.echo(f"Patches are of {compared} frames; the model, which gives no tokens, answered the others.")
+    if "first_quarter" in figures:
+        click.echo(f"First quarter of the frames {figures['first_quarter']:.4f}, last {figures['last_quarter']:.4f}.")
+    click.echo(f"Cosine to the dense model's of the same frame, {printable(method.preprocessing)}.")
+    click.echo(f"Ran on {_ran(method.runtime)}")
 
 
 def _print(result: ScoresResult | RobustnessResult) -> None:
@@ -71,10 +132,13 @@ def _print(result: ScoresResult | RobustnessResult) -> None:
     if method.gallery is not None:
         click.echo(f"Learnt from {printable(method.gallery)}.")
     for subject in result.subjects:
-        runtime = method.runtime[str(subject.role)]
-        kernels = f", kernels: {runtime.kernels}" if runtime.kernels is not None else ""
-        ran = f"{runtime.backend}, {runtime.precision}{kernels}{'. ' + runtime.chosen if runtime.chosen else ''}"
-        click.echo(f"{subject.role}: {printable(subject.path)} on {printable(ran, 2000)}")
+        click.echo(f"{subject.role}: {printable(subject.path)} on {_ran(method.runtime[str(subject.role)])}")
+
+
+def _ran(runtime: Runtime) -> str:
+    kernels = f", kernels: {runtime.kernels}" if runtime.kernels is not None else ""
+    chosen = f". {runtime.chosen}" if runtime.chosen else ""
+    return printable(f"{runtime.backend}, {runtime.precision}{kernels}{chosen}", 2000)
 
 
 def _between(quantity: Quantity, form: str = ".4f") -> str:

@@ -10,10 +10,14 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bounds import MOST_SECONDS
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import PRECISIONS
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.results import Quantity
 from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
+    from sparsifiner_edge.camera.pace import PaceResult
     from sparsifiner_edge.profiles.figures import ProfileResult
 
 
@@ -26,12 +30,32 @@ if TYPE_CHECKING:
 @common.threads_option
 @click.option("--seconds", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
               help="Minimum measuring time per bundle.  [default: 10]")  # fmt: skip
+@click.option("--video", metavar="FILE|FOLDER", help="Instead: how BUNDLE keeps up with a camera that gives these.")
+@click.option(
+    "--rate", type=common.FiniteRange(0, 1000, min_open=True), help="Of --video: frames a second.  [default: 25]"
+)
+@click.option("--deadline", metavar="MS", help="Of --video: until when a frame is answered, such as 40ms.  "
+              "[default: when the next one comes]")  # fmt: skip
+@click.option("--no-stream", "stream", is_flag=True, flag_value=False, default=True,
+              help="Of --video: compute every frame whole, though BUNDLE follows a stream.")  # fmt: skip
+@common.fit_option
+@common.region_option
 @common.json_option
 @common.result_option
 def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any) -> None:
-    """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own."""
+    """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own.
+
+    With --video: how many frames of a camera are answered too late, or never.
+    """
     import sparsifiner_edge as se
 
+    of_video = {name: options.pop(name) for name in ("video", "rate", "deadline", "stream", "fit", "region")}
+    if of_video["video"] is not None:
+        _camera(bundle, of_video, options, as_json, output)
+        return
+    for name, value in of_video.items():
+        if value not in (None, True):
+            raise ConfigError(f"--{name if name != 'stream' else 'no-stream'} is for a camera.", "Give --video too.")
     other = {name: value for name in ("backend", "precision") if (value := options.pop(f"against_{name}"))}
     groups = common.group(options, execution=se.Execution, options=se.ProfileOptions)
     if other:
@@ -40,6 +64,44 @@ def command(*, bundle: Path, as_json: bool, output: Path | None, **options: Any)
     with common.progress_bar("starting") as progress:
         result = se.profile_bundle(bundle, progress=progress, **groups)
     common.print_result(result, as_json, _print, output)
+
+
+def _camera(bundle: Path, video: dict[str, Any], options: dict[str, Any], as_json: bool, output: Path | None) -> None:
+    import sparsifiner_edge as se
+
+    for name in ("against", "against_backend", "against_precision"):
+        if options.pop(name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is not for a camera.", "Measure one after the other.")
+    written = video.pop("deadline")
+    try:
+        video["deadline_ms"] = None if written is None else float(written.removesuffix("ms"))
+    except ValueError:
+        raise ConfigError(f"--deadline is {written!r}.", "Give milliseconds, such as 40ms.") from None
+    given = {name: value for name, value in (options | video).items() if value is not None}
+    with common.progress_bar("decoding") as progress:
+        result = se.profile_camera(bundle, progress=progress, **common.group(given, execution=se.Execution))
+    common.print_result(result, as_json, _print_camera, output)
+
+
+def _print_camera(result: PaceResult) -> None:
+    """What was late; how old answers were; energy."""
+    method, figures = result.method, result.statistics
+    rows = [
+        [name, *(f"{value:.1f}" for value in marks.values())]
+        for name, marks in (("age of an answer, ms", figures.age_ms), ("of that the answering, ms", figures.infer_ms))
+    ]
+    title = f"{printable(method.video)}, {figures.frames} frames at {method.rate:g} a second"
+    common.print_table(title, ["", *figures.age_ms], rows)
+    click.echo(f"Missed: {figures.missed:.1%}, not answered within {method.deadline_ms:g} ms.")
+    click.echo(f"Dropped for a newer one: {figures.dropped} of them.")
+    energy = figures.energy
+    if isinstance(energy, Unavailable):
+        click.echo(f"Energy: not measured: {printable(energy.why, 300)}")
+    elif isinstance(joules := energy.gross_j_per_inference, Quantity):
+        click.echo(f"Energy: {joules.value * 1e3:.1f} mJ a frame that came, idle time included ({energy.sensor}).")
+    runtime, how = method.runtime, "as a stream" if method.stream else "every frame whole"
+    ran = f"{runtime.backend}, {runtime.precision}, kernels: {runtime.kernels}"
+    click.echo(f"Ran on {printable(ran, 2000)}, {how}.")
 
 
 def _print(result: ProfileResult) -> None:

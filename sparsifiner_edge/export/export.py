@@ -30,7 +30,7 @@ from sparsifiner_edge.export.gpu_layout import fit_to_gpus
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import held_out_images, quantise
 from sparsifiner_edge.export.sessions import file_runner
-from sparsifiner_edge.export.stream import write_stream
+from sparsifiner_edge.export.stream import stream_of, write_stream
 from sparsifiner_edge.export.user_call import UserFunction, hold_against
 from sparsifiner_edge.fitting import Fit, Framing, require_fit
 from sparsifiner_edge.images import Normalisation, Normalise, evenly, list_images, load_image
@@ -237,8 +237,9 @@ def _form(options: ExportOptions) -> _Form:
         [] if folder is None else evenly(list_images(Path(folder)), MAX_CALIBRATION_IMAGES)
         for folder in (calibrate, options.data)
     )
-    single = (options.precision, str(options.batch)) == ("fp32", "1")
-    require(single or not options.stream, "A stream's files are of fp32 and batch 1.", "Leave --stream out, or those.")
+    single = not half and str(options.batch) == "1"
+    fix = "Leave --stream out, or those."
+    require(single or not options.stream, "A stream's files are of fp32 or int8 and batch 1.", fix)
     batch, labels = options.batch, check_labels(list(options.labels), "The classes", _LABELS)
     size = None if batch == "dynamic" else whole_number(str(batch), 'batch (a number or "dynamic")', 1, MOST_BATCH)
     return _Form(options, size, images, labels, loaded, call, held)
@@ -252,7 +253,9 @@ def _export(
     same = form.call is None or student.provenance.training is None
     require(same, "A trained student is no longer the model that you would call.", fix)
     student, retiled = fit_to_gpus(student, form.images) if form.boards else (student, None)
-    file = _file(student.img_size, base or float_file(student, options.tokens, form.batch), form, progress)
+    stream = stream_of(deploy(student, options.tokens), student.img_size) if options.stream else None
+    base = base or float_file(student, options.tokens, form.batch)
+    file = _file(student.img_size, base, form, progress)
     model, user_call = student.model, None
     if form.call is not None:
         exact = options.precision == "fp32" and student.sparsity.is_dense
@@ -267,6 +270,7 @@ def _export(
     # A classifier inside may not be what answers.
     labels = [printable(name) for name in named] if len(named) == count else []
     onnx.helper.set_model_props(file.model, _metadata(student, file.deployed, labels))
+    like = (base.model, file.model) if options.precision == "int8" else ()
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
         np.savez_compressed(folder / GOLDEN_FILE, **file.golden)
@@ -275,7 +279,7 @@ def _export(
         kernels = tuple(board_files(file.model, student.name, board, folder) for board in form.boards)
         manifest = msgspec.structs.replace(
             _manifest(student, file, options), user_call=user_call, retiled=retiled, boards=kernels,
-            stream=write_stream(deploy(student, options.tokens), student.img_size, folder) if options.stream else None,
+            stream=stream and write_stream(stream, file.deployed.output_names, student.img_size, folder, like),
         )  # fmt: skip
         seal_bundle(folder, manifest)
     return target

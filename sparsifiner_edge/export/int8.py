@@ -20,7 +20,7 @@ from onnx import numpy_helper
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Quantisation
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.reference import LEAST_FREE_COSINE, Reference, mean_cosines, require_cosines
 from sparsifiner_edge.export.sessions import file_runner, with_outputs
 from sparsifiner_edge.files import scratch_folder
@@ -99,6 +99,66 @@ def quantise_fully(model: onnx.ModelProto, inputs: Sequence[Array]) -> onnx.Mode
     """
     source, layers = _prepare(model)
     return _quantise_all(source, layers, inputs, symmetric=False)
+
+
+def quantise_like(model: onnx.ModelProto, source: onnx.ModelProto, quantised: onnx.ModelProto) -> onnx.ModelProto:
+    """Another float32 file of the same weights, with those of its linear layers in int8 that a quantised one has so.
+
+    Args:
+        model: left as it is. source: the float32 file that `quantised` was made of; layers are told by their weights.
+
+    Raises:
+        GateError: a linear layer is none of theirs.
+    """
+    result, layers = _prepare(model)
+    held = {tensor.name: tensor for tensor in source.graph.initializer}
+    names: dict[bytes, list[str]] = {}
+    for node in source.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in held:
+            names.setdefault(numpy_helper.to_array(held[node.input[1]]).tobytes(), []).append(node.name)
+    theirs = {node.name: node for node in quantised.graph.node}
+    producers = {name: node for node in quantised.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in quantised.graph.initializer}
+    weights = {tensor.name: tensor for tensor in result.graph.initializer}
+    before = {node.output[0]: node for node in result.graph.node if node.op_type == "LayerNormalization"}
+    readers = Counter(name for node in result.graph.node for name in node.input)
+    nodes, extra = list[onnx.NodeProto](), dict[str, onnx.TensorProto]()
+
+    def take(name: str) -> str:
+        """A constant of theirs, under a name of its own."""
+        if not name:
+            return name
+        constant = extra[name] = copy.deepcopy(constants[name])
+        constant.name = renamed = f"int8.{name}"
+        return renamed
+
+    for node in result.graph.node:
+        same = names.get(numpy_helper.to_array(weights[node.input[1]]).tobytes(), []) if node.name in layers else []
+        if node.name in layers and (not same or (readers[node.input[0]] > 1 and node.input[0] in before)):
+            raise GateError(f"{node.name} of a stream is no layer of the bundle's file.", "Export fp32.")
+        twin = theirs[same.pop(0)] if same else None  # Of equal weights in the order of the file.
+        # What was put back to float32 reads no dequantised values.
+        if twin is not None and producers.get(twin.input[1], twin).op_type == "DequantizeLinear":
+            read, weight = (producers[name] for name in twin.input)
+            rounded = producers[read.input[0]]
+            if (norm := before.get(node.input[0])) is not None:  # Evened out with the weights that it is before.
+                norm.input[1:] = [take(name) for name in producers[rounded.input[0]].input[1:]]
+            for number, (kind, original, inputs) in enumerate((
+                ("QuantizeLinear", rounded, [node.input[0], *map(take, rounded.input[1:])]),
+                ("DequantizeLinear", read, [f"{node.name}.int8.0", *map(take, read.input[1:])]),
+                ("DequantizeLinear", weight, list(map(take, weight.input))),
+            )):  # fmt: skip
+                node_here = onnx.helper.make_node(kind, inputs, [f"{node.name}.int8.{number}"])
+                node_here.attribute.extend(original.attribute)
+                nodes.append(node_here)
+            node.input[:] = [f"{node.name}.int8.1", f"{node.name}.int8.2"]
+        nodes.append(node)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del result.graph.node[:]
+    result.graph.node.extend(copies)
+    result.graph.initializer.extend(extra.values())
+    tidy(result)
+    return result
 
 
 def _layers_that_hurt(

@@ -17,9 +17,12 @@ from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.check import SAME, smooth_images
 from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.graph import check_structure, tidy, to_onnx
+from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise_like
+from sparsifiner_edge.export.reference import mean_cosines, require_cosines, rows_alike
 from sparsifiner_edge.export.sessions import runner_of
 from sparsifiner_edge.metrics import agreement
 from sparsifiner_edge.runtime.stream import (
+    CACHE,
     CHANGE,
     COUNTS,
     FINAL,
@@ -28,6 +31,7 @@ from sparsifiner_edge.runtime.stream import (
     REFERENCES,
     ROWS,
     TOKENS,
+    UNCHANGED,
     Infer,
     StreamShape,
     play,
@@ -51,12 +55,12 @@ class _Embedding(nn.Module):
     def forward(self, image: Tensor, references: Tensor) -> tuple[Tensor, ...]:
         tokens = self.stream.embed(image)
         patches = tokens[:, self.stream.backbone.prefix :]
-        return tokens, (patches - references).norm(dim=-1) / patches.norm(dim=-1)
+        return tokens, (patches - references).norm(dim=-1) / patches.norm(dim=-1).clamp_min(1e-6)
 
 
 class _Step(nn.Module):
-    """The parts of a `Passage`, one by one -> the model's outputs, the final tokens of the rows, then what is new, as
-    `StreamShape.caches` names it.
+    """The parts of a `Passage`, one by one -> the model's outputs, the final tokens, keys and values of the rows, and
+    the tokens that are read, as `StreamShape.caches` names them.
     """
 
     def __init__(self, stream: StreamModel) -> None:
@@ -64,27 +68,41 @@ class _Step(nn.Module):
         self.stream = stream
 
     def forward(
-        self, image: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, places: Tensor, *caches: Tensor
-    ) -> tuple[Tensor, ...]:
+        self, image: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, places: Tensor, still: Tensor,
+        *caches: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         depth = len(self.stream.backbone.layers)
         read = dict(zip(self.stream.read, caches[depth:], strict=True))
-        passage = Passage(rows, tokens, counts, places, list(caches[:depth]), read=read)
+        passage = Passage(rows, tokens, counts, places, still, list(caches[:depth]), read=read)
         outputs = self.stream.step(image, passage)
         return (*outputs, cast(Tensor, passage.tokens), *passage.new, *passage.outputs.values())
 
 
-def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> StreamFiles:
-    """Write the files of a stream into the folder of a bundle.
+def stream_of(deployed: DeployedModel, size: ImageSize) -> StreamModel:
+    """The model as a stream runs it.
 
     Args:
-        deployed: the model as it is exported; it is changed, and serves nothing else then. size: of its images.
+        deployed: it is changed, and serves nothing else then. size: of its images.
 
     Raises:
         UnsupportedModelError: no stream runs it; with the reason.
+    """
+    return StreamModel(deployed, torch.from_numpy(smooth_images(size)))
+
+
+def write_stream(
+    stream: StreamModel, names: list[str], size: ImageSize, folder: Path, like: tuple[onnx.ModelProto, ...] = ()
+) -> StreamFiles:
+    """Write the files of a stream into the folder of a bundle.
+
+    Args:
+        names: of the model's outputs. size: of its images.
+        like: the bundle's file in float32, and in int8, where the step shall have its linear layers so.
+
+    Raises:
         GateError: the files disagree with torch.
     """
     images = [smooth_images(size, seed=seed) for seed in range(GOLDEN_FRAMES)]
-    stream, names = StreamModel(deployed, torch.from_numpy(images[0])), deployed.output_names
     backbone, (heads, dim, _) = stream.backbone, stream.backbone.geometry
     shape = StreamShape(
         len(backbone.layers), backbone.width, heads * dim, backbone.prefix, backbone.patches, stream.read
@@ -97,19 +115,29 @@ def write_stream(deployed: DeployedModel, size: ImageSize, folder: Path) -> Stre
     with torch.no_grad():
         inner = _of_torch(embedding, [TOKENS, CHANGE]), _of_torch(step, outputs)
         wanted = list(play(shape, *inner, *sequence))
-    golden |= {f"output.{name}": np.stack([frame[name] for frame in wanted]) for name in names}
-    ran = play(shape, runner_of(models[0]), runner_of(models[1]), *sequence)
-    for number, (got, frame) in enumerate(zip(ran, wanted, strict=True)):
-        for name, expected in frame.items():
-            if (stats := agreement(name, got[name], expected, SAME.error)).error > SAME.error:
-                what = f"Output {name!r} of frame {number} of a stream differs from torch by {stats.error:.2e}."
-                raise GateError(what, "Nothing was written. Report this with the command.")
+    ran = _hold_against(wanted, list(play(shape, runner_of(models[0]), runner_of(models[1]), *sequence)))
+    if like:
+        models = models[0], quantise_like(models[1], *like)
+        wanted, ran = ran, list(play(shape, runner_of(models[0]), runner_of(models[1]), *sequence))
+        rows = [rows_alike(got, frame) for got, frame in zip(ran, wanted, strict=True)]
+        require_cosines(mean_cosines(rows), LEAST_MEAN_COSINE, "int8 stream's", "", "Export fp32.")
+    golden |= {f"output.{name}": np.stack([frame[name] for frame in ran]) for name in names}
     files = StreamFiles(read=stream.read)
     (folder / files.step).parent.mkdir()
     for name, model in zip((files.embedding, files.step), models, strict=True):
         (folder / name).write_bytes(model.SerializeToString())
     np.savez_compressed(folder / files.golden, **cast(Any, golden))
     return files
+
+
+def _hold_against(wanted: list[dict[str, Array]], ran: list[dict[str, Array]]) -> list[dict[str, Array]]:
+    """What files gave, frame by frame, where that is as torch has it."""
+    for number, (got, frame) in enumerate(zip(ran, wanted, strict=True)):
+        for name, expected in frame.items():
+            if (stats := agreement(name, got[name], expected, SAME.error)).error > SAME.error:
+                what = f"Output {name!r} of frame {number} of a stream differs from torch by {stats.error:.2e}."
+                raise GateError(what, "Nothing was written. Report this with the command.")
+    return ran
 
 
 def _embedding_file(module: _Embedding, shape: StreamShape, image: Array) -> onnx.ModelProto:
@@ -124,12 +152,14 @@ def _step_file(module: _Step, shape: StreamShape, image: Array, outputs: list[st
     some = shape.prefix + _SOME
     inputs = {
         "image": torch.from_numpy(image), TOKENS: torch.zeros(1, some, shape.width), ROWS: torch.arange(some),
-        COUNTS: torch.ones(1, _SOME), PLACES: torch.arange(shape.tokens) % _SOME,
+        COUNTS: torch.ones(1, _SOME), PLACES: torch.arange(shape.tokens), UNCHANGED: torch.ones(1, some),
     }  # fmt: skip
-    caches = {name: torch.zeros(1, _SOME, width) for name, width in shape.caches.items()}
+    sizes = {name: _SOME if name.startswith(CACHE) else shape.tokens for name in shape.caches}
+    caches = {name: torch.zeros(1, sizes[name], width) for name, width in shape.caches.items()}
     rows, known = torch.export.Dim("rows"), torch.export.Dim("stored")
-    axes = {"image": None, "tokens": {1: rows}, "rows": {0: rows}, "counts": {1: known}, "places": None}
-    lengths = ({1: known},) * len(caches)
+    axes = {"image": None, "tokens": {1: rows}, "rows": {0: rows}, "counts": {1: known}, "places": None,
+            "still": {1: rows}}  # fmt: skip
+    lengths = tuple({1: known} if name.startswith(CACHE) else None for name in caches)
     names = [*outputs, FINAL, *(NEW + name for name in caches)]
     model = to_onnx(module, inputs | caches, names, {**axes, "caches": lengths})
     tidy(model, module)

@@ -68,6 +68,9 @@ def package_bundle(bundle: str | Path, target: str, output: str | Path) -> Packa
     opened, place = _open(Path(bundle)), Path(output)
     if target != "triton" and (batch := opened.manifest.batch) not in (None, 1):
         raise ConfigError(f"{bundle} takes batches of {batch}; frames come one by one.", "Export it with --batch 1.")
+    if target != "gstreamer" and opened.manifest.stream is not None:
+        what = f"{bundle} follows a stream, and {target} computes every frame from nothing."
+        raise ConfigError(what, "Export it without --stream, or package it for gstreamer.")
     with io_errors(place):
         if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
             raise ArtifactError(f"{output} exists; it is left untouched.", "Choose another output, or remove it.")

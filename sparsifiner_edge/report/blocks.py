@@ -70,6 +70,20 @@ def strips(title: str, x_title: str, sides: Sequence[tuple[str, LatencySamples, 
     return Strips(title, x_title, rows, _ticks(low, high))
 
 
+def course(title: str, x_title: str, rows: Sequence[tuple[str, Sequence[float]]], floors: Sequence[float]) -> Strips:
+    """How values from a floor to 1 go, frame by frame: label and values, all as many."""
+    shown = list[tuple[str, str, Sequence[Place]]]()
+    count = len(rows[0][1])
+    for (label, values), floor in zip(rows, floors, strict=True):
+        parts = [part for part in np.array_split(np.asarray(values, np.float64), BINS) if part.size]
+        heights = [4 + 96 * min(max((1 - float(part.mean())) / (1 - floor), 0.0), 1.0) for part in parts]
+        steps = " ".join(f"{n},{height:.1f} {n + 1},{height:.1f}" for n, height in enumerate(heights))
+        shown.append((label, f"0,100 {steps} {len(parts)},100", []))
+    width = min(BINS, count) / BINS
+    ticks = [(round(place * width, 2), name) for place, name in _ticks(0, count)]
+    return Strips(title, x_title, shown, ticks)
+
+
 def _place(value: float, low: float, high: float) -> float:
     """Percent of the way from `low` to `high`; what lies beyond stands at the end."""
     return round(100 * min(max((value - low) / (high - low), 0.0), 1.0), 2)

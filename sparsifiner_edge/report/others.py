@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from sparsifiner_edge.front import SearchResult
-from sparsifiner_edge.outcomes import ALL, CLEAN, RobustnessResult, ScoresResult, Stability
+from sparsifiner_edge.outcomes import ALL, CLEAN, RobustnessResult, ScoresResult, Stability, StreamResult
 from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report.blocks import Block, Note, Section, Table
+from sparsifiner_edge.report.blocks import Block, Note, Section, Table, course
 from sparsifiner_edge.report.measured import bar_cells
 from sparsifiner_edge.report.reading import ReportData, ResultFile
 from sparsifiner_edge.report.texts import Texts
@@ -20,6 +21,10 @@ from sparsifiner_edge.report.values import clean, quantity_of
 MAX_ROWS = 60
 """Of a table: a result may hold thousands, a page that is read does not."""
 EVALUATE = "sparsifiner-edge evaluate BUNDLE/ --against DENSE/ --data IMAGES/ -o accuracy.json"
+STREAM, _FLOOR = "stream", 0.9
+"""The way that is judged; and the cosine at the foot of its chart."""
+MOST_SHOWN, _BASE64 = 1 << 20, re.compile(r"/9j/[A-Za-z0-9+/]+={0,2}")
+"""Characters of a picture in a result, which begins as JPEG does."""
 _OF = ("subject", "teacher", "lost")
 
 
@@ -107,6 +112,36 @@ def estimate_section(data: ReportData) -> Section:
         if board.unverified:
             blocks.append(Note(texts("estimate.unverified", keys=clean(", ".join(board.unverified), 300))))
     return "estimate", blocks
+
+
+def stream_section(data: ReportData) -> Section:
+    """Of every video: each way to answer its frames, how a stream did in the course of it, and frames to look at."""
+    texts, blocks = data.texts, list[Block]()
+    names = ("patches", "moving", "patches_least", "reached", "share", "ms", "ms_p99")
+    for file in data.of(StreamResult):
+        result, method = file.result, file.result.method
+        maps = [name for name in result.statistics.get(STREAM, {}) if name.endswith("_iou")][:4]
+        rows = [
+            [texts.get(f"stream.way.{way}", clean(way)), *(_cell(figures.get(name), name) for name in (*names, *maps))]
+            for way, figures in list(result.statistics.items())[:MAX_ROWS]
+        ]
+        heads = [*texts.heads("stream", ("way", *names)), *(clean(name.replace("_", " ")) for name in maps)]
+        blocks.append(Table(heads, rows, f"{file.name}: {clean(method.video)}"))
+        samples = result.samples.get(STREAM, {})
+        patches, share = samples.get("patches", []), samples.get("share", [])
+        if len(patches) == len(share) > 0:  # Else they are of other frames.
+            lines = [(texts("stream.fidelity", floor=_FLOOR), patches), (texts("stream.computed"), share)]
+            blocks.append(course(texts("stream.chart"), texts("stream.frames"), lines, (_FLOOR, 0.0)))
+        for title, content in list(result.pictures.items())[:4]:
+            if len(content) < MOST_SHOWN and _BASE64.fullmatch(content):
+                blocks.append(Note(clean(title), picture=f"data:image/jpeg;base64,{content}"))
+        if method.every > 1:
+            blocks.append(Note(texts("stream.every", every=method.every, frames=method.frames)))
+    return "stream", blocks
+
+
+def _cell(value: float | None, name: str) -> str:
+    return "–" if value is None else f"{value:.1f}" if name.startswith("ms") else f"{value:.4f}"
 
 
 def stability_section(data: ReportData) -> Section:

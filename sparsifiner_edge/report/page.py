@@ -104,9 +104,9 @@ def _picture(path: Path) -> Note:
 def _sections(data: ReportData, pictures: Sequence[Note]) -> list[Section]:
     sections = [
         others.search_section(data), others.estimate_section(data), others.accuracy_section(data, pictures),
-        others.stability_section(data), measured.latency_section(data), measured.energy_section(data),
-        measured.memory_section(data), measured.layers_section(data), measured.conditions_section(data),
-        others.method_section(data),
+        others.stream_section(data), others.stability_section(data), measured.latency_section(data),
+        measured.energy_section(data), measured.memory_section(data), measured.layers_section(data),
+        measured.conditions_section(data), others.method_section(data),
     ]  # fmt: skip
     return [(name, blocks) for name, blocks in sections if blocks]
 

@@ -15,7 +15,7 @@ import numpy as np
 from sparsifiner_edge.artifacts import read_json, sha256
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.front import SearchResult
-from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult
+from sparsifiner_edge.outcomes import RobustnessResult, ScoresResult, StreamResult
 from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import Comparison, Figures, ProfileResult
 from sparsifiner_edge.records import Unavailable
@@ -28,6 +28,7 @@ PROGRAM = "sparsifiner-edge"
 FORMS: dict[str, type[Result]] = {
     "profile": ProfileResult, "comparison": ProfileResult, "evaluation": ScoresResult,
     "robustness": RobustnessResult, "search": SearchResult, "estimate": EstimateResult,
+    "stream": StreamResult,
 }  # fmt: skip
 """Kind -> what the page reads of it."""
 CHOSEN = ("backend", "precision", "device", "threads")

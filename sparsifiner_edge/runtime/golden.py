@@ -64,7 +64,8 @@ def check_sequence(bundle: Bundle, backend: Backend) -> str:
         return ""
     with contextlib.closing(open_stream(bundle, backend)) as opened:
         inputs, expected = read_golden(bundle, files.golden)
-        least = max(SEQUENCE_TOLERANCE, opened.step.least_tolerance)
+        stated = bundle.manifest.tolerances.values() if bundle.manifest.precision == "int8" else ()
+        least = max(SEQUENCE_TOLERANCE, opened.step.least_tolerance, *stated)
         sequence = _sequence(bundle, inputs, expected, opened.shape)
         frames = play(opened.shape, opened.embedding.infer, opened.run, *sequence)
         for number, outputs in enumerate(frames):

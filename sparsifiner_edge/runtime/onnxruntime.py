@@ -180,6 +180,8 @@ def session_options(threads: int = 0, bfloat16: bool = False) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Threads that wait for the next run take a core from whatever comes between, such as another session.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.x64quantprecision", "1")
     if bfloat16:
         options.add_session_config_entry("sparsifiner.attention", "bfloat16")

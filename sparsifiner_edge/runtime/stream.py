@@ -28,33 +28,47 @@ if TYPE_CHECKING:
     from sparsifiner_edge.bundle.manifest import StreamFiles
     from sparsifiner_edge.bundle.store import Bundle
 
-REFERENCES, TOKENS, CHANGE, ROWS, COUNTS, PLACES, FINAL, NEW = (
+REFERENCES, TOKENS, CHANGE, ROWS, COUNTS, PLACES, UNCHANGED, FINAL, NEW = (
     "stream.references", "stream.tokens", "stream.change", "stream.rows", "stream.counts", "stream.places",
-    "stream.final", "new.",
+    "stream.unchanged", "stream.final", "new.",
 )  # fmt: skip
 """Names in the files; no output of a model has a dot."""
-AT_LEAST, MARGIN = 0.98, 0.75
-"""Fidelity, where nothing else is asked for; and the share of what may be lost that frames are planned to lose."""
-SHARES = (1 / 16, 1 / 8, 1 / 4)
-"""Of the patches, that a step computes; further ones follow in the same frame until it keeps to the limit."""
+CACHE = "cache."
+"""How the names of kept keys and values begin; those of tokens that are read do otherwise."""
+AT_LEAST, MARGIN = 0.98, 0.7
+"""Fidelity, where nothing else is asked for; and the share of what may be lost that frames are planned to lose on
+average: of twenty, one loses about twice as much.
+"""
+SHARES = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
+"""Of the patches, that a step computes. Few different ones: engines prepare for each."""
 CHANGED, NOISE = (0.25, 0.5), 3.0
 """How far a patch is at least from what it was that counts as changed, and at most; in between so many medians of all
 patches of the frame: a camera's noise, and its gain.
 """
+MOVING, REST = 0.25, 0.1
+"""Share of the patches that change from which on a scene moves, or is another; and below which it rests again."""
 STILL, FIRST_CHECK, LAST_CHECK = 2, 8, 256
 """Frames that must hardly differ before something is kept again; steps after which a frame is computed whole, first and
 at last: estimates are held against it.
 """
-_OLDEST = 8
+_OLDEST = 4
 """Of a step's patches, one in so many is the oldest there is: what is computed anew of those that did not change tells
 how far the others are from the truth, for that comes and goes with the whole frame.
 """
-_SCALE, _SCALES, _SCALE_RATE = 2.0, (0.5, 6.0), 0.5
-"""How far all are from the truth, of how far the oldest were from what they became, which attend to others as old: at
-first, at least and at most, and how fast that follows each frame that is computed whole.
+_STILL, _TOO_LITTLE = 1e-3, 1e-4
+"""Change by which one of patches that did not change is chosen, by its age; and an error of which nothing is learnt."""
+_STEPS, _FORGET, _BURST = 2, 0.7, 2.0
+"""Steps of a frame, at most; of how far patches that did not change came to be elsewhere, what counts after each step;
+and how many times what is planned a frame may lose before it is given another step.
+"""
+_SCALE, _SCALES, _TIMES, _RATE = 0.25, (0.02, 4.0), (0.5, 2.0), 0.5
+"""How far all are from the truth: so many times that, for each frame that what is not computed waits. At first, at
+least and at most; by how much one frame that is computed whole may say otherwise, and the power to which that counts,
+for single frames differ.
 """
 Infer = Callable[[dict[str, Array]], dict[str, Array]]
 Places = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 Axes = tuple[int | str | None, ...]
 
 
@@ -78,7 +92,7 @@ class StreamShape(NamedTuple):
     @property
     def caches(self) -> dict[str, int]:
         """What is kept between frames, by the name of the step's input: channels of each token."""
-        caches = {f"cache.{layer}": 2 * self.attended for layer in range(self.depth)}
+        caches = {f"{CACHE}{layer}": 2 * self.attended for layer in range(self.depth)}
         return caches | {f"read.{layer}": self.width for layer in self.read}
 
 
@@ -93,17 +107,23 @@ class StreamState:
     def __init__(self, shape: StreamShape) -> None:
         self.shape = shape
         self.caches = {name: np.zeros((1, shape.tokens, width), np.float32) for name, width in shape.caches.items()}
-        self._none = {name: value[:, :1] for name, value in self.caches.items()}
+        self._none = {
+            name: np.zeros((1, 1 if name.startswith(CACHE) else shape.tokens, width), np.float32)
+            for name, width in shape.caches.items()
+        }
         self.final = np.zeros((1, shape.tokens, shape.width), np.float32)
         self.references = np.zeros((1, shape.patches, shape.width), np.float32)
         self.ages = np.zeros(shape.patches, np.int64)
 
-    def step(self, infer: Infer, image: Array, tokens: Array, patches: Places | None) -> dict[str, Array]:
+    def step(
+        self, infer: Infer, image: Array, tokens: Array, patches: Places | None, changed: Mask | None = None
+    ) -> dict[str, Array]:
         """Compute the prefix and some patches, and remember them.
 
         Args:
             infer: the step's file, of what it takes among the inputs. image, tokens: of the frame.
             patches: ascending; None: all, and what was known counts no more.
+            changed: which of them changed: how the others come out tells of those that are not computed. None: all.
 
         Returns:
             The model's outputs, of the whole frame.
@@ -111,14 +131,23 @@ class StreamState:
         shape, whole = self.shape, patches is None
         chosen = np.arange(shape.patches) if patches is None else patches
         rows = np.concatenate([np.arange(shape.prefix), shape.prefix + chosen])
-        count = 1 if whole else shape.tokens
         counts, places = np.ones((1, shape.tokens), np.float32), np.arange(shape.tokens)
-        counts[:, rows], places[rows] = 0, count + np.arange(len(rows))
-        inputs = {"image": image, TOKENS: tokens[:, rows], ROWS: rows, COUNTS: counts[:, :count], PLACES: places}
+        counts[:, rows], places[rows] = 0, shape.tokens + np.arange(len(rows))
+        still = np.zeros((1, len(rows)), np.float32)
+        if changed is not None:
+            still[:, shape.prefix :] = ~changed
+        inputs = {
+            "image": image, TOKENS: tokens[:, rows], ROWS: rows, COUNTS: counts[:, : 1 if whole else None],
+            PLACES: places, UNCHANGED: still,
+        }  # fmt: skip
         outputs = infer(inputs | (self._none if whole else self.caches))
         for name, value in self.caches.items():
-            value[:, rows] = outputs.pop(NEW + name)
-        self.final[:, rows] = outputs.pop(FINAL)
+            new = outputs.pop(NEW + name)
+            if name.startswith(CACHE):
+                value[:, rows] = new[..., shape.attended :]
+            else:
+                value[:] = new
+        self.final = outputs.pop(FINAL)
         self.references[:, chosen] = tokens[:, rows[shape.prefix :]]
         self.ages[chosen] = 0
         return outputs
@@ -150,7 +179,7 @@ def open_stream(bundle: Bundle, backend: Backend) -> StreamSessions:
 
 def _shape(bundle: Bundle, files: StreamFiles, step: Session) -> StreamShape:
     sizes = bundle.require(bundle.manifest.shape, "shape")
-    attended = next((spec.shape[-1] for spec in step.inputs if spec.name == "cache.0" and spec.shape), 0)
+    attended = next((spec.shape[-1] for spec in step.inputs if spec.name == f"{CACHE}0" and spec.shape), 0)
     attended = attended // 2 if isinstance(attended, int) else 0
     return StreamShape(sizes.depth, sizes.width, attended, sizes.prefix, sizes.patches, files.read)
 
@@ -159,10 +188,14 @@ def _require(opened: StreamSessions, bundle: Bundle) -> None:
     """Refuse files whose inputs and outputs do not fit the bundle: nothing else looks at names and sizes."""
     shape, known = opened.shape, {spec.name: spec for spec in bundle.manifest.inputs}
     image = known["image"].shape if "image" in known else ()
-    caches = {name: (1, None, width) for name, width in shape.caches.items()}
+    caches = {
+        name: (1, None if name.startswith(CACHE) else shape.tokens, width) for name, width in shape.caches.items()
+    }
     some: dict[str, Axes] = {"image": image, ROWS: (None,)}  # What not every model reads.
-    takes: dict[str, Axes] = {TOKENS: (1, None, shape.width), COUNTS: (1, None), PLACES: (shape.tokens,), **caches}
-    gives: dict[str, Axes] = {FINAL: (1, None, shape.width), **{NEW + name: axes for name, axes in caches.items()}}
+    takes: dict[str, Axes] = {TOKENS: (1, None, shape.width), COUNTS: (1, None), PLACES: (shape.tokens,),
+                              UNCHANGED: (1, None), **caches}  # fmt: skip
+    gives: dict[str, Axes] = {FINAL: (1, shape.tokens, shape.width)}
+    gives |= {NEW + name: (1, n, width + shape.attended * (n is None)) for name, (_, n, width) in caches.items()}
     gives |= {spec.name: spec.shape for spec in bundle.manifest.outputs}
     embedding, step = opened.embedding, opened.step
     for origin, specs, needed, others in (
@@ -241,15 +274,36 @@ class Stream:
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"share is {share}.", "Give a share of the patches, more than 0 and at most 1.")
         self._whole, self._sessions, self._state = whole, sessions, StreamState(sessions.shape)
-        self._limit = MARGIN * (1 - at_least) if share is None else math.inf
-        self._shares: tuple[float, ...] = SHARES if share is None else (share,)
-        self._scale = _SCALE
+        self._limit = math.inf if share is not None else MARGIN * (1 - at_least)
+        self._share = share
         self.computed: Computed | None = None
         self.reset()
+
+    @property
+    def fresh(self) -> Mask:
+        """Which patches were computed of the last frame, [rows,columns]."""
+        _, height, width, _ = (side for side in self._whole.inputs[0].shape if isinstance(side, int))
+        return np.asarray(self._state.ages == 0).reshape(round(math.sqrt(len(self._state.ages) * height / width)), -1)
+
+    @property
+    def final(self) -> Array:
+        """Tokens after the final norm, [1,N,C]: of the last frame, unless the model answered it."""
+        return self._state.final
+
+    def dense(self) -> Callable[[Array], dict[str, Array]]:
+        """What computes images [1,H,W,3] whole, apart from this stream: the dense model's outputs, and its "tokens"."""
+        sessions, state = self._sessions, StreamState(self._sessions.shape)
+
+        def infer(image: Array) -> dict[str, Array]:
+            outputs = state.step(sessions.run, image, sessions.embed(image, state.references)[0], None)
+            return {"tokens": state.final, **outputs}
+
+        return infer
 
     def reset(self) -> None:
         """Forget the frames so far: the next one follows none of them."""
         self._cached, self._still, self._steps, self._check = False, STILL, 0, FIRST_CHECK
+        self._drift, self._scale, self._lost = [0.0, 0.5], _SCALE, 0.0
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The model's outputs for the next frame; takes and gives what `Session.infer` does.
@@ -268,61 +322,81 @@ class Stream:
     def _infer(self, image: Array) -> tuple[dict[str, Array], Computed]:
         state, first = self._state, not self._cached and self._still == STILL
         tokens, change = self._sessions.embed(image, state.references)
+        change = np.nan_to_num(change, nan=1.0, posinf=1.0)
         state.ages += 1
         if first:
             return self._all(image, tokens)
         changed = change > np.clip(NOISE * np.median(change), *CHANGED)
-        if changed.mean() > SHARES[-1]:
+        if changed.mean() > (MOVING if self._cached else REST):
             self._cached, self._still = False, 0
         elif not self._cached:
             self._still += 1
         if self._cached:
             outputs, computed = self._step(image, tokens, change, changed)
-            check = computed.by == "step" and self._steps >= self._check and math.isfinite(self._limit)
-            return self._all(image, tokens, computed.error) if check else (outputs, computed)
+            if computed.by != "step" or self._steps < self._check or math.isinf(self._limit):
+                return outputs, computed
+            self._check = min(4 * self._check, LAST_CHECK)
+            return self._all(image, tokens, computed.error)
         if self._still == STILL:
             return self._all(image, tokens)
         state.references[:], state.ages[:] = tokens[:, state.shape.prefix :], 0
         return self._whole.infer({"image": image}), Computed("model", 1.0, 0)
 
     def _choose(self, change: Array, share: float) -> Places:
-        """Patches that changed most, or longest ago, and some of the oldest; ascending."""
+        """Patches that changed most, or longest ago, and some of the oldest, none of them of this frame; ascending."""
         ages, count = self._state.ages, max(1, round(share * len(change)))
-        score = change * np.sqrt(ages + 1)
-        score[np.argsort(-ages, kind="stable")[: count // _OLDEST]] = np.inf
+        score = (change + _STILL) * np.sqrt(ages + 1)
+        score[np.argsort(-ages, kind="stable")[: max(count // _OLDEST, count > 1)]] = np.inf
+        score[ages == 0] = -1.0
         return np.sort(np.argsort(-score, kind="stable")[:count])
 
-    def _step(
-        self, image: Array, tokens: Array, change: Array, changed: npt.NDArray[np.bool_]
-    ) -> tuple[dict[str, Array], Computed]:
-        """As many steps as keep the frame to the limit, or else the whole of it."""
-        state, total, error = self._state, 0.0, 1.0
-        for share in self._shares:
-            if share < changed.mean() and share < self._shares[-1]:
-                continue
+    def _estimate(self, share: float, missed: float) -> float:
+        """1 - cosine of all patches, on average, where a share is computed and one that changed is not."""
+        still, changed = self._drift
+        return self._scale * still * min(self._steps + 1, 1 / share) + missed * changed
+
+    def _least_share(self, changed: float) -> float:
+        """The least share that is expected to do where one changed; the largest, where none is."""
+        fresh = 1 - 1 / _OLDEST
+        fits = (share for share in SHARES if self._estimate(share, max(0.0, changed - fresh * share)) <= self._limit)
+        return next(fits, SHARES[-1])
+
+    def _step(self, image: Array, tokens: Array, change: Array, changed: Mask) -> tuple[dict[str, Array], Computed]:
+        """A step, and another one where a frame loses far more than planned; the whole where that is not enough."""
+        state, total, error = self._state, 0.0, 0.0
+        for _ in range(_STEPS):
+            share = self._share or self._least_share(float(changed.mean()))
             chosen = self._choose(change, share)
-            rows = state.shape.prefix + chosen
-            before, still = state.final[0, rows], ~changed[chosen]
-            outputs = state.step(self._sessions.run, image, tokens, chosen)
+            rows, moved = state.shape.prefix + chosen, changed[chosen]
+            before = state.final[0, rows]
+            outputs = state.step(self._sessions.run, image, tokens, chosen, moved)
             total += len(chosen) / len(change)
             change[chosen], changed[chosen] = 0.0, False
-            lost = 1 - cosine(before, state.final[0, rows])[still]
-            # Where all of them changed, none of them tells.
-            error = min(1.0, self._scale * max(0.0, 1 - total) * float(lost.mean() if lost.size else 1.0))
-            if error <= self._limit:
+            lost = (1 - cosine(before, state.final[0, rows])).clip(0)
+            for number, some in enumerate((lost[~moved], lost[moved])):
+                if some.size and np.isfinite(some).all():
+                    self._drift[number] += (1 - _FORGET) * (float(some.mean()) - self._drift[number])
+            error = min(1.0, self._estimate(total, float(changed.mean())))
+            if error <= _BURST * self._limit:
                 self._steps += 1
                 return outputs, Computed("step", total, int(state.ages.max()), error)
-        return self._all(image, tokens)
+            if share == SHARES[-1]:
+                break
+        answer = self._all(image, tokens, error)
+        if self._lost > self._limit / MARGIN:  # As it was feared: a scene that moves, though no patch far.
+            self._cached, self._still = False, 0
+        return answer
 
     def _all(self, image: Array, tokens: Array, error: float | None = None) -> tuple[dict[str, Array], Computed]:
         """error: as estimated of what is kept of this frame already; the whole of it tells the truth."""
         state, prefix = self._state, self._state.shape.prefix
         before = state.final[0, prefix:].copy()
         outputs = state.step(self._sessions.run, image, tokens, None)
-        if error is not None:
-            true = float((1 - cosine(before, state.final[0, prefix:])).mean())
-            scale = float(np.clip(self._scale * true / max(error, 1e-6), *_SCALES))
-            self._scale += _SCALE_RATE * (scale - self._scale)
-            self._check = min(4 * self._check, LAST_CHECK)
+        self._lost = true = float((1 - cosine(before, state.final[0, prefix:])).mean())
+        if error is not None and math.isfinite(true) and max(true, error) > _TOO_LITTLE:
+            less = true > self._limit / MARGIN  # Than was asked for: it counts in full, and is looked at again soon.
+            times = float(np.clip(true / max(error, _TOO_LITTLE), *_TIMES)) ** (1.0 if less else _RATE)
+            self._scale = float(np.clip(self._scale * times, *_SCALES))
+            self._check = FIRST_CHECK if less else self._check
         self._cached, self._steps = True, 0
         return outputs, Computed("whole", 1.0, 0, 0.0)

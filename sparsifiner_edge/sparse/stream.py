@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sparsifiner_edge.errors import UnsupportedModelError
 from sparsifiner_edge.ops import torch as ops
@@ -23,20 +24,24 @@ from sparsifiner_edge.sparse.layer import SparseLayer, TokenOrder
 from sparsifiner_edge.sparse.patch import restore_model
 
 _NOTHING = torch.empty(0)
+_LIKE, _FEW = 0.1, 1e-6
+"""Difference of cosines over which a token says e times less of another one; and what stands for none that says any."""
 
 
 @dataclasses.dataclass
 class Passage:
-    """What a call of the model takes and gives beside images and outputs: N tokens, M of them computed, L kept: N, or
-    one that counts as 0 where all are computed.
+    """What a call of the model takes and gives beside images and outputs: N tokens, M of them computed, keys and
+    values of L kept: N, or one that counts as 0 where all are computed.
 
     Attributes:
         rows: which tokens are computed, ascending, the prefix first: int64 [M]; None: none, the embedding alone.
         tokens: what the first layer takes, [1,M,C], then what each layer gave; of the embedding alone, all: [1,N,C].
-        counts: 1 of each token kept, but 0 where it is computed anew: [1,L].
-        places: of each token, where it is in those kept with the new ones behind them: int64 [N].
-        caches: keys and values of each layer, [1,L,2C]. new: the same of the rows, as they come.
-        read: by number, of layers whose outputs the model itself reads, those kept, [1,L,C]. outputs: of the rows.
+        counts: 1 of each key stored, but 0 where it is computed anew: [1,L].
+        places: of each token, where it is in N kept ones with the new ones behind them: int64 [N].
+        still: 1 of each row that is computed though its patch did not change, else 0: [1,M]; see `carry`.
+        caches: keys and values of each layer, [1,L,2C]. new: of the rows, after their queries, as they come, [1,M,3C].
+        read: by number, of layers whose outputs the model itself reads, those stored, [1,N,C]. outputs: what it reads,
+            [1,N,C].
         watched: what these layers returned, cut off from what made it; None: they are not watched.
     """
 
@@ -44,11 +49,25 @@ class Passage:
     tokens: Tensor | None = None
     counts: Tensor = _NOTHING
     places: Tensor = _NOTHING
+    still: Tensor = _NOTHING
     caches: list[Tensor] = dataclasses.field(default_factory=list)
     new: list[Tensor] = dataclasses.field(default_factory=list)
     read: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     outputs: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     watched: dict[int, Tensor] | None = None
+
+
+def carry(stored: Tensor, values: Tensor, rows: Tensor, still: Tensor) -> Tensor:
+    """Tokens that are stored, moved as those moved that are like them and were computed anew. What an image means to a
+    token that did not change itself comes and goes with the whole of it, and with like tokens alike.
+
+    Args:
+        stored: [1,N,C]. values: of the rows, [1,M,C]. rows: int64 [M]. still: see `Passage`.
+    """
+    before = stored.index_select(1, rows)
+    alike = functional.normalize(stored, dim=-1) @ functional.normalize(before, dim=-1).mT
+    weights = ((alike - 1) / _LIKE).exp() * still[:, None]
+    return stored + weights @ (values - before) / (weights.sum(-1, keepdim=True) + _FEW)
 
 
 class Call:
@@ -66,7 +85,7 @@ class StreamAttention(PackedAttention):
         """See `PackedAttention`: qkv [1,M,3C] of the rows."""
         passage, geometry = self.call.passage, self.geometry
         caches = passage.caches[len(passage.new)]
-        passage.new.append(qkv[..., qkv.shape[-1] // 3 :])
+        passage.new.append(qkv)
         return ops.cached_attention(qkv, caches, passage.counts, num_heads=geometry.heads, scale=geometry.scale)
 
 
@@ -89,10 +108,11 @@ class StreamLayer(SparseLayer):
         passage.tokens = values = values + self.after_mlp(values)
         if self.number not in passage.read:
             return x
-        passage.outputs[self.number] = values
-        whole = torch.cat([passage.read[self.number], values], 1).index_select(1, passage.places)
+        stored = carry(passage.read[self.number], values, passage.rows, passage.still)
+        whole = torch.cat([stored, values], 1).index_select(1, passage.places)
         if passage.watched is not None:
             whole = passage.watched[self.number] = whole.detach().requires_grad_()
+        passage.outputs[self.number] = whole
         return whole
 
 
@@ -101,7 +121,7 @@ class StreamModel(nn.Module):
 
     Attributes:
         module: what was given. backbone: within it.
-        read: numbers of the layers whose outputs the module itself reads, ascending.
+        read: numbers of the layers whose outputs the module itself reads, ascending, and of the last.
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
@@ -144,15 +164,15 @@ class StreamModel(nn.Module):
         return tokens
 
     def step(self, images: Tensor, passage: Passage) -> tuple[Tensor, ...]:
-        """What the module gives once some rows are computed anew; of these `passage` then has `new`, `outputs` and, as
-        `tokens`, what leaves the final norm.
+        """What the module gives once some rows are computed anew; of these `passage` then has `new`, and of all tokens
+        `outputs` and, as `tokens`, what leaves the final norm.
 
         Args:
             images: for what reads pixels beside the transformer.
         """
         self._call.passage = passage
         outputs: tuple[Tensor, ...] = self.module(images)
-        passage.tokens = self.backbone.final_norm(passage.tokens)
+        passage.tokens = self.backbone.final_norm(list(passage.outputs.values())[-1])
         return outputs
 
     def whole(self, tokens: Tensor, read: Iterable[int] | None = None) -> Passage:
@@ -160,8 +180,8 @@ class StreamModel(nn.Module):
         rows, (heads, dim, _) = torch.arange(self.count), self.backbone.geometry
         caches = [tokens.new_zeros(1, 1, 2 * heads * dim)] * len(self.backbone.layers)
         return Passage(
-            rows, tokens, tokens.new_zeros(1, 1), 1 + rows, caches,
-            read=dict.fromkeys(self.read if read is None else read, tokens[:, :1]),
+            rows, tokens, tokens.new_zeros(1, 1), len(rows) + rows, tokens.new_zeros(1, len(rows)), caches,
+            read=dict.fromkeys(self.read if read is None else read, torch.zeros_like(tokens)),
         )  # fmt: skip
 
     def _find_read(self, example: Tensor) -> tuple[int, ...]:
@@ -176,7 +196,8 @@ class StreamModel(nn.Module):
         if not all(output.requires_grad for output in outputs):
             return tuple(every)
         gradients = torch.autograd.grad(total, list(passage.watched.values()), allow_unused=True)
-        return tuple(number for number, slope in zip(passage.watched, gradients, strict=True) if slope is not None)
+        read = [number for number, slope in zip(passage.watched, gradients, strict=True) if slope is not None]
+        return tuple(sorted({*read, every[-1]}))
 
 
 def _refused(reason: str) -> UnsupportedModelError:

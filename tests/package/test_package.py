@@ -128,6 +128,17 @@ def test_what_does_not_fit_a_target(targets: Any, options: dict[str, Any], said:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_computes_every_frame_from_nothing_takes_no_stream(
+    target: str, stream_bundle: Path, tmp_path: Path
+) -> None:
+    if target == "gstreamer":
+        assert "README.md" in package_bundle(stream_bundle, target, tmp_path / "out").files
+        return
+    with pytest.raises(ConfigError, match=f"{target} computes every frame from nothing"):
+        package_bundle(stream_bundle, target, tmp_path / "out")
+
+
 # ---- Triton
 
 

@@ -1,0 +1,240 @@
+"""How a stream does on a video: frames held against the dense model, beside what else would take as long."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.bundle.store import bundle_hash
+from sparsifiner_edge.camera.capture import Capture
+from sparsifiner_edge.camera.decoder_protocol import Wanted
+from sparsifiner_edge.camera.model import Model
+from sparsifiner_edge.camera.service import frames_of
+from sparsifiner_edge.camera.sources import parse_source, require_decoder
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.config import require
+from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.execution import Execution, execution_of
+from sparsifiner_edge.fitting import Box, Fit
+from sparsifiner_edge.images import list_images, load_image
+from sparsifiner_edge.judge import Prediction, alike, map_scores
+from sparsifiner_edge.metrics import cosine
+from sparsifiner_edge.outcomes import StreamMethod, StreamResult
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.results import Subject
+from sparsifiner_edge.runtime.stream import AT_LEAST, Stream
+
+HELD = (2, 4, 8, 16)
+"""The dense model's answer to every k-th frame stands for the others: what a stream is compared with."""
+STREAM, MODEL = "stream", "every frame by the model"
+_PICTURE, _QUALITY = 320, 80
+_LEAST_FRAMES = 3
+Samples = dict[str, list[float]]
+
+
+def evaluate_video(
+    bundle: str | Path,
+    video: str | Path,
+    *,
+    at_least: float | None = None,
+    share: float | None = None,
+    every: int = 1,
+    frames: int | None = None,
+    execution: Execution | str | None = None,
+    fit: Fit | None = None,
+    region: Box | None = None,
+    progress: Progress | None = None,
+) -> StreamResult:
+    """Let a stream follow a video, and compare its frames with the dense model's of the same frames.
+
+    Args:
+        bundle: exported with --stream. video: a video, or a folder of a camera's images in the order of their names.
+        at_least, share: see `Session.stream`.
+        every: the stream follows all frames, and of so many one is compared; of more than 1, none is held beside it.
+        frames: after so many the video ends.
+        execution: a backend, or all of it. fit, region: see `fitting.Framing`. progress: see `Progress`.
+
+    Returns:
+        A result of kind "stream".
+
+    Raises:
+        BackendError: the bundle was exported without --stream, or the backend runs none.
+        ImageError: the video cannot be read, or has too few frames.
+        SparsifinerError: the bundle or an option is unusable.
+
+    Example:
+        >>> result = evaluate_video("streaming", "images")
+        >>> sorted(result.statistics)[:2]
+        ['every frame by the model', 'hold every 16th']
+    """
+    require(every >= 1, f"every is {every}.", "Give a whole number, at least 1.")
+    require(frames is None or frames >= 1, f"frames is {frames}.", "Give a whole number, at least 1.")
+    require(at_least is None or share is None, "at_least and share are both given.", "Give one of them.")
+    floor = None if share is not None else at_least or AT_LEAST
+    with Model(Path(bundle), execution_of(execution), fit=fit, region=region, any_outputs=True) as model:
+        model.follow(AT_LEAST if at_least is None else at_least, share)
+        assert model.stream is not None
+        judged = _Judged(model, model.stream, every)
+        for number, image in enumerate(images_of(model, str(video), frames)):
+            judged.take(image)
+            if progress:
+                progress("frames", number + 1, frames or 0)
+        if judged.compared < _LEAST_FRAMES:
+            raise ImageError(
+                f"{video} has {judged.compared} frames to compare.", "Give a longer one, or a lower every."
+            )
+        method = StreamMethod(
+            video=Path(video).name, frames=judged.frames, every=every, share=share,
+            at_least=floor, preprocessing=str(model.framing),
+            runtime=model.session.description,
+        )  # fmt: skip
+    subject = Subject(role="subject", kind="bundle", path=str(bundle), sha256=bundle_hash(Path(bundle)))
+    statistics = {way: _figures(samples, floor) for way, samples in judged.samples.items()}
+    return StreamResult("stream", [subject], method, judged.samples, statistics, pictures=judged.pictures())
+
+
+def images_of(model: Model, video: str, most: int | None) -> Iterator[Array]:
+    """Of a video's frames, or of a folder's images, what the model takes: uint8 [H,W,3]."""
+    source = parse_source(video)
+    if source.live:
+        raise ConfigError(f"{source.shown} is no video that ends.", "Record one, and give its file.")
+    if source.kind == "images":
+        for path in list_images(Path(source.location))[:most]:
+            yield load_image(path, model.framing)
+        return
+    require_decoder(source)
+    status, count = Status(source.shown, lambda _event: None), 0
+    with Capture(source, Wanted(model.framing), 60.0, status) as capture:
+        for frame in frames_of(capture, threading.Event()):
+            yield frame.image(model.framing)
+            count += 1
+            if count == most:
+                return
+    if capture.failure is not None:
+        raise ImageError(f"{source.shown} cannot be read as a video: {capture.failure}", "Replace or repair it.")
+
+
+class _Judged:
+    """Frames so far. Attributes: samples: by way and score. frames, compared: how many."""
+
+    def __init__(self, model: Model, stream: Stream, every: int) -> None:
+        self._model, self._stream, self._every = model, stream, every
+        self._dense, self._before = stream.dense(), dict[str, Array]()
+        self._held: dict[int, dict[str, Array]] = {}
+        self._shown: dict[str, tuple[float, str]] = {}
+        self.samples: dict[str, Samples] = {}
+        self.frames = self.compared = 0
+
+    def take(self, image: Array) -> None:
+        """The next frame."""
+        began = time.monotonic()
+        outputs, computed = self._model.infer_frame(image)
+        ms, number = (time.monotonic() - began) * 1e3, self.frames
+        assert computed is not None
+        self.frames += 1
+        if number % self._every:
+            return
+        began = time.monotonic()
+        wanted = self._dense(image[None])
+        dense_ms = (time.monotonic() - began) * 1e3
+        for held in HELD if self._every == 1 else ():
+            self._held[held] = self._held[held] if number % held else wanted
+        before, self._before = self._before, wanted
+        if not before:
+            return  # Where all is computed nothing is to be told.
+        self.compared += 1
+        moving = np.argsort(-self._apart(before, wanted), kind="stable")[: max(1, self._stream.fresh.size // 10)]
+        known = {"tokens": self._stream.final} if computed.by != "model" else {}
+        if "tokens" not in outputs | known:  # Of no way then: all are judged by the same frames.
+            wanted = {name: value for name, value in wanted.items() if name != "tokens"}
+        extra = {"share": computed.share, "oldest": float(computed.oldest)}
+        extra |= {} if computed.error is None else {"estimated": computed.error}
+        lost = self._add(STREAM, outputs | known, wanted, moving, ms, extra)
+        began = time.monotonic()
+        alone = self._model.infer(image)
+        self._add(MODEL, alone, wanted, moving, (time.monotonic() - began) * 1e3)
+        for held, answer in self._held.items():
+            self._add(
+                f"hold every {held}{'nd' if held == 2 else 'th'}",
+                answer,
+                wanted,
+                moving,
+                0.0 if number % held else dense_ms,
+            )
+        self._show(image, number, lost, computed.share)
+
+    def _apart(self, one: dict[str, Array], other: dict[str, Array]) -> Array:
+        return 1 - cosine(one["tokens"], other["tokens"])[0, -self._stream.fresh.size :]
+
+    def _add(
+        self, way: str, got: dict[str, Array], wanted: dict[str, Array], moving: Array, ms: float,
+        extra: dict[str, float] | None = None,
+    ) -> float | None:  # fmt: skip
+        """Scores of an answer; 1 - the mean cosine of its patches, where it has any."""
+        scores, lost = {"ms": ms} | (extra or {}), None
+        for name, expected in wanted.items():
+            if name not in got or got[name].shape != expected.shape:
+                continue
+            if name == "tokens":
+                each = self._apart(got, wanted)
+                lost = float(each.mean())
+                scores |= {"patches": 1 - lost, "moving": 1 - float(each[moving].mean())}
+            elif name == "features":
+                scores["features"] = alike(name, Prediction(got), Prediction(wanted))
+            elif expected.squeeze().ndim == 2:
+                measures = map_scores(got[name].squeeze(), expected.squeeze(), self._model.map_threshold)
+                scores |= {f"{name}_{kind}": value for kind, value in measures.items() if value is not None}
+        for name, value in scores.items():
+            self.samples.setdefault(way, {}).setdefault(name, []).append(float(value))
+        return lost
+
+    def _show(self, image: Array, number: int, lost: float | None, share: float) -> None:
+        """Remember the frames to look at."""
+        for title, value in (("farthest from the dense model", lost), ("most of it computed", share % 1)):
+            if value is not None and value > self._shown.get(title, (-math.inf, ""))[0]:
+                self._shown[title] = value, _draw(image, self._stream, f"Frame {number}, {title}: {value:.3f}")
+
+    def pictures(self) -> dict[str, str]:
+        """Title to a JPEG in base64: what was computed is bright."""
+        return dict(shown.split("\n", 1) for _, shown in self._shown.values())
+
+
+def _draw(image: Array, stream: Stream, title: str) -> str:
+    """A title, a line break, and the picture."""
+    height, width = image.shape[:2]
+    size = (_PICTURE, max(1, round(_PICTURE * height / width)))
+    bright = Image.fromarray(np.where(stream.fresh, 255, 110).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    picture = Image.fromarray(image).resize(size)
+    picture.paste((0, 0, 0), mask=bright.point(lambda value: 255 - value))
+    held = io.BytesIO()
+    picture.save(held, "JPEG", quality=_QUALITY)
+    return f"{title}\n{base64.b64encode(held.getvalue()).decode()}"
+
+
+def _figures(samples: Samples, floor: float | None) -> dict[str, float]:
+    """Of a way, see `StreamResult`."""
+    figures: dict[str, float] = {}
+    for name, values in samples.items():
+        x = np.array(values)
+        figures[name] = float(x.mean())
+        if name == "ms":
+            figures["ms_p99"] = float(np.quantile(x, 0.99))
+        elif name not in ("share", "oldest", "estimated"):
+            figures[f"{name}_least"] = float(x.min())
+    if (patches := samples.get("patches")) is not None:
+        quarter = max(1, len(patches) // 4)
+        figures |= {} if floor is None else {"reached": float((np.array(patches) >= floor).mean())}
+        figures |= {
+            "patches_frames": float(len(patches)),
+            "first_quarter": float(np.mean(patches[:quarter])), "last_quarter": float(np.mean(patches[-quarter:])),
+        }  # fmt: skip
+    return figures
