@@ -23,13 +23,15 @@ MOST_PARAMETERS = 8
 
 @pytest.fixture(scope="module")
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, pictures: Path
-) -> Path:
+    tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, tiny_bundle: Path, stream_bundle: Path,
+    tiny_weights: Path, pictures: Path,
+) -> Path:  # fmt: skip
     place = tmp_path_factory.mktemp("examples")
     for name, origin in {
         "student": tiny_student,
         "bundle": tiny_bundle,
         "dense": tiny_bundle,
+        "streaming": stream_bundle,
         "images": pictures,
     }.items():
         shutil.copytree(origin, place / name)

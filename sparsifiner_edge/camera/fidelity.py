@@ -18,13 +18,11 @@ from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.camera.capture import Capture
 from sparsifiner_edge.camera.decoder_protocol import Wanted
 from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.service import frames_of
+from sparsifiner_edge.camera.service import RunOptions, frames_of, open_model
 from sparsifiner_edge.camera.sources import parse_source, require_decoder
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.config import require
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.execution import Execution, execution_of
-from sparsifiner_edge.fitting import Box, Fit
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.judge import Prediction, alike, map_scores
 from sparsifiner_edge.metrics import cosine
@@ -44,24 +42,18 @@ Samples = dict[str, list[float]]
 def evaluate_video(
     bundle: str | Path,
     video: str | Path,
+    options: RunOptions | None = None,
     *,
-    at_least: float | None = None,
-    share: float | None = None,
     every: int = 1,
-    frames: int | None = None,
-    execution: Execution | str | None = None,
-    fit: Fit | None = None,
-    region: Box | None = None,
     progress: Progress | None = None,
 ) -> StreamResult:
     """Let a stream follow a video, and compare its frames with the dense model's of the same frames.
 
     Args:
         bundle: exported with --stream. video: a video, or a folder of a camera's images in the order of their names.
-        at_least, share: see `Session.stream`.
+        options: of these execution, fit, region, at_least, share, and frames, after which the video ends.
         every: the stream follows all frames, and of so many one is compared; of more than 1, none is held beside it.
-        frames: after so many the video ends.
-        execution: a backend, or all of it. fit, region: see `fitting.Framing`. progress: see `Progress`.
+        progress: see `Progress`.
 
     Returns:
         A result of kind "stream".
@@ -76,11 +68,13 @@ def evaluate_video(
         >>> sorted(result.statistics)[:2]
         ['every frame by the model', 'hold every 16th']
     """
+    options = options or RunOptions()
+    at_least, share, frames = options.at_least, options.share, options.frames
     require(every >= 1, f"every is {every}.", "Give a whole number, at least 1.")
     require(frames is None or frames >= 1, f"frames is {frames}.", "Give a whole number, at least 1.")
     require(at_least is None or share is None, "at_least and share are both given.", "Give one of them.")
     floor = None if share is not None else at_least or AT_LEAST
-    with Model(Path(bundle), execution_of(execution), fit=fit, region=region, any_outputs=True) as model:
+    with open_model(Path(bundle), options) as model:
         model.follow(AT_LEAST if at_least is None else at_least, share)
         assert model.stream is not None
         judged = _Judged(model, model.stream, every)

@@ -17,10 +17,10 @@ from sparsifiner_edge.bounds import MOST_SECONDS
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.camera.fidelity import images_of
 from sparsifiner_edge.camera.model import Model
+from sparsifiner_edge.camera.service import RunOptions, open_model
 from sparsifiner_edge.config import require
 from sparsifiner_edge.errors import ImageError
-from sparsifiner_edge.execution import ON_PROCESSOR, Execution, execution_of
-from sparsifiner_edge.fitting import Box, Fit
+from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.profiles.sensors import Energy, Recording, energy, find_sensor
 from sparsifiner_edge.profiles.sensors.recording import Window
 from sparsifiner_edge.progress import Progress
@@ -30,7 +30,7 @@ from sparsifiner_edge.runtime.session import Runtime
 
 MOST_HELD = 2 << 30
 """Bytes of decoded frames."""
-_WARM_UP, _IDLE_S, _LEAST_FRAMES = 3, 2.0, 10
+_WARM_UP, _IDLE_S, _LEAST_FRAMES = 3, 2.0, 5
 
 
 class PaceMethod(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,24 +73,20 @@ class PaceResult(Result, frozen=True):
 def profile_camera(
     bundle: str | Path,
     video: str | Path,
+    options: RunOptions | None = None,
     *,
     rate: float = 25.0,
     deadline_ms: float | None = None,
     seconds: float = 10.0,
-    execution: Execution | str | None = None,
-    stream: bool = True,
-    fit: Fit | None = None,
-    region: Box | None = None,
     progress: Progress | None = None,
 ) -> PaceResult:
     """Answer a video's frames as they come from a camera, and tell how many answers are late.
 
     Args:
-        bundle: what answers; as a stream where it has one, unless `stream` is False.
-        video: a video, or a folder of a camera's images. rate: frames a second.
+        bundle: what answers; as a stream where it has one. video: a video, or a folder of a camera's images.
+        options: of these execution, fit, region, stream, at_least and share. rate: frames a second.
         deadline_ms: from a frame's coming to its answer; None: the time until the next one comes.
-        seconds: for so long, or until the video ends.
-        execution: a backend, or all of it. fit, region: see `fitting.Framing`. progress: see `Progress`.
+        seconds: for so long, or until the video ends. progress: see `Progress`.
 
     Raises:
         ConfigError: a number is out of range, or so many frames do not fit into memory.
@@ -98,16 +94,17 @@ def profile_camera(
         SparsifinerError: the bundle or backend is unusable.
 
     Example:
-        >>> profile_camera("bundle", "frames", rate=100, deadline_ms=1000).statistics.missed
-        0.0
+        >>> profile_camera("bundle", "images", rate=100, deadline_ms=5000).statistics.frames
+        6
     """
+    options = options or RunOptions()
     require(0 < rate <= 1000, f"rate is {rate}.", "Give frames a second, at most 1000.")
     deadline = 1e3 / rate if deadline_ms is None else deadline_ms
     require(0 < deadline <= 1e3 * MOST_SECONDS, f"deadline_ms is {deadline_ms}.", "Give milliseconds.")
     require(0 < seconds <= MOST_SECONDS, f"seconds is {seconds}.", "Give seconds.")
-    with Model(Path(bundle), execution_of(execution), fit=fit, region=region, any_outputs=True) as model:
-        if stream:
-            model.follow()
+    with open_model(Path(bundle), options) as model:
+        if options.stream:
+            model.follow(options.at_least, options.share)
         count = max(_LEAST_FRAMES, round(seconds * rate))
         images = list[Array]()
         for image in images_of(model, str(video), count):

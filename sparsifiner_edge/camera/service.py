@@ -196,11 +196,16 @@ def _say(text: str) -> None:
             print(text, file=sys.stderr)
 
 
-def _open(bundle: Path, source: Source, options: RunOptions, any_outputs: bool = False) -> Model:
-    model = Model(
+def open_model(bundle: Path, options: RunOptions, any_outputs: bool = True) -> Model:
+    """A bundle as these options have it; see `Model`."""
+    return Model(
         bundle, execution_of(options.execution), options.top, options.threshold, options.public_key, options.fit,
         options.region, any_outputs,
     )  # fmt: skip
+
+
+def _open(bundle: Path, source: Source, options: RunOptions, any_outputs: bool = False) -> Model:
+    model = open_model(bundle, options, any_outputs)
     if options.stream and source.kind != "images":
         try:
             model.follow(options.at_least, options.share)

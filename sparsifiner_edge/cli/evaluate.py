@@ -91,9 +91,10 @@ def _video(
         if given and parameter.name not in others:
             raise ConfigError(f"{parameter.opts[-1]} says nothing of a stream.", "Leave it out, or --video.")
     known = common.group({name: options[name] for name in used & options.keys()}, execution=se.Execution)
-    wanted = {name: value for name, value in of_streams.items() if value is not None}
+    every = of_streams.pop("every") or 1
     with common.progress_bar("frames") as progress:
-        result = se.evaluate_video(subject, video, progress=progress, **wanted, **known)
+        followed = se.RunOptions(**of_streams, **known)
+        result = se.evaluate_video(subject, video, followed, every=every, progress=progress)
     common.print_result(result, as_json, _print_stream, output)
 
 

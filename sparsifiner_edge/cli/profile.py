@@ -77,9 +77,12 @@ def _camera(bundle: Path, video: dict[str, Any], options: dict[str, Any], as_jso
         video["deadline_ms"] = None if written is None else float(written.removesuffix("ms"))
     except ValueError:
         raise ConfigError(f"--deadline is {written!r}.", "Give milliseconds, such as 40ms.") from None
-    given = {name: value for name, value in (options | video).items() if value is not None}
+    run = {name: video.pop(name) for name in ("stream", "fit", "region")}
+    timed = {name: value for name in ("seconds",) if (value := options.pop(name)) is not None}
+    timed |= {name: value for name, value in video.items() if value is not None}
     with common.progress_bar("decoding") as progress:
-        result = se.profile_camera(bundle, progress=progress, **common.group(given, execution=se.Execution))
+        settings = se.RunOptions(**common.group(options | run, execution=se.Execution))
+        result = se.profile_camera(bundle, options=settings, progress=progress, **timed)
     common.print_result(result, as_json, _print_camera, output)
 
 

@@ -51,7 +51,7 @@ def test_a_stream_is_judged_by_a_video(stream_bundle: Path, tiny_bundle: Path, t
     folder.mkdir()
     for number, frame in enumerate(frames(9)):
         Image.fromarray(frame["image"][0]).save(folder / f"{number:02d}.png")
-    found = se.evaluate_video(stream_bundle, folder, share=0.25, every=2, execution="onnxruntime")
+    found = se.evaluate_video(stream_bundle, folder, se.RunOptions(share=0.25, execution="onnxruntime"), every=2)
     assert (found.method.frames, set(found.statistics)) == (9, {"stream", "every frame by the model"})
     assert found.statistics["stream"]["share"] == pytest.approx(0.25)
     for wrong, said in (
@@ -87,7 +87,8 @@ def test_a_bundle_is_timed_at_a_cameras_pace(
     # At a rate that is not kept, frames are dropped, and the newest is answered.
     infer = Model.infer_frame
     monkeypatch.setattr(Model, "infer_frame", lambda *arguments: (time.sleep(0.005), infer(*arguments))[1])
-    hurried = se.profile_camera(tiny_bundle, folder, rate=1000, deadline_ms=0.01, seconds=0.03, execution="onnxruntime")
+    onnxruntime = se.RunOptions(execution="onnxruntime")
+    hurried = se.profile_camera(tiny_bundle, folder, onnxruntime, rate=1000, deadline_ms=0.01, seconds=0.03)
     assert hurried.statistics.missed == 1
     assert hurried.statistics.dropped > 15
     assert not hurried.method.stream
