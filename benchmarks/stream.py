@@ -130,17 +130,23 @@ def enlarged(tokens: Array, size: int, prefix: int) -> Array:
     return np.concatenate([tokens[:, :prefix], whole.flatten(2).transpose(1, 2).numpy()], 1)
 
 
+def engines(bundles: list[Path], stack: contextlib.ExitStack) -> dict[str, Any]:
+    """The dense model, open in each engine, the first of which tells the truth."""
+    dense = dict[str, Any]()
+    for bundle in (bundles[0], *bundles[2:]):
+        for engine in (*FP32, *(ANY if bundles[2:] else ())):
+            with contextlib.suppress(SparsifinerError):  # A processor without bf16.
+                name = f"{engine.backend}, {engine.precision}" + ", int8" * (bundle is not bundles[0])
+                dense[name] = stack.enter_context(se.open_session(bundle, engine))
+    return dense
+
+
 def measure(
     bundles: list[Path], video: Path, start: int, count: int, execution: Execution, every: int
 ) -> dict[str, Any]:
     """All ways on the same frames, in turn. bundles: in fp32, of fewer pixels; and in int8, which streams run then."""
     with contextlib.ExitStack() as stack:
-        dense = dict[str, Any]()
-        for bundle in (bundles[0], *bundles[2:]):
-            for engine in (*FP32, *(ANY if bundles[2:] else ())):
-                with contextlib.suppress(SparsifinerError):  # A processor without bf16.
-                    name = f"{engine.backend}, {engine.precision}" + ", int8" * (bundle is not bundles[0])
-                    dense[name] = stack.enter_context(se.open_session(bundle, engine))
+        dense = engines(bundles, stack)
         session, truth = (
             stack.enter_context(se.open_session(bundles[-1 if bundles[2:] else 0], execution)),
             next(iter(dense.values())),

@@ -15,6 +15,8 @@ CLEAN, ALL = "clean", "all"
 """Conditions beside the names of corruptions: none of them, and all together."""
 OURS, RANDOM, MOVED = "ours", "random", "moved"
 """What is judged; and beside it what knows nothing of the image: patches in any order, and ours at another place."""
+STREAM = "stream"
+"""The way to answer a video's frames that is judged; others stand beside it."""
 ImageScores: TypeAlias = dict[str, dict[str, dict[str, list[float | None]]]]
 """By score, condition and role, one value per image, null where it says nothing of one."""
 

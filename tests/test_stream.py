@@ -222,6 +222,18 @@ def test_what_was_kept_is_held_against_a_whole_frame(stream_bundle: Path) -> Non
     assert by == ["whole", *(FIRST_CHECK - 1) * ["step"], "whole", "step"]
 
 
+def test_what_is_not_finite_is_kept_by_no_frame_that_follows(stream_bundle: Path) -> None:
+    with se.open_session(stream_bundle, "onnxruntime") as session:
+        stream, (first, second, third) = session.stream(), frames(3)
+        stream.infer(first)
+        for cache in stream._state.caches.values():
+            cache[:] = np.nan
+        for frame, by in ((second, "whole"), (third, "step")):
+            assert all(np.isfinite(value).all() for value in stream.infer(frame).values())
+            assert stream.computed is not None
+            assert stream.computed.by == by
+
+
 def test_a_fixed_share_takes_the_same_of_every_frame_of_a_scene(stream_bundle: Path) -> None:
     with se.open_session(stream_bundle, "onnxruntime") as session:
         stream, computed = session.stream(share=0.02), []

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle.store import bundle_hash
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.camera.capture import Capture
 from sparsifiner_edge.camera.decoder_protocol import Wanted
 from sparsifiner_edge.camera.model import Model
@@ -26,14 +26,13 @@ from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.judge import Prediction, alike, map_scores
 from sparsifiner_edge.metrics import cosine
-from sparsifiner_edge.outcomes import StreamMethod, StreamResult
+from sparsifiner_edge.outcomes import STREAM, StreamMethod, StreamResult
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.stream import AT_LEAST, Stream
 
 HELD = (2, 4, 8, 16)
 """The dense model's answer to every k-th frame stands for the others: what a stream is compared with."""
-STREAM, MODEL = "stream", "every frame by the model"
+MODEL = "every frame by the model"
 _PICTURE, _QUALITY = 320, 80
 _LEAST_FRAMES = 3
 Samples = dict[str, list[float]]
@@ -91,7 +90,7 @@ def evaluate_video(
             at_least=floor, preprocessing=str(model.framing),
             runtime=model.session.description,
         )  # fmt: skip
-    subject = Subject(role="subject", kind="bundle", path=str(bundle), sha256=bundle_hash(Path(bundle)))
+    subject = open_bundle(Path(bundle)).subject("subject")
     statistics = {way: _figures(samples, floor) for way, samples in judged.samples.items()}
     return StreamResult("stream", [subject], method, judged.samples, statistics, pictures=judged.pictures())
 
@@ -157,13 +156,8 @@ class _Judged:
         alone = self._model.infer(image)
         self._add(MODEL, alone, wanted, moving, (time.monotonic() - began) * 1e3)
         for held, answer in self._held.items():
-            self._add(
-                f"hold every {held}{'nd' if held == 2 else 'th'}",
-                answer,
-                wanted,
-                moving,
-                0.0 if number % held else dense_ms,
-            )
+            way = f"hold every {held}{'nd' if held == 2 else 'th'}"
+            self._add(way, answer, wanted, moving, 0.0 if number % held else dense_ms)
         self._show(image, number, lost, computed.share)
 
     def _apart(self, one: dict[str, Array], other: dict[str, Array]) -> Array:

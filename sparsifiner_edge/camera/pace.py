@@ -105,13 +105,7 @@ def profile_camera(
     with open_model(Path(bundle), options) as model:
         if options.stream:
             model.follow(options.at_least, options.share)
-        count = max(_LEAST_FRAMES, round(seconds * rate))
-        images = list[Array]()
-        for image in images_of(model, str(video), count):
-            images.append(image)
-            require(len(images) * image.nbytes <= MOST_HELD, "So many frames take 2 GiB.", "Give fewer seconds.")
-        if len(images) < _LEAST_FRAMES:
-            raise ImageError(f"{video} has {len(images)} frames.", f"Give one of {_LEAST_FRAMES} or more.")
+        images = _decode(model, str(video), max(_LEAST_FRAMES, round(seconds * rate)))
         for image in images[:_WARM_UP]:
             model.infer_frame(image)
         on = "cpu" if model.session.backend in ON_PROCESSOR else "gpu"
@@ -132,6 +126,16 @@ def profile_camera(
         age_ms=_percentiles(samples["age_ms"]), infer_ms=_percentiles(samples["infer_ms"]), energy=joules,
     )  # fmt: skip
     return PaceResult("pace", [open_bundle(Path(bundle)).subject("subject")], method, samples, figures)
+
+
+def _decode(model: Model, video: str, count: int) -> list[Array]:
+    images = list[Array]()
+    for image in images_of(model, video, count):
+        images.append(image)
+        require(len(images) * image.nbytes <= MOST_HELD, "So many frames take 2 GiB.", "Give fewer seconds.")
+    if len(images) < _LEAST_FRAMES:
+        raise ImageError(f"{video} has {len(images)} frames.", f"Give one of {_LEAST_FRAMES} or more.")
+    return images
 
 
 def _answer_all(

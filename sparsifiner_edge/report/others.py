@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsifiner_edge.front import SearchResult
-from sparsifiner_edge.outcomes import ALL, CLEAN, RobustnessResult, ScoresResult, Stability, StreamResult
+from sparsifiner_edge.outcomes import ALL, CLEAN, STREAM, RobustnessResult, ScoresResult, Stability, StreamResult
 from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.records import Unavailable
@@ -21,8 +21,8 @@ from sparsifiner_edge.report.values import clean, quantity_of
 MAX_ROWS = 60
 """Of a table: a result may hold thousands, a page that is read does not."""
 EVALUATE = "sparsifiner-edge evaluate BUNDLE/ --against DENSE/ --data IMAGES/ -o accuracy.json"
-STREAM, _FLOOR = "stream", 0.9
-"""The way that is judged; and the cosine at the foot of its chart."""
+_FLOOR = 0.9
+"""The cosine at the foot of a stream's chart."""
 MOST_SHOWN, _BASE64 = 1 << 20, re.compile(r"/9j/[A-Za-z0-9+/]+={0,2}")
 """Characters of a picture in a result, which begins as JPEG does."""
 _OF = ("subject", "teacher", "lost")

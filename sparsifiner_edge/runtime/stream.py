@@ -42,15 +42,13 @@ average: of twenty, one loses about twice as much.
 SHARES = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
 """Of the patches, that a step computes. Few different ones: engines prepare for each."""
 CHANGED, NOISE = (0.25, 0.5), 3.0
-"""How far a patch is at least from what it was that counts as changed, and at most; in between so many medians of all
-patches of the frame: a camera's noise, and its gain.
-"""
+"""How far a patch is at least, and at most, from what it was that counts as changed; in between so many medians of the
+frame's: a camera's noise, and its gain."""
 MOVING, REST = 0.25, 0.1
 """Share of the patches that change from which on a scene moves, or is another; and below which it rests again."""
 STILL, FIRST_CHECK, LAST_CHECK = 2, 8, 256
 """Frames that must hardly differ before something is kept again; steps after which a frame is computed whole, first and
-at last: estimates are held against it.
-"""
+at last: estimates are held against it."""
 _OLDEST = 4
 """Of a step's patches, one in so many is the oldest there is: what is computed anew of those that did not change tells
 how far the others are from the truth, for that comes and goes with the whole frame.
@@ -59,13 +57,10 @@ _STILL, _TOO_LITTLE = 1e-3, 1e-4
 """Change by which one of patches that did not change is chosen, by its age; and an error of which nothing is learnt."""
 _STEPS, _FORGET, _BURST = 2, 0.7, 2.0
 """Steps of a frame, at most; of how far patches that did not change came to be elsewhere, what counts after each step;
-and how many times what is planned a frame may lose before it is given another step.
-"""
+and how many times what is planned a frame may lose before it is given another step."""
 _SCALE, _SCALES, _TIMES, _RATE = 0.25, (0.02, 4.0), (0.5, 2.0), 0.5
-"""How far all are from the truth: so many times that, for each frame that what is not computed waits. At first, at
-least and at most; by how much one frame that is computed whole may say otherwise, and the power to which that counts,
-for single frames differ.
-"""
+"""How far all are from the truth: so many times that, for each frame that what is not computed waits. At first, least,
+most; by how much a whole frame may say otherwise, and the power to which that counts: single frames differ."""
 Infer = Callable[[dict[str, Array]], dict[str, Array]]
 Places = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -373,8 +368,10 @@ class Stream:
             total += len(chosen) / len(change)
             change[chosen], changed[chosen] = 0.0, False
             lost = (1 - cosine(before, state.final[0, rows])).clip(0)
+            if not np.isfinite(lost).all():  # What is kept of it would be read by all frames that follow.
+                return self._all(image, tokens)
             for number, some in enumerate((lost[~moved], lost[moved])):
-                if some.size and np.isfinite(some).all():
+                if some.size:
                     self._drift[number] += (1 - _FORGET) * (float(some.mean()) - self._drift[number])
             error = min(1.0, self._estimate(total, float(changed.mean())))
             if error <= _BURST * self._limit:
