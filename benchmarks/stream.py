@@ -205,7 +205,7 @@ def measure(
 @click.command()
 @click.option("--video", type=click.Path(path_type=Path, exists=True), default=VIDEO, show_default=True)
 @click.option("--start", default=400, show_default=True, help="Frames before it are for choosing by.")
-@click.option("--frames", "count", default=300, show_default=True)
+@click.option("--frames", "count", type=click.IntRange(2 * max(HELD)), default=300, show_default=True)
 @click.option("--model", type=click.Choice(["dinov2", MAP]), default="dinov2", show_default=True)
 @click.option("--size", default=518, show_default=True)
 @click.option("--backend", type=click.Choice(["onnxruntime", "openvino"]), default="onnxruntime", show_default=True)
