@@ -46,7 +46,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_small_demonstration(demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vars(demo).update(MODEL="tests.test_demo:saliency", SIZE=160, AT_LEAST=0.8)
     output = tmp_path / "demo"
-    found = demo.main(["-o", str(output), "--minutes", "1"])
+    found = demo.main(["-o", str(output), "--minutes", "2"])
     assert found.statistics.answer.fidelity >= 0.8
     assert "found: " in capsys.readouterr().out
     assert (output / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 2

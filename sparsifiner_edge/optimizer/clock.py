@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 
 from sparsifiner_edge.progress import Progress
 
@@ -14,6 +15,8 @@ CLOSING_S, CLOSING_SHARE = 10.0, 0.08
 """Seconds before the end, and share of all at most, that what was found is written in."""
 AGAIN_S = 4.0
 """Between two alarms: code of others may swallow one."""
+SOON_S = 0.02
+"""Until the next where Python itself would swallow it, and print it."""
 SPARE = 1.15
 """A step may take so many times as long as the last of its kind."""
 
@@ -84,8 +87,10 @@ class Clock:
         before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         inside = True
 
-        def ring(_number: int, _frame: object) -> None:
-            if inside:
+        def ring(_number: int, frame: FrameType | None) -> None:
+            if inside and _in_destructor(frame):
+                signal.setitimer(signal.ITIMER_REAL, SOON_S, AGAIN_S)
+            elif inside:
                 self._over = True
                 raise TimeIsUpError
 
@@ -102,3 +107,10 @@ class Clock:
                     signal.setitimer(signal.ITIMER_REAL, 0)
                 for number, handler in before.items():
                     signal.signal(number, handler)
+
+
+def _in_destructor(frame: FrameType | None) -> bool:
+    """Whether what an alarm met is an object's end, which swallows all that is raised."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None

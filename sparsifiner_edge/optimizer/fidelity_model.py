@@ -69,7 +69,9 @@ class FidelityModel:
             return float(self._logs([plan]).exp())
 
     def fit(self, plans: Sequence[LayerPlan], distances: Sequence[float]) -> FidelityModel:
-        """Fit to what was measured, in place."""
+        """Fit to what was measured, in place; without any, it stays at what each layer alone loses."""
+        if not plans:
+            return self
         wanted = torch.log(torch.tensor(distances).double().clamp_min(self._least))
         for value in self.parameters.values():
             value.requires_grad_(True)

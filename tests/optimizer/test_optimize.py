@@ -190,6 +190,23 @@ def test_time_ends_what_runs_and_code_of_others_cannot_take_it() -> None:
         Clock(0.0).tell("late")
 
 
+def test_time_that_is_over_in_an_objects_end_waits_for_it() -> None:
+    ended = list[bool]()
+
+    class Slow:
+        def __del__(self) -> None:
+            while time.monotonic() < begun + 0.6:  # The alarm is at half a second.
+                pass
+            ended.append(True)
+
+    begun, clock = time.monotonic(), Clock(0.5)
+    with clock.ending():
+        Slow()
+        time.sleep(100)
+    assert ended
+    assert time.monotonic() - begun < 10
+
+
 @pytest.mark.everything
 @pytest.mark.long
 def test_a_student_is_trained_for_the_points_of_a_front(

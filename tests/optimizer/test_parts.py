@@ -219,6 +219,8 @@ def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
         plans.append(LayerPlan(tuple(rates), tuple(float(random.choice(SHARES)) for _ in range(6))))
     wanted = [truth.of(plan) for plan in plans]
     before = np.abs(np.log([fidelity.of(plan) for plan in plans]) - np.log(wanted)).mean()
+    untold = fidelity.of(plans[0])
+    assert fidelity.fit([], []).of(plans[0]) == untold, "where the time was over before any plan was judged"
     fidelity.fit(plans[:40], wanted[:40])
     after = np.abs(np.log([fidelity.of(plan) for plan in plans[40:]]) - np.log(wanted[40:])).mean()
     assert after < 0.05
