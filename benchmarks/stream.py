@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import shutil
 import tempfile
@@ -49,8 +50,8 @@ FEWER = 0.5
 """Of the pixels a side: a quarter of the tokens."""
 FP32 = (Execution(backend="onnxruntime"), Execution(backend="openvino"))
 ANY = (Execution(backend="openvino", precision="bf16"),)
-TIMED_EVERY = 10
-"""Frames, of which one is timed in every engine of the dense model."""
+BLOCK = 10
+"""Frames that a way answers before it is the next one's turn; after each, every engine's dense model is timed once."""
 MAP = "saliency"
 Infer = Callable[[dict[str, Array]], dict[str, Array]]
 
@@ -141,65 +142,78 @@ def engines(bundles: list[Path], stack: contextlib.ExitStack) -> dict[str, Any]:
     return dense
 
 
+class Beside:
+    """What one would do in place of a stream: the dense model of fewer pixels, and frames that are held.
+
+    Attributes:
+        ways: by name. moved: how much each patch's dense output differs from the frame's before.
+    """
+
+    def __init__(self, fewer: se.Session, prefix: int) -> None:
+        self._fewer, self._prefix = fewer, prefix
+        self.ways = {f"hold every {k}": Way(lambda _: {}) for k in HELD} | {"fewer pixels": Way(fewer.infer)}
+        self.moved, self._before, self._held = list[Array](), None, dict[int, dict[str, Array]]()
+
+    def take(self, number: int, small: Array, dense: dict[str, Array]) -> None:
+        """A frame, in fewer pixels, and what the dense model says of it."""
+        if self._before is not None:
+            self.moved.append(1 - cosine(self._before, dense["tokens"])[0, self._prefix :])
+        self._before = dense["tokens"]
+        for k in HELD:
+            self._held[k] = self._held[k] if number % k else dense
+            self.ways[f"hold every {k}"].judge(self._held[k], 0.0, dense, self._prefix)
+        answer: dict[str, Array] = {}
+        taken = call_ms(lambda: answer.update(self._fewer.infer({"image": small})), 1)[0]
+        side = math.isqrt(dense["tokens"].shape[1] - self._prefix)
+        answer["tokens"] = enlarged(answer["tokens"], side, self._prefix)
+        self.ways["fewer pixels"].judge(answer, taken, dense, self._prefix)
+
+
 def measure(
     bundles: list[Path], video: Path, start: int, count: int, execution: Execution, every: int
 ) -> dict[str, Any]:
-    """All ways on the same frames, in turn. bundles: in fp32, of fewer pixels; and in int8, which streams run then."""
+    """All ways on the same frames, in turn by blocks of frames, as a camera's follow each other. bundles: in fp32, of
+    fewer pixels; and in int8, which streams run then.
+    """
+    prefix, number = 1, 0
     with contextlib.ExitStack() as stack:
         dense = engines(bundles, stack)
-        session, truth = (
-            stack.enter_context(se.open_session(bundles[-1 if bundles[2:] else 0], execution)),
-            next(iter(dense.values())),
-        )
+        truth = next(iter(dense.values()))
+        session = stack.enter_context(se.open_session(bundles[-1 if bundles[2:] else 0], execution))
         fewer = stack.enter_context(se.open_session(bundles[1], execution))
         streams = {f"stream {share:g}": session.stream(share=share) for share in SHARES}
         streams[f"stream at {AT_LEAST}"] = session.stream(AT_LEAST)
         ways = {name: Way(stream.infer, stream) for name, stream in streams.items()}
-        ways |= {f"hold every {k}": Way(lambda _: {}) for k in HELD} | {"fewer pixels": Way(fewer.infer)}
-        held, ms, moved, before = (
-            dict[int, dict[str, Array]](),
-            {name: list[float]() for name in dense},
-            list[Array](),
-            None,
-        )
-        (size, few), prefix = (int(str(one.inputs[0].shape[1])) for one in (session, fewer)), 1
+        beside, ms = Beside(fewer, prefix), {name: list[float]() for name in dense}
+        size, few = (int(str(one.inputs[0].shape[1])) for one in (session, fewer))
         pairs = zip(frames(video, size, start, count), frames(video, few, start, count), strict=True)
-        for number, (image, small) in enumerate(pairs):
-            if number % every:
-                for name in streams:
-                    ways[name].infer({"image": image})
-                continue
-            wanted: dict[str, Array] = {}
-            wanted.update(truth.infer({"image": image}))
-            if before is not None:
-                moved.append(1 - cosine(before, wanted["tokens"])[0, prefix:])
-            before = wanted["tokens"]
-            for name in streams:
-                ways[name].answer(image, wanted, prefix)
-            for k in HELD if every == 1 else ():
-                held[k] = held[k] if number % k else wanted
-                ways[f"hold every {k}"].judge(held[k], 0.0, wanted, prefix)
-            answer: dict[str, Array] = {}
-            small_ms = call_ms(
-                functools.partial(lambda into, x: into.update(fewer.infer({"image": x})), answer, small), 1
-            )
-            answer["tokens"] = enlarged(answer["tokens"], round(math.sqrt(wanted["tokens"].shape[1] - prefix)), prefix)
-            ways["fewer pixels"].judge(answer, small_ms[0], wanted, prefix)
-            if number // every % TIMED_EVERY == 1:
-                for name, other in dense.items():
-                    ms[name] += call_ms(functools.partial(other.infer, {"image": image}), 1, warm_up=1)
-            err_console.print(f"frame {number + 1} of {count}", end="\r")
-        medians = {name: float(np.median(taken)) for name, taken in ms.items()}
-        for k in HELD:  # In the fastest engine, as anyone would.
-            way = ways[f"hold every {k}"]
-            way.ms = [0.0 if number % k else min(medians.values()) for number in range(len(way.lost))]
-        rows = {name: way.figures(np.array(moved), min(medians.values())) for name, way in ways.items() if way.lost}
-        return {
-            "ways": rows,
-            "dense_ms": medians,
-            "engine": f"{execution.backend}, {execution.precision}",
-            "frames": number + 1,
-        }
+        while block := list(itertools.islice(pairs, BLOCK)):
+            compared = [place for place in range(len(block)) if (number + place) % every == 0]
+            wanted = {place: truth.infer({"image": block[place][0]}) for place in compared}
+            for way in ways.values():
+                for place, (image, _) in enumerate(block):
+                    if place in wanted:
+                        way.answer(image, wanted[place], prefix)
+                    else:
+                        way.infer({"image": image})
+            for place, answer in wanted.items():
+                beside.take(number + place, block[place][1], answer)
+            for name, other in dense.items():
+                ms[name] += call_ms(functools.partial(other.infer, {"image": block[0][0]}), 1, warm_up=1)
+            number += len(block)
+            err_console.print(f"frame {number} of {count}", end="\r")
+    medians = {name: float(np.median(taken)) for name, taken in ms.items()}
+    for k in HELD:  # In the fastest engine, as anyone would.
+        way = beside.ways[f"hold every {k}"]
+        way.ms = [0.0 if place % k else min(medians.values()) for place in range(len(way.lost))]
+    ways |= beside.ways if every == 1 else {}
+    rows = {name: way.figures(np.array(beside.moved), min(medians.values())) for name, way in ways.items()}
+    return {
+        "ways": rows,
+        "dense_ms": medians,
+        "engine": f"{execution.backend}, {execution.precision}",
+        "frames": number,
+    }
 
 
 @click.command()

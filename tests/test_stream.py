@@ -19,15 +19,19 @@ import torch
 
 import sparsifiner_edge as se
 from sparsifiner_edge.camera.model import Model
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, UnsupportedModelError
+from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime.session import Session
 from sparsifiner_edge.runtime.stream import FIRST_CHECK, STILL
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.stream import Passage, StreamModel, carry
+from sparsifiner_edge.sparse.student import save_student
 from tests.commands import process
 from tests.flat import export_bundle
 from tests.hosts import factories
-from tests.models import KINDS, eva, sparse, vit
+from tests.models import KINDS, eva, sparse, student, vit
+from tests.native.test_kernels import LACKING
 from tests.seal import reseal
 
 BACKENDS = ("onnxruntime", "openvino")
@@ -158,6 +162,25 @@ def test_a_stream_in_int8_has_the_layers_of_the_file_beside_it_so(
             stream = session.stream(share=0.25)
             found = [stream.infer(frame)["features"] for frame in frames(2)]
             assert found[0].shape == found[1].shape
+            assert {x.dtype for name, x in stream._state.caches.items() if "cache" in name} == {np.dtype(np.float16)}
+    with se.open_session(bundle, se.Execution(backend="onnxruntime", kernels="portable")) as session:
+        stream = session.stream(share=0.25)
+        bodies = [stream.infer(frame)["features"] for frame in frames(2)]
+    assert cosine(bodies[1], found[1]).min() > 0.999
+
+
+@LACKING
+def test_attention_of_steps_is_bfloat16_where_that_is_asked_for(stream_bundle: Path, tmp_path: Path) -> None:
+    """Of a dense model nothing else is: the whole of it runs as it is."""
+    dense = export_bundle(
+        save_student(student(sparsity=SparsityConfig(keep=1)), tmp_path / "dense"), tmp_path / "bundle", stream=True
+    )
+    for bundle in (stream_bundle, dense):
+        with se.open_session(bundle, se.Execution(backend="onnxruntime", precision="bf16")) as session:
+            stream = session.stream(share=0.25)
+            assert all(np.isfinite(stream.infer(frame)["features"]).all() for frame in frames(2))
+            assert "attention in bfloat16" in stream.description.kernels
+        assert ("attention bf16" in session.description.precision) == (bundle == stream_bundle)
 
 
 OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"

@@ -32,7 +32,7 @@ struct GroupJob {
 // What a thread needs for one group.
 template <class Word>
 struct GroupWork {
-  float *turned, *scores, *sums, *highest, *totals;
+  float *turned, *scores, *sums, *highest, *totals, *wide;
   Word *qt, *keys, *values, *weights;
 };
 
@@ -41,6 +41,7 @@ HWY_INLINE size_t LayOut(const GroupJob& job, void* base, GroupWork<Word>* work)
   const size_t words = Kind::RowWords(job.in.width), stride = Kind::Stride(job.in.width);
   Layout layout(base);
   work->turned = layout.Take<float>(job.in.width, kQueries);
+  work->wide = layout.Take<float>(job.cache.halves ? 3 : 0, stride);
   work->scores = layout.Take<float>(kGroupKeys + kPaddedRows, kQueries);
   work->sums = layout.Take<float>(job.tiles, kQueries, stride);
   work->highest = layout.Take<float>(job.tiles, kQueries);
@@ -52,20 +53,33 @@ HWY_INLINE size_t LayOut(const GroupJob& job, void* base, GroupWork<Word>* work)
   return layout.used();
 }
 
-// `count` keys and values, `row` floats apart; of an odd number the last value counts with a weight of 0 for the row that
+// A row in float32, where it is not, in `wide`.
+HWY_INLINE const float* Widen(const float* row, size_t /*width*/, float* /*wide*/) { return row; }
+HWY_INLINE const float* Widen(const hwy::float16_t* row, size_t width, float* HWY_RESTRICT wide) {
+  const D d;
+  const hn::Rebind<hwy::float16_t, D> halves;
+  size_t c = 0;
+  for (; c + kLanes <= width; c += kLanes) hn::Store(hn::PromoteTo(d, hn::LoadU(halves, row + c)), d, wide + c);
+  if (c < width) hn::Store(hn::PromoteTo(d, hn::LoadN(halves, row + c, width - c)), d, wide + c);
+  return wide;
+}
+
+// `count` keys and values, `row` elements apart; of an odd number the last value counts with a weight of 0 for the row that
 // is not there.
-template <class Kind>
-HWY_INLINE void PackChunk(const float* keys, const float* values, size_t row, size_t width, size_t count,
+template <class Kind, class Element>
+HWY_INLINE void PackChunk(const Element* keys, const Element* values, size_t row, size_t width, size_t count,
                           const GroupWork<typename Kind::Word>& work) {
   const size_t words = Kind::RowWords(width), stride = Kind::Stride(width);
   for (size_t j = 0; j < count; ++j) {
     const size_t ahead = std::min(j + kRowsAhead, count - 1) * row;
     FetchRow(keys + ahead, width);
     FetchRow(values + ahead, width);
-    Kind::PackRow(keys + j * row, width, work.keys + j * words);
+    Kind::PackRow(Widen(keys + j * row, width, work.wide), width, work.keys + j * words);
     if ((j + 1) % Kind::kRows != 0 && j + 1 < count) continue;
     const size_t first = j / Kind::kRows * Kind::kRows;
-    Kind::PackValues(values + first * row, values + j * row, width, work.values + j / Kind::kRows * stride);
+    Kind::PackValues(Widen(values + first * row, width, work.wide + stride),
+                     Widen(values + j * row, width, work.wide + 2 * stride), width,
+                     work.values + j / Kind::kRows * stride);
   }
 }
 
@@ -114,15 +128,6 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
   const size_t words = Kind::RowWords(in.width), stride = Kind::Stride(in.width);
   const float* queries = in.Rows(head, 0);
   const size_t channels = in.heads * in.width, first = batch * job.cache.tokens;
-  const float* cache = job.cache.tokens == 0 ? nullptr : job.cache.rows + first * 2 * channels + head % in.heads * in.width;
-  // Own tokens first: all of the cache's first chunk may count as 0, and softmax starts with something.
-  const struct {
-    const float *keys, *values, *bias;
-    size_t row, tokens;
-  } parts[] = {{in.Rows(head, 1), in.Rows(head, 2), job.bias == nullptr ? nullptr : job.bias + batch * in.tokens, in.Row(),
-                in.tokens},
-               {cache, cache == nullptr ? nullptr : cache + channels, job.cache_bias + (cache == nullptr ? 0 : first),
-                2 * channels, job.cache.tokens}};
   GroupWork<typename Kind::Word> work;
   LayOut<Kind>(job, base, &work);
   [[maybe_unused]] const typename Kind::Session session;
@@ -135,19 +140,31 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
     for (size_t i = 0; i < kQueries; ++i) FetchRow(rows[i] + (q + kQueries < end ? kQueries * in.Row() : 0), in.width);
     Kind::PackQueries(rows, in.width, in.scale * kLog2e, work.turned, work.qt + (q - begin) * words);
   }
-  for (const auto& part : parts) {
-    for (size_t start = 0; start < part.tokens; start += kGroupKeys) {
-      const size_t count = std::min(kGroupKeys, part.tokens - start);
-      PackChunk<Kind>(part.keys + start * part.row, part.values + start * part.row, part.row, in.width, count, work);
+  const auto attend = [&](const auto* keys, const auto* values, size_t row, const float* biases, size_t tokens) {
+    for (size_t start = 0; start < tokens; start += kGroupKeys) {
+      const size_t count = std::min(kGroupKeys, tokens - start);
+      PackChunk<Kind>(keys + start * row, values + start * row, row, in.width, count, work);
       for (size_t q = begin; q < end; q += kQueries) {
         float *sums = work.sums + (q - begin) * stride, *state = work.highest + (q - begin);
         Kind::Scores(work.qt + (q - begin) * words, work.keys, in.width, count, work.scores);
         HWY_ALIGN float carry[kQueries];
-        WeighChunk<Kind>(part.bias == nullptr ? nullptr : part.bias + start, count, work, state,
-                         work.totals + (q - begin), carry);
+        WeighChunk<Kind>(biases == nullptr ? nullptr : biases + start, count, work, state, work.totals + (q - begin),
+                         carry);
         Kind::AddSums(work.weights, work.values, Groups(count, Kind::kRows), stride, carry, sums);
       }
     }
+  };
+  const auto attend_cached = [&](const auto* all) {
+    const auto* keys = all + first * 2 * channels + head % in.heads * in.width;
+    attend(keys, keys + channels, 2 * channels, job.cache_bias + first, job.cache.tokens);
+  };
+  // Own tokens first: all of the cache's first chunk may count as 0, and softmax starts with something.
+  attend(in.Rows(head, 1), in.Rows(head, 2), in.Row(), job.bias == nullptr ? nullptr : job.bias + batch * in.tokens,
+         in.tokens);
+  if (job.cache.halves) {
+    attend_cached(static_cast<const hwy::float16_t*>(job.cache.rows));
+  } else if (job.cache.tokens != 0) {
+    attend_cached(static_cast<const float*>(job.cache.rows));
   }
   for (size_t q = begin; q < end; ++q) {
     const float share = 1.0f / work.totals[q - begin];

@@ -221,7 +221,9 @@ sparsifiner_status sparsifiner_cached_attention(sparsifiner_call* call, const sp
   if (!answer.well()) return answer.status();
   Packed in = Checked(*qkv, 0, &answer, /*sized=*/false);
   in.sizes = nullptr;
-  const Cache cache{from->cache.data, from->counts.data, answer.Whole("cached tokens", from->tokens, 1)};
+  const size_t halves = answer.Whole("halves", from->halves, 0);
+  answer.Require(halves <= 1, "halves is %zu, not 0 or 1", halves);
+  const Cache cache{from->cache.data, from->counts.data, answer.Whole("cached tokens", from->tokens, 1), halves != 0};
   const size_t tokens = Times(in.batch, cache.tokens), channels = in.heads * in.width;
   answer.Input("cache", from->cache, Times(tokens, 2 * channels));
   answer.Input("counts", from->counts, tokens);

@@ -283,10 +283,10 @@ HWY_INLINE V LoadSome(const float* from, size_t some) {
   return some < kLanes ? hn::LoadN(d, from, some) : hn::LoadU(d, from);
 }
 
-// Brings a row of `width` words of four bytes into the first-level cache.
+// Brings a row of `width` words into the first-level cache.
 template <typename Word>
 HWY_INLINE void FetchRow(const Word* row, size_t width) {
-  for (size_t c = 0; c < width; c += 16) hwy::Prefetch(row + c);
+  for (size_t c = 0; c < width; c += 64 / sizeof(Word)) hwy::Prefetch(row + c);
 }
 
 // Means over runs of `cell` rows of a head's keys or values: rows [patches] of `row` floats -> means [cells][stride].

@@ -39,9 +39,10 @@ struct Packed {
 
 // Keys and values of other tokens: rows [batch, tokens, 2 * heads * width], and what each counts as, [batch, tokens]; or none.
 struct Cache {
-  const float* rows = nullptr;
+  const void* rows = nullptr;
   const float* counts = nullptr;
   size_t tokens = 0;
+  bool halves = false;  // rows of float16, not of float32
 };
 
 struct SparseSettings {

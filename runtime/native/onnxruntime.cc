@@ -76,6 +76,8 @@ struct DenseKernel {
   sparsifiner_qkv qkv{};
 };
 
+// kHalves: the cache is of float16.
+template <bool kHalves>
 struct CachedKernel {
   bool Read(const Attributes& from) {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
@@ -84,6 +86,7 @@ struct CachedKernel {
   bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
     sparsifiner_cache cache{};
+    cache.halves = kHalves;
     Shape rows, counts;
     if (!tensors.PackBare(&in) || !tensors.Input(1, &rows, &cache.cache) || !tensors.Input(2, &counts, &cache.counts)) {
       return false;
@@ -222,10 +225,12 @@ struct Node : Allocated {
 
 template <typename Kernel>
 struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus=*/true> {
-  // last: the type of the last input; all others are floats. of_attention: what its products are computed in.
+  // last, second: types of these inputs; all others are floats. of_attention: what its products are computed in.
   Operator(const char* operator_name, size_t input_count, ONNXTensorElementDataType last,
-           ONNXTensorElementDataType output, int32_t of_attention)
-      : name(operator_name), inputs(input_count), last_type(last), output_type(output), precision(of_attention) {}
+           ONNXTensorElementDataType output, int32_t of_attention,
+           ONNXTensorElementDataType second = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
+      : name(operator_name), inputs(input_count), last_type(last), second_type(second), output_type(output),
+        precision(of_attention) {}
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     Problem problem;
@@ -241,14 +246,15 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus
   const char* GetName() const { return name; }
   size_t GetInputTypeCount() const { return inputs; }
   ONNXTensorElementDataType GetInputType(size_t index) const {
-    return index + 1 < inputs ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : last_type;
+    if (index + 1 == inputs) return last_type;
+    return index == 1 ? second_type : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return output_type; }
 
   const char* name;
   size_t inputs;
-  ONNXTensorElementDataType last_type, output_type;
+  ONNXTensorElementDataType last_type, second_type, output_type;
   int32_t precision;
 };
 
@@ -268,7 +274,7 @@ class Domain {
     if (OrtCustomOpDomain* existing = domain_.load()) return existing;
     OrtCustomOpDomain* domain = nullptr;
     if (!problem->Check(api.CreateCustomOpDomain("sparsifiner", &domain)) || domain == nullptr) return nullptr;
-    const OrtCustomOp* const operators[] = {&select_, &sparse_, &dense_, &cached_, &match_, &merge_};
+    const OrtCustomOp* const operators[] = {&select_, &sparse_, &dense_, &cached_, &cached_halves_, &match_, &merge_};
     for (const OrtCustomOp* each : operators) {
       if (problem->Check(api.CustomOpDomain_Add(domain, each))) continue;
       api.ReleaseCustomOpDomain(domain);
@@ -286,7 +292,9 @@ class Domain {
   const Operator<SelectKernel> select_{"KeySelect", 4, kFloat, kInt, precision_};
   const Operator<SparseKernel> sparse_{"SparseAttention", 3, kInt, kFloat, precision_};
   const Operator<DenseKernel> dense_{"DenseAttention", 2, kFloat, kFloat, precision_};
-  const Operator<CachedKernel> cached_{"CachedAttention", 3, kFloat, kFloat, precision_};
+  const Operator<CachedKernel<false>> cached_{"CachedAttention", 3, kFloat, kFloat, precision_};
+  const Operator<CachedKernel<true>> cached_halves_{"CachedAttention", 3, kFloat, kFloat, precision_,
+                                                    ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
   const Operator<MatchKernel> match_{"MatchTokens", 2, kFloat, kInt, precision_};
   const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat, precision_};
   std::atomic<OrtCustomOpDomain*> domain_{nullptr};

@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Of this header. A library of another version refuses every call: SPARSIFINER_WRONG_VERSION. */
-#define SPARSIFINER_VERSION 3
+#define SPARSIFINER_VERSION 4
 
 enum {
   SPARSIFINER_OK = 0,
@@ -125,11 +125,19 @@ typedef struct sparsifiner_attend {
   int64_t num_prefix, tile, cell, keys, prefix_keys;
 } sparsifiner_attend;
 
+/* Of float32, or of float16 where they are `halves`. */
+typedef struct sparsifiner_rows {
+  const void* data;
+  int64_t count;
+} sparsifiner_rows;
+
 /* Keys and values of other tokens, cache [B, tokens, 2 * H * d], k|v along the last axis, and what each counts as: counts
  * [B, tokens], 1, or 0 where it is not read. */
 typedef struct sparsifiner_cache {
-  sparsifiner_floats cache, counts;
+  sparsifiner_rows cache;
+  sparsifiner_floats counts;
   int64_t tokens;
+  int64_t halves; /* 0 or 1: the cache's elements are float16 */
 } sparsifiner_cache;
 
 typedef struct sparsifiner_match {

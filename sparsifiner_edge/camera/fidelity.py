@@ -88,7 +88,7 @@ def evaluate_video(
         method = StreamMethod(
             video=Path(video).name, frames=judged.frames, every=every, share=share,
             at_least=floor, preprocessing=str(model.framing),
-            runtime=model.session.description,
+            runtime=model.runtime,
         )  # fmt: skip
     subject = open_bundle(Path(bundle)).subject("subject")
     statistics = {way: _figures(samples, floor) for way, samples in judged.samples.items()}

@@ -18,6 +18,7 @@ from sparsifiner_edge.judge import THRESHOLD
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime import Execution, Session
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
+from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.runtime.stream import AT_LEAST, Computed, Stream
 from sparsifiner_edge.text import finite
 
@@ -86,6 +87,11 @@ class Model:
             self.stream = self.session.stream(AT_LEAST if at_least is None else at_least, share)
         elif has:
             self.whole = f"{backend} runs no stream: every frame is computed whole"
+
+    @property
+    def runtime(self) -> Runtime:
+        """What really runs frames."""
+        return self.session.description if self.stream is None else self.stream.description
 
     def infer_frame(self, image: Array, follows: bool = True) -> tuple[dict[str, Array], Computed | None]:
         """As `infer`, and what of the frame was computed; None: all of it. follows: the one before, as its next."""

@@ -118,7 +118,7 @@ def profile_camera(
             joules = energy(recording, [window], len(images))
         method = PaceMethod(
             video=Path(video).name, rate=rate, deadline_ms=deadline, preprocessing=str(model.framing),
-            runtime=model.session.description, stream=model.stream is not None,
+            runtime=model.runtime, stream=model.stream is not None,
         )  # fmt: skip
     ages, dropped = np.array(samples["age_ms"]), len(images) - len(samples["age_ms"])
     figures = PaceFigures(

@@ -151,6 +151,8 @@ def run_bundle(bundle: str | Path, source: str, options: RunOptions | None = Non
             status.event("metrics", address=server.url)
         # What really runs, once: a library that could not be loaded means kernels several times slower.
         status.event("model", **write_record(model.session.description))
+        if model.stream is not None:
+            status.event("stream", **write_record(model.stream.description))
         if model.whole is not None:
             status.event("warning", reason=model.whole)
         status.event("decoding", **(_NOT_CONFINED if parsed.kind == "gst" else write_record(confinement())))

@@ -117,7 +117,7 @@ def write_stream(
         wanted = list(play(shape, *inner, *sequence))
     ran = _hold_against(wanted, list(play(shape, runner_of(models[0]), runner_of(models[1]), *sequence)))
     if like:
-        models = models[0], quantise_like(models[1], *like)
+        models, shape = (models[0], _keep_halves(quantise_like(models[1], *like))), shape._replace(halves=True)
         wanted, ran = ran, list(play(shape, runner_of(models[0]), runner_of(models[1]), *sequence))
         rows = [rows_alike(got, frame) for got, frame in zip(ran, wanted, strict=True)]
         require_cosines(mean_cosines(rows), LEAST_MEAN_COSINE, "int8 stream's", "", "Export fp32.")
@@ -163,6 +163,24 @@ def _step_file(module: _Step, shape: StreamShape, image: Array, outputs: list[st
     names = [*outputs, FINAL, *(NEW + name for name in caches)]
     model = to_onnx(module, inputs | caches, names, {**axes, "caches": lengths})
     tidy(model, module)
+    check_structure(model)
+    return model
+
+
+def _keep_halves(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same, with keys and values that are kept in float16: half of what a step reads most of."""
+    graph = model.graph
+    for value in graph.input:
+        if value.name.startswith(CACHE):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for value in graph.output:
+        if value.name.startswith(NEW + CACHE):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+            wide = f"{value.name}.float32"
+            for node in graph.node:
+                node.input[:] = [wide if name == value.name else name for name in node.input]
+                node.output[:] = [wide if name == value.name else name for name in node.output]
+            graph.node.append(onnx.helper.make_node("Cast", [wide], [value.name], to=onnx.TensorProto.FLOAT16))
     check_structure(model)
     return model
 

@@ -19,12 +19,15 @@ Checks = list[tuple[bool, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An input or output: its name, allowed element types, axes by symbol, and meaning."""
+    """An input or output: its name, allowed element types, axes by symbol, and meaning; stored: its type may be another
+    than that of the others.
+    """
 
     name: str
     dtypes: tuple[str, ...]
     axes: tuple[str, ...]
     doc: str
+    stored: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

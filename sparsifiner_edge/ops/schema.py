@@ -156,7 +156,11 @@ CACHED_ATTENTION = Operator(
     inputs=(
         QKV,
         Tensor(
-            "cache", FLOATS, ("B", "S", "2C"), "keys and values of other tokens, from before: k|v along the last axis"
+            "cache",
+            FLOATS,
+            ("B", "S", "2C"),
+            "keys and values of other tokens, from before: k|v along the last axis; of qkv's type, or float16",
+            stored=True,
         ),
         Tensor("counts", ("float32",), ("B", "S"), "what each of these counts as: 1, or 0 where it is not read"),
     ),

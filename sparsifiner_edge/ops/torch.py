@@ -263,7 +263,7 @@ def cached_attention(qkv: Tensor, cache: Tensor, counts: Tensor, **attributes: A
 
 def _cached_attention(qkv: Tensor, cache: Tensor, counts: Tensor, *, num_heads: int, scale: float) -> Tensor:
     q, k, v = split_heads(qkv, num_heads)
-    old_k, old_v = cache.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    old_k, old_v = cache.to(qkv.dtype).unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
     bias = _bias(torch.cat([torch.ones_like(qkv[..., 0], dtype=counts.dtype), counts], 1), q)
     keys, values = torch.cat([k, old_k], 2), torch.cat([v, old_v], 2)
     return F.scaled_dot_product_attention(q, keys, values, bias, scale=scale).transpose(1, 2).flatten(2)

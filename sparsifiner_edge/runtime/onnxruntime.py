@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, pip_install
 from sparsifiner_edge.execution import Execution, precision_text
-from sparsifiner_edge.machine import package_version
+from sparsifiner_edge.machine import has_int8_products, package_version
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.backend import (
@@ -84,7 +83,17 @@ class OnnxRuntime(ProcessorBackend):
     def check(self, bundle: Bundle) -> None:
         """See `Backend.check`."""
         self.load()
-        _require(self.execution, bundle.manifest.float_precision, bundle.manifest.ops, bundle.folder / MODEL_FILE)
+        execution, manifest = self.execution, bundle.manifest
+        if execution.precision != "bf16" or execution.provider != "cpu":
+            require_precision(execution.precision, manifest.float_precision, "ONNX Runtime")
+        elif not manifest.stream and not any(name.endswith("Attention") for name in manifest.ops):
+            what = f"{bundle.folder / MODEL_FILE} has no attention that could run in bfloat16."
+            raise BackendError(what, "Leave --precision out.")
+
+    def open(self, bundle: Bundle) -> Session:
+        """See `Backend.open`."""
+        self.check(bundle)
+        return super().open(bundle)
 
     def session(self, model: Path, content: bytes | str, stored: str | None = None) -> _OrtSession:
         """See `ProcessorBackend.session`. On a GPU, after CUDA has answered."""
@@ -97,14 +106,6 @@ class OnnxRuntime(ProcessorBackend):
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
             return _OrtSession(model, content, self.execution, stored, device)
-
-
-def _require(execution: Execution, stored: str, operators: Iterable[str], model: Path) -> None:
-    """Refuse what ONNX Runtime would not compute as asked."""
-    if execution.precision != "bf16" or execution.provider != "cpu":
-        require_precision(execution.precision, stored, "ONNX Runtime")
-    elif not any(name.endswith("Attention") for name in operators):  # Nothing of it would be bfloat16.
-        raise BackendError(f"{model} has no attention that could run in bfloat16.", "Leave --precision out.")
 
 
 class _OrtSession(Session):
@@ -121,12 +122,14 @@ class _OrtSession(Session):
     ) -> None:  # fmt: skip
         on_cpu = device is None
         self.backend, self.model = execution.backend, model
-        bfloat16 = execution.precision == "bf16" and on_cpu
-        kernels = "native" if bfloat16 else execution.kernels if on_cpu else "portable"
+        halves = execution.precision == "bf16" and on_cpu
+        kernels = "native" if halves else execution.kernels if on_cpu else "portable"
         # The parsed file goes before ONNX Runtime reads it: memory is short on a board.
         file = read_file(content, model, kernels)[1]
         computed = "fp16" if file.float16 else "fp32"
-        _require(execution, computed, file.names, model)
+        if not halves:
+            require_precision(execution.precision, computed, "ONNX Runtime")
+        bfloat16 = halves and any(name.endswith("Attention") for name in file.names)
         self.least_tolerance = BF16_TOLERANCE_FREE if bfloat16 else 0.0
         options = session_options(execution.cores, bfloat16)
         start = time.perf_counter_ns()
@@ -170,8 +173,9 @@ class _OrtSession(Session):
 def session_options(threads: int = 0, bfloat16: bool = False) -> Any:
     """ONNX Runtime's, for any session of ours: errors alone are logged, and int8 products are exact.
 
-    AVX2, and AVX-512 without VNNI, add pairs of uint8 x int8 in 16 bits, which saturate. There weights become uint8,
-    which takes longer; elsewhere nothing changes (onnxruntime_session_options_config_keys.h, x64quantprecision).
+    AVX2, and AVX-512 without VNNI, add pairs of uint8 x int8 in 16 bits, which saturate. There weights become uint8
+    (onnxruntime_session_options_config_keys.h, x64quantprecision), which takes longer: elsewhere too, with ONNX Runtime
+    1.32 nearly twice as long where VNNI is.
 
     Args:
         threads: inside one operator; 0: as ONNX Runtime likes. bfloat16: the native library multiplies it in attention.
@@ -182,7 +186,8 @@ def session_options(threads: int = 0, bfloat16: bool = False) -> Any:
     options.inter_op_num_threads = 1
     # Threads that wait for the next run take a core from whatever comes between, such as another session.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not has_int8_products():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if bfloat16:
         options.add_session_config_entry("sparsifiner.attention", "bfloat16")
     return options

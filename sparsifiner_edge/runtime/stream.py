@@ -22,7 +22,7 @@ from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime.backend import Backend, ProcessorBackend
-from sparsifiner_edge.runtime.session import Session
+from sparsifiner_edge.runtime.session import Runtime, Session
 
 if TYPE_CHECKING:
     from sparsifiner_edge.bundle.manifest import StreamFiles
@@ -68,8 +68,8 @@ Axes = tuple[int | str | None, ...]
 
 
 class StreamShape(NamedTuple):
-    """Sizes of a stream's state: layers, channels of a token and of all heads, tokens before the patches, patches, and
-    the layers whose outputs what is behind them reads.
+    """Sizes of a stream's state: layers, channels of a token and of all heads, tokens before the patches, patches, the
+    layers whose outputs what is behind them reads, and whether keys and values are kept in float16.
     """
 
     depth: int
@@ -78,6 +78,7 @@ class StreamShape(NamedTuple):
     prefix: int
     patches: int
     read: tuple[int, ...]
+    halves: bool = False
 
     @property
     def tokens(self) -> int:
@@ -90,6 +91,11 @@ class StreamShape(NamedTuple):
         caches = {f"{CACHE}{layer}": 2 * self.attended for layer in range(self.depth)}
         return caches | {f"read.{layer}": self.width for layer in self.read}
 
+    def zeros(self, name: str, rows: int) -> Array:
+        """One of them, of so many tokens."""
+        kept = np.float16 if self.halves and name.startswith(CACHE) else np.float32
+        return np.zeros((1, rows, self.caches[name]), kept)
+
 
 class StreamState:
     """What is known of one stream: nothing before its first frame.
@@ -101,11 +107,8 @@ class StreamState:
 
     def __init__(self, shape: StreamShape) -> None:
         self.shape = shape
-        self.caches = {name: np.zeros((1, shape.tokens, width), np.float32) for name, width in shape.caches.items()}
-        self._none = {
-            name: np.zeros((1, 1 if name.startswith(CACHE) else shape.tokens, width), np.float32)
-            for name, width in shape.caches.items()
-        }
+        self.caches = {name: shape.zeros(name, shape.tokens) for name in shape.caches}
+        self._none = {name: shape.zeros(name, 1 if name.startswith(CACHE) else shape.tokens) for name in shape.caches}
         self.final = np.zeros((1, shape.tokens, shape.width), np.float32)
         self.references = np.zeros((1, shape.patches, shape.width), np.float32)
         self.ages = np.zeros(shape.patches, np.int64)
@@ -174,9 +177,10 @@ def open_stream(bundle: Bundle, backend: Backend) -> StreamSessions:
 
 def _shape(bundle: Bundle, files: StreamFiles, step: Session) -> StreamShape:
     sizes = bundle.require(bundle.manifest.shape, "shape")
-    attended = next((spec.shape[-1] for spec in step.inputs if spec.name == f"{CACHE}0" and spec.shape), 0)
-    attended = attended // 2 if isinstance(attended, int) else 0
-    return StreamShape(sizes.depth, sizes.width, attended, sizes.prefix, sizes.patches, files.read)
+    first = next((spec for spec in step.inputs if spec.name == f"{CACHE}0" and spec.shape), None)
+    width = first.shape[-1] if first else 0
+    attended, halves = width // 2 if isinstance(width, int) else 0, first is not None and first.dtype == "float16"
+    return StreamShape(sizes.depth, sizes.width, attended, sizes.prefix, sizes.patches, files.read, halves)
 
 
 def _require(opened: StreamSessions, bundle: Bundle) -> None:
@@ -279,6 +283,11 @@ class Stream:
         """Which patches were computed of the last frame, [rows,columns]."""
         _, height, width, _ = (side for side in self._whole.inputs[0].shape if isinstance(side, int))
         return np.asarray(self._state.ages == 0).reshape(round(math.sqrt(len(self._state.ages) * height / width)), -1)
+
+    @property
+    def description(self) -> Runtime:
+        """What really runs its steps."""
+        return self._sessions.step.description
 
     @property
     def final(self) -> Array:

@@ -14,11 +14,12 @@
 
 #include "sparsifiner.h"
 
-enum Operator { kDense, kSparse, kSelect, kMatch, kMerge };
+enum Operator { kDense, kCached, kSparse, kSelect, kMatch, kMerge };
 
 static struct {
   int64_t op;
   sparsifiner_qkv in;
+  sparsifiner_cache cache;
   sparsifiner_select select;
   sparsifiner_attend attend;
   sparsifiner_match match;
@@ -34,12 +35,12 @@ static void take(void* to, size_t bytes) {
 }
 
 #define TAKE(x) take(&(x), sizeof(x))
-#define TENSOR(x) (x).data = tensor((x).count)
+#define TENSOR(x) (x).data = tensor(4 * (size_t)(x).count)
 
-static void* tensor(int64_t count) {
-  void* data = malloc(4 * (size_t)count);
+static void* tensor(size_t bytes) {
+  void* data = malloc(bytes);
   if (data == NULL) exit(4);
-  take(data, 4 * (size_t)count);
+  take(data, bytes);
   return data;
 }
 
@@ -53,6 +54,7 @@ static void read_arguments(void) {
     return;
   }
   TAKE(record.in);
+  if (record.op == kCached) TAKE(record.cache);
   if (record.op == kSparse) TAKE(record.attend);
   if (record.op == kSelect) TAKE(record.select);
   if (record.op == kMatch) TAKE(record.match);
@@ -62,6 +64,8 @@ static void read_arguments(void) {
   TAKE(record.to);
   TENSOR(record.in.qkv);
   TENSOR(record.in.sizes);
+  record.cache.cache.data = tensor((record.cache.halves ? 2 : 4) * (size_t)record.cache.cache.count);
+  TENSOR(record.cache.counts);
   if (record.op == kSelect) TENSOR(record.proj_q);
   if (record.op == kSelect) TENSOR(record.proj_k);
   if (record.op == kSparse) TENSOR(record.lists);
@@ -69,7 +73,8 @@ static void read_arguments(void) {
 
 static void free_tensors(void) {
   const void* const all[] = {record.in.qkv.data,  record.in.sizes.data,    record.pairs.x.data, record.pairs.sizes.data,
-                             record.proj_q.data,  record.pairs.pairs.data, record.proj_k.data,  record.lists.data};
+                             record.proj_q.data,  record.pairs.pairs.data, record.proj_k.data,  record.lists.data,
+                             record.cache.cache.data, record.cache.counts.data};
   for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) free((void*)all[i]);
   memset(&record, 0, sizeof(record));
 }
@@ -86,6 +91,7 @@ static void* run(void* unused) {
   memset(to.data, 0xff, 4 * (size_t)to.count); /* NaN */
   switch (record.op) {
     case kDense: status = sparsifiner_dense_attention(&call, &record.in, to); break;
+    case kCached: status = sparsifiner_cached_attention(&call, &record.in, &record.cache, to); break;
     case kSparse: status = sparsifiner_sparse_attention(&call, &record.in, &record.attend, record.lists, to); break;
     case kSelect:
       status = sparsifiner_key_select(&call, &record.in, &record.select, record.proj_q, record.proj_k, to);

@@ -117,8 +117,9 @@ def well_called(op: str) -> Iterator[tuple[list[ctypes.Structure], Callable[[], 
     inputs = case.inputs()
     shapes = [x.shape for x in inputs]
     output = np.zeros(case.op.output_shape(case.attributes, shapes), output_type(case))
-    tensors = [interface._tensor(op, x, (x.dtype.name,)) for x in (*inputs, output)]
-    arguments = interface._arguments(op, case.attributes, shapes, tensors)
+    kinds = (*case.op.inputs, case.op.output)
+    tensors = [interface._tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
+    arguments = interface._arguments(op, case.attributes, inputs, tensors)
     answer = interface._Call(interface._VERSION, 0, None, None)
     with contextlib.closing(Operators(1)) as operators:
         function = getattr(operators._library, interface._FUNCTIONS[op][0])

@@ -29,7 +29,7 @@ from tests.ops.matrix import PAPER, Case, cases, check, output_type
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "runtime" / "native"
-OPS = ("DenseAttention", "SparseAttention", "KeySelect", "MatchTokens", "MergeTokens")
+OPS = ("DenseAttention", "CachedAttention", "SparseAttention", "KeySelect", "MatchTokens", "MergeTokens")
 """In the order of `Operator` in replay.c."""
 SETS = (*FLOAT_SETS, "AMX", "AVX3_ZEN4") if os.uname().machine == "x86_64" else (*FLOAT_SETS, "NEON_BF16")
 DISABLED = re.findall(r'"(HWY_DISABLED_TARGETS=[^"]*)"', (SOURCES / "CMakeLists.txt").read_text())[0]
@@ -70,10 +70,11 @@ def record(case: Case, inputs: list[np.ndarray]) -> bytes:
     """A call as replay.c reads it: the structures of the C interface are those of its bindings."""
     shapes = [x.shape for x in inputs]
     result = interface._Tensor(None, math.prod(case.op.output_shape(case.attributes, shapes)))
-    tensors = [interface._tensor(case.op.name, np.ascontiguousarray(x), (x.dtype.name,)) for x in inputs]
-    arguments = interface._arguments(case.op.name, case.attributes, shapes, [*tensors, result])
+    inputs = [np.ascontiguousarray(x) for x in inputs]
+    tensors = [interface._tensor(case.op.name, x, kind) for x, kind in zip(inputs, case.op.inputs, strict=True)]
+    arguments = interface._arguments(case.op.name, case.attributes, inputs, [*tensors, result])
     held = [x if isinstance(x, ctypes.Structure) else x._obj for x in arguments]
-    content = [*map(bytes, held), *(np.ascontiguousarray(x).tobytes() for x in inputs)]
+    content = [*map(bytes, held), *(x.tobytes() for x in inputs)]
     return struct.pack("<q", OPS.index(case.op.name)) + b"".join(content)
 
 
@@ -151,6 +152,10 @@ def test_fuzzed_shapes_and_indices_under_sanitizers(once: Once, target: str) -> 
         lists[..., ::2] %= patches
         dense = Case(OPERATORS["DenseAttention"], {"num_heads": heads, "scale": 0.2}, patches + prefix)
         sizes = rng.choice([1, 7, 0, -1, np.nan, np.inf], (1, patches + prefix)).astype(np.float32)
+        cached = Case(OPERATORS["CachedAttention"], dense.attributes, patches + prefix)
+        kept = rng.normal(size=(1, keys, 2 * heads * width)).astype(rng.choice(["float32", "float16"]))
+        kept.flat[:: max(1, kept.size // 7)] = rng.choice([np.nan, np.inf, -np.inf, 6e4, 1e-7])
+        made.append((cached, [spoiled[0], kept, rng.choice([0, 1, 7, -1, np.nan], (1, keys)).astype(np.float32)]))
         for case, rest in ((select, spoiled[2:]), (attend, [lists]), (dense, [])):
             made.append((case, [spoiled[0], sizes, *rest]))
             made.append((dataclasses.replace(case, merged=False), [spoiled[0], np.ones_like(sizes), *rest]))

@@ -29,7 +29,9 @@ LANDMARKS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the matrix; width: channels of a head, channels: of the predictor."""
+    """One point of the matrix; width: channels of a head, channels: of the predictor, stored: the element type of what
+    is stored, where it is another.
+    """
 
     op: Operator
     attributes: dict[str, Any]
@@ -39,10 +41,12 @@ class Case:
     merged: bool = True
     width: int = 8
     channels: int = 4
+    stored: str | None = None
 
     def __str__(self) -> str:
         values = "-".join(f"{k}{v:g}" for k, v in self.attributes.items() if k != "scale")
-        return f"{self.op.name}{'' if self.merged else '-single'}-P{self.patches}-B{self.batch}-{self.dtype}-{values}"
+        kinds = self.dtype + (f"-{self.stored}" if self.stored else "")
+        return f"{self.op.name}{'' if self.merged else '-single'}-P{self.patches}-B{self.batch}-{kinds}-{values}"
 
     def inputs(self, seed: int = 0) -> list[np.ndarray]:
         """Random inputs: keys and values with a common offset and a few outliers, as in real models."""
@@ -78,7 +82,7 @@ class Case:
         """Of which a part is not read; of one patch, none is."""
         count = 1 if self.patches == 37 else 90
         counts = rng.choice([0, 1], (self.batch, count)).astype(np.float32) * (self.patches > 1)
-        return [rng.normal(size=(self.batch, count, 2 * channels)).astype(self.dtype), counts]
+        return [rng.normal(size=(self.batch, count, 2 * channels)).astype(self.stored or self.dtype), counts]
 
     def _merge_inputs(self, rng: np.random.Generator) -> list[np.ndarray]:
         """Tokens, sizes, and pairs of which a third are single."""
@@ -121,6 +125,8 @@ def cases(op_name: str, full: bool = False, merged: bool | None = None, **more: 
     if merged is None and op_name in ("KeySelect", "SparseAttention", "DenseAttention"):
         return [case for each in (False, True) for case in cases(op_name, full, each, **more)]
     op = OPERATORS[op_name]
+    if "stored" not in more and any(tensor.stored for tensor in op.inputs):
+        return [case for stored in (None, "float16") for case in cases(op_name, full, merged, stored=stored, **more)]
     options = [a.tested for a in op.attributes] + [PATCHES, BATCHES]
     points: Iterable[tuple[Any, ...]] = itertools.product(*options)
     if not full:

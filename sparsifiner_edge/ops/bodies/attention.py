@@ -163,7 +163,7 @@ def cached_attention(_: Structure) -> str:
     return f"""{attribute("num_heads")}{attribute("scale", "float")}
         rows = Identity (qkv){SPLIT}
         q_scaled = Mul (q, CastLike (a_scale, qkv))
-        cached_parts = Reshape (cache, Concat <axis = 0> (c0, c0, c2, a_num_heads, d))
+        cached_parts = Reshape (CastLike (cache, qkv), Concat <axis = 0> (c0, c0, c2, a_num_heads, d))
         cached_keys = Transpose <perm = [0, 2, 3, 1]> (Gather <axis = 2> (cached_parts, i0))
         cached_values = Transpose <perm = [0, 2, 1, 3]> (Gather <axis = 2> (cached_parts, i1))
         cached_bare = Cast <to = 1> (MatMul (q_scaled, cached_keys))

@@ -14,9 +14,10 @@ from typing import Any, cast
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.operator import Tensor
 from sparsifiner_edge.ops.schema import OPERATORS
 
-_VERSION = 3
+_VERSION = 4
 """SPARSIFINER_VERSION of the header that this follows."""
 
 _PRECISIONS = {"float32": 0, "bfloat16": 1}
@@ -51,7 +52,7 @@ class _Attend(Structure):
 
 
 class _Cache(Structure):
-    _fields_ = (("cache", _Tensor), ("counts", _Tensor), *_fields("tokens"))
+    _fields_ = (("cache", _Tensor), ("counts", _Tensor), *_fields("tokens halves"))
 
 
 class _Match(Structure):
@@ -118,10 +119,10 @@ class Operators:
             BackendError: attributes, types and shapes are not those of the operator's schema, or it lacks memory.
         """
         require_valid(op, attributes, [x.shape for x in inputs])
-        kinds = [tensor.dtypes for tensor in (*OPERATORS[op].inputs, OPERATORS[op].output)]
+        kinds = (*OPERATORS[op].inputs, OPERATORS[op].output)
         tensors = [_tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
         call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
-        arguments = _arguments(op, attributes, [x.shape for x in inputs], tensors)
+        arguments = _arguments(op, attributes, inputs, tensors)
         if getattr(self._library, _FUNCTIONS[op][0])(byref(call), *arguments):
             raise _refusal(op, call.message.decode(errors="replace"))
 
@@ -153,24 +154,28 @@ def _refusals(op: str, attributes: tuple[tuple[str, float], ...], *shapes: tuple
     return OPERATORS[op].refusals(dict(attributes), shapes)
 
 
-def _tensor(op: str, array: Array, allowed: Sequence[str]) -> _Tensor:
-    """An array as the library takes it; allowed: element types by the schema, of which it has those of four bytes."""
-    if array.dtype.name not in allowed or array.dtype.itemsize != 4 or not array.flags.c_contiguous:
-        wanted = "int32" if allowed == ("int32",) else "float32"
+def _tensor(op: str, array: Array, schema: Tensor) -> _Tensor:
+    """An array as the library takes it: of the element types by the schema it has those of four bytes, and float16 of
+    what is stored.
+    """
+    allowed = (schema.dtypes[0], "float16") if schema.stored else schema.dtypes[:1]
+    if array.dtype.name not in allowed or not array.flags.c_contiguous:
+        wanted = " or ".join(allowed)
         raise _refusal(op, f"got {array.dtype}, strides {array.strides}, for contiguous {wanted}")
     return _Tensor(array.ctypes.data, array.size)
 
 
 def _arguments(
-    op: str, attributes: Mapping[str, float], shapes: Sequence[tuple[int, ...]], tensors: Sequence[_Tensor]
+    op: str, attributes: Mapping[str, float], inputs: Sequence[Array], tensors: Sequence[_Tensor]
 ) -> list[Any]:
     """What a function takes after the call: of shapes that the schema allows, and tensors, the output's last."""
+    shapes = [x.shape for x in inputs]
     if op == "MergeTokens":
         return [byref(_Pairs(*tensors[:3], *shapes[0], shapes[2][1])), tensors[3]]
     sizes = OPERATORS[op].sizes(attributes, shapes)
     if op == "CachedAttention":
         qkv = _Qkv(tensors[0], _Tensor(), *(sizes[symbol] for symbol in "BNHd"), attributes["scale"])
-        return [byref(qkv), byref(_Cache(*tensors[1:3], sizes["S"])), tensors[3]]
+        return [byref(qkv), byref(_Cache(*tensors[1:3], sizes["S"], inputs[1].dtype == "float16")), tensors[3]]
     qkv = _Qkv(*tensors[:2], *(sizes[symbol] for symbol in "BNHd"), attributes.get("scale", 1.0))
     kind, settings = _FUNCTIONS[op][1], {**attributes, "keys": sizes.get("K", 0), "channels": sizes.get("c", 0)}
     return [byref(qkv), *([] if kind is None else [byref(_fill(kind, settings))]), *tensors[2:]]
