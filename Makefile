@@ -40,7 +40,7 @@ bench: $(VENV)/.photographs
 	$(BIN)/python benchmarks/optimize.py --size 518 -o profiles/results
 	$(BIN)/python benchmarks/stream.py -o profiles/results
 	$(BIN)/python benchmarks/stream.py --model saliency -o profiles/results
-	$(BIN)/python benchmarks/stream.py --int8 --backend openvino --precision bf16 -o profiles/results
+	$(BIN)/python benchmarks/stream.py --int8 --precision bf16 -o profiles/results
 	$(BIN)/python benchmarks/stream_scenes.py $(VENV)/scenes
 	for scene in square street garden; do \
 	  $(BIN)/python benchmarks/stream.py --video $(VENV)/scenes/$$scene.mp4 --start 0 -o profiles/results || exit 1; \

@@ -179,8 +179,8 @@ def _kernels(manifest: Manifest, board: Board, release: JetPack | None) -> tuple
         return "none", "the bundle has standard operators alone"
     if board.kind == "cpu":
         return "native", "the native library is assumed to be installed there"
-    if release is not None and tuple(map(int, release.tensorrt.split("."))) < (10, 9):
-        return "portable", f"TensorRT {release.tensorrt} takes no kernels of a bundle, 10.9 and later do"
+    if release is not None and tuple(map(int, release.tensorrt.split("."))) < (10, 3):
+        return "portable", f"TensorRT {release.tensorrt} takes no kernels of a bundle, 10.3 and later do"
     if table_file(board.sm) in manifest.files:
         return "native", f"the bundle carries kernels compiled for SM {board.sm}"
     return "portable", f"the bundle carries no kernels compiled for SM {board.sm}"

@@ -20,6 +20,7 @@ import pytest
 from sparsifiner_edge.arrays import bytes_at
 from sparsifiner_edge.bundle.kernels import NAMESPACE
 from sparsifiner_edge.runtime.tensorrt import plugin as tensorrt_plugin
+from sparsifiner_edge.runtime.tensorrt import plugin_v3
 from tests.fakes.gpu import CudaError, Gpu
 
 VERSIONS = {"10.3": "10.3.0", "10.9": "10.9.0.34", "11.4": "11.4.0.106"}
@@ -60,6 +61,8 @@ def install_tensorrt(
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", plugin)
     monkeypatch.setattr(tensorrt_plugin, "_registered", set())
+    monkeypatch.setattr(plugin_v3, "_registered", {})
+    monkeypatch.setattr(plugin_v3, "driver", SimpleNamespace)
     return trt
 
 
@@ -128,7 +131,15 @@ def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
         assert gpu.calls, "an object of TensorRT before CUDA has answered"
         return SimpleNamespace(deserialize_cuda_engine=lambda content: ICudaEngine(content, gpu, seen, logger))
 
+    def register(creator: Any, namespace: str) -> bool:
+        seen.setdefault("creators", []).append(f"{namespace}::{creator.name}")
+        return bool(seen.get("takes plugins", True))
+
+    parts = [f"IPluginV3{part}" for part in ("", "OneCore", "OneBuild", "OneRuntime")]
     return SimpleNamespace(
+        **{name: type(name, (), {}) for name in (*parts, "IPluginCreatorV3One")},
+        **{f"PluginFieldCollection{end}": type("Fields", (), {"__init__": lambda *_: None}) for end in ("", "_")},
+        get_plugin_registry=lambda: SimpleNamespace(register_creator=register),
         ILogger=type("ILogger", (), {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2}),
         Builder=builder, OnnxParser=parser, Runtime=runtime, nptype=lambda dtype: dtype,
         IBuilderConfig=config, ICudaEngine=ICudaEngine, IExecutionContext=IExecutionContext,

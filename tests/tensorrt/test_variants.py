@@ -19,6 +19,7 @@ from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.runtime import golden
 from sparsifiner_edge.runtime.build import build_engine, verdict
 from sparsifiner_edge.runtime.golden import beyond_text, check_golden
+from sparsifiner_edge.runtime.tensorrt import plugin_v3
 from tests.fakes.tensorrt import Behaviour
 from tests.flat import open_session
 from tests.seal import reseal, seal_bundle
@@ -98,6 +99,26 @@ def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, bundle, machine
     assert gpu.live() == {}
 
 
+def test_before_10_9_plugins_are_in_python_for_any_batch_and_shared_memory(tmp_path, bundle, machine, monkeypatch):
+    gpu, behaviour = machine("10.3", attend=1.0, DenseAttention=1.5, SparseAttention=3.0)
+    folder = bundle(tmp_path / "b", shared=96 << 10)
+    found = details(folder, batch=None)
+    assert found.kernels == "plugin"
+    creators = behaviour.seen.pop("creators")
+    assert len(creators) == len(set(creators)) == 3
+    assert any(name.startswith(f"{NAMESPACE}::attend_") for name in creators)
+    assert behaviour.seen["aot_impl"] == []
+    monkeypatch.setattr(plugin_v3, "_registered", {})  # Another process opens it.
+    with open_session(folder, "tensorrt") as session:
+        assert check_golden(session, open_bundle(folder))
+    assert behaviour.seen["creators"] == creators
+    monkeypatch.setattr(plugin_v3, "_registered", {})
+    behaviour.seen["takes plugins"] = False
+    with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0 does not take the plugin \w+_[0-9a-f]+\.\n.*portable"):
+        open_session(folder, "tensorrt")
+    assert gpu.live() == {}
+
+
 def test_dense_is_kept_where_sparse_is_slower(tmp_path, bundle, machine):
     machine("10.3", DenseAttention=1.0, SparseAttention=3.0)
     folder = bundle(tmp_path / "b", kernels=False)
@@ -137,7 +158,7 @@ CARD = {"name": "NVIDIA A2", "sm": (8, 7), "integrated": False}
 @pytest.mark.parametrize(
     ("version", "kernels", "batch", "message"),
     [
-        ("10.3", {}, ONE, "TensorRT 10.3.0 has no ahead-of-time plugins"),
+        ("10.3", {"kernels": False}, ONE, "the bundle has no kernels for NVIDIA A2; export it with --board"),
         ("10.9", {"kernels": False}, ONE, "the bundle has no kernels for NVIDIA A2; export it with --board"),
         ("10.9", {"shared": (48 << 10) + 16}, ONE, "a kernel takes 48 KiB of shared memory, and more than 48"),
         ("10.9", {}, None, r"it takes one batch size, not 1 to 8: .*issue 4849\); give one --batch"),

@@ -10,6 +10,8 @@ from typing import Any
 from sparsifiner_edge.errors import BackendError, UnsupportedModelError
 
 _MOST_MESSAGES = 50
+PLUGIN_FAILURES = deque[str](maxlen=5)
+"""Why plugins of ours failed in this process: of what is raised in them TensorRT tells a logger of its own alone."""
 _MEMORY = re.compile(
     r"out ?of ?memory|OutOfMemory|cudaErrorMemoryAllocation|insufficient (?:gpu )?memory", re.IGNORECASE
 )
@@ -38,7 +40,8 @@ def make_logger(trt: Any) -> Any:
 
 def _errors_of(logger: Any) -> str:
     """In one line, or that there was none."""
-    return " ".join(" ".join(logger.errors).split())[:800] or "TensorRT gave no reason"
+    failures = [PLUGIN_FAILURES.popleft() for _ in range(len(PLUGIN_FAILURES))]
+    return " ".join(" ".join((*failures, *logger.errors)).split())[:800] or "TensorRT gave no reason"
 
 
 def parse_error(parser: Any, name: str) -> UnsupportedModelError:

@@ -23,6 +23,7 @@ from sparsifiner_edge.runtime.backend import import_package
 from sparsifiner_edge.runtime.cuda import CudaDevice, Driver, probe
 from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, has_sparse_attention
+from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 OLDEST = (10, 3)
 
@@ -83,6 +84,12 @@ class TensorRt(TensorRtBackend):
         if engine.details.kernels == PLUGIN:
             model = plugin.with_plugins(self.load(), model, bundle, device)
         return super().compile(model, engine, bundle)
+
+    def open(self, bundle: Bundle) -> EngineSession:
+        """See `Backend.open`."""
+        if self.check(bundle).details.kernels == PLUGIN:
+            plugin.register(self.load(), bundle, probe())
+        return super().open(bundle)
 
     @contextlib.contextmanager
     def configure(self, trt: Any, config: Any, _engine: Engine) -> Iterator[str]:

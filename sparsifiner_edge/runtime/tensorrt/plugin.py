@@ -1,4 +1,5 @@
-"""The project's CUDA kernels inside an engine: quickly deployable plugins of TensorRT 10.9 and later.
+"""The project's CUDA kernels inside an engine: quickly deployable plugins of TensorRT 10.9 and later; before, see
+`plugin_v3`.
 
 Every launch in a bundle's table becomes a plugin whose ahead-of-time implementation hands its PTX to TensorRT, which
 puts it into the engine. Running the engine needs neither Python nor a library of plugins.
@@ -25,20 +26,20 @@ from sparsifiner_edge.bundle.kernels import (
 )
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.runtime.cuda import CudaDevice
+from sparsifiner_edge.runtime.tensorrt import plugin_v3
+from sparsifiner_edge.runtime.tensorrt.plugin_v3 import TYPES
 
-_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
-"""Types of launches' tensors, and TensorRT's names of them."""
 _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
 
 
 def why_not(trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange | None = None) -> str | None:
     """Why the kernels of a bundle cannot go into an engine for a device; None where they can."""
-    if not hasattr(trt, "QuickPluginCreationRequest"):
-        return f"TensorRT {trt.__version__} has no ahead-of-time plugins (10.9 and later have)"
     table = read_table(bundle, _capability(device))
     if table is None:
         return f"the bundle has no kernels for {device.name}; export it with --board"
+    if is_in_python(trt):
+        return None
     most = max((launch.shared_bytes for launch in table.launches.values()), default=0)
     if most > MOST_SHARED_BYTES:
         return (
@@ -53,6 +54,21 @@ def why_not(trt: Any, bundle: Bundle, device: CudaDevice, batch: BatchRange | No
     return None
 
 
+def is_in_python(trt: Any) -> bool:
+    """Whether plugins run in Python, by `plugin_v3`: a version before 10.9 has none that are compiled ahead of time."""
+    return not hasattr(trt, "QuickPluginCreationRequest")
+
+
+def register(trt: Any, bundle: Bundle, device: CudaDevice) -> None:
+    """Register what an engine with plugins needs where it runs.
+
+    Raises:
+        SparsifinerError: see `plugin_v3.register`.
+    """
+    if is_in_python(trt):
+        plugin_v3.register(trt, bundle, _capability(device))
+
+
 def _capability(device: CudaDevice) -> int:
     """As files are named by it: 87 of "8.7"."""
     return int(device.compute_capability.replace(".", ""))
@@ -64,8 +80,13 @@ def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaD
     Raises:
         ArtifactError: the table does not fit the model.
     """
-    table, trtp = read_table(bundle, _capability(device)), importlib.import_module(f"{trt.__name__}.plugin")
+    table = read_table(bundle, _capability(device))
     assert table is not None
+    register(trt, bundle, device)
+    rewritten: onnx.ModelProto = kernel_model(model, table)
+    if is_in_python(trt):
+        return rewritten
+    trtp = importlib.import_module(f"{trt.__name__}.plugin")
     for name, launch in table.launches.items():
         identifier = f"{NAMESPACE}::{name}"
         if identifier not in _registered:
@@ -73,7 +94,6 @@ def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaD
             trtp.register(identifier)(_describe(trt, trtp, launch))
             trtp.aot_impl(identifier)(_implement(trtp, launch, ptx))
             _registered.add(identifier)
-    rewritten: onnx.ModelProto = kernel_model(model, table)
     return rewritten
 
 
@@ -83,7 +103,7 @@ def _describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
     def description(*inputs: Any) -> Any:
         batch = inputs[0].shape_expr[0]
         outputs = launch.outputs.values()
-        return tuple(trtp.from_shape_expr((batch, *x.shape), getattr(trt.DataType, _TYPES[x.dtype])) for x in outputs)
+        return tuple(trtp.from_shape_expr((batch, *x.shape), getattr(trt.DataType, TYPES[x.dtype])) for x in outputs)
 
     inputs = [(name, trtp.TensorDesc) for name in launch.inputs]
     return _with_signature(description, inputs, _tensors(trtp, launch.outputs))
