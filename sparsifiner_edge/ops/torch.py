@@ -283,5 +283,5 @@ def rows_at(values: Tensor, index: Tensor) -> Tensor:
 def top_tokens(scores: Tensor, count: int) -> Tensor:
     """Indices int64 [B,K] of the highest scores [B,P], ties to the lower index, ascending."""
     if torch.onnx.is_in_onnx_export():  # ONNX's TopK breaks ties as we do
-        return scores.topk(count, sorted=False).indices.sort().values
+        return scores.topk(count).indices.sort().values
     return top_keys(scores.nan_to_num(nan=-math.inf), count).long()

@@ -82,6 +82,6 @@ _TIED = """
         no_room = Greater (MatMul (Cast <to = 1> (tied), not_after), room)
         dropped = Or (Less (coefficients, least), And (tied, no_room))"""
 _TOP = """
-        top, top_index = TopK <axis = -1, largest = 1, sorted = 0> (scores, a_keys)
+        top, top_index = TopK <axis = -1, largest = 1, sorted = 1> (scores, a_keys)
         indices, order = TopK <axis = -1, largest = 0, sorted = 1> (Cast <to = 6> (top_index), a_keys)
 """

@@ -97,13 +97,13 @@ def compile_launch(schedule: Schedule, launch: Launch, capability: int, ptx_vers
     )  # fmt: skip
 
 
-def resources(code: Compiled) -> tuple[int, int]:
-    """Registers of a thread, and bytes of them that had to go to memory, as Triton's assembler says."""
+def resources(code: Compiled, program: Path | None = None) -> tuple[int, int]:
+    """Registers of a thread, and bytes of them that had to go to memory, as an assembler says; None: Triton's."""
     import triton.backends.nvidia
 
     programs = Path(triton.backends.nvidia.__file__).parent / "bin"
     newer = programs / "ptxas-blackwell"  # Triton may have a second one, for newer PTX.
-    program = newer if newer.is_file() else programs / "ptxas"
+    program = program or (newer if newer.is_file() else programs / "ptxas")
     target = re.search(r"^\.target\s+(\w+)", code.ptx, re.MULTILINE)
     command = [str(program), "-v", f"-arch={target[1] if target else ''}", "-o", os.devnull, "-"]
     done = subprocess.run(command, input=code.ptx, capture_output=True, text=True, check=True)

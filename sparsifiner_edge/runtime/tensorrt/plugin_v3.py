@@ -126,8 +126,8 @@ def _creator(trt: Any) -> Any:
 
         def supports_format_combination(self, position: int, tensors: Any, _input_count: int) -> bool:
             wanted = [*self.launch.inputs.values(), *self.launch.outputs.values()][position]
-            found = tensors[position].desc
-            return bool(found.format == trt.TensorFormat.LINEAR and found.type == _type(trt, wanted))
+            tensor = tensors[position].desc
+            return bool(tensor.format == trt.TensorFormat.LINEAR and tensor.type == _type(trt, wanted))
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             pass
