@@ -4,6 +4,7 @@ launches of a bundle beside the bodies.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -198,6 +199,17 @@ def interpreted(folder):
     return float(done.stdout.split()[-1])
 
 
+def test_sizes_of_single_tokens_may_be_a_constant_each(model, bundle, tmp_path):
+    """As torch's exporter leaves those of more than 1024 tokens."""
+    apart = copy.deepcopy(model)
+    attention = next(node for node in apart.graph.node if node.op_type == "SparseAttention")
+    made = next(node for node in apart.graph.node if node.output[0] == attention.input[1])
+    again = copy.deepcopy(made)
+    again.output[0] = attention.input[1] = "single again"
+    apart.graph.node.insert(list(apart.graph.node).index(made), again)
+    assert board_files(apart, "tiny", load_board("jetson-orin-nano-8gb"), tmp_path) == bundle[1]
+
+
 def test_the_launches_compute_what_the_bodies_compute(bundle):
     """The model that TensorRT would get, its launches run by Triton's interpreter: every name and shape is right."""
     assert interpreted(bundle[0]) < 2e-3
@@ -254,7 +266,7 @@ def interpret(folder: Path) -> None:
     model, table = onnx.load(folder / "model.onnx"), table_of(folder, 87)
     assert table is not None
     types, operators = boards._tensor_types(model), {}
-    for together in boards._layers([node for node in model.graph.node if node.name in table.nodes]):
+    for together in boards._layers(model, [node for node in model.graph.node if node.name in table.nodes]):
         schedule: Any = boards._schedule(model, together, types, 87)
         entries = [entry for node in together for entry in table.nodes[node.name]]
         for entry, launch in zip(entries, schedule.launches, strict=True):

@@ -82,7 +82,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
     refused: dict[str, str] = {}
     done: dict[str, list[str]] = {}
     (folder / FOLDER / f"sm{board.sm}").mkdir(parents=True, exist_ok=True)
-    for together in _layers(nodes):
+    for together in _layers(model, nodes):
         schedule = _schedule(model, together, types, board.sm)
         if isinstance(schedule, str):
             refused |= {node.name: schedule for node in together}
@@ -170,8 +170,14 @@ def _compile_launch(schedule: Schedule, launch: Launch, sm: int, ptx_version: in
     return _compile_launch(schedule, smaller, sm, ptx_version)
 
 
-def _layers(nodes: Sequence[Any]) -> list[tuple[Any, ...]]:
+def _layers(model: onnx.ModelProto, nodes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Nodes that are launched together: a selection and the one attention that reads its lists; others alone."""
+
+    def same(one: Any, other: Any) -> bool:
+        """Sizes that are all 1 may be a constant each."""
+        sizes = one.input[1] == other.input[1] or not (has_sizes(model, one) or has_sizes(model, other))
+        return bool(one.input[0] == other.input[0] and sizes and make_a_layer(_attributes(one), _attributes(other)))
+
     readers: dict[str, list[Any]] = {}
     for node in nodes:
         if node.op_type == "SparseAttention":
@@ -179,8 +185,7 @@ def _layers(nodes: Sequence[Any]) -> list[tuple[Any, ...]]:
     layers: list[tuple[Any, ...]] = []
     for node in nodes:
         reading = readers.get(node.output[0], []) if node.op_type == "KeySelect" else []
-        same = reading and list(node.input[:-2]) == list(reading[0].input[:-1])
-        if same and len(reading) == 1 and make_a_layer(_attributes(node), _attributes(reading[0])):
+        if len(reading) == 1 and same(node, reading[0]):
             layers.append((node, reading[0]))
     paired = {part.name for layer in layers for part in layer}
     return layers + [(node,) for node in nodes if node.name not in paired]
