@@ -39,11 +39,12 @@ bench: $(VENV)/.photographs
 	$(BIN)/python benchmarks/kernels_static.py
 	$(BIN)/python benchmarks/optimize.py --size 518 -o profiles/results
 	$(BIN)/python benchmarks/stream.py -o profiles/results
-	$(BIN)/python benchmarks/stream.py --model saliency -o profiles/results
+	$(BIN)/python benchmarks/stream.py --size 224 -o profiles/results
+	$(BIN)/python benchmarks/stream.py --model saliency --frames 100 -o profiles/results
 	$(BIN)/python benchmarks/stream.py --int8 --precision bf16 -o profiles/results
 	$(BIN)/python benchmarks/stream_scenes.py $(VENV)/scenes
 	for scene in square street garden; do \
-	  $(BIN)/python benchmarks/stream.py --video $(VENV)/scenes/$$scene.mp4 --start 0 -o profiles/results || exit 1; \
+	  $(BIN)/python benchmarks/stream.py --video $(VENV)/scenes/$$scene.mp4 --start 0 --frames 120 -o profiles/results || exit 1; \
 	done
 	$(BIN)/python benchmarks/optimize.py --seeds 10 --minutes 2.5 -o profiles/results
 	$(BIN)/python -m tests.fuzz --full --kills 500 -o profiles/results/fuzz

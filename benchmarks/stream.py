@@ -7,7 +7,8 @@ model's outputs of the same frame.
 Per way: mean cosine of the patches, of the worst frame, and of the moving tenth (the patches whose dense output differs
 most from that of the frame before); share of the frames at .98; of a decoder's map the IoU; milliseconds a frame in
 turn with the dense model in every engine, of which the fastest counts. Ways: a stream of fixed shares, one that keeps
-to .98 by itself, the dense model of every k-th frame, held, and one of fewer pixels, whose tokens are enlarged.
+to .98 by itself, the dense model of every k-th frame, held, and one of fewer pixels
+in fp32, whose tokens are enlarged.
 With --int8 the streams run a file in int8, which the dense model's engines then may too.
 """
 
@@ -180,7 +181,7 @@ def measure(
         dense = engines(bundles, stack)
         truth = next(iter(dense.values()))
         session = stack.enter_context(se.open_session(bundles[-1 if bundles[2:] else 0], execution))
-        fewer = stack.enter_context(se.open_session(bundles[1], execution))
+        fewer = stack.enter_context(se.open_session(bundles[1], FP32[0]))
         streams = {f"stream {share:g}": session.stream(share=share) for share in SHARES}
         streams[f"stream at {AT_LEAST}"] = session.stream(AT_LEAST)
         ways = {name: Way(stream.infer, stream) for name, stream in streams.items()}
@@ -206,7 +207,7 @@ def measure(
     for k in HELD:  # In the fastest engine, as anyone would.
         way = beside.ways[f"hold every {k}"]
         way.ms = [0.0 if place % k else min(medians.values()) for place in range(len(way.lost))]
-    ways |= beside.ways if every == 1 else {}
+    ways |= {name: way for name, way in beside.ways.items() if every == 1 or not name.startswith("hold")}
     rows = {name: way.figures(np.array(beside.moved), min(medians.values())) for name, way in ways.items()}
     return {
         "ways": rows,

@@ -60,12 +60,18 @@ def _cpu_fields(root: Path) -> dict[str, str]:
     return fields
 
 
+_X86 = ("x86_64", "AMD64", "i686")
+
+
 def has_int8_products(root: Path = Path("/")) -> bool:
     """Whether the processor adds products of int8 in 32 bits. x86 without VNNI or AMX adds pairs of them in 16 bits,
     which saturate (oneDNN, "Nuances of int8 computations").
     """
-    flags = _cpu_fields(root).get("flags")
-    return flags is None or not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags.split())
+    fields = _cpu_fields(root)
+    flags = fields.get("flags")
+    if flags is None:  # Arm's, or hidden.
+        return "features" in fields or platform.machine() not in _X86
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags.split())
 
 
 def _cpu_model(root: Path) -> str | Unavailable:

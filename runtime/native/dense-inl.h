@@ -56,11 +56,15 @@ HWY_INLINE size_t LayOut(const GroupJob& job, void* base, GroupWork<Word>* work)
 // A row in float32, where it is not, in `wide`.
 HWY_INLINE const float* Widen(const float* row, size_t /*width*/, float* /*wide*/) { return row; }
 HWY_INLINE const float* Widen(const hwy::float16_t* row, size_t width, float* HWY_RESTRICT wide) {
+#if HWY_TARGET == HWY_SSE2  // Its vectors have no infinity and no NaN of float16.
+  for (size_t c = 0; c < width; ++c) wide[c] = hwy::F32FromF16(row[c]);
+#else
   const D d;
   const hn::Rebind<hwy::float16_t, D> halves;
   size_t c = 0;
   for (; c + kLanes <= width; c += kLanes) hn::Store(hn::PromoteTo(d, hn::LoadU(halves, row + c)), d, wide + c);
   if (c < width) hn::Store(hn::PromoteTo(d, hn::LoadN(halves, row + c, width - c)), d, wide + c);
+#endif
   return wide;
 }
 

@@ -90,8 +90,9 @@ class Model:
 
     @property
     def runtime(self) -> Runtime:
-        """What really runs frames."""
-        return self.session.description if self.stream is None else self.stream.description
+        """What really runs frames, and why it was chosen."""
+        session = self.session.description
+        return session if self.stream is None else replace(self.stream.description, chosen=session.chosen)
 
     def infer_frame(self, image: Array, follows: bool = True) -> tuple[dict[str, Array], Computed | None]:
         """As `infer`, and what of the frame was computed; None: all of it. follows: the one before, as its next."""

@@ -15,8 +15,8 @@ CLOSING_S, CLOSING_SHARE = 10.0, 0.08
 """Seconds before the end, and share of all at most, that what was found is written in."""
 AGAIN_S = 4.0
 """Between two alarms: code of others may swallow one."""
-SOON_S = 0.02
-"""Until the next where Python itself would swallow it, and print it."""
+SOON_S, MOST_SOON = 0.02, 50
+"""Until the next where Python itself would swallow it, and print it; and how often that may be."""
 SPARE = 1.15
 """A step may take so many times as long as the last of its kind."""
 
@@ -85,10 +85,10 @@ class Clock:
         main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM) if main else ()
         before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-        inside = True
+        inside, soon = True, iter(range(MOST_SOON))
 
         def ring(_number: int, frame: FrameType | None) -> None:
-            if inside and _in_destructor(frame):
+            if inside and _in_destructor(frame) and next(soon, None) is not None:
                 signal.setitimer(signal.ITIMER_REAL, SOON_S, AGAIN_S)
             elif inside:
                 self._over = True

@@ -120,7 +120,7 @@ def estimate_bundle(
         ConfigError: unknown board, mode, precision or JetPack; both bundles are the same.
 
     Example:
-        >>> estimate_bundle("bundle", "jetson-orin-nano-8gb", jetpack="6").method.kernels
+        >>> estimate_bundle("bundle", "jetson-orin-nano-8gb").method.kernels
         'portable'
     """
     device = board if isinstance(board, Board) else load_board(board)

@@ -145,6 +145,7 @@ class _OrtSession(Session):
         self.inputs, self.outputs = file.inputs, file.outputs
         self._session: Any = session
         text = file.text("bfloat16" if bfloat16 else None)
+        text += "; bfloat16 in steps of a stream alone" * (halves and not bfloat16)
         if not on_cpu:
             text = FALLBACK if file.names else f"{text}, with pageable copies"
         precision = precision_text(stored, computed) + (", attention bf16" if bfloat16 else "")

@@ -12,11 +12,10 @@ from sparsifiner_edge.errors import BackendError, UnsupportedModelError
 _MOST_MESSAGES = 50
 PLUGIN_FAILURES = deque[str](maxlen=5)
 """Why plugins of ours failed in this process: of what is raised in them TensorRT tells a logger of its own alone."""
-_MEMORY = re.compile(
-    r"out ?of ?memory|OutOfMemory|cudaErrorMemoryAllocation|insufficient (?:gpu )?memory", re.IGNORECASE
-)
+_MEMORY = re.compile(r"out[ _]?of[ _]?memory|cudaErrorMemoryAllocation|insufficient (?:gpu )?memory", re.IGNORECASE)
 _LOST = re.compile(
-    r"illegal (?:memory access|address|instruction)|unspecified launch failure|device lost|misaligned", re.IGNORECASE
+    r"illegal[ _](?:memory access|address|instruction)|unspecified launch failure|LAUNCH_FAILED|device lost|misaligned",
+    re.IGNORECASE,
 )
 
 
@@ -38,10 +37,16 @@ def make_logger(trt: Any) -> Any:
     return Logger()
 
 
-def _errors_of(logger: Any) -> str:
+def _errors_of(logger: Any) -> list[str]:
+    """Also of plugins of ours."""
+    errors = [*PLUGIN_FAILURES, *logger.errors]
+    PLUGIN_FAILURES.clear()
+    return errors
+
+
+def _line(errors: list[str]) -> str:
     """In one line, or that there was none."""
-    failures = [PLUGIN_FAILURES.popleft() for _ in range(len(PLUGIN_FAILURES))]
-    return " ".join(" ".join((*failures, *logger.errors)).split())[:800] or "TensorRT gave no reason"
+    return " ".join(" ".join(errors).split())[:800] or "TensorRT gave no reason"
 
 
 def parse_error(parser: Any, name: str) -> UnsupportedModelError:
@@ -62,14 +67,15 @@ def build_error(name: str, logger: Any, how: str) -> BackendError:
 
     TensorRT reports memory that was too small as tactics skipped, and then that no implementation is left.
     """
-    if any(map(_MEMORY.search, (*logger.errors, *logger.warnings))):
+    errors = _errors_of(logger)
+    if any(map(_MEMORY.search, (*errors, *logger.warnings))):
         return BackendError(
             f"{name} ran out of memory while building. {how}",
             "Close other programs that use the GPU, or build for a smaller batch: a Jetson shares its memory with the "
             "processor.",
         )
     return BackendError(
-        f"{name} built no engine: {_errors_of(logger)}. {how}",
+        f"{name} built no engine: {_line(errors)}. {how}",
         "If it lacks an implementation, often memory was too small for every one: close other programs. Otherwise "
         "export in another precision, upgrade TensorRT, or use --backend onnxruntime.",
     )
@@ -77,8 +83,9 @@ def build_error(name: str, logger: Any, how: str) -> BackendError:
 
 def run_error(path: Path, action: str, logger: Any, fix: str) -> BackendError:
     """The error for an engine that fails `action`; `fix` where neither its memory nor the device is the reason."""
-    if any(map(_LOST.search, logger.errors)):
+    errors = _errors_of(logger)
+    if any(map(_LOST.search, errors)):
         fix = "The device is lost to this process: start it again; then build the engine again."
-    elif any(map(_MEMORY.search, logger.errors)):
+    elif any(map(_MEMORY.search, errors)):
         fix = "Close other programs that use the GPU, or build for a smaller batch."
-    return BackendError(f"TensorRT fails {action} ({path}): {_errors_of(logger)}.", fix)
+    return BackendError(f"TensorRT fails {action} ({path}): {_line(errors)}.", fix)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import MAX_FILE
-from sparsifiner_edge.bundle.engines import BODIES, DENSE, PLUGIN, Engine
+from sparsifiner_edge.bundle.engines import BODIES, DENSE, PLUGIN, Details, Engine
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import read_bytes, write_bytes
@@ -84,6 +85,15 @@ class TensorRt(TensorRtBackend):
         if engine.details.kernels == PLUGIN:
             model = plugin.with_plugins(self.load(), model, bundle, device)
         return super().compile(model, engine, bundle)
+
+    def build(self, engine: Engine, folder: Path, output: Path) -> Details:
+        """See `TensorRtBackend`; says where an engine needs this package to run."""
+        details = super().build(engine, folder, output)
+        if details.kernels != PLUGIN or not plugin.is_in_python(self.load()):
+            return details
+        needs = "it runs where this package is alone: kernels are launched from Python"
+        warning = "; ".join(filter(None, (details.chosen.warning, needs)))
+        return replace(details, variants={PLUGIN: replace(details.chosen, warning=warning)})
 
     def open(self, bundle: Bundle) -> EngineSession:
         """See `Backend.open`."""

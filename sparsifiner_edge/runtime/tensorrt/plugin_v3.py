@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ _VERSION, _PLAIN_SHARED_BYTES = "1", 48 << 10
 """Shared memory of a block for which the driver need not be asked."""
 _LOG, _LOG_BYTES, _LOG_LENGTH, _SHARED = 5, 6, 2048, 8
 """CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES; CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+_lock = threading.Lock()
 _registered: dict[str, Any] = {}
 """Creators of this process by name. TensorRT takes each name once, and does not keep them alive."""
 
@@ -38,8 +40,10 @@ def register(trt: Any, bundle: Bundle, capability: int) -> None:
     """
     table, kind = read_table(bundle, capability), _creator(trt)
     for name, launch in table.launches.items() if table else ():
-        if name not in _registered:
-            ptx = bundle.read(code_file(capability, name))
+        ptx = bundle.read(code_file(capability, name))
+        with _lock:
+            if name in _registered:
+                continue
             creator = kind(name, launch, functools.cache(functools.partial(_load, driver(), launch, ptx)))
             if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
                 what = f"TensorRT {trt.__version__} does not take the plugin {name}."
@@ -170,6 +174,6 @@ def _telling(call: Callable[[], Any]) -> None:
     """Keep why it failed: TensorRT takes the error for its own, and tells a logger of its own."""
     try:
         call()
-    except BackendError as error:
-        PLUGIN_FAILURES.append(error.what)
+    except Exception as error:
+        PLUGIN_FAILURES.append(error.what if isinstance(error, BackendError) else repr(error))
         raise

@@ -153,23 +153,32 @@ const char* stand_in_live(const char* space, const char* name, Tensor* tensors, 
   if (build->getWorkspaceSize(planned.data(), inputs, planned.data() + inputs, outputs) != 0) return "workspace";
   if (build->getTimingCacheID() == nullptr || std::strcmp(build->getTimingCacheID(), name) != 0) return "timing cache";
 
-  auto* runtime = PartOf<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
+  // A network keeps a copy of what it is handed.
+  IPluginV3* copy = plugin->clone();
+  auto* runtime = PartOf<IPluginV3OneRuntime>(copy, PluginCapabilityType::kRUNTIME);
   if (runtime == nullptr) return "runtime";
   auto const* fields = runtime->getFieldsToSerialize();
   if (fields == nullptr || fields->nbFields != 0) return "fields";
-  auto* again = PartOf<IPluginV3OneRuntime>(creator->createPlugin("a node", fields, TensorRTPhase::kRUNTIME),
-                                            PluginCapabilityType::kRUNTIME);
+  IPluginV3* of_engine = creator->createPlugin("a node", fields, TensorRTPhase::kRUNTIME);
+  auto* again = PartOf<IPluginV3OneRuntime>(of_engine, PluginCapabilityType::kRUNTIME);
   if (again == nullptr) return "create again";
-  auto* attached = PartOf<IPluginV3OneRuntime>(again->attachToContext(nullptr), PluginCapabilityType::kRUNTIME);
-  if (attached == nullptr) return "attach";
+  delete copy;
+  delete plugin;
+  IPluginV3* of_context = again->attachToContext(nullptr);
+  auto* attached = PartOf<IPluginV3OneRuntime>(of_context, PluginCapabilityType::kRUNTIME);
+  if (attached == nullptr) {
+    delete of_engine;
+    return "attach";
+  }
   if (attached->onShapeChange(at_run.data(), inputs, at_run.data() + inputs, outputs) != 0) return "change of shape";
+  int failed = 0;
   for (int run = 0; run < runs; ++run) {
     auto* stream = reinterpret_cast<cudaStream_t>(0x42);
-    if (attached->enqueue(at_run.data(), at_run.data() + inputs, data.data(), data.data() + inputs, nullptr, stream) != 0) {
-      return "run";
-    }
+    failed |= attached->enqueue(at_run.data(), at_run.data() + inputs, data.data(), data.data() + inputs, nullptr, stream);
   }
-  return nullptr;
+  delete of_context;
+  delete of_engine;
+  return failed != 0 ? "run" : nullptr;
 }
 
 IPluginRegistry* getPluginRegistry() noexcept { return &registry; }
