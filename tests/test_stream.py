@@ -271,7 +271,13 @@ def test_what_is_asked_for_and_cannot_be_had_is_said(stream_bundle: Path, tiny_b
     with se.open_session(tiny_bundle, "onnxruntime") as session, pytest.raises(BackendError, match="--stream"):
         session.stream()
     with se.open_session(stream_bundle, "onnxruntime") as session:
-        for wrong in ({"at_least": 1.0}, {"at_least": 0.0}, {"share": 0.0}, {"share": 1.5}):
+        for wrong in (
+            {"at_least": 1.0},
+            {"at_least": 0.0},
+            {"share": 0.0},
+            {"share": 1.5},
+            {"at_least": 0.9, "share": 0.1},
+        ):
             with pytest.raises(ConfigError, match=next(iter(wrong))):
                 session.stream(**wrong)
     for more in ({"batch": 2}, {"batch": "dynamic"}, {"precision": "fp16"}):

@@ -72,9 +72,9 @@ def evaluate_video(
     require(every >= 1, f"every is {every}.", "Give a whole number, at least 1.")
     require(frames is None or frames >= 1, f"frames is {frames}.", "Give a whole number, at least 1.")
     require(at_least is None or share is None, "at_least and share are both given.", "Give one of them.")
-    floor = None if share is not None else at_least or AT_LEAST
+    floor = AT_LEAST if at_least is None and share is None else at_least
     with open_model(Path(bundle), options) as model:
-        model.follow(AT_LEAST if at_least is None else at_least, share)
+        model.follow(floor, share)
         assert model.stream is not None
         judged = _Judged(model, model.stream, every)
         for number, image in enumerate(images_of(model, str(video), frames)):

@@ -19,7 +19,7 @@ from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime import Execution, Session
 from sparsifiner_edge.runtime.open import checked_bundle, session_on
 from sparsifiner_edge.runtime.session import Runtime
-from sparsifiner_edge.runtime.stream import AT_LEAST, Computed, Stream
+from sparsifiner_edge.runtime.stream import Computed, Stream
 from sparsifiner_edge.text import finite
 
 _MOST_CHANNELS = 32
@@ -84,7 +84,7 @@ class Model:
         opened, backend = self.session.opened_as, self.session.backend
         has = opened is not None and opened[0].manifest.stream is not None
         if at_least is not None or share is not None or (has and backend in ON_PROCESSOR):
-            self.stream = self.session.stream(AT_LEAST if at_least is None else at_least, share)
+            self.stream = self.session.stream(at_least, share)
         elif has:
             self.whole = f"{backend} runs no stream: every frame is computed whole"
 

@@ -123,18 +123,18 @@ class Session(abc.ABC):
         validate_outputs(self.model, outputs)
         return outputs
 
-    def stream(self, at_least: float = 0.98, share: float | None = None) -> Stream:
+    def stream(self, at_least: float | None = None, share: float | None = None) -> Stream:
         """Frames of a camera, one after the other: of each is computed what changed. Several streams take turns, each
         with a state of its own; they end with the session.
 
         Args:
-            at_least: fidelity of a frame to the dense model, as estimated: the mean cosine of its patches. As few of
-                these are computed as that takes, and where too many changed, the model answers.
+            at_least: fidelity of a frame to the dense model, as estimated: the mean cosine of its patches; None: .98.
+                As few of these are computed as that takes, and where too many changed, the model answers.
             share: of the patches, that every frame computes instead, unless it is another scene.
 
         Raises:
             BackendError: the bundle was exported without --stream, or this backend runs none.
-            ConfigError: a number is out of range.
+            ConfigError: a number is out of range, or both are there.
 
         Example:
             >>> import numpy as np

@@ -266,8 +266,11 @@ class Stream:
     """
 
     def __init__(
-        self, whole: Session, sessions: StreamSessions, at_least: float = AT_LEAST, share: float | None = None
+        self, whole: Session, sessions: StreamSessions, at_least: float | None = None, share: float | None = None
     ) -> None:
+        if at_least is not None and share is not None:
+            raise ConfigError(f"at_least is {at_least}, and share {share}.", "Give one of them.")
+        at_least = AT_LEAST if at_least is None else at_least
         if not 0 < at_least < 1:
             raise ConfigError(f"at_least is {at_least}.", "Give a fidelity between 0 and 1.")
         if share is not None and not 0 < share <= 1:
