@@ -34,7 +34,7 @@ _WARM_UP, _IDLE_S, _LEAST_FRAMES = 3, 2.0, 5
 
 
 class PaceMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How frames came, and what answered them; whether as a stream."""
+    """How frames came, and what answered them; whether as a stream, and why not where the bundle has one."""
 
     video: str
     rate: float
@@ -42,6 +42,7 @@ class PaceMethod(msgspec.Struct, frozen=True, kw_only=True):
     preprocessing: str
     runtime: Runtime
     stream: bool
+    why_whole: str | None = None
 
 
 class PaceFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +119,7 @@ def profile_camera(
             joules = energy(recording, [window], len(images))
         method = PaceMethod(
             video=Path(video).name, rate=rate, deadline_ms=deadline, preprocessing=str(model.framing),
-            runtime=model.runtime, stream=model.stream is not None,
+            runtime=model.runtime, stream=model.stream is not None, why_whole=model.whole,
         )  # fmt: skip
     ages, dropped = np.array(samples["age_ms"]), len(images) - len(samples["age_ms"])
     figures = PaceFigures(

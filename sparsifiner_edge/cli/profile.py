@@ -102,7 +102,7 @@ def _print_camera(result: PaceResult) -> None:
         click.echo(f"Energy: not measured: {printable(energy.why, 300)}")
     elif isinstance(joules := energy.gross_j_per_inference, Quantity):
         click.echo(f"Energy: {joules.value * 1e3:.1f} mJ a frame that came, idle time included ({energy.sensor}).")
-    runtime, how = method.runtime, "as a stream" if method.stream else "every frame whole"
+    runtime, how = method.runtime, "as a stream" if method.stream else method.why_whole or "every frame whole"
     ran = f"{runtime.backend}, {runtime.precision}, kernels: {runtime.kernels}"
     click.echo(f"Ran on {printable(ran, 2000)}, {how}.")
 
