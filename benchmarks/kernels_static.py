@@ -1,6 +1,6 @@
 """What can be said of the CUDA kernels without a GPU: registers, spills, shared memory, occupancy.
 
-    python benchmarks/kernels_static.py [--capability 87 ...] [--docs] [-o FOLDER]
+    python benchmarks/kernels_static.py [--capability 87 ...] [--ptxas FILE] [--docs] [-o FOLDER]
 
 Kernels are compiled ahead of time by Triton. `--docs` renews the table of docs/gpu.md from the result.
 """
@@ -27,7 +27,7 @@ PATCHES, HEADS, KEYS, CELL, CHANNELS = 1024, 6, 103, 41, 24
 SHOWN = (("float16", 64, 64), ("float16", 64, 16), ("bfloat16", 64, 64))
 """Element type, head dimension and tile that are compiled."""
 
-_KIB = 1024
+_KIB, PTX = 1024, 85
 LIMITS = {
     80: (32, 64, 164), 86: (16, 48, 100), 87: (16, 48, 164), 89: (24, 48, 100), 90: (32, 64, 228),
     100: (32, 64, 228), 110: (24, 48, 228), 120: (24, 48, 100),
@@ -72,8 +72,8 @@ def layer(dtype: str, width: int, tile: int) -> Schedule:
     return schedule_layer([(1, PATCHES + 1, 3 * HEADS * width), *[(HEADS, width, CHANNELS)] * 2], a, dtype)
 
 
-def describe(dtype: str, width: int, tile: int, made: Compiled) -> dict[str, Any]:
-    registers, spilled = resources(made)
+def describe(dtype: str, width: int, tile: int, made: Compiled, ptxas: Path | None) -> dict[str, Any]:
+    registers, spilled = resources(made, ptxas)
     resident = occupancy(made.capability, made.launch.warps, registers, made.shared)
     return {
         "capability": made.capability, "kernel": made.launch.kernel, "dtype": dtype, "head_dimension": width,
@@ -83,13 +83,13 @@ def describe(dtype: str, width: int, tile: int, made: Compiled) -> dict[str, Any
     }  # fmt: skip
 
 
-def measure(capabilities: tuple[int, ...]) -> list[dict[str, Any]]:
+def measure(capabilities: tuple[int, ...], ptxas: Path | None) -> list[dict[str, Any]]:
     rows = []
     for capability in capabilities:
         for dtype, width, tile in SHOWN:
             err_console.print(f"sm_{capability}: {dtype}, d {width}, tile {tile}")
-            made = compile_schedule(layer(dtype, width, tile), capability)
-            rows += [describe(dtype, width, tile, each) for each in made]
+            made = compile_schedule(layer(dtype, width, tile), capability, ptxas and PTX)
+            rows += [describe(dtype, width, tile, each, ptxas) for each in made]
     return rows
 
 
@@ -126,10 +126,11 @@ def renew_docs(tables: dict[str, str]) -> None:
 
 @click.command()
 @click.option("--capability", "capabilities", type=int, multiple=True, default=CAPABILITIES, help="Repeatable.")
+@click.option("--ptxas", type=click.Path(path_type=Path, exists=True), help="Another assembler, of CUDA 12.6 or later.")
 @click.option("--docs", is_flag=True, help="Renew the tables of docs/gpu.md.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for kernels_static.json.")
-def main(capabilities: tuple[int, ...], docs: bool, output: Path | None) -> None:
-    rows = measure(capabilities)
+def main(capabilities: tuple[int, ...], ptxas: Path | None, docs: bool, output: Path | None) -> None:
+    rows = measure(capabilities, ptxas)
     names = ("capability", "kernel", "dtype", "head_dimension", "tile", "registers", "spilled_bytes", "shared_bytes")
     cells = [[*(str(r[n]) for n in names), f"{r['occupancy']:.0%}", r["limited_by"]] for r in rows]
     print_table("Compiled, not run", [*names, "occupancy", "limit"], cells)

@@ -9,13 +9,13 @@ from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tr
 
 BUDGET = {
     "base": 3053, "ops": 2103, "native": 3962, "triton": 1823, "sparse": 3303, "distill": 1502,
-    "export": 2287, "bundle": 1170, "runtime": 3662, "profiles": 2745, "evaluate": 1814, "optimizer": 2327,
-    "report": 1127, "camera": 2755, "package": 503, "cli": 1674, "demo, doctor": 379,
+    "export": 2287, "bundle": 1170, "runtime": 3668, "profiles": 2745, "evaluate": 1814, "optimizer": 2327,
+    "report": 1127, "camera": 2754, "package": 503, "cli": 1674, "demo, doctor": 379,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.18
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 20305, "benchmarks": 5215}
+BESIDE = {"tests": 20315, "benchmarks": 5215}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""

@@ -71,7 +71,6 @@ def evaluate_video(
     at_least, share, frames = options.at_least, options.share, options.frames
     require(every >= 1, f"every is {every}.", "Give a whole number, at least 1.")
     require(frames is None or frames >= 1, f"frames is {frames}.", "Give a whole number, at least 1.")
-    require(at_least is None or share is None, "at_least and share are both given.", "Give one of them.")
     floor = AT_LEAST if at_least is None and share is None else at_least
     with open_model(Path(bundle), options) as model:
         model.follow(floor, share)

@@ -21,6 +21,7 @@ from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise_like
 from sparsifiner_edge.export.reference import mean_cosines, require_cosines, rows_alike
 from sparsifiner_edge.export.sessions import runner_of
 from sparsifiner_edge.metrics import agreement
+from sparsifiner_edge.runtime.golden import play
 from sparsifiner_edge.runtime.stream import (
     CACHE,
     CHANGE,
@@ -34,7 +35,6 @@ from sparsifiner_edge.runtime.stream import (
     UNCHANGED,
     Infer,
     StreamShape,
-    play,
 )
 from sparsifiner_edge.sparse.stream import Passage, StreamModel
 

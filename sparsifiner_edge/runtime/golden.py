@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, agreement, align
 from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
-from sparsifiner_edge.runtime.stream import StreamShape, open_stream, play
+from sparsifiner_edge.runtime.stream import REFERENCES, TOKENS, Infer, StreamShape, StreamState, open_stream
 from sparsifiner_edge.text import one_line
 
 SEQUENCE_TOLERANCE = 1e-3
@@ -111,6 +112,16 @@ def _check_outputs(
         tolerance = max(stated, session.least_tolerance)
         report[name] = _compare(name, outputs[name], wanted, tolerance, OTHER_TOKENS if merges else 0.0, session)
     return report
+
+
+def play(shape: StreamShape, embed: Infer, step: Infer, images: Array, patches: Array) -> Iterator[dict[str, Array]]:
+    """The outputs of each frame of a golden sequence, [F,1,H,W,3]: the first is computed whole, of the others these
+    patches, [F-1,n].
+    """
+    state = StreamState(shape)
+    for number, image in enumerate(images):
+        tokens = embed({"image": image, REFERENCES: state.references})[TOKENS]
+        yield state.step(step, image, tokens, patches[number - 1] if number else None)
 
 
 def read_golden(bundle: Bundle, name: str = GOLDEN_FILE) -> Pair:

@@ -175,8 +175,8 @@ def session_options(threads: int = 0, bfloat16: bool = False) -> Any:
     """ONNX Runtime's, for any session of ours: errors alone are logged, and int8 products are exact.
 
     AVX2, and AVX-512 without VNNI, add pairs of uint8 x int8 in 16 bits, which saturate. There weights become uint8
-    (onnxruntime_session_options_config_keys.h, x64quantprecision), which takes longer: elsewhere too, with ONNX Runtime
-    1.32 nearly twice as long where VNNI is.
+    (onnxruntime_session_options_config_keys.h, x64quantprecision), which takes longer: elsewhere too (ONNX Runtime
+    1.32), for nothing.
 
     Args:
         threads: inside one operator; 0: as ONNX Runtime likes. bfloat16: the native library multiplies it in attention.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import AGAIN
-from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.config import require
+from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.execution import ON_PROCESSOR
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.runtime.backend import Backend, ProcessorBackend
@@ -91,11 +92,6 @@ class StreamShape(NamedTuple):
         caches = {f"{CACHE}{layer}": 2 * self.attended for layer in range(self.depth)}
         return caches | {f"read.{layer}": self.width for layer in self.read}
 
-    def zeros(self, name: str, rows: int) -> Array:
-        """One of them, of so many tokens."""
-        kept = np.float16 if self.halves and name.startswith(CACHE) else np.float32
-        return np.zeros((1, rows, self.caches[name]), kept)
-
 
 class StreamState:
     """What is known of one stream: nothing before its first frame.
@@ -107,8 +103,11 @@ class StreamState:
 
     def __init__(self, shape: StreamShape) -> None:
         self.shape = shape
-        self.caches = {name: shape.zeros(name, shape.tokens) for name in shape.caches}
-        self._none = {name: shape.zeros(name, 1 if name.startswith(CACHE) else shape.tokens) for name in shape.caches}
+        kinds = {name: np.float16 if shape.halves and name.startswith(CACHE) else np.float32 for name in shape.caches}
+        self.caches = {name: np.zeros((1, shape.tokens, n), kinds[name]) for name, n in shape.caches.items()}
+        self._none = {
+            name: np.zeros_like(x[:, : 1 if name.startswith(CACHE) else None]) for name, x in self.caches.items()
+        }
         self.final = np.zeros((1, shape.tokens, shape.width), np.float32)
         self.references = np.zeros((1, shape.patches, shape.width), np.float32)
         self.ages = np.zeros(shape.patches, np.int64)
@@ -210,16 +209,6 @@ def _require(opened: StreamSessions, bundle: Bundle) -> None:
             raise ArtifactError(f"{origin.model} has {odd!r:.80} otherwise than its manifest says.", AGAIN)
 
 
-def play(shape: StreamShape, embed: Infer, step: Infer, images: Array, patches: Array) -> Iterator[dict[str, Array]]:
-    """The outputs of each frame of a golden sequence, [F,1,H,W,3]: the first is computed whole, of the others these
-    patches, [F-1,n].
-    """
-    state = StreamState(shape)
-    for number, image in enumerate(images):
-        tokens = embed({"image": image, REFERENCES: state.references})[TOKENS]
-        yield state.step(step, image, tokens, patches[number - 1] if number else None)
-
-
 class StreamSessions(NamedTuple):
     """The two files of a stream, open, for any number of streams in turn."""
 
@@ -268,13 +257,10 @@ class Stream:
     def __init__(
         self, whole: Session, sessions: StreamSessions, at_least: float | None = None, share: float | None = None
     ) -> None:
-        if at_least is not None and share is not None:
-            raise ConfigError(f"at_least is {at_least}, and share {share}.", "Give one of them.")
+        require(None in (at_least, share), f"at_least is {at_least}, and share {share}.", "Give one of them.")
         at_least = AT_LEAST if at_least is None else at_least
-        if not 0 < at_least < 1:
-            raise ConfigError(f"at_least is {at_least}.", "Give a fidelity between 0 and 1.")
-        if share is not None and not 0 < share <= 1:
-            raise ConfigError(f"share is {share}.", "Give a share of the patches, more than 0 and at most 1.")
+        require(0 < at_least < 1, f"at_least is {at_least}.", "Give a fidelity between 0 and 1.")
+        require(share is None or 0 < share <= 1, f"share is {share}.", "Give more than 0, and at most 1.")
         self._whole, self._sessions, self._state = whole, sessions, StreamState(sessions.shape)
         self._limit = math.inf if share is not None else MARGIN * (1 - at_least)
         self._share = share

@@ -77,6 +77,22 @@ def _succeeds(gpu: Gpu, logger: Any, action: str) -> bool:
     return True
 
 
+def _plugins(seen: dict[str, Any]) -> dict[str, Any]:
+    """What plugins in Python are made of, and the registry that takes them."""
+
+    def register(creator: Any, namespace: str) -> bool:
+        seen.setdefault("creators", []).append(f"{namespace}::{creator.name}")
+        return bool(seen.get("takes plugins", True))
+
+    names = ["IPluginCreatorV3One", *(f"IPluginV3{part}" for part in ("", "OneCore", "OneBuild", "OneRuntime"))]
+    fields = type("Fields", (), {"__init__": lambda *_: None})
+    return {
+        **{name: type(name, (), {}) for name in names},
+        "PluginFieldCollection": fields, "PluginFieldCollection_": fields,
+        "get_plugin_registry": lambda: SimpleNamespace(register_creator=register),
+    }  # fmt: skip
+
+
 def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
     """What stands for the module `tensorrt`, as far as this package uses it."""
     seen = b.seen
@@ -131,15 +147,8 @@ def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
         assert gpu.calls, "an object of TensorRT before CUDA has answered"
         return SimpleNamespace(deserialize_cuda_engine=lambda content: ICudaEngine(content, gpu, seen, logger))
 
-    def register(creator: Any, namespace: str) -> bool:
-        seen.setdefault("creators", []).append(f"{namespace}::{creator.name}")
-        return bool(seen.get("takes plugins", True))
-
-    parts = [f"IPluginV3{part}" for part in ("", "OneCore", "OneBuild", "OneRuntime")]
     return SimpleNamespace(
-        **{name: type(name, (), {}) for name in (*parts, "IPluginCreatorV3One")},
-        **{f"PluginFieldCollection{end}": type("Fields", (), {"__init__": lambda *_: None}) for end in ("", "_")},
-        get_plugin_registry=lambda: SimpleNamespace(register_creator=register),
+        **_plugins(seen),
         ILogger=type("ILogger", (), {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2}),
         Builder=builder, OnnxParser=parser, Runtime=runtime, nptype=lambda dtype: dtype,
         IBuilderConfig=config, ICudaEngine=ICudaEngine, IExecutionContext=IExecutionContext,

@@ -204,9 +204,13 @@ class TensorRtBackend(Backend):
         fitting_engine(engines, self.name, EngineDevice(str(trt.__version__)), folder)
         return fitting_engine(engines, self.name, self._this_machine(), folder)
 
+    def prepare(self, bundle: Bundle, engine: Engine) -> None:
+        """What must be there before an engine is loaded: nothing."""
+
     def open(self, bundle: Bundle) -> EngineSession:
         """See `Backend.open`."""
         engine, trt = self.check(bundle), self.load()
+        self.prepare(bundle, engine)
         return EngineSession(trt, bundle.folder / engine.file, bundle.read(engine.file), engine, bundle.manifest)
 
 

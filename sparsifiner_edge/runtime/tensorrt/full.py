@@ -24,7 +24,6 @@ from sparsifiner_edge.runtime.backend import import_package
 from sparsifiner_edge.runtime.cuda import CudaDevice, Driver, probe
 from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, has_sparse_attention
-from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 OLDEST = (10, 3)
 
@@ -91,15 +90,14 @@ class TensorRt(TensorRtBackend):
         details = super().build(engine, folder, output)
         if details.kernels != PLUGIN or not plugin.is_in_python(self.load()):
             return details
-        needs = "it runs where this package is alone: kernels are launched from Python"
+        needs = "it needs this package where it runs: kernels are launched from Python"
         warning = "; ".join(filter(None, (details.chosen.warning, needs)))
         return replace(details, variants={PLUGIN: replace(details.chosen, warning=warning)})
 
-    def open(self, bundle: Bundle) -> EngineSession:
-        """See `Backend.open`."""
-        if self.check(bundle).details.kernels == PLUGIN:
+    def prepare(self, bundle: Bundle, engine: Engine) -> None:
+        """See `TensorRtBackend`."""
+        if engine.details.kernels == PLUGIN:
             plugin.register(self.load(), bundle, probe())
-        return super().open(bundle)
 
     @contextlib.contextmanager
     def configure(self, trt: Any, config: Any, _engine: Engine) -> Iterator[str]:

@@ -38,7 +38,7 @@ def register(trt: Any, bundle: Bundle, capability: int) -> None:
         BackendError: TensorRT does not take one, or the driver's library cannot be loaded.
         ArtifactError: the bundle's table or code is malformed.
     """
-    table, kind = read_table(bundle, capability), _creator(trt)
+    table, kind = read_table(bundle, capability), _creator_class(trt)
     for name, launch in table.launches.items() if table else ():
         ptx = bundle.read(code_file(capability, name))
         with _lock:
@@ -95,8 +95,8 @@ def _launch(launch: CompiledLaunch, function: Any, batch: int, tensors: Sequence
     _call(driver(), f"to launch {launch.symbol}", "cuLaunchKernel", function, *sizes, *where)
 
 
-def _creator(trt: Any) -> Any:
-    """What creates a launch as a plugin: a class that can only be made once TensorRT is imported."""
+def _launch_class(trt: Any) -> Any:
+    """A launch as a plugin: a class that can only be made once TensorRT is imported."""
     # As C++ has them: what is converted on the way lives too short where TensorRT calls on its own.
     none = trt.PluginFieldCollection_(trt.PluginFieldCollection([]))
     parts = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
@@ -153,6 +153,13 @@ def _creator(trt: Any) -> Any:
             batch, tensors = inputs[0].dims[0], [*read, *written]
             _telling(lambda: _launch(self.launch, self.function(), batch, tensors, stream))
 
+    return Launch
+
+
+def _creator_class(trt: Any) -> Any:
+    """What creates one."""
+    plugin = _launch_class(trt)
+
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self, name: str, launch: CompiledLaunch, function: Callable[[], Any]) -> None:
             trt.IPluginCreatorV3One.__init__(self)
@@ -161,7 +168,7 @@ def _creator(trt: Any) -> Any:
             self._of = name, launch, function
 
         def create_plugin(self, _name: str, _fields: Any, _phase: Any) -> Any:
-            return Launch(*self._of)
+            return plugin(*self._of)
 
     return Creator
 
