@@ -2,6 +2,7 @@
 
     python benchmarks/optimize.py --size 518 [--case any] [--minutes 8] [--loaded] [--earlier MERGE KEEP] -o FOLDER
     python benchmarks/optimize.py --seeds 10 [--minutes 2] -o FOLDER
+    python benchmarks/optimize.py --size 518 --board h100 --board jetson-agx-thor [--minutes 8] -o FOLDER
 
 DINOv2 ViT-S/14, real weights, untrained. The command runs as a process of its own, with the default of every option but
 the precision: once in fp32 alone, once in any. Its images are the development and the training photographs; what it
@@ -9,12 +10,16 @@ gives is judged by the publication photographs (`demo/split.py`), and timed once
 the engines that ran that fastest, and with the plan of an earlier search (`--earlier`) in the answer's engine.
 Wall time is the command's, from start to end. With `--loaded` one core computes something else meanwhile.
 
+With `--board` the latency is that of the estimate, in float16, with kernels: the answer's beside the dense model's, and
+beside that of the same merging with dense attention everywhere, which loses no more.
+
 With `--seeds` each search, at 224 px, gets another 25 of these images; no search sees what it is held against.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import random
 import shutil
@@ -32,15 +37,18 @@ from summary import said, write_summary
 
 import sparsifiner_edge as se
 from sparsifiner_edge.cli.common import err_console
-from sparsifiner_edge.config import parse_keep, parse_merge
+from sparsifiner_edge.config import SparsityConfig, parse_keep, parse_merge
 from sparsifiner_edge.demo import material, split
+from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.front import Candidate, SearchResult
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.optimizer.whole import WholeModels, link_images, whole_ms
 from sparsifiner_edge.plan import plan_of
-from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.profiles import roofline, stats
+from sparsifiner_edge.profiles.boards.board import load_board
+from sparsifiner_edge.profiles.roofline import GRAPH_FIT, Workload
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject, read_result
 from sparsifiner_edge.sparse.student import dense_twin, load_student
@@ -58,15 +66,20 @@ DRAWN = 25
 @click.option("--loaded", is_flag=True, help="One core is busy meanwhile.")
 @click.option("--earlier", nargs=2, metavar="MERGE KEEP", help="A plan to time beside the answer.")
 @click.option("--seeds", default=0, help="Searches, each with other images.")
+@click.option("--board", "boards", multiple=True, help="A board that the search is for. Repeatable.")
 @click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, help="[default: both]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
 def main(size: str | None, minutes: float, loaded: bool, earlier: tuple[str, str] | None, seeds: int,
-         cases: tuple[str, ...], output: Path) -> None:  # fmt: skip
+         cases: tuple[str, ...], boards: tuple[str, ...], output: Path) -> None:  # fmt: skip
     """See the module's documentation."""
     output.mkdir(parents=True, exist_ok=True)
     method = {"script": "benchmarks/optimize.py", "minutes": minutes, "loaded": loaded, "publication": len(published())}
     subject = Subject(path=Unavailable("computed here"), name=material.DINOV2, sha256=Unavailable("computed here"))
-    if size:
+    if size and boards:
+        estimated = {board: for_board(board, int(size), minutes, output) for board in boards}
+        result = Result("search", [subject], method | {"size": int(size)}, {}, estimated)
+        write_summary(output / f"optimize_boards_{size}.json", result)
+    elif size:
         with busy() if loaded else contextlib.nullcontext():
             found = {case: searched(case, int(size), minutes, output, earlier) for case in cases or CASES}
         name = "_".join(["optimize", size, *cases, *["loaded"] * loaded]) + ".json"
@@ -132,7 +145,8 @@ def fidelities(folder: Path, answer: Candidate) -> list[float]:
     """Of the answer, over the publication photographs."""
     student = load_student(folder / "out" / "student")
     trial = Trial(student, dense_twin(student).model, published(), "patches")
-    with se.open_session(folder / "out" / "bundle", answer.engine.execution) as session:
+    here = answer.engine.execution if answer.engine.is_here else None
+    with se.open_session(folder / "out" / "bundle", here) as session:
         return [1 - distance for distance in trial.distances_of(session.infer)]
 
 
@@ -173,6 +187,32 @@ def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[
         f"{found['predicted_over_measured']:.2f}; over the earlier plan {found['over_earlier']}"
     )
     return {name: value for name, value in found.items() if value is not None}
+
+
+def for_board(name: str, size: int, minutes: float, output: Path) -> dict[str, Any]:
+    """What a search for a board finds, as estimated."""
+    folder = output / "work" / f"{size}-{name}"
+    result, seconds = run(folder, users(), size, minutes, "--board", name, "--precision", "fp16")
+    answer, board = answer_of(result), load_board(name)
+    student = load_student(folder / "out" / "start")
+    keep, merge = parse_keep(answer.keep), parse_merge(answer.merge)
+    budget = dataclasses.replace(student.sparsity, keep=keep, merge=merge)
+
+    def ms(sparsity: SparsityConfig) -> float:
+        work = Workload(model_shape(student.model), sparsity, kernels="kernels")
+        return 1e3 * roofline.seconds(roofline.costs(work, board, "fp16", GRAPH_FIT))
+
+    merged = ms(dataclasses.replace(budget, keep=1.0))
+    dense, ours = ms(dataclasses.replace(budget, keep=1.0, merge=())), ms(budget)
+    found = {
+        "wall_s": seconds, "merge": answer.merge, "keep": answer.keep, "fidelity": answer.fidelity,
+        "check_fidelity": answer.check_fidelity,
+        "publication": write_record(stats.small_sample_mean(fidelities(folder, answer))),
+        "ms": ours, "dense_ms": dense, "times": dense / ours, "merged_alone_over_ours": merged / ours,
+        "estimated_ms": answer.ms.value,
+    }  # fmt: skip
+    err_console.print(f"{size} px, {name}: {found}")
+    return found
 
 
 def seeded(seed: int, minutes: float, output: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from sparsifiner_edge.runtime.golden import check_golden
 from tests.commands import assert_refused, call, manifest_of
 from tests.flat import open_session
 from tests.seal import table_of
-from tests.sparse_graph import LEFT_OF_MERGING, merging_model, sparse_model
+from tests.sparse_graph import merging_model, sparse_model
 from tests.tiny import make_bundle
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -121,9 +121,9 @@ def test_what_no_kernels_are_for_is_refused(tmp_path, name, dtype, message):
 
 @pytest.fixture(scope="module", params=[0.2, 1.0], ids=["sparse", "dense"])
 def merging(request, tmp_path_factory):
-    """A model of two layers, the first of which merges; its file, and what a board's bundle says."""
+    """A model of three layers, two of which merge; its file, and what a board's bundle says."""
     folder = tmp_path_factory.mktemp("merging")
-    onnx.save(convert(merging_model(request.param)).model, folder / "model.onnx")
+    onnx.save(convert(merging_model(request.param, (12, 8, 0), 3)).model, folder / "model.onnx")
     entry = board_files(onnx.load(folder / "model.onnx"), "tiny", load_board("jetson-orin-nano-8gb"), folder)
     return request.param, folder, entry
 
@@ -134,12 +134,15 @@ def test_merging_is_launches_in_the_bundle_and_dense_attention_keeps_its_bodies(
     table = table_of(folder, 87)
     merging_nodes = [launches for node, launches in table.nodes.items() if "merging" in node]
     own = [launch.launch.rpartition("_")[0] for launches in merging_nodes for launch in launches]
-    assert own == ["metric", "partners", "suitors", "pairs", "merge"]
-    assert len(own) + LEFT_OF_MERGING == MERGE_LAUNCHES["kernels"]
-    assert (entry.nodes, entry.launches, entry.refused) == ((6, 11, {}) if keep < 1 else (2, 5, {}))
+    assert own == 2 * ["metric", "partners", "suitors", "pairs", "merge"]
+    assert len(own) == 2 * MERGE_LAUNCHES["kernels"]
+    assert (entry.nodes, entry.launches, entry.refused) == ((10, 19, {}) if keep < 1 else (4, 10, {}))
+    assert len(table.int64) == 2, "places go on as launches write them"
     variant = variant_of(folder)
     bodies = [node.op_type for node in variant.graph.node if node.domain == DOMAIN]
-    assert bodies == ([] if keep < 1 else ["DenseAttention"] * 2)
+    assert bodies == ([] if keep < 1 else ["DenseAttention"] * 3)
+    carried = {node.op_type for node in variant.graph.node} & {"ScatterElements", "GatherElements", "Where"}
+    assert not carried, "sizes and places are in the launches"
     assert {function.name for function in variant.functions} == set(bodies)
     assert max(launch.shared_bytes for launch in table.launches.values()) <= MOST_SHARED_BYTES
     assert interpreted(folder) < 2e-2
@@ -266,8 +269,9 @@ def interpret(folder: Path) -> None:
     model, table = onnx.load(folder / "model.onnx"), table_of(folder, 87)
     assert table is not None
     types, operators = boards._tensor_types(model), {}
-    for together in boards._layers(model, [node for node in model.graph.node if node.name in table.nodes]):
-        schedule: Any = boards._schedule(model, together, types, 87)
+    nodes = [node for node in model.graph.node if node.name in table.nodes]
+    for together, schedule, _ in boards.launched_together(model, nodes, types, 87):
+        assert not isinstance(schedule, str)
         entries = [entry for node in together for entry in table.nodes[node.name]]
         for entry, launch in zip(entries, schedule.launches, strict=True):
             name = entry.launch

@@ -118,14 +118,15 @@ def test_of_two_bundles_the_faster_is_said_and_where_that_is_the_dense_one(capsy
     assert ratio["6"] == ratio["6.2"] == ratio["7"] > 1
     for precision, spread in (("fp16", 1.42), ("fp32", 1.5 * 1.42)):  # None was fitted for that on a GPU.
         bounds = estimate_bundle(whole, nano, against=dense, precision=precision)["statistics"]["comparison"]["ratio"]
-        assert bounds["high"] / bounds["low"] == pytest.approx(spread**2)
+        wide = bounds["high"] / bounds["low"] / spread**2
+        assert 1 <= wide < 1.1, "launches that are not recorded weigh more in the smaller model"
     board = load_board(nano)
     turned = msgspec.structs.replace(board, jetpack=board.jetpack[::-1])
     assert turned.release(None) == board.release(None) == board.release("7")
     for one, other, board, jetpack, *parts in (
         (sparse, whole, "jetson-orin-nano-8gb", "5", "TensorRT 8.5 takes no kernels of a bundle, 10.3 and later do",
          f"Dense is faster here. Estimated for Jetson Orin Nano 8 GB, not measured: {sparse} is"),
-        (bodies, dense, "jetson-orin-nx-16gb", None, "More likely than not, dense is faster here. Estimated for",
+        (bodies, dense, "jetson-orin-nx-8gb", None, "More likely than not, dense is faster here. Estimated for",
          f"which is faster, {bodies} or {dense}, is not certain (ratio 0."),
         (sparse, whole, nano, None),
         (merged, dense, "cpu-generic", None,

@@ -17,8 +17,11 @@ import msgspec
 
 from sparsifiner_edge.errors import BackendError, ConfigError
 
-BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
-"""What carries out sparse attention and merging: bodies, the project's CUDA kernels, or dense attention."""
+BODIES, PLUGIN, MIXED, DENSE, UNMERGED = "bodies", "plugin", "mixed", "dense", "unmerged"
+"""What carries out sparse attention and merging: bodies, the project's CUDA kernels, those with dense attention in the
+layers where it is taken to be faster, dense attention in all, or the dense model, where nothing merges either."""
+BASELINES = (MIXED, DENSE, UNMERGED)
+"""They compute something else than the file."""
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)", re.ASCII)
 _Word: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.+_-]{0,64}\Z")]
 """Fit for names of files, configurations and terminals."""

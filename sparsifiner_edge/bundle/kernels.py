@@ -74,6 +74,8 @@ class KernelTable(Struct, frozen=True, kw_only=True):
     Attributes:
         launches: by name. nodes: name of a node that they replace -> its launches, in order.
         float32: name of a weight that launches read as float32 -> the model's own, of another type.
+        int64: name of a tensor of the model -> what launches write and read in its place, int32.
+        dense: nodes of sparse attention whose layers are taken to be faster with dense attention.
         triton, ptx_version: what made the code, and for which driver.
     """
 
@@ -81,6 +83,8 @@ class KernelTable(Struct, frozen=True, kw_only=True):
     launches: dict[_Name, CompiledLaunch]
     nodes: dict[str, tuple[NodeLaunch, ...]]
     float32: dict[str, str] = {}
+    int64: dict[str, str] = {}
+    dense: tuple[str, ...] = ()
     triton: str | None = None
     ptx_version: float | None = None
 
@@ -106,7 +110,7 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
     if file not in bundle.manifest.files:
         return None
     table = read_record(parse_json(bundle.read(file, MAX_JSON), path, KERNELS_SCHEMA, AGAIN), KernelTable, path, AGAIN)
-    names = [*table.float32, *table.float32.values()]
+    names = [*table.float32, *table.float32.values(), *table.int64, *table.int64.values(), *table.dense]
     for node in (node for nodes in table.nodes.values() for node in nodes):
         if node.launch not in table.launches:
             raise ArtifactError(f"{path} has no launch {node.launch!r:.60}.", AGAIN)
@@ -118,7 +122,8 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
 
 
 def kernel_model(model: Any, table: KernelTable) -> Any:
-    """The model with launches where it has nodes of the table; its own operators' bodies go where none is left.
+    """The model with launches where it has nodes of the table; its own operators' bodies go where none is left, and so
+    do nodes whose results launches write too.
 
     A launch is a node of domain `NAMESPACE` whose type is the launch's name, without a body. `plugin_namespace` and
     `plugin_version` are for parsers older than TensorRT 10.10, which do not read the domain.
@@ -135,14 +140,20 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
     missing |= set(table.float32.values()) - weights.keys()
     if missing:
         raise ArtifactError(f"The kernels are for another model: it has no {min(missing)!r}.", "Export it again.")
+    written = {name for launches in table.nodes.values() for launch in launches for name in launch.outputs}
+    written |= table.int64.keys()
     for node in converted.graph.node:
         launches = table.nodes.get(node.name) if node.domain == DOMAIN else None
         if launches is None:
-            nodes.append(copy.deepcopy(node))
+            if written.isdisjoint(node.output):
+                nodes.append(copy.deepcopy(node))
             continue
         for launch in launches:
             names = {"domain": NAMESPACE, "plugin_namespace": NAMESPACE, "plugin_version": "1"}
             nodes.append(onnx.helper.make_node(launch.launch, launch.inputs, launch.outputs, launch.name, **names))
+            for name, origin in table.int64.items():
+                if origin in launch.outputs:
+                    nodes.append(onnx.helper.make_node("Cast", [origin], [name], to=onnx.TensorProto.INT64))
     for name, origin in table.float32.items():
         values = onnx.numpy_helper.to_array(weights[origin]).astype(np.float32)
         converted.graph.initializer.append(onnx.numpy_helper.from_array(values, name))

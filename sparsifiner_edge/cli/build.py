@@ -12,6 +12,7 @@ from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.execution import KERNEL_CHOICES
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import printable
 
 if TYPE_CHECKING:
@@ -38,11 +39,16 @@ def _batch(text: str) -> tuple[int, int, int]:
 @click.option("--backend", required=True, help="tensorrt or tensorrt-rtx.")
 @click.option("--kernels", type=click.Choice(KERNEL_CHOICES), default="auto", show_default=True,
               help="Of sparse attention and merging: the fastest, the CUDA kernels, or function bodies.")  # fmt: skip
+@click.option("--bisect", is_flag=True,
+              help="Build none; say at which layer one of bodies leaves the golden tolerance.")  # fmt: skip
 @common.json_option
-def command(*, bundle: Path, compute_capability: str | None, as_json: bool, **options: Any) -> None:
+def command(*, bundle: Path, compute_capability: str | None, bisect: bool, as_json: bool, **options: Any) -> None:
     """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
     import sparsifiner_edge as se
 
+    if bisect:
+        _bisect(bundle, options["backend"], options["timeout_s"] or 1800.0, as_json)
+        return
     with common.progress_bar("starting") as progress:
         result = se.build_engine(
             bundle,
@@ -57,6 +63,23 @@ def command(*, bundle: Path, compute_capability: str | None, as_json: bool, **op
             f"sparsifiner-edge bundle sign {bundle} --key KEY",
             err=True,
         )
+
+
+def _bisect(bundle: Path, backend: str, timeout_s: float, as_json: bool) -> None:
+    from sparsifiner_edge.runtime.bisect import bisect_layers
+
+    layers = bisect_layers(bundle, backend, timeout_s=timeout_s)
+    beyond = next((layer for layer in layers if layer.beyond), None)
+    rows = [[x.layer, f"{x.error:.3g}", f"{x.tolerance:.3g}", f"{x.cosine:.6f}"] for x in layers]
+
+    def show(_: object) -> None:
+        heads = ["layer", "greatest difference, of the range", "tolerance", "mean cosine"]
+        common.print_table(f"{backend} beside ONNX Runtime", heads, rows)
+        click.echo(f"First beyond its tolerance: {printable(beyond.layer) if beyond else 'none'}")
+
+    common.print_result({"layers": write_record(layers)}, as_json, show)
+    if beyond is not None:
+        raise click.exceptions.Exit(1)
 
 
 def _print(result: BuildResult) -> None:

@@ -6,8 +6,9 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import msgspec
 import numpy as np
 import onnx
 
@@ -25,13 +26,14 @@ from sparsifiner_edge.bundle.kernels import (
 )
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.machine import package_version
+from sparsifiner_edge.ops.carried import Carried, carried_along
 from sparsifiner_edge.ops.graph import has_sizes
 from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
 from sparsifiner_edge.ops.triton.schedule import LEAST_CAPABILITY, Launch, Schedule, refusals, shorten
 from sparsifiner_edge.ops.triton.schedule_layer import make_a_layer, schedule_layer
-from sparsifiner_edge.ops.triton.schedule_merge import schedule_match, schedule_merge
+from sparsifiner_edge.ops.triton.schedule_merge import schedule_match, schedule_merge, schedule_merging
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
@@ -41,13 +43,24 @@ PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
 LEAST_PTX = {100: 86, 110: 90, 120: 87}
 """Compute capability -> first PTX version that supports it, where the oldest that we write, 8.5, does not."""
 OLDEST_TENSORRT = (10, 3)
-SCHEDULES = {"KeySelect": schedule_layer, "MatchTokens": schedule_match, "MergeTokens": schedule_merge}
+_MERGING = {"MatchTokens": schedule_match, "MergeTokens": schedule_merge}
+SCHEDULES = {"KeySelect": schedule_layer, **_MERGING}
 """By operator; KeySelect stands for its layer."""
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name of a tensor -> element type and shape, 1 where the batch is dynamic."""
 
 
-def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -> BoardKernels:
+class Group(NamedTuple):
+    """Nodes that are launched together, how, or why not; and of tokens that merge what is launched with it."""
+
+    nodes: tuple[Any, ...]
+    schedule: Schedule | str
+    along: Carried | None = None
+
+
+def board_files(
+    model: onnx.ModelProto, name: str, board: Board, folder: Path, dense: Sequence[int] = ()
+) -> BoardKernels:
     """Compile the kernels of a model for a board into a bundle's folder.
 
     Writes `kernels/sm<N>.json` and `kernels/sm<N>/*.ptx`. Call it before the bundle is sealed.
@@ -57,6 +70,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         name: of the model, for messages.
         board: from `profiles.boards`.
         folder: of the bundle.
+        dense: of its sparse layers, counted from 0, those that are taken to be faster with dense attention.
 
     Returns:
         An entry for the manifest, under `boards`.
@@ -82,15 +96,16 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
     refused: dict[str, str] = {}
     done: dict[str, list[str]] = {}
     (folder / FOLDER / f"sm{board.sm}").mkdir(parents=True, exist_ok=True)
-    for together in _layers(model, nodes):
-        schedule = _schedule(model, together, types, board.sm)
-        if isinstance(schedule, str):
-            refused |= {node.name: schedule for node in together}
+    for group in launched_together(model, nodes, types, board.sm):
+        if isinstance(group.schedule, str):
+            refused |= {node.name: group.schedule for node in group.nodes}
             continue
-        key = str(schedule)  # Layers of equal sizes share their launches.
+        key = str(group.schedule)  # Layers of equal sizes share their launches.
         if key not in done:
-            done[key] = _compile(schedule, board.sm, ptx_version, folder, table)
-        _enter(together, types, done[key], table)
+            done[key] = _compile(group.schedule, board.sm, ptx_version, folder, table)
+        _enter(group, types, done[key], table)
+    attentions = [node.name for node in nodes if node.op_type == "SparseAttention"]
+    table = msgspec.structs.replace(table, dense=tuple(attentions[number] for number in dense))
     if not table.nodes:
         raise ConfigError(
             f"No layer can be compiled: {next(iter(refused.values()))}.",
@@ -191,6 +206,21 @@ def _layers(model: onnx.ModelProto, nodes: Sequence[Any]) -> list[tuple[Any, ...
     return layers + [(node,) for node in nodes if node.name not in paired]
 
 
+def launched_together(model: onnx.ModelProto, nodes: Sequence[Any], types: Types, sm: int) -> list[Group]:
+    """All of these nodes. Sizes and places go on in the launches that merge in every layer or in none."""
+    groups = [Group(nodes, _schedule(model, nodes, types, sm)) for nodes in _layers(model, nodes)]
+    merging = [group for group in groups if group.nodes[0].op_type in _MERGING]
+    if any(isinstance(group.schedule, str) for group in merging):
+        return groups
+    carried = []
+    for along in carried_along(model):
+        names = [*along.match.input, along.merge.input[0], *([along.before] if along.before else [])]
+        shapes, attributes = [types[name][1] for name in names], _attributes(along.match)
+        schedule = schedule_merging(shapes, attributes, types[names[0]][0])
+        carried.append(Group((along.match, along.merge), schedule, along))
+    return [group for group in groups if group not in merging] + (carried or merging)
+
+
 def _attributes(node: Any) -> dict[str, Any]:
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
@@ -228,16 +258,22 @@ def _schedule(model: onnx.ModelProto, together: Sequence[Any], types: Types, sm:
     return SCHEDULES[first.op_type](shapes if sized else [shapes[0], *shapes[2:]], attributes, dtype)
 
 
-def _enter(together: Sequence[Any], types: Types, launches: Sequence[str], table: KernelTable) -> None:
+def _enter(group: Group, types: Types, launches: Sequence[str], table: KernelTable) -> None:
     """The launches of nodes, with the model's names for inputs and outputs, and new names between them.
 
-    Of a layer, `attend` stands in the attention's place.
+    Of a layer, `attend` stands in the attention's place, and `merge` in that of MergeTokens.
     """
+    together, along = group.nodes, group.along
     names: dict[str, str] = {}
     for node in reversed(together):
         op = OPERATORS[node.op_type]
         names |= {tensor.name: name for tensor, name in zip(op.inputs, node.input, strict=True)}
         names[op.output.name] = node.output[0]
+    if along is not None:
+        names |= {"sizes_out": along.sizes} if along.sizes else {}
+        for name, places in (("places_out", along.places), ("places", along.before)):
+            if places:
+                names[name] = table.int64[places] = f"{places}.int32"
     for projection in ("proj_q", "proj_k"):
         if projection in names and types[names[projection]][0] != "float32":
             table.float32[f"{names[projection]}.float32"] = names[projection]

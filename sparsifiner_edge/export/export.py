@@ -38,6 +38,7 @@ from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.plugins import NAME_IT, import_object
 from sparsifiner_edge.profiles.boards.board import Board, load_board
+from sparsifiner_edge.profiles.roofline import Workload, faster_dense
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
@@ -70,8 +71,8 @@ class ExportOptions:
             the dense model must. data: for check: an image, or a folder of them; at most 32 are used.
         int8_target: for int8, what will run it: "cpu" or "tensorrt".
         labels: of the classes of the output "logits", in their order; none takes those that the model has.
-        boards: names or files of boards (see `profiles.boards`) whose GPU kernels go into the bundle, of float16; the
-            student gets the tile and cells that suit them if those pass the gate (see `gpu_layout`).
+        boards: names or files of boards (see `profiles.boards`), or loaded ones, whose GPU kernels go into the bundle,
+            of float16; the student gets the tile and cells that suit them if those pass the gate (see `gpu_layout`).
         fit: how `run` and `evaluate` bring images to the size unless told otherwise; see `fitting.Framing`.
         stream: also write what computes of a camera's frames only what changed (see `Session.stream`).
 
@@ -88,7 +89,7 @@ class ExportOptions:
     data: str | Path | None = None
     int8_target: str = "cpu"
     labels: Sequence[str] = ()
-    boards: Sequence[str | Path] = ()
+    boards: Sequence[str | Path | Board] = ()
     fit: Fit = "crop"
     stream: bool = False
 
@@ -194,7 +195,7 @@ def export_student(
     student: Student, output: Path, options: ExportOptions, base: FloatFile | None = None,
     progress: Progress | None = None,
 ) -> Path:  # fmt: skip
-    """Export a student in memory, for no boards; see `export_bundle`. base: its `float_file`, where that is there."""
+    """Export a student in memory; see `export_bundle`. base: its `float_file`, where that is there."""
     return _export(student, output, _form(options), progress, base)
 
 
@@ -226,7 +227,7 @@ def _form(options: ExportOptions) -> _Form:
         for_board = calibrate is None or bool(options.boards)
         require(for_board, "Images to calibrate with require int8, or a board.", fix)
         require(int8_target == INT8_TARGETS[0], f"int8 target {int8_target!r} requires int8.", fix)
-    loaded = [load_board(name) for name in options.boards]
+    loaded = [board if isinstance(board, Board) else load_board(board) for board in options.boards]
     half, fix = precision == "fp16" or int8_target == "tensorrt", "Choose fp16, or int8 with --int8-target tensorrt."
     require(half or not loaded, f"A board's kernels are for float16, not for {precision}.", fix)
     both, fix = (options.check is None) == (options.data is None), "Give both: --check module:function --data IMAGES/."
@@ -276,7 +277,10 @@ def _export(
         np.savez_compressed(folder / GOLDEN_FILE, **file.golden)
         if labels:
             (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        kernels = tuple(board_files(file.model, student.name, board, folder) for board in form.boards)
+        work = Workload(model_shape(student.model), student.sparsity, form.batch or 1, "kernels")
+        kernels = tuple(
+            board_files(file.model, student.name, board, folder, faster_dense(work, board)) for board in form.boards
+        )
         manifest = msgspec.structs.replace(
             _manifest(student, file, options), user_call=user_call, retiled=retiled, boards=kernels,
             stream=stream and write_stream(stream, file.deployed.output_names, student.img_size, folder, like),

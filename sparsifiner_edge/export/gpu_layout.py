@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from sparsifiner_edge.bundle.entries import Retiled
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops.triton.schedule import MOST_CELLS
@@ -28,16 +29,21 @@ LEAST_TOKENS_COSINE = 0.97
 """Gate: mean cosine of the final tokens to those of the student with its own layout, over the images."""
 
 
+def gpu_sparsity(current: SparsityConfig, prefix: int) -> SparsityConfig:
+    """With `GPU_TILE` and no more cells than the kernels have room for (`MOST_CELLS`)."""
+    return dataclasses.replace(current, tile=max(current.tile, GPU_TILE), cells=min(current.cells, MOST_CELLS - prefix))
+
+
 def fit_to_gpus(student: Student, images: Sequence[Path]) -> tuple[Student, Retiled | None]:
-    """The student with `GPU_TILE` and no more cells than the kernels have room for (`MOST_CELLS`), or with those cells
-    alone, or as it is, where that fails the gate or cannot be judged; and the manifest's entry, which says why. None
-    where nothing is to change.
+    """The student with the layout of `gpu_sparsity`, or with its cells alone, or as it is, where that fails the gate or
+    cannot be judged; and the manifest's entry, which says why. None where nothing is to change.
     """
     current, refused = student.sparsity, None
     if current.is_dense or current.preset != "edge":
         return student, None
-    cells = min(current.cells, MOST_CELLS - student.backbone.prefix)
-    for tile in dict.fromkeys((max(current.tile, GPU_TILE), current.tile)):
+    wanted = gpu_sparsity(current, student.backbone.prefix)
+    cells = wanted.cells
+    for tile in dict.fromkeys((wanted.tile, current.tile)):
         if (tile, cells) == (current.tile, current.cells):
             continue
         outcome = _with_layout(student, tile, cells, images)

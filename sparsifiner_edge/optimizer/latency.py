@@ -7,6 +7,7 @@ of ours among a runtime's own.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,12 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.front import Deployment
+from sparsifiner_edge.ops.triton.schedule import LEAST_CAPABILITY
 from sparsifiner_edge.optimizer.pieces import LINEAR, attention_piece, linear_pieces, merging_piece, piece_times
 from sparsifiner_edge.plan import LEAST_PATCHES, LayerPlan
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board
-from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, Cost, Workload
+from sparsifiner_edge.profiles.roofline import CPU_FIT, GRAPH_FIT, Cost, Workload
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student
@@ -142,20 +144,25 @@ MERGED = 8
 """One patch in this many merges where merging is counted."""
 
 
+def takes_kernels(board: Board | None) -> bool:
+    """Whether bundles for a board carry kernels: its GPU is one that they are for, and Triton is there to compile."""
+    return board is not None and board.sm >= LEAST_CAPABILITY and importlib.util.find_spec("triton") is not None
+
+
 def estimate_latency(student: Student, board: Board, precision: str) -> PlanLatency:
-    """Milliseconds on a board at a precision. On a GPU sparse operators are taken to run as function bodies, as
-    `estimate` takes them to where a bundle carries no kernels for the board.
+    """Milliseconds on a board at a precision. On a GPU that takes no kernels sparse operators are function bodies.
 
     Raises:
         ConfigError: the board has no arithmetic for the precision.
     """
     shape, gpu = model_shape(student.model), board.kind == "gpu"
+    runs = ("kernels" if takes_kernels(board) else "bodies") if gpu else "native"
     base = dataclasses.replace(student.sparsity, keep=1.0, merge=())
 
     def costs(patches: int, sparsity: SparsityConfig) -> list[Cost]:
         one = dataclasses.replace(shape, depth=1, patches=patches)
-        work = Workload(one, sparsity, kernels="bodies" if gpu else "native")
-        return roofline.costs(work, board, precision, GPU_FIT if gpu else CPU_FIT)
+        work = Workload(one, sparsity, kernels=runs)
+        return roofline.costs(work, board, precision, GRAPH_FIT if gpu else CPU_FIT)
 
     def merging(patches: int) -> list[Cost]:
         rate = max(0, min(patches // MERGED, patches - LEAST_PATCHES))

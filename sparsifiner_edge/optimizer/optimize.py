@@ -18,12 +18,13 @@ from sparsifiner_edge.bundle.store import bundle_hash, remember_execution
 from sparsifiner_edge.config import SparsityConfig, keep_text, merge_text, require
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.export.export import ExportOptions
+from sparsifiner_edge.export.gpu_layout import gpu_sparsity
 from sparsifiner_edge.files import io_errors, replace_folder, scratch_folder
 from sparsifiner_edge.front import Candidate, Deployment, Front, Point, SearchMethod, SearchResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.optimizer.clock import Clock
 from sparsifiner_edge.optimizer.explore import LAST_SHARE, Search, explore
-from sparsifiner_edge.optimizer.latency import PlanLatency, estimate_latency, measure_latency
+from sparsifiner_edge.optimizer.latency import PlanLatency, estimate_latency, measure_latency, takes_kernels
 from sparsifiner_edge.optimizer.picture import draw_front
 from sparsifiner_edge.optimizer.remarks import remarks_on
 from sparsifiner_edge.optimizer.request import CHECKED, LEAST_IMAGES, OptimizeOptions, SearchRequest, read_request
@@ -108,7 +109,7 @@ def optimize(
     with scratch_folder() as scratch, contextlib.ExitStack() as stack:
         with clock.ending():
             clock.tell("loading")
-            subject = _subject(source, model, teacher)
+            subject = _subject(source, model, teacher, takes_kernels(request.board))
             with io_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             request, trial, few = _judges(request, subject, clock)
@@ -158,8 +159,8 @@ class _Subject(NamedTuple):
     ready: bool
 
 
-def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str | None) -> _Subject:
-    """See `optimize`.
+def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str | None, kernels: bool) -> _Subject:
+    """See `optimize`; kernels: whether a new student is for those of GPUs.
 
     Raises:
         ConfigError: a size or a teacher that the source does not take; a student that plans cannot be made of.
@@ -182,6 +183,7 @@ def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str
     else:
         dense = load_source(str(source), options.file, options.img_size, options.normalisation)
     sparsity = fit_to_model(SparsityConfig(keep=START_SHARE), dense.backbone, {"keep": START_SHARE})
+    sparsity = gpu_sparsity(sparsity, dense.backbone.prefix) if kernels else sparsity
     student = make_student(dataclasses.replace(dense, model=copy.deepcopy(dense.model)), sparsity)
     return _Subject(student, dense, None if isinstance(source, nn.Module) else str(source), ready=False)
 

@@ -17,6 +17,7 @@ from sparsifiner_edge.export.export import ExportOptions, FloatFile, export_stud
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.optimizer.clock import Clock
+from sparsifiner_edge.optimizer.latency import takes_kernels
 from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.plan import LayerPlan
 from sparsifiner_edge.profiles.boards.board import Board
@@ -92,6 +93,10 @@ class WholeModels:
             shown = self._dense_calibration if plan.is_dense else self._calibration
             calibrate = shown if stored == "int8" else None
             options = dataclasses.replace(self._options, precision=stored, calibrate=calibrate)
+            if self._board is not None and self._board.kind == "gpu":
+                target = "tensorrt" if stored == "int8" else "cpu"
+                boards = (self._board,) * (stored != "fp32" and not plan.is_dense and takes_kernels(self._board))
+                options = dataclasses.replace(options, int8_target=target, boards=boards)
             with self._clock.step(f"export {stored}", f"exporting {which or 'a plan in '}{stored}"):
                 self._bundles[plan, stored] = export_student(
                     student, self._folder / f"bundle-{len(self._bundles)}", options, base, self._clock.tell

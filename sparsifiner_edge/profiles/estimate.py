@@ -18,7 +18,7 @@ from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.profiles import roofline, stats
 from sparsifiner_edge.profiles.boards.board import Board, JetPack, load_board
 from sparsifiner_edge.profiles.figures import Comparison
-from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, SIZES, SPARSE_KINDS, RooflineFit, Workload
+from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, GRAPH_FIT, SIZES, SPARSE_KINDS, RooflineFit, Workload
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Quantity, Result
 
@@ -162,7 +162,7 @@ def _estimate(
     cpu = device.kind == "cpu"
     run_by = ("native" if cpu else "kernels") if kernels == "native" else "bodies"
     work = Workload(shape, sparsity, batch, run_by, materialised=cpu and kernels == "none")
-    fit = CPU_FIT if cpu else GPU_FIT
+    fit = CPU_FIT if cpu else GRAPH_FIT
     method = EstimateMethod(
         board=msgspec.structs.replace(device, sources={}, power_modes=(), jetpack=()), power_mode=mode,
         jetpack=release, dense=plan.is_dense, stored=stored, linear=chosen,
@@ -222,7 +222,9 @@ def _quantity(bounds: _Bounds, factor: float, how: str) -> Quantity:
 
 
 def _latency(method: EstimateMethod, work: Workload) -> _Bounds:
-    """Seconds; its bounds are of what none was fitted for, on a GPU what is sparse or merges."""
+    """Seconds; its bounds are of what none was fitted for, on a GPU what is sparse or merges, and launches that are
+    not recorded as a graph.
+    """
     spent = roofline.costs(work, method.board, method.linear, method.calibration)
     sparse_layers = plan_of(work.sparsity, work.shape.depth, work.shape.patches).sparse_layers
     least = most = 0.0
@@ -230,7 +232,8 @@ def _latency(method: EstimateMethod, work: Workload) -> _Bounds:
         sparse = cost.operator.layer in sparse_layers and cost.operator.kind in SPARSE_KINDS
         judged = sparse or (work.sparsity.merge and cost.operator.kind == "pruning")
         few, many = UNMEASURED[work.kernels] if judged and method.board.kind == "gpu" else (1.0, 1.0)
-        least, most = least + cost.seconds * few, most + cost.seconds * many
+        apart = cost.launch_s * (GPU_FIT.launch_us / GRAPH_FIT.launch_us - 1) if method.board.kind == "gpu" else 0.0
+        least, most = least + cost.seconds * few, most + cost.seconds * many + apart
     return least, roofline.seconds(spent), most
 
 

@@ -20,10 +20,11 @@ SPARSE_KINDS = ("predictor", "cells", "attention")
 """Kinds of operator whose cost in a sparse layer depends on the kernels."""
 SCORE_PASSES = 6
 """Times that plain attention writes or reads its scores: product, scale, softmax, product."""
-MERGE_LAUNCHES = {"native": 8, "kernels": 10, "bodies": 25}
+MERGE_LAUNCHES = {"native": 8, "kernels": 5, "bodies": 25}
 """Kernels of a layer that merges, sizes and places of its tokens included: of bodies as counted in an engine of
-TensorRT-RTX (`benchmarks/engines_rtx.py`). 5 are left there without MatchTokens and MergeTokens
-(`tests/tensorrt/test_rtx.py`), and CUDA kernels are four and one. native: a CPU's library."""
+TensorRT-RTX (`benchmarks/engines_rtx.py`), of which 5 are left without MatchTokens and MergeTokens
+(`tests/tensorrt/test_rtx.py`); of CUDA kernels as in a bundle's table (`tests/test_board.py`). native: a CPU's
+library."""
 
 
 PRUNING_LAUNCHES = 6
@@ -61,6 +62,10 @@ GPU_FIT = RooflineFit(
     spread=1.44, points=26,
 )  # fmt: skip
 """Published latencies of dense models; one share for all arithmetic. `body_passes` is judged: compilers fuse them."""
+GRAPH_FIT = dataclasses.replace(GPU_FIT, launch_us=2.0, attention=0.55)
+"""As sessions run, judged: launched together as a CUDA graph, where a launch is an empty kernel and the gap before the
+next one; and dense attention fused, which published figures of short sequences say little of.
+"""
 CPU_FIT = RooflineFit(
     linear=0.991, attention=1.0, predictor=0.153, int8=0.738, bandwidth=1.0, launch_us=56.1, body_passes=63.9,
     spread=1.35, points=24,
@@ -72,6 +77,10 @@ set by judgement, since peaks are rarely known as well."""
 KERNEL_SHARE = {80: 0.25, 86: 0.7, 87: 0.4, 89: 0.5, 90: 0.15, 100: 0.15, 110: 0.14, 120: 0.4}
 """How fast our CUDA kernels' arithmetic is beside dense attention's, by SM: judged, for some thousand tokens and a
 tenth of the keys. They gather, and matrix units that outrun all else (90, 110) wait for it."""
+SHARED_READS = {90: 1, 100: 1}
+"""How often `attend` reads what it copied to shared memory, by SM: else once for each of its four warps."""
+SHARED_CLOCK_BYTES, CORES_OF_SM = 128, {75: 64, 80: 64}
+"""Bytes of shared memory that a multiprocessor moves in a clock; its CUDA cores, else 128."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,7 @@ class OperatorWork:
         macs: multiply-accumulates.
         weights, activations: elements moved, at the operator's precision.
         scores: elements moved at four bytes, whatever the precision. body: the same, once for each of `body_passes`.
-        launches: kernels.
+        launches: kernels. gathered: elements that kernels copy to shared memory.
     """
 
     layer: int
@@ -98,6 +107,7 @@ class OperatorWork:
     launches: float
     scores: float = 0.0
     body: float = 0.0
+    gathered: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +190,15 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sh
         parts.append(operator("pruning", "attention", 0 if work.sparsity.merge else PRUNING_LAUNCHES))
     if share < 1:
         ours = work.kernels == "kernels"
-        parts.append(operator("predictor", "kernels" if ours else "predictor", 2))
-        parts.append(operator("attention", "kernels" if ours else "attention", 1))
-        parts.append(operator("cells", "kernels" if ours else "attention", 1 if costs["cells"].macs else 0))
+        cells = operator("cells", "kernels" if ours else "attention", int(not ours and costs["cells"].macs > 0))
+        chosen = operator("predictor", "kernels" if ours else "predictor", 2)
+        read = operator("attention", "kernels" if ours else "attention", 1)
+        if ours:  # `summarise` makes the cells too; `select` writes scores and reads them again.
+            layout = work.sparsity.of_share(share).layout(shape.patches, shape.prefix)
+            lists = 2.0 * work.batch * layout.tiles
+            chosen = dataclasses.replace(chosen, scores=lists * shape.heads * shape.patches)
+            read = dataclasses.replace(read, gathered=lists * layout.keys * shape.width)
+        parts += [chosen, read, cells]
         return [*parts, *_bodies(number, shape, work, share)] if work.portable else parts
     parts.append(operator("attention", "attention", 1))
     if work.materialised:
@@ -224,7 +240,17 @@ def cost(operator: OperatorWork, board: Board, precision: str, fit: RooflineFit)
     moved += 4 * (operator.scores + operator.body * fit.body_passes)
     memory_s = moved / (board.bandwidth_gb_s * 1e9 * fit.bandwidth)
     launch_s = operator.launches * fit.launch_us * 1e-6
-    return Cost(operator, max(2 * operator.macs / peak, memory_s) + launch_s, launch_s)
+    work_s = max(2 * operator.macs / peak, memory_s, _shared_s(operator, board, chosen))
+    return Cost(operator, work_s + launch_s, launch_s)
+
+
+def _shared_s(operator: OperatorWork, board: Board, precision: str) -> float:
+    """Seconds in which shared memory takes what is gathered, and gives it to the matrix units."""
+    if not operator.gathered:
+        return 0.0
+    multiprocessors = board.cuda_cores / CORES_OF_SM.get(board.sm, 128)
+    moved = operator.gathered * SIZES[precision] * (1 + SHARED_READS.get(board.sm, 4))
+    return moved / (multiprocessors * SHARED_CLOCK_BYTES * board.clock_ghz * 1e9)
 
 
 def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> list[Cost]:
@@ -234,6 +260,19 @@ def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> lis
         ConfigError: see `cost`.
     """
     return [cost(operator, board, precision, fit) for operator in operators(work)]
+
+
+def faster_dense(work: Workload, board: Board, precision: str = "fp16") -> list[int]:
+    """Of the sparse layers of a model, counted from 0, those whose attention would take less if it were dense."""
+    fit = GRAPH_FIT if board.kind == "gpu" else CPU_FIT
+    shares = [(here, share) for here, share, _ in layers(work.shape, work.sparsity) if share < 1]
+
+    def attention_s(here: ModelShape, share: float) -> float:
+        sparsity = dataclasses.replace(work.sparsity, keep=share, merge=(), token_keep=())
+        alone = dataclasses.replace(work, shape=dataclasses.replace(here, depth=1), sparsity=sparsity)
+        return seconds([c for c in costs(alone, board, precision, fit) if c.operator.kind in SPARSE_KINDS])
+
+    return [n for n, (here, share) in enumerate(shares) if attention_s(here, 1.0) < attention_s(here, share)]
 
 
 def seconds(spent: Sequence[Cost]) -> float:

@@ -16,7 +16,15 @@ from pathlib import Path
 import msgspec
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, ENGINE_FOLDER, sha256
-from sparsifiner_edge.bundle.engines import DENSE, BatchRange, Details, Engine, EngineVariant, parse_capability
+from sparsifiner_edge.bundle.engines import (
+    DENSE,
+    UNMERGED,
+    BatchRange,
+    Details,
+    Engine,
+    EngineVariant,
+    parse_capability,
+)
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Intended, Manifest, parse_manifest
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle, read_manifest
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
@@ -222,7 +230,8 @@ def verdict(details: Details) -> list[str]:
     ms = details.chosen.compute_ms
     others = [name for name, variant in details.variants.items() if (variant.compute_ms or math.inf) < (ms or 0.0)]
     why = f"though {' and '.join(others)} took less" if others else "the fastest of those"
-    advice = "; for dense attention export the dense model in its place" if DENSE in others else ""
+    advice = "; for dense attention export with --keep 1" if DENSE in others else ""
+    advice = "; export the dense model in its place" if UNMERGED in others else advice
     return [*lines, f"kept: {details.kernels}, {'nothing was measured' if ms is None else why + advice}"]
 
 

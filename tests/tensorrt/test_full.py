@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.bundle.engines import BatchRange
 from sparsifiner_edge.bundle.store import open_bundle, remember_execution
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
+from sparsifiner_edge.export.export import ExportOptions, export_student
+from sparsifiner_edge.runtime import bisect
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.golden import check_golden
-from tests.commands import snapshot
+from sparsifiner_edge.runtime.tensorrt.full import TensorRt
+from tests.commands import assert_refused, call, snapshot
 from tests.fakes.gpu import install_pycuda
 from tests.fakes.tensorrt import Behaviour
 from tests.flat import open_session
+from tests.models import student
+from tests.tensorrt.conftest import sent
 
 CARD = {"name": "NVIDIA GeForce RTX 4060", "sm": (8, 9), "integrated": False}
 
@@ -248,3 +257,35 @@ def test_no_cuda_no_tensorrt_object(tiny, machine):
     with pytest.raises(BackendError, match="CUDA finds no device"):
         build_engine(tiny, "tensorrt")
     assert set(gpu.calls) <= {"cudaDriverGetVersion", "cudaGetDeviceCount"}
+
+
+def test_bisecting_names_the_first_layer_that_an_engine_has_otherwise(tmp_path, machine, monkeypatch, capsys):
+    """An engine whose third layer has other weights; and one that is right."""
+    machine()
+    folder = export_student(student(depth=4), tmp_path / "b", ExportOptions())
+    monkeypatch.setattr(bisect, "start_child", lambda *_: contextlib.nullcontext(SimpleNamespace(ask=ask)))
+
+    def ask(operation, timeout_s, form, **arguments):
+        assert (operation, timeout_s) == ("bisect", 1800.0)
+        return sent(bisect._bisect(**arguments), form)
+
+    before, line = snapshot(folder), ("build", folder, "--backend", "tensorrt", "--bisect")
+    out = call(capsys, *line)
+    assert (out.code, out.out.splitlines()[-1]) == (0, "First beyond its tolerance: none"), out
+    right = TensorRt.compile
+
+    def wrong(self, model, engine, bundle):
+        (node,) = [n for n in model.graph.node if n.name == "blocks.2.mlp.fc2.MatMul"]
+        (weight,) = [t for t in model.graph.initializer if t.name == node.input[1]]
+        weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 1, weight.name))
+        return right(self, model, engine, bundle)
+
+    monkeypatch.setattr(TensorRt, "compile", wrong)
+    out = call(capsys, *line, "--json")
+    layers = json.loads(out.out)["layers"]
+    assert (out.code, [layer["error"] > layer["tolerance"] for layer in layers]) == (1, [False, False, True, True])
+    assert call(capsys, *line).out.splitlines()[-1] == "First beyond its tolerance: blocks.2"
+    assert snapshot(folder) == before
+    assert_refused(
+        call(capsys, "build", folder, "--backend", "onnxruntime", "--bisect"), "onnxruntime builds no engine"
+    )

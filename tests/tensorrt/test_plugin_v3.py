@@ -167,8 +167,9 @@ def steps(folder: Path, model: onnx.ModelProto) -> Iterator[tuple[str, CompiledL
     """Each launch of a bundle's table, by name, and as it was planned."""
     table, types = table_of(folder, 87), boards._tensor_types(model)
     assert table is not None
-    for together in boards._layers(model, [node for node in model.graph.node if node.name in table.nodes]):
-        schedule: Any = boards._schedule(model, together, types, 87)
+    nodes = [node for node in model.graph.node if node.name in table.nodes]
+    for together, schedule, _ in boards.launched_together(model, nodes, types, 87):
+        assert not isinstance(schedule, str)
         entries = [entry for node in together for entry in table.nodes[node.name]]
         for entry, launch in zip(entries, schedule.launches, strict=True):
             yield entry.launch, table.launches[entry.launch], launch

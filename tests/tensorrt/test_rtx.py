@@ -25,7 +25,7 @@ from sparsifiner_edge.export.int8 import quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.tensorrt.backend import dense_model
+from sparsifiner_edge.runtime.tensorrt.baseline import dense_model
 from sparsifiner_edge.sparse.patch import set_budget
 from tests.commands import manifest_of, snapshot
 from tests.everything import first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -12,8 +13,10 @@ import pytest
 
 from sparsifiner_edge.bundle.kernels import NAMESPACE
 from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.export.board import board_files
+from sparsifiner_edge.export.export import ExportOptions, export_student
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.runtime import golden
@@ -22,6 +25,7 @@ from sparsifiner_edge.runtime.golden import beyond_text, check_golden
 from sparsifiner_edge.runtime.tensorrt import plugin_v3
 from tests.fakes.tensorrt import Behaviour
 from tests.flat import open_session
+from tests.models import student
 from tests.seal import reseal, seal_bundle
 from tests.sparse_graph import merging_graph, sparse_model
 
@@ -181,6 +185,33 @@ def test_a_dense_model_that_merges_takes_the_plugin_too(tmp_path, bundle, machin
     assert verdict(found)[1] == "plugin: not built: the bundle has no kernels for Orin; export it with --board"
     folder = bundle(tmp_path / "b", merging_graph)
     found = details(folder)
-    assert {name: entry.compute_ms for name, entry in found.variants.items()} == {"bodies": 3.0, "plugin": 1.0}
+    times = {name: entry.compute_ms for name, entry in found.variants.items()}
+    assert times == {"bodies": 3.0, "plugin": 1.0, "unmerged": None}
+    assert found.variants["unmerged"].failed == "This file's merging is not as this package exports it."
     with pytest.raises(BackendError, match="no sparse attention, and no tokens merge"):
         build_engine(reseal(folder, ops=["sparsifiner::DenseAttention"]), "tensorrt", kernels="native")
+
+
+@pytest.mark.parametrize(("whole", "kept"), [(0.5, "unmerged"), (3.0, "plugin")])
+def test_a_student_is_held_against_the_dense_model_and_dense_layers(tmp_path, machine, whole, kept):
+    """Plugins, the same with dense attention where the table says so, dense attention alone, and nothing merged."""
+    sparsity, folder = SparsityConfig(keep=0.9, tile=64, cells=4, channels=8, merge=(8, 6, 0)), tmp_path / "b"
+    options = ExportOptions(precision="fp16", boards=["jetson-orin-nano-8gb"])
+    export_student(student(sparsity=sparsity, depth=3), folder, options)
+    table = json.loads((folder / "kernels" / "sm87.json").read_text())
+    assert len(table["dense"]) == 3, "so few tokens are faster dense"
+    table["dense"] = table["dense"][1:]
+    (folder / "kernels" / "sm87.json").write_text(json.dumps(table))
+    reseal(folder)
+    values = {"SparseAttention": 5.0, "attend": 1.0, "MatchTokens": 4.0, "DenseAttention": whole}
+    _, behaviour = machine("10.9", lambda dtype: onnx.load(folder / "model.onnx"), **values)
+    found = details(folder, batch=None)
+    times = {name: entry.compute_ms for name, entry in found.variants.items()}
+    assert times == {"bodies": 5.0, "plugin": 1.0, "mixed": 1.0, "dense": 4.0, "unmerged": whole}
+    assert [entry.failed for entry in found.variants.values()] == [None] * 5
+    assert found.kernels == kept
+    launches = {name.rpartition("::")[2].rpartition("_")[0] for name in behaviour.seen["register"]}
+    assert {"select", "attend", "pairs", "merge"} < launches
+    with open_session(folder, "tensorrt") as session:
+        assert session.description.kernels.startswith({"unmerged": "dense attention, and", "plugin": "CUDA"}[kept])
+        assert check_golden(session, open_bundle(folder))

@@ -10,7 +10,7 @@ import torch
 
 from sparsifiner_edge.ops.triton import run as kernels
 from sparsifiner_edge.ops.triton.schedule import Schedule
-from sparsifiner_edge.ops.triton.schedule_merge import schedule_match, schedule_merge
+from sparsifiner_edge.ops.triton.schedule_merge import schedule_match, schedule_merge, schedule_merging
 from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 from tests.ops.matrix import Case
@@ -133,3 +133,30 @@ def test_a_merge_launches_kernels_and_has_the_gradient_of_torch(monkeypatch: pyt
     found.float().sum().backward()
     assert leaf.grad is not None
     assert torch.isfinite(leaf.grad).all()
+
+
+def test_sizes_and_places_go_on_in_the_launches_that_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two layers that follow each other, in a random order of programs; wild places are brought into range."""
+    shuffled(monkeypatch)
+    attributes = {"num_heads": 2, "num_prefix": 1, "window": 16, "merged": 7}
+    merging, tokens = (
+        Merging(7, 1, 16),
+        CarriedTokens(torch.randn(2, 41, 300).half(), None, None, torch.arange(40)[None]),
+    )
+    tokens = tokens._replace(positions=tokens.positions.expand(2, -1))
+    for _ in range(2):
+        count = tokens.values.shape[1]
+        given = {"qkv": torch.randn(2, count, 24).half(), "sizes": torch.ones(2, count), "x": tokens.values}
+        given |= (
+            {}
+            if tokens.sizes is None or tokens.places is None
+            else {"sizes": tokens.sizes, "places": tokens.places.int()}
+        )
+        schedule = schedule_merging([x.shape for x in given.values()], attributes, "float16")
+        assert len(schedule.launches) == 5
+        done, tokens = launched(schedule, given), merging(tokens, given["qkv"], 2)
+        for name, wanted in (("output", tokens.values), ("sizes_out", tokens.sizes), ("places_out", tokens.places)):
+            assert wanted is not None
+            assert torch.equal(done[name], wanted.to(done[name].dtype)), name
+    wild = launched(schedule, given | {"places": torch.full((2, 40), 2**31 - 1, dtype=torch.int32)})
+    assert torch.equal(wild["places_out"], done["after"][:, -1:].expand(2, 40))

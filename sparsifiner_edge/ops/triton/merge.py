@@ -132,10 +132,12 @@ def _winners(score, real, merged: tl.constexpr):
 
 @triton.jit
 def pairs_kernel(
-    partner, score, suitor, chosen, free, pairs, tokens: tl.constexpr, prefix: tl.constexpr, merged: tl.constexpr,
-    block: tl.constexpr,
+    partner, score, suitor, chosen, free, pairs, after, tokens: tl.constexpr, prefix: tl.constexpr,
+    merged: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Grid (1, 1, B): who merges with whom. chosen [B,O]: suitor of a winner, or -1. free [B,E]: seekers left over."""
+    """Grid (1, 1, B): who merges with whom. chosen [B,O]: suitor of a winner, or -1. free [B,E]: seekers left over.
+    after [B,P], if it is there: the new token, counted from the first patch, that each patch is in.
+    """
     patches: tl.constexpr = tokens - prefix
     seekers: tl.constexpr = (patches + 1) // 2
     sought: tl.constexpr = patches // 2
@@ -168,14 +170,23 @@ def pairs_kernel(
     tl.store(pairs + 2 * (odd - gone) + 1, tl.where(wins, prefix + 2 * second, odd), mask=n < sought)
     for start in range(0, 2 * prefix, block):
         tl.store(pairs + start + n, (start + n) // 2, mask=start + n < 2 * prefix)
+    if after is not None:
+        after += image * patches - prefix
+        tl.store(after + even, even - gone - prefix, mask=stays)
+        tl.store(after + odd, odd - gone - prefix, mask=n < sought)
+        tl.store(after + prefix + 2 * second, odd - gone - prefix, mask=wins)
 
 
 @triton.jit
 def merge_kernel(
-    x, sizes, pairs, output, tokens: tl.constexpr, channels: tl.constexpr, rows: tl.constexpr,
-    block_m: tl.constexpr, block_c: tl.constexpr,
+    x, sizes, pairs, after, places, output, sizes_out, places_out, tokens: tl.constexpr, channels: tl.constexpr,
+    rows: tl.constexpr, patches: tl.constexpr, whole: tl.constexpr, block_m: tl.constexpr, block_c: tl.constexpr,
+    block_w: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M / block_m x C / block_c, 1, B): each pair's mean by size. Places out of range are brought into it."""
+    """Grid (M / block_m x C / block_c, 1, B): each pair's mean by size. Places out of range are brought into it. If
+    they are there, sizes_out [B,M] is the pairs' sums, and places_out [B,whole] where each original patch is now,
+    which was at `places`, or where none merged before at its own place.
+    """
     parts: tl.constexpr = (channels + block_c - 1) // block_c
     image = tl.program_id(2).to(tl.int64)
     x += image * tokens * channels
@@ -194,3 +205,13 @@ def merge_kernel(
     mean = tl.where((first == second)[:, None], one, share * one + (1.0 - share) * two)
     place = output + image * rows * channels + row[:, None] * channels + column[None, :]
     tl.store(place, mean.to(output.dtype.element_ty), mask=real)
+    if after is not None:
+        total = tl.where(first == second, a, a + b)
+        tl.store(sizes_out + image * rows + row, total, mask=row < tl.where(start == 0, rows, 0))
+        patch = tl.program_id(0) * block_w + tl.arange(0, block_w)
+        was = patch
+        if places is not None:
+            was = tl.load(places + image * whole + patch, mask=patch < whole, other=0)
+        was = tl.minimum(tl.maximum(was, 0), patches - 1)
+        now = tl.load(after + image * patches + was, mask=patch < whole, other=0)
+        tl.store(places_out + image * whole + patch, now, mask=patch < whole)

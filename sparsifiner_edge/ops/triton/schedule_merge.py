@@ -1,7 +1,8 @@
-"""Schedules of MatchTokens and MergeTokens; see `schedule.py`."""
+"""Schedules of MatchTokens and MergeTokens, apart or together; see `schedule.py`."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from sparsifiner_edge.ops.operator import Attributes, Shapes
@@ -17,6 +18,39 @@ CHANNELS = 256
 """Of a row that a program of `merge` has, at most."""
 SEEKERS_OF_WARP, MOST_WARPS = 256, 16
 """Of `pairs`: eight or sixteen of a thread, which has 128 registers at most."""
+_CARRIED = ("after", "places", "sizes_out", "places_out")
+"""Parameters of `merge` that are there where sizes and places are carried on."""
+
+
+def schedule_merging(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedule:
+    """Both, and what goes on with the tokens: qkv, sizes, x, places -> output, sizes_out, places_out. Five launches.
+
+    Args:
+        shapes: of qkv, sizes and x, and of places [B,P], the token of each original patch, where tokens merged before.
+    """
+    (batch, tokens, _), whole = shapes[2], shapes[3][1] if shapes[3:] else 0
+    patches, rows = tokens - int(attributes["num_prefix"]), tokens - int(attributes["merged"])
+    match = schedule_match(shapes[:2], attributes, dtype)
+    merge = schedule_merge((shapes[2], shapes[1], (batch, rows, 2)), {}, dtype)
+    pairs, last = match.launches[-1], merge.launches[0]
+    names = ("after", "places" if whole else None, "sizes_out", "places_out")
+    each = power_of_two(math.ceil((whole or patches) / last.grid[0]), least=1)
+    launches = (
+        *match.launches[:-1],
+        dataclasses.replace(pairs, arguments=pairs.arguments | {"after": "after"}),
+        dataclasses.replace(
+            last, arguments=last.arguments | dict(zip(_CARRIED, names, strict=True)),
+            constants={**last.constants, "patches": patches, "whole": whole or patches, "block_w": each},
+        ),
+    )  # fmt: skip
+    buffers = (
+        Buffer("after", "int32", (batch, patches), "scratch"),
+        Buffer("sizes_out", "float32", (batch, rows), "output"),
+        Buffer("places_out", "int32", (batch, whole or patches), "output"),
+        *(Buffer("places", "int32", (batch, size), "input") for size in (whole,) if size),
+    )
+    # The pairs are no output here, and what is matched no input.
+    return Schedule(merge.buffers | match.buffers | {buffer.name: buffer for buffer in buffers}, launches)
 
 
 def schedule_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedule:
@@ -31,7 +65,8 @@ def schedule_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedu
     sizes = {"tokens": tokens, "width": width, "prefix": prefix, "block_d": block_d}
 
     def launch(kernel: str, programs: int, names: str, constants: dict[str, int], warps: int = 4) -> Launch:
-        return Launch(kernel, (programs, 1, batch), {name: name for name in names.split()}, constants, warps)
+        arguments = {name: None if name == "after" else name for name in names.split()}
+        return Launch(kernel, (programs, 1, batch), arguments, constants, warps)
 
     launches = (
         launch("metric", math.ceil(patches / BLOCK_P), "qkv metric", {**sizes, "heads": heads, "block_p": BLOCK_P}),
@@ -44,7 +79,7 @@ def schedule_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedu
             {**window, "patches": patches, "block_j": BLOCK_J},
         ),
         launch(
-            "pairs", 1, "partner score suitor chosen free pairs",
+            "pairs", 1, "partner score suitor chosen free pairs after",
             {"tokens": tokens, "prefix": prefix, "merged": merged, "block": block},
             power_of_two(block // SEEKERS_OF_WARP, least=4, most=MOST_WARPS),
         ),
@@ -74,5 +109,7 @@ def schedule_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Sched
     block_c = power_of_two(channels, most=CHANNELS)
     programs = math.ceil(rows / BLOCK_M) * math.ceil(channels / block_c)
     constants = {"tokens": tokens, "channels": channels, "rows": rows, "block_m": BLOCK_M, "block_c": block_c}
-    launch = Launch("merge", (programs, 1, batch), {buffer.name: buffer.name for buffer in buffers}, constants)
+    names = {"x": "x", "sizes": "sizes", "pairs": "pairs", **dict.fromkeys(_CARRIED[:2]), "output": "output"}
+    arguments, nothing = names | dict.fromkeys(_CARRIED[2:]), dict.fromkeys(("patches", "whole", "block_w"), 1)
+    launch = Launch("merge", (programs, 1, batch), arguments, {**constants, **nothing})
     return Schedule({buffer.name: buffer for buffer in buffers}, (launch,))

@@ -1,8 +1,9 @@
 """What the backends TensorRT and TensorRT-RTX share: building, timing and opening engines.
 
 Sparse attention and merging are built in the ways that TensorRT can have them: `bodies` are the standard operators in
-the file, `plugin` the project's CUDA kernels, `dense` ordinary attention, which computes something else: it is kept
-where it is faster and its outputs are close to the bundle's (`runtime.golden.LEAST_DENSE_COSINE`).
+the file, `plugin` the project's CUDA kernels. Others compute something else, and are kept where they are faster and
+close to the bundle's outputs (`runtime.golden.LEAST_DENSE_COSINE`): `dense` is ordinary attention, `mixed` has it in
+some layers, in `unmerged` nothing merges either (`baseline`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.engines import (
     DENSE,
+    UNMERGED,
     BatchRange,
     Details,
     Engine,
@@ -34,17 +36,15 @@ from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.ops.bodies import Structure, function_body
-from sparsifiner_edge.ops.graph import has_sizes, tidy
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import Backend, require_precision
 from sparsifiner_edge.runtime.cuda import CudaDevice, major, probe
 from sparsifiner_edge.runtime.golden import check_golden
+from sparsifiner_edge.runtime.tensorrt.baseline import dense_model, unmerged_model
 from sparsifiner_edge.runtime.tensorrt.errors import build_error, make_logger, parse_error
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 WARM_UP, RUNS = 10, 30
-_SPARSE, _DENSE = "SparseAttention", "DenseAttention"
 
 
 class TensorRtBackend(Backend):
@@ -147,7 +147,14 @@ class TensorRtBackend(Backend):
         """
         start, bundle, kernels = time.monotonic(), open_bundle(folder), str(engine.details.kernels)
         model = bundle.model()
-        content = self.compile(dense_model(model) if kernels == DENSE else model, engine, bundle)
+        if kernels == DENSE:
+            model = dense_model(model)
+        elif kernels == UNMERGED:
+            whole = unmerged_model(model)
+            if whole is None:
+                raise BackendError("This file's merging is not as this package exports it.", "Export it again.")
+            model = whole
+        content = self.compile(model, engine, bundle)
         with io_errors(output):
             output.write_bytes(content)
         seconds, processor = time.monotonic() - start, time.process_time()
@@ -216,7 +223,13 @@ class TensorRtBackend(Backend):
 
 def has_sparse_attention(bundle: Bundle) -> bool:
     """Whether dense attention can take the place of nodes in a bundle's file."""
-    return f"{DOMAIN}::{_SPARSE}" in bundle.manifest.ops
+    return f"{DOMAIN}::SparseAttention" in bundle.manifest.ops
+
+
+def baselines(bundle: Bundle) -> list[str]:
+    """What takes the place of what a bundle's file has: `DENSE` of sparse attention, `UNMERGED` of merging."""
+    merges = f"{DOMAIN}::MergeTokens" in bundle.manifest.ops
+    return [DENSE] * has_sparse_attention(bundle) + [UNMERGED] * merges
 
 
 def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineVariant:
@@ -240,21 +253,3 @@ def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineVar
         why = session.description.why_no_graph
     warning = f"runs are not recorded: {why}" if why else None
     return EngineVariant(golden=golden, compute_ms=statistics.median(times[WARM_UP:]), warning=warning)
-
-
-def dense_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A file, changed in place: dense attention in standard operators where it had sparse; tokens merge as they did."""
-    for node in model.graph.node:
-        if node.domain == DOMAIN and node.op_type == _SPARSE:
-            attributes = [a for a in node.attribute if a.name in ("num_heads", "scale")]
-            replacement = onnx.helper.make_node(_DENSE, node.input[:2], node.output, node.name, domain=DOMAIN)
-            replacement.attribute.extend(attributes)
-            node.CopyFrom(replacement)
-    tidy(model)
-    dense = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type == _DENSE]
-    for function in [function for function in model.functions if function.name == _DENSE]:
-        model.functions.remove(function)
-    if dense:
-        merged = any(has_sizes(model, node) for node in dense)
-        model.functions.append(function_body(_DENSE, Structure(merged=merged)))
-    return model

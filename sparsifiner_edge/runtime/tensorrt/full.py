@@ -13,7 +13,7 @@ import onnx
 from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import MAX_FILE
-from sparsifiner_edge.bundle.engines import BODIES, DENSE, PLUGIN, Details, Engine
+from sparsifiner_edge.bundle.engines import BODIES, MIXED, PLUGIN, Details, Engine
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import read_bytes, write_bytes
@@ -23,9 +23,10 @@ from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import import_package
 from sparsifiner_edge.runtime.cuda import CudaDevice, Driver, probe
 from sparsifiner_edge.runtime.tensorrt import plugin
-from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, has_sparse_attention
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, baselines
+from sparsifiner_edge.runtime.tensorrt.baseline import dense_model
 
-OLDEST = (10, 3)
+OLDEST, _OURS = (10, 3), (PLUGIN, MIXED)
 
 
 class TensorRt(TensorRtBackend):
@@ -76,27 +77,30 @@ class TensorRt(TensorRtBackend):
             return {PLUGIN: None}
         if kernels == "portable" or not operators:
             return {BODIES: None}
-        return {BODIES: None, PLUGIN: why} | ({DENSE: None} if has_sparse_attention(bundle) else {})
+        mixed = [MIXED] * (why is None and bool(plugin.dense_layers(bundle, probe())))
+        return {BODIES: None, PLUGIN: why} | dict.fromkeys([*mixed, *baselines(bundle)])
 
     def compile(self, model: onnx.ModelProto, engine: Engine, bundle: Bundle) -> bytes:
         """See `TensorRtBackend`; after CUDA has answered."""
         device = probe()
-        if engine.details.kernels == PLUGIN:
+        if engine.details.kernels == MIXED:
+            model = dense_model(model, plugin.dense_layers(bundle, device))
+        if engine.details.kernels in _OURS:
             model = plugin.with_plugins(self.load(), model, bundle, device)
         return super().compile(model, engine, bundle)
 
     def build(self, engine: Engine, folder: Path, output: Path) -> Details:
         """See `TensorRtBackend`; says where an engine needs this package to run."""
         details = super().build(engine, folder, output)
-        if details.kernels != PLUGIN or not plugin.is_in_python(self.load()):
+        if details.kernels not in _OURS or not plugin.is_in_python(self.load()):
             return details
         needs = "it needs this package where it runs: kernels are launched from Python"
         warning = "; ".join(filter(None, (details.chosen.warning, needs)))
-        return replace(details, variants={PLUGIN: replace(details.chosen, warning=warning)})
+        return replace(details, variants={details.kernels: replace(details.chosen, warning=warning)})
 
     def prepare(self, bundle: Bundle, engine: Engine) -> None:
         """See `TensorRtBackend`."""
-        if engine.details.kernels == PLUGIN:
+        if engine.details.kernels in _OURS:
             plugin.register(self.load(), bundle, probe())
 
     @contextlib.contextmanager

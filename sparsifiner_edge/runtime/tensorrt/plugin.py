@@ -13,6 +13,7 @@ import types
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import msgspec
 import onnx
 
 from sparsifiner_edge.bundle.engines import BatchRange
@@ -69,13 +70,23 @@ def register(trt: Any, bundle: Bundle, device: CudaDevice) -> None:
         plugin_v3.register(trt, bundle, _capability(device))
 
 
+def dense_layers(bundle: Bundle, device: CudaDevice) -> tuple[str, ...]:
+    """Nodes of sparse attention that the kernels' table for a device says are faster dense, where not all are."""
+    table = read_table(bundle, _capability(device))
+    if table is None:
+        return ()
+    sparse = {node for node, parts in table.nodes.items() if table.launches[parts[-1].launch].kernel == "attend"}
+    return table.dense if sparse - set(table.dense) else ()
+
+
 def _capability(device: CudaDevice) -> int:
     """As files are named by it: 87 of "8.7"."""
     return int(device.compute_capability.replace(".", ""))
 
 
 def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaDevice) -> onnx.ModelProto:
-    """Register the plugins of a bundle for a device, where `why_not` has no reason; returns its model that uses them.
+    """Register the plugins of a bundle for a device, where `why_not` has no reason; returns its model that uses them;
+    or of the model with dense attention in some layers what is left.
 
     Raises:
         ArtifactError: the table does not fit the model.
@@ -83,6 +94,13 @@ def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaD
     table = read_table(bundle, _capability(device))
     assert table is not None
     register(trt, bundle, device)
+    if any(node.name in table.dense and node.op_type != "SparseAttention" for node in model.graph.node):
+        here = {node.name for node in model.graph.node} - set(table.dense)
+        here |= {tensor.name for tensor in model.graph.initializer}
+        table = msgspec.structs.replace(
+            table, nodes={node: parts for node, parts in table.nodes.items() if node in here},
+            float32={name: origin for name, origin in table.float32.items() if origin in here},
+        )  # fmt: skip
     rewritten: onnx.ModelProto = kernel_model(model, table)
     if is_in_python(trt):
         return rewritten

@@ -10,12 +10,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import BODIES, DENSE, Engine
+from sparsifiner_edge.bundle.engines import BODIES, Engine
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.runtime.backend import import_package
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, has_sparse_attention
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, baselines
 
 ARCHITECTURES = {"8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}
 """Compute capability -> its name in `tensorrt_rtx.ComputeCapability`."""
@@ -46,11 +46,11 @@ class TensorRtRtx(TensorRtBackend):
 
     def variants(self, bundle: Bundle, engine: Engine) -> dict[str, str | None]:
         """See `TensorRtBackend`; where the engine's GPU is not here nothing can be compared."""
-        if self.execution.kernels == "portable" or not has_sparse_attention(bundle):
+        if self.execution.kernels == "portable":
             return {BODIES: None}
         why = self.why_not_here(engine)
         how = "nothing can be timed here ({}); on a machine with that GPU build compares the two"
-        return {BODIES: None, DENSE: why and how.format(why.rstrip("."))}
+        return {BODIES: None} | dict.fromkeys(baselines(bundle), why and how.format(why.rstrip(".")))
 
     @contextlib.contextmanager
     def configure(self, trt: Any, config: Any, engine: Engine) -> Iterator[str]:

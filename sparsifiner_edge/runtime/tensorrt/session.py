@@ -13,7 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bundle.engines import DENSE, PLUGIN, Engine
+from sparsifiner_edge.bundle.engines import BASELINES, DENSE, MIXED, PLUGIN, UNMERGED, Engine
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import precision_text
@@ -23,7 +23,10 @@ from sparsifiner_edge.runtime.tensorrt.errors import make_logger, run_error
 
 Shape = tuple[int, ...]
 _AGAIN = "Build the engine again on this machine."
-_KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
+_KERNELS = {
+    PLUGIN: "CUDA kernels, as a plugin", MIXED: "CUDA kernels, as a plugin, and dense attention in some layers",
+    DENSE: "dense attention", UNMERGED: "dense attention, and nothing merges",
+}  # fmt: skip
 
 
 class EngineSession(Session):
@@ -54,7 +57,7 @@ class EngineSession(Session):
         start = time.perf_counter_ns()
         self.backend = engine.backend
         self._trt, self.model, self._messages = trt, path, make_logger(trt)
-        self.least_batch, self.in_place_of_sparse = engine.batch.least, engine.details.kernels == DENSE
+        self.least_batch, self.in_place_of_sparse = engine.batch.least, engine.details.kernels in BASELINES
         self._bound: Mapping[str, Shape] = {}
         self._runs = 0
         self._launch: Callable[[], None] | None = None

@@ -1,0 +1,92 @@
+"""`bisect_layers`: the layer at which an engine leaves the file that it is built from.
+
+The outputs of all layers are made outputs of a copy of the file. An engine of it and ONNX Runtime run the golden input.
+That engine is thrown away: other outputs may be other kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from sparsifiner_edge.bundle.engines import BODIES, BatchRange, Details
+from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.execution import Execution
+from sparsifiner_edge.metrics import agreement
+from sparsifiner_edge.runtime.child import serve, start_child
+from sparsifiner_edge.runtime.golden import read_golden
+from sparsifiner_edge.runtime.onnxruntime import inference_session, session_options
+from sparsifiner_edge.runtime.open import find_backend
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
+from sparsifiner_edge.runtime.tensorrt.session import EngineSession
+
+_FIX = "Build without --bisect; give it longer with --timeout."
+
+
+class LayerAgreement(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer's output in an engine beside ONNX Runtime's.
+
+    Attributes:
+        layer: as its nodes are named, such as "blocks.3". error: greatest difference, over the output's range.
+        tolerance: of the bundle. cosine: mean of the rows'.
+    """
+
+    layer: str
+    error: float
+    tolerance: float
+    cosine: float
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the layer leaves the tolerance."""
+        return not self.error <= self.tolerance
+
+
+def bisect_layers(bundle: str | Path, backend: str, *, timeout_s: float = 1800.0) -> list[LayerAgreement]:
+    """Every layer of a bundle, in order, as an engine of function bodies for this machine's GPU computes it.
+
+    Raises:
+        SparsifinerError: the engine cannot be built or run here.
+
+    Example:
+        >>> [layer.layer for layer in bisect_layers("bundle", "tensorrt") if layer.beyond]
+        []
+    """
+    with start_child(__name__, f"The builder of {backend}", _FIX) as child:
+        folder = str(open_bundle(Path(bundle)).folder.resolve())
+        return child.ask("bisect", timeout_s, list[LayerAgreement], folder=folder, backend=backend)
+
+
+def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
+    builder, bundle = find_backend(Execution(backend=backend)), open_bundle(Path(folder))
+    if not isinstance(builder, TensorRtBackend):
+        raise ConfigError(f"{backend} builds no engine.", "Choose --backend tensorrt or tensorrt-rtx.")
+    inputs, _ = read_golden(bundle)
+    size = len(next(iter(inputs.values())))
+    (engine,) = builder.engines_to_build(bundle, (), BatchRange(size, size, size))
+    if why := builder.why_not_here(engine):
+        raise BackendError(f"Its layers cannot be run: {why}", "Run it on the machine that the engine is for.")
+    model, layers = bundle.model(), dict[str, str]()
+    known = {value.name: value for value in model.graph.value_info}
+    for node in model.graph.node:
+        if (match := re.match(r"(?:[a-z_]+\.)*\d+(?=\.)", node.name)) and node.output[0] in known:
+            layers[match[0]] = node.output[0]  # The last of each.
+    own = {output.name for output in model.graph.output}
+    model.graph.output.extend(known[name] for name in dict.fromkeys(layers.values()) if name not in own)
+    content = builder.compile(model, msgspec.structs.replace(engine, details=Details(kernels=BODIES)), bundle)
+    with EngineSession(builder.load(), bundle.folder, content, engine, bundle.manifest) as session:
+        got = session.infer(inputs)
+    reference, names = inference_session(model.SerializeToString(), session_options(), None, folder), [*layers.values()]
+    tolerance = max(bundle.manifest.tolerances.values(), default=0.0)
+    rows = []
+    for layer, wanted in zip(layers, reference.run(names, inputs), strict=True):
+        found = agreement(layer, got[layers[layer]], wanted, tolerance)
+        rows.append(LayerAgreement(layer=layer, error=found.error, tolerance=tolerance, cosine=found.mean))
+    return rows
+
+
+if __name__ == "__main__":
+    serve({"bisect": _bisect})
