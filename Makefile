@@ -142,4 +142,7 @@ $(VENV)/.everything: $(VENV)/.photographs
 	{ /usr/bin/python3 -m venv --system-site-packages $(VENV)/gstreamer && \
 	  $(VENV)/gstreamer/bin/python -m pip install --quiet click cryptography msgspec numpy onnx onnxruntime pillow rich; } \
 	  || echo "The system has no Python with venv: tests of the GStreamer element are left out."
+	# The assembler of CUDA 12.6, whose driver JetPack 6 has: it allots registers otherwise than Triton's.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/cuda-12.6 'nvidia-cuda-nvcc-cu12==12.6.*' \
+	  || echo "CUDA 12.6's assembler cannot be installed: its tests are left out."
 	@touch $@

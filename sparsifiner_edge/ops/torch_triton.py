@@ -49,8 +49,10 @@ def triton_layer(
 
 
 def _runs(name: str, attributes: Attributes, x: Tensor, *others: Tensor) -> bool:
-    """Others: what follows x and the sizes."""
-    return not why_not_triton(name, attributes, (x.shape, x.shape[:2], *(y.shape for y in others)), x)
+    """Others: what follows x and the sizes. Tensors of several devices are for PyTorch to refuse."""
+    return all(y.device == x.device for y in others) and not why_not_triton(
+        name, attributes, (x.shape, x.shape[:2], *(y.shape for y in others)), x
+    )
 
 
 def _needs_gradient(x: Tensor) -> bool:

@@ -76,10 +76,11 @@ def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
             layers[match[0]] = node.output[0]  # The last of each.
     own = {output.name for output in model.graph.output}
     model.graph.output.extend(known[name] for name in dict.fromkeys(layers.values()) if name not in own)
+    file = model.SerializeToString()
     content = builder.compile(model, msgspec.structs.replace(engine, details=Details(kernels=BODIES)), bundle)
     with EngineSession(builder.load(), bundle.folder, content, engine, bundle.manifest) as session:
         got = session.infer(inputs)
-    reference, names = inference_session(model.SerializeToString(), session_options(), None, folder), [*layers.values()]
+    reference, names = inference_session(file, session_options(), None, folder), [*layers.values()]
     tolerance = max(bundle.manifest.tolerances.values(), default=0.0)
     rows = []
     for layer, wanted in zip(layers, reference.run(names, inputs), strict=True):

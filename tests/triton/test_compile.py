@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch, compile_schedule, resources
 from sparsifiner_edge.ops.triton.schedule import Schedule, refusals
 from sparsifiner_edge.ops.triton.schedule_layer import schedule_layer
-from sparsifiner_edge.ops.triton.schedule_merge import schedule_match, schedule_merge
+from sparsifiner_edge.ops.triton.schedule_merge import schedule_merge, schedule_merging
 from tests.everything import first
 
 PATCHES, HEADS, KEYS = 1024, 6, 103
@@ -27,6 +28,9 @@ LAYERS: list[tuple[int, dict[str, Any]]] = [
 """Capability, and what differs: without prefix, over merged tokens, with many tiles to a program."""
 
 
+MATCH = {"num_heads": 6, "num_prefix": 1, "window": 16, "merged": 160}
+
+
 @pytest.fixture(autouse=True)
 def _compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -35,9 +39,10 @@ def _compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 def layer(dtype: str = "float16", width: int = 64, tile: int = 16, **changes: Any) -> Schedule:
     """A layer over 1024 patches; `merged`, `batch` and `prefix` are changes beside those of its attributes."""
     settings = {"prefix": 1, "merged": False, "batch": 1, "probe": 8, **changes}
+    cell = settings.pop("cell", 41)
     qkv = (settings["batch"], PATCHES + settings["prefix"], 3 * HEADS * width)
     a: dict[str, Any] = {
-        "num_heads": HEADS, "num_prefix": settings["prefix"], "tile": tile, "cell": 41, "scale": width**-0.5,
+        "num_heads": HEADS, "num_prefix": settings["prefix"], "tile": tile, "cell": cell, "scale": width**-0.5,
         "probe": settings["probe"], "keys": KEYS, "value_power": 2.0,
     }  # fmt: skip
     shapes = [qkv, *([qkv[:2]] if settings["merged"] else []), *[(HEADS, width, 24)] * 2]
@@ -78,9 +83,28 @@ def test_merging_compiles(capability: int, dtype: str, width: int, patches: int)
     shapes = [(1, tokens, 3 * HEADS * width), (1, tokens)]
     assert refusals("MatchTokens", a, shapes, dtype, capability) == []
     fewer = [(1, tokens, HEADS * width), (1, tokens), (1, tokens - merged, 2)]
-    for schedule in (schedule_match(shapes, a, dtype), schedule_merge(fewer, {}, dtype)):
+    both = schedule_merging([*shapes, fewer[0], (1, 2 * patches)], a, dtype)
+    for schedule in (both, schedule_merge(fewer, {}, dtype)):
         for made in compile_schedule(schedule, capability):
             fits(made)
+
+
+PTXAS = Path(sys.prefix) / "cuda-12.6" / "nvidia" / "cuda_nvcc" / "bin" / "ptxas"
+"""CUDA 12.6's: what JetPack 6's driver assembles with."""
+
+
+@pytest.mark.everything
+@pytest.mark.skipif(not PTXAS.is_file(), reason=f"CUDA 12.6's assembler is not installed: {PTXAS}")
+@pytest.mark.parametrize(("changes", "most"), [({}, 0), ({"cell": 34}, 36), ({"merged": True}, 0)], ids=str)
+def test_jetpack_6_assembles_without_spills_but_where_cells_are_most(changes: dict[str, Any], most: int) -> None:
+    """With 31 cells and the class token `attend` has no register left; what it spills is a few of a thread."""
+    merging = schedule_merging([(1, 1370, 1152), (1, 1370), (1, 1370, 384), (1, 1369)], MATCH, "float16")
+    for schedule in (layer(tile=64, **changes), *([merging] if changes.get("merged") else [])):
+        for made in compile_schedule(schedule, 87, 85):
+            PTXAS.chmod(0o755)  # As it is in a wheel that was unpacked into a folder.
+            registers, spilled = resources(made, PTXAS)
+            assert 0 < registers <= 255
+            assert spilled <= (most if made.launch.kernel == "attend" else 0), (made.launch.kernel, registers, spilled)
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

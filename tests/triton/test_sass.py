@@ -5,6 +5,7 @@ global memory meet at a barrier in between.
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
 from sparsifiner_edge.ops.triton.schedule import Schedule
-from sparsifiner_edge.ops.triton.schedule_merge import schedule_match
+from sparsifiner_edge.ops.triton.schedule_merge import schedule_merging
 from tests.everything import first
 from tests.triton.test_compile import layer
 
@@ -23,15 +24,46 @@ KINDS = {"STG": "store", "LDG": "load", "BAR": "barrier"}
 """Of instructions, by the beginning of their names. What fetches inputs into shared memory (LDGSTS) is none of them."""
 
 
-def accesses(made: Compiled, folder: Path) -> list[str]:
-    """Stores, loads and barriers in the order of the code, without repetitions."""
+MOST_CLOCKS = {
+    ("select", 87): 280, ("attend", 87): 680, ("select", 90): 270, ("attend", 90): 570, ("select", 120): 300,
+    ("attend", 120): 1180,
+}  # fmt: skip
+"""Of the longest loop that multiplies matrices, as compiled when this was written and a twentieth more."""
+
+
+def disassembled(made: Compiled, folder: Path, *options: str) -> list[str]:
+    """Lines of machine code."""
     import triton.backends.nvidia
 
     (folder / "code.cubin").write_bytes(made.cubin)
     program = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
-    done = subprocess.run([program, "-c", folder / "code.cubin"], capture_output=True, text=True, check=True)
+    line = [program, *options, "-c", folder / "code.cubin"]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def loops(lines: list[str]) -> list[tuple[list[str], int]]:
+    """Instructions of each loop, and the clocks that the assembler has a warp wait between them, which stand in the
+    control bits of every instruction (bits 105 to 108): a floor, for what waits for memory comes on top.
+    """
+    code: list[tuple[str, int]] = []
+    labels, text = dict[str, int](), ""
+    for line in lines:
+        if match := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[match[1]] = len(code)
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,6}\*/\s+(.*?)\s*;\s*/\* 0x", line):
+            text = match[1]
+        elif (match := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/", line)) and text:
+            code.append((text, int(match[1], 16) >> 41 & 15))
+            text = ""
+    ends = [(re.search(r"BRA.*(\.L_x_\d+)", text), number) for number, (text, _) in enumerate(code)]
+    bodies = [code[labels[match[1]] : number + 1] for match, number in ends if match and labels[match[1]] <= number]
+    return [([name for name, _ in body], sum(clocks for _, clocks in body)) for body in bodies]
+
+
+def accesses(made: Compiled, folder: Path) -> list[str]:
+    """Stores, loads and barriers in the order of the code, without repetitions."""
     found = []
-    for line in done.stdout.splitlines():
+    for line in disassembled(made, folder):
         _, _, text = line.partition("*/")
         words = [word for word in text.split() if not word.startswith("@")]
         name = words[0].split(".")[0].rstrip(";") if words else ""
@@ -43,7 +75,7 @@ def accesses(made: Compiled, folder: Path) -> list[str]:
 def matching() -> Schedule:
     """Of an image of 518 px."""
     a: dict[str, Any] = {"num_heads": 6, "num_prefix": 1, "window": 16, "merged": 160}
-    return schedule_match([(1, 1370, 3 * 6 * 64), (1, 1370)], a, "float16")
+    return schedule_merging([(1, 1370, 3 * 6 * 64), (1, 1370), (1, 1370, 384), (1, 1369)], a, "float16")
 
 
 @pytest.mark.parametrize("capability", first([87, 90, 120]))
@@ -60,12 +92,28 @@ def test_what_threads_of_a_block_share_is_behind_a_barrier(
     stores: int | None,
     capability: int,
 ) -> None:
-    """`pairs` reads again which tokens are chosen and free; `select` its scores, and later nothing that it wrote."""
+    """`pairs` reads again which tokens are chosen and free, and its pairs; `select` its scores. Behind the last barrier
+    neither reads what it wrote.
+    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     launch = next(each for each in schedule.launches if each.kernel == kernel)
     found = accesses(compile_launch(schedule, launch, capability), tmp_path)
-    places = [place for place, kind in enumerate(found) if kind == "store"][:stores]
+    last = len(found) - found[::-1].index("barrier")
+    places = [place for place, kind in enumerate(found[:last]) if kind == "store"][:stores]
     assert places
     for place in places:
         behind = found[place + 1 :]
         assert not behind or behind[0] == "barrier" or "load" not in behind, (kernel, found[place - 2 :][:6])
+
+
+@pytest.mark.parametrize("capability", first([87, 90, 120]))
+@pytest.mark.parametrize("kernel", ["select", "attend"])
+def test_loops_that_multiply_take_no_more_clocks_than_they_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, capability: int
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    schedule = layer(tile=64)
+    launch = next(each for each in schedule.launches if each.kernel == kernel)
+    found = loops(disassembled(compile_launch(schedule, launch, capability), tmp_path, "-hex"))
+    clocks = [clocks for body, clocks in found if any("MMA" in text for text in body)]
+    assert MOST_CLOCKS[kernel, capability] / 1.2 < max(clocks) <= MOST_CLOCKS[kernel, capability]

@@ -24,6 +24,8 @@ BROKEN = tl.constexpr(-1e30)
 """How alike tokens are at least, and what NaN counts as."""
 NOBODY = tl.constexpr(-3e30)
 """Less than that."""
+AT_ONCE = tl.constexpr(512)
+"""Pairs that are read again together."""
 TOGETHER = tl.constexpr(4)
 """Heads whose keys are loaded at once."""
 
@@ -171,10 +173,12 @@ def pairs_kernel(
     for start in range(0, 2 * prefix, block):
         tl.store(pairs + start + n, (start + n) // 2, mask=start + n < 2 * prefix)
     if after is not None:
-        after += image * patches - prefix
-        tl.store(after + even, even - gone - prefix, mask=stays)
-        tl.store(after + odd, odd - gone - prefix, mask=n < sought)
-        tl.store(after + prefix + 2 * second, odd - gone - prefix, mask=wins)
+        tl.debug_barrier()  # Read again: as much at once as above would not fit into registers.
+        for start in range(prefix, tokens - merged, AT_ONCE):
+            row = start + tl.arange(0, AT_ONCE)
+            for side in tl.static_range(2):
+                token = tl.load(pairs + 2 * row + side, mask=row < tokens - merged, other=prefix)
+                tl.store(after + image * patches + token - prefix, row - prefix, mask=row < tokens - merged)
 
 
 @triton.jit
