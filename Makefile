@@ -96,10 +96,13 @@ $(VENV)/.native: | $(VENV)/bin/python
 
 # Where the package index serves CUDA builds of torch, this downloads some gigabytes once.
 $(VENV)/.demo: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
+	# First: its operators are built for the OpenVINO that is there.
+	$(BIN)/python -m pip install --quiet 'openvino>=2025.0'
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet 'openvino>=2025.0'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# The oldest runtime that exported files must load in, beside the current one; a test runs them in it.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/onnxruntime-1.21 'onnxruntime==1.21.*'

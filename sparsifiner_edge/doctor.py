@@ -105,7 +105,9 @@ def _loads(execution: Execution, device: Known[CudaDevice]) -> State:
     except SparsifinerError as error:
         return State(False, f"{error.what} {error.fix}", package_version(execution.backend))
     if execution.provider != "cuda":
-        return State(True, "imports, and runs on the processor", version)
+        slower = execution.backend == "openvino" and native.library_path() and not native.openvino_extension()
+        how = "; operators are called from Python: to build them for it, install this package again" if slower else ""
+        return State(True, f"imports, and runs on the processor{how}", version)
     if isinstance(device, Unavailable):
         return State(False, f"is built in, and {device.why}", version)
     return State(True, "is built in; a fallback, which runs function bodies and not the CUDA kernels", version)

@@ -4,7 +4,9 @@ every kind of student in its graph, plain and int8, in fp32 and bf16.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.resources
 import os
 import subprocess
 import sys
@@ -16,14 +18,18 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx.parser
 import pytest
 
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.doctor import examine
 from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.machine import has_int8_products
-from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops import native, reference
+from sparsifiner_edge.ops.native.interface import Operators
+from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.runtime import openvino as session_module
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import session_on
@@ -341,6 +347,55 @@ def test_runs_of_several_threads_take_turns(bundles: Bundles) -> None:
     with pytest.raises(BackendError, match="is closed"):
         session.infer({"image": images[0]})
     session.close()
+
+
+@pytest.mark.parametrize("name", first(["edge", "int8", "any batch"]))
+def test_without_an_extension_for_this_openvino_python_calls_the_operators(
+    bundles: Bundles, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (1, 160, 160, 3), dtype=np.uint8)
+    with flat.open_session(bundles(name), "openvino", threads=2) as session:
+        wanted = session.infer({"image": image})
+        assert session.description.kernels == f"native, {native.target()}"
+    monkeypatch.setattr(native, "openvino_extension", lambda: None)
+    with flat.open_session(bundles(name), "openvino", threads=2) as session:
+        got = session.infer({"image": image})
+        assert session.description.kernels == f"native, {native.target()}, called from Python"
+    assert all((got[output] == value).all() for output, value in wanted.items())
+    assert "called from Python" in examine().backends["openvino"].reason
+
+
+def test_an_extension_is_of_one_openvino_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = native.openvino_extension()
+    assert found is not None, "built with this package, where OpenVINO was there before"
+    (tmp_path / found.name).write_bytes(found.read_bytes()[:-1000])
+    monkeypatch.setattr(importlib.resources, "files", lambda _: tmp_path)
+    assert native.openvino_extension() is None, "cut short"
+    (tmp_path / found.name).write_bytes(found.read_bytes())
+    assert native.openvino_extension() == tmp_path / found.name
+    (tmp_path / found.name).rename(tmp_path / "libsparsifiner_openvino.1.so")
+    assert native.openvino_extension() is None, "of another version"
+
+
+def test_nodes_that_differ_in_an_attribute_are_two_and_a_file_cannot_say_what_runs_them() -> None:
+    """OpenVINO takes nodes alike for one. An address in a file would be one to jump to."""
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20, "{DOMAIN}": {VERSION}]>
+        two (float[1, 9, 24] qkv, float[1, 9] sizes) => (float[1, 9, 8] soft, float[1, 9, 8] sharp) {{
+            soft = {DOMAIN}.DenseAttention <num_heads = 1, scale = 0.1, threads = 7> (qkv, sizes)
+            sharp = {DOMAIN}.DenseAttention <num_heads = 1, scale = 2.0, threads = 7> (qkv, sizes)
+        }}""")
+    qkv, sizes = np.random.default_rng(0).normal(size=(1, 9, 24)).astype(np.float32), np.ones((1, 9), np.float32)
+    with contextlib.closing(Operators(1)) as operators:
+        session_module.bind(model, ["DenseAttention"], operators)
+        core = import_openvino().Core()
+        core.add_extension(str(native.openvino_extension()))
+        read, exact = core.read_model(model.SerializeToString(), b""), {"INFERENCE_PRECISION_HINT": "f32"}
+        found = core.compile_model(read, "CPU", exact)
+        results = list(found([qkv, sizes]).values())
+    wanted = [reference.dense_attention(qkv, sizes, num_heads=1, scale=scale) for scale in (0.1, 2.0)]
+    for got, value in zip(results, wanted, strict=True):
+        np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_compiled_is_kept(bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

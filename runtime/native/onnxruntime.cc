@@ -5,13 +5,13 @@
 #include <onnxruntime_cxx_api.h>
 #undef ORT_API_MANUAL_INIT
 
-#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <new>
 
 #include "kernels.h"
+#include "operators.h"
 #include "scratch.h"
 #include "sparsifiner.h"
 #include "tensors.h"
@@ -57,150 +57,6 @@ class SessionCall {
   sparsifiner_call call_{};
 };
 
-int64_t Tiles(const sparsifiner_qkv& in, int64_t prefix, int64_t tile) { return (in.tokens - prefix + tile - 1) / tile; }
-
-// A kernel reads its attributes once; Compute may run on several threads at a time. Both return false on
-// failure; any cause but lack of memory is recorded in the Problem.
-struct DenseKernel {
-  bool Read(const Attributes& from) {
-    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
-  }
-
-  bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
-    sparsifiner_qkv in = qkv;
-    if (!tensors.Pack(&in)) return false;
-    return session->Fill(tensors, {in.batch, in.tokens, in.num_heads * in.width},
-                         [&](auto* call, auto to) { return sparsifiner_dense_attention(call, &in, to); });
-  }
-
-  sparsifiner_qkv qkv{};
-};
-
-// kHalves: the cache is of float16.
-template <bool kHalves>
-struct CachedKernel {
-  bool Read(const Attributes& from) {
-    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
-  }
-
-  bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
-    sparsifiner_qkv in = qkv;
-    sparsifiner_cache cache{};
-    cache.halves = kHalves;
-    Shape rows, counts;
-    if (!tensors.PackBare(&in) || !tensors.Input(1, &rows, &cache.cache) || !tensors.Input(2, &counts, &cache.counts)) {
-      return false;
-    }
-    cache.tokens = rows.rank == 3 ? rows.axes[1] : 0;
-    const Shape expected{3, {in.batch, cache.tokens, 2 * in.num_heads * in.width}};
-    if (rows.rank != 3 || !std::equal(expected.axes, expected.axes + 3, rows.axes) || counts.rank != 2 ||
-        !std::equal(expected.axes, expected.axes + 2, counts.axes)) {
-      return problem->Refuse("cache must have shape [B, S, 2 * num_heads * d] and counts [B, S], got %s and %s",
-                             Text(rows).text, Text(counts).text);
-    }
-    return session->Fill(tensors, {in.batch, in.tokens, in.num_heads * in.width},
-                         [&](auto* call, auto to) { return sparsifiner_cached_attention(call, &in, &cache, to); });
-  }
-
-  sparsifiner_qkv qkv{};
-};
-
-struct SparseKernel {
-  bool Read(const Attributes& from) {
-    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale) &&
-           from.Whole("num_prefix", 0, &settings.num_prefix) && from.Whole("tile", 1, &settings.tile) &&
-           from.Whole("cell", 0, &settings.cell) && from.Whole("prefix_keys", 0, &settings.prefix_keys);
-  }
-
-  bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
-    sparsifiner_qkv in = qkv;
-    sparsifiner_attend attend = settings;
-    Shape shape;
-    sparsifiner_ints indices{};
-    if (!tensors.Pack(&in) || !tensors.Input(2, &shape, &indices)) return false;
-    const Shape expected{3, {in.batch, in.num_heads, Tiles(in, settings.num_prefix, settings.tile)}};
-    attend.keys = shape.rank == 4 ? shape.axes[3] : 0;
-    // Where no patch is left there is no shape to expect, and the interface says so.
-    if (in.tokens > settings.num_prefix &&
-        (attend.keys < 1 || !std::equal(expected.axes, expected.axes + 3, shape.axes))) {
-      return problem->Refuse("indices must have shape %s and K, got %s", Text(expected).text, Text(shape).text);
-    }
-    return session->Fill(tensors, {in.batch, in.tokens, in.num_heads * in.width}, [&](auto* call, auto to) {
-      return sparsifiner_sparse_attention(call, &in, &attend, indices, to);
-    });
-  }
-
-  sparsifiner_qkv qkv{};
-  sparsifiner_attend settings{};
-};
-
-struct SelectKernel {
-  bool Read(const Attributes& from) {
-    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale) &&
-           from.Whole("num_prefix", 0, &settings.num_prefix) && from.Whole("probe", 1, &settings.probe) &&
-           from.Whole("tile", 1, &settings.tile) && from.Whole("cell", 0, &settings.cell) &&
-           from.Whole("keys", 1, &settings.keys) && from.Number("value_power", &settings.value_power);
-  }
-
-  bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
-    sparsifiner_qkv in = qkv;
-    sparsifiner_select select = settings;
-    Shape shape, other;
-    sparsifiner_floats proj_q{}, proj_k{};
-    if (!tensors.Pack(&in) || !tensors.Input(2, &shape, &proj_q) || !tensors.Input(3, &other, &proj_k)) return false;
-    if (shape.rank != 3 || other.rank != 3 || !std::equal(shape.axes, shape.axes + 3, other.axes) ||
-        shape.axes[0] != in.num_heads || shape.axes[1] != in.width || shape.axes[2] < 1) {
-      return problem->Refuse("proj_q and proj_k must have shape [num_heads, d, c], got %s and %s", Text(shape).text,
-                             Text(other).text);
-    }
-    select.channels = shape.axes[2];
-    const int64_t tiles = Tiles(in, settings.num_prefix, settings.tile);
-    return session->Fill(tensors, {in.batch, in.num_heads, tiles, settings.keys}, [&](auto* call, auto to) {
-      return sparsifiner_key_select(call, &in, &select, proj_q, proj_k, to);
-    });
-  }
-
-  sparsifiner_qkv qkv{};
-  sparsifiner_select settings{};
-};
-
-struct MatchKernel {
-  bool Read(const Attributes& from) {
-    qkv.scale = 1.0f;
-    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Whole("num_prefix", 0, &settings.num_prefix) &&
-           from.Whole("window", 2, &settings.window) && from.Whole("merged", 1, &settings.merged);
-  }
-
-  bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
-    sparsifiner_qkv in = qkv;
-    if (!tensors.Pack(&in)) return false;
-    return session->Fill(tensors, {in.batch, in.tokens - settings.merged, 2},
-                         [&](auto* call, auto to) { return sparsifiner_match_tokens(call, &in, &settings, to); });
-  }
-
-  sparsifiner_qkv qkv{};
-  sparsifiner_match settings{};
-};
-
-struct MergeKernel {
-  bool Read(const Attributes&) { return true; }
-
-  bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
-    sparsifiner_pairs in{};
-    Shape tokens, shape;
-    if (!tensors.Input(0, &tokens, &in.x)) return false;
-    if (tokens.rank != 3) return problem->Refuse("x must have shape [B, N, C], got %s", Text(tokens).text);
-    in.batch = tokens.axes[0], in.tokens = tokens.axes[1], in.channels = tokens.axes[2];
-    if (!tensors.Sizes(1, in.batch, in.tokens, &in.sizes) || !tensors.Input(2, &shape, &in.pairs)) return false;
-    if (shape.rank != 3 || shape.axes[0] != in.batch || shape.axes[2] != 2) {
-      return problem->Refuse("pairs must have shape [%" PRId64 ", M, 2], got %s", in.batch, Text(shape).text);
-    }
-    in.merged_tokens = shape.axes[1];
-    return session->Fill(tensors, {in.batch, in.merged_tokens, in.channels},
-                         [&](auto* call, auto to) { return sparsifiner_merge_tokens(call, &in, to); });
-  }
-};
-
 template <typename Kernel>
 struct Node : Allocated {
   Node(const char* operator_name, int32_t of_attention) : name(operator_name), precision(of_attention) {
@@ -214,7 +70,7 @@ struct Node : Allocated {
     Problem problem;
     SessionCall session(context, &problem, precision);
     // Keeps an earlier problem; failing without one means that memory ran out.
-    if (!kernel.Compute(Tensors(context, &problem), &problem, &session)) problem.OutOfMemory();
+    if (!kernel.Compute(Tensors(context, &problem), &session)) problem.OutOfMemory();
     return problem.StatusOrThrow(name);
   }
 
@@ -292,9 +148,9 @@ class Domain {
   const Operator<SelectKernel> select_{"KeySelect", 4, kFloat, kInt, precision_};
   const Operator<SparseKernel> sparse_{"SparseAttention", 3, kInt, kFloat, precision_};
   const Operator<DenseKernel> dense_{"DenseAttention", 2, kFloat, kFloat, precision_};
-  const Operator<CachedKernel<false>> cached_{"CachedAttention", 3, kFloat, kFloat, precision_};
-  const Operator<CachedKernel<true>> cached_halves_{"CachedAttention", 3, kFloat, kFloat, precision_,
-                                                    ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
+  const Operator<CachedKernel> cached_{"CachedAttention", 3, kFloat, kFloat, precision_};
+  const Operator<CachedKernel> cached_halves_{"CachedAttention", 3, kFloat, kFloat, precision_,
+                                              ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
   const Operator<MatchKernel> match_{"MatchTokens", 2, kFloat, kInt, precision_};
   const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat, precision_};
   std::atomic<OrtCustomOpDomain*> domain_{nullptr};

@@ -9,18 +9,16 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
-#include <cinttypes>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <new>
 
+#include "operators.h"
 #include "sparsifiner.h"
 
 namespace sparsifiner {
-
-inline constexpr int64_t kMost = int64_t{1} << 31;  // no size of a tensor or attribute reaches this
 
 // What went wrong, if anything did. The text is made where it is found, and only then.
 class Problem {
@@ -75,24 +73,6 @@ class Problem {
   char text_[512];
 };
 
-struct Shape {
-  static constexpr size_t kAxes = 8;
-  size_t rank = 0;
-  int64_t axes[kAxes] = {};
-};
-
-struct Text {
-  explicit Text(const Shape& shape) {
-    size_t end = static_cast<size_t>(std::snprintf(text, sizeof(text), "["));
-    for (size_t i = 0; i < std::min(shape.rank, Shape::kAxes); ++i) {
-      end += static_cast<size_t>(
-          std::snprintf(text + end, sizeof(text) - end, "%s%" PRId64, i ? ", " : "", shape.axes[i]));
-    }
-    std::snprintf(text + end, sizeof(text) - end, shape.rank > Shape::kAxes ? ", ...]" : "]");
-  }
-  char text[24 * Shape::kAxes];
-};
-
 // Attributes of a node.
 class Attributes {
  public:
@@ -115,9 +95,11 @@ class Attributes {
 };
 
 // A call's inputs and outputs.
-class Tensors {
+class Tensors : public Packing<Tensors> {
  public:
   Tensors(OrtKernelContext* context, Problem* problem) : context_(context), problem_(problem) {}
+
+  Problem* problem() const { return problem_; }
 
   // Tensor: sparsifiner_floats or sparsifiner_ints, whatever the input is.
   template <typename Tensor>
@@ -141,6 +123,19 @@ class Tensors {
     return counted;
   }
 
+  // Whether an input is of float16.
+  bool IsHalf(size_t index) const {
+    const OrtApi& api = Ort::GetApi();
+    const OrtValue* value = nullptr;
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    if (!problem_->Check(api.KernelContext_GetInput(context_, index, &value)) || value == nullptr) return false;
+    if (!problem_->Check(api.GetTensorTypeAndShape(value, &info)) || info == nullptr) return false;
+    problem_->Check(api.GetTensorElementType(info, &type));
+    api.ReleaseTensorTypeAndShapeInfo(info);
+    return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+  }
+
   // Of elements of four bytes.
   template <size_t kRank>
   bool Output(const int64_t (&axes)[kRank], sparsifiner_output* output) const {
@@ -161,35 +156,6 @@ class Tensors {
     output->data = data == nullptr ? &nothing : data;
     output->count = static_cast<int64_t>(bytes / 4);
     return true;
-  }
-
-  // Packed queries, keys and values, of as many heads as `in` has, and the sizes of their tokens.
-  bool Pack(sparsifiner_qkv* in) const { return PackBare(in) && Sizes(1, in->batch, in->tokens, &in->sizes); }
-
-  // The same without sizes.
-  bool PackBare(sparsifiner_qkv* in) const {
-    Shape shape;
-    if (!Input(0, &shape, &in->qkv)) return false;
-    const int64_t* axes = shape.axes;
-    if (shape.rank != 3 || axes[2] <= 0 || axes[2] % (3 * in->num_heads) != 0) {
-      return problem_->Refuse("qkv must have shape [B, N, 3 * num_heads * d], got %s", Text(shape).text);
-    }
-    int64_t places = 0;
-    if (axes[1] >= kMost || __builtin_mul_overflow(axes[1], axes[2], &places) || places > int64_t{UINT32_MAX}) {
-      return problem_->Refuse("qkv of shape %s is too large for 32-bit places", Text(shape).text);
-    }
-    in->batch = axes[0];
-    in->tokens = axes[1];
-    in->width = axes[2] / (3 * in->num_heads);
-    return true;
-  }
-
-  bool Sizes(size_t index, int64_t batch, int64_t tokens, sparsifiner_floats* sizes) const {
-    Shape shape;
-    if (!Input(index, &shape, sizes)) return false;
-    if (shape.rank == 2 && shape.axes[0] == batch && shape.axes[1] == tokens) return true;
-    return problem_->Refuse("sizes must have shape [%" PRId64 ", %" PRId64 "], got %s", batch, tokens,
-                            Text(shape).text);
   }
 
  private:

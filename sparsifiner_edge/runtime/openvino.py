@@ -1,9 +1,9 @@
-"""OpenVINO as a backend: on the processor, with the native library's operators as Python ops in its graph.
+"""OpenVINO as a backend: on the processor, with the native library's operators as ops in its graph.
 
 OpenVINO's ONNX frontend knows no local functions, but it maps nodes of a foreign domain to ops that are registered with
-it, once their bodies are taken out of the file. All other layers run in OpenVINO's own kernels, in whatever precision;
-these ops get and give float32, since that is all that the graph hands to an op in Python. OpenVINO's threads wait while
-one runs, on threads of the library's own.
+it, once their bodies are taken out of the file: those of an extension of ours, where it was built for this OpenVINO,
+else ops in Python. All other layers run in OpenVINO's own kernels, in whatever precision; these ops get and give
+float32. OpenVINO's threads wait while one runs, on threads of the library's own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.execution import Execution, precision_text
 from sparsifiner_edge.machine import has_int8_products
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators, require_valid
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
@@ -98,6 +99,7 @@ class _OpenVinoSession(Session):
             what = f"OpenVINO runs {ours[0]} in no fp16."
             raise BackendError(what, "Leave --precision out, or take bf16.")
         self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
+        self._extension = native.openvino_extension()
         start = time.perf_counter_ns()
         try:
             with _preserve_signal_stack():
@@ -119,7 +121,7 @@ class _OpenVinoSession(Session):
             provider="CPU",
             device="CPU",
             precision=ran,
-            kernels=file.text(attention),
+            kernels=file.text(attention) + (", called from Python" if ours and not self._extension else ""),
             threads=threads,
         )
 
@@ -133,11 +135,15 @@ class _OpenVinoSession(Session):
         }
         if self._spread:
             settings["LP_TRANSFORMS_MODE"] = "NO"
-        if self._operators is not None:
+        content = without_bodies(graph, ours)
+        if self._operators is not None and self._extension is not None:
+            core.add_extension(str(self._extension))
+            bind(content, ours, self._operators)
+        elif self._operators is not None:
             frontend = import_package("openvino.frontend.onnx", "openvino", "openvino", "Reinstall openvino.")
             for extension in converters(openvino, frontend, ours, self._operators):
                 core.add_extension(extension)
-        model = core.read_model(without_bodies(graph, ours).SerializeToString(), b"")
+        model = core.read_model(content.SerializeToString(), b"")
         return core.compile_model(model, "CPU", settings)
 
     def _precision(self, wanted: str, stored: str | None) -> str:
@@ -193,6 +199,17 @@ def _preserve_signal_stack() -> Iterator[None]:
         yield
     finally:
         libc.sigaltstack(before, None)
+
+
+def bind(model: Any, names: Sequence[str], operators: Operators) -> None:
+    """Tell a file's nodes what runs them, as the extension reads it; whatever the file says of that is left out."""
+    import onnx
+
+    told = {"threads": operators.pool, "precision": int(operators.precision == "bfloat16")}
+    for node in (node for node in model.graph.node if node.domain == DOMAIN and node.op_type in names):
+        own = [attribute for attribute in node.attribute if attribute.name not in told]
+        del node.attribute[:]
+        node.attribute.extend([*own, *(onnx.helper.make_attribute(name, value) for name, value in told.items())])
 
 
 def converters(openvino: Any, frontend: Any, names: Sequence[str], operators: Operators) -> list[Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import pytest
@@ -20,7 +21,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.native import interface
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import OPERATORS
-from sparsifiner_edge.runtime.openvino import converters
+from sparsifiner_edge.runtime.openvino import bind, converters
 from tests.ops.matrix import cases, feed, one_node, output_type
 
 LEAST: dict[str, dict[str, Any]] = {
@@ -93,6 +94,15 @@ def in_openvino(op: str, attributes: dict[str, Any], inputs: list[np.ndarray]) -
         core.compile_model(core.read_model(one_node(op, attributes, inputs), b""), "CPU")(inputs)
 
 
+def in_an_extension(op: str, attributes: dict[str, Any], inputs: list[np.ndarray]) -> None:
+    with contextlib.closing(Operators(2)) as operators:
+        core = openvino.Core()
+        core.add_extension(str(native.openvino_extension()))
+        model = onnx.load_from_string(one_node(op, attributes, inputs))
+        bind(model, [op], operators)
+        core.compile_model(core.read_model(model.SerializeToString(), b""), "CPU")(inputs)
+
+
 def by_name(op: str, attributes: dict[str, Any], inputs: list[np.ndarray]) -> None:
     """By the bindings of the C interface, into room for as much as the first input has."""
     output = np.zeros(max(inputs[0].size, 64), np.int32 if OPERATORS[op].output.dtypes == ("int32",) else np.float32)
@@ -100,7 +110,7 @@ def by_name(op: str, attributes: dict[str, Any], inputs: list[np.ndarray]) -> No
         operators.run(op, attributes, inputs, output)
 
 
-@pytest.mark.parametrize("run", [in_onnxruntime, in_openvino, by_name])
+@pytest.mark.parametrize("run", [in_onnxruntime, in_openvino, in_an_extension, by_name])
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_shapes_that_do_not_fit_are_refused(run: Callable[..., None], row: tuple[str, Any, Any]) -> None:
     op, shapes, changes = row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -126,7 +127,10 @@ def test_a_board_is_estimated_and_its_page_says_so(folder: Path, tiny_weights: P
     assert (answer.backend, answer.stored, answer.computes) == ("jetson-orin-nano-8gb", "fp16", "auto")
     assert "not measured" in answer.ms.interval
     # What `estimate` says of the bundle, which counts every layer by itself.
-    said = estimate_bundle(out / "bundle", board["board"], precision="fp16").statistics.latency_ms
+    estimate = estimate_bundle(out / "bundle", board["board"], precision="fp16")
+    said = estimate.statistics.latency_ms
+    if importlib.util.find_spec("triton"):
+        assert estimate.method.kernels == "native", "it carries kernels for the board"
     assert answer.ms.value == pytest.approx(said.value)
     assert answer.predicted_ms == pytest.approx(answer.ms.value, rel=0.1)
     assert any("Dense is faster here" in remark for remark in within.statistics.remarks)

@@ -4,9 +4,11 @@ Highway and ONNX Runtime's headers are found. Without it the operators run as fu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.resources
+import importlib.util
 import os
 import struct
 from pathlib import Path
@@ -28,6 +30,22 @@ def library_path() -> Path | None:
     """The library's file, or None where it was not built."""
     path = Path(str(importlib.resources.files("sparsifiner_edge.ops.native").joinpath(_FILE)))
     return path if path.is_file() else None
+
+
+def openvino_extension() -> Path | None:
+    """The operators as an extension of the OpenVINO that is installed, or None where there is no whole one for it: the
+    name of OpenVINO's library says which versions fit.
+    """
+    found = importlib.util.find_spec("openvino")
+    folders = () if found is None else found.submodule_search_locations or ()
+    versions = [path.suffix for folder in folders for path in (Path(folder) / "libs").glob("libopenvino.so.*")]
+    own = importlib.resources.files("sparsifiner_edge.ops.native")
+    for version in versions:
+        path = Path(str(own.joinpath(f"libsparsifiner_openvino{version}.so")))
+        with contextlib.suppress(OSError):
+            _require_whole(path)
+            return path
+    return None
 
 
 def why_unusable() -> str | None:

@@ -1,0 +1,269 @@
+// The operators as nodes of OpenVINO's graphs, for Core::add_extension: the calls of the C interface (sparsifiner.h) on the
+// library's own threads, in whose place OpenVINO's wait.
+//
+// Which threads, and what attention's products are computed in, a node is told by two attributes that the process adds to
+// the file once it is read: `threads`, the address of a sparsifiner_pool, and `precision`.
+
+#include <cmath>
+#include <cstdarg>
+#include <memory>
+#include <openvino/core/except.hpp>
+#include <openvino/frontend/onnx/extension/conversion.hpp>
+#include <openvino/op/op.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "operators.h"
+#include "sparsifiner.h"
+
+namespace sparsifiner {
+namespace {
+
+using Values = std::vector<std::pair<std::string, double>>;
+
+// The first thing that went wrong.
+class Problem {
+ public:
+  [[gnu::format(printf, 2, 3)]] bool Refuse(const char* format, ...) {
+    if (!text_.empty()) return false;
+    char text[512];
+    va_list values;
+    va_start(values, format);
+    std::vsnprintf(text, sizeof(text), format, values);
+    va_end(values);
+    text_ = text;
+    return false;
+  }
+
+  // Throws it, or what to say where there is none.
+  [[noreturn]] void Throw(const char* name) const {
+    OPENVINO_THROW("sparsifiner::", name, ": ", text_.empty() ? "out of memory" : text_);
+  }
+
+ private:
+  std::string text_;
+};
+
+// Attributes of a node in a file, which are kept to tell nodes apart.
+class Attributes {
+ public:
+  Attributes(const ov::frontend::NodeContext& node, Problem* problem, Values* values)
+      : node_(node), problem_(problem), values_(values) {}
+
+  bool Whole(const char* name, int64_t least, int64_t* number) const {
+    *number = node_.get_attribute<int64_t>(name);
+    values_->emplace_back(name, static_cast<double>(*number));
+    return (*number >= least && *number < kMost) || problem_->Refuse("%s is %" PRId64, name, *number);
+  }
+
+  bool Number(const char* name, float* number) const {
+    *number = node_.get_attribute<float>(name);
+    values_->emplace_back(name, static_cast<double>(*number));
+    return (std::isfinite(*number) && *number >= 0) || problem_->Refuse("%s is %f", name, static_cast<double>(*number));
+  }
+
+ private:
+  const ov::frontend::NodeContext& node_;
+  Problem* problem_;
+  Values* values_;
+};
+
+// A call's inputs: their data, or null where only shapes are known.
+class Tensors : public Packing<Tensors> {
+ public:
+  explicit Tensors(Problem* problem) : problem_(problem) {}
+
+  void Add(const ov::Shape& axes, const void* data, const ov::element::Type& type) {
+    inputs_.push_back({axes, data, type == ov::element::f16});
+  }
+
+  template <typename Tensor>
+  bool Input(size_t index, Shape* shape, Tensor* tensor) const {
+    if (index >= inputs_.size()) return problem_->Refuse("input %zu is missing", index);
+    const auto& [axes, data, half] = inputs_[index];
+    shape->rank = axes.size();
+    for (size_t i = 0; i < std::min(shape->rank, Shape::kAxes); ++i) shape->axes[i] = static_cast<int64_t>(axes[i]);
+    tensor->data = static_cast<decltype(tensor->data)>(data);
+    tensor->count = static_cast<int64_t>(ov::shape_size(axes));
+    return true;
+  }
+
+  bool IsHalf(size_t index) const { return index < inputs_.size() && inputs_[index].half; }
+
+  Problem* problem() const { return problem_; }
+
+ private:
+  struct Given {
+    ov::Shape axes;
+    const void* data;
+    bool half;
+  };
+  std::vector<Given> inputs_;
+  Problem* problem_;
+};
+
+// What a node's calls run on.
+struct How {
+  int64_t threads = 0, precision = SPARSIFINER_FLOAT32;
+};
+
+// A call; of a node whose output is not there it only finds the output's shape.
+class Session {
+ public:
+  Session(const How& how, Problem* problem, ov::Tensor* output) : problem_(problem), output_(output) {
+    call_.version = SPARSIFINER_VERSION;
+    call_.precision = static_cast<sparsifiner_precision>(how.precision);
+    call_.parallel_for = how.threads == 0 ? nullptr : sparsifiner_pool_for;
+    call_.threads = reinterpret_cast<void*>(how.threads);
+  }
+
+  template <size_t kRank, typename Run>
+  bool Fill(const Tensors&, const int64_t (&axes)[kRank], Run run) {
+    sparsifiner_output output{};
+    if (!Check(run(&call_, output))) return false;
+    shape.assign(axes, axes + kRank);
+    if (output_ == nullptr) return true;
+    if (output_->get_shape() != shape) output_->set_shape(shape);
+    static float nothing;
+    output.count = static_cast<int64_t>(output_->get_size());
+    output.data = output.count == 0 ? &nothing : output_->data();
+    return Check(run(&call_, output));
+  }
+
+  ov::Shape shape;
+
+ private:
+  bool Check(sparsifiner_status status) {
+    if (status == SPARSIFINER_OK) return true;
+    return status != SPARSIFINER_OUT_OF_MEMORY && problem_->Refuse("%s", call_.message);
+  }
+
+  Problem* problem_;
+  ov::Tensor* output_;
+  sparsifiner_call call_{};
+};
+
+// Of a kernel: its operator's name, and whether it gives whole numbers.
+template <typename Kernel>
+struct About;
+template <>
+struct About<SelectKernel> {
+  static constexpr const char* kName = "KeySelect";
+  static constexpr bool kWhole = true;
+};
+template <>
+struct About<SparseKernel> {
+  static constexpr const char* kName = "SparseAttention";
+  static constexpr bool kWhole = false;
+};
+template <>
+struct About<DenseKernel> {
+  static constexpr const char* kName = "DenseAttention";
+  static constexpr bool kWhole = false;
+};
+template <>
+struct About<CachedKernel> {
+  static constexpr const char* kName = "CachedAttention";
+  static constexpr bool kWhole = false;
+};
+template <>
+struct About<MatchKernel> {
+  static constexpr const char* kName = "MatchTokens";
+  static constexpr bool kWhole = true;
+};
+template <>
+struct About<MergeKernel> {
+  static constexpr const char* kName = "MergeTokens";
+  static constexpr bool kWhole = false;
+};
+
+template <typename Kernel>
+class Node : public ov::op::Op {
+ public:
+  OPENVINO_OP(About<Kernel>::kName, "sparsifiner");
+
+  Node() = default;
+  Node(const ov::OutputVector& inputs, const Kernel& kernel, const How& how, Values values)
+      : Op(inputs), kernel_(kernel), how_(how), values_(std::move(values)) {
+    constructor_validate_and_infer_types();
+  }
+
+  // A size that is open stays open: it follows what is put for it.
+  void validate_and_infer_types() override {
+    const ov::Shape some = Infer(64), others = Infer(128);
+    ov::PartialShape shape = ov::PartialShape::dynamic(static_cast<int64_t>(some.size()));
+    for (size_t i = 0; i < some.size(); ++i) {
+      if (some[i] == others[i]) shape[i] = some[i];
+    }
+    set_output_type(0, About<Kernel>::kWhole ? ov::element::i32 : ov::element::f32, shape);
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    return std::make_shared<Node>(inputs, kernel_, how_, values_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    for (auto& [name, value] : values_) visitor.on_attribute(name, value);
+    return true;
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    Problem problem;
+    Tensors tensors(&problem);
+    for (const ov::Tensor& input : inputs) tensors.Add(input.get_shape(), input.data(), input.get_element_type());
+    Session session(how_, &problem, &outputs[0]);
+    if (!kernel_.Compute(tensors, &session)) problem.Throw(About<Kernel>::kName);
+    return true;
+  }
+
+ private:
+  ov::Shape Infer(int64_t open) const {
+    Problem problem;
+    Tensors tensors(&problem);
+    for (size_t i = 0; i < get_input_size(); ++i) {
+      ov::Shape axes;
+      for (const ov::Dimension& axis : get_input_partial_shape(i)) {
+        axes.push_back(static_cast<size_t>(axis.is_static() ? axis.get_length() : open));
+      }
+      tensors.Add(axes, nullptr, get_input_element_type(i));
+    }
+    Session session(how_, &problem, nullptr);
+    if (!kernel_.Compute(tensors, &session)) problem.Throw(About<Kernel>::kName);
+    return session.shape;
+  }
+
+  Kernel kernel_{};
+  How how_;
+  Values values_;
+};
+
+template <typename Kernel>
+ov::OutputVector Convert(const ov::frontend::NodeContext& node) {
+  Problem problem;
+  Values values;
+  Kernel kernel;
+  if (!kernel.Read(Attributes(node, &problem, &values))) problem.Throw(About<Kernel>::kName);
+  ov::OutputVector inputs;
+  for (size_t i = 0; i < node.get_input_size(); ++i) inputs.push_back(node.get_input(static_cast<int>(i)));
+  const How how{node.get_attribute<int64_t>("threads"), node.get_attribute<int64_t>("precision")};
+  return std::make_shared<Node<Kernel>>(inputs, kernel, how, std::move(values))->outputs();
+}
+
+ov::Extension::Ptr Extension(const char* name, ov::frontend::CreatorFunction convert) {
+  return std::make_shared<ov::frontend::onnx::ConversionExtension>(name, "sparsifiner", std::move(convert));
+}
+
+}  // namespace
+}  // namespace sparsifiner
+
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({
+    sparsifiner::Extension("KeySelect", sparsifiner::Convert<sparsifiner::SelectKernel>),
+    sparsifiner::Extension("SparseAttention", sparsifiner::Convert<sparsifiner::SparseKernel>),
+    sparsifiner::Extension("DenseAttention", sparsifiner::Convert<sparsifiner::DenseKernel>),
+    sparsifiner::Extension("CachedAttention", sparsifiner::Convert<sparsifiner::CachedKernel>),
+    sparsifiner::Extension("MatchTokens", sparsifiner::Convert<sparsifiner::MatchKernel>),
+    sparsifiner::Extension("MergeTokens", sparsifiner::Convert<sparsifiner::MergeKernel>),
+}));
