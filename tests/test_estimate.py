@@ -251,3 +251,18 @@ def test_pruning_and_merging_cost_their_launches() -> None:
         assert by_layer
         for layer in by_layer:
             assert sum(o.launches for o in found if (o.layer, o.kind) == (layer, "pruning")) == launches
+
+
+def test_lists_pay_where_tokens_are_many_and_the_gpu_is_small() -> None:
+    """Of twelve layers that see ever fewer tokens, those that the estimate has faster with dense attention."""
+    for name, patches, dense in (
+        ("jetson-orin-nano-8gb-super", 5476, range(0)), ("jetson-orin-nano-8gb-super", 1369, range(5, 12)),
+        ("h100", 5476, range(3, 12)), ("h100", 1369, range(12)), ("jetson-agx-thor", 5476, range(12)),
+    ):  # fmt: skip
+        shape, sparsity = (
+            dataclasses.replace(VIT_S, patches=patches),
+            SparsityConfig(keep=0.1, tile=64, merge=(patches // 8, 0)),
+        )
+        assert roofline.faster_dense(Workload(shape, sparsity, kernels="kernels"), load_board(name)) == list(dense), (
+            name
+        )

@@ -4,7 +4,6 @@ every kind of student in its graph, plain and int8, in fp32 and bf16.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.resources
 import os
@@ -28,7 +27,6 @@ from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, Miss
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops import native, reference
-from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.runtime import openvino as session_module
 from sparsifiner_edge.runtime.golden import check_golden
@@ -377,22 +375,20 @@ def test_an_extension_is_of_one_openvino_and_whole(tmp_path: Path, monkeypatch: 
     assert native.openvino_extension() is None, "of another version"
 
 
-def test_nodes_that_differ_in_an_attribute_are_two_and_a_file_cannot_say_what_runs_them() -> None:
-    """OpenVINO takes nodes alike for one. An address in a file would be one to jump to."""
+def test_nodes_that_differ_in_an_attribute_are_two_and_a_file_cannot_say_its_precision() -> None:
+    """OpenVINO takes nodes alike for one."""
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20, "{DOMAIN}": {VERSION}]>
         two (float[1, 9, 24] qkv, float[1, 9] sizes) => (float[1, 9, 8] soft, float[1, 9, 8] sharp) {{
-            soft = {DOMAIN}.DenseAttention <num_heads = 1, scale = 0.1, threads = 7> (qkv, sizes)
-            sharp = {DOMAIN}.DenseAttention <num_heads = 1, scale = 2.0, threads = 7> (qkv, sizes)
+            soft = {DOMAIN}.DenseAttention <num_heads = 1, scale = 0.1, precision = 7> (qkv, sizes)
+            sharp = {DOMAIN}.DenseAttention <num_heads = 1, scale = 2.0, precision = 7> (qkv, sizes)
         }}""")
     qkv, sizes = np.random.default_rng(0).normal(size=(1, 9, 24)).astype(np.float32), np.ones((1, 9), np.float32)
-    with contextlib.closing(Operators(1)) as operators:
-        session_module.bind(model, ["DenseAttention"], operators)
-        core = import_openvino().Core()
-        core.add_extension(str(native.openvino_extension()))
-        read, exact = core.read_model(model.SerializeToString(), b""), {"INFERENCE_PRECISION_HINT": "f32"}
-        found = core.compile_model(read, "CPU", exact)
-        results = list(found([qkv, sizes]).values())
+    session_module.bind(model, ["DenseAttention"], "float32")
+    core = import_openvino().Core()
+    core.add_extension(str(native.openvino_extension()))
+    read, exact = core.read_model(model.SerializeToString(), b""), {"INFERENCE_PRECISION_HINT": "f32"}
+    results = list(core.compile_model(read, "CPU", exact)([qkv, sizes]).values())
     wanted = [reference.dense_attention(qkv, sizes, num_heads=1, scale=scale) for scale in (0.1, 2.0)]
     for got, value in zip(results, wanted, strict=True):
         np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-5)

@@ -1,12 +1,13 @@
-// The operators as nodes of OpenVINO's graphs, for Core::add_extension: the calls of the C interface (sparsifiner.h) on the
-// library's own threads, in whose place OpenVINO's wait.
+// The operators as nodes of OpenVINO's graphs, for Core::add_extension: the calls of the C interface (sparsifiner.h) on
+// OpenVINO's own threads. Other threads would have to wake up while OpenVINO's still look for work.
 //
-// Which threads, and what attention's products are computed in, a node is told by two attributes that the process adds to
-// the file once it is read: `threads`, the address of a sparsifiner_pool, and `precision`.
+// What attention's products are computed in a node is told by an attribute that the process adds to the file once it is
+// read: `precision`, a sparsifiner_precision.
 
 #include <cmath>
 #include <cstdarg>
 #include <memory>
+#include <oneapi/tbb/parallel_for.h>
 #include <openvino/core/except.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
 #include <openvino/op/op.hpp>
@@ -103,19 +104,18 @@ class Tensors : public Packing<Tensors> {
   Problem* problem_;
 };
 
-// What a node's calls run on.
-struct How {
-  int64_t threads = 0, precision = SPARSIFINER_FLOAT32;
-};
+int OnOpenVino(void*, size_t count, void (*run)(void*, size_t), void* data) {
+  tbb::parallel_for(size_t{0}, count, [=](size_t i) { run(data, i); }, tbb::simple_partitioner());
+  return 1;
+}
 
 // A call; of a node whose output is not there it only finds the output's shape.
 class Session {
  public:
-  Session(const How& how, Problem* problem, ov::Tensor* output) : problem_(problem), output_(output) {
+  Session(int64_t precision, Problem* problem, ov::Tensor* output) : problem_(problem), output_(output) {
     call_.version = SPARSIFINER_VERSION;
-    call_.precision = static_cast<sparsifiner_precision>(how.precision);
-    call_.parallel_for = how.threads == 0 ? nullptr : sparsifiner_pool_for;
-    call_.threads = reinterpret_cast<void*>(how.threads);
+    call_.precision = static_cast<sparsifiner_precision>(precision);
+    call_.parallel_for = OnOpenVino;
   }
 
   template <size_t kRank, typename Run>
@@ -184,8 +184,8 @@ class Node : public ov::op::Op {
   OPENVINO_OP(About<Kernel>::kName, "sparsifiner");
 
   Node() = default;
-  Node(const ov::OutputVector& inputs, const Kernel& kernel, const How& how, Values values)
-      : Op(inputs), kernel_(kernel), how_(how), values_(std::move(values)) {
+  Node(const ov::OutputVector& inputs, const Kernel& kernel, int64_t precision, Values values)
+      : Op(inputs), kernel_(kernel), precision_(precision), values_(std::move(values)) {
     constructor_validate_and_infer_types();
   }
 
@@ -200,7 +200,7 @@ class Node : public ov::op::Op {
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-    return std::make_shared<Node>(inputs, kernel_, how_, values_);
+    return std::make_shared<Node>(inputs, kernel_, precision_, values_);
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
@@ -214,7 +214,7 @@ class Node : public ov::op::Op {
     Problem problem;
     Tensors tensors(&problem);
     for (const ov::Tensor& input : inputs) tensors.Add(input.get_shape(), input.data(), input.get_element_type());
-    Session session(how_, &problem, &outputs[0]);
+    Session session(precision_, &problem, &outputs[0]);
     if (!kernel_.Compute(tensors, &session)) problem.Throw(About<Kernel>::kName);
     return true;
   }
@@ -230,13 +230,13 @@ class Node : public ov::op::Op {
       }
       tensors.Add(axes, nullptr, get_input_element_type(i));
     }
-    Session session(how_, &problem, nullptr);
+    Session session(precision_, &problem, nullptr);
     if (!kernel_.Compute(tensors, &session)) problem.Throw(About<Kernel>::kName);
     return session.shape;
   }
 
   Kernel kernel_{};
-  How how_;
+  int64_t precision_ = SPARSIFINER_FLOAT32;
   Values values_;
 };
 
@@ -248,8 +248,8 @@ ov::OutputVector Convert(const ov::frontend::NodeContext& node) {
   if (!kernel.Read(Attributes(node, &problem, &values))) problem.Throw(About<Kernel>::kName);
   ov::OutputVector inputs;
   for (size_t i = 0; i < node.get_input_size(); ++i) inputs.push_back(node.get_input(static_cast<int>(i)));
-  const How how{node.get_attribute<int64_t>("threads"), node.get_attribute<int64_t>("precision")};
-  return std::make_shared<Node<Kernel>>(inputs, kernel, how, std::move(values))->outputs();
+  const auto precision = node.get_attribute<int64_t>("precision");
+  return std::make_shared<Node<Kernel>>(inputs, kernel, precision, std::move(values))->outputs();
 }
 
 ov::Extension::Ptr Extension(const char* name, ov::frontend::CreatorFunction convert) {

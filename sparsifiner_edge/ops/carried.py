@@ -29,10 +29,12 @@ class Carried(NamedTuple):
 
 def carried_along(model: Any) -> list[Carried]:
     """By merging layer, in order; none where a layer's graph is not as the exporter of `sparse.merge` writes it."""
-    made_by = {name: node for node in model.graph.node for name in node.output}
+    producers = {name: node for node in model.graph.node for name in node.output}
     constant = _constants(model)
-    found = [_behind(node, model, made_by, constant) for node in model.graph.node if _is(node, "MergeTokens", DOMAIN)]
-    return [] if None in found else [one for one in found if one is not None]
+    layers = [
+        _behind(node, model, producers, constant) for node in model.graph.node if _is(node, "MergeTokens", DOMAIN)
+    ]
+    return [] if None in layers else [one for one in layers if one is not None]
 
 
 def _is(node: Any, kind: str, domain: str = "") -> bool:
@@ -42,10 +44,10 @@ def _is(node: Any, kind: str, domain: str = "") -> bool:
 def _constants(model: Any) -> set[str]:
     """Names that no pixel changes: weights, shapes, and what is made of them."""
     names = {tensor.name for tensor in model.graph.initializer}
-    return _made_of(model, names, ("Constant", "Shape", "Size"))
+    return _closure(model, names, ("Constant", "Shape", "Size"))
 
 
-def _made_of(model: Any, names: set[str], kinds: tuple[str, ...] = ()) -> set[str]:
+def _closure(model: Any, names: set[str], kinds: tuple[str, ...] = ()) -> set[str]:
     """These names, and all that is made of nothing else; or by nodes of these kinds."""
     names = set(names)
     for node in model.graph.node:
@@ -54,19 +56,19 @@ def _made_of(model: Any, names: set[str], kinds: tuple[str, ...] = ()) -> set[st
     return names
 
 
-def _behind(merge: Any, model: Any, made_by: Mapping[str, Any], constant: set[str]) -> Carried | None:
+def _behind(merge: Any, model: Any, producers: Mapping[str, Any], constant: set[str]) -> Carried | None:
     _, sizes, pairs = merge.input
-    match = made_by.get(pairs)
+    match = producers.get(pairs)
     if match is None or not _is(match, "MatchTokens", DOMAIN) or match.input[1] != sizes:
         return None
-    rows = _made_of(model, {pairs, *constant}) - constant
+    rows = _closure(model, {pairs, *constant}) - constant
     nodes = [node for node in model.graph.node if rows.intersection(node.input)]
 
     def gathers_sizes(node: Any) -> bool:
         return _is(node, "GatherElements") and node.input[0] == sizes
 
-    sums = [n for n in nodes if _is(n, "Where") and gathers_sizes(made_by.get(n.input[1]))]
-    after = [n for n in nodes if _is(n, "ScatterElements") and _is(made_by.get(n.input[0]), "ScatterElements")]
+    sums = [n for n in nodes if _is(n, "Where") and gathers_sizes(producers.get(n.input[1]))]
+    after = [n for n in nodes if _is(n, "ScatterElements") and _is(producers.get(n.input[0]), "ScatterElements")]
     moved = [n for n in model.graph.node if _is(n, "GatherElements") and after and n.input[0] == after[0].output[0]]
     if max(len(sums), len(after), len(moved)) > 1:
         return None
@@ -75,7 +77,7 @@ def _behind(merge: Any, model: Any, made_by: Mapping[str, Any], constant: set[st
     def is_larger(node: Any) -> bool:
         return _is(node, "Where") and not rows.isdisjoint(node.input)
 
-    larger = [n for n in model.graph.node if _is(n, "GatherElements") and is_larger(made_by.get(n.input[1]))]
+    larger = [n for n in model.graph.node if _is(n, "GatherElements") and is_larger(producers.get(n.input[1]))]
     positions = (larger[0].output[0], larger[0].input[0]) if len(larger) == 1 else None
     sizes = sums[0].output[0] if sums else None
     return Carried(match, merge, sizes, places and places[0].output[0], before, positions)

@@ -74,8 +74,8 @@ def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
     for node in model.graph.node:
         if (match := re.match(r"(?:[a-z_]+\.)*\d+(?=\.)", node.name)) and node.output[0] in known:
             layers[match[0]] = node.output[0]  # The last of each.
-    own = {output.name for output in model.graph.output}
-    model.graph.output.extend(known[name] for name in dict.fromkeys(layers.values()) if name not in own)
+    outputs = {output.name for output in model.graph.output}
+    model.graph.output.extend(known[name] for name in dict.fromkeys(layers.values()) if name not in outputs)
     file = model.SerializeToString()
     content = builder.compile(model, msgspec.structs.replace(engine, details=Details(kernels=BODIES)), bundle)
     with EngineSession(builder.load(), bundle.folder, content, engine, bundle.manifest) as session:
@@ -84,8 +84,8 @@ def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
     tolerance = max(bundle.manifest.tolerances.values(), default=0.0)
     rows = []
     for layer, wanted in zip(layers, reference.run(names, inputs), strict=True):
-        found = agreement(layer, got[layers[layer]], wanted, tolerance)
-        rows.append(LayerAgreement(layer=layer, error=found.error, tolerance=tolerance, cosine=found.mean))
+        result = agreement(layer, got[layers[layer]], wanted, tolerance)
+        rows.append(LayerAgreement(layer=layer, error=result.error, tolerance=tolerance, cosine=result.mean))
     return rows
 
 

@@ -2,8 +2,8 @@
 
 OpenVINO's ONNX frontend knows no local functions, but it maps nodes of a foreign domain to ops that are registered with
 it, once their bodies are taken out of the file: those of an extension of ours, where it was built for this OpenVINO,
-else ops in Python. All other layers run in OpenVINO's own kernels, in whatever precision; these ops get and give
-float32. OpenVINO's threads wait while one runs, on threads of the library's own.
+else ops in Python, in which OpenVINO's threads wait for threads of the library's own. Other layers run in OpenVINO's
+own kernels, in whatever precision; these ops get and give float32.
 """
 
 from __future__ import annotations
@@ -98,8 +98,10 @@ class _OpenVinoSession(Session):
         if ours and precision == "fp16":  # It would compute around them in float16, and they give float32.
             what = f"OpenVINO runs {ours[0]} in no fp16."
             raise BackendError(what, "Leave --precision out, or take bf16.")
-        self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         self._extension = native.openvino_extension()
+        # The extension's nodes run on OpenVINO's threads: for them it says the precision, and has memory kept.
+        workers = 1 if self._extension else threads
+        self._operators: Operators | None = Operators(workers, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
         try:
             with _preserve_signal_stack():
@@ -138,7 +140,7 @@ class _OpenVinoSession(Session):
         content = without_bodies(graph, ours)
         if self._operators is not None and self._extension is not None:
             core.add_extension(str(self._extension))
-            bind(content, ours, self._operators)
+            bind(content, ours, self._operators.precision)
         elif self._operators is not None:
             frontend = import_package("openvino.frontend.onnx", "openvino", "openvino", "Reinstall openvino.")
             for extension in converters(openvino, frontend, ours, self._operators):
@@ -201,15 +203,15 @@ def _preserve_signal_stack() -> Iterator[None]:
         libc.sigaltstack(before, None)
 
 
-def bind(model: Any, names: Sequence[str], operators: Operators) -> None:
-    """Tell a file's nodes what runs them, as the extension reads it; whatever the file says of that is left out."""
+def bind(model: Any, names: Sequence[str], precision: str) -> None:
+    """Tell a file's nodes the precision of attention, as the extension reads it, whatever the file says of that."""
     import onnx
 
-    told = {"threads": operators.pool, "precision": int(operators.precision == "bfloat16")}
+    value = onnx.helper.make_attribute("precision", int(precision == "bfloat16"))
     for node in (node for node in model.graph.node if node.domain == DOMAIN and node.op_type in names):
-        own = [attribute for attribute in node.attribute if attribute.name not in told]
+        others = [attribute for attribute in node.attribute if attribute.name != value.name]
         del node.attribute[:]
-        node.attribute.extend([*own, *(onnx.helper.make_attribute(name, value) for name, value in told.items())])
+        node.attribute.extend([*others, value])
 
 
 def converters(openvino: Any, frontend: Any, names: Sequence[str], operators: Operators) -> list[Any]:

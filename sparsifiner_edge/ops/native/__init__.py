@@ -36,12 +36,12 @@ def openvino_extension() -> Path | None:
     """The operators as an extension of the OpenVINO that is installed, or None where there is no whole one for it: the
     name of OpenVINO's library says which versions fit.
     """
-    found = importlib.util.find_spec("openvino")
-    folders = () if found is None else found.submodule_search_locations or ()
+    spec = importlib.util.find_spec("openvino")
+    folders = () if spec is None else spec.submodule_search_locations or ()
     versions = [path.suffix for folder in folders for path in (Path(folder) / "libs").glob("libopenvino.so.*")]
-    own = importlib.resources.files("sparsifiner_edge.ops.native")
+    here = importlib.resources.files("sparsifiner_edge.ops.native")
     for version in versions:
-        path = Path(str(own.joinpath(f"libsparsifiner_openvino{version}.so")))
+        path = Path(str(here.joinpath(f"libsparsifiner_openvino{version}.so")))
         with contextlib.suppress(OSError):
             _require_whole(path)
             return path

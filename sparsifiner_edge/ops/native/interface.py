@@ -84,8 +84,7 @@ class Operators:
         bfloat16: attention's products are bfloat16 where the kernels' instruction set has it.
 
     Attributes:
-        pool: address of the threads. precision: of attention's products, "bfloat16" or "float32"; of the other
-            operators it is float32.
+        precision: of attention's products, "bfloat16" or "float32"; of the other operators it is float32.
 
     Raises:
         BackendError: the library is not built or cannot be loaded, is of another version, or starts no threads.
@@ -103,8 +102,8 @@ class Operators:
         self._library.sparsifiner_pool_create.argtypes = [c_size_t]
         self._library.sparsifiner_pool_create.restype = c_void_p
         self._library.sparsifiner_pool_destroy.argtypes = [c_void_p]
-        self.pool = self._library.sparsifiner_pool_create(threads)
-        if not self.pool:
+        self._pool = self._library.sparsifiner_pool_create(threads)
+        if not self._pool:
             raise BackendError(f"{threads} threads cannot be started.", "Ask for fewer.")
         self._library.sparsifiner_hold_memory(1)
         self._loop = ctypes.cast(self._library.sparsifiner_pool_for, c_void_p).value
@@ -122,14 +121,14 @@ class Operators:
         require_valid(op, attributes, [x.shape for x in inputs])
         kinds = (*OPERATORS[op].inputs, OPERATORS[op].output)
         tensors = [_tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
-        call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self.pool)
+        call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
         arguments = _arguments(op, attributes, inputs, tensors)
         if getattr(self._library, _FUNCTIONS[op][0])(byref(call), *arguments):
             raise _refusal(op, call.message.decode(errors="replace"))
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""
-        pool, self.pool = self.pool, None
+        pool, self._pool = self._pool, None
         if pool:
             self._library.sparsifiner_hold_memory(-1)
             self._library.sparsifiner_pool_destroy(pool)

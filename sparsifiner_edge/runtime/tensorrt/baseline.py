@@ -86,7 +86,7 @@ def _leave_whole(graph: Any, places: str | None) -> None:
     """Where rows of tokens are read at the `places` of all patches, in raster order (`ops.torch.rows_at`), the tokens
     are all there: one gather has them in that order.
     """
-    made_by = {name: node for node in graph.node for name in node.output}
+    producers = {name: node for node in graph.node for name in node.output}
 
     def read_by(name: str) -> Any:
         return next((node for node in graph.node if name in node.input), onnx.NodeProto())
@@ -99,7 +99,7 @@ def _leave_whole(graph: Any, places: str | None) -> None:
             name = reader.output[0]
         if reader.op_type != "Gather":
             continue
-        rows, whole = made_by.get(reader.input[0], onnx.NodeProto()), read_by(reader.output[0])
+        rows, whole = producers.get(reader.input[0], onnx.NodeProto()), read_by(reader.output[0])
         if (rows.op_type, whole.op_type) == ("Reshape", "Reshape"):
             gather = helper.make_node("Gather", [rows.input[0], node.input[1]], whole.output, whole.name, axis=1)
             whole.CopyFrom(gather)

@@ -1,0 +1,155 @@
+"""What it costs to have our operators in OpenVINO's graph, beside calling them by the C interface alone.
+
+    python benchmarks/openvino_operators.py BUNDLE ... -o FOLDER
+
+Of each bundle OpenVINO runs the file with its profiler on, once with the extension in C++ and once with operators in
+Python, in turn; the time of our nodes, each its median over all inferences, is summed. Beside it stands the sum of the
+same calls by the C interface, on arrays of the same shapes and threads of its own, each its median: what they read was
+written right before, as in a file, and other data has passed through the caches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import openvino
+from openvino.frontend import onnx as frontend
+from summary import write_summary
+
+from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.native import interface
+from sparsifiner_edge.ops.native.interface import Operators
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.results import Result, Subject
+from sparsifiner_edge.runtime.openvino import bind, converters, without_bodies
+
+ROUNDS, RUNS = 8, 5
+LEFT_OVER = 1 << 20
+"""Numbers of a layer's weights."""
+HINTS = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
+Request = Any
+
+
+@contextlib.contextmanager
+def compiled(model: onnx.ModelProto, ours: list[str], extension: Path | None) -> Iterator[Request]:
+    """A request of the file."""
+    with contextlib.closing(Operators(available_cores())) as operators:
+        core, bare = openvino.Core(), without_bodies(onnx.ModelProto.FromString(model.SerializeToString()), ours)
+        if extension is not None:
+            core.add_extension(str(extension))
+            bind(bare, ours, operators.precision)
+        else:
+            for each in converters(openvino, frontend, ours, operators):
+                core.add_extension(each)
+        settings = HINTS | {"INFERENCE_NUM_THREADS": available_cores()}
+        made = core.compile_model(core.read_model(bare.SerializeToString(), b""), "CPU", settings)
+        yield made.create_infer_request()
+
+
+def node_ms(request: Request) -> dict[str, float]:
+    """Of our nodes in the last inference: OpenVINO calls whatever is not its own a reference."""
+    entries = [entry for entry in request.get_profiling_info() if entry.node_type == "Reference"]
+    return {entry.node_name: entry.real_time.total_seconds() * 1e3 for entry in entries}
+
+
+def alone_ms(model: onnx.ModelProto, ours: list[str]) -> list[float]:
+    """Each operator of the file by the C interface, on random arrays of its shapes."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    shapes = {v.name: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
+              for v in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)}  # fmt: skip
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    random, times = np.random.default_rng(0), []
+    with contextlib.closing(Operators(available_cores())) as operators:
+        for node in (node for node in model.graph.node if node.domain == DOMAIN and node.op_type in ours):
+            schema = OPERATORS[node.op_type]
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            given = [example(x.name, weights.get(name, shapes.get(name)), random)
+                     for x, name in zip(schema.inputs, node.input, strict=True)]  # fmt: skip
+            output = np.zeros(schema.output_shape(attributes, [x.shape for x in given]), schema_type(node.op_type))
+            kinds = (*schema.inputs, schema.output)
+            tensors = [
+                interface._tensor(node.op_type, x, kind) for x, kind in zip((*given, output), kinds, strict=True)
+            ]
+            arguments = interface._arguments(node.op_type, attributes, given, tensors)
+            call = interface._Call(interface._VERSION, 0, operators._loop, operators._pool)
+            function = getattr(operators._library, interface._FUNCTIONS[node.op_type][0])
+            spent, others = [], [given[0].copy(), np.zeros(LEFT_OVER, np.float32)]
+            for _ in range(ROUNDS * RUNS):
+                others[1] += 1  # In a file weights of layers pass through the caches in between,
+                np.copyto(given[0], others[0])  # and another operator has just written what is read.
+                start = time.perf_counter()
+                assert function(ctypes.byref(call), *arguments) == 0, call.message
+                spent.append(1e3 * (time.perf_counter() - start))
+            times.append(median(spent))
+    return times
+
+
+def schema_type(op: str) -> Any:
+    return np.int32 if OPERATORS[op].output.dtypes == ("int32",) else np.float32
+
+
+def example(name: str, known: Any, random: np.random.Generator) -> Any:
+    """An input of an operator: the file's own weights, or of the file's shape."""
+    if isinstance(known, np.ndarray):
+        return np.ascontiguousarray(known)
+    if name in ("sizes", "counts"):
+        return np.ones(known, np.float32)
+    if name == "indices":
+        return np.broadcast_to(np.arange(known[-1], dtype=np.int32), known).copy()
+    if name == "pairs":
+        return np.repeat(np.arange(known[1], dtype=np.int32)[None, :, None], 2, 2)
+    return random.normal(size=known).astype(np.float32)
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Milliseconds of a bundle's operators in OpenVINO, by what calls them, and alone."""
+    model = open_bundle(folder).model()
+    ours = sorted({node.op_type for node in model.graph.node if node.domain == DOMAIN} & set(interface._FUNCTIONS))
+    extension = native.openvino_extension()
+    assert extension is not None, "Install this package again: OpenVINO was not there."
+    shape = [axis.dim_value or 1 for axis in model.graph.input[0].type.tensor_type.shape.dim]
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    with contextlib.ExitStack() as stack:
+        requests = {name: stack.enter_context(compiled(model, ours, each))
+                    for name, each in (("extension", extension), ("from_python", None))}  # fmt: skip
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in requests}
+        for _ in range(ROUNDS):
+            for name, request in requests.items():
+                for _ in range(RUNS):
+                    request.infer({"image": image})
+                    times[name].append(node_ms(request))
+    sums = {name: sum(median(run[node] for run in runs) for node in runs[0]) for name, runs in times.items()}
+    alone, files = sum(alone_ms(model, ours)), len(times["extension"][0])
+    return {"nodes": files, "alone_ms": alone} | {f"{name}_ms": ms for name, ms in sums.items()}
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
+def main(bundles: tuple[Path, ...], output: Path) -> None:
+    """See the module's documentation."""
+    rows = {folder.name: measure(folder) for folder in bundles}
+    for name, row in rows.items():
+        click.echo(f"{name}: {row}")
+    subject = Subject(path=Unavailable("computed here"), name="operators", sha256=Unavailable("computed here"))
+    output.mkdir(parents=True, exist_ok=True)
+    write_summary(
+        output / "openvino_operators.json",
+        Result("operators", [subject], {"script": __file__.split("/")[-1]}, {}, rows),
+    )
+
+
+if __name__ == "__main__":
+    main()
