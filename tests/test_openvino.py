@@ -1,4 +1,4 @@
-"""OpenVINO, for every kind of student in its graph, plain and int8, in fp32 and bf16, its operators in C++ and Python."""
+"""OpenVINO, for every kind of student in its graph, plain and int8, in fp32 and bf16; operators in C++ and in Python."""
 
 from __future__ import annotations
 
