@@ -49,7 +49,7 @@ def built(folder: Path, prefix: str, options: list[str], *linked: str) -> Path:
     """replay.c with the library's sources but for ONNX Runtime's adapter, by a compiler of that prefix."""
     compiled(f"{prefix}gcc", *STRICT, *options, "-c", HERE / "replay.c", "-o", folder / "replay.o")
     for path in SOURCES.glob("*.cc"):
-        if path.name != "onnxruntime.cc":
+        if path.name not in ("onnxruntime.cc", "openvino.cc"):
             flags = ["-std=c++17", f"-D{DISABLED}", *options]
             compiled(f"{prefix}g++", *flags, "-c", path, "-o", folder / f"{path.stem}.o")
     compiled(f"{prefix}g++", *options, *folder.glob("*.o"), *linked, "-o", folder / "replay")
