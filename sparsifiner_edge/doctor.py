@@ -18,6 +18,7 @@ from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.cuda import CudaDevice, CudaSupport, cuda_support, probe, too_new
 from sparsifiner_edge.runtime.open import find_backend
+from sparsifiner_edge.runtime.openvino import extension
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 
 DISTRIBUTION, TELEMETRY = "sparsifiner-edge", "ORT_DISABLE_TELEMETRY"
@@ -105,8 +106,10 @@ def _loads(execution: Execution, device: Known[CudaDevice]) -> State:
     except SparsifinerError as error:
         return State(False, f"{error.what} {error.fix}", package_version(execution.backend))
     if execution.provider != "cuda":
-        slower = execution.backend == "openvino" and native.library_path() and not native.openvino_extension()
-        how = "; operators are called from Python: to build them for it, install this package again" if slower else ""
+        slower = execution.backend == "openvino" and native.library_path() and not extension()
+        how = (
+            "; operators are called from Python, since none are built for this OpenVINO (docs/cpu.md)" if slower else ""
+        )
         return State(True, f"imports, and runs on the processor{how}", version)
     if isinstance(device, Unavailable):
         return State(False, f"is built in, and {device.why}", version)

@@ -175,6 +175,7 @@ def test_another_model_is_refused(bundle, model):
         (lambda t, launch, _: t["launches"].update({"../evil": launch}), "not str of the form '^[a-z]"),
         (lambda t, launch, _: launch.pop("grid"), "launches[...].grid is missing"),
         (lambda t, launch, _: launch.update(grid=[1, 0]), "an entry of launches is not int >= 1"),
+        (lambda t, *_: t["nodes"].update(empty=[]), "an entry of nodes is not"),
         (lambda t, _, node: node.update(launch="none_1"), "no launch 'none_1'"),
         (lambda t, _, node: node["outputs"].append("\ud800"), "has the name '\\ud800'"),
         (lambda t, *_: t["float32"].update(x="a\n"), "has the name 'a\\n'"),

@@ -1,4 +1,4 @@
-"""OpenVINO, for every kind of student in its graph, plain and int8, in fp32 and bf16; operators in C++ and in Python."""
+"""OpenVINO, for every kind of student in its graph, plain and int8, in fp32 and bf16; operators in C++ and Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import onnx.inliner
 import onnx.parser
 import pytest
 
-from sparsifiner_edge.doctor import examine
+from sparsifiner_edge import doctor
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.machine import has_int8_products
 from sparsifiner_edge.ops import native, reference
@@ -181,22 +181,30 @@ def test_without_an_extension_for_this_openvino_python_calls_the_operators(
     with flat.open_session(bundles(name), "openvino", threads=2) as session:
         wanted = session.infer({"image": image})
         assert session.description.kernels == f"native, {native.target()}"
-    monkeypatch.setattr(native, "openvino_extension", lambda: None)
+    monkeypatch.setattr(session_module, "extension", lambda: None)
+    monkeypatch.setattr(doctor, "extension", lambda: None)
     with flat.open_session(bundles(name), "openvino", threads=2) as session:
         got = session.infer({"image": image})
         assert session.description.kernels == f"native, {native.target()}, called from Python"
     assert all((got[output] == value).all() for output, value in wanted.items())
-    assert "called from Python" in examine().backends["openvino"].reason
+    assert "called from Python" in doctor.examine().backends["openvino"].reason
 
 
 def test_an_extension_is_of_one_openvino_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = native.openvino_extension()
+    found, library = native.openvino_extension(), native.library_path()
+    assert library is not None
     assert found is not None, "built with this package, where OpenVINO was there before"
     (tmp_path / found.name).write_bytes(found.read_bytes()[:-1000])
     monkeypatch.setattr(importlib.resources, "files", lambda _: tmp_path)
     assert native.openvino_extension() is None, "cut short"
     (tmp_path / found.name).write_bytes(found.read_bytes())
     assert native.openvino_extension() == tmp_path / found.name
+    session_module.extension.cache_clear()
+    assert session_module.extension() == tmp_path / found.name
+    (tmp_path / found.name).write_bytes(library.read_bytes())
+    session_module.extension.cache_clear()
+    assert session_module.extension() is None, "whole, and no extension"
+    session_module.extension.cache_clear()
     (tmp_path / found.name).rename(tmp_path / "libsparsifiner_openvino.1.so")
     assert native.openvino_extension() is None, "of another version"
 

@@ -76,13 +76,14 @@ class Tensors : public Packing<Tensors> {
   explicit Tensors(Problem* problem) : problem_(problem) {}
 
   void Add(const ov::Shape& axes, const void* data, const ov::element::Type& type) {
-    inputs_.push_back({axes, data, type == ov::element::f16});
+    inputs_.push_back({axes, data, type});
   }
 
   template <typename Tensor>
   bool Input(size_t index, Shape* shape, Tensor* tensor) const {
     if (index >= inputs_.size()) return problem_->Refuse("input %zu is missing", index);
-    const auto& [axes, data, half] = inputs_[index];
+    const auto& [axes, data, type] = inputs_[index];
+    if (!Fits(type, tensor)) return problem_->Refuse("input %zu is of type %s", index, type.get_type_name().c_str());
     shape->rank = axes.size();
     for (size_t i = 0; i < std::min(shape->rank, Shape::kAxes); ++i) shape->axes[i] = static_cast<int64_t>(axes[i]);
     tensor->data = static_cast<decltype(tensor->data)>(data);
@@ -90,23 +91,34 @@ class Tensors : public Packing<Tensors> {
     return true;
   }
 
-  bool IsHalf(size_t index) const { return index < inputs_.size() && inputs_[index].half; }
+  bool IsHalf(size_t index) const { return index < inputs_.size() && inputs_[index].type == ov::element::f16; }
 
   Problem* problem() const { return problem_; }
 
  private:
-  struct Given {
+  struct Entry {
     ov::Shape axes;
     const void* data;
-    bool half;
+    ov::element::Type type;
   };
-  std::vector<Given> inputs_;
+
+  static bool Fits(const ov::element::Type& type, const sparsifiner_floats*) { return type == ov::element::f32; }
+  static bool Fits(const ov::element::Type& type, const sparsifiner_ints*) { return type == ov::element::i32; }
+  static bool Fits(const ov::element::Type& type, const sparsifiner_rows*) {
+    return type == ov::element::f32 || type == ov::element::f16;
+  }
+
+  std::vector<Entry> inputs_;
   Problem* problem_;
 };
 
 int OnOpenVino(void*, size_t count, void (*run)(void*, size_t), void* data) {
-  tbb::parallel_for(size_t{0}, count, [=](size_t i) { run(data, i); }, tbb::simple_partitioner());
-  return 1;
+  try {
+    tbb::parallel_for(size_t{0}, count, [=](size_t i) { run(data, i); }, tbb::simple_partitioner());
+    return 1;
+  } catch (...) {  // No memory for a task: an exception must not reach what calls this.
+    return 0;
+  }
 }
 
 // A call; of a node whose output is not there it only finds the output's shape.

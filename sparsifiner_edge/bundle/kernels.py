@@ -20,7 +20,7 @@ from sparsifiner_edge.ops.graph import tidy
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import read_record
 
-KERNELS_SCHEMA = 2
+KERNELS_SCHEMA = 3
 FOLDER = "kernels"
 NAMESPACE = "sparsifiner_kernels"
 """Domain of nodes that are launches; TensorRT reads it as the namespace of plugins."""
@@ -81,7 +81,7 @@ class KernelTable(Struct, frozen=True, kw_only=True):
 
     schema_version: int = KERNELS_SCHEMA
     launches: dict[_Name, CompiledLaunch]
-    nodes: dict[str, tuple[NodeLaunch, ...]]
+    nodes: dict[str, Annotated[tuple[NodeLaunch, ...], Meta(min_length=1)]]
     float32: dict[str, str] = {}
     int64: dict[str, str] = {}
     dense: tuple[str, ...] = ()

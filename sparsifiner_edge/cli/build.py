@@ -47,6 +47,15 @@ def command(*, bundle: Path, compute_capability: str | None, bisect: bool, as_js
     import sparsifiner_edge as se
 
     if bisect:
+        others = {
+            "kernels": options["kernels"] != "auto",
+            "batch": options["batch"],
+            "compute-capability": compute_capability,
+        }
+        for name in (name for name, value in others.items() if value):
+            raise ConfigError(
+                f"--bisect builds bodies for this machine: --{name} does not go with it.", "Leave it out."
+            )
         _bisect(bundle, options["backend"], options["timeout_s"] or 1800.0, as_json)
         return
     with common.progress_bar("starting") as progress:

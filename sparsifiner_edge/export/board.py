@@ -215,6 +215,8 @@ def launched_together(model: onnx.ModelProto, nodes: Sequence[Any], types: Types
     carried = []
     for along in carried_along(model):
         names = [*along.match.input, along.merge.input[0], *([along.before] if along.before else [])]
+        if not types.keys() >= set(names):
+            return groups
         shapes, attributes = [types[name][1] for name in names], _attributes(along.match)
         schedule = schedule_merging(shapes, attributes, types[names[0]][0])
         carried.append(Group((along.match, along.merge), schedule, along))

@@ -253,9 +253,10 @@ def _export(
     options, fix = form.options, "Check the model that it was made of: export MODEL --check .."
     same = form.call is None or student.provenance.training is None
     require(same, "A trained student is no longer the model that you would call.", fix)
+    original = student
     student, retiled = fit_to_gpus(student, form.images) if form.boards else (student, None)
     stream = stream_of(deploy(student, options.tokens), student.img_size) if options.stream else None
-    base = base or float_file(student, options.tokens, form.batch)
+    base = (base if student is original else None) or float_file(student, options.tokens, form.batch)
     file = _file(student.img_size, base, form, progress)
     model, user_call = student.model, None
     if form.call is not None:

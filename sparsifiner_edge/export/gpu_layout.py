@@ -29,9 +29,10 @@ LEAST_TOKENS_COSINE = 0.97
 """Gate: mean cosine of the final tokens to those of the student with its own layout, over the images."""
 
 
-def gpu_sparsity(current: SparsityConfig, prefix: int) -> SparsityConfig:
-    """With `GPU_TILE` and no more cells than the kernels have room for (`MOST_CELLS`)."""
-    return dataclasses.replace(current, tile=max(current.tile, GPU_TILE), cells=min(current.cells, MOST_CELLS - prefix))
+def gpu_sparsity(current: SparsityConfig, prefix: int, patches: int) -> SparsityConfig:
+    """With `GPU_TILE`, where there are so many patches, and no more cells than the kernels have room for."""
+    tile = max(current.tile, GPU_TILE) if patches >= GPU_TILE else current.tile
+    return dataclasses.replace(current, tile=tile, cells=min(current.cells, MOST_CELLS - prefix))
 
 
 def fit_to_gpus(student: Student, images: Sequence[Path]) -> tuple[Student, Retiled | None]:
@@ -41,7 +42,7 @@ def fit_to_gpus(student: Student, images: Sequence[Path]) -> tuple[Student, Reti
     current, refused = student.sparsity, None
     if current.is_dense or current.preset != "edge":
         return student, None
-    wanted = gpu_sparsity(current, student.backbone.prefix)
+    wanted = gpu_sparsity(current, student.backbone.prefix, student.backbone.patches)
     cells = wanted.cells
     for tile in dict.fromkeys((wanted.tile, current.tile)):
         if (tile, cells) == (current.tile, current.cells):

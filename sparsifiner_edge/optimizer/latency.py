@@ -23,6 +23,7 @@ from sparsifiner_edge.optimizer.pieces import LINEAR, attention_piece, linear_pi
 from sparsifiner_edge.plan import LEAST_PATCHES, LayerPlan
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board
+from sparsifiner_edge.profiles.estimate import why_no_kernels
 from sparsifiner_edge.profiles.roofline import CPU_FIT, GRAPH_FIT, Cost, Workload
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.hosts import backbone_of
@@ -144,9 +145,13 @@ MERGED = 8
 """One patch in this many merges where merging is counted."""
 
 
-def takes_kernels(board: Board | None) -> bool:
-    """Whether bundles for a board carry kernels: its GPU is one that they are for, and Triton is there to compile."""
-    return board is not None and board.sm >= LEAST_CAPABILITY and importlib.util.find_spec("triton") is not None
+def takes_kernels(board: Board | None, stored: str = "fp16") -> bool:
+    """Whether files of a precision carry kernels for a board: its GPU and JetPack are such as they are for, and Triton
+    is there to compile.
+    """
+    if board is None or board.sm < LEAST_CAPABILITY or stored == "fp32" or why_no_kernels(board.release(None)):
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 def estimate_latency(student: Student, board: Board, precision: str) -> PlanLatency:
@@ -156,7 +161,7 @@ def estimate_latency(student: Student, board: Board, precision: str) -> PlanLate
         ConfigError: the board has no arithmetic for the precision.
     """
     shape, gpu = model_shape(student.model), board.kind == "gpu"
-    runs = ("kernels" if takes_kernels(board) else "bodies") if gpu else "native"
+    runs = ("kernels" if takes_kernels(board, precision) else "bodies") if gpu else "native"
     base = dataclasses.replace(student.sparsity, keep=1.0, merge=())
 
     def costs(patches: int, sparsity: SparsityConfig) -> list[Cost]:

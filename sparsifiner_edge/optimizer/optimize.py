@@ -183,7 +183,7 @@ def _subject(source: str | Path | nn.Module, options: ModelOptions, teacher: str
     else:
         dense = load_source(str(source), options.file, options.img_size, options.normalisation)
     sparsity = fit_to_model(SparsityConfig(keep=START_SHARE), dense.backbone, {"keep": START_SHARE})
-    sparsity = gpu_sparsity(sparsity, dense.backbone.prefix) if kernels else sparsity
+    sparsity = gpu_sparsity(sparsity, dense.backbone.prefix, dense.backbone.patches) if kernels else sparsity
     student = make_student(dataclasses.replace(dense, model=copy.deepcopy(dense.model)), sparsity)
     return _Subject(student, dense, None if isinstance(source, nn.Module) else str(source), ready=False)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import ExportOptions, FloatFile, export_student, float_file
 from sparsifiner_edge.front import Deployment
 from sparsifiner_edge.images import evenly
@@ -95,12 +96,17 @@ class WholeModels:
             options = dataclasses.replace(self._options, precision=stored, calibrate=calibrate)
             if self._board is not None and self._board.kind == "gpu":
                 target = "tensorrt" if stored == "int8" else "cpu"
-                boards = (self._board,) * (stored != "fp32" and not plan.is_dense and takes_kernels(self._board))
+                boards = (self._board,) * (not plan.is_dense and takes_kernels(self._board, stored))
                 options = dataclasses.replace(options, int8_target=target, boards=boards)
+            folder = self._folder / f"bundle-{len(self._bundles)}"
             with self._clock.step(f"export {stored}", f"exporting {which or 'a plan in '}{stored}"):
-                self._bundles[plan, stored] = export_student(
-                    student, self._folder / f"bundle-{len(self._bundles)}", options, base, self._clock.tell
-                )
+                try:
+                    self._bundles[plan, stored] = export_student(student, folder, options, base, self._clock.tell)
+                except ConfigError:  # Nothing of it can be compiled: bodies run it.
+                    if not options.boards:
+                        raise
+                    options = dataclasses.replace(options, boards=())
+                    self._bundles[plan, stored] = export_student(student, folder, options, base, self._clock.tell)
         return self._bundles[plan, stored]
 
     def student_of(self, plan: LayerPlan) -> Student:

@@ -179,11 +179,22 @@ def _kernels(manifest: Manifest, board: Board, release: JetPack | None) -> tuple
         return "none", "the bundle has standard operators alone"
     if board.kind == "cpu":
         return "native", "the native library is assumed to be installed there"
-    if release is not None and tuple(map(int, release.tensorrt.split("."))) < (10, 3):
-        return "portable", f"TensorRT {release.tensorrt} takes no kernels of a bundle, 10.3 and later do"
+    if why := why_no_kernels(release):
+        return "portable", why
+    here = [entry for entry in manifest.boards if entry.compute_capability == f"{board.sm / 10:.1f}" and entry.refused]
+    if here:
+        refused = here[0].refused
+        return "portable", f"{len(refused)} nodes have no kernels: {next(iter(refused.values()))}"
     if table_file(board.sm) in manifest.files:
         return "native", f"the bundle carries kernels compiled for SM {board.sm}"
     return "portable", f"the bundle carries no kernels compiled for SM {board.sm}"
+
+
+def why_no_kernels(release: JetPack | None) -> str | None:
+    """Why a board's JetPack runs no kernels of bundles; None where it does, or the board has none."""
+    if release is not None and tuple(map(int, release.tensorrt.split("."))) < (10, 3):
+        return f"TensorRT {release.tensorrt} takes no kernels of a bundle, 10.3 and later do"
+    return None
 
 
 def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:

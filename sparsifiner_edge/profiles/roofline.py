@@ -263,14 +263,17 @@ def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> lis
 
 
 def faster_dense(work: Workload, board: Board, precision: str = "fp16") -> list[int]:
-    """Of the sparse layers of a model, counted from 0, those whose attention would take less if it were dense."""
-    fit = GRAPH_FIT if board.kind == "gpu" else CPU_FIT
+    """Of the sparse layers of a model, counted from 0, those whose attention would take less on a GPU if it were dense;
+    none where that is not known.
+    """
+    if board.kind != "gpu" or precision not in board.peaks:
+        return []
     shares = [(here, share) for here, share, _ in layers(work.shape, work.sparsity) if share < 1]
 
     def attention_s(here: ModelShape, share: float) -> float:
         sparsity = dataclasses.replace(work.sparsity, keep=share, merge=(), token_keep=())
         alone = dataclasses.replace(work, shape=dataclasses.replace(here, depth=1), sparsity=sparsity)
-        return seconds([c for c in costs(alone, board, precision, fit) if c.operator.kind in SPARSE_KINDS])
+        return seconds([c for c in costs(alone, board, precision, GRAPH_FIT) if c.operator.kind in SPARSE_KINDS])
 
     return [n for n, (here, share) in enumerate(shares) if attention_s(here, 1.0) < attention_s(here, share)]
 

@@ -15,9 +15,9 @@ from sparsifiner_edge.bundle.engines import BODIES, BatchRange, Details
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.execution import Execution
-from sparsifiner_edge.metrics import agreement
+from sparsifiner_edge.metrics import OTHER_TOKENS, agreement
 from sparsifiner_edge.runtime.child import serve, start_child
-from sparsifiner_edge.runtime.golden import read_golden
+from sparsifiner_edge.runtime.golden import is_beyond, read_golden
 from sparsifiner_edge.runtime.onnxruntime import inference_session, session_options
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
@@ -31,18 +31,14 @@ class LayerAgreement(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         layer: as its nodes are named, such as "blocks.3". error: greatest difference, over the output's range.
-        tolerance: of the bundle. cosine: mean of the rows'.
+        tolerance: of the bundle. cosine: mean of the rows'. beyond: whether the golden check would refuse it.
     """
 
     layer: str
     error: float
     tolerance: float
     cosine: float
-
-    @property
-    def beyond(self) -> bool:
-        """Whether the layer leaves the tolerance."""
-        return not self.error <= self.tolerance
+    beyond: bool
 
 
 def bisect_layers(bundle: str | Path, backend: str, *, timeout_s: float = 1800.0) -> list[LayerAgreement]:
@@ -67,6 +63,9 @@ def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
     inputs, _ = read_golden(bundle)
     size = len(next(iter(inputs.values())))
     (engine,) = builder.engines_to_build(bundle, (), BatchRange(size, size, size))
+    plan = bundle.manifest.plan
+    if plan is not None and plan.token_keep:
+        raise ConfigError("Layers that prune tokens may each keep others.", "Bisect a student that prunes none.")
     if why := builder.why_not_here(engine):
         raise BackendError(f"Its layers cannot be run: {why}", "Run it on the machine that the engine is for.")
     model, layers = bundle.model(), dict[str, str]()
@@ -82,10 +81,20 @@ def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
         got = session.infer(inputs)
     reference, names = inference_session(file, session_options(), None, folder), [*layers.values()]
     tolerance = max(bundle.manifest.tolerances.values(), default=0.0)
-    rows = []
+    share, rows = OTHER_TOKENS if plan is not None and any(plan.merge) else 0.0, []
+    if not layers:
+        raise BackendError("The file's nodes name no layers.", "Export it again.")
     for layer, wanted in zip(layers, reference.run(names, inputs), strict=True):
         result = agreement(layer, got[layers[layer]], wanted, tolerance)
-        rows.append(LayerAgreement(layer=layer, error=result.error, tolerance=tolerance, cosine=result.mean))
+        rows.append(
+            LayerAgreement(
+                layer=layer,
+                error=result.error,
+                tolerance=tolerance,
+                cosine=result.mean,
+                beyond=is_beyond(result, tolerance, share),
+            )
+        )
     return rows
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import sys
 import threading
 import time
@@ -58,6 +59,18 @@ def import_openvino(precision: str = "auto") -> Any:
     return openvino
 
 
+@functools.cache
+def extension() -> Path | None:
+    """Our operators as an extension that this OpenVINO loads; None: they run in Python."""
+    path = native.openvino_extension()
+    if path is not None:
+        try:
+            import_openvino().Core().add_extension(str(path))
+        except Exception:  # OpenVINO's own, whatever is missing.
+            return None
+    return path
+
+
 class OpenVino(ProcessorBackend):
     """OpenVINO's CPU plugin, on all that is not int8 in float32, or in bf16 or fp16 where the processor has them."""
 
@@ -78,7 +91,7 @@ class _OpenVinoSession(Session):
 
     Args:
         model, content, stored: see `ProcessorBackend.session`.
-        execution: its threads are OpenVINO's, and the native library's while OpenVINO's wait. "auto" is float32, which
+        execution: its threads are OpenVINO's, and of operators in Python the native library's. "auto" is float32, which
             loses nothing: of a float16 file too.
     """
 
@@ -98,7 +111,7 @@ class _OpenVinoSession(Session):
         if ours and precision == "fp16":  # It would compute around them in float16, and they give float32.
             what = f"OpenVINO runs {ours[0]} in no fp16."
             raise BackendError(what, "Leave --precision out, or take bf16.")
-        self._extension = native.openvino_extension()
+        self._extension = extension()
         # The extension's nodes run on OpenVINO's threads: for them it says the precision, and has memory kept.
         workers = 1 if self._extension else threads
         self._operators: Operators | None = Operators(workers, precision == "bf16") if ours else None

@@ -118,6 +118,17 @@ def test_shapes_that_do_not_fit_are_refused(run: Callable[..., None], row: tuple
         run(op, {**LEAST[op], **changes}, inputs)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.float16, np.float64, np.int64])
+def test_an_extension_takes_the_schemas_types_alone(kind: Any) -> None:
+    """What is of fewer bytes would be read beyond its end."""
+    case = cases("SparseAttention")[0]
+    inputs = case.inputs()
+    for number in range(len(inputs)):
+        wrong = [x.astype(kind) if n == number else x for n, x in enumerate(inputs)]
+        with pytest.raises(Exception, match=f"sparsifiner::SparseAttention: input {number} is of type"):
+            in_an_extension("SparseAttention", case.attributes, wrong)
+
+
 @contextlib.contextmanager
 def well_called(op: str) -> Iterator[tuple[list[ctypes.Structure], Callable[[], int], ctypes.Structure]]:
     """The arguments of a call of the C interface that is well, what calls it, and its message."""

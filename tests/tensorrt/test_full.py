@@ -283,9 +283,9 @@ def test_bisecting_names_the_first_layer_that_an_engine_has_otherwise(tmp_path, 
     monkeypatch.setattr(TensorRt, "compile", wrong)
     out = call(capsys, *line, "--json")
     layers = json.loads(out.out)["layers"]
-    assert (out.code, [layer["error"] > layer["tolerance"] for layer in layers]) == (1, [False, False, True, True])
+    assert (out.code, [layer["beyond"] for layer in layers]) == (1, [False, False, True, True])
     assert call(capsys, *line).out.splitlines()[-1] == "First beyond its tolerance: blocks.2"
     assert snapshot(folder) == before
-    assert_refused(
-        call(capsys, "build", folder, "--backend", "onnxruntime", "--bisect"), "onnxruntime builds no engine"
-    )
+    line = ("build", folder, "--bisect", "--backend")
+    assert_refused(call(capsys, *line, "onnxruntime"), "onnxruntime builds no engine")
+    assert_refused(call(capsys, *line, "tensorrt", "--kernels", "native"), "--kernels does not go with it")

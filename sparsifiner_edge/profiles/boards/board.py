@@ -131,6 +131,7 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                 return msgspec.structs.replace(
                     self,
                     clock_ghz=entry.gpu_ghz or self.clock_ghz,
+                    cuda_cores=entry.cuda_cores or self.cuda_cores,
                     bandwidth_gb_s=entry.bandwidth_gb_s or self.bandwidth_gb_s,
                     tdp_w=entry.cap_w or self.tdp_w,
                     **{name: getattr(self, name) * share for name in _PEAKS.values()},

@@ -49,7 +49,7 @@ class TensorRtRtx(TensorRtBackend):
         if self.execution.kernels == "portable":
             return {BODIES: None}
         why = self.why_not_here(engine)
-        how = "nothing can be timed here ({}); on a machine with that GPU build compares the two"
+        how = "nothing can be timed here ({}); on a machine with that GPU build compares them"
         return {BODIES: None} | dict.fromkeys(baselines(bundle), why and how.format(why.rstrip(".")))
 
     @contextlib.contextmanager
