@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 
 from sparsifiner_edge.bundle.kernels import table_file
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.config import SparsityConfig, parse_keep, parse_merge
 from sparsifiner_edge.costs import MAC_KINDS, ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.plan import plan_of
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board, board_names, load_board
 from sparsifiner_edge.profiles.estimate import RATIO_SPREAD, model_of, peak_activations
@@ -266,3 +268,31 @@ def test_lists_pay_where_tokens_are_many_and_the_gpu_is_small() -> None:
         assert roofline.faster_dense(Workload(shape, sparsity, kernels="kernels"), load_board(name)) == list(dense), (
             name
         )
+
+
+def test_plans_that_were_found_gain_on_every_gpu() -> None:
+    """What searches found at a cosine of .98, with dense attention where the estimate has that faster."""
+    results = Path(__file__).parents[1] / "profiles/results"
+    points = json.loads((results / "frontier/frontier_1036_searched_int8.json").read_text())["statistics"]["points"]
+    whole = [p["budget"] for p in points if p["family"].startswith("ours") and p["patches_cosine"]["value"] >= 0.98]
+    merge, keep = re.fullmatch(r"merge ([\d,]+), keep ([\d.,]+)", whole[0]).groups()  # type: ignore[union-attr]
+    rows = json.loads((results / "search/optimize_boards_518.json").read_text())["statistics"]
+    found = [(5476, merge, keep, name) for name in board_names() if load_board(name).sm >= 80]
+    found += [(1369, row["at_the_bound"]["merge"], row["at_the_bound"]["keep"], name) for name, row in rows.items()]
+    times = {}
+    for patches, merge, keep, name in found:
+        shape, board = dataclasses.replace(VIT_S, patches=patches), load_board(name)
+        plan = SparsityConfig(keep=parse_keep(keep), merge=parse_merge(merge), tile=64, cells=31)
+        dense = roofline.faster_dense(Workload(shape, plan, kernels="kernels"), board)
+        shares = plan_of(plan, shape.depth, patches).keep
+        lists = [layer for layer, share in enumerate(shares) if share < 1]
+        mixed = tuple(1.0 if layer in [lists[n] for n in dense] else share for layer, share in enumerate(shares))
+        whole_ms, merged_ms, ms = (
+            roofline.seconds(roofline.costs(Workload(shape, one, kernels="kernels"), board, "fp16", roofline.GRAPH_FIT))
+            for one in (DENSE, dataclasses.replace(plan, keep=1.0), dataclasses.replace(plan, keep=mixed))
+        )  # fmt: skip
+        assert ms <= 1.001 * min(whole_ms, merged_ms), name
+        times[name, patches] = whole_ms / ms
+    assert times["jetson-orin-nano-8gb-super", 5476] > 2.9
+    assert times["h100", 1369] > 1.25
+    assert times["jetson-agx-thor", 1369] > 1.55
