@@ -274,7 +274,9 @@ def test_plans_that_were_found_gain_on_every_gpu() -> None:
     """What searches found at a cosine of .98, with dense attention where the estimate has that faster."""
     results = Path(__file__).parents[1] / "profiles/results"
     points = json.loads((results / "frontier/frontier_1036_searched_int8.json").read_text())["statistics"]["points"]
-    whole = [p["budget"] for p in points if p["family"].startswith("ours") and p["patches_cosine"]["value"] >= 0.98]
+    whole = [
+        p["budget"] for p in points.values() if p["family"].startswith("ours") and p["patches_cosine"]["value"] >= 0.98
+    ]
     merge, keep = re.fullmatch(r"merge ([\d,]+), keep ([\d.,]+)", whole[0]).groups()  # type: ignore[union-attr]
     rows = json.loads((results / "search/optimize_boards_518.json").read_text())["statistics"]
     found = [(5476, merge, keep, name) for name in board_names() if load_board(name).sm >= 80]
