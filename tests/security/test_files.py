@@ -164,7 +164,7 @@ def test_everything_is_read_as_the_manifest_says(tmp_path: Path, keys: Path) -> 
 def test_kernels_that_the_manifest_does_not_list_are_not_the_bundles(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     (bundle / "kernels").mkdir()
-    (bundle / "kernels" / "sm87.json").write_text('{"schema_version": 2, "launches": {}, "nodes": {}}')
+    (bundle / "kernels" / "sm87.json").write_text('{"schema_version": 3, "launches": {}, "nodes": {}}')
     assert read_table(open_bundle(bundle), 87) is None
     reseal(bundle)
     assert read_table(open_bundle(bundle), 87) is not None
