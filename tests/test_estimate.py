@@ -277,7 +277,9 @@ def test_plans_that_were_found_gain_on_every_gpu() -> None:
     whole = [
         p["budget"] for p in points.values() if p["family"].startswith("ours") and p["patches_cosine"]["value"] >= 0.98
     ]
-    merge, keep = re.fullmatch(r"merge ([\d,]+), keep ([\d.,]+)", whole[0]).groups()  # type: ignore[union-attr]
+    match = re.fullmatch(r"merge ([\d,]+), keep ([\d.,]+)", whole[0])
+    assert match is not None
+    merge, keep = match.groups()
     rows = json.loads((results / "search/optimize_boards_518.json").read_text())["statistics"]
     found = [(5476, merge, keep, name) for name in board_names() if load_board(name).sm >= 80]
     found += [(1369, row["at_the_bound"]["merge"], row["at_the_bound"]["keep"], name) for name, row in rows.items()]
@@ -294,7 +296,11 @@ def test_plans_that_were_found_gain_on_every_gpu() -> None:
             for one in (DENSE, dataclasses.replace(plan, keep=1.0), dataclasses.replace(plan, keep=mixed))
         )  # fmt: skip
         assert ms <= 1.001 * min(whole_ms, merged_ms), name
-        times[name, patches] = whole_ms / ms
-    assert times["jetson-orin-nano-8gb-super", 5476] > 2.9
-    assert times["h100", 1369] > 1.25
-    assert times["jetson-agx-thor", 1369] > 1.55
+        times[name, patches] = whole_ms / merged_ms, whole_ms / ms
+    for name, patches, merged, lists_too, least in (  # As docs/gpu.md has them, and what was asked for.
+        ("h100", 1369, 1.32, 1.32, 1.25), ("jetson-agx-thor", 1369, 1.57, 1.57, 1.55),
+        ("jetson-orin-nano-8gb-super", 5476, 3.5, 4.4, 2.9), ("rtx-4090", 5476, 3.3, 4.1, 1),
+        ("h100", 5476, 2.5, 2.6, 1), ("jetson-agx-thor", 5476, 2.7, 2.7, 1),
+    ):  # fmt: skip
+        assert times[name, patches] == pytest.approx((merged, lists_too), abs=0.06), name
+        assert times[name, patches][1] > least

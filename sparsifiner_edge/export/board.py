@@ -220,7 +220,7 @@ def launched_together(model: onnx.ModelProto, nodes: Sequence[Any], types: Types
         shapes, attributes = [types[name][1] for name in names], _attributes(along.match)
         schedule = schedule_merging(shapes, attributes, types[names[0]][0])
         carried.append(Group((along.match, along.merge), schedule, along))
-    return [group for group in groups if group not in merging] + (carried or merging)
+    return [group for group in groups if group.nodes[0].op_type not in _MERGING] + (carried or merging)
 
 
 def _attributes(node: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from sparsifiner_edge.optimizer.request import CHECKED, LEAST_IMAGES, OptimizeOp
 from sparsifiner_edge.optimizer.trial import Trial
 from sparsifiner_edge.optimizer.whole import Attempt, WholeModels, link_images
 from sparsifiner_edge.plan import LayerPlan
+from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.profiles.stats import quantity, skewed_mean
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
@@ -122,16 +123,27 @@ def optimize(
         if search is None or not search.attempts:
             short = f"{options.minutes:g} minutes were not enough for one bundle."
             raise ConfigError(short, "Give more --minutes, or fewer images.")
-        best = search.ranked()[0]
-        if search.current is None or best[:2] != search.current[:2]:
-            _keep(search.models, best, folder / BUNDLE)
-        if subject.path is not None:
-            student = search.models.student_of(best.plan)
-            save_student(dataclasses.replace(student, labels=(*options.labels,) or student.labels), folder / STUDENT)
+        _write_answer(subject, search, folder, options)
         result = _result(subject, search, dense, options)
     write_result(folder / FRONT, result)
     _draw(result, folder)
     return result
+
+
+def _write_answer(subject: _Subject, search: Search, folder: Path, options: OptimizeOptions) -> None:
+    """The best as `bundle/`, where another is there, and as `student/`; for a board, a remark where bodies run it."""
+    best, board = search.ranked()[0], search.request.board
+    if search.current is None or best[:2] != search.current[:2]:
+        _keep(search.models, best, folder / BUNDLE)
+    if subject.path is not None:
+        student = search.models.student_of(best.plan)
+        save_student(dataclasses.replace(student, labels=(*options.labels,) or student.labels), folder / STUDENT)
+    if board is not None:
+        method = estimate_bundle(folder / BUNDLE, board, precision=best.engine.stored).method
+        if method.kernels == "portable":
+            search.remarks.append(
+                f"Operators of ours are estimated as function bodies, which are slow: {method.because}."
+            )
 
 
 def _new(folder: Path) -> Path:

@@ -46,10 +46,6 @@ def bisect_layers(bundle: str | Path, backend: str, *, timeout_s: float = 1800.0
 
     Raises:
         SparsifinerError: the engine cannot be built or run here.
-
-    Example:
-        >>> [layer.layer for layer in bisect_layers("bundle", "tensorrt") if layer.beyond]
-        []
     """
     with start_child(__name__, f"The builder of {backend}", _FIX) as child:
         folder = str(open_bundle(Path(bundle)).folder.resolve())
@@ -73,6 +69,8 @@ def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
     for node in model.graph.node:
         if (match := re.match(r"(?:[a-z_]+\.)*\d+(?=\.)", node.name)) and node.output[0] in known:
             layers[match[0]] = node.output[0]  # The last of each.
+    if not layers:
+        raise BackendError("The file's nodes name no layers.", "Export it again.")
     outputs = {output.name for output in model.graph.output}
     model.graph.output.extend(known[name] for name in dict.fromkeys(layers.values()) if name not in outputs)
     file = model.SerializeToString()
@@ -82,18 +80,11 @@ def _bisect(folder: str, backend: str) -> list[LayerAgreement]:
     reference, names = inference_session(file, session_options(), None, folder), [*layers.values()]
     tolerance = max(bundle.manifest.tolerances.values(), default=0.0)
     share, rows = OTHER_TOKENS if plan is not None and any(plan.merge) else 0.0, []
-    if not layers:
-        raise BackendError("The file's nodes name no layers.", "Export it again.")
     for layer, wanted in zip(layers, reference.run(names, inputs), strict=True):
         result = agreement(layer, got[layers[layer]], wanted, tolerance)
+        beyond = is_beyond(result, tolerance, share)
         rows.append(
-            LayerAgreement(
-                layer=layer,
-                error=result.error,
-                tolerance=tolerance,
-                cosine=result.mean,
-                beyond=is_beyond(result, tolerance, share),
-            )
+            LayerAgreement(layer=layer, error=result.error, tolerance=tolerance, cosine=result.mean, beyond=beyond)
         )
     return rows
 

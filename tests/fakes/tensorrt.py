@@ -93,15 +93,14 @@ def _plugins(seen: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
-    """What stands for the module `tensorrt`, as far as this package uses it."""
-    seen = b.seen
+def _config(seen: dict[str, Any]) -> SimpleNamespace:
+    """A builder's."""
 
     def timing_cache(content: bytes) -> Any:
         damaged = bool(content) and not content.startswith(b"times ")
         return None if damaged else SimpleNamespace(serialize=lambda: content or b"times of nothing")
 
-    config = SimpleNamespace(
+    return SimpleNamespace(
         clear_flag=lambda flag: seen.update(cleared=flag),
         set_memory_pool_limit=lambda pool, pool_size: seen.update({pool: pool_size}),
         add_optimization_profile=lambda profile: 0,
@@ -109,6 +108,11 @@ def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
         set_timing_cache=lambda cache, ignore_mismatch: not seen.update({"timing cache": cache.serialize()}),
         get_timing_cache=lambda: timing_cache(b"times of a build"),
     )
+
+
+def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
+    """What stands for the module `tensorrt`, as far as this package uses it."""
+    seen, config = b.seen, _config(b.seen)
 
     def parser(network: Any, logger: Any) -> SimpleNamespace:
         def parse(content: bytes) -> bool:

@@ -129,8 +129,13 @@ def test_a_board_is_estimated_and_its_page_says_so(folder: Path, tiny_weights: P
     # What `estimate` says of the bundle, which counts every layer by itself.
     estimate = estimate_bundle(out / "bundle", board["board"], precision="fp16")
     said = estimate.statistics.latency_ms
-    if importlib.util.find_spec("triton"):
-        assert estimate.method.kernels == "native", "it carries kernels for the board"
+    compiled = importlib.util.find_spec("triton") is not None
+    assert (estimate.method.kernels == "native") == compiled, "it carries kernels for the board"
+    bodies = [remark for remark in within.statistics.remarks if "estimated as function bodies" in remark]
+    assert len(bodies) == (not compiled)
+    old = {**board, "board": "jetson-agx-xavier", "precisions": ["fp16"]}
+    without = flat.optimize(TINY, folder, tmp_path / "old", at_least=0.9, weights=tiny_weights, minutes=1, **old)
+    assert any("estimated as function bodies, which are slow: TensorRT 8.5" in x for x in without.statistics.remarks)
     assert answer.ms.value == pytest.approx(said.value)
     assert answer.predicted_ms == pytest.approx(answer.ms.value, rel=0.1)
     assert any("Dense is faster here" in remark for remark in within.statistics.remarks)

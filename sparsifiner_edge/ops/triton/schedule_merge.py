@@ -49,7 +49,7 @@ def schedule_merging(shapes: Shapes, attributes: Attributes, dtype: str) -> Sche
         Buffer("places_out", "int32", (batch, whole or patches), "output"),
         *(Buffer("places", "int32", (batch, size), "input") for size in (whole,) if size),
     )
-    # The pairs are no output here, and what is matched no input.
+    # Of what both have, pairs are what is matched, an output.
     return Schedule(merge.buffers | match.buffers | {buffer.name: buffer for buffer in buffers}, launches)
 
 

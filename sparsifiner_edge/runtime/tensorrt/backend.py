@@ -221,15 +221,10 @@ class TensorRtBackend(Backend):
         return EngineSession(trt, bundle.folder / engine.file, bundle.read(engine.file), engine, bundle.manifest)
 
 
-def has_sparse_attention(bundle: Bundle) -> bool:
-    """Whether dense attention can take the place of nodes in a bundle's file."""
-    return f"{DOMAIN}::SparseAttention" in bundle.manifest.ops
-
-
 def baselines(bundle: Bundle) -> list[str]:
     """What takes the place of what a bundle's file has: `DENSE` of sparse attention, `UNMERGED` of merging."""
-    merges = f"{DOMAIN}::MergeTokens" in bundle.manifest.ops
-    return [DENSE] * has_sparse_attention(bundle) + [UNMERGED] * merges
+    instead = {"SparseAttention": DENSE, "MergeTokens": UNMERGED}
+    return [baseline for name, baseline in instead.items() if f"{DOMAIN}::{name}" in bundle.manifest.ops]
 
 
 def time_engine(session: EngineSession, bundle: Bundle, batch: int) -> EngineVariant:
