@@ -2,25 +2,29 @@
 
     python benchmarks/frontier.py [--size 518] [--rounds 11] [--int8] [-o FOLDER]
     python benchmarks/frontier.py --size 518 --front FOUND/front.json -o FOLDER
+    python benchmarks/frontier.py --size 224 --int8 --base FOLDER/frontier_224_int8.json -o FOLDER
 
-DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals: the dense model, and token merging by its published rule at
-five constant and five falling rates (`tome.py`), each as one plain file in ONNX Runtime, OpenVINO and torch; with
-`--int8` the quantised files too, and bf16 where the processor has it. Ours: five budgets of merging and sparse
-attention, in ONNX Runtime and OpenVINO. Fidelity is that of what ran, over the publication photographs
-(`demo/split.py`): cosine of patches and class token to the dense model's. All are timed in turn in one process. "At
-equal fidelity": the best rival's time for a fidelity, interpolated between its neighbouring points, over ours.
+DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals (`tome.py`): the dense model; token merging by ToMe's and by
+MAT's published rule at five falling rates (at 224 px ToMe's at five constant ones too: above, those take up to a fifth
+longer, and at their most faithful up to 2 % less); the dense model at five smaller sizes, its tokens resized. Each is
+one plain file in ONNX Runtime and OpenVINO, the dense model in torch too; with `--int8` the quantised files as well,
+and bf16 where the processor has it. Ours: five budgets of merging and sparse attention, in the same engines. Engines
+that take a quarter longer than the fastest in the same precision, over a kind's files together, are left out and named.
+Fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of patches and class token to
+the dense model's. All are timed in turn in one process. "At equal fidelity": the best rival's time for a fidelity,
+interpolated between its neighbouring points, over ours.
 
-With `--front` our budgets are those that a search found: of its front, the nearest to fidelities from .95 to .995. Of
-token merging, above 224 px, falling rates alone: in the runs above constant ones take up to a fifth longer there, and
-at their most faithful up to 2 % less. With `--int8` as well, what is compared is whatever precision is fastest, and
-engines that take a quarter longer than the fastest, over a side's files together, are left out before fidelities are
-measured.
+With `--front` our budgets are those that a search found: of its front, the nearest to fidelities from .95 to .995. With
+`--int8` as well, what is compared is whatever precision is fastest. With `--base` a ViT-B/14 of random weights takes
+the place: times are its own, fidelities are those that a result has of the same budgets.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import json
 import math
 import tempfile
 import warnings
@@ -30,8 +34,11 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 from cpu_engines import time_in_turn
+from fidelity_subject import weights_file
 from frontier_points import Case, Point, Setting, Teacher, ours, photographs, quick_engines, rivals
+from safetensors.torch import save_file
 from summary import said, write_summary
 
 from sparsifiner_edge.cli.common import err_console, print_table
@@ -42,23 +49,25 @@ from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject, read_result
 from sparsifiner_edge.sparse.defaults import default_keep
+from sparsifiner_edge.sparse.hosts.timm import create
 
 EARLY, LONG = default_keep(37 * 37, 12), default_keep(74 * 74, 12)
 """Shares of keys at 518 and 1036 px."""
 CASES = {
     224: Case(
         ((8, 1), (10, 1), (12, 1), ((20, 1), 1), ((24, 1), 1)), 16,
-        (4, 6, 8, 10, 12), (8, 12, 16, 20, 24), (0.98, 0.985, 0.99),
+        (4, 6, 8, 10, 12), (8, 12, 16, 20, 24), (15, 14, 13, 12, 11), (0.98, 0.985, 0.99),
     ),
     518: Case(
         (((140, 1), EARLY), ((160, 1), EARLY), ((200, 1.5), EARLY), ((240, 2), EARLY), ((300, 3), EARLY)), 49,
-        (40, 60, 80, 90, 100), (80, 120, 140, 160, 180), (0.975, 0.98, 0.985),
+        (), (80, 120, 140, 160, 180), (36, 34, 32, 29, 26), (0.975, 0.98, 0.985),
     ),
     1036: Case(
         (((600, 1), LONG), ((700, 1), LONG), ((900, 1.5), LONG), ((1000, 2), LONG), ((1200, 2), LONG)), 49,
-        (200, 300, 350, 400, 450), (400, 500, 600, 700, 800), (0.975, 0.98, 0.985),
+        (), (400, 500, 600, 700, 800), (72, 68, 62, 56, 48), (0.975, 0.98, 0.985),
     ),
 }  # fmt: skip
+BASE = "vit_base_patch14_dinov2.lvd142m"
 FRONT = (0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
 """What is compared at along a front."""
 LOWER = {518: (200, 215), 1036: (850, 890)}
@@ -71,26 +80,50 @@ def of_front(path: Path, size: int) -> Case:
     points = [point for point in read_result(path).statistics["points"] if point["on_front"]]
     nearest = [min(points, key=lambda p, at=at: abs(math.log((1 - p["fidelity"] + 1e-6) / (1 - at)))) for at in FRONT]
     chosen = dict.fromkeys((point["merge"], parse_keep(point["keep"])) for point in nearest)
-    constant = case.constant if size == min(CASES) else ()
     return dataclasses.replace(
-        case, budgets=tuple(chosen), constant=constant, falling=(*case.falling, *LOWER.get(size, ())), compared=FRONT,
+        case, budgets=tuple(chosen), falling=(*case.falling, *LOWER.get(size, ())), compared=FRONT,
         start=path.parent / "start",
     )  # fmt: skip
 
 
-def fidelity(points: list[Point], size: int, photographs: list[Path], tell: Any) -> dict[str, dict[str, Any]]:
-    """Cosine of patches and class token to the dense model's, per publication photograph."""
+def base(size: int, folder: Path) -> tuple[str, Path]:
+    """ViT-B/14 with random weights: name and file."""
+    torch.manual_seed(0)
+    save_file(create(BASE, size, 0).state_dict(), folder / "random.safetensors")
+    return BASE, folder / "random.safetensors"
+
+
+def fidelity(
+    points: list[Point], size: int, photographs: list[Path], file: Path, tell: Any
+) -> dict[str, dict[str, Any]]:
+    """Cosine of patches and class token to the dense model's, per publication photograph; file: where it is kept."""
     teacher = Teacher(size, photographs)
     found: dict[str, dict[str, Any]] = {}
-    same: dict[tuple[str, str, str], dict[str, Any]] = {}
+    same: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for point in points:
         # One model in fp32 gives the same in every engine, to a millionth.
-        key = (point.family.partition(",")[0], point.budget, point.precision)
-        if point.precision != "fp32" or key not in same:
+        key = f"{point.kind} | {point.budget}" if point.precision == "fp32" else point.name
+        if key not in same:
             tell(f"fidelity of {point.name}")
-            same[key] = teacher.cosines(point.tokens_of)
+            same[key] = teacher.cosines(point.tokens_of, point.images.shape[1])
         found[point.name] = same[key]
+    file.write_text(json.dumps(same))
     return found
+
+
+def fidelity_of(points: list[Point], result: Path) -> dict[str, dict[str, Any]]:
+    """What a result has of points of these names."""
+    rows: dict[str, Any] = read_result(result).statistics["points"]
+    missing = [point.name for point in points if point.name not in rows]
+    if missing:
+        raise click.UsageError(f"{result} has no {missing[0]}")
+    return {
+        point.name: {
+            "patches_cosine": [rows[point.name]["patches_cosine"]["value"]],
+            "class_cosine": [rows[point.name]["class_cosine"]],
+        }
+        for point in points
+    }
 
 
 def time_at(points: list[tuple[float, float]], wanted: float) -> float:
@@ -112,15 +145,15 @@ def time_at(points: list[tuple[float, float]], wanted: float) -> float:
 
 def compare(
     points: list[Point], found: dict[str, dict[str, Any]], times: dict[str, np.ndarray], wanted: float,
-    precisions: tuple[str, ...], engine: str = "",
+    precisions: tuple[str, ...],
 ) -> dict[str, Any]:  # fmt: skip
-    """The best rival's time at a fidelity over ours, with its interval over rounds; ours in one engine, or the best."""
+    """The best rival's time at a fidelity over ours, with its interval over rounds."""
     families: dict[str, list[Point]] = {}
     for point in points:
         if point.precision in precisions:
             families.setdefault(point.family, []).append(point)
-    for family in [name for name in families if name.startswith(("ToMe", "ours"))]:
-        # The dense model is the end of its front.
+    for family in [name for name in families if name.startswith(("ToMe", "MAT", "ours"))]:
+        # The dense model is the end of its front; of fewer pixels it is not: their tokens are resized.
         families[family] += families.get(f"dense,{family.split(',', 1)[1]}", [])
 
     def at(family: str, of_round: Callable[[np.ndarray], float]) -> float:
@@ -133,14 +166,17 @@ def compare(
         return min(filter(of, families), key=lambda family: at(family, lambda x: float(np.median(x))))
 
     rival = best(lambda family: not family.startswith("ours"))
-    ours_family = best(lambda family: family.startswith(f"ours, {engine}"))
+    ours_family = best(lambda family: family.startswith("ours"))
     rounds = len(next(iter(times.values())))
     pairs = [
         (at(rival, lambda x, i=i: float(np.median(x[i]))), at(ours_family, lambda x, i=i: float(np.median(x[i]))))
         for i in range(rounds)
     ]
     ratios = [a / b if math.isfinite(b) else 0.0 for a, b in pairs]
+    kinds = dict.fromkeys(family.partition(",")[0] for family in families if not family.startswith("ours"))
+    each = {kind: best(lambda family, kind=kind: family.startswith(f"{kind},")) for kind in kinds}
     return {
+        "each_ms": {kind: _finite(at(family, lambda x: float(np.median(x)))) for kind, family in each.items()},
         "patches_cosine": wanted, "rival": rival, "ours": ours_family,
         "rival_ms": _finite(at(rival, lambda x: float(np.median(x)))),
         "ours_ms": _finite(at(ours_family, lambda x: float(np.median(x)))),
@@ -153,16 +189,17 @@ def _finite(ms: float) -> Any:
 
 
 def measure(
-    case: Case, of: Setting, photographs: list[Path], rounds: int, folder: Path, tell: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Samples and statistics."""
+    case: Case, of: Setting, judge: Callable[[list[Point]], dict[str, dict[str, Any]]], rounds: int, folder: Path,
+    tell: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Samples and statistics. judge: fidelities by the name of a point."""
     along_a_front = case.start is not None and of.int8
     points = ours(case, of, folder, tell)
     points += rivals(case, of, folder, tell)
-    left_out: dict[str, float] = {}
-    if along_a_front:
-        points, left_out = quick_engines(points, tell)
-    found = fidelity(points, of.size, photographs, tell)
+    points, left_out = quick_engines(points, not along_a_front, tell)
+    found = judge(points)
+    if not rounds:
+        raise click.exceptions.Exit
     times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if of.size < 1000 else 1, tell)
     rows = {
         point.name: {
@@ -177,31 +214,30 @@ def measure(
     for wanted in case.compared:
         if not along_a_front:
             compared[f"{wanted}, fp32"] = compare(points, found, times, wanted, ("fp32",))
-            in_ort = compare(points, found, times, wanted, ("fp32",), "ONNX Runtime")
-            compared[f"{wanted}, fp32, in ONNX Runtime"] = in_ort
         if of.int8:
             compared[f"{wanted}, any"] = compare(points, found, times, wanted, ("fp32", "bf16", "int8"))
     samples = {name: {**found[name], "ms": times[name].tolist()} for name in rows}
     return samples, {"points": rows, "at_equal_fidelity": compared, "left_out": left_out}
 
 
-def show(size: int, count: int, found: dict[str, Any]) -> None:
+def show(title: str, found: dict[str, Any]) -> None:
     rows = [
         [name, f"{row['macs'] / 1e9:.1f}", f"{row['median_ms']:.1f}", f"{row['patches_cosine']['value']:.4f}",
          f"{row['class_cosine']:.4f}"]
         for name, row in found["points"].items()
     ]  # fmt: skip
-    print_table(f"{size} px, {count} photographs", ["", "G MACs", "ms", "patches", "class"], rows)
+    print_table(title, ["", "G MACs", "ms", "patches", "class"], rows)
     for label, row in found["at_equal_fidelity"].items():
         ms, rival_ms = (f"{x:.1f}" if isinstance(x, float) else "?" for x in (row["ours_ms"], row["rival_ms"]))
         click.echo(
             f"at {label}: {ms} ms ({row['ours']}) against {rival_ms} ({row['rival']}): {said(row['ratio'])} times"
         )
+        click.echo("   " + ", ".join(f"{kind} {x:.1f}" for kind, x in row["each_ms"].items() if isinstance(x, float)))
     for engine, ratio in found["left_out"].items():
         click.echo(f"left out: {engine}, {ratio:.2f} times the fastest")
 
 
-def draw(size: int, found: dict[str, Any], path: Path) -> None:
+def draw(title: str, found: dict[str, Any], path: Path) -> None:
     """Error against time, one line per family."""
     from matplotlib.figure import Figure
 
@@ -224,7 +260,7 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
     axis.set(
         xscale="log", yscale="log", xlabel="ms", ylabel="1 - patch cosine (lower is better)",
-        title=f"DINOv2 ViT-S/14, {size} px, untrained; grey: dense",
+        title=f"{title}, untrained; grey: dense",
     )  # fmt: skip
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.xaxis.set_minor_formatter("{x:.0f}")
@@ -235,38 +271,50 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
 
 @click.command()
 @click.option("--size", "sizes", type=click.Choice([str(size) for size in CASES]), multiple=True, default=["518"])
-@click.option("--rounds", default=11, show_default=True, help="Six at least, for intervals.")
+@click.option("--rounds", default=11, show_default=True, help="Six at least, for intervals; 0 prepares --work.")
 @click.option("--threads", default=None, type=int, help="Default: all cores.")
 @click.option("--int8", is_flag=True, help="Quantised files too, ours and theirs.")
 @click.option("--front", type=click.Path(exists=True, path_type=Path), help="Our budgets from a search's front.json.")
 @click.option(
+    "--base", "result", type=click.Path(exists=True, path_type=Path), help="ViT-B/14, at the fidelities of this result."
+)
+@click.option(
     "--photographs", "count", type=click.IntRange(1), help="Of the publication set, evenly; default all, at 1036 px 24."
 )
+@click.option("--work", type=click.Path(path_type=Path), help="Keep files and fidelities here, for another run.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for frontier_<size>.json and .png.")
 def main(
-    sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, front: Path | None, count: int | None,
-    output: Path | None,
+    sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, front: Path | None, result: Path | None,
+    count: int | None, work: Path | None, output: Path | None,
 ) -> None:  # fmt: skip
     """See the module's documentation."""
-    if front and len(sizes) > 1:
-        raise click.UsageError("--front is of one size")
+    if (front or result) and len(sizes) > 1:
+        raise click.UsageError("--front and --base are of one size")
     warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter, about its own calls
-    more = "_searched" * bool(front) + "_int8" * int8
+    more = "_base" * bool(result) + "_searched" * bool(front) + "_int8" * int8
     for size in map(int, sizes):
         paths = photographs(size, count)
-        of = Setting(size, threads or available_cores(), int8)
         with err_console.status("") as status, tempfile.TemporaryDirectory() as scratch:
+            folder = (work or Path(scratch)) / f"{size}{more}"
+            folder.mkdir(parents=True, exist_ok=True)
+            model, weights = base(size, folder) if result else (material.DINOV2, weights_file())
+            of = Setting(size, threads or available_cores(), int8, model, weights)
             case = of_front(front, size) if front else CASES[size]
-            samples, statistics = measure(case, of, paths, rounds, Path(scratch), status.update)
+            judge = functools.partial(fidelity_of, result=result) if result else functools.partial(
+                fidelity, size=size, photographs=paths, file=folder / f"{len(paths)}.json", tell=status.update
+            )  # fmt: skip
+            samples, statistics = measure(case, of, judge, rounds, folder, status.update)
+        title = f"{'DINOv2 ViT-B/14, random weights' if result else 'DINOv2 ViT-S/14'}, {size} px"
         if output:
             method = {
                 "photographs": len(paths), "rounds": rounds, "size": size, "threads": of.threads, "int8": int8,
                 "interpolation": "linear in log(1 - patch cosine) between points of one family",
+                "fidelity": "of the same budgets in ViT-S/14" if result else "of what ran",
             }  # fmt: skip
-            result = Result("comparison", [Subject(path=material.DINOV2, sha256="")], method, samples, statistics)
-            write_summary(output / f"frontier_{size}{more}.json", result)
-            draw(size, statistics, output / f"frontier_{size}{more}.png")
-        show(size, len(paths), statistics)
+            record = Result("comparison", [Subject(path=model, sha256="")], method, samples, statistics)
+            write_summary(output / f"frontier_{size}{more}.json", record)
+            draw(title, statistics, output / f"frontier_{size}{more}.png")
+        show(f"{title}, {len(paths)} photographs", statistics)
 
 
 if __name__ == "__main__":

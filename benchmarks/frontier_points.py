@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -16,6 +16,7 @@ import torch
 from accuracy_images import linked
 from cpu_engines import Run, by_kernels, has_bf16, openvino_run, ort_session
 from fidelity_subject import weights_file
+from torch import nn
 
 from sparsifiner_edge import Budget, ExportOptions
 from sparsifiner_edge.config import Keep, keep_text
@@ -37,14 +38,15 @@ SLOW = 1.25
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One image size: our budgets as (what merges: see `tome.schedule`; keep), cells, the rivals' rates, and
-    fidelities to compare at. start: a student that a search made its front of; None: one of these cells.
+    """One image size: our budgets as (what merges: see `tome.schedule`; keep), cells, the rivals' rates and patches a
+    side, and fidelities to compare at. start: a student that a search made its front of; None: one of these cells.
     """
 
     budgets: tuple[tuple[int | tuple[int, float] | str, Keep], ...]
     cells: int
     constant: tuple[int, ...]
     falling: tuple[int, ...]
+    grids: tuple[int, ...]
     compared: tuple[float, ...]
     start: Path | None = None
 
@@ -56,6 +58,8 @@ class Setting:
     size: int
     threads: int
     int8: bool
+    model: str
+    weights: Path
 
     @property
     def hints(self) -> tuple[str, ...]:
@@ -99,22 +103,29 @@ class Point:
         return self.family.partition(", ")[2]
 
     @property
-    def side(self) -> str:
-        return "ours" if self.family.startswith("ours") else "rivals"
+    def kind(self) -> str:
+        return self.family.partition(", ")[0]
 
 
 class Teacher:
     """The dense model's tokens of images, and how near others come to them."""
 
     def __init__(self, size: int, paths: Sequence[Path]) -> None:
-        self.images = [load_image(path, size)[None] for path in paths]
+        self.paths, self.size = paths, size
         model: Any = load_model(material.DINOV2, weights_file(), size)
         dense = tome.ToMe(model, [0] * len(model.blocks)).eval()
-        self.wanted = [in_torch(dense, image)[1].numpy()[0] for image in self.images]
+        self.wanted = [in_torch(dense, image)[1].numpy()[0] for image in self.images(size)]
 
-    def cosines(self, tokens: Callable[[np.ndarray], np.ndarray]) -> dict[str, list[float]]:
-        """Of patches, their mean per image, and of the class token. tokens: of images uint8 [1,H,W,3] -> [1,N,C]."""
-        rows = [cosine(tokens(x)[0], y) for x, y in zip(self.images, self.wanted, strict=True)]
+    def images(self, side: int) -> Iterator[np.ndarray]:
+        """uint8 [1,side,side,3]."""
+        return (load_image(path, side)[None] for path in self.paths)
+
+    def cosines(self, tokens: Callable[[np.ndarray], np.ndarray], side: int | None = None) -> dict[str, list[float]]:
+        """Of patches, their mean per image, and of the class token. tokens: of images uint8 [1,side,side,3] -> [1,N,C];
+        side: None is the size's own.
+        """
+        pairs = zip(self.images(side or self.size), self.wanted, strict=True)
+        rows = [cosine(tokens(image)[0], wanted) for image, wanted in pairs]
         return {
             "patches_cosine": [float(row[1:].mean()) for row in rows],
             "class_cosine": [float(row[0]) for row in rows],
@@ -127,32 +138,37 @@ def photographs(size: int, count: int | None) -> list[Path]:
     return evenly(paths, count or (24 if size > 1000 else len(paths)))
 
 
-def quick_engines(points: list[Point], tell: Any) -> tuple[list[Point], dict[str, float]]:
-    """Those in an engine and precision that comes near the fastest, of ours and of all rivals; and by name what does
-    not, with how many times the fastest's time it takes.
+def quick_engines(points: list[Point], by_precision: bool, tell: Any) -> tuple[list[Point], dict[str, float]]:
+    """Those in an engine and precision that comes near the fastest, of ours and of each kind of rival; and by name what
+    does not, with how many times the fastest's time it takes.
+
+    Args:
+        by_precision: only engines of one precision are held against each other.
     """
-    sides: dict[str, dict[str, float]] = {"ours": {}, "rivals": {}}
+    taken: dict[tuple[str, str], dict[str, float]] = {}
     for point in points:
         tell(f"a first look: {point.name}")
         point.run()
-        engines = sides[point.side]
+        engines = taken.setdefault((point.kind, point.precision if by_precision else ""), {})
         engines[point.engine] = engines.get(point.engine, 0.0) + min(timeit.repeat(point.run, number=1, repeat=2))
     ratios = {
-        (side, engine): seconds / min(engines.values())
-        for side, engines in sides.items() for engine, seconds in engines.items()
+        (kind, engine): seconds / min(engines.values())
+        for (kind, _), engines in taken.items() for engine, seconds in engines.items()
     }  # fmt: skip
-    out = {f"{side} in {engine}": ratio for (side, engine), ratio in ratios.items() if ratio > SLOW}
-    return [point for point in points if ratios[point.side, point.engine] <= SLOW], out
+    out = {f"{kind} in {engine}": ratio for (kind, engine), ratio in ratios.items() if ratio > SLOW}
+    return [point for point in points if ratios[point.kind, point.engine] <= SLOW], out
 
 
 def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     """Our budgets."""
     tell("sparsify")
     images = linked(folder / "calibration", split.images("calibration"))
-    student = case.start or sparsify(
-        material.DINOV2, folder / "student", weights=weights_file(), img_size=of.size, keep=0.25, cells=case.cells,
-        merge=(case.constant[0],), calibrate=images,
-    )  # fmt: skip
+    student = case.start or folder / "student"
+    if not student.exists():
+        sparsify(
+            of.model, student, weights=of.weights, img_size=of.size, keep=0.25, cells=case.cells,
+            merge=(case.falling[0],), calibrate=images,
+        )  # fmt: skip
     points: list[Point] = []
     depth = len(load_student(student).model.blocks)
     for rate, keep in case.budgets:
@@ -162,11 +178,14 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
             tell(f"export ours, {budget}, {precision}")
             spent = Budget(merge=merge, keep=keep)
             options = ExportOptions(precision=precision, calibrate=images if precision == "int8" else None)
-            bundle = export_bundle(student, folder / f"ours-{len(points)}", budget=spent, options=options)
+            bundle = folder / f"ours, {budget}, {precision}"
+            if not bundle.exists():
+                export_bundle(student, bundle, budget=spent, options=options)
             macs = sum_of_layers(load_student(student, budget=spent))
             for family, backend, computes, ran in _our_engines(of, precision):
                 if (backend, computes) == ("onnxruntime", "auto"):
-                    points.append(_ort_point(bundle / "model.onnx", True, family, budget, macs, ran, of))
+                    file = bundle / "model.onnx"
+                    points.append(_ort_point(file, True, family, budget, macs, ran, of.images, of.threads))
                     continue
                 session = open_session(bundle, by_kernels(backend, computes, of.threads))
                 infer = functools.partial(lambda session, x: session.infer({"image": x}), session)
@@ -191,35 +210,69 @@ def sum_of_layers(student: Any) -> float:
     return float(sum(layer[kind].macs for layer in costs for kind in MAC_KINDS))
 
 
+class Rival(NamedTuple):
+    """One module that runs in stock engines; side: of its images."""
+
+    kind: str
+    budget: str
+    module: nn.Module
+    side: int
+    macs: float
+
+
+def _rivals(case: Case, of: Setting) -> Iterator[Rival]:
+    """The dense model, merging by both rules, and fewer pixels."""
+    model: Any = load_model(of.model, of.weights, of.size)
+    depth, grid, width = len(model.blocks), model.patch_embed.grid_size[0], model.embed_dim
+
+    def merged(kind: str, budget: str, rates: list[int], chained: bool = False) -> Rival:
+        module = tome.ToMe(model, rates, chained).eval()
+        return Rival(kind, budget, module, of.size, float(tome.macs(rates, grid**2 + 1, width, 4 * width)))
+
+    yield merged("dense", "dense", [0] * depth)
+    for rate in case.constant:
+        yield merged("ToMe", f"{rate} a layer", [rate] * depth)
+    for kind in ("ToMe falling", "MAT falling"):
+        for first in case.falling:
+            yield merged(kind, f"{first}..0", list(tome.schedule((first, 1), depth)[0]), kind.startswith("MAT"))
+    for fewer in case.grids:
+        side = of.size // grid * fewer
+        small = tome.FewerPixels(load_model(of.model, of.weights, side), grid).eval()
+        yield Rival(
+            "fewer pixels", f"{side} px", small, side, float(tome.macs([0] * depth, fewer**2 + 1, width, 4 * width))
+        )
+
+
 def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
-    """Dense and merging by its published rule in every engine."""
-    model: Any = load_model(material.DINOV2, weights_file(), of.size)
-    depth, tokens, width = len(model.blocks), model.patch_embed.num_patches + 1, model.embed_dim
-    settings = [("dense", "dense", [0] * depth)]
-    settings += [("ToMe", f"{rate} a layer", [rate] * depth) for rate in case.constant]
-    settings += [("ToMe falling", f"{first}..0", list(tome.schedule((first, 1), depth)[0])) for first in case.falling]
-    calibration = [load_image(path, of.size)[None] for path in split.images("calibration")]
+    """Rivals in every engine; of torch the dense model alone, for it was nowhere the fastest."""
     torch.set_num_threads(of.threads)
-    points = []
-    for kind, budget, rates in settings:
+    points: list[Point] = []
+    for kind, budget, module, side, macs in _rivals(case, of):
+        images, rest = smooth_images(side), of.hints[-1]
         plain = {f"{kind}, ONNX Runtime fp32": "", **{f"{kind}, OpenVINO {hint}": hint for hint in of.hints}}
-        family, rest = f"{kind}, torch fp32", of.hints[-1]
-        quantised = {f"{kind}, ONNX Runtime int8": "", f"{kind}, OpenVINO int8, rest {rest}": rest} if of.int8 else {}
         tell(f"export {kind}, {budget}")
-        path = tome.export(model, rates, of.size, folder / f"{kind}-{budget}.onnx")
-        macs = float(tome.macs(rates, tokens, width, 4 * width))
-        points += _in_engines(path, plain, budget, macs, of)
-        merged = functools.partial(in_torch, tome.ToMe(model, rates).eval())
-        points.append(Point(family, budget, merged, 1, of.images, macs))
-        if quantised:
-            tell(f"quantise {kind}, {budget}")
-            loaded = onnx.load(path)
-            del loaded.graph.value_info[:]  # torch's exporter leaves some that shape inference contradicts
-            made, _ = quantise(loaded, calibration, goal=int8_gates.LEAST_MEAN_COSINE)
-            path8 = folder / f"{kind}-{budget}-int8.onnx"
-            onnx.save(made, path8)
-            points += _in_engines(path8, quantised, budget, macs, of, "int8")
+        path, path8 = (folder / f"{kind}, {budget}{end}.onnx" for end in ("", ", int8"))
+        if not path.exists():
+            tome.export(module, side, path)
+        points += _in_engines(path, plain, budget, macs, images, of.threads)
+        if kind == "dense":
+            points.append(Point(f"{kind}, torch fp32", budget, functools.partial(in_torch, module), 1, images, macs))
+        if of.int8:
+            if not path8.exists():
+                tell(f"quantise {kind}, {budget}")
+                _quantise(path, path8, side)
+            quantised = {f"{kind}, ONNX Runtime int8": "", f"{kind}, OpenVINO int8, rest {rest}": rest}
+            points += _in_engines(path8, quantised, budget, macs, images, of.threads, "int8")
     return points
+
+
+def _quantise(path: Path, output: Path, side: int) -> None:
+    """By the rules of our own files."""
+    loaded = onnx.load(path)
+    del loaded.graph.value_info[:]  # torch's exporter leaves some that shape inference contradicts
+    calibration = [load_image(image, side)[None] for image in split.images("calibration")]
+    made, _ = quantise(loaded, calibration, goal=int8_gates.LEAST_MEAN_COSINE)
+    onnx.save(made, output)
 
 
 @torch.inference_mode()
@@ -229,29 +282,30 @@ def in_torch(module: Any, images: np.ndarray) -> Any:
 
 
 def _in_engines(
-    path: Path, families: dict[str, str], budget: str, macs: float, of: Setting, precision: str = ""
-) -> list[Point]:
+    path: Path, families: dict[str, str], budget: str, macs: float, images: np.ndarray, threads: int,
+    precision: str = "",
+) -> list[Point]:  # fmt: skip
     """One file by family: OpenVINO's hint, or "" for ONNX Runtime."""
     points = []
     for family, hint in families.items():
         if not hint:
-            points.append(_ort_point(path, False, family, budget, macs, precision or "fp32", of))
+            points.append(_ort_point(path, False, family, budget, macs, precision or "fp32", images, threads))
             continue
-        feed = {"image": of.images}
-        run = openvino_run(str(path), feed, of.threads, hint)
+        feed = {"image": images}
+        run = openvino_run(str(path), feed, threads, hint)
 
         def infer(x: np.ndarray, feed: dict[str, np.ndarray] = feed, run: Run = run) -> Any:
             feed["image"] = x
             return run()
 
         computed = precision or ("fp32" if hint == "f32" else "bf16")
-        points.append(Point(family, budget, infer, "tokens", of.images, macs, computed))
+        points.append(Point(family, budget, infer, "tokens", images, macs, computed))
     return points
 
 
 def _ort_point(
-    path: Path, kernels: bool, family: str, budget: str, macs: float, precision: str, of: Setting
+    path: Path, kernels: bool, family: str, budget: str, macs: float, precision: str, images: np.ndarray, threads: int
 ) -> Point:  # fmt: skip
-    session = ort_session(str(path), of.threads, kernels)
+    session = ort_session(str(path), threads, kernels)
     place = [output.name for output in session.get_outputs()].index("tokens")
-    return Point(family, budget, lambda x: session.run(None, {"image": x}), place, of.images, macs, precision)
+    return Point(family, budget, lambda x: session.run(None, {"image": x}), place, images, macs, precision)

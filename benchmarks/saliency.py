@@ -5,10 +5,11 @@
 
 The model is `sparsifiner_edge.demo.saliency`. Per budget: mean absolute error, IoU at .5 and AUROC of the map against
 the dense model's over the publication photographs; with --stamps (see `stamps.py`), at 24 G multiply-accumulates at
-most, IoU and AUROC of both against the true masks, and what is lost, image by image. --train: distils a student on the
-training photographs; the decoder's own maps are the teacher's. --student: that one; without, untrained. --time: the
-whole model with its decoder in fp32, ours in ONNX Runtime and OpenVINO against the dense one in ONNX Runtime, OpenVINO
-and torch, interleaved in one run; the ratio is that of the fastest.
+most, IoU and AUROC of both against the true masks, and what is lost, image by image. Rivals stand beside: ToMe and MAT
+(`tome.py`) in the backbone, and the dense model for fewer pixels, whose map is resized. --train: distils a student on
+the training photographs; the decoder's own maps are the teacher's. --student: that one; without, untrained. --time:
+the whole model with its decoder in fp32, ours and rivals in ONNX Runtime and OpenVINO, the dense one in torch too,
+interleaved in one run; the ratio is that of the fastest.
 """
 
 from __future__ import annotations
@@ -19,17 +20,29 @@ from typing import Any, NamedTuple
 
 import click
 import numpy as np
+import tome
 import torch
+import torch.nn.functional as F
 from accuracy_images import distilled, linked, photographs_at
 from cpu_engines import by_kernels, openvino_run, ort_session, ratio, time_in_turn
 from frontier_points import sum_of_layers
 from summary import said, write_summary
+from torch import Tensor, nn
 
 import sparsifiner_edge as se
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import Keep, keep_text, merge_text
 from sparsifiner_edge.demo import split
+from sparsifiner_edge.demo.saliency import OUTPUT, saliency
+from sparsifiner_edge.evaluate.extract import Extractor
+from sparsifiner_edge.evaluate.judges import answers, judge_of
+from sparsifiner_edge.evaluate.reading import feed_of
+from sparsifiner_edge.evaluate.scores import clean_scores, score_statistics
 from sparsifiner_edge.export.check import smooth_images
+from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.fitting import Framing
+from sparsifiner_edge.images import Normalisation, list_images
+from sparsifiner_edge.judge import MAPS
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject
@@ -45,6 +58,8 @@ BUDGETS: tuple[tuple[tuple[int, ...], Keep], ...] = (
 )  # fmt: skip
 STAMPED = 24e9
 """Multiply-accumulates of the layers, at most, of what is held against true masks."""
+FALLING, SIDES = (120, 150, 180), (420, 364, 294)
+"""Of rivals: what merges in the first layer, and pixels."""
 ROUNDS = 11
 TRAINING = (
     "batch=2", "distil.steps=420", "distil.learning_rate=3e-6", "clip=0.25",
@@ -114,7 +129,97 @@ def fidelity(dense: Path, files: dict[str, Exported], stamps: Path | None, tell:
     return rows
 
 
-def times(dense: Path, files: dict[str, Exported], tell: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+class Merged(nn.Module):
+    """uint8 images [B,H,W,3] -> maps [B,H,W]: the model with a rival's backbone."""
+
+    def __init__(self, rates: list[int], chained: bool) -> None:
+        super().__init__()
+        self.whole = saliency()
+        self.backbone = tome.ToMe(self.whole.backbone, rates, chained)
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = self.backbone(image)[1]
+        grid = self.whole.backbone.patch_embed.grid_size
+        found = self.whole.last(self.whole.decoder(tokens[:, 1:].transpose(1, 2).unflatten(-1, grid)))
+        return F.interpolate(found, image.shape[1:3], mode="bilinear", align_corners=False).sigmoid()[:, 0]
+
+
+class Rival(NamedTuple):
+    """One that runs in stock engines; side: of its images. macs: of the backbone's layers."""
+
+    module: nn.Module
+    side: int
+    macs: float
+
+    @torch.inference_mode()
+    def map(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Of uint8 images [B,SIZE,SIZE,3]."""
+        if self.side == SIZE:
+            return {OUTPUT: self.module(torch.from_numpy(images)).numpy()}
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+        small = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).round().clamp(0, 255)
+        found = self.module(small.permute(0, 2, 3, 1).to(torch.uint8))
+        return {OUTPUT: F.interpolate(found[:, None], (SIZE, SIZE), mode="bilinear")[:, 0].numpy()}
+
+
+def rivals() -> dict[str, Rival]:
+    """By name."""
+    dense = saliency()
+    depth, width = len(dense.backbone.blocks), dense.backbone.embed_dim
+
+    def macs(rates: list[int], side: int) -> float:
+        return float(tome.macs(rates, (side // dense.backbone.patch_embed.patch_size[0]) ** 2 + 1, width, 4 * width))
+
+    found = {}
+    for kind in ("ToMe", "MAT"):
+        for first in FALLING:
+            rates = list(tome.schedule((first, 1), depth)[0])
+            found[f"{kind} {first}..0"] = Rival(Merged(rates, kind == "MAT").eval(), SIZE, macs(rates, SIZE))
+    for side in SIDES:
+        model = saliency(side)
+        whole = DeployedModel(model, Normalisation.of(model.image_mean, model.image_std))
+        found[f"{side} px"] = Rival(First(whole).eval(), side, macs([0] * depth, side))
+    return found
+
+
+class First(nn.Module):
+    """The first output alone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, image: Tensor) -> Tensor:
+        output: Tensor = self.module(image)[0]
+        return output
+
+
+def rivals_fidelity(dense: Path, found: dict[str, Rival], stamps: Path | None, tell: Any) -> dict[str, dict[str, Any]]:
+    """As `fidelity`, of rivals in torch."""
+    rows: dict[str, dict[str, Any]] = {}
+    session = open_session(dense)
+    framing = Framing(SIZE, "crop", None)
+
+    def extractor(name: str, extract: Any) -> Extractor:
+        return Extractor(extract, SIZE, 1, Subject(path=name, sha256=""), session.description)
+
+    teacher = extractor("dense", lambda image: session.infer({"image": image}))
+    sets = {"photographs": (split.images("publication"), None)}
+    sets |= {"stamps": (list_images(stamps / "images"), stamps / "masks")} if stamps else {}
+    for name, rival in found.items():
+        rows[name] = {"macs": rival.macs, "samples": {}}
+        for of, (files, masks) in sets.items():
+            tell(f"{of}, {name}")
+            judge = judge_of(MAPS, files, framing, None, masks, clean=True)
+            pairs = answers(judge, extractor(name, rival.map), teacher, feed_of(None, framing), None)
+            rows[name]["samples"][of] = clean_scores(judge, pairs)
+            rows[name][of] = write_record(score_statistics(rows[name]["samples"][of]))
+    return rows
+
+
+def times(
+    dense: Path, files: dict[str, Exported], others: dict[str, Rival], folder: Path, tell: Any
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Milliseconds [rounds, 1] of every engine; medians, and the ratio of the fastest dense to the fastest of ours."""
     threads = available_cores()
     image = smooth_images(SIZE)
@@ -136,11 +241,18 @@ def times(dense: Path, files: dict[str, Exported], tell: Any) -> tuple[dict[str,
         for engine, backend in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
             session = open_session(file.bundle, by_kernels(backend, "auto", threads))
             runs[f"{name}, {engine}"] = lambda session=session: session.infer({"image": image})
+    for name, rival in others.items():
+        tell(f"export {name}")
+        path = str(tome.export(rival.module, rival.side, folder / f"{name}.onnx", outputs=[OUTPUT]))
+        feed = {"image": smooth_images(rival.side)}
+        stock = ort_session(path, threads, False)
+        runs[f"{name}, ONNX Runtime"] = lambda stock=stock, feed=feed: stock.run(None, feed)
+        runs[f"{name}, OpenVINO"] = openvino_run(path, feed, threads, "f32")
     taken = time_in_turn(runs, ROUNDS, 1, tell)
     medians = {key: float(np.median(value)) for key, value in taken.items()}
     best = min((key for key in medians if key.startswith("dense")), key=medians.__getitem__)
     ratios = {}
-    for name in files:
+    for name in (*files, *others):
         ours = min((key for key in medians if key.startswith(f"{name}, ")), key=medians.__getitem__)
         ratios[name] = {"dense": best, "ours": ours, **ratio(taken[best], taken[ours])}
     return taken, {"median_ms": medians, "ratios": ratios}
@@ -175,8 +287,9 @@ def main(work: Path | None, student: Path | None, stamps: Path | None, timed: bo
     with tempfile.TemporaryDirectory() as scratch, err_console.status("") as status:
         made = student or untrained(Path(scratch))
         dense, files = exported(made, Path(scratch), status.update)
-        rows = fidelity(dense, files, stamps, status.update)
-        taken, found = times(dense, files, status.update) if timed else ({}, {})
+        others = rivals()
+        rows = fidelity(dense, files, stamps, status.update) | rivals_fidelity(dense, others, stamps, status.update)
+        taken, found = times(dense, files, others, Path(scratch), status.update) if timed else ({}, {})
     samples = {name: row.pop("samples") for name, row in rows.items()}
     samples["ms"] = {name: x.tolist() for name, x in taken.items()}
     if output:

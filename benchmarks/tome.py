@@ -1,14 +1,21 @@
-"""The rival of `frontier.py`: token merging (ToMe, Bolya et al. 2023) by its published rule, as one plain module.
+"""The rivals of `frontier.py`, each as one plain module: token merging by two published rules, and fewer pixels.
 
-In every layer, between attention and MLP, r tokens are merged by bipartite soft matching on the keys (mean of the
-heads): tokens alternate between two sets, each of the first finds its best match in the second, the r best pairs merge
-into their size-weighted mean; attention adds the logarithm of sizes (proportional attention). At most half of the
-tokens merge at a time. Patch outputs are copied back to their sources.
+ToMe (Bolya et al. 2023): in every layer, between attention and MLP, r tokens are merged by bipartite soft matching on
+the keys (mean of the heads): tokens alternate between two sets, each of the first finds its best match in the second,
+the r best pairs merge into their size-weighted mean; attention adds the logarithm of sizes (proportional attention). At
+most half of the tokens merge at a time. Patch outputs are copied back to their sources.
+
+MAT (arXiv 2512.22760): patches lie along the Hilbert curve, the r most alike pairs of neighbours on it merge, and runs
+of them become one token; the rest as in ToMe.
+
+Fewer pixels: the dense model for a smaller image, its patch outputs resized to the grid of the larger.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.order import hilbert_order
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, preprocessing
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+"""Tokens [B,N,C], sizes [B,N,1] and places of the original tokens [B,N0] after so many merges by metric [B,N,d]."""
 
 
 def schedule(rate: int | tuple[int, float] | str, depth: int) -> tuple[tuple[int, ...], str]:
@@ -34,19 +45,29 @@ def schedule(rate: int | tuple[int, float] | str, depth: int) -> tuple[tuple[int
 
 
 class ToMe(nn.Module):
-    """uint8 images [B,H,W,3] -> class features [B,C] and tokens [B,N,C], merged at given rates per layer."""
+    """uint8 images [B,H,W,3] -> class features [B,C] and tokens [B,N,C], merged at given rates per layer.
 
-    def __init__(self, model: TimmModel, rates: list[int]) -> None:
+    Args:
+        chained: by MAT's rule.
+    """
+
+    def __init__(self, model: TimmModel, rates: list[int], chained: bool = False) -> None:
         super().__init__()
         self.model: Any = DeployedModel(
             model, preprocessing(model)
         ).model  # normalisation and layer scale folded, as in our own files
-        self.rates = rates
+        self.rates, self.rule = rates, chain if chained else merge
+        patches = torch.from_numpy(hilbert_order(*self.model.patch_embed.grid_size)) + 1
+        count = len(patches) + 1
+        order = torch.cat([torch.zeros(1, dtype=torch.long), patches]) if chained else torch.arange(count)
+        self.register_buffer("order", order if chained else None, persistent=False)
+        self.register_buffer("places", order.argsort()[None], persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         model = self.model
         x = model.norm_pre(model._pos_embed(model.patch_embed(image.float().permute(0, 3, 1, 2))))
-        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        x = x if self.order is None else x[:, self.order]
+        places = self.places.expand(x.shape[0], -1)
         sizes = torch.ones_like(x[:, :, :1])
         for block, rate in zip(model.blocks, self.rates, strict=True):
             attention = block.attn
@@ -56,7 +77,7 @@ class ToMe(nn.Module):
             x = x + attention.proj(out.transpose(1, 2).flatten(2))
             pairs = min(rate, (x.shape[1] - 1) // 2)
             if pairs:
-                x, sizes, places = merge(k.mean(1), x, sizes, places, pairs)
+                x, sizes, places = self.rule(k.mean(1), x, sizes, places, pairs)
             x = x + block.mlp(block.norm2(x))
         x = model.norm(x)
         tokens = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
@@ -64,7 +85,7 @@ class ToMe(nn.Module):
 
 
 def merge(metric: Tensor, x: Tensor, sizes: Tensor, places: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B,N,C], sizes [B,N,1] and places of the original tokens [B,N0] after `rate` merges by metric [B,N,d]."""
+    """See `Rule`; ToMe's."""
     metric = metric / metric.norm(dim=-1, keepdim=True)
     first, second = metric[:, ::2], metric[:, 1::2]
     scores = first @ second.transpose(1, 2)
@@ -95,6 +116,41 @@ def merge(metric: Tensor, x: Tensor, sizes: Tensor, places: Tensor, rate: int) -
     return x, total, new.gather(1, places)
 
 
+def chain(metric: Tensor, x: Tensor, sizes: Tensor, places: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Rule`; MAT's."""
+    patches = F.normalize(metric[:, 1:], dim=-1)
+    alike = (patches[:, :-1] * patches[:, 1:]).sum(-1)
+    # Token 0 is the class token's; the later one of a pair joins the earlier one, which may have joined another.
+    joins = torch.zeros_like(x[:, :, 0]).scatter(1, alike.topk(rate, dim=-1).indices + 2, 1.0)
+    into = torch.arange(x.shape[1], device=x.device) - joins.cumsum(1).long()
+
+    def joined(values: Tensor) -> Tensor:
+        room = torch.zeros_like(values[:, : x.shape[1] - rate])
+        return room.scatter_reduce(1, into[:, :, None].expand(-1, -1, values.shape[2]), values, "sum")
+
+    total = joined(sizes)
+    return joined(x * sizes) / total, total, into.gather(1, places)
+
+
+class FewerPixels(nn.Module):
+    """uint8 images [B,h,w,3] -> class features [B,C] and tokens [B,N,C] of an image of `grid` patches a side.
+
+    Args:
+        model: for the small image, which is square.
+    """
+
+    def __init__(self, model: TimmModel, grid: int) -> None:
+        super().__init__()
+        self.dense, self.grid = ToMe(model, [0] * len(model.blocks)), grid
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        features, tokens = self.dense(image)
+        side = math.isqrt(tokens.shape[1] - 1)
+        patches = tokens[:, 1:].transpose(1, 2).unflatten(-1, (side, side))
+        patches = F.interpolate(patches, (self.grid, self.grid), mode="bilinear", align_corners=False)
+        return features, torch.cat([tokens[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+
+
 def token_counts(rates: list[int], tokens: int) -> list[int]:
     """Tokens that each layer's attention sees, and last those that leave the model."""
     counts = [tokens]
@@ -112,14 +168,15 @@ def macs(rates: list[int], tokens: int, width: int, hidden: int) -> int:
     )
 
 
-def export(model: TimmModel, rates: list[int], size: int, path: Path, batch: int = 1) -> Path:
-    """One plain ONNX file of the module."""
-    module = ToMe(model, rates).eval()
+def export(
+    module: nn.Module, size: int, path: Path, batch: int = 1, outputs: Sequence[str] = ("features", "tokens")
+) -> Path:
+    """One plain ONNX file of a module."""
     example = torch.zeros(batch, size, size, 3, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.onnx.export(
-            module, (example,), input_names=["image"], output_names=["features", "tokens"], opset_version=20,
-            dynamo=True, verbose=False,
+            module, (example,), input_names=["image"], output_names=outputs, opset_version=20, dynamo=True,
+            verbose=False,
         )  # fmt: skip
     assert program is not None
     program.save(str(path))

@@ -133,8 +133,7 @@ def top_keys(scores: Tensor, keys: int) -> Tensor:
     threshold = scores.topk(keys, dim=-1).values[..., -1:]
     above, equal = scores > threshold, scores == threshold
     wanted = keys - above.sum(-1, keepdim=True)
-    winners = above | (equal & (equal.cumsum(-1) <= wanted))
-    return winners.nonzero()[:, -1].view(*scores.shape[:-1], keys).to(torch.int32)
+    return true_places(above | (equal & (equal.cumsum(-1) <= wanted)), keys).to(torch.int32)
 
 
 def _key_select(qkv: Tensor, sizes: Tensor | None, *projections: Tensor, keys: int, **settings: Any) -> Tensor:
@@ -267,6 +266,15 @@ def _cached_attention(qkv: Tensor, cache: Tensor, counts: Tensor, *, num_heads: 
     bias = _bias(torch.cat([torch.ones_like(qkv[..., 0], dtype=counts.dtype), counts], 1), q)
     keys, values = torch.cat([k, old_k], 2), torch.cat([v, old_v], 2)
     return F.scaled_dot_product_attention(q, keys, values, bias, scale=scale).transpose(1, 2).flatten(2)
+
+
+def true_places(mask: Tensor, count: int) -> Tensor:
+    """Indices int64 [...,count], ascending, of what is true in each row of mask [...,P], `count` at most (then zeros):
+    of a shape that `torch.export` knows, as that of `nonzero` is not.
+    """
+    rank = torch.where(mask, mask.cumsum(-1) - 1, count)
+    places = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
+    return rank.new_zeros(*mask.shape[:-1], count + 1).scatter(-1, rank, places)[..., :count]
 
 
 def rows_at(values: Tensor, index: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.ops.torch import rows_at, run, split_heads
+from sparsifiner_edge.ops.torch import rows_at, run, split_heads, top_keys, true_places
 
 _BROKEN, _NOBODY = -1e30, -3e30
 """How alike tokens are at least, and what is less than that."""
@@ -26,20 +26,21 @@ def _match_tokens(qkv: Tensor, sizes: Tensor, *, num_heads: int, num_prefix: int
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
     best, partner = _best_partners(metric, sizes[:, num_prefix:], window)
     score, suitor = _best_suitors(best, partner, metric.shape[1] // 2, window)
-    # The lower index wins a tie in each step: `max` and a stable sort keep the first.
-    winners = score.sort(descending=True, stable=True).indices[:, :merged]
+    # The lower index wins a tie in each step: `max` keeps the first.
+    winners = top_keys(score, merged).long()
     chosen = suitor.gather(1, winners)
     alone = chosen < 0
-    seekers = torch.arange(best.shape[1] + 1, device=qkv.device).repeat(batch, 1)
     # Those without a suitor mark the last place, which is nobody's.
-    free = seekers.scatter(1, torch.where(alone, best.shape[1], chosen), best.shape[1]).sort().values
+    taken = torch.zeros(batch, best.shape[1] + 1, dtype=torch.bool, device=qkv.device)
+    taken = taken.scatter(1, torch.where(alone, best.shape[1], chosen), True)
+    free = true_places(~taken[:, :-1], best.shape[1])
     # Winners without a suitor, in their order, take the free ones in theirs.
     chosen = torch.where(alone, free.gather(1, (alone.cumsum(1) - 1).clamp_min(0)), chosen)
     gone = torch.zeros(batch, tokens, dtype=torch.bool, device=qkv.device)
-    gone.scatter_(1, num_prefix + 2 * chosen, True)
+    gone = gone.scatter(1, num_prefix + 2 * chosen, True)
     second = torch.arange(tokens, device=qkv.device).repeat(batch, 1)
-    second.scatter_(1, num_prefix + 2 * winners + 1, num_prefix + 2 * chosen)
-    stays = (~gone).nonzero()[:, 1].view(batch, tokens - merged)
+    second = second.scatter(1, num_prefix + 2 * winners + 1, num_prefix + 2 * chosen)
+    stays = true_places(~gone, tokens - merged)
     return torch.stack([stays, second.gather(1, stays)], -1).to(torch.int32)
 
 
