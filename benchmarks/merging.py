@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import click
 import numpy as np
 import tome
 import torch
+import torch.nn.functional as F
 from accuracy_images import linked
 from fidelity_subject import weights_file
 from frontier_points import Teacher, in_torch, sum_of_layers
@@ -32,6 +34,7 @@ from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.ops import torch_merge as ops
+from sparsifiner_edge.ops.torch import rows_at
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.layer import CarriedTokens
@@ -64,7 +67,7 @@ class Variant:
     Attributes:
         group, name: where and as what the table shows it.
         rate: see `tome.schedule`. keep: shares of keys. cells: None for the size's own.
-        pairs: chooses pairs in the place of MatchTokens.
+        pairs: chooses pairs in the place of MatchTokens. merged: makes their tokens in the place of MergeTokens.
     """
 
     group: str
@@ -73,21 +76,59 @@ class Variant:
     keep: Keep = 1.0
     cells: int | None = None
     pairs: Pairs | None = None
+    merged: Pairs | None = None
 
 
 def pairs_by(
     part: Merging, qkv: Tensor, sizes: Tensor, num_heads: int, *, metric: str = "keys", power: float = 1,
-    window: int | None = None,
+    window: int | None = None, attended: float = 0, energy: float = 0,
 ) -> Tensor:  # fmt: skip
-    """MatchTokens with another metric, window, or power of the sizes."""
-    keys, values = (qkv.unflatten(-1, (3, num_heads, -1))[:, :, part_] for part_ in (1, 2))
-    made = {"keys": keys.mean(2), "all heads": keys.flatten(2), "values": values.mean(2), "features": part.seen}[metric]
+    """MatchTokens with another metric, window, or power of the sizes; attended: a power of how much the class token
+    attends to a token, which weighs it besides; energy: how much it counts in a pair's score how alike its tokens are
+    to all in their windows (PiToMe).
+    """
+    packed = qkv.unflatten(-1, (3, num_heads, -1))
+    queries, keys, values = packed.unbind(2)
+    made = {
+        "keys": keys.mean(2), "all heads": keys.flatten(2), "values": values.mean(2), "features": part.seen,
+        "keys and values": packed[:, :, 1:].flatten(2),
+    }[metric]  # fmt: skip
+    logits = (queries[:, :1] * keys).sum(-1) * keys.shape[-1] ** -0.5
+    weights = sizes**power * logits.softmax(1).mean(2).clamp_min(1e-9) ** attended
     # MatchTokens takes the mean of the heads' keys: one head holds any metric.
     packed = torch.cat([made, made, made], -1)
-    return ops.match_tokens(
-        packed, sizes**power, num_heads=1, num_prefix=part.prefix,
-        window=window or part.window, merged=part.merged,
-    )  # fmt: skip
+    partners = functools.partial(_with_energy, energy) if energy else ops._best_partners
+    with unittest.mock.patch.object(ops, "_best_partners", partners):
+        return ops.match_tokens(
+            packed, weights, num_heads=1, num_prefix=part.prefix,
+            window=window or part.window, merged=part.merged,
+        )  # fmt: skip
+
+
+def _with_energy(share: float, metric: Tensor, sizes: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """`_best_partners`, scores raised by `share` of how alike a pair's tokens are to those around them, on average."""
+    around = functools.partial(F.avg_pool1d, kernel_size=window + 1, stride=1, padding=window // 2)
+    energy = (metric * around(metric.transpose(1, 2)).transpose(1, 2)).sum(-1)
+    places = torch.arange((metric.shape[1] + 1) // 2)[:, None] + torch.arange(-window // 2, window // 2)
+    outside = (places < 0) | (places >= metric.shape[1] // 2)
+    places = places.clamp(0, metric.shape[1] // 2 - 1)
+    a, b = sizes[:, ::2, None], sizes[:, 1::2][:, places]
+    alike = (metric[:, ::2, None] * metric[:, 1::2][:, places]).sum(-1)
+    scores = (a * b / (a + b)).sqrt() * (alike - 1) + share * (energy[:, ::2, None] + energy[:, 1::2][:, places])
+    best, place = scores.masked_fill(outside, ops._NOBODY).max(-1)
+    return best, places.expand(len(metric), -1, -1).gather(2, place[..., None])[..., 0]
+
+
+def larger(x: Tensor, _: Tensor, pairs: Tensor) -> Tensor:
+    """MergeTokens that takes per channel what is larger (CubistMerge)."""
+    a, b = (rows_at(x, side) for side in pairs.long().unbind(-1))
+    return torch.where(a.abs() >= b.abs(), a, b)
+
+
+def of_mean_norm(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
+    """MergeTokens whose tokens are as long as their sources are on average (ToFu)."""
+    lengths = ops.merge_tokens(x.norm(dim=-1, keepdim=True), sizes, pairs)
+    return F.normalize(ops._merge_tokens(x, sizes, pairs), dim=-1) * lengths
 
 
 def variants(size: int) -> list[Variant]:
@@ -100,8 +141,13 @@ def variants(size: int) -> list[Variant]:
             "all heads": {"metric": "all heads"}, "values": {"metric": "values"}, "features": {"metric": "features"},
             "sizes do not count": {"power": 0}, "roots of sizes": {"power": 0.5}, "sizes squared": {"power": 2},
             "window 4": {"window": 4}, "window 64": {"window": 64}, "window 256": {"window": 256},
+            "keys and values": {"metric": "keys and values"}, "attention of the class token": {"attended": 0.5},
+            "both": {"metric": "keys and values", "attended": 0.5}, "energy .1": {"energy": 0.1},
+            "energy -.1": {"energy": -0.1},
         }  # fmt: skip
         rows += [Variant("matching", name, usual, pairs=functools.partial(pairs_by, **x)) for name, x in tried.items()]
+        rows += [Variant("merging", name, usual, merged=merged)
+                 for name, merged in (("larger magnitude", larger), ("mean norm", of_mean_norm))]  # fmt: skip
         rows += [
             Variant("sparse in one layer", f"layer {layer}", usual, ((1.0,) * layer + (0.1, 1.0))[:12])
             for layer in range(12)
@@ -136,10 +182,11 @@ def run(variant: Variant, judges: dict[str, Teacher], students: dict[int, Path],
             part.forward = functools.partial(_remembering, part)
             part.pairs = functools.partial(variant.pairs, part)
     place = model.output_names.index("tokens")
+    with unittest.mock.patch.object(ops, "merge_tokens", variant.merged or ops.merge_tokens):
+        found = cosines(judges, model, place)
     return {
         "group": variant.group, "name": variant.name, "merge": named, "keep": keep_text(variant.keep),
-        "cells": variant.cells or CELLS[size], "macs": sum_of_layers(student),
-        **cosines(judges, model, place),
+        "cells": variant.cells or CELLS[size], "macs": sum_of_layers(student), **found,
     }  # fmt: skip
 
 
@@ -148,14 +195,16 @@ def _remembering(part: Any, tokens: CarriedTokens, *given: Any) -> Any:
     return Merging.forward(part, tokens, *given)
 
 
-def suitors(size: int, judges: dict[str, Teacher]) -> dict[str, Any]:
-    """ToMe's own rule at the same rates: partners anywhere, many suitors for one."""
+def published(size: int, judges: dict[str, Teacher], chained: bool) -> dict[str, Any]:
+    """ToMe's own rule at the same rates: partners anywhere, many suitors for one; chained: MAT's, see `tome.py`."""
     model: Any = load_model(material.DINOV2, weights_file(), size)
-    rates = list(tome.schedule(USUAL[size], len(model.blocks))[0])
+    schedule, named = tome.schedule(USUAL[size], len(model.blocks))
+    rates = list(schedule)
     whole, width = model.patch_embed.num_patches + 1, model.embed_dim
+    merged = tome.ToMe(model, rates, chained).eval()
     return {
-        "group": "matching", "name": "ToMe's", "merge": tome.schedule(USUAL[size], 12)[1], "keep": "1", "cells": 0,
-        "macs": tome.macs(rates, whole, width, 4 * width), **cosines(judges, tome.ToMe(model, rates).eval(), 1),
+        "group": "matching", "name": "MAT's" if chained else "ToMe's", "merge": named, "keep": "1", "cells": 0,
+        "macs": tome.macs(rates, whole, width, 4 * width), **cosines(judges, merged, 1),
     }  # fmt: skip
 
 
@@ -169,7 +218,7 @@ def measure(size: int) -> list[dict[str, Any]]:
                 material.DINOV2, Path(scratch) / f"{cells}", weights=weights_file(), img_size=size,
                 keep=0.25, cells=cells, calibrate=calibration,
             )  # fmt: skip
-        found = [] if size > 1000 else [suitors(size, judges)]
+        found = [] if size > 1000 else [published(size, judges, chained) for chained in (False, True)]
         for number, row in enumerate(rows):
             progress(f"{row.group}, {row.name}", number, len(rows))
             found.append(run(row, judges, students, size))

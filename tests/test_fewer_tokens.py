@@ -67,6 +67,19 @@ def test_every_patch_goes_into_one_token(patches: int, prefix: int, window: int,
     assert torch.equal(of.gather(1, after.positions), torch.zeros(2, left).scatter_reduce_(1, after.places, of, "amax"))
 
 
+@pytest.mark.parametrize("sparsity", [MERGED, ALONE], ids=["and read sparsely", "alone"])
+def test_torch_exports_what_merges(sparsity: SparsityConfig) -> None:
+    """No shape depends on values: where other runtimes (ExecuTorch) begin."""
+    model: Any = student(sparsity=sparsity).model.eval()
+    x = images(model)
+    exported = torch.export.export(model, (x,))
+    shapes = [node.meta["val"].shape for node in exported.graph.nodes if hasattr(node.meta.get("val"), "shape")]
+    assert len(shapes) > 100
+    assert all(type(length) is int for shape in shapes for length in shape)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(x), model(x))
+
+
 def test_merging_what_is_equal_changes_nothing() -> None:
     """Attention in proportion to sizes: equal tokens may merge without a trace."""
     dense, merged = vit(), vit()
