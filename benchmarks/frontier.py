@@ -67,11 +67,21 @@ CASES = {
         (), (400, 500, 600, 700, 800), (72, 68, 62, 56, 48), (0.975, 0.98, 0.985),
     ),
 }  # fmt: skip
+BURSTS = {224: 5, 518: 2, 1036: 1}
+"""Calls in a round, of which the median counts."""
 BASE = "vit_base_patch14_dinov2.lvd142m"
 FRONT = (0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
 """What is compared at along a front."""
 LOWER = {518: (200, 215), 1036: (850, 890)}
 """What merges in the first layer of rivals for the lowest of these."""
+
+
+def of_base(case: Case) -> Case:
+    """The case with what lies next to the lowest compared fidelity: all files of a ViT-B/14 would need 30 GB at once."""
+    return dataclasses.replace(
+        case, budgets=case.budgets[2:], constant=case.constant[-2:], falling=case.falling[-3:], grids=(),
+        compared=case.compared[:1],
+    )  # fmt: skip
 
 
 def of_front(path: Path, size: int) -> Case:
@@ -200,7 +210,7 @@ def measure(
     found = judge(points)
     if not rounds:
         raise click.exceptions.Exit
-    times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if of.size < 1000 else 1, tell)
+    times = time_in_turn({p.name: p.run for p in points}, rounds, BURSTS[of.size], tell)
     rows = {
         point.name: {
             "family": point.family, "budget": point.budget, "precision": point.precision, "macs": point.macs,
@@ -300,6 +310,7 @@ def main(
             model, weights = base(size, folder) if result else (material.DINOV2, weights_file())
             of = Setting(size, threads or available_cores(), int8, model, weights)
             case = of_front(front, size) if front else CASES[size]
+            case = of_base(case) if result else case
             judge = functools.partial(fidelity_of, result=result) if result else functools.partial(
                 fidelity, size=size, photographs=paths, file=folder / f"{len(paths)}.json", tell=status.update
             )  # fmt: skip
