@@ -77,7 +77,7 @@ LOWER = {518: (200, 215), 1036: (850, 890)}
 
 
 def of_base(case: Case) -> Case:
-    """The case with what lies next to the lowest compared fidelity: all files of a ViT-B/14 would need 30 GB at once."""
+    """The case with what lies next to the lowest compared fidelity: all files of a ViT-B/14 would need 30 GB."""
     return dataclasses.replace(
         case, budgets=case.budgets[2:], constant=case.constant[-2:], falling=case.falling[-3:], grids=(),
         compared=case.compared[:1],

@@ -1,10 +1,11 @@
 """What to merge and what to read: every choice that was tried, on images to choose by.
 
-    python benchmarks/merging.py [--size 518] [-o FOLDER]
+    python benchmarks/merging.py [--size 518] [--group matching] [-o FOLDER]
 
 DINOv2 ViT-S/14, real weights, untrained. Patch cosine to the dense model's over the eight development photographs and
-ten that are trained on (`demo/split.py`), both calibrated on others, beside the multiply-accumulates of all layers.
-Rows of one group differ in one thing; "default" rows say what the product does.
+ten (40 at 224 px) that are trained on (`demo/split.py`), both calibrated on others, beside the multiply-accumulates of
+all layers. Rows of one group differ in one thing; "default" rows say what the product does, "gain" of the others how
+much higher the cosine is, image by image.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from accuracy_images import linked
 from fidelity_subject import weights_file
 from frontier_points import Teacher, in_torch, sum_of_layers
-from summary import write_summary
+from summary import said, write_summary
 from torch import Tensor
 
 from sparsifiner_edge import Budget
@@ -35,6 +36,8 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.ops import torch_merge as ops
 from sparsifiner_edge.ops.torch import rows_at
+from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.layer import CarriedTokens
@@ -56,8 +59,8 @@ KEEPS: dict[int, tuple[Keep, ...]] = {
     1036: (0.25, (0.05, 0.05, 0.1, 0.25), (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0), (0.05, 0.05, 0.1, 1.0)),
 }
 CELLS = {224: 16, 518: 49, 1036: 49}
-TRAINING_IMAGES, FEW = 10, 4
-"""Photographs beside the eight; of each kind at 1036 px, where one takes a minute."""
+TRAINING_IMAGES, FEW = {224: 40, 518: 10, 1036: 4}, 4
+"""Photographs beside the eight; of these at 1036 px, where one takes a minute."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,7 @@ def larger(x: Tensor, _: Tensor, pairs: Tensor) -> Tensor:
 
 def of_mean_norm(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
     """MergeTokens whose tokens are as long as their sources are on average (ToFu)."""
-    lengths = ops.merge_tokens(x.norm(dim=-1, keepdim=True), sizes, pairs)
+    lengths = ops._merge_tokens(x.norm(dim=-1, keepdim=True), sizes, pairs)
     return F.normalize(ops._merge_tokens(x, sizes, pairs), dim=-1) * lengths
 
 
@@ -145,8 +148,9 @@ def variants(size: int) -> list[Variant]:
             "both": {"metric": "keys and values", "attended": 0.5}, "energy .1": {"energy": 0.1},
             "energy -.1": {"energy": -0.1},
         }  # fmt: skip
+        rows.append(Variant("matching", "default", usual))
         rows += [Variant("matching", name, usual, pairs=functools.partial(pairs_by, **x)) for name, x in tried.items()]
-        rows += [Variant("merging", name, usual, merged=merged)
+        rows += [Variant("matching", name, usual, merged=merged)
                  for name, merged in (("larger magnitude", larger), ("mean norm", of_mean_norm))]  # fmt: skip
         rows += [
             Variant("sparse in one layer", f"layer {layer}", usual, ((1.0,) * layer + (0.1, 1.0))[:12])
@@ -160,7 +164,7 @@ def teachers(size: int) -> dict[str, Teacher]:
     """What is measured on, and the dense model's tokens of it."""
     training = sorted(split.training())
     sets = {"development": split.images("development"),
-            "training": training[:: len(training) // TRAINING_IMAGES][:TRAINING_IMAGES]}  # fmt: skip
+            "training": training[:: len(training) // TRAINING_IMAGES[size]][: TRAINING_IMAGES[size]]}  # fmt: skip
     return {of: Teacher(size, paths[: FEW if size > 1000 else None]) for of, paths in sets.items()}
 
 
@@ -208,8 +212,8 @@ def published(size: int, judges: dict[str, Teacher], chained: bool) -> dict[str,
     }  # fmt: skip
 
 
-def measure(size: int) -> list[dict[str, Any]]:
-    rows = variants(size)
+def measure(size: int, groups: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = [row for row in variants(size) if row.group in groups or not groups]
     judges = teachers(size)
     with tempfile.TemporaryDirectory() as scratch, progress_bar(f"{size} px") as progress:
         calibration, students = linked(Path(scratch) / "calibration", split.images("calibration")), {}
@@ -225,30 +229,41 @@ def measure(size: int) -> list[dict[str, Any]]:
     return found
 
 
+def with_gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means in the place of samples, and over all images what a way to match gains."""
+    means = [row | {of: float(np.mean(row[of])) for of in ("development", "training")} for row in rows]
+    for row, mean in zip(rows, means, strict=True):
+        default = [other for other in rows if (other["group"], other["name"]) == (row["group"], "default")]
+        if len(default) == 1 and row is not default[0]:
+            gains = [np.subtract(row[of], default[0][of]) for of in ("development", "training")]
+            mean["gain"] = write_record(stats.small_sample_mean(np.concatenate(gains).tolist()))
+    return means
+
+
 def show(size: int, rows: list[dict[str, Any]]) -> None:
     cells = [
         [row["group"], row["name"], row["merge"], row["keep"], str(row["cells"]), f"{row['macs'] / 1e9:.1f}",
-         f"{np.mean(row['development']):.4f}", f"{np.mean(row['training']):.4f}"]
+         f"{row['development']:.4f}", f"{row['training']:.4f}", said(row["gain"], 5, "+") if "gain" in row else ""]
         for row in rows
     ]  # fmt: skip
-    heads = ["", "", "merge", "keep", "cells", "G MACs", "development", "training"]
+    heads = ["", "", "merge", "keep", "cells", "G MACs", "development", "training", "gain"]
     print_table(f"{size} px, patch cosine", heads, cells)
 
 
 @click.command()
 @click.option("--size", "sizes", type=click.Choice([str(size) for size in USUAL]), multiple=True, default=["518"])
+@click.option("--group", "groups", multiple=True, help="Rows of this group alone.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for merging_<size>.json.")
-def main(sizes: tuple[str, ...], output: Path | None) -> None:
+def main(sizes: tuple[str, ...], groups: tuple[str, ...], output: Path | None) -> None:
     """See the module's documentation."""
     for size in map(int, sizes):
-        rows = measure(size)
+        rows = measure(size, groups)
         if output:
             count = {of: len(rows[0][of]) for of in ("development", "training")}
-            means = [row | {of: float(np.mean(row[of])) for of in ("development", "training")} for row in rows]
             subjects = [Subject(path=material.DINOV2, sha256="")]
-            result = Result("comparison", subjects, count | {"size": size}, {"rows": rows}, {"rows": means})
-            write_summary(output / f"merging_{size}.json", result)
-        show(size, rows)
+            result = Result("comparison", subjects, count | {"size": size}, {"rows": rows}, {"rows": with_gains(rows)})
+            write_summary(output / f"{'_'.join(('merging', str(size), *groups))}.json", result)
+        show(size, with_gains(rows))
 
 
 if __name__ == "__main__":
