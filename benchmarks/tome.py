@@ -179,5 +179,6 @@ def export(
             verbose=False,
         )  # fmt: skip
     assert program is not None
-    program.save(str(path))
-    return path
+    part = path.with_suffix(".part")
+    program.save(str(part))
+    return part.rename(path)
