@@ -55,8 +55,8 @@ EARLY, LONG = default_keep(37 * 37, 12), default_keep(74 * 74, 12)
 """Shares of keys at 518 and 1036 px."""
 CASES = {
     224: Case(
-        ((8, 1), (10, 1), (12, 1), ((20, 1), 1), ((24, 1), 1)), 16,
-        (4, 6, 8, 10, 12), (8, 12, 16, 20, 24), (15, 14, 13, 12, 11), (0.98, 0.985, 0.99),
+        ((8, 1), (12, 1), (14, 1), ((20, 1), 1), ((24, 1), 1)), 16,
+        (6, 8, 10, 12, 14), (8, 12, 16, 20, 24), (15, 14, 13, 12, 11), (0.98, 0.985, 0.99),
     ),
     518: Case(
         (((140, 1), EARLY), ((160, 1), EARLY), ((200, 1.5), EARLY), ((240, 2), EARLY), ((300, 3), EARLY)), 49,
@@ -79,7 +79,7 @@ LOWER = {518: (200, 215), 1036: (850, 890)}
 def of_base(case: Case) -> Case:
     """The case with what lies next to the lowest compared fidelity: all files of a ViT-B/14 would need 30 GB."""
     return dataclasses.replace(
-        case, budgets=case.budgets[2:], constant=case.constant[-2:], falling=case.falling[-3:], grids=(),
+        case, budgets=case.budgets[1:], constant=case.constant[-2:], falling=case.falling[-3:], grids=(),
         compared=case.compared[:1],
     )  # fmt: skip
 
