@@ -6,7 +6,6 @@
 DINOv2 ViT-S/14, real weights, untrained, all keys read, and the dense model: each exported by `torch.export`, lowered
 to XNNPACK and run by ExecuTorch; and as a bundle in ONNX Runtime, with function bodies of standard operators and with
 our kernels. All in one process, in turn. ExecuTorch pins versions of what it needs, hence the environment of its own.
-
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ import numpy as np
 import torch
 from accuracy_images import linked
 from cpu_engines import ort_session, ratio, time_in_turn
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import to_edge_transform_and_lower
-from executorch.runtime import Runtime
 from fidelity_subject import weights_file
 from summary import write_summary
 
@@ -41,6 +37,10 @@ ROUNDS, BURST = 11, 2
 
 def lowered(model: torch.nn.Module, image: torch.Tensor, path: Path) -> Any:
     """A module as ExecuTorch runs it; it refuses nothing: what no delegate takes, portable kernels do."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
     program = to_edge_transform_and_lower(torch.export.export(model, (image,)), partitioner=[XnnpackPartitioner()])
     path.write_bytes(program.to_executorch().buffer)
     return Runtime.get().load_program(path).load_method("forward")

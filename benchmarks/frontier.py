@@ -11,7 +11,8 @@ one plain file in ONNX Runtime and OpenVINO, the dense model in torch too; with 
 and bf16 where the processor has it. Ours: five budgets of merging and sparse attention, in the same engines. Engines
 that take a quarter longer than the fastest in the same precision, over a kind's files together, are left out and named.
 Fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of patches and class token to
-the dense model's. All are timed in turn in one process. "At equal fidelity": the best rival's time for a fidelity,
+the dense model's. All are timed in turn in one process, three rounds; then, in as many as are asked for, the points
+around the compared fidelities, of what came near the best. "At equal fidelity": the best rival's time for a fidelity,
 interpolated between its neighbouring points, over ours.
 
 With `--front` our budgets are those that a search found: of its front, the nearest to fidelities from .95 to .995. With
@@ -69,6 +70,8 @@ CASES = {
 }  # fmt: skip
 BURSTS = {224: 5, 518: 2, 1036: 1}
 """Calls in a round, of which the median counts."""
+FEW, NEAR = 3, 1.15
+"""Rounds of all points; of what comes so near the best of its side in them there are more."""
 BASE = "vit_base_patch14_dinov2.lvd142m"
 FRONT = (0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
 """What is compared at along a front."""
@@ -136,62 +139,81 @@ def fidelity_of(points: list[Point], result: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def time_at(points: list[tuple[float, float]], wanted: float) -> float:
-    """Milliseconds for a fidelity on the way between points (fidelity, ms) of one family; infinite beyond its best.
+@dataclasses.dataclass(frozen=True)
+class Fronts:
+    """Points of some precisions by family, and what they take: milliseconds [rounds, burst] by name."""
 
-    Linear in log(1 - fidelity). What its worst point exceeds costs what that point costs.
-    """
-    ordered = sorted(points)
-    if wanted > ordered[-1][0]:
-        return math.inf
-    if wanted <= ordered[0][0]:
-        return ordered[0][1]
-    place = next(i for i, (value, _) in enumerate(ordered) if value >= wanted)
-    (low, slow_low), (high, slow_high) = ordered[place - 1], ordered[place]
-    errors = [math.log(max(1 - value, 1e-9)) for value in (low, wanted, high)]
-    share = (errors[1] - errors[0]) / (errors[2] - errors[0]) if errors[2] != errors[0] else 1.0
-    return slow_low + share * (slow_high - slow_low)
+    families: dict[str, list[Point]]
+    found: dict[str, dict[str, Any]]
+    times: dict[str, np.ndarray]
 
+    @classmethod
+    def of(
+        cls, points: list[Point], found: dict[str, dict[str, Any]], times: dict[str, np.ndarray], any_precision: bool
+    ) -> Fronts:
+        families: dict[str, list[Point]] = {}
+        for point in points:
+            if any_precision or point.precision == "fp32":
+                families.setdefault(point.family, []).append(point)
+        for family in [name for name in families if name.startswith(("ToMe", "MAT", "ours"))]:
+            # The dense model is the end of its front; of fewer pixels it is not: their tokens are resized.
+            families[family] += families.get(f"dense,{family.split(',', 1)[1]}", [])
+        return cls(families, found, times)
 
-def compare(
-    points: list[Point], found: dict[str, dict[str, Any]], times: dict[str, np.ndarray], wanted: float,
-    precisions: tuple[str, ...],
-) -> dict[str, Any]:  # fmt: skip
-    """The best rival's time at a fidelity over ours, with its interval over rounds."""
-    families: dict[str, list[Point]] = {}
-    for point in points:
-        if point.precision in precisions:
-            families.setdefault(point.family, []).append(point)
-    for family in [name for name in families if name.startswith(("ToMe", "MAT", "ours"))]:
-        # The dense model is the end of its front; of fewer pixels it is not: their tokens are resized.
-        families[family] += families.get(f"dense,{family.split(',', 1)[1]}", [])
-
-    def at(family: str, of_round: Callable[[np.ndarray], float]) -> float:
-        return time_at(
-            [(float(np.mean(found[p.name]["patches_cosine"])), of_round(times[p.name])) for p in families[family]],
-            wanted,
+    def around(self, family: str, wanted: float) -> list[tuple[float, Point]]:
+        """Shares of the points next to a fidelity, linear in log(1 - it): one below the worst, none beyond the best."""
+        rows = sorted(
+            (float(np.mean(self.found[p.name]["patches_cosine"])), n) for n, p in enumerate(self.families[family])
         )
+        above = next((place for place, (value, _) in enumerate(rows) if value >= wanted), None)
+        if above is None:
+            return []
+        chosen = rows[max(0, above - 1) : above + 1]
+        points = [self.families[family][number] for _, number in chosen]
+        if len(points) == 1:
+            return [(1.0, points[0])]
+        low, middle, high = (math.log(max(1 - value, 1e-9)) for value in (chosen[0][0], wanted, chosen[1][0]))
+        share = (middle - low) / (high - low) if high != low else 1.0
+        return [(part, point) for part, point in zip((1 - share, share), points, strict=True) if part]
 
-    def best(of: Callable[[str], bool]) -> str:
-        return min(filter(of, families), key=lambda family: at(family, lambda x: float(np.median(x))))
+    def ms(self, family: str, wanted: float, number: int | None = None) -> float:
+        """For a fidelity: the median, or that of a round; infinite where a point is missing."""
+        around = self.around(family, wanted)
+        if not around or any(point.name not in self.times for _, point in around):
+            return math.inf
+        taken = [(share, self.times[point.name]) for share, point in around]
+        return sum(share * float(np.median(x if number is None else x[number])) for share, x in taken)
 
-    rival = best(lambda family: not family.startswith("ours"))
-    ours_family = best(lambda family: family.startswith("ours"))
-    rounds = len(next(iter(times.values())))
-    pairs = [
-        (at(rival, lambda x, i=i: float(np.median(x[i]))), at(ours_family, lambda x, i=i: float(np.median(x[i]))))
-        for i in range(rounds)
-    ]
-    ratios = [a / b if math.isfinite(b) else 0.0 for a, b in pairs]
-    kinds = dict.fromkeys(family.partition(",")[0] for family in families if not family.startswith("ours"))
-    each = {kind: best(lambda family, kind=kind: family.startswith(f"{kind},")) for kind in kinds}
-    return {
-        "each_ms": {kind: _finite(at(family, lambda x: float(np.median(x)))) for kind, family in each.items()},
-        "patches_cosine": wanted, "rival": rival, "ours": ours_family,
-        "rival_ms": _finite(at(rival, lambda x: float(np.median(x)))),
-        "ours_ms": _finite(at(ours_family, lambda x: float(np.median(x)))),
-        "ratio": write_record(stats.median(ratios)),
-    }  # fmt: skip
+    def side(self, ours: bool) -> list[str]:
+        """Families of ours, or of rivals."""
+        return [family for family in self.families if family.startswith("ours") == ours]
+
+    def kinds(self, wanted: float) -> dict[str, str]:
+        """The fastest family of each kind of rival."""
+        best: dict[str, str] = {}
+        for family in sorted(self.side(False), key=lambda family: self.ms(family, wanted)):
+            best.setdefault(family.partition(",")[0], family)
+        return best
+
+    def contenders(self, wanted: float) -> dict[str, Point]:
+        """What lies around a fidelity of the best family of each kind, and of all that come near their side's best."""
+        chosen = set(self.kinds(wanted).values())
+        for side in map(self.side, (True, False)):
+            best = min(self.ms(family, wanted) for family in side)
+            chosen |= {family for family in side if self.ms(family, wanted) <= NEAR * best}
+        return {point.name: point for family in chosen for _, point in self.around(family, wanted)}
+
+    def compare(self, wanted: float) -> dict[str, Any]:
+        """The best rival's time at a fidelity over ours, with its interval over rounds."""
+        rival, mine = (min(self.side(ours), key=lambda family: self.ms(family, wanted)) for ours in (False, True))
+        rounds = range(len(next(iter(self.times.values()))))
+        pairs = [(self.ms(rival, wanted, n), self.ms(mine, wanted, n)) for n in rounds]
+        ratios = [a / b if math.isfinite(b) else 0.0 for a, b in pairs]
+        return {
+            "patches_cosine": wanted, "rival": rival, "ours": mine, "rival_ms": _finite(self.ms(rival, wanted)),
+            "ours_ms": _finite(self.ms(mine, wanted)), "ratio": write_record(stats.median(ratios)),
+            "each_ms": {kind: _finite(self.ms(family, wanted)) for kind, family in self.kinds(wanted).items()},
+        }  # fmt: skip
 
 
 def _finite(ms: float) -> Any:
@@ -210,23 +232,28 @@ def measure(
     found = judge(points)
     if not rounds:
         raise click.exceptions.Exit
-    times = time_in_turn({p.name: p.run for p in points}, rounds, BURSTS[of.size], tell)
+    times = time_in_turn({p.name: p.run for p in points}, FEW, BURSTS[of.size], tell)
+    kinds = {"fp32": False} if not along_a_front else {}
+    kinds |= {"any": True} if of.int8 else {}
+    near: dict[str, Point] = {}
+    for wanted in case.compared:
+        for any_precision in kinds.values():
+            near |= Fronts.of(points, found, times, any_precision).contenders(wanted)
+    again = time_in_turn({name: point.run for name, point in near.items()}, rounds, BURSTS[of.size], tell)
     rows = {
         point.name: {
             "family": point.family, "budget": point.budget, "precision": point.precision, "macs": point.macs,
-            "median_ms": float(np.median(times[point.name])),
+            "median_ms": float(np.median(again.get(point.name, times[point.name]))),
             "patches_cosine": write_record(stats.small_sample_mean(found[point.name]["patches_cosine"])),
             "class_cosine": float(np.mean(found[point.name]["class_cosine"])),
         }
         for point in points
     }  # fmt: skip
-    compared = {}
-    for wanted in case.compared:
-        if not along_a_front:
-            compared[f"{wanted}, fp32"] = compare(points, found, times, wanted, ("fp32",))
-        if of.int8:
-            compared[f"{wanted}, any"] = compare(points, found, times, wanted, ("fp32", "bf16", "int8"))
-    samples = {name: {**found[name], "ms": times[name].tolist()} for name in rows}
+    compared = {
+        f"{wanted}, {kind}": Fronts.of(points, found, again, any_precision).compare(wanted)
+        for wanted in case.compared for kind, any_precision in kinds.items()
+    }  # fmt: skip
+    samples = {name: {**found[name], "ms": again.get(name, times[name]).tolist()} for name in rows}
     return samples, {"points": rows, "at_equal_fidelity": compared, "left_out": left_out}
 
 
@@ -281,7 +308,7 @@ def draw(title: str, found: dict[str, Any], path: Path) -> None:
 
 @click.command()
 @click.option("--size", "sizes", type=click.Choice([str(size) for size in CASES]), multiple=True, default=["518"])
-@click.option("--rounds", default=11, show_default=True, help="Six at least, for intervals; 0 prepares --work.")
+@click.option("--rounds", default=11, show_default=True, help="Of contenders; six at least; 0 prepares --work.")
 @click.option("--threads", default=None, type=int, help="Default: all cores.")
 @click.option("--int8", is_flag=True, help="Quantised files too, ours and theirs.")
 @click.option("--front", type=click.Path(exists=True, path_type=Path), help="Our budgets from a search's front.json.")

@@ -147,7 +147,7 @@ def main(bundles: tuple[Path, ...], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_summary(
         output / "openvino_operators.json",
-        Result("operators", [subject], {"script": __file__.split("/")[-1]}, {}, rows),
+        Result("comparison", [subject], {"script": __file__.split("/")[-1]}, {}, rows),
     )
 
 
