@@ -11,6 +11,7 @@ our kernels. All in one process, in turn. ExecuTorch pins versions of what it ne
 from __future__ import annotations
 
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def main(size: int, merge: str, output: Path | None) -> None:
     with err_console.status("") as status, tempfile.TemporaryDirectory() as scratch:
         samples, statistics = measure(size, rates, Path(scratch), status.update)
     if output:
-        method = {"size": size, "merge": merge_text(rates), "rounds": ROUNDS, "threads": available_cores()}
+        versions = {name: metadata.version(name) for name in ("executorch", "torch")}
+        method = {"size": size, "merge": merge_text(rates), "rounds": ROUNDS, "threads": available_cores(), **versions}
         subject = Subject(path=material.DINOV2, sha256="")
         write_summary(output / "executorch_cpu.json", Result("comparison", [subject], method, samples, statistics))
     rows = [[name, f"{row['median_ms']:.1f}"] for name, row in statistics["rows"].items()]

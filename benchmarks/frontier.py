@@ -5,8 +5,9 @@
     python benchmarks/frontier.py --size 224 --int8 --base FOLDER/frontier_224_int8.json -o FOLDER
 
 DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals (`tome.py`): the dense model; token merging by ToMe's and by
-MAT's published rule at five falling rates (at 224 px ToMe's at five constant ones too: above, those take up to a fifth
-longer, and at their most faithful up to 2 % less); the dense model at five smaller sizes, its tokens resized. Each is
+MAT's published rule at falling rates, above 224 px at two that fall as ours do too (at 224 px at constant ones as well:
+above, those take up to a fifth longer, and at their most faithful up to 2 % less); the dense model at five smaller
+sizes, its tokens resized. Each is
 one plain file in ONNX Runtime and OpenVINO, the dense model in torch too; with `--int8` the quantised files as well,
 and bf16 where the processor has it. Ours: five budgets of merging and sparse attention, in the same engines. Engines
 that take a quarter longer than the fastest in the same precision, over a kind's files together, are left out and named.
@@ -29,6 +30,7 @@ import json
 import math
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,11 @@ CASES = {
     ),
     518: Case(
         (((140, 1), EARLY), ((160, 1), EARLY), ((200, 1.5), EARLY), ((240, 2), EARLY), ((300, 3), EARLY)), 49,
-        (), (80, 120, 140, 160, 180), (36, 34, 32, 29, 26), (0.975, 0.98, 0.985),
+        (), (80, 120, 140, 160, 180, (200, 1.5), (240, 2)), (36, 34, 32, 29, 26), (0.98, 0.985, 0.99),
     ),
     1036: Case(
         (((600, 1), LONG), ((700, 1), LONG), ((900, 1.5), LONG), ((1000, 2), LONG), ((1200, 2), LONG)), 49,
-        (), (400, 500, 600, 700, 800), (72, 68, 62, 56, 48), (0.975, 0.98, 0.985),
+        (), (400, 500, 600, 700, 800, (900, 1.5), (1000, 2)), (72, 68, 62, 56, 48), (0.98, 0.985),
     ),
 }  # fmt: skip
 BURSTS = {224: 5, 518: 2, 1036: 1}
@@ -119,24 +121,23 @@ def fidelity(
         if key not in same:
             tell(f"fidelity of {point.name}")
             same[key] = teacher.cosines(point.tokens_of, point.images.shape[1])
+            file.write_text(json.dumps(same))
         found[point.name] = same[key]
-    file.write_text(json.dumps(same))
     return found
 
 
 def fidelity_of(points: list[Point], result: Path) -> dict[str, dict[str, Any]]:
-    """What a result has of points of these names."""
-    rows: dict[str, Any] = read_result(result).statistics["points"]
-    missing = [point.name for point in points if point.name not in rows]
-    if missing:
-        raise click.UsageError(f"{result} has no {missing[0]}")
-    return {
-        point.name: {
-            "patches_cosine": [rows[point.name]["patches_cosine"]["value"]],
-            "class_cosine": [rows[point.name]["class_cosine"]],
-        }
-        for point in points
-    }
+    """What a result has of points of these names, or in float32 of the same files in another engine."""
+    rows: dict[str, dict[str, Any]] = read_result(result).statistics["points"]
+    files = {(name.partition(",")[0], row["budget"]): row for name, row in rows.items() if row["precision"] == "fp32"}
+    found = {}
+    for point in points:
+        row = files.get((point.kind, point.budget)) if point.precision == "fp32" else rows.get(point.name)
+        if row:
+            found[point.name] = {
+                "patches_cosine": [row["patches_cosine"]["value"]], "class_cosine": [row["class_cosine"]]
+            }  # fmt: skip
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,28 +162,29 @@ class Fronts:
         return cls(families, found, times)
 
     def around(self, family: str, wanted: float) -> list[tuple[float, Point]]:
-        """Shares of the points next to a fidelity, linear in log(1 - it): one below the worst, none beyond the best."""
-        rows = sorted(
-            (float(np.mean(self.found[p.name]["patches_cosine"])), n) for n, p in enumerate(self.families[family])
-        )
-        above = next((place for place, (value, _) in enumerate(rows) if value >= wanted), None)
-        if above is None:
-            return []
-        chosen = rows[max(0, above - 1) : above + 1]
-        points = [self.families[family][number] for _, number in chosen]
-        if len(points) == 1:
-            return [(1.0, points[0])]
-        low, middle, high = (math.log(max(1 - value, 1e-9)) for value in (chosen[0][0], wanted, chosen[1][0]))
-        share = (middle - low) / (high - low) if high != low else 1.0
-        return [(part, point) for part, point in zip((1 - share, share), points, strict=True) if part]
+        """Shares of the timed points that a fidelity is cheapest with: of the two next to it, linear in log(1 - it), or
+        all of one that is at least as faithful. None beyond the best.
+        """
+        valued = [(float(np.mean(self.found[p.name]["patches_cosine"])), p) for p in self.families[family]]
+        below = max((pair for pair in valued if pair[0] < wanted), key=lambda pair: pair[0], default=None)
+        above = [pair for pair in valued if pair[0] >= wanted]
+        options = [[(1.0, point)] for _, point in above]
+        if above and below:
+            nearest = min(above, key=lambda pair: pair[0])
+            low, middle, high = (math.log(max(1 - value, 1e-9)) for value in (below[0], wanted, nearest[0]))
+            share = (middle - low) / (high - low)
+            options.append([(1 - share, below[1]), (share, nearest[1])])
+        timed = [option for option in options if all(point.name in self.times for _, point in option)]
+        return min(timed, key=self._median, default=[])
+
+    def _median(self, option: list[tuple[float, Point]], number: int | None = None) -> float:
+        times = [(share, self.times[point.name]) for share, point in option]
+        return sum(share * float(np.median(x if number is None else x[number])) for share, x in times)
 
     def ms(self, family: str, wanted: float, number: int | None = None) -> float:
-        """For a fidelity: the median, or that of a round; infinite where a point is missing."""
+        """For a fidelity: the median, or that of a round; infinite where no point is as faithful."""
         around = self.around(family, wanted)
-        if not around or any(point.name not in self.times for _, point in around):
-            return math.inf
-        taken = [(share, self.times[point.name]) for share, point in around]
-        return sum(share * float(np.median(x if number is None else x[number])) for share, x in taken)
+        return self._median(around, number) if around else math.inf
 
     def side(self, ours: bool) -> list[str]:
         """Families of ours, or of rivals."""
@@ -223,15 +225,16 @@ def _finite(ms: float) -> Any:
 def measure(
     case: Case, of: Setting, judge: Callable[[list[Point]], dict[str, dict[str, Any]]], rounds: int, folder: Path,
     tell: Any,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """Samples and statistics. judge: fidelities by the name of a point."""
+) -> tuple[dict[str, Any], dict[str, Any]] | None:  # fmt: skip
+    """Samples and statistics, of no rounds none. judge: fidelities by the names of points, where it knows them."""
     along_a_front = case.start is not None and of.int8
     points = ours(case, of, folder, tell)
     points += rivals(case, of, folder, tell)
     points, left_out = quick_engines(points, not along_a_front, tell)
     found = judge(points)
+    points = [point for point in points if point.name in found]
     if not rounds:
-        raise click.exceptions.Exit
+        return None
     times = time_in_turn({p.name: p.run for p in points}, FEW, BURSTS[of.size], tell)
     kinds = {"fp32": False} if not along_a_front else {}
     kinds |= {"any": True} if of.int8 else {}
@@ -244,6 +247,7 @@ def measure(
         point.name: {
             "family": point.family, "budget": point.budget, "precision": point.precision, "macs": point.macs,
             "median_ms": float(np.median(again.get(point.name, times[point.name]))),
+            "rounds": len(again.get(point.name, times[point.name])),
             "patches_cosine": write_record(stats.small_sample_mean(found[point.name]["patches_cosine"])),
             "class_cosine": float(np.mean(found[point.name]["class_cosine"])),
         }
@@ -325,14 +329,17 @@ def main(
     count: int | None, work: Path | None, output: Path | None,
 ) -> None:  # fmt: skip
     """See the module's documentation."""
-    if (front or result) and len(sizes) > 1:
-        raise click.UsageError("--front and --base are of one size")
+    if (front or result) and (len(sizes) > 1 or (front and result)):
+        raise click.UsageError("--front and --base are of one size, and not of each other")
+    if not (rounds or work):
+        raise click.UsageError("--rounds 0 prepares --work: name it")
     warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter, about its own calls
     more = "_base" * bool(result) + "_searched" * bool(front) + "_int8" * int8
     for size in map(int, sizes):
         paths = photographs(size, count)
         with err_console.status("") as status, tempfile.TemporaryDirectory() as scratch:
-            folder = (work or Path(scratch)) / f"{size}{more}"
+            of_search = f"-{zlib.crc32(front.read_bytes()):x}" if front else ""
+            folder = (work or Path(scratch)) / f"{size}{more}{of_search}"
             folder.mkdir(parents=True, exist_ok=True)
             model, weights = base(size, folder) if result else (material.DINOV2, weights_file())
             of = Setting(size, threads or available_cores(), int8, model, weights)
@@ -341,11 +348,15 @@ def main(
             judge = functools.partial(fidelity_of, result=result) if result else functools.partial(
                 fidelity, size=size, photographs=paths, file=folder / f"{len(paths)}.json", tell=status.update
             )  # fmt: skip
-            samples, statistics = measure(case, of, judge, rounds, folder, status.update)
+            measured = measure(case, of, judge, rounds, folder, status.update)
+        if measured is None:
+            continue
+        samples, statistics = measured
         title = f"{'DINOv2 ViT-B/14, random weights' if result else 'DINOv2 ViT-S/14'}, {size} px"
         if output:
             method = {
-                "photographs": len(paths), "rounds": rounds, "size": size, "threads": of.threads, "int8": int8,
+                "photographs": len(paths), "rounds": rounds, "rounds_of_all": FEW, "near": NEAR, "calls": BURSTS[size],
+                "size": size, "threads": of.threads, "int8": int8,
                 "interpolation": "linear in log(1 - patch cosine) between points of one family",
                 "fidelity": "of the same budgets in ViT-S/14" if result else "of what ran",
             }  # fmt: skip

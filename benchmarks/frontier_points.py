@@ -45,7 +45,7 @@ class Case:
     budgets: tuple[tuple[int | tuple[int, float] | str, Keep], ...]
     cells: int
     constant: tuple[int, ...]
-    falling: tuple[int, ...]
+    falling: tuple[int | tuple[int, float], ...]
     grids: tuple[int, ...]
     compared: tuple[float, ...]
     start: Path | None = None
@@ -155,8 +155,14 @@ def quick_engines(points: list[Point], by_precision: bool, tell: Any) -> tuple[l
         (kind, engine): seconds / min(engines.values())
         for (kind, _), engines in taken.items() for engine, seconds in engines.items()
     }  # fmt: skip
-    out = {f"{kind} in {engine}": ratio for (kind, engine), ratio in ratios.items() if ratio > SLOW}
-    return [point for point in points if ratios[point.kind, point.engine] <= SLOW], out
+    left = {engine for (_, engine), ratio in ratios.items() if ratio <= SLOW}
+    out = {
+        (kind, engine): ratio
+        for (kind, engine), ratio in ratios.items()
+        if ratio > SLOW and not (kind == "dense" and engine in left)  # It is the end of the others' fronts.
+    }
+    quick = [point for point in points if (point.kind, point.engine) not in out]
+    return quick, {f"{kind} in {engine}": ratio for (kind, engine), ratio in out.items()}
 
 
 def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
@@ -230,11 +236,12 @@ def _rivals(case: Case, of: Setting) -> Iterator[Rival]:
         return Rival(kind, budget, module, of.size, float(tome.macs(rates, grid**2 + 1, width, 4 * width)))
 
     yield merged("dense", "dense", [0] * depth)
-    for rate in case.constant:
-        yield merged("ToMe", f"{rate} a layer", [rate] * depth)
-    for kind in ("ToMe falling", "MAT falling"):
+    for kind in ("ToMe", "MAT"):
+        for rate in case.constant:
+            yield merged(kind, f"{rate} a layer", [rate] * depth, kind == "MAT")
         for first in case.falling:
-            yield merged(kind, f"{first}..0", list(tome.schedule((first, 1), depth)[0]), kind.startswith("MAT"))
+            rates, named = tome.schedule(first if isinstance(first, tuple) else (first, 1), depth)
+            yield merged(f"{kind} falling", named, list(rates), kind == "MAT")
     for fewer in case.grids:
         side = of.size // grid * fewer
         small = tome.FewerPixels(load_model(of.model, of.weights, side), grid).eval()
@@ -272,7 +279,9 @@ def _quantise(path: Path, output: Path, side: int) -> None:
     del loaded.graph.value_info[:]  # torch's exporter leaves some that shape inference contradicts
     calibration = [load_image(image, side)[None] for image in split.images("calibration")]
     made, _ = quantise(loaded, calibration, goal=int8_gates.LEAST_MEAN_COSINE)
-    onnx.save(made, output)
+    part = output.with_suffix(".part")
+    onnx.save(made, part)
+    part.rename(output)
 
 
 @torch.inference_mode()
