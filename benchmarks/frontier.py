@@ -7,10 +7,10 @@
 DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals (`tome.py`): the dense model; token merging by ToMe's and by
 MAT's published rule at falling rates, above 224 px at two that fall as ours do too (at 224 px at constant ones as well:
 above, those take up to a fifth longer, and at their most faithful up to 2 % less); the dense model at five smaller
-sizes, its tokens resized. Each is
-one plain file in ONNX Runtime and OpenVINO, the dense model in torch too; with `--int8` the quantised files as well,
-and bf16 where the processor has it. Ours: five budgets of merging and sparse attention, in the same engines. Engines
-that take a quarter longer than the fastest in the same precision, over a kind's files together, are left out and named.
+sizes, its tokens resized. Each is one plain file in ONNX Runtime and OpenVINO, the dense model in torch too; with
+`--int8` the quantised files as well, and bf16 where the processor has it. Ours: five budgets of merging and sparse
+attention, in the same engines. Engines that take a quarter longer than the fastest in the same precision, over a kind's
+files together, are left out and named.
 Fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of patches and class token to
 the dense model's. All are timed in turn in one process, three rounds; then, in as many as are asked for, the points
 around the compared fidelities, of what came near the best. "At equal fidelity": the best rival's time for a fidelity,
@@ -84,7 +84,7 @@ LOWER = {518: (200, 215), 1036: (850, 890)}
 def of_base(case: Case) -> Case:
     """The case with what lies next to the lowest compared fidelity: all files of a ViT-B/14 would need 30 GB."""
     return dataclasses.replace(
-        case, budgets=case.budgets[1:], constant=case.constant[-2:], falling=case.falling[-3:], grids=(),
+        case, budgets=case.budgets[1:], constant=case.constant[-2:], falling=case.falling[2:], grids=(),
         compared=case.compared[:1],
     )  # fmt: skip
 

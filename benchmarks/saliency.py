@@ -131,18 +131,18 @@ def fidelity(dense: Path, files: dict[str, Exported], stamps: Path | None, tell:
 
 
 class Merged(nn.Module):
-    """uint8 images [B,H,W,3] -> maps [B,H,W]: the model with a rival's backbone."""
+    """uint8 images [B,H,W,3] -> maps [B,H,W], as the only output: the model with a rival's backbone."""
 
     def __init__(self, rates: list[int], chained: bool) -> None:
         super().__init__()
         self.whole = saliency()
         self.backbone = tome.ToMe(self.whole.backbone, rates, chained)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> tuple[Tensor]:
         tokens = self.backbone(image)[1]
         grid = self.whole.backbone.patch_embed.grid_size
         found = self.whole.last(self.whole.decoder(tokens[:, 1:].transpose(1, 2).unflatten(-1, grid)))
-        return F.interpolate(found, image.shape[1:3], mode="bilinear", align_corners=False).sigmoid()[:, 0]
+        return (F.interpolate(found, image.shape[1:3], mode="bilinear", align_corners=False).sigmoid()[:, 0],)
 
 
 class Rival(NamedTuple):
@@ -156,10 +156,10 @@ class Rival(NamedTuple):
     def map(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Of uint8 images [B,SIZE,SIZE,3]."""
         if self.side == SIZE:
-            return {OUTPUT: self.module(torch.from_numpy(images)).numpy()}
+            return {OUTPUT: self.module(torch.from_numpy(images))[0].numpy()}
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
         small = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).round().clamp(0, 255)
-        found = self.module(small.permute(0, 2, 3, 1).to(torch.uint8))
+        found = self.module(small.permute(0, 2, 3, 1).to(torch.uint8))[0]
         return {OUTPUT: F.interpolate(found[:, None], (SIZE, SIZE), mode="bilinear")[:, 0].numpy()}
 
 
@@ -179,20 +179,8 @@ def rivals() -> dict[str, Rival]:
     for side in SIDES:
         model = saliency(side)
         whole = DeployedModel(model, Normalisation.of(model.image_mean, model.image_std))
-        found[f"{side} px"] = Rival(First(whole).eval(), side, macs([0] * depth, side))
+        found[f"{side} px"] = Rival(whole, side, macs([0] * depth, side))
     return found
-
-
-class First(nn.Module):
-    """The first output alone."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, image: Tensor) -> Tensor:
-        output: Tensor = self.module(image)[0]
-        return output
 
 
 def rivals_fidelity(dense: Path, found: dict[str, Rival], stamps: Path | None, tell: Any) -> dict[str, dict[str, Any]]:
