@@ -98,6 +98,13 @@ def test_gives_what_onnx_runtime_gives(bundles: Bundles, name: str, kernels: str
     assert described.precision == {"int8": int8, "fp16": "fp16, run in fp32"}.get(name, "fp32")
 
 
+def answers_of_attention(session: Any) -> set[str]:
+    """What attention's nodes give to OpenVINO's."""
+    nodes = [node.get_rt_info() for node in session._compiled.get_runtime_model().get_ops()]
+    named = {str(info["originalLayersNames"].astype(str)): info for info in nodes if "originalLayersNames" in info}
+    return {info["outputPrecisions"].astype(str) for name, info in named.items() if "Attention" in name}
+
+
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 @pytest.mark.parametrize("name", first(["edge", "some dense", "dense", "int8"]))
 def test_bf16_is_what_really_runs(bundles: Bundles, name: str) -> None:
@@ -109,6 +116,7 @@ def test_bf16_is_what_really_runs(bundles: Bundles, name: str) -> None:
         if name != "dense":
             attention = f", attention in {'bfloat16' if native.target() in BF16_SETS else 'float32'}"
             assert session.description.kernels == f"native, {native.target()}{attention}"
+            assert answers_of_attention(session) == {"bf16" if native.target() in BF16_SETS else "f32"}
     # Random weights have close calls among keys and pairs.
     assert all(cosine(got[output], value) > 0.9 for output, value in wanted.items())
     assert any((got[output] != value).any() for output, value in wanted.items())

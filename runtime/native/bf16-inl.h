@@ -117,7 +117,7 @@ struct Halves {
   }
   static void AddSums(uint32_t* weights, uint32_t* values, size_t count, size_t stride, const float* carry, float* sums) {
     Accumulate<Halves, true>(
-        {weights, values, count, stride, nullptr, sums, carry, nullptr, sums, kQueries, stride, stride});
+        {weights, values, count, stride, nullptr, sums, carry, nullptr, {sums, false}, kQueries, stride, stride});
   }
 
   // What sparse-inl.h needs of those that round: values of two packed rows,
@@ -144,7 +144,7 @@ struct Halves {
 
   // and output[i] = factor[i] * sum over rows of words: [0, valid) rows of `width`, `out_stride` apart.
   static void Sums(uint32_t* weights, uint32_t* values, size_t count, size_t stride, float* /*scratch [16][stride]*/,
-                   const float* factor, size_t valid, size_t width, float* output, size_t out_stride) {
+                   const float* factor, size_t valid, size_t width, const Output& output, size_t out_stride) {
     Accumulate<Halves, false>(
         {weights, values, count, stride, nullptr, nullptr, nullptr, factor, output, valid, width, out_stride});
   }
@@ -342,12 +342,12 @@ struct TiledHalves : Halves {
   }
 
   static void Sums(uint32_t* weights, uint32_t* values, size_t pairs, size_t stride, float* scratch, const float* factor,
-                   size_t valid, size_t width, float* output, size_t out_stride) {
+                   size_t valid, size_t width, const Output& output, size_t out_stride) {
     TileSums<false>(weights, values, pairs, stride, scratch);
-    for (size_t i = 0; i < valid; ++i, scratch += stride, output += out_stride) {
+    for (size_t i = 0; i < valid; ++i, scratch += stride) {
       const V share = hn::Set(D(), factor[i]);
       for (size_t c = 0; c < width; c += kLanes) {
-        hn::StoreN(hn::Mul(share, hn::Load(D(), scratch + c)), D(), output + c, width - c);
+        Put(hn::Mul(share, hn::Load(D(), scratch + c)), width - c, output, i * out_stride + c);
       }
     }
   }

@@ -30,11 +30,11 @@ struct List {
 // One query against many keys, lanes are channels: prefix tokens, and lists that belong to one query alone.
 
 // list: tokens to read, or null for all of [0, count). bias: log2 of the tokens' sizes, or null. weights: scratch [count],
-// logits first. output: `width` floats.
+// logits first. output: `width` of its elements.
 inline HWY_NOINLINE void AttendOne(const float* HWY_RESTRICT query, const float* HWY_RESTRICT keys, const float* values,
                                    size_t row, const List* list, size_t count, float scale, size_t width,
                                    const float* HWY_RESTRICT bias, float* HWY_RESTRICT weights,
-                                   float* HWY_RESTRICT output) {
+                                   const Output& output) {
   const D d;
   const auto at = [&](size_t j) -> size_t { return list == nullptr ? j : list->At(j); };
   const size_t whole = width / kLanes * kLanes;
@@ -71,7 +71,7 @@ inline HWY_NOINLINE void AttendOne(const float* HWY_RESTRICT query, const float*
       odd = hn::MulAdd(hn::Set(d, weights[j + 1]), LoadSome(y, some), odd);
     }
     if (j < count) even = hn::MulAdd(hn::Set(d, weights[j]), LoadSome(values + at(j) * row + c, some), even);
-    hn::StoreN(hn::Mul(share, hn::Add(even, odd)), d, output + c, some);
+    Put(hn::Mul(share, hn::Add(even, odd)), some, output, c);
   }
 }
 
@@ -82,7 +82,7 @@ struct SparseJob {
   Packed in;
   SparseSettings settings;
   const int32_t* indices;
-  float* output;
+  Output output;
   size_t patches, tiles, cells;
   size_t run, runs;    // patches packed together, a cell's where there are cells
   size_t row;          // words between the rows that places count
@@ -93,7 +93,8 @@ struct SparseJob {
 };
 
 // What follows from sizes and settings alone.
-HWY_INLINE SparseJob Describe(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output) {
+HWY_INLINE SparseJob Describe(const Packed& in, const int32_t* indices, const SparseSettings& settings,
+                              const Output& output) {
   SparseJob job{};
   job.in = in;
   job.settings = settings;

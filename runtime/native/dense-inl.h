@@ -23,7 +23,7 @@ constexpr size_t kGroupKeys = 64;
 struct GroupJob {
   Packed in;
   Cache cache;
-  float* output;
+  Output output;
   const float* bias;        // [batch][tokens]: log2 of sizes, or null
   const float* cache_bias;  // [batch][cache.tokens]: log2 of counts
   size_t groups, tiles;  // of a head; of a group, the last may have less
@@ -172,13 +172,15 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
   }
   for (size_t q = begin; q < end; ++q) {
     const float share = 1.0f / work.totals[q - begin];
-    float* to = job.output + ((batch * in.tokens + q) * in.heads + head % in.heads) * in.width;
-    for (size_t c = 0; c < in.width; ++c) to[c] = share * work.sums[(q - begin) * stride + c];
+    const Output to = job.output.From(((batch * in.tokens + q) * in.heads + head % in.heads) * in.width);
+    for (size_t c = 0; c < in.width; c += kLanes) {
+      Put(hn::Mul(hn::Set(D(), share), hn::Load(D(), work.sums + (q - begin) * stride + c)), in.width - c, to, c);
+    }
   }
 }
 
 template <class Kind>
-bool AttendDensely(const Packed& in, const Cache& cache, float* output, const Call& call) {
+bool AttendDensely(const Packed& in, const Cache& cache, const Output& output, const Call& call) {
   if (in.batch == 0) return true;
   GroupJob job{in, cache, output, nullptr, nullptr, 0, 0};
   // Groups of a head are alike: a small one would pack all keys too.

@@ -73,8 +73,10 @@ class Answer {
     Require(asks_ || tensor.data != nullptr || wanted == 0, "%s is null", name);
   }
 
-  void Output(const char* name, const sparsifiner_output& tensor, size_t wanted) {
+  // roundable: whether it may be of bfloat16.
+  void Output(const char* name, const sparsifiner_output& tensor, size_t wanted, bool roundable = false) {
     if (!asks_) Input(name, tensor, wanted);
+    Require(tensor.rounded == 0 || (roundable && tensor.rounded == 1), "%s: rounded is %" PRId64, name, tensor.rounded);
   }
 
  private:
@@ -114,6 +116,8 @@ Packed Attended(Packed in) {
   if (std::all_of(in.sizes, end, [](float size) { return size == 1.0f; })) in.sizes = nullptr;
   return in;
 }
+
+Output Place(const sparsifiner_output& output) { return {output.data, output.rounded != 0}; }
 
 SelectSettings Checked(const sparsifiner_select& options, Answer* answer) {
   const SelectSettings settings{answer->Whole("num_prefix", options.num_prefix, 0),
@@ -197,12 +201,11 @@ sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sp
   // Rows that are narrower than a vector grow where they are packed, and those of cells follow.
   answer.Require(Times(in.tokens, in.width + 31) <= UINT32_MAX, "%zu tokens are too many for 32-bit places", in.tokens);
   answer.Input("indices", indices, Lists(in, settings));
-  answer.Output("output", output, in.batch * in.tokens * in.heads * in.width);
+  answer.Output("output", output, in.batch * in.tokens * in.heads * in.width, /*roundable=*/true);
   if (!answer.computes()) return answer.status();
   const bool single = settings.tile == 1 && settings.cell == 0;
   const Attention* attention = single ? FindAttention(SPARSIFINER_FLOAT32) : answer.attention();
-  auto* to = static_cast<float*>(output.data);
-  return answer.Of(attention->sparse(Attended(in), indices.data, settings, to, Call(*call)));
+  return answer.Of(attention->sparse(Attended(in), indices.data, settings, Place(output), Call(*call)));
 }
 
 sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv,
@@ -210,9 +213,9 @@ sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const spa
   Answer answer(call, output.data == nullptr);
   if (!answer.well()) return answer.status();
   const Packed in = Checked(*qkv, 0, &answer);
-  answer.Output("output", output, in.batch * in.tokens * in.heads * in.width);
+  answer.Output("output", output, in.batch * in.tokens * in.heads * in.width, /*roundable=*/true);
   if (!answer.computes()) return answer.status();
-  return answer.Of(answer.attention()->dense(Attended(in), Cache{}, static_cast<float*>(output.data), Call(*call)));
+  return answer.Of(answer.attention()->dense(Attended(in), Cache{}, Place(output), Call(*call)));
 }
 
 sparsifiner_status sparsifiner_cached_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv,
@@ -227,9 +230,9 @@ sparsifiner_status sparsifiner_cached_attention(sparsifiner_call* call, const sp
   const size_t tokens = Times(in.batch, cache.tokens), channels = in.heads * in.width;
   answer.Input("cache", from->cache, Times(tokens, 2 * channels));
   answer.Input("counts", from->counts, tokens);
-  answer.Output("output", output, in.batch * in.tokens * channels);
+  answer.Output("output", output, in.batch * in.tokens * channels, /*roundable=*/true);
   if (!answer.computes()) return answer.status();
-  return answer.Of(answer.attention()->dense(in, cache, static_cast<float*>(output.data), Call(*call)));
+  return answer.Of(answer.attention()->dense(in, cache, Place(output), Call(*call)));
 }
 
 sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* qkv,

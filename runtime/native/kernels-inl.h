@@ -188,6 +188,19 @@ HWY_NOINLINE void Scores(const Word* qt, const Word* keys, size_t stride, size_t
   }
 }
 
+// The first `some` floats of a vector, or all, from element `index` of an output on.
+HWY_INLINE void Put(V numbers, size_t some, const Output& to, size_t index) {
+  const D d;
+  if (to.rounded) {
+    const hn::Rebind<hwy::bfloat16_t, D> halves;
+    hn::StoreN(hn::DemoteTo(halves, numbers), halves, static_cast<hwy::bfloat16_t*>(to.data) + index, some);
+  } else if (some >= kLanes) {
+    hn::StoreU(numbers, d, static_cast<float*>(to.data) + index);
+  } else {
+    hn::StoreN(numbers, d, static_cast<float*>(to.data) + index, some);
+  }
+}
+
 constexpr size_t kRowsAhead = 8;
 
 // What 16 queries make of values: row i of the output, of `width` floats, is
@@ -200,7 +213,7 @@ struct Weighted {
   const uint32_t* places;       // [count + kRowsAhead]: words from `values` to each row, or null
   const float *before, *carry;  // [16][stride], [16]
   const float* factor;          // [16]
-  float* output;
+  Output output;
   size_t valid, width, out_stride;  // rows and floats of them that are stored, and how far they lie apart
   const Weighted* more = nullptr;   // adds its weights and values, which lie side by side
 };
@@ -255,12 +268,7 @@ HWY_INLINE void AccumulateBlock(const Weighted<Word> sums, size_t query, size_t 
     for (size_t c = 0; c < kColumns; ++c) {
       const size_t from = channel + c * kLanes;
       const V result = sums.factor == nullptr ? sum[i][c] : hn::Mul(hn::Set(d, sums.factor[query + i]), sum[i][c]);
-      float* to = sums.output + (query + i) * sums.out_stride + from;
-      if (from + kLanes <= sums.width) {
-        hn::StoreU(result, d, to);
-      } else if (from < sums.width) {
-        hn::StoreN(result, d, to, sums.width - from);
-      }
+      if (from < sums.width) Put(result, sums.width - from, sums.output, (query + i) * sums.out_stride + from);
     }
   }
 }
@@ -376,7 +384,7 @@ struct Floats {
   // are spoiled.
   static void AddSums(float* weights, float* values, size_t count, size_t stride, const float* carry, float* sums) {
     Accumulate<Floats, true>(
-        {weights, values, count, stride, nullptr, sums, carry, nullptr, sums, kQueries, stride, stride});
+        {weights, values, count, stride, nullptr, sums, carry, nullptr, {sums, false}, kQueries, stride, stride});
   }
 
   // The mean of `count` rows, each of which counts as its size, or null: as one. scratch: [stride]. rest: what rounding

@@ -80,13 +80,22 @@ struct Merging {
   size_t count;
 };
 
+// Where attention's output goes: elements of float32, or of bfloat16 where they are rounded.
+struct Output {
+  void* data;
+  bool rounded;
+
+  // From an element on.
+  Output From(size_t index) const { return {static_cast<char*>(data) + index * (rounded ? 2 : 4), rounded}; }
+};
+
 // Attention with products in one precision: output [batch, tokens, heads * width].
 struct Attention {
   // softmax(scale q k^T) v, over cached tokens too.
-  bool (*dense)(const Packed& in, const Cache& cache, float* output, const Call& call);
+  bool (*dense)(const Packed& in, const Cache& cache, const Output& output, const Call& call);
 
   // The same over listed keys: indices [batch, heads, tiles, keys].
-  bool (*sparse)(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
+  bool (*sparse)(const Packed& in, const int32_t* indices, const SparseSettings& settings, const Output& output,
                  const Call& call);
 };
 

@@ -2,7 +2,8 @@
 // OpenVINO's own threads. Other threads would have to wake up while OpenVINO's still look for work.
 //
 // What attention's products are computed in a node is told by an attribute that the process adds to the file once it is
-// read: `precision`, a sparsifiner_precision.
+// read: `precision`, a sparsifiner_precision. Attention that is computed in bfloat16 gives bfloat16, as all around it does
+// then: float32 OpenVINO would round in a pass of its own, and before a layer of int8 turn its axes around and back.
 
 #include <cmath>
 #include <cstdarg>
@@ -10,6 +11,7 @@
 #include <oneapi/tbb/parallel_for.h>
 #include <openvino/core/except.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
+#include <openvino/op/convert.hpp>
 #include <openvino/op/op.hpp>
 #include <string>
 #include <utility>
@@ -139,6 +141,7 @@ class Session {
     if (output_->get_shape() != shape) output_->set_shape(shape);
     static float nothing;
     output.count = static_cast<int64_t>(output_->get_size());
+    output.rounded = output_->get_element_type() == ov::element::bf16;
     output.data = output.count == 0 ? &nothing : output_->data();
     return Check(run(&call_, output));
   }
@@ -156,38 +159,41 @@ class Session {
   sparsifiner_call call_{};
 };
 
-// Of a kernel: its operator's name, and whether it gives whole numbers.
+// Whole numbers, or float32; rounded: bfloat16 where it is computed in that.
+enum class Answer { kWhole, kFloat, kRounded };
+
+// Of a kernel: its operator's name, and what it gives.
 template <typename Kernel>
 struct About;
 template <>
 struct About<SelectKernel> {
   static constexpr const char* kName = "KeySelect";
-  static constexpr bool kWhole = true;
+  static constexpr Answer kAnswer = Answer::kWhole;
 };
 template <>
 struct About<SparseKernel> {
   static constexpr const char* kName = "SparseAttention";
-  static constexpr bool kWhole = false;
+  static constexpr Answer kAnswer = Answer::kRounded;
 };
 template <>
 struct About<DenseKernel> {
   static constexpr const char* kName = "DenseAttention";
-  static constexpr bool kWhole = false;
+  static constexpr Answer kAnswer = Answer::kRounded;
 };
 template <>
 struct About<CachedKernel> {
   static constexpr const char* kName = "CachedAttention";
-  static constexpr bool kWhole = false;
+  static constexpr Answer kAnswer = Answer::kRounded;
 };
 template <>
 struct About<MatchKernel> {
   static constexpr const char* kName = "MatchTokens";
-  static constexpr bool kWhole = true;
+  static constexpr Answer kAnswer = Answer::kWhole;
 };
 template <>
 struct About<MergeKernel> {
   static constexpr const char* kName = "MergeTokens";
-  static constexpr bool kWhole = false;
+  static constexpr Answer kAnswer = Answer::kFloat;
 };
 
 template <typename Kernel>
@@ -208,7 +214,8 @@ class Node : public ov::op::Op {
     for (size_t i = 0; i < some.size(); ++i) {
       if (some[i] == others[i]) shape[i] = some[i];
     }
-    set_output_type(0, About<Kernel>::kWhole ? ov::element::i32 : ov::element::f32, shape);
+    const auto type = rounds() ? ov::element::bf16 : kAnswer == Answer::kWhole ? ov::element::i32 : ov::element::f32;
+    set_output_type(0, type, shape);
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -231,7 +238,11 @@ class Node : public ov::op::Op {
     return true;
   }
 
+  bool rounds() const { return kAnswer == Answer::kRounded && precision_ == SPARSIFINER_BFLOAT16; }
+
  private:
+  static constexpr Answer kAnswer = About<Kernel>::kAnswer;
+
   ov::Shape Infer(int64_t open) const {
     Problem problem;
     Tensors tensors(&problem);
@@ -261,7 +272,8 @@ ov::OutputVector Convert(const ov::frontend::NodeContext& node) {
   ov::OutputVector inputs;
   for (size_t i = 0; i < node.get_input_size(); ++i) inputs.push_back(node.get_input(static_cast<int>(i)));
   const auto precision = node.get_attribute<int64_t>("precision");
-  return std::make_shared<Node<Kernel>>(inputs, kernel, precision, std::move(values))->outputs();
+  const auto op = std::make_shared<Node<Kernel>>(inputs, kernel, precision, std::move(values));
+  return op->rounds() ? std::make_shared<ov::op::v0::Convert>(op, ov::element::f32)->outputs() : op->outputs();
 }
 
 ov::Extension::Ptr Extension(const char* name, ov::frontend::CreatorFunction convert) {

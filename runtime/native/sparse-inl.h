@@ -141,12 +141,12 @@ HWY_INLINE void ScoreFloats(const TableJob<float>& job, size_t head, size_t coun
 
 // output = factor * weights x values of the list and of the cells, a chunk of the list at a time.
 HWY_INLINE void SumFloats(const TableJob<float>& job, size_t head, size_t count, const TableWork<float>& work,
-                          const float* factor, size_t valid, float* output) {
+                          const float* factor, size_t valid, const Output& output) {
   const size_t width = job.in.width, stride = job.words, chunk = Groups(count, Groups(count, kChunk));
   HWY_ALIGN float ones[kQueries];
   std::fill(ones, ones + kQueries, 1.0f);
   Weighted<float> sums{work.scores, TokensOf(job, head, 2), chunk, stride, work.places, work.summed, ones, nullptr,
-                       work.summed, kQueries, stride, stride};
+                       {work.summed, false}, kQueries, stride, stride};
   Weighted<float> cells{};
   cells.weights = work.scores + count * kQueries, cells.count = job.cells;
   cells.values = job.values + (head * job.rows + job.packed) * stride;
@@ -183,7 +183,7 @@ HWY_NOINLINE void AttendTile(const TableJob<Word>& job, size_t head, size_t begi
   }
   HWY_ALIGN float shares[kQueries];
   WeighTile<kSized>(job, count, work.owner, work.counts, work.scores, cells, work.sums, shares);
-  float* output = job.output + ((batch * in.tokens + begin) * in.heads + head % in.heads) * in.width;
+  const Output output = job.output.From(((batch * in.tokens + begin) * in.heads + head % in.heads) * in.width);
   if constexpr (Kind::kRounds) {
     Kind::PairRows(work.scores, rows, work.weights);
     Kind::Sums(work.weights, work.values, Groups(rows, Kind::kRows), Kind::Stride(in.width), work.summed, shares, valid,
@@ -216,7 +216,7 @@ HWY_NOINLINE void SparseItem(void* data, size_t item, void* base) {
     AttendOne(in.Rows(head, 0) + token * in.Row(), keys, values, row, prefix_row ? nullptr : &list,
               prefix_row ? in.tokens : count, in.scale, in.width,
               job.bias == nullptr ? nullptr : job.bias + batch * in.tokens, work.scores,
-              job.output + ((batch * in.tokens + token) * in.heads + head % in.heads) * in.width);
+              job.output.From(((batch * in.tokens + token) * in.heads + head % in.heads) * in.width));
     return;
   }
   [[maybe_unused]] const typename Kind::Session session;
@@ -230,7 +230,7 @@ HWY_NOINLINE void SparseItem(void* data, size_t item, void* base) {
 }
 
 template <class Kind, class Word = typename Kind::Word>
-bool AttendSparsely(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
+bool AttendSparsely(const Packed& in, const int32_t* indices, const SparseSettings& settings, const Output& output,
                     const Call& call) {
   if (in.batch == 0) return true;
   TableJob<Word> job{};

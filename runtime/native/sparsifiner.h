@@ -8,7 +8,7 @@
  *     sparsifiner_pool* pool = sparsifiner_pool_create(4);
  *     sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, sparsifiner_pool_for, pool, ""};
  *     sparsifiner_qkv in = {{qkv, 1370 * 1152}, {sizes, 1370}, 1, 1370, 6, 64, 0.125f};
- *     sparsifiner_output to = {output, 1370 * 384};
+ *     sparsifiner_output to = {output, 1370 * 384, 0};
  *     if (sparsifiner_dense_attention(&call, &in, to) != SPARSIFINER_OK) puts(call.message);
  *
  * Any number of threads may call at a time, each with a `sparsifiner_call` of its own. Nothing throws or prints. A given
@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 /* Of this header. A library of another version refuses every call: SPARSIFINER_WRONG_VERSION. */
-#define SPARSIFINER_VERSION 4
+#define SPARSIFINER_VERSION 5
 
 enum {
   SPARSIFINER_OK = 0,
@@ -101,11 +101,13 @@ typedef struct sparsifiner_ints {
   int64_t count;
 } sparsifiner_ints;
 
-/* Where a result goes: as many elements as it has, float32, or int32 of indices and pairs. Null data asks whether the
- * call would be refused for its settings, sizes and inputs' counts, and reads no tensor. */
+/* Where a result goes: as many elements as it has, float32, or int32 of indices and pairs; of attention bfloat16 where it
+ * is `rounded`. Null data asks whether the call would be refused for its settings, sizes and inputs' counts, and reads no
+ * tensor. */
 typedef struct sparsifiner_output {
   void* data;
   int64_t count;
+  int64_t rounded; /* 0, or 1, of attention: the elements are bfloat16, the nearest */
 } sparsifiner_output;
 
 /* Queries, keys and values of every head: qkv [B, N, 3 * H * d], q|k|v along the last axis. */

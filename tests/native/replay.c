@@ -79,30 +79,49 @@ static void free_tensors(void) {
   memset(&record, 0, sizeof(record));
 }
 
+static sparsifiner_status call_with(sparsifiner_call* call, sparsifiner_output to) {
+  switch (record.op) {
+    case kDense: return sparsifiner_dense_attention(call, &record.in, to);
+    case kCached: return sparsifiner_cached_attention(call, &record.in, &record.cache, to);
+    case kSparse: return sparsifiner_sparse_attention(call, &record.in, &record.attend, record.lists, to);
+    case kSelect: return sparsifiner_key_select(call, &record.in, &record.select, record.proj_q, record.proj_k, to);
+    case kMatch: return sparsifiner_match_tokens(call, &record.in, &record.match, to);
+    default: return sparsifiner_merge_tokens(call, &record.pairs, to);
+  }
+}
+
+/* Whether the same call gives the nearest bfloat16 of what it gave; of what is smaller than normal ones, zero will do. */
+static int rounds(sparsifiner_call* call, sparsifiner_output exact) {
+  const sparsifiner_output to = {malloc(2 * (size_t)exact.count), exact.count, 1};
+  int right = to.data != NULL && call_with(call, to) == SPARSIFINER_OK;
+  for (int64_t i = 0; right && i < exact.count; ++i) {
+    const uint16_t got = ((const uint16_t*)to.data)[i];
+    uint32_t bits;
+    memcpy(&bits, (const float*)exact.data + i, sizeof(bits));
+    if ((bits & 0x7fffffff) > 0x7f800000) {
+      right = (got & 0x7fff) > 0x7f80;
+    } else if (got != (bits + 0x7fff + (bits >> 16 & 1)) >> 16) {
+      right = (bits & 0x7f800000) == 0 && (got & 0x7fff) == 0;
+    }
+  }
+  free(to.data);
+  return right;
+}
+
 /* A caller: the record's result, in memory of its own. */
 static void* run(void* unused) {
   const int halves = record.op <= kSparse && sparsifiner_has_bfloat16();
   sparsifiner_call call = {SPARSIFINER_VERSION, halves ? SPARSIFINER_BFLOAT16 : SPARSIFINER_FLOAT32,
                            pool ? sparsifiner_pool_for : NULL, pool, ""};
   sparsifiner_output to = record.to;
-  sparsifiner_status status = SPARSIFINER_OK;
   to.data = malloc(4 * (size_t)to.count);
   if (to.data == NULL) exit(4);
   memset(to.data, 0xff, 4 * (size_t)to.count); /* NaN */
-  switch (record.op) {
-    case kDense: status = sparsifiner_dense_attention(&call, &record.in, to); break;
-    case kCached: status = sparsifiner_cached_attention(&call, &record.in, &record.cache, to); break;
-    case kSparse: status = sparsifiner_sparse_attention(&call, &record.in, &record.attend, record.lists, to); break;
-    case kSelect:
-      status = sparsifiner_key_select(&call, &record.in, &record.select, record.proj_q, record.proj_k, to);
-      break;
-    case kMatch: status = sparsifiner_match_tokens(&call, &record.in, &record.match, to); break;
-    default: status = sparsifiner_merge_tokens(&call, &record.pairs, to);
-  }
-  if (status != SPARSIFINER_OK) {
+  if (call_with(&call, to) != SPARSIFINER_OK) {
     fprintf(stderr, "%s\n", call.message);
     exit(5);
   }
+  if (record.op <= kSparse && !rounds(&call, to)) exit(8);
   (void)unused;
   return to.data;
 }

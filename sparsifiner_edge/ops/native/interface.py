@@ -17,7 +17,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.operator import Tensor
 from sparsifiner_edge.ops.schema import OPERATORS
 
-_VERSION = 4
+_VERSION = 5
 """SPARSIFINER_VERSION of the header that this follows."""
 
 _PRECISIONS = {"float32": 0, "bfloat16": 1}
@@ -37,6 +37,10 @@ class _Call(Structure):
 
 class _Tensor(Structure):
     _fields_ = (("data", c_void_p), ("count", c_int64))
+
+
+class _Output(Structure):
+    _fields_ = (("data", c_void_p), ("count", c_int64), ("rounded", c_int64))
 
 
 class _Qkv(Structure):
@@ -113,7 +117,7 @@ class Operators:
 
         Args:
             op, attributes, inputs: see docs/operators.md; float32, indices and pairs int32, C-contiguous.
-            output: of the operator's shape; is filled.
+            output: of the operator's shape; is filled. Of attention uint16 as well: the nearest bfloat16's bits.
 
         Raises:
             BackendError: attributes, types and shapes are not those of the operator's schema, or it lacks memory.
@@ -122,7 +126,7 @@ class Operators:
         kinds = (*OPERATORS[op].inputs, OPERATORS[op].output)
         tensors = [_tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
         call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
-        arguments = _arguments(op, attributes, inputs, tensors)
+        arguments = _arguments(op, attributes, inputs, tensors, output.dtype.name == "uint16")
         if getattr(self._library, _FUNCTIONS[op][0])(byref(call), *arguments):
             raise _refusal(op, call.message.decode(errors="replace"))
 
@@ -155,10 +159,12 @@ def _refusals(op: str, attributes: tuple[tuple[str, float], ...], *shapes: tuple
 
 
 def _tensor(op: str, array: Array, schema: Tensor) -> _Tensor:
-    """An array as the library takes it: of the element types by the schema it has those of four bytes, and float16 of
-    what is stored.
+    """An array as the library takes it: of the schema's element types those of four bytes, what is stored float16 too,
+    and what attention gives the bits of bfloat16.
     """
-    allowed = (schema.dtypes[0], "float16") if schema.stored else schema.dtypes[:1]
+    allowed = (schema.dtypes[0], *["float16"] * schema.stored)
+    if schema is OPERATORS[op].output and op.endswith("Attention"):
+        allowed += ("uint16",)
     if array.dtype.name not in allowed or not array.flags.c_contiguous:
         wanted = " or ".join(allowed)
         raise _refusal(op, f"got {array.dtype}, strides {array.strides}, for contiguous {wanted}")
@@ -166,19 +172,21 @@ def _tensor(op: str, array: Array, schema: Tensor) -> _Tensor:
 
 
 def _arguments(
-    op: str, attributes: Mapping[str, float], inputs: Sequence[Array], tensors: Sequence[_Tensor]
+    op: str, attributes: Mapping[str, float], inputs: Sequence[Array], tensors: Sequence[_Tensor], rounded: bool = False
 ) -> list[Any]:
     """What a function takes after the call: of shapes that the schema allows, and tensors, the output's last."""
     shapes = [x.shape for x in inputs]
+    *tensors, last = tensors
+    output = _Output(last.data, last.count, rounded)
     if op == "MergeTokens":
-        return [byref(_Pairs(*tensors[:3], *shapes[0], shapes[2][1])), tensors[3]]
+        return [byref(_Pairs(*tensors[:3], *shapes[0], shapes[2][1])), output]
     sizes = OPERATORS[op].sizes(attributes, shapes)
     if op == "CachedAttention":
         qkv = _Qkv(tensors[0], _Tensor(), *(sizes[symbol] for symbol in "BNHd"), attributes["scale"])
-        return [byref(qkv), byref(_Cache(*tensors[1:3], sizes["S"], inputs[1].dtype == "float16")), tensors[3]]
+        return [byref(qkv), byref(_Cache(*tensors[1:3], sizes["S"], inputs[1].dtype == "float16")), output]
     qkv = _Qkv(*tensors[:2], *(sizes[symbol] for symbol in "BNHd"), attributes.get("scale", 1.0))
     kind, settings = _FUNCTIONS[op][1], {**attributes, "keys": sizes.get("K", 0), "channels": sizes.get("c", 0)}
-    return [byref(qkv), *([] if kind is None else [byref(_fill(kind, settings))]), *tensors[2:]]
+    return [byref(qkv), *([] if kind is None else [byref(_fill(kind, settings))]), *tensors[2:], output]
 
 
 def _fill(kind: type[Structure], values: Mapping[str, float]) -> Structure:
