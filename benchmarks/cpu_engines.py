@@ -60,30 +60,36 @@ def has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def openvino_run(model: Any, inputs: Mapping[str, np.ndarray] | list[np.ndarray], threads: int, precision: str) -> Run:
+def openvino_compiled(model: Any, threads: int, precision: str) -> Any:
     """A model, or the path of an ONNX file, compiled by OpenVINO for the CPU. precision: "f32" or "bf16"."""
-    openvino = import_openvino()
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
-    request = compiled.create_infer_request()
+    return import_openvino().Core().compile_model(model, "CPU", settings)
+
+
+def openvino_run(model: Any, inputs: Mapping[str, np.ndarray] | list[np.ndarray], threads: int, precision: str) -> Run:
+    """The same, run on these inputs."""
+    request = openvino_compiled(model, threads, precision).create_infer_request()
     return lambda: request.infer(inputs)
 
 
 def time_in_turn(
-    runs: Mapping[str, Run], rounds: int, burst: int, tell: Callable[[str], None]
-) -> dict[str, np.ndarray]:
-    """Milliseconds [rounds, burst] of each engine."""
+    runs: Mapping[str, Run], rounds: int, burst: int, tell: Callable[[str], None],
+    after: Callable[[str], None] = lambda _: None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Milliseconds [rounds, burst] of each engine. after: of its name, called when it was timed."""
     order = list(runs)
     draw = random.Random(0)
     taken: dict[str, list[list[float]]] = {name: [] for name in runs}
     for name in order:
         runs[name]()
+        after(name)
     for number in range(rounds):
         draw.shuffle(order)
         for name in order:
             tell(f"round {number + 1} of {rounds}: {name}")
             time.sleep(PAUSE_S)
             taken[name].append(call_ms(runs[name], burst, warm_up=1))
+            after(name)
     return {name: np.array(rows) for name, rows in taken.items()}
 
 

@@ -14,7 +14,7 @@ import onnx
 import tome
 import torch
 from accuracy_images import linked
-from cpu_engines import Run, by_kernels, has_bf16, openvino_run, ort_session
+from cpu_engines import by_kernels, has_bf16, openvino_compiled, ort_session
 from fidelity_subject import weights_file
 from torch import nn
 
@@ -45,7 +45,7 @@ class Case:
     budgets: tuple[tuple[int | tuple[int, float] | str, Keep], ...]
     cells: int
     constant: tuple[int, ...]
-    falling: tuple[int | tuple[int, float], ...]
+    falling: tuple[int | tuple[int, float] | str, ...]
     grids: tuple[int, ...]
     compared: tuple[float, ...]
     start: Path | None = None
@@ -78,6 +78,7 @@ class Point:
     Attributes:
         family: what it is interpolated with. macs: of all layers, per image.
         infer: all outputs for images. tokens: the name or number of the tokens among them. images: what is timed.
+        rest: gives back memory that only a run needs.
     """
 
     family: str
@@ -87,6 +88,7 @@ class Point:
     images: np.ndarray
     macs: float
     precision: str = "fp32"
+    rest: Callable[[], None] = lambda: None
 
     def run(self) -> Any:
         return self.infer(self.images)
@@ -151,6 +153,7 @@ def quick_engines(points: list[Point], by_precision: bool, tell: Any) -> tuple[l
         point.run()
         engines = taken.setdefault((point.kind, point.precision if by_precision else ""), {})
         engines[point.engine] = engines.get(point.engine, 0.0) + min(timeit.repeat(point.run, number=1, repeat=2))
+        point.rest()
     ratios = {
         (kind, engine): seconds / min(engines.values())
         for (kind, _), engines in taken.items() for engine, seconds in engines.items()
@@ -240,7 +243,7 @@ def _rivals(case: Case, of: Setting) -> Iterator[Rival]:
         for rate in case.constant:
             yield merged(kind, f"{rate} a layer", [rate] * depth, kind == "MAT")
         for first in case.falling:
-            rates, named = tome.schedule(first if isinstance(first, tuple) else (first, 1), depth)
+            rates, named = tome.schedule((first, 1) if isinstance(first, int) else first, depth)
             yield merged(f"{kind} falling", named, list(rates), kind == "MAT")
     for fewer in case.grids:
         side = of.size // grid * fewer
@@ -251,24 +254,29 @@ def _rivals(case: Case, of: Setting) -> Iterator[Rival]:
 
 
 def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
-    """Rivals in every engine; of torch the dense model alone, for it was nowhere the fastest."""
+    """Rivals in every engine: of torch the dense model alone, for it was nowhere the fastest; above 1,000 px in
+    OpenVINO alone: there ONNX Runtime takes up to twice as long, and a gigabyte for each file.
+    """
+    everywhere = of.size < 1000
     torch.set_num_threads(of.threads)
     points: list[Point] = []
     for kind, budget, module, side, macs in _rivals(case, of):
         images, rest = smooth_images(side), of.hints[-1]
-        plain = {f"{kind}, ONNX Runtime fp32": "", **{f"{kind}, OpenVINO {hint}": hint for hint in of.hints}}
+        plain = {f"{kind}, ONNX Runtime fp32": ""} if everywhere else {}
+        plain |= {f"{kind}, OpenVINO {hint}": hint for hint in of.hints}
         tell(f"export {kind}, {budget}")
         path, path8 = (folder / f"{kind}, {budget}{end}.onnx" for end in ("", ", int8"))
         if not path.exists():
             tome.export(module, side, path)
         points += _in_engines(path, plain, budget, macs, images, of.threads)
-        if kind == "dense":
+        if kind == "dense" and everywhere:
             points.append(Point(f"{kind}, torch fp32", budget, functools.partial(in_torch, module), 1, images, macs))
         if of.int8:
             if not path8.exists():
                 tell(f"quantise {kind}, {budget}")
                 _quantise(path, path8, side)
-            quantised = {f"{kind}, ONNX Runtime int8": "", f"{kind}, OpenVINO int8, rest {rest}": rest}
+            quantised = {f"{kind}, ONNX Runtime int8": ""} if everywhere else {}
+            quantised |= {f"{kind}, OpenVINO int8, rest {rest}": rest}
             points += _in_engines(path8, quantised, budget, macs, images, of.threads, "int8")
     return points
 
@@ -300,15 +308,10 @@ def _in_engines(
         if not hint:
             points.append(_ort_point(path, False, family, budget, macs, precision or "fp32", images, threads))
             continue
-        feed = {"image": images}
-        run = openvino_run(str(path), feed, threads, hint)
-
-        def infer(x: np.ndarray, feed: dict[str, np.ndarray] = feed, run: Run = run) -> Any:
-            feed["image"] = x
-            return run()
-
+        compiled = openvino_compiled(str(path), threads, hint)
+        infer = functools.partial(lambda request, x: request.infer({"image": x}), compiled.create_infer_request())
         computed = precision or ("fp32" if hint == "f32" else "bf16")
-        points.append(Point(family, budget, infer, "tokens", images, macs, computed))
+        points.append(Point(family, budget, infer, "tokens", images, macs, computed, rest=compiled.release_memory))
     return points
 
 

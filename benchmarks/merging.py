@@ -44,12 +44,12 @@ from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
-Rate = int | tuple[int, float]
+Rate = int | tuple[int, float] | str
 Pairs = Callable[..., Tensor]
 USUAL: dict[int, Rate] = {224: (20, 1), 518: (160, 1), 1036: (700, 1)}
 """What merges, where something else is varied: see `tome.schedule`."""
 SCHEDULES: dict[int, tuple[Rate, ...]] = {
-    224: (8, 10, 12, (16, 1), (20, 1), (24, 1), (24, 1.5), (28, 1.5), (32, 2)),
+    224: (8, 10, 12, (16, 1), (20, 1), (22, 1), (24, 1), (24, 1.5), (28, 1.5), (32, 2), *tome.SMALL),
     518: (60, 80, 100, (160, 1), (180, 1), (200, 1.5), (240, 2), (300, 3)),
     1036: (400, (700, 1), (900, 1.5), (1000, 2)),
 }
