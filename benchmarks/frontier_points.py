@@ -255,7 +255,7 @@ def _rivals(case: Case, of: Setting) -> Iterator[Rival]:
 
 def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     """Rivals in every engine: of torch the dense model alone, for it was nowhere the fastest; above 1,000 px in
-    OpenVINO alone: there ONNX Runtime takes up to twice as long, and a gigabyte for each file.
+    OpenVINO alone: there ONNX Runtime takes up to twice as long.
     """
     everywhere = of.size < 1000
     torch.set_num_threads(of.threads)

@@ -31,12 +31,11 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Ten
 """Tokens [B,N,C], sizes [B,N,1] and places of the original tokens [B,N0] after so many merges by metric [B,N,d]."""
 
 
-SMALL = (
+CHOSEN = (
     "4,14,14,14,12,12,10,8,4,4,2,0", "5,16,16,16,16,16,14,10,6,4,2,0", "6,20,18,18,16,16,14,10,6,4,2,0",
     "6,22,20,20,18,18,16,12,6,4,2,0", "8,24,22,22,20,18,16,12,6,4,2,0",
 )  # fmt: skip
-"""What merges at 224 px: little in the first layer, whose keys tell least of what is alike. Found on development and
-training photographs."""
+"""What merges of ours at 224 px, little of it in the first layer: chosen on development and training photographs."""
 
 
 def schedule(rate: int | tuple[int, float] | str, depth: int) -> tuple[tuple[int, ...], str]:

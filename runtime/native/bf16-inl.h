@@ -347,7 +347,7 @@ struct TiledHalves : Halves {
     for (size_t i = 0; i < valid; ++i, scratch += stride) {
       const V share = hn::Set(D(), factor[i]);
       for (size_t c = 0; c < width; c += kLanes) {
-        Put(hn::Mul(share, hn::Load(D(), scratch + c)), width - c, output, i * out_stride + c);
+        Put(hn::Mul(share, hn::Load(D(), scratch + c)), width - c, output.From(i * out_stride + c));
       }
     }
   }

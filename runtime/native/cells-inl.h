@@ -71,7 +71,7 @@ inline HWY_NOINLINE void AttendOne(const float* HWY_RESTRICT query, const float*
       odd = hn::MulAdd(hn::Set(d, weights[j + 1]), LoadSome(y, some), odd);
     }
     if (j < count) even = hn::MulAdd(hn::Set(d, weights[j]), LoadSome(values + at(j) * row + c, some), even);
-    Put(hn::Mul(share, hn::Add(even, odd)), some, output, c);
+    Put(hn::Mul(share, hn::Add(even, odd)), some, output.From(c));
   }
 }
 

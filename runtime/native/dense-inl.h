@@ -174,7 +174,7 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* base) {
     const float share = 1.0f / work.totals[q - begin];
     const Output to = job.output.From(((batch * in.tokens + q) * in.heads + head % in.heads) * in.width);
     for (size_t c = 0; c < in.width; c += kLanes) {
-      Put(hn::Mul(hn::Set(D(), share), hn::Load(D(), work.sums + (q - begin) * stride + c)), in.width - c, to, c);
+      Put(hn::Mul(hn::Set(D(), share), hn::Load(D(), work.sums + (q - begin) * stride + c)), in.width - c, to.From(c));
     }
   }
 }

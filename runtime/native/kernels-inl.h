@@ -188,17 +188,13 @@ HWY_NOINLINE void Scores(const Word* qt, const Word* keys, size_t stride, size_t
   }
 }
 
-// The first `some` floats of a vector, or all, from element `index` of an output on.
-HWY_INLINE void Put(V numbers, size_t some, const Output& to, size_t index) {
+// The first `some` floats of a vector, or all, to an output.
+HWY_INLINE void Put(V numbers, size_t some, const Output& to) {
   const D d;
-  if (to.rounded) {
-    const hn::Rebind<hwy::bfloat16_t, D> halves;
-    hn::StoreN(hn::DemoteTo(halves, numbers), halves, static_cast<hwy::bfloat16_t*>(to.data) + index, some);
-  } else if (some >= kLanes) {
-    hn::StoreU(numbers, d, static_cast<float*>(to.data) + index);
-  } else {
-    hn::StoreN(numbers, d, static_cast<float*>(to.data) + index, some);
-  }
+  const hn::Rebind<hwy::bfloat16_t, D> halves;
+  if (to.rounded) return hn::StoreN(hn::DemoteTo(halves, numbers), halves, static_cast<hwy::bfloat16_t*>(to.data), some);
+  auto* exact = static_cast<float*>(to.data);
+  some >= kLanes ? hn::StoreU(numbers, d, exact) : hn::StoreN(numbers, d, exact, some);
 }
 
 constexpr size_t kRowsAhead = 8;
@@ -268,7 +264,8 @@ HWY_INLINE void AccumulateBlock(const Weighted<Word> sums, size_t query, size_t 
     for (size_t c = 0; c < kColumns; ++c) {
       const size_t from = channel + c * kLanes;
       const V result = sums.factor == nullptr ? sum[i][c] : hn::Mul(hn::Set(d, sums.factor[query + i]), sum[i][c]);
-      if (from < sums.width) Put(result, sums.width - from, sums.output, (query + i) * sums.out_stride + from);
+      const Output to = sums.output.From((query + i) * sums.out_stride + from);
+      if (from < sums.width) Put(result, sums.width - from, to);
     }
   }
 }

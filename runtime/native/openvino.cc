@@ -160,7 +160,7 @@ class Session {
 };
 
 // Whole numbers, or float32; rounded: bfloat16 where it is computed in that.
-enum class Answer { kWhole, kFloat, kRounded };
+enum class Gives { kWhole, kFloat, kRounded };
 
 // Of a kernel: its operator's name, and what it gives.
 template <typename Kernel>
@@ -168,32 +168,32 @@ struct About;
 template <>
 struct About<SelectKernel> {
   static constexpr const char* kName = "KeySelect";
-  static constexpr Answer kAnswer = Answer::kWhole;
+  static constexpr Gives kGives = Gives::kWhole;
 };
 template <>
 struct About<SparseKernel> {
   static constexpr const char* kName = "SparseAttention";
-  static constexpr Answer kAnswer = Answer::kRounded;
+  static constexpr Gives kGives = Gives::kRounded;
 };
 template <>
 struct About<DenseKernel> {
   static constexpr const char* kName = "DenseAttention";
-  static constexpr Answer kAnswer = Answer::kRounded;
+  static constexpr Gives kGives = Gives::kRounded;
 };
 template <>
 struct About<CachedKernel> {
   static constexpr const char* kName = "CachedAttention";
-  static constexpr Answer kAnswer = Answer::kRounded;
+  static constexpr Gives kGives = Gives::kRounded;
 };
 template <>
 struct About<MatchKernel> {
   static constexpr const char* kName = "MatchTokens";
-  static constexpr Answer kAnswer = Answer::kWhole;
+  static constexpr Gives kGives = Gives::kWhole;
 };
 template <>
 struct About<MergeKernel> {
   static constexpr const char* kName = "MergeTokens";
-  static constexpr Answer kAnswer = Answer::kFloat;
+  static constexpr Gives kGives = Gives::kFloat;
 };
 
 template <typename Kernel>
@@ -214,7 +214,7 @@ class Node : public ov::op::Op {
     for (size_t i = 0; i < some.size(); ++i) {
       if (some[i] == others[i]) shape[i] = some[i];
     }
-    const auto type = rounds() ? ov::element::bf16 : kAnswer == Answer::kWhole ? ov::element::i32 : ov::element::f32;
+    const auto type = rounds() ? ov::element::bf16 : kGives == Gives::kWhole ? ov::element::i32 : ov::element::f32;
     set_output_type(0, type, shape);
   }
 
@@ -238,10 +238,10 @@ class Node : public ov::op::Op {
     return true;
   }
 
-  bool rounds() const { return kAnswer == Answer::kRounded && precision_ == SPARSIFINER_BFLOAT16; }
+  bool rounds() const { return kGives == Gives::kRounded && precision_ == SPARSIFINER_BFLOAT16; }
 
  private:
-  static constexpr Answer kAnswer = About<Kernel>::kAnswer;
+  static constexpr Gives kGives = About<Kernel>::kGives;
 
   ov::Shape Infer(int64_t open) const {
     Problem problem;

@@ -3,8 +3,8 @@
 OpenVINO's ONNX frontend knows no local functions, but it maps nodes of a foreign domain to ops that are registered with
 it, once their bodies are taken out of the file: those of an extension of ours, where it was built for this OpenVINO,
 else ops in Python, in which OpenVINO's threads wait for threads of the library's own. Other layers run in OpenVINO's
-own kernels, in whatever precision; these ops get and give float32,
-but for attention in bf16, of which the extension gives bf16 as OpenVINO's own layers do.
+own kernels, in whatever precision; these ops get and give float32, but attention in bf16 gives the extension's bf16, as
+OpenVINO's own layers do.
 """
 
 from __future__ import annotations

@@ -98,12 +98,10 @@ static int rounds(sparsifiner_call* call, sparsifiner_output exact) {
     const uint16_t got = ((const uint16_t*)to.data)[i];
     uint32_t bits;
     memcpy(&bits, (const float*)exact.data + i, sizeof(bits));
-    if ((bits & 0x7fffffff) > 0x7f800000) {
-      right = (got & 0x7fff) > 0x7f80;
-    } else if (got != (bits + 0x7fff + (bits >> 16 & 1)) >> 16) {
-      right = (bits & 0x7f800000) == 0 && (got & 0x7fff) == 0;
-    }
+    right = (bits & 0x7fffffff) > 0x7f800000 ? (got & 0x7fff) > 0x7f80
+            : got == (bits + 0x7fff + (bits >> 16 & 1)) >> 16 || ((bits & 0x7f800000) == 0 && (got & 0x7fff) == 0);
   }
+  if (!right) fprintf(stderr, "rounded, it is not the nearest bfloat16\n");
   free(to.data);
   return right;
 }

@@ -117,7 +117,7 @@ class Operators:
 
         Args:
             op, attributes, inputs: see docs/operators.md; float32, indices and pairs int32, C-contiguous.
-            output: of the operator's shape; is filled. Of attention uint16 as well: the nearest bfloat16's bits.
+            output: of the operator's shape; is filled.
 
         Raises:
             BackendError: attributes, types and shapes are not those of the operator's schema, or it lacks memory.
@@ -126,7 +126,7 @@ class Operators:
         kinds = (*OPERATORS[op].inputs, OPERATORS[op].output)
         tensors = [_tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
         call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
-        arguments = _arguments(op, attributes, inputs, tensors, output.dtype.name == "uint16")
+        arguments = _arguments(op, attributes, inputs, tensors)
         if getattr(self._library, _FUNCTIONS[op][0])(byref(call), *arguments):
             raise _refusal(op, call.message.decode(errors="replace"))
 
@@ -159,12 +159,10 @@ def _refusals(op: str, attributes: tuple[tuple[str, float], ...], *shapes: tuple
 
 
 def _tensor(op: str, array: Array, schema: Tensor) -> _Tensor:
-    """An array as the library takes it: of the schema's element types those of four bytes, what is stored float16 too,
-    and what attention gives the bits of bfloat16.
+    """An array as the library takes it: of the element types by the schema it has those of four bytes, and float16 of
+    what is stored.
     """
-    allowed = (schema.dtypes[0], *["float16"] * schema.stored)
-    if schema is OPERATORS[op].output and op.endswith("Attention"):
-        allowed += ("uint16",)
+    allowed = (schema.dtypes[0], "float16") if schema.stored else schema.dtypes[:1]
     if array.dtype.name not in allowed or not array.flags.c_contiguous:
         wanted = " or ".join(allowed)
         raise _refusal(op, f"got {array.dtype}, strides {array.strides}, for contiguous {wanted}")
@@ -172,12 +170,12 @@ def _tensor(op: str, array: Array, schema: Tensor) -> _Tensor:
 
 
 def _arguments(
-    op: str, attributes: Mapping[str, float], inputs: Sequence[Array], tensors: Sequence[_Tensor], rounded: bool = False
+    op: str, attributes: Mapping[str, float], inputs: Sequence[Array], tensors: Sequence[_Tensor]
 ) -> list[Any]:
     """What a function takes after the call: of shapes that the schema allows, and tensors, the output's last."""
     shapes = [x.shape for x in inputs]
     *tensors, last = tensors
-    output = _Output(last.data, last.count, rounded)
+    output = _Output(last.data, last.count, 0)
     if op == "MergeTokens":
         return [byref(_Pairs(*tensors[:3], *shapes[0], shapes[2][1])), output]
     sizes = OPERATORS[op].sizes(attributes, shapes)
