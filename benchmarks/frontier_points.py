@@ -67,6 +67,13 @@ class Setting:
         return ("f32", "bf16") if self.int8 and has_bf16() else ("f32",)
 
     @property
+    def few(self) -> bool:
+        """Whether files are too large for engines that are not the fastest: they run in OpenVINO alone, in float32,
+        and int8 with the rest in bf16.
+        """
+        return self.size > 1000 or self.model != material.DINOV2
+
+    @property
     def images(self) -> np.ndarray:
         return smooth_images(self.size)
 
@@ -204,13 +211,19 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
 
 def _our_engines(of: Setting, precision: str) -> list[tuple[str, str, str, str]]:
     """Families, their backends, what they compute in, and precisions, of our files in one precision."""
-    found = [(f"ours, ONNX Runtime {precision}", "onnxruntime", "auto", precision)]
-    if precision == "fp32":
-        found.append(("ours, OpenVINO f32", "openvino", "auto", "fp32"))
-        return found + [("ours, OpenVINO bf16", "openvino", "bf16", "bf16")] * ("bf16" in of.hints)
     rest = of.hints[-1]
-    found.append((f"ours, OpenVINO int8, rest {rest}", "openvino", "auto" if rest == "f32" else "bf16", "int8"))
-    return found + [("ours, ONNX Runtime int8, attention bf16", "onnxruntime", "bf16", "int8")] * ("bf16" in of.hints)
+    found = {
+        "fp32": [("ours, OpenVINO f32", "openvino", "auto", "fp32")],
+        "int8": [(f"ours, OpenVINO int8, rest {rest}", "openvino", "auto" if rest == "f32" else "bf16", "int8")],
+    }[precision]
+    if of.few:
+        return found
+    found.append((f"ours, ONNX Runtime {precision}", "onnxruntime", "auto", precision))
+    bf16 = {
+        "fp32": ("ours, OpenVINO bf16", "openvino", "bf16", "bf16"),
+        "int8": ("ours, ONNX Runtime int8, attention bf16", "onnxruntime", "bf16", "int8"),
+    }
+    return found + [bf16[precision]] * ("bf16" in of.hints)
 
 
 def sum_of_layers(student: Any) -> float:
@@ -257,25 +270,24 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     """Rivals in every engine: of torch the dense model alone, for it was nowhere the fastest; above 1,000 px in
     OpenVINO alone: there ONNX Runtime takes up to twice as long.
     """
-    everywhere = of.size < 1000
     torch.set_num_threads(of.threads)
     points: list[Point] = []
     for kind, budget, module, side, macs in _rivals(case, of):
         images, rest = smooth_images(side), of.hints[-1]
-        plain = {f"{kind}, ONNX Runtime fp32": ""} if everywhere else {}
-        plain |= {f"{kind}, OpenVINO {hint}": hint for hint in of.hints}
+        plain = {} if of.few else {f"{kind}, ONNX Runtime fp32": ""}
+        plain |= {f"{kind}, OpenVINO {hint}": hint for hint in of.hints[: 1 if of.few else None]}
         tell(f"export {kind}, {budget}")
         path, path8 = (folder / f"{kind}, {budget}{end}.onnx" for end in ("", ", int8"))
         if not path.exists():
             tome.export(module, side, path)
         points += _in_engines(path, plain, budget, macs, images, of.threads)
-        if kind == "dense" and everywhere:
+        if kind == "dense" and not of.few:
             points.append(Point(f"{kind}, torch fp32", budget, functools.partial(in_torch, module), 1, images, macs))
         if of.int8:
             if not path8.exists():
                 tell(f"quantise {kind}, {budget}")
                 _quantise(path, path8, side)
-            quantised = {f"{kind}, ONNX Runtime int8": ""} if everywhere else {}
+            quantised = {} if of.few else {f"{kind}, ONNX Runtime int8": ""}
             quantised |= {f"{kind}, OpenVINO int8, rest {rest}": rest}
             points += _in_engines(path8, quantised, budget, macs, images, of.threads, "int8")
     return points
