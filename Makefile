@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 MINUTES := 4
 
-.PHONY: demo test everything check bench gpu aarch64 clean
+.PHONY: demo test everything check bench gpu aarch64 wheels release clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py -o $(DEMO) --minutes $(MINUTES)
@@ -18,7 +18,7 @@ test: $(VENV)/.dev
 
 # Sanitizers, AArch64, Triton's interpreter, long streams, kills, searches, browsers, README's blocks, hostile input.
 everything: $(VENV)/.everything
-	@if [ -d $(ARM)/usr ]; then :; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) aarch64; \
+	@if [ -d $(ARM)/python ]; then :; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) aarch64; \
 	else echo "Tests of the kernels on AArch64 are left out: root installs what they need (make aarch64)."; fi
 	$(BIN)/python -m pytest tests benchmarks $(PARALLEL) $(PYTEST)
 	$(BIN)/python -m tests.fuzz --seconds 60
@@ -61,7 +61,18 @@ gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/attention_gpu.py --tile 128
 	$(BIN)/python benchmarks/model_gpu.py -o profiles/results
 
-# For the kernels' tests on AArch64: cross compiler, emulator, and Highway unpacked here. Root on Debian or Ubuntu.
+# dist/: wheels for x86-64 and AArch64 that need no compiler where they are installed.
+wheels: $(VENV)/.dev
+	$(BIN)/python runtime/native/wheels.py -o dist
+
+# What a release consists of, and whether it is whole: nothing is published.
+release: wheels
+	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \
+	  grep -q "^## $$version" CHANGELOG.md || { echo "CHANGELOG.md has no heading for version $$version"; exit 2; }
+	$(BIN)/python -m build --sdist --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
+# For tests and wheels on AArch64: cross compiler, emulator, Highway and a Python unpacked here. Root on Debian or Ubuntu.
 ARM := $(CURDIR)/$(VENV)/aarch64
 APT_ARM := apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Dir::State::Lists=$(ARM)/lists
 aarch64: $(VENV)/.dev
@@ -70,6 +81,10 @@ aarch64: $(VENV)/.dev
 	$(APT_ARM) update
 	cd $(ARM) && $(APT_ARM) -o APT::Sandbox::User=root download libhwy-dev libhwy1t64
 	cd $(ARM) && for package in *.deb; do dpkg -x $$package .; done
+	mkdir -p $(ARM)/debs/partial $(ARM)/python/usr/lib && ln -sfn usr/lib $(ARM)/python/lib
+	$(APT_ARM) -o Dir::State::status=/dev/null -o Dir::Cache::archives=$(ARM)/debs -o APT::Sandbox::User=root \
+	  --download-only --no-install-recommends -y install python3 libstdc++6
+	for package in $(ARM)/debs/*.deb; do dpkg -x $$package $(ARM)/python; done
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

