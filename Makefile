@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 MINUTES := 4
 
-.PHONY: demo test everything check bench gpu aarch64 wheels release clean
+.PHONY: demo test everything check bench gpu aarch64 wheels release site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py -o $(DEMO) --minutes $(MINUTES)
@@ -64,6 +64,10 @@ gpu: $(VENV)/.dev
 # dist/: wheels for x86-64 and AArch64 that need no compiler where they are installed.
 wheels: $(VENV)/.dev
 	$(BIN)/python runtime/native/wheels.py -o dist
+
+# dist/site: the documentation, with a reference from docstrings and commands.
+site: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs dist/site
 
 # What a release consists of, and whether it is whole: nothing is published.
 release: wheels

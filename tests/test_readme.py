@@ -27,6 +27,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encodi
 
 
 IMAGES = 6
+VIDEO = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
 
 
 def shortly(block: str) -> str:
@@ -137,6 +138,27 @@ def test_the_example_with_a_decoder(place: Path) -> None:
     assert len(lines) == IMAGES
     assert {"output", "area", "centroid"} <= lines[0]["maps"][0].keys()
     assert "intersection over union" in (folder / "report.html").read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.everything
+@pytest.mark.long
+def test_the_cookbook(place: Path) -> None:
+    page = (ROOT / "docs" / "cookbook.md").read_text(encoding="utf-8")
+    processor, camera, *_ = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    (own,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    if not VIDEO.exists():
+        pytest.skip(f"no {VIDEO}: `make everything` installs it (root, Debian)")
+    folder = place / "cookbook"
+    folder.mkdir()
+    for name, origin in {"images": place / "images", "dinov2.safetensors": place / "dinov2.safetensors"}.items():
+        (folder / name).symlink_to(origin)
+    (folder / "video.mp4").symlink_to(VIDEO)
+    run(["bash", "-euc", processor], folder)
+    assert read_result(folder / "result.json")["kind"] == "comparison"
+    run(["bash", "-euc", camera], folder)
+    assert [len((folder / name).read_text().splitlines()) for name in ("answers.jsonl", "changed.jsonl")] == [30, 30]
+    assert read_result(folder / "camera.json")["kind"] == "pace"
+    assert "mask" in run([sys.executable, "-c", own], folder)
 
 
 @pytest.mark.everything

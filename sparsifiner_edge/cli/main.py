@@ -54,6 +54,7 @@ class _LazyGroup(click.Group):
             return None
         command = importlib.import_module(f"sparsifiner_edge.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
+        command.name = cmd_name
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,8 @@ from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops import native
 from tests.rooms import ROOT
 
+INCLUDE = [folder for folder in os.environ.get("TENSORRT_INCLUDE", "").split(os.pathsep) if folder]
+"""See tests/tensorrt/test_plugin_v3.py."""
 SAME = Execution(backend="onnxruntime", kernels="native", threads=2)
 pytestmark = [pytest.mark.everything, pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")]
 
@@ -119,3 +122,11 @@ def test_the_c_interface_alone(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{native.target()}, 2 threads: dense ")
     assert float(done.stdout.split()[-1]) > 0.9
     assert subprocess.run([tmp_path / "attention", "0"], capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.skipif(not INCLUDE, reason="TENSORRT_INCLUDE names no headers of TensorRT and CUDA")
+def test_the_client_of_engines_compiles(tmp_path: Path) -> None:
+    """No GPU is here to run it."""
+    line = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-c", ROOT / "examples/cpp-tensorrt/main.cc"]
+    include = [word for folder in INCLUDE for word in ("-isystem", folder)]
+    subprocess.run([*line, *include, "-o", tmp_path / "main.o"], check=True)
