@@ -2,7 +2,7 @@
 
     deepstream: model.onnx with float planes in, labels.txt, config_infer.txt for Gst-nvinfer; a probe of its outputs
     triton:     models/NAME/config.pbtxt, labels.txt, 1/model.onnx, libsparsifiner_ops.so where it is built
-    gstreamer:  bundle/ as it was, signature included, plugins/python/sparsifiner.py
+    gstreamer:  bundle/ as it was, signature included, plugins/python/sparsifiner.py, model.onnx.modelinfo
 
 Each with a README.md of the commands. Texts are those of `export/` at the root, with their fields filled in. Paths in
 them are relative to the files themselves, so a folder can go anywhere; Triton's must be mounted at /models.
@@ -186,6 +186,9 @@ def _dims(tensor: TensorSpec, most: int) -> list[int]:
 def _write_gstreamer(bundle: Bundle, folder: Path) -> None:
     bundle.copy(bundle.manifest.files, folder / "bundle")
     (folder / "bundle" / BUNDLE_FILE).write_bytes(bundle.text)
+    # Beside a link: a bundle with a file that its manifest does not list is not whole.
+    (folder / MODEL_FILE).symlink_to(Path("bundle") / MODEL_FILE)
+    (folder / f"{MODEL_FILE}.modelinfo").write_text(_modelinfo(bundle), encoding="utf-8")
     if (signature := read_signature(bundle.folder)) is not None:
         write_signature(folder / "bundle", signature)
     # GStreamer's loader imports the element; here it is data.
@@ -198,3 +201,15 @@ def _write_gstreamer(bundle: Bundle, folder: Path) -> None:
     scaled = f"{crop}videoscale add-borders={str(framing.fit == 'letterbox').lower()}"
     guide = template("gstreamer/guide.md", name=_name(bundle), scaled=scaled, height=height, width=width)
     (folder / "README.md").write_text(guide, encoding="utf-8")
+
+
+def _modelinfo(bundle: Bundle) -> str:
+    """What newer versions of `onnxinference` want to know of the tensors, from a file beside the model."""
+    lines = ["[modelinfo]", "version=1.0", f"group-id=sparsifiner-edge-{_name(bundle)}"]
+    for direction, specs in (("input", bundle.manifest.inputs), ("output", bundle.manifest.outputs)):
+        for spec in specs:
+            dims = ",".join(map(str, _dims(spec, 0)))
+            lines += ["", f"[{spec.name}]", f"id=sparsifiner-edge-{spec.name}", f"type={spec.dtype}", f"dims={dims}"]
+            lines += [f"dir={direction}"]
+            lines += ["ranges=0.0,255.0;0.0,255.0;0.0,255.0"] if direction == "input" else []
+    return "\n".join(lines) + "\n"
