@@ -65,16 +65,16 @@ gpu: $(VENV)/.dev
 wheels: $(VENV)/.dev
 	$(BIN)/python runtime/native/wheels.py -o dist
 
-# dist/site: the documentation, with a reference from docstrings and commands.
+# build/site: the documentation, with a reference from docstrings and commands.
 site: $(VENV)/.dev
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs dist/site
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
 # What a release consists of, and whether it is whole: nothing is published.
 release: wheels
 	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \
 	  grep -q "^## $$version" CHANGELOG.md || { echo "CHANGELOG.md has no heading for version $$version"; exit 2; }
 	$(BIN)/python -m build --sdist --outdir dist
-	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m twine check --strict dist/sparsifiner_edge-*
 
 # For tests and wheels on AArch64: cross compiler, emulator, Highway and a Python unpacked here. Root on Debian or Ubuntu.
 ARM := $(CURDIR)/$(VENV)/aarch64

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -46,10 +47,13 @@ _STAGES = ("preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms")
 
 
 def encoded(video: Path, size: str, frames: int, path: Path) -> Path:
-    """A video's first frames in H.264. size: WIDTHxHEIGHT."""
+    """A video's first frames in H.264. size: WIDTHxHEIGHT, both even."""
     import av
 
-    width, height = map(int, size.split("x"))
+    found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", size)
+    if found is None or int(found[1]) % 2 or int(found[2]) % 2:
+        raise click.UsageError(f"--encode {size} is no WIDTHxHEIGHT of even numbers, as 1920x1080")
+    width, height = int(found[1]), int(found[2])
     options = {"crf": "23", "preset": "veryfast", "tune": "zerolatency"}
     with av.open(str(video)) as source, av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=30, options=options)

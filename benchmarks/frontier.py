@@ -8,10 +8,10 @@ DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals (`tome.py`): the dense
 MAT's published rule at falling rates, and at two that merge where ours do (at 224 px at constant ones as well:
 above, those take up to a fifth longer, and at their most faithful up to 2 % less); the dense model at some smaller
 sizes, its tokens resized. Each is one plain file in ONNX Runtime and OpenVINO, the dense model in torch too; with
-`--int8` the quantised files as well, and bf16 where the processor has it (at 1036 px, and of a ViT-B/14, all in
-OpenVINO alone, in float32, and int8 with the rest in bf16). Ours: some budgets of merging and sparse attention, in the
-same engines. Engines that take a quarter longer than the fastest in the same precision, over a kind's files together,
-are left out and named. All files are open at a time: 20 GB of memory.
+`--int8` the quantised files as well, and bf16 where the processor has it (at 1036 px, and of a ViT-B/14, with int8
+alone; at 1036 px all in OpenVINO). Ours: some budgets of merging and sparse attention, in the same engines. Engines
+that take a quarter longer than the fastest in the same precision, over a kind's files together, are left out and named.
+All files are open at a time: 20 GB of memory.
 
 Fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of patches and class token to
 the dense model's. All are timed in turn in one process, three rounds; then, in as many as are asked for, the points
@@ -86,7 +86,7 @@ LOWER = {518: (200, 215), 1036: (850, 890)}
 
 def of_base(case: Case) -> Case:
     """The case with what lies next to the lowest compared fidelity, and falling rates alone, the faster ones there: all
-    files of a ViT-B/14 would need 50 GB.
+    files of a ViT-B/14 would need more than 24 GB.
     """
     return dataclasses.replace(
         case, budgets=case.budgets[1:-1], constant=(), falling=(16, 20, tome.CHOSEN[2]), grids=(),

@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <functional>
+#include <stdexcept>
 #include <utility>
 
 namespace {
@@ -25,7 +26,7 @@ std::vector<const char*> names(const std::map<std::string, Spec>& specs) {
 }  // namespace
 
 Model::Model(const Ort::Env& env, const Ort::SessionOptions& options, const std::string& file)
-    : session_(env, file.c_str(), options) {
+    : file_(file), session_(env, file.c_str(), options) {
   Ort::AllocatorWithDefaultOptions memory;
   inputs = specs(
       session_.GetInputCount(), [&](size_t i) { return std::string(session_.GetInputNameAllocated(i, memory).get()); },
@@ -42,7 +43,9 @@ Outputs Model::run(const Inputs& given) {
   const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   std::vector<Ort::Value> values;
   for (const auto& [name, spec] : inputs) {
-    const View& from = given.at(name);
+    const auto found = given.find(name);
+    if (found == given.end()) throw std::runtime_error(file_ + " takes an input " + name + ", which this client has not");
+    const View& from = found->second;
     values.push_back(
         Ort::Value::CreateTensor(memory, from.data, from.bytes, from.shape.data(), from.shape.size(), from.type));
   }
@@ -51,4 +54,10 @@ Outputs Model::run(const Inputs& given) {
   Outputs by_name;
   for (size_t i = 0; i < results.size(); ++i) by_name.emplace(output_names_[i], std::move(results[i]));
   return by_name;
+}
+
+const Spec& Model::input(const std::string& name) const {
+  const auto found = inputs.find(name);
+  if (found == inputs.end()) throw std::runtime_error(file_ + " takes no input " + name);
+  return found->second;
 }

@@ -35,12 +35,16 @@ class Model {
  public:
   Model(const Ort::Env& env, const Ort::SessionOptions& options, const std::string& file);
 
-  // Takes of the inputs those that the file has. Throws Ort::Exception, and std::out_of_range where one lacks.
+  // Takes of the inputs those that the file has. Throws Ort::Exception, and std::runtime_error where one lacks.
   Outputs run(const Inputs& inputs);
+
+  // Of a name. Throws std::runtime_error where the file has none.
+  const Spec& input(const std::string& name) const;
 
   std::map<std::string, Spec> inputs, outputs;
 
  private:
+  std::string file_;
   Ort::Session session_;
   std::vector<const char*> input_names_, output_names_;  // Of the keys above, in their order.
 };

@@ -41,7 +41,8 @@ Stream::Stream(Model& embedding, Model& step, double share) : embedding_(embeddi
     kept.row = spec.shape.at(2) * bytes_of(spec.type);
     kept.skipped = cached ? kept.row / 2 : 0;
     kept.data.resize(tokens_ * kept.row);
-    kept.none = {kept.data.data(), cached ? kept.row : kept.data.size(), {1, cached ? 1 : tokens_, spec.shape[2]}, spec.type};
+    kept.shape = {1, tokens_, spec.shape[2]};
+    kept.type = spec.type;
   }
 }
 
@@ -101,8 +102,9 @@ Outputs Stream::step(const View& image, const float* tokens, const std::vector<i
       {"stream.unchanged", view(unchanged, {1, chosen})},
   };
   for (auto& [name, kept] : kept_) {
-    View from = kept.none;
-    if (!whole && kept.cached) from.shape[1] = tokens_, from.bytes = kept.data.size();
+    View from = {kept.data.data(), kept.data.size(), kept.shape, kept.type};
+    // What a first frame reads: one token that does not count.
+    if (whole && kept.cached) from.bytes = kept.row, from.shape[1] = 1;
     inputs.emplace(name, from);
   }
   Outputs outputs = step_.run(inputs);

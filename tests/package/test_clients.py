@@ -16,6 +16,7 @@ import pytest
 import sparsifiner_edge as se
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops import native
+from tests.flat import export_bundle
 from tests.rooms import ROOT
 
 INCLUDE = [folder for folder in os.environ.get("TENSORRT_INCLUDE", "").split(os.pathsep) if folder]
@@ -71,9 +72,17 @@ def test_a_bundle_answers_in_c_plus_plus_as_in_python(client: Path, tiny_bundle:
             np.testing.assert_array_equal(np.float32(answer["features"]), wanted["features"].ravel())
 
 
-@pytest.mark.parametrize("share", [0.125, 0.5])
-def test_a_stream_follows_a_camera_in_c_plus_plus_as_in_python(client: Path, stream_bundle: Path, share: float) -> None:
-    frames = scene(6)
+@pytest.fixture(scope="module")
+def int8_stream(tiny_student: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    return export_bundle(tiny_student, folder, stream=True, precision="int8", calibrate=pictures)
+
+
+@pytest.mark.parametrize(("name", "share"), [("stream_bundle", 0.125), ("stream_bundle", 0.5), ("int8_stream", 0.125)])
+def test_a_stream_follows_a_camera_in_c_plus_plus_as_in_python(
+    client: Path, name: str, share: float, request: pytest.FixtureRequest
+) -> None:
+    stream_bundle, frames = request.getfixturevalue(name), scene(6)
     with se.open_session(stream_bundle, SAME) as session:
         stream = session.stream(share=share)
         for answer, frame in zip(answers(client, stream_bundle, frames, "--share", share), frames, strict=True):
@@ -88,6 +97,9 @@ def test_a_stream_follows_a_camera_in_c_plus_plus_as_in_python(client: Path, str
     [
         ([], b"", "usage"),
         (["LIBRARY", "BUNDLE", "--share", "2"], b"", "usage"),
+        (["LIBRARY", "BUNDLE", "--share", "half"], b"", "usage"),
+        (["LIBRARY", "BUNDLE", "--threads", "2x"], b"", "usage"),
+        (["LIBRARY", "BUNDLE", "--threads", "1.5"], b"", "usage"),
         (["LIBRARY", "BUNDLE"], b"short", "frame 0: 5 bytes, of 160 x 160 x 3"),
         (["LIBRARY", "BUNDLE"], b"", "frame 0: 0 bytes"),
         (["/nowhere.so", "BUNDLE"], b"", "/nowhere.so"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import re
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 
 from sparsifiner_edge.bundle.sign import sign_bundle
 from sparsifiner_edge.images import fit_image
 from sparsifiner_edge.package import package_bundle
-from tests.flat import open_session
+from tests.flat import open_session, verify_bundle
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = ROOT / "export" / "gstreamer"
@@ -187,3 +189,19 @@ def test_the_plain_file_in_onnxinference(
     for output in set(expected) - {"token_positions", "tokens"}:
         values = np.array(frame["tensors"][f"sparsifiner-edge-{output}"])
         assert np.abs(values - expected[output].ravel()).max() < 1e-3 * np.ptp(expected[output]), output
+
+
+def test_gstreamers_own_element_is_told_of_the_tensors(tiny_bundle: Path, tmp_path: Path) -> None:
+    package_bundle(tiny_bundle, "gstreamer", tmp_path / "out")
+    model, told = tmp_path / "out/model.onnx", configparser.ConfigParser()
+    told.read(f"{model}.modelinfo")
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    assert told.sections() == ["modelinfo", *(x.name for x in (*session.get_inputs(), *session.get_outputs()))]
+    for direction, tensors in (("input", session.get_inputs()), ("output", session.get_outputs())):
+        for tensor in tensors:
+            section = told[tensor.name]
+            kind = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}[tensor.type]
+            assert (section["dir"], section["type"]) == (direction, kind)
+            assert section["dims"] == ",".join(map(str, tensor.shape))
+    assert told["image"]["ranges"].split(";") == ["0.0,255.0"] * 3
+    assert verify_bundle(tmp_path / "out/bundle").passed

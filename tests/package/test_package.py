@@ -139,22 +139,6 @@ def test_what_computes_every_frame_from_nothing_takes_no_stream(
         package_bundle(stream_bundle, target, tmp_path / "out")
 
 
-def test_gstreamers_own_element_is_told_of_the_tensors(tiny_bundle: Path, tmp_path: Path) -> None:
-    package_bundle(tiny_bundle, "gstreamer", tmp_path / "out")
-    model, told = tmp_path / "out/model.onnx", configparser.ConfigParser()
-    told.read(f"{model}.modelinfo")
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    assert told.sections() == ["modelinfo", *(x.name for x in (*session.get_inputs(), *session.get_outputs()))]
-    for direction, tensors in (("input", session.get_inputs()), ("output", session.get_outputs())):
-        for tensor in tensors:
-            section = told[tensor.name]
-            kind = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}[tensor.type]
-            assert (section["dir"], section["type"]) == (direction, kind)
-            assert section["dims"] == ",".join(map(str, tensor.shape))
-    assert told["image"]["ranges"].split(";") == ["0.0,255.0"] * 3
-    assert not failed(tmp_path / "out/bundle")
-
-
 # ---- Triton
 
 

@@ -50,7 +50,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pythons() -> list[str]:
     """One of each version that is here."""
-    folders = [Path("/usr/bin"), *(Path.home() / ".pyenv/versions").glob("3.*/bin")]
+    folders = [Path(sys.base_prefix) / "bin", Path("/usr/bin"), *(Path.home() / ".pyenv/versions").glob("3.*/bin")]
     found: dict[str, Path] = {}
     for folder in folders:
         found |= {path.name[6:]: path for path in folder.glob("python3.1[0-9]")}
