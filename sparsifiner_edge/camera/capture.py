@@ -162,7 +162,7 @@ class Capture:
         while not isinstance(message, End):
             self._attempts = 0
             self._status.count("captured")
-            self._status.enter("streaming")
+            self._status.enter("streaming", decoder=message.decoder and printable(message.decoder, SHOWN_REASON))
             self._leave(replace(message, skipped=0))
             self._status.count("bad_packets", max(0, message.bad_packets - bad))
             bad = message.bad_packets

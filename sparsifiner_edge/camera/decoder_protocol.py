@@ -36,7 +36,7 @@ _Side = Annotated[int, Meta(ge=1, le=1 << 16)]
 class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="frame"):
     """A frame: the model's input, uint8 RGB row by row; times on the monotonic clock, time in the stream, the stream's
     damaged packets so far, and how many frames since the one before were dropped unseen; the frame's own size, and
-    where it is to be shown the whole, at `view_size`.
+    where it is to be shown the whole, at `view_size`; what decodes, in words.
     """
 
     pixels: memoryview
@@ -50,6 +50,7 @@ class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag="frame"):
     bad_packets: _Count = 0
     skipped: _Count = 0
     view: memoryview | None = None
+    decoder: Annotated[str, Meta(max_length=100)] | None = None
 
     def image(self, framing: Framing) -> Pixels:
         """uint8 [H,W,3]."""

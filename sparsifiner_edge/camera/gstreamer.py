@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import threading
 import time
@@ -20,12 +21,22 @@ from collections.abc import Iterator
 from typing import IO, Any, BinaryIO
 
 import numpy as np
+from msgspec.structs import replace
 from PIL import Image
 
 from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted, frame_of
 from sparsifiner_edge.process import start_program
 
+HARDWARE = (
+    *("nvv4l2decoder", "nvjpegdec"), *("vah264dec", "vah265dec", "vaav1dec", "vavp9dec", "vajpegdec"),
+    *("v4l2slh264dec", "v4l2slh265dec", "v4l2h264dec", "v4l2h265dec"), *("nvh264dec", "nvh265dec", "nvav1dec"),
+    *("qsvh264dec", "qsvh265dec", "qsvav1dec"),
+)  # fmt: skip
+"""Decoders of Jetsons, VA-API, V4L2, NVIDIA's and Intel's desktop GPUs, which `decodebin` prefers where they are."""
+_TO_MEMORY = "nvvidconv"
+"""Of Jetsons: what a hardware decoder gives is in memory that others cannot read."""
+_DECODER = re.compile(rb"[/:](\w[\w-]*dec[\w-]*?)-?\d+\.GstPad:src: caps = video/x-raw")
 _ERRORS, _LONGEST = 20, 10_000
 """Errors that are quoted, the last ones; and characters read of a line without end."""
 _CAPS = re.compile(
@@ -45,6 +56,8 @@ def launch_line(pipeline: str, wanted: Wanted, handle: int) -> list[str]:
     centre = f"aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false"
     scaled = f"{centre} ! {caps},width={width},height={height}"
     whole = f"videoscale ! capsfilter {frames} caps={caps}"
+    if shlex.split(pipeline)[-1].startswith("decodebin") and _inspect("--exists", _TO_MEMORY) is not None:
+        pipeline += f" ! {_TO_MEMORY} ! video/x-raw"
     tail = line.format(frames, scaled) if wanted.centre_alone else line.format("", whole)
     return ["gst-launch-1.0", "-v", *shlex.split(pipeline), *shlex.split(f"{tail} ! fdsink fd={handle} sync=false")]
 
@@ -57,16 +70,15 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
         ConfigError: the region is not within its frames.
     """
     ours, theirs = os.pipe()
+    os.environ.setdefault("GST_PLUGIN_FEATURE_RANK", ",".join(f"{name}:MAX" for name in HARDWARE))
     launched = start_program(
         launch_line(pipeline, wanted, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     os.close(theirs)
     errors: deque[bytes] = deque(maxlen=_ERRORS)
-    matches = filter(None, map(_CAPS.search, _lines(launched.stdout)))
-    numbers = ([int(part or 1) for part in match.groups()] for match in matches)
-    # In square pixels: GStreamer crops what is shown.
-    sizes = ((max(1, round(width * across / down)), height) for width, height, across, down in numbers)
+    decoders: deque[str] = deque(maxlen=1)
+    sizes = _sizes(_lines(launched.stdout), decoders)
     said = (line for line in _lines(launched.stderr) if b"ERROR" in line or b"erroneous" in line)
     # Read all the time: GStreamer would wait for ever for room in a full pipe.
     listeners = [_listen(errors, said)]
@@ -75,7 +87,8 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
             if (first := next(sizes, None)) is not None:
                 latest = deque([first], 1)
                 listeners.append(_listen(latest, sizes))
-                yield from _frames(pixels, wanted, latest)
+                decoder = _told(decoders[0]) if decoders else None
+                yield from (replace(frame, decoder=decoder) for frame in _frames(pixels, wanted, latest))
             launched.wait()
         finally:
             launched.kill()
@@ -83,6 +96,29 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
                 listener.join()
     if launched.returncode:
         raise ValueError(errors[0].decode("utf-8", "replace") if errors else "the pipeline failed")
+
+
+def _sizes(lines: Iterator[bytes], decoders: deque[str]) -> Iterator[tuple[int, int]]:
+    """Width and height of frames, each time that they change; into `decoders` the element that decodes them."""
+    for line in lines:
+        if match := _DECODER.search(line):
+            decoders.append(match[1].decode())
+        if match := _CAPS.search(line):
+            width, height, across, down = (int(part or 1) for part in match.groups())
+            yield max(1, round(width * across / down)), height  # In square pixels: GStreamer crops what is shown.
+
+
+def _inspect(*words: str) -> str | None:
+    """What GStreamer says of an element; None if it knows none."""
+    if (program := shutil.which("gst-inspect-1.0")) is None:
+        return None
+    done = subprocess.run([program, *words], capture_output=True, text=True, errors="replace", check=False)
+    return None if done.returncode else done.stdout
+
+
+def _told(decoder: str) -> str:
+    hardware = decoder in HARDWARE or "/Hardware" in (_inspect(decoder) or "")
+    return f"{decoder} of GStreamer, {'hardware' if hardware else 'software'}"[:100]
 
 
 def _listen(into: deque[Any], lines: Iterator[Any]) -> threading.Thread:

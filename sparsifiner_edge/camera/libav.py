@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from msgspec.structs import replace
 from PIL import Image
 
 from sparsifiner_edge.bounds import ImageSize, height_width
@@ -111,6 +112,7 @@ class _Reader:
         self._stream, self._wanted, self._live = stream, wanted, live
         self._clock = _StreamClock()
         self._scaler: Any = VideoReformatter()
+        self._decoder = f"{stream.codec_context.codec.name} of FFmpeg, software"[:100]
         self._arrived: dict[int | None, int] = {}
         self.bad, self.count = 0, 0
 
@@ -142,11 +144,11 @@ class _Reader:
         self.count += 1
         times, more = (captured, arrived, at), (None if stamp is None else stamp / 1e9, self.bad)
         if not wanted.centre_alone:
-            return frame_of(Image.fromarray(scaled), wanted, times, *more)
+            return replace(frame_of(Image.fromarray(scaled), wanted, times, *more), decoder=self._decoder)
         rows, columns = height_width(wanted.framing.size)
         y, x = (height - rows) // 2, (width - columns) // 2
         pixels = np.ascontiguousarray(scaled[y : y + rows, x : x + columns])
-        return Frame(pixels.data, frame.width, frame.height, *times, time.monotonic_ns(), *more)
+        return Frame(pixels.data, frame.width, frame.height, *times, time.monotonic_ns(), *more, decoder=self._decoder)
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""

@@ -18,7 +18,7 @@ VIDEO_SUFFIXES = frozenset(
     {".264", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov"}
     | {".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"}
 )
-KNOWN = "an image, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, test, or @FILE"
+KNOWN = "an image, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:rtsp://..., gst:PIPELINE, test, or @FILE"
 _MAX_SOURCE = 1 << 16
 """Bytes of a file that holds a source."""
 _TEST_FPS = "25"
@@ -144,13 +144,20 @@ def require_decoder(source: Source, overlay: bool = False) -> None:
 
 
 def _pipeline(text: str) -> Source:
-    """Of a pipeline only the names of its elements are shown: each stands first, or behind a link."""
+    """Of a pipeline only the names of its elements are shown: each stands first, or behind a link. An address alone
+    becomes one.
+    """
     try:
         words = shlex.split(text[len("gst:") :])
     except ValueError as error:
         raise ConfigError(f"The pipeline cannot be read: {error}.", "Close every quote.") from error
     if not words:
         raise ConfigError("gst: names no pipeline.", 'Such as --source "gst:v4l2src device=/dev/video0 ! decodebin".')
+    if len(words) == 1 and re.match(r"rtsps?://", words[0], re.IGNORECASE):
+        place_of(words[0])
+        begin = shlex.join(["rtspsrc", f"location={words[0]}", "protocols=tcp+tls", "latency=0"])
+        line = f"{begin} ! application/x-rtp,media=video ! decodebin"
+        return Source("gst", line, True, shown_address(words[0]))
     names = [word for before, word in zip(["!", *words], words, strict=False) if before == "!"]
     shown = " ! ".join(name if _ELEMENT.fullmatch(name) else "***" for name in names)
     return Source("gst", shlex.join(words), True, f"gst:{shown}")

@@ -70,7 +70,9 @@ class Status:
         if name == "output_errors" and not before:
             self.event("output_failing")
 
-    def enter(self, state: str, reason: str | None = None, attempt: int | None = None) -> None:
+    def enter(
+        self, state: str, reason: str | None = None, attempt: int | None = None, decoder: str | None = None
+    ) -> None:
         """Change the state, and report it unless nothing changed.
 
         A night without a camera is no reason to fill a log: after four attempts only some are reported.
@@ -88,7 +90,7 @@ class Status:
                 lost_s = round(self.recovered_s, 3)
             self.state, self.reason = state, reason
         if attempt is None or attempt <= 4 or attempt & (attempt - 1) == 0:
-            self.event("state", state=state, reason=reason, attempt=attempt, lost_s=lost_s)
+            self.event("state", state=state, reason=reason, attempt=attempt, lost_s=lost_s, decoder=decoder)
 
     def event(self, event: str, **fields: object) -> None:
         """One line; `monotonic_s` is on the clock of the frames' times."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,7 +24,7 @@ from typing import Any
 import pytest
 
 from sparsifiner_edge.camera.pattern import BITS
-from tests.camera.conftest import lines, number_of
+from tests.camera.conftest import lines, needs_gst, number_of
 from tests.commands import wait_for
 from tests.once import WORKER
 
@@ -113,14 +114,21 @@ def test_a_server_that_is_killed_again_and_again(cells: Path, service: Any, tmp_
 
 @pytest.mark.parametrize("way", ["basic", "digest"])
 @pytest.mark.parametrize(("password", "served"), [("p%20ss%3A%2F", True), ("wrong", False)])
-def test_a_server_that_asks_for_a_password(way: str, password: str, served: bool, cells: Path, service: Any) -> None:
+@pytest.mark.parametrize("through", ["", pytest.param("gst:", marks=needs_gst)])
+def test_a_server_that_asks_for_a_password(
+    through: str, way: str, password: str, served: bool, cells: Path, service: Any
+) -> None:
     with contextlib.closing(Server(way)) as server:
         address = server.address.replace("127.0.0.1", f"us%40er:{password}@localhost")
-        run = service(cells, "--source", address)
+        run = service(cells, "--source", through + address)
         if served:
+            decoder = run.event(state="streaming")["decoder"]
+            assert re.fullmatch(
+                "[a-z0-9_]*dec[a-z0-9_]* of GStreamer, .*" if through else "h264 of FFmpeg, software", decoder
+            )
             assert number_of(run.record()["features"]) is not None
         else:
-            assert "401" in run.event(state="lost")["reason"]
+            assert re.search("401|[Uu]nauthorized|not authorized", run.event(state="lost")["reason"])
         assert run.finish()[0] == 0
 
 

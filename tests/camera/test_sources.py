@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from sparsifiner_edge.camera import gstreamer
+from sparsifiner_edge.camera.decoder_protocol import Wanted
+from sparsifiner_edge.camera.gstreamer import launch_line
 from sparsifiner_edge.camera.sources import parse_source, require_decoder
 from sparsifiner_edge.errors import ConfigError, MissingExtraError, SparsifinerError
+from sparsifiner_edge.fitting import Framing
 from tests.camera.conftest import get, needs_gst
 
 
@@ -23,6 +27,7 @@ from tests.camera.conftest import get, needs_gst
         ("rtsp://user:secret@h:554/x?y=1", "rtsp", True, "rtsp://h:554"),
         ("gst:videotestsrc pattern=ball ! video/x-raw,width=64 ! identity", "gst", True,
          "gst:videotestsrc ! *** ! identity"),
+        ("gst:rtsp://user:secret@h:554/x?y=1", "gst", True, "rtsp://h:554"),
         ("missing.mp4", "images", False, "missing.mp4"),
     ],
 )  # fmt: skip
@@ -44,6 +49,31 @@ def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, video:
     with pytest.raises(ConfigError, match=r"apt-get install gstreamer1\.0-tools"):
         require_decoder(parse_source("0"))
     require_decoder(parse_source("test"))
+
+
+def test_a_decoder_in_hardware_is_taken_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a Jetson's GStreamer has it: `nvvidconv` is there, and how `gst-launch-1.0 -v` names what decodes."""
+    inspect = tmp_path / "gst-inspect-1.0"
+    inspect.write_text(
+        '#!/bin/sh\n[ "$2" = nvvidconv ] || { [ "$1" = vaxdec ] && echo "Codec/Decoder/Video/Hardware"; }\n'
+    )
+    inspect.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    wanted = Wanted(Framing(64))
+    for source, there in ((parse_source("gst:rtsp://h/x").location, True), ("nvarguscamerasrc ! nvvidconv", False)):
+        assert ("! nvvidconv ! video/x-raw ! queue" in " ".join(launch_line(source, wanted, 3))) == there
+    path, raw = b"/GstPipeline:pipeline0/", b".GstPad:src: caps = video/x-raw"
+    for before, name, end, told in (
+        (b"nvv4l2decoder:", b"nvv4l2decoder", b"0", "hardware"),
+        (b"GstDecodeBin:decodebin0/GstVaXDec:", b"vaxdec", b"0", "hardware"),
+        (b"GstDecodeBin:decodebin0/avdec_h264:", b"avdec_h264", b"-0", "software"),
+    ):
+        line = path + before + name + end + raw + b"(memory:NVMM), format=(string)NV12, width=(int)1920\n"
+        found = gstreamer._DECODER.search(line)
+        assert found is not None
+        assert found[1] == name
+        assert gstreamer._told(name.decode()) == f"{name.decode()} of GStreamer, {told}"
+    assert not gstreamer._DECODER.search(path + b"GstDecodeBin:decodebin0.GstDecodePad:src_0" + raw[11:])
 
 
 PARTS = ("hUn", "tEr2", "t0keN")
