@@ -46,8 +46,8 @@ WARM_UP = 5
 _STAGES = ("preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms")
 
 
-def encoded(video: Path, size: str, frames: int, path: Path) -> Path:
-    """A video's first frames in H.264. size: WIDTHxHEIGHT, both even."""
+def encoded(video: Path, size: str, frames: int, path: Path, rate: int = 30) -> Path:
+    """A video's first frames in H.264, `rate` a second. size: WIDTHxHEIGHT, both even."""
     import av
 
     found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", size)
@@ -56,8 +56,8 @@ def encoded(video: Path, size: str, frames: int, path: Path) -> Path:
     width, height = int(found[1]), int(found[2])
     options = {"crf": "23", "preset": "veryfast", "tune": "zerolatency"}
     with av.open(str(video)) as source, av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=30, options=options)
-        stream.width, stream.height, stream.pix_fmt, stream.codec_context.gop_size = width, height, "yuv420p", 30
+        stream = file.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.gop_size = width, height, "yuv420p", rate
         for frame in itertools.islice(source.decode(video=0), frames):
             scaled = frame.reformat(width, height, "yuv420p", interpolation="BICUBIC")
             scaled.pts = None

@@ -59,6 +59,8 @@ BUDGETS: tuple[tuple[tuple[int, ...], Keep], ...] = (
 )  # fmt: skip
 STAMPED = 24e9
 """Multiply-accumulates of the layers, at most, of what is held against true masks."""
+TOLD = ("teacher_iou", "lost_iou", "lost_auroc")
+"""What is told of that."""
 FALLING, SIDES = (150, 180), (392, 336)
 """Of rivals: what merges in the first layer, and pixels."""
 ROUNDS = 11
@@ -255,13 +257,20 @@ def times(
     return taken, {"median_ms": medians, "ratios": ratios}
 
 
+def brief(row: dict[str, Any]) -> dict[str, Any]:
+    """Of what is held against true masks that of each model alone is left out: what is lost says it."""
+    if "stamps" not in row:
+        return row
+    return row | {"stamps": {name: row["stamps"][name] for name in ("iou", "auroc", *TOLD)}}
+
+
 def show(rows: dict[str, dict[str, Any]], timed: dict[str, Any]) -> None:
     table = []
     for name, row in rows.items():
         maps, stamps = row["photographs"], row.get("stamps", {})
         cells = [name, f"{row['macs'] / 1e9:.1f}", f"{maps['error']['mean']['value']:.4f}",
                  f"{maps['iou']['mean']['value']:.3f}", f"{maps['auroc']['mean']['value']:.4f}"]  # fmt: skip
-        for figure in ("teacher_iou", "lost_iou", "lost_auroc"):
+        for figure in TOLD:
             cells.append(f"{stamps[figure]['mean']['value']:.4f}" if figure in stamps else "-")
         if timed:
             cells.append(said(timed["ratios"][name]))
@@ -288,14 +297,15 @@ def main(work: Path | None, student: Path | None, stamps: Path | None, timed: bo
         rows = fidelity(dense, files, stamps, status.update) | rivals_fidelity(dense, others, stamps, status.update)
         taken, found = times(dense, files, others, Path(scratch), status.update) if timed else ({}, {})
     samples = {name: row.pop("samples") for name, row in rows.items()}
+    show(rows, found)
     samples["ms"] = {name: x.tolist() for name, x in taken.items()}
     if output:
         method = {"photographs": len(split.images("publication")), "size": SIZE,
                   "student": "trained" if student else "untrained", "rounds": ROUNDS if timed else 0}  # fmt: skip
         subject = Subject(path=MODULE, sha256="")
         result = Result("comparison", [subject], method, samples, {"budgets": rows, "times": found})
-        write_summary(output / f"saliency{'_trained' if student else ''}.json", result)
-    show(rows, found)
+        short = {"budgets": {name: brief(row) for name, row in rows.items()}, "times": found}
+        write_summary(output / f"saliency{'_trained' if student else ''}.json", result, statistics=short)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,150 @@
+"""How old frames of a camera are when they are answered: an RTSP stream, at the highest rate that decoding sustains.
+
+A real video is brought to a size and encoded in H.264 as a camera does it, once for all; GStreamer's RTSP server gives
+it out at the rate at which `run`'s decoder alone takes it from a file. Ages are from a frame's taking, by the stream's
+timestamps, to its answer, all waiting included. In turns with the bare model; two periods and one inference is the goal
+for the age that 95 % do not exceed. Processor seconds an answer are of the model's process and the decoder.
+
+    python benchmarks/camera_rtsp.py BUNDLE/ [--size 3840x2160] [--rounds 3] [--seconds 15] [--threads N] [-o F]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from camera_overhead import VIDEO, WARM_UP, bare, encoded
+from summary import write_summary
+
+from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
+from sparsifiner_edge.camera.capture import Capture
+from sparsifiner_edge.camera.decoder_protocol import Wanted
+from sparsifiner_edge.camera.sources import parse_source
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.fitting import Framing
+from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.results import Result, Subject
+
+SERVER = """
+import sys, gi
+gi.require_version("Gst", "1.0"); gi.require_version("GstRtspServer", "1.0")
+from gi.repository import GLib, Gst, GstRtspServer
+Gst.init(None)
+factory = GstRtspServer.RTSPMediaFactory()
+factory.set_launch(f"( filesrc location={sys.argv[2]} ! qtdemux ! h264parse ! rtph264pay name=pay0 config-interval=1 )")
+server = GstRtspServer.RTSPServer()
+server.set_address("127.0.0.1"); server.set_service(sys.argv[1])
+server.get_mount_points().add_factory("/camera", factory)
+server.attach(None)
+print("ready", flush=True)
+GLib.MainLoop().run()
+"""
+FRAMES = 60
+"""Of the bare model, and that tell what decoding sustains."""
+
+
+def sustained(video: Path, size: Any) -> float:
+    """Frames a second that the decoder gives, brought to the model's size."""
+    source = parse_source(str(video))
+    with Capture(source, Wanted(Framing(size)), 10, Status(source.shown, lambda _event: None)) as capture:
+        times = []
+        while len(times) < FRAMES and not capture.is_over:
+            if capture.take(0.1) is not None:
+                times.append(time.monotonic())
+    return 1 / float(np.median(np.diff(times[WARM_UP:])))
+
+
+def serve(video: Path) -> tuple[subprocess.Popen[str], str]:
+    """The server on a port that was free, and the address of what it gives."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    server = subprocess.Popen(
+        ["/usr/bin/python3", "-c", SERVER, str(port), str(video)], stdout=subprocess.PIPE, text=True
+    )
+    if server.stdout is None or server.stdout.readline() != "ready\n":
+        raise click.ClickException("No RTSP server: apt-get install python3-gi gir1.2-gst-rtsp-server-1.0")
+    return server, f"rtsp://127.0.0.1:{port}/camera"
+
+
+def watch(bundle: Path, address: str, seconds: float, threads: int | None) -> dict[str, Any]:
+    """What `run` says of a stream in so many seconds."""
+    line = [sys.executable, "-m", "sparsifiner_edge", "run", f"{bundle}", "--source", address]
+    line += ["--threads", str(threads)] if threads else []
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    service = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert service.stdout is not None
+    first = json.loads(service.stdout.readline())
+    time.sleep(seconds)
+    service.terminate()
+    out, events = service.communicate()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    records = [first, *map(json.loads, out.splitlines())][WARM_UP:]
+    done = json.loads(events.splitlines()[-1])
+    stages = ("capture_ms", "preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms")
+    return {
+        "per_s": (len(records) - 1) / (records[-1]["monotonic_s"] - records[0]["monotonic_s"]),
+        "age_ms": [record["frame_age_ms"] for record in records],
+        "median_ms": {name: float(np.median([record[name] for record in records])) for name in stages},
+        "processor_s": (sum(after[:2]) - sum(before[:2])) / (len(records) + WARM_UP),
+        "captured": done["captured"], "processed": done["processed"], "bad_packets": done["bad_packets"],
+    }  # fmt: skip
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--video", type=click.Path(path_type=Path), default=VIDEO, show_default=True)
+@click.option("--size", metavar="WIDTHxHEIGHT", default="3840x2160", show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--seconds", default=15.0, show_default=True)
+@click.option("--threads", type=int)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The result's file.")
+def main(
+    bundle: Path, video: Path, size: str, rounds: int, seconds: float, threads: int | None, output: Path | None
+) -> None:
+    """See the module's documentation."""
+    with tempfile.TemporaryDirectory() as folder:
+        rate = min(
+            30,
+            math.floor(
+                sustained(encoded(video, size, FRAMES, Path(folder) / "first.mp4"), open_bundle(bundle).image_size)
+            ),
+        )
+        whole = encoded(video, size, round((seconds + 10) * rate), Path(folder) / "camera.mp4", rate)
+        found: list[dict[str, Any]] = []
+        alone: list[float] = []
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}, {rate} frames a second", file=sys.stderr)
+            alone.append(float(np.median(bare(bundle, FRAMES, threads)[0])))
+            server, address = serve(whole)
+            try:
+                found.append(watch(bundle, address, seconds, threads))
+            finally:
+                server.kill()
+                server.communicate()
+    ages = [age for one in found for age in one["age_ms"]]
+    goal = 2000 / rate + float(np.median(alone))
+    statistics = {
+        "rate": rate, "bare_ms": alone, "goal_ms": goal, "age_p50_ms": float(np.median(ages)),
+        "age_p95_ms": float(np.quantile(ages, 0.95)),
+        "rounds": [{name: value for name, value in one.items() if name != "age_ms"} for one in found],
+    }  # fmt: skip
+    click.echo(json.dumps(statistics, indent=2))
+    if output is not None:
+        method = {"video": f"{video.name}, {size}", "seconds": seconds, "threads": threads or available_cores()}
+        subject = Subject(path=bundle.name, sha256=bundle_hash(bundle))
+        write_summary(output, Result("evaluation", [subject], method, {"age_ms": ages}, statistics))
+    raise SystemExit(0 if statistics["age_p95_ms"] <= goal else 1)
+
+
+if __name__ == "__main__":
+    main()
