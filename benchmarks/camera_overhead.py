@@ -6,10 +6,11 @@ both alike; the rate is the median over rounds of the pipeline's over the bare m
 are rounds enough for one), the overhead the same of the time. Processor seconds a frame are of all processes.
 
     python benchmarks/camera_overhead.py BUNDLE/ [--video FILE] [--encode 1920x1080] [--rounds 7] [--frames 60]
-        [--threads N] [-o F]
+        [--threads N] [--share X] [-o F]
 
 With `--encode` the video's frames are brought to that size and encoded anew, in H.264 as a camera has it: 30 frames a
-second, a key frame a second, none that waits for a later one.
+second, a key frame a second, none that waits for a later one. With `--share` both compute of each frame that share of
+its patches (`export --stream`), else all of it.
 """
 
 from __future__ import annotations
@@ -66,20 +67,22 @@ def encoded(video: Path, size: str, frames: int, path: Path, rate: int = 30) -> 
     return path
 
 
-def bare(bundle: Path, frames: int, threads: int | None) -> tuple[list[float], float]:
+def bare(bundle: Path, frames: int, threads: int | None, share: float | None = None) -> tuple[list[float], float]:
     """Milliseconds of each call of the bare model, and processor seconds of one."""
     size = height_width(open_bundle(bundle).image_size)
     image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
     with open_session(bundle, Execution(threads=threads)) as session:
-        start = time.process_time()
-        taken = call_ms(lambda: session.infer({"image": image}), frames - WARM_UP, warm_up=WARM_UP)
+        start, runs = time.process_time(), session.stream(share=share) if share else session
+        taken = call_ms(lambda: runs.infer({"image": image}), frames - WARM_UP, warm_up=WARM_UP)
         return taken, (time.process_time() - start) / frames
 
 
-def run(bundle: Path, video: Path, frames: int, threads: int | None) -> tuple[list[dict[str, Any]], float]:
+def run(
+    bundle: Path, video: Path, frames: int, threads: int | None, share: float | None
+) -> tuple[list[dict[str, Any]], float]:
     """Records of the pipeline, and processor seconds of all its processes."""
     line = [sys.executable, "-m", "sparsifiner_edge", "run", f"{bundle}", "--source", f"{video}"]
-    line += ["--frames", str(frames)]
+    line += ["--frames", str(frames), *(["--share", str(share)] if share else ["--no-stream"])]
     line += ["--threads", str(threads)] if threads else []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     out = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
@@ -88,24 +91,26 @@ def run(bundle: Path, video: Path, frames: int, threads: int | None) -> tuple[li
 
 
 def pipeline(
-    bundle: Path, video: Path, frames: int, threads: int | None
+    bundle: Path, video: Path, frames: int, threads: int | None, share: float | None
 ) -> tuple[list[float], dict[str, float], float]:
     """Milliseconds between two answers, the medians of stages, and processor seconds a frame, without the start's."""
-    started = run(bundle, video, WARM_UP, threads)[1]
-    records, seconds = run(bundle, video, frames, threads)
+    started = run(bundle, video, WARM_UP, threads, share)[1]
+    records, seconds = run(bundle, video, frames, threads, share)
     records = records[WARM_UP:]
     periods = np.diff([record["monotonic_s"] for record in records]) * 1000
     stages = {name: float(np.median([r[name] for r in records])) for name in _STAGES}
     return periods.tolist(), stages, (seconds - started) / (frames - WARM_UP)
 
 
-def measure(bundle: Path, video: Path, rounds: int, frames: int, threads: int | None) -> dict[str, Any]:
+def measure(
+    bundle: Path, video: Path, rounds: int, frames: int, threads: int | None, share: float | None
+) -> dict[str, Any]:
     """Both in turns."""
     alone, piped = [], []
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-        alone.append(bare(bundle, frames, threads))
-        piped.append(pipeline(bundle, video, frames, threads))
+        alone.append(bare(bundle, frames, threads, share))
+        piped.append(pipeline(bundle, video, frames, threads, share))
     ratios = [float(np.median(p[0]) / np.median(b[0])) for p, b in zip(piped, alone, strict=True)]
     rate = stats.median([1 / ratio for ratio in ratios])
     value, found = float(np.median(ratios)), stats.quantile_interval(ratios, 0.5)
@@ -128,19 +133,21 @@ def measure(bundle: Path, video: Path, rounds: int, frames: int, threads: int | 
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--frames", default=60, show_default=True)
 @click.option("--threads", type=int)
+@click.option("--share", type=float, help="Of a stream: of the patches, of each frame.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The result's file.")
 def main(
-    bundle: Path, video: Path, encode: str | None, rounds: int, frames: int, threads: int | None, output: Path | None
-) -> None:
+    bundle: Path, video: Path, encode: str | None, rounds: int, frames: int, threads: int | None, share: float | None,
+    output: Path | None,
+) -> None:  # fmt: skip
     """See the module's documentation."""
     with tempfile.TemporaryDirectory() as folder:
         source = encoded(video, encode, frames, Path(folder) / "encoded.mp4") if encode else video
-        found = measure(bundle, source, rounds, frames, threads)
+        found = measure(bundle, source, rounds, frames, threads, share)
     click.echo(json.dumps(found | {"goal_percent": GOAL_PERCENT}, indent=2))
     if output is not None:
         subject = Subject(path=str(bundle), sha256=bundle_hash(bundle))
         method = {"goal_percent": GOAL_PERCENT, "frames": frames, "threads": threads or available_cores(),
-                  "video": f"{video.name}, {encode or 'as it is'}"}  # fmt: skip
+                  "share": share or 1.0, "video": f"{video.name}, {encode or 'as it is'}"}  # fmt: skip
         write_summary(output, Result("evaluation", [subject], method, {}, found))
     raise SystemExit(0 if found["overhead_percent"]["value"] <= GOAL_PERCENT else 1)
 

@@ -78,7 +78,7 @@ def serve(video: Path) -> tuple[subprocess.Popen[str], str]:
 
 def watch(bundle: Path, address: str, seconds: float, threads: int | None) -> dict[str, Any]:
     """What `run` says of a stream in so many seconds."""
-    line = [sys.executable, "-m", "sparsifiner_edge", "run", f"{bundle}", "--source", address]
+    line = [sys.executable, "-m", "sparsifiner_edge", "run", f"{bundle}", "--source", address, "--no-stream"]
     line += ["--threads", str(threads)] if threads else []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     service = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
