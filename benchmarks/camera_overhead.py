@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def encoded(video: Path, size: str, frames: int, path: Path, rate: int = 30) -> 
     with av.open(str(video)) as source, av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt, stream.codec_context.gop_size = width, height, "yuv420p", rate
-        for frame in itertools.islice(source.decode(video=0), frames):
+        for number, frame in enumerate(itertools.islice(source.decode(video=0), frames)):
             scaled = frame.reformat(width, height, "yuv420p", interpolation="BICUBIC")
-            scaled.pts = None
+            scaled.pts, scaled.time_base = number, Fraction(1, rate)
             file.mux(stream.encode(scaled))
         file.mux(stream.encode(None))
     return path

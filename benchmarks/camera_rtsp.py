@@ -76,19 +76,20 @@ def serve(video: Path) -> tuple[subprocess.Popen[str], str]:
     return server, f"rtsp://127.0.0.1:{port}/camera"
 
 
-def watch(bundle: Path, address: str, seconds: float, threads: int | None) -> dict[str, Any]:
-    """What `run` says of a stream in so many seconds."""
+def watch(bundle: Path, address: str, seconds: float, threads: int | None, lines: Path) -> dict[str, Any]:
+    """What `run` says of a stream in so many seconds; lines: where it writes."""
     line = [sys.executable, "-m", "sparsifiner_edge", "run", f"{bundle}", "--source", address, "--no-stream"]
+    line += ["--output", str(lines)]
     line += ["--threads", str(threads)] if threads else []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    service = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert service.stdout is not None
-    first = json.loads(service.stdout.readline())
+    service = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    while service.poll() is None and not (lines.exists() and lines.stat().st_size):
+        time.sleep(0.1)
     time.sleep(seconds)
     service.terminate()
-    out, events = service.communicate()
+    events = service.communicate()[1]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    records = [first, *map(json.loads, out.splitlines())][WARM_UP:]
+    records = [json.loads(text) for text in lines.read_text(encoding="utf-8").splitlines()][WARM_UP:]
     done = json.loads(events.splitlines()[-1])
     stages = ("capture_ms", "preprocess_ms", "queued_ms", "infer_ms", "postprocess_ms")
     return {
@@ -127,7 +128,7 @@ def main(
             alone.append(float(np.median(bare(bundle, FRAMES, threads)[0])))
             server, address = serve(whole)
             try:
-                found.append(watch(bundle, address, seconds, threads))
+                found.append(watch(bundle, address, seconds, threads, Path(folder) / f"{number}.jsonl"))
             finally:
                 server.kill()
                 server.communicate()

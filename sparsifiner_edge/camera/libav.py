@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any, BinaryIO
 
 import av
+import av.filter
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from msgspec.structs import replace
 from PIL import Image
 
-from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted, frame_of
+from sparsifiner_edge.fitting import BARS, Framing
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
@@ -35,20 +38,49 @@ _JUMP_NS, _DRIFT = 5_000_000_000, 2_000
 _BEHIND_S, _CAUGHT_UP_S = 0.3, 0.1
 
 
-def scaled_size(width: int, height: int, size: ImageSize) -> tuple[int, int]:
-    """Width and height of the resized frame before it is cropped: no smaller than `size`, one side as long.
+def require_size(width: int, height: int) -> None:
+    """Refuse what no camera gives.
 
     Raises:
-        ValueError: no camera gives such a frame: empty, above `MAX_PIXELS`, or `MAX_ASPECT` times longer than wide.
+        ValueError: a frame is empty, above `MAX_PIXELS`, or `MAX_ASPECT` times longer than wide.
     """
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise ValueError(f"frames of {width} x {height} px; at most {MAX_PIXELS} px are taken")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"frames of {width} x {height} px, longer than {MAX_ASPECT} times their width")
-    rows, columns = height_width(size)
-    if width * rows <= height * columns:
-        return columns, round(height * columns / width)
-    return round(width * rows / height), rows
+
+
+class _Fitter:
+    """Crops (without a copy), resizes and colours frames in one pass of FFmpeg's filters, made anew where frames change.
+
+    `full_chroma_int`: colours are resized as finely as brightness, as Pillow does it for images.
+    """
+
+    def __init__(self, framing: Framing) -> None:
+        self._framing = framing
+        self._of: tuple[int, int, str] | None = None
+        self._graph: Any = None
+
+    def pixels(self, frame: Any) -> Pixels:
+        """The model's input, uint8 [H,W,3], of a decoded frame."""
+        fitting = self._framing.of(frame.width, frame.height)
+        (x, y, across, down), (left, top, width, height) = fitting.box, fitting.inner
+        if self._of != (frame.width, frame.height, frame.format.name):
+            self._of, self._graph = (frame.width, frame.height, frame.format.name), av.filter.Graph()
+            size = {"width": frame.width, "height": frame.height, "format": frame.format}
+            self._graph.link_nodes(
+                self._graph.add_buffer(**size, time_base=frame.time_base or Fraction(1, 1000)),
+                self._graph.add("crop", f"{across}:{down}:{x}:{y}:exact=1"),
+                self._graph.add("scale", f"{width}:{height}:flags=bicubic+full_chroma_int"),
+                self._graph.add("format", "pix_fmts=rgb24"), self._graph.add("buffersink"),
+            ).configure()  # fmt: skip
+        self._graph.push(frame)
+        scaled: Pixels = self._graph.pull().to_ndarray()
+        if (width, height) == fitting.size:
+            return scaled
+        pixels = np.full((*fitting.size[::-1], 3), BARS, np.uint8)
+        pixels[top : top + height, left : left + width] = scaled
+        return pixels
 
 
 def read_stream(source: BinaryIO | str, wanted: Wanted, patience_s: float) -> Iterator[Frame]:
@@ -111,7 +143,7 @@ class _Reader:
     def __init__(self, stream: Any, wanted: Wanted, live: bool) -> None:
         self._stream, self._wanted, self._live = stream, wanted, live
         self._clock = _StreamClock()
-        self._scaler: Any = VideoReformatter()
+        self._fitter, self._scaler = _Fitter(wanted.framing), VideoReformatter()
         self._decoder = f"{stream.codec_context.codec.name} of FFmpeg, software"[:100]
         self._arrived: dict[int | None, int] = {}
         self.bad, self.count = 0, 0
@@ -132,22 +164,18 @@ class _Reader:
 
     def _ready(self, frame: Any, arrived: int) -> Frame:
         at, wanted = time.monotonic_ns(), self._wanted
-        width, height = scaled_size(frame.width, frame.height, wanted.framing.size)
+        require_size(frame.width, frame.height)
         stamp = None if frame.pts is None else int(frame.pts * frame.time_base * 1_000_000_000)
         if stamp is not None and abs(stamp) >= 1 << 63:  # Of a damaged file; no clock goes there.
             stamp = None
         captured = self._clock.capture_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
-        if not wanted.centre_alone:
-            width, height = frame.width, frame.height
-        scaled = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
         self.count += 1
         times, more = (captured, arrived, at), (None if stamp is None else stamp / 1e9, self.bad)
-        if not wanted.centre_alone:
-            return replace(frame_of(Image.fromarray(scaled), wanted, times, *more), decoder=self._decoder)
-        rows, columns = height_width(wanted.framing.size)
-        y, x = (height - rows) // 2, (width - columns) // 2
-        pixels = np.ascontiguousarray(scaled[y : y + rows, x : x + columns])
+        if wanted.view:
+            whole = Image.fromarray(self._scaler.reformat(frame, format="rgb24").to_ndarray())
+            return replace(frame_of(whole, wanted, times, *more), decoder=self._decoder)
+        pixels = np.ascontiguousarray(self._fitter.pixels(frame))
         return Frame(pixels.data, frame.width, frame.height, *times, time.monotonic_ns(), *more, decoder=self._decoder)
 
     def _keep_up(self, behind_s: float) -> None:
