@@ -52,6 +52,8 @@ def summary_of(result: Result, name: str, *, statistics: Any = None, method: Any
     told = {"intervals": sorted(intervals)} if intervals else {}
     samples = {"raw": f"raw/{name}, where it was measured"} if result.samples else {}
     content = write_record(replace(result, samples=samples, statistics=short, method=said | told))
+    # Of the machine's own folders nobody else learns anything.
+    content["command"] = [Path(word).name if word.startswith("/") else word for word in content["command"]]
     return laid_out(content) + "\n"
 
 

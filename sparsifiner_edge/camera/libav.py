@@ -51,7 +51,7 @@ def require_size(width: int, height: int) -> None:
 
 
 class _Fitter:
-    """Crops (without a copy), resizes and colours frames in one pass of FFmpeg's filters, made anew where frames change.
+    """Crops (without a copy), resizes and colours frames in one pass of FFmpeg, made anew where frames change.
 
     `full_chroma_int`: colours are resized as finely as brightness, as Pillow does it for images.
     """

@@ -92,10 +92,12 @@ def test_images_and_videos_are_fitted_alike(fit: Fit, region: Box | None, tmp_pa
     video = encode(tmp_path / "v.mkv", [np.asarray(picture)] * 2, codec="ffv1")
     with video.open("rb") as file:
         frame = next(read_stream(file, Wanted(framing, view=True), 3))
+        file.seek(0)
+        alone = next(read_stream(file, Wanted(framing), 3))
     assert framing.of(frame.width, frame.height) == fitted
     assert np.abs(frame.whole().astype(int) - np.asarray(picture).astype(int))[5:-5, 5:-5].max() < 12
     left, top, across, down = fitted.inner
-    for pixels in (image, frame.image(framing)):
+    for pixels in (image, frame.image(framing), alone.image(framing)):
         for x, y in ((left + 4, top + 4), (left + across - 5, top + down - 5)):
             place = fitted.to_frame(x + 0.5, y + 0.5)
             np.testing.assert_allclose(pixels[y, x, :2], np.subtract(place, 0.5), atol=8)
@@ -104,6 +106,17 @@ def test_images_and_videos_are_fitted_alike(fit: Fit, region: Box | None, tmp_pa
         bars[top : top + down, left : left + across] = False
         assert bars.any() == (fit == "letterbox")
         assert (pixels[bars] == BARS).all()
+
+
+def test_a_frame_is_resized_as_an_image_is_colours_too(tmp_path: Path) -> None:
+    """Patches of any colour, in 4:2:0 as a camera sends them."""
+    patches = np.random.default_rng(0).integers(0, 256, (18, 32, 3), np.uint8).repeat(40, 0).repeat(40, 1)
+    video = encode(tmp_path / "v.mp4", [patches] * 2, crf="1")
+    with av.open(str(video)) as opened:
+        whole = next(opened.decode(video=0)).to_ndarray(format="rgb24")
+    with video.open("rb") as file:
+        frame = next(read_stream(file, Wanted(Framing(224)), 3)).image(Framing(224))
+    assert np.abs(frame - np.asarray(fit_image(Image.fromarray(whole), 224)).astype(int)).mean() < 1.5
 
 
 # Time.
