@@ -49,6 +49,10 @@ server.attach(None)
 print("ready", flush=True)
 GLib.MainLoop().run()
 """
+SPARE_S = 10
+"""What the stream is longer than it is watched."""
+START_S = 60
+"""For a first answer."""
 FRAMES = 60
 """Of the bare model, and that tell what decoding sustains."""
 
@@ -61,7 +65,17 @@ def sustained(video: Path, size: Any) -> float:
         while len(times) < FRAMES and not capture.is_over:
             if capture.take(0.1) is not None:
                 times.append(time.monotonic())
+    if len(times) < FRAMES:
+        raise click.ClickException(f"{video} gave {len(times)} frames of {FRAMES}. {capture.failure or ''}")
     return 1 / float(np.median(np.diff(times[WARM_UP:])))
+
+
+def frames_in(video: Path) -> int:
+    """How many frames a video says that it has."""
+    import av
+
+    with av.open(str(video)) as file:
+        return file.streams.video[0].frames
 
 
 def serve(video: Path) -> tuple[subprocess.Popen[str], str]:
@@ -83,11 +97,18 @@ def watch(bundle: Path, address: str, seconds: float, threads: int | None, lines
     line += ["--threads", str(threads)] if threads else []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     service = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    while service.poll() is None and not (lines.exists() and lines.stat().st_size):
-        time.sleep(0.1)
-    time.sleep(seconds)
-    service.terminate()
-    events = service.communicate()[1]
+    try:
+        until = time.monotonic() + START_S
+        while not (lines.exists() and lines.stat().st_size):
+            if service.poll() is not None or time.monotonic() > until:
+                service.kill()
+                raise click.ClickException(f"No answer came. {service.communicate()[1]}")
+            time.sleep(0.1)
+        time.sleep(seconds)
+        service.terminate()
+        events = service.communicate()[1]
+    finally:
+        service.kill()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     records = [json.loads(text) for text in lines.read_text(encoding="utf-8").splitlines()][WARM_UP:]
     done = json.loads(events.splitlines()[-1])
@@ -114,13 +135,11 @@ def main(
 ) -> None:
     """See the module's documentation."""
     with tempfile.TemporaryDirectory() as folder:
-        rate = min(
-            30,
-            math.floor(
-                sustained(encoded(video, size, FRAMES, Path(folder) / "first.mp4"), open_bundle(bundle).image_size)
-            ),
-        )
-        whole = encoded(video, size, round((seconds + 10) * rate), Path(folder) / "camera.mp4", rate)
+        first = encoded(video, size, FRAMES, Path(folder) / "first.mp4")
+        rate = max(1, min(30, math.floor(sustained(first, open_bundle(bundle).image_size))))
+        whole, count = Path(folder) / "camera.mp4", round((seconds + SPARE_S) * rate)
+        if (there := frames_in(encoded(video, size, count, whole, rate))) < count:
+            raise click.UsageError(f"{video} has {there} frames, and {count} are needed: give fewer --seconds")
         found: list[dict[str, Any]] = []
         alone: list[float] = []
         for number in range(rounds):

@@ -344,6 +344,8 @@ def main(
     """See the module's documentation."""
     if (front or result) and (len(sizes) > 1 or (front and result)):
         raise click.UsageError("--front and --base are of one size, and not of each other")
+    if result and read_result(result).method["size"] != int(sizes[0]):
+        raise click.UsageError(f"--base {result} is of another size than --size {sizes[0]}")
     if not (rounds or work):
         raise click.UsageError("--rounds 0 prepares --work: name it")
     warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter, about its own calls

@@ -59,8 +59,8 @@ BUDGETS: tuple[tuple[tuple[int, ...], Keep], ...] = (
 )  # fmt: skip
 STAMPED = 24e9
 """Multiply-accumulates of the layers, at most, of what is held against true masks."""
-TOLD = ("teacher_iou", "lost_iou", "lost_auroc")
-"""What is told of that."""
+FIGURES = ("teacher_iou", "lost_iou", "lost_auroc")
+"""What is shown of that."""
 FALLING, SIDES = (150, 180), (392, 336)
 """Of rivals: what merges in the first layer, and pixels."""
 ROUNDS = 11
@@ -261,7 +261,7 @@ def brief(row: dict[str, Any]) -> dict[str, Any]:
     """Of what is held against true masks that of each model alone is left out: what is lost says it."""
     if "stamps" not in row:
         return row
-    return row | {"stamps": {name: row["stamps"][name] for name in ("iou", "auroc", *TOLD)}}
+    return row | {"stamps": {name: row["stamps"][name] for name in ("iou", "auroc", *FIGURES)}}
 
 
 def show(rows: dict[str, dict[str, Any]], timed: dict[str, Any]) -> None:
@@ -270,7 +270,7 @@ def show(rows: dict[str, dict[str, Any]], timed: dict[str, Any]) -> None:
         maps, stamps = row["photographs"], row.get("stamps", {})
         cells = [name, f"{row['macs'] / 1e9:.1f}", f"{maps['error']['mean']['value']:.4f}",
                  f"{maps['iou']['mean']['value']:.3f}", f"{maps['auroc']['mean']['value']:.4f}"]  # fmt: skip
-        for figure in TOLD:
+        for figure in FIGURES:
             cells.append(f"{stamps[figure]['mean']['value']:.4f}" if figure in stamps else "-")
         if timed:
             cells.append(said(timed["ratios"][name]))

@@ -3,8 +3,8 @@
  *     gcc -O2 attention.c -I FOLDER FOLDER/libsparsifiner_ops.so -Wl,-rpath,FOLDER -lm -o attention
  *     ./attention [THREADS]
  *
- * FOLDER: where sparsifiner.h lies beside the library (`sparsifiner-edge doctor`). Sizes are those of ViT-S/14 at 518 px: a class
- * token and 37 x 37 patches, 6 heads of 64 channels. Values are random: what is measured is time, and that calls are right. */
+ * FOLDER: where sparsifiner.h lies beside the library (`sparsifiner-edge doctor --json`). Sizes are those of ViT-S/14 at 518 px: a class
+ * token and 37 x 37 patches, 6 heads of 64 channels. Values are random: what is measured is time. */
 
 #define _POSIX_C_SOURCE 199309L
 

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "stream.h"
@@ -108,7 +109,7 @@ void print(int64_t frame, double ms, const Outputs& outputs) {
     all ? print_values(value.GetTensorData<float>(), count) : print_shape(info.GetShape());
   }
   std::printf("}\n");
-  std::fflush(stdout);
+  if (std::fflush(stdout) != 0) throw std::runtime_error("The answers cannot be written");
 }
 
 int run(const Settings& settings) {
@@ -129,7 +130,7 @@ int run(const Settings& settings) {
   for (int64_t frame = 0;; ++frame) {
     const size_t read = std::fread(pixels.data(), 1, pixels.size(), stdin);
     if (read != pixels.size()) {
-      if (read == 0 && frame > 0) return 0;
+      if (read == 0 && frame > 0 && !std::ferror(stdin)) return 0;
       std::fprintf(stderr, "frame %lld: %zu bytes, of %lld x %lld x 3\n", static_cast<long long>(frame), read,
                    static_cast<long long>(shape[2]), static_cast<long long>(shape[1]));
       return 2;

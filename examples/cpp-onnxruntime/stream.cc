@@ -108,6 +108,13 @@ Outputs Stream::step(const View& image, const float* tokens, const std::vector<i
     inputs.emplace(name, from);
   }
   Outputs outputs = step_.run(inputs);
+  const float* final = outputs.at("stream.final").GetTensorData<float>();
+  if (!whole && !std::all_of(final, final + chosen * width_, [](float x) { return std::isfinite(x); })) {
+    // What is kept of it would be read by all frames that follow: all is computed, and nothing that was kept is read.
+    std::vector<int64_t> all(patches_);
+    std::iota(all.begin(), all.end(), 0);
+    return step(image, tokens, all, {});
+  }
   for (auto& [name, kept] : kept_) {
     const char* fresh = static_cast<const char*>(outputs.at("new." + name).GetTensorRawData());
     if (!kept.cached) {

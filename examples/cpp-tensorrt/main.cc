@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -132,12 +133,13 @@ class Client {
       std::printf(", \"%s\": [", outputs_[i].c_str());
       const auto* data = static_cast<const float*>(written_[i]->host);  // As seen to above.
       for (size_t j = 0; j < std::min(kPrinted, written_[i]->bytes / sizeof(float)); ++j) {
-        std::printf("%s%.9g", j == 0 ? "" : ", ", data[j]);
+        std::printf(j == 0 ? "" : ", ");
+        std::isfinite(data[j]) ? std::printf("%.9g", data[j]) : std::printf("null");
       }
       std::printf("]");
     }
     std::printf("}\n");
-    std::fflush(stdout);
+    if (std::fflush(stdout) != 0) throw std::runtime_error("The answers cannot be written");
   }
 
  private:
@@ -156,7 +158,7 @@ int run(const std::string& file) {
   for (long frame = 0;; ++frame) {
     const size_t read = std::fread(client.frame(), 1, client.frame_bytes(), stdin);
     if (read != client.frame_bytes()) {
-      if (read == 0 && frame > 0) return 0;
+      if (read == 0 && frame > 0 && !std::ferror(stdin)) return 0;
       std::fprintf(stderr, "frame %ld: %zu bytes, of %zu\n", frame, read, client.frame_bytes());
       return 2;
     }

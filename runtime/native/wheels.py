@@ -10,6 +10,7 @@ Needs a compiler for each machine, and headers of Highway and ONNX Runtime.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -60,7 +61,7 @@ def compiler_of(machine: str) -> str:
     """Where the compiler for a machine is."""
     path = shutil.which(COMPILERS[machine])
     if path is None:
-        fix = f"apt-get install {COMPILERS[machine].replace(machine, machine.replace('_', '-'), 1)}"
+        fix = f"apt-get install g++-{machine.replace('_', '-')}-linux-gnu"
         sys.exit(f"No compiler for {machine}: {COMPILERS[machine]} (Debian, Ubuntu: {fix}, or --machine).")
     return path
 
@@ -114,6 +115,8 @@ def main() -> None:
     machines = options.machine or list(COMPILERS)
     for machine in machines:
         compiler_of(machine)
+    if importlib.util.find_spec("auditwheel") is None:
+        sys.exit("auditwheel is not installed: `make wheels` brings it.")
     for machine in machines:
         with tempfile.TemporaryDirectory() as temporary:
             repair(build(machine, Path(temporary)), options.output)

@@ -40,10 +40,10 @@ _DECODER = re.compile(rb"[/:](\w[\w-]*dec[\w-]*?)-?\d+\.GstPad:src: caps = video
 _ERRORS, _LONGEST = 20, 10_000
 """Errors that are quoted, the last ones; and characters read of a line without end."""
 _CAPS = re.compile(
-    rb"sparsifiner-frames\.GstPad:src: caps = video/x-raw.* width=\(int\)(\d+), height=\(int\)(\d+)"
+    rb"sparsifiner-frames\.GstPad:(?:src|sink): caps = video/x-raw.* width=\(int\)(\d+), height=\(int\)(\d+)"
     rb"(?:.* pixel-aspect-ratio=\(fraction\)([1-9]\d*)/([1-9]\d*))?"
 )
-"""What `gst-launch-1.0 -v` says of the frames that pass."""
+"""What `gst-launch-1.0 -v` says of the frames that pass; now and then of one pad twice, and not of the other."""
 
 
 def launch_line(pipeline: str, wanted: Wanted, handle: int) -> list[str]:
@@ -87,7 +87,7 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
             if (first := next(sizes, None)) is not None:
                 latest = deque([first], 1)
                 listeners.append(_listen(latest, sizes))
-                decoder = _told(decoders[0]) if decoders else None
+                decoder = describe_decoder(decoders[0]) if decoders else None
                 yield from (replace(frame, decoder=decoder) for frame in _frames(pixels, wanted, latest))
             launched.wait()
         finally:
@@ -116,7 +116,8 @@ def _inspect(*words: str) -> str | None:
     return None if done.returncode else done.stdout
 
 
-def _told(decoder: str) -> str:
+def describe_decoder(decoder: str) -> str:
+    """An element that decodes, in words."""
     hardware = decoder in HARDWARE or "/Hardware" in (_inspect(decoder) or "")
     return f"{decoder} of GStreamer, {'hardware' if hardware else 'software'}"[:100]
 

@@ -64,7 +64,7 @@ class _Fitter:
     def pixels(self, frame: Any) -> Pixels:
         """The model's input, uint8 [H,W,3], of a decoded frame."""
         fitting = self._framing.of(frame.width, frame.height)
-        (x, y, across, down), (left, top, width, height) = fitting.box, fitting.inner
+        (x, y, across, down), (column, row, width, height) = fitting.box, fitting.inner
         if self._of != (frame.width, frame.height, frame.format.name):
             self._of, self._graph = (frame.width, frame.height, frame.format.name), av.filter.Graph()
             size = {"width": frame.width, "height": frame.height, "format": frame.format}
@@ -79,7 +79,7 @@ class _Fitter:
         if (width, height) == fitting.size:
             return scaled
         pixels = np.full((*fitting.size[::-1], 3), BARS, np.uint8)
-        pixels[top : top + height, left : left + width] = scaled
+        pixels[row : row + height, column : column + width] = scaled
         return pixels
 
 

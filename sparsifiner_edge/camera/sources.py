@@ -29,6 +29,8 @@ _ADDRESS = re.compile(
 )
 """What is before the last @ of user, password and host is user and password; an @ behind them may be another's part."""
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"']*")
+_RTSP = "protocols=tcp+tls tls-validation-flags=0 latency=0 ! application/x-rtp,media=video ! decodebin"
+"""Of a pipeline that is made of an address, what follows it. A camera's certificate is its own, as for FFmpeg."""
 _ELEMENT = re.compile(r"[a-z][a-z0-9_-]*")
 
 
@@ -50,7 +52,8 @@ class Source(NamedTuple):
     def clean(self, message: str) -> str:
         """A decoder's message about this source, without what `text.printable` leaves out."""
         words = shlex.split(self.location) if self.kind == "gst" else [self.location]
-        secrets = {part for word in words for part in (word, word.partition("=")[2]) if part not in self.shown}
+        known = f"{self.shown} rtspsrc {_RTSP}" if self.location.endswith(_RTSP) else self.shown
+        secrets = {part for word in words for part in (word, word.partition("=")[2]) if part not in known}
         for secret in sorted(secrets, key=len, reverse=True):
             message = message.replace(secret, "***") if len(secret) > 2 else message
         return _IN_TEXT.sub(lambda match: shown_address(match[0]), message)
@@ -155,9 +158,7 @@ def _pipeline(text: str) -> Source:
         raise ConfigError("gst: names no pipeline.", 'Such as --source "gst:v4l2src device=/dev/video0 ! decodebin".')
     if len(words) == 1 and re.match(r"rtsps?://", words[0], re.IGNORECASE):
         place_of(words[0])
-        begin = shlex.join(["rtspsrc", f"location={words[0]}", "protocols=tcp+tls", "latency=0"])
-        line = f"{begin} ! application/x-rtp,media=video ! decodebin"
-        return Source("gst", line, True, shown_address(words[0]))
+        return Source("gst", f"rtspsrc {shlex.quote(f'location={words[0]}')} {_RTSP}", True, shown_address(words[0]))
     names = [word for before, word in zip(["!", *words], words, strict=False) if before == "!"]
     shown = " ! ".join(name if _ELEMENT.fullmatch(name) else "***" for name in names)
     return Source("gst", shlex.join(words), True, f"gst:{shown}")

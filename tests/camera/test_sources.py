@@ -72,7 +72,7 @@ def test_a_decoder_in_hardware_is_taken_and_named(monkeypatch: pytest.MonkeyPatc
         found = gstreamer._DECODER.search(line)
         assert found is not None
         assert found[1] == name
-        assert gstreamer._told(name.decode()) == f"{name.decode()} of GStreamer, {told}"
+        assert gstreamer.describe_decoder(name.decode()) == f"{name.decode()} of GStreamer, {told}"
     assert not gstreamer._DECODER.search(path + b"GstDecodeBin:decodebin0.GstDecodePad:src_0" + raw[11:])
 
 
