@@ -1,9 +1,10 @@
-"""How old frames of a camera are when they are answered: an RTSP stream, at the highest rate that decoding sustains.
+"""How old frames of a camera are when they are answered: an RTSP stream, as fast as decoding alone sustains.
 
 A real video is brought to a size and encoded in H.264 as a camera does it, once for all; GStreamer's RTSP server gives
-it out at the rate at which `run`'s decoder alone takes it from a file. Ages are from a frame's taking, by the stream's
-timestamps, to its answer, all waiting included. In turns with the bare model; two periods and one inference is the goal
-for the age that 95 % do not exceed. Processor seconds an answer are of the model's process and the decoder.
+it out at the rate at which `run`'s decoder alone takes it from a file, 30 a second at most. Ages are from a frame's
+taking, by the stream's timestamps, to its answer, all waiting included. In turns with the bare model; two periods and
+one inference is the goal for the age that 95 % do not exceed. Processor seconds an answer are of the model's process
+and the decoder.
 
     python benchmarks/camera_rtsp.py BUNDLE/ [--size 3840x2160] [--rounds 3] [--seconds 15] [--threads N] [-o F]
 """

@@ -10,12 +10,12 @@ from tests.rooms import ROOMS, ROOT, Lines, code, counted, lines_of, room_of, tr
 BUDGET = {
     "base": 3053, "ops": 2221, "native": 4502, "triton": 1885, "sparse": 3303, "distill": 1502,
     "export": 2341, "bundle": 1184, "runtime": 3928, "profiles": 2802, "evaluate": 1814, "optimizer": 2364,
-    "report": 1127, "camera": 2832, "package": 518, "cli": 1707, "demo, doctor": 384,
+    "report": 1127, "camera": 2835, "package": 518, "cli": 1707, "demo, doctor": 384,
 }  # fmt: skip
 """Lines that each room may have."""
 DOCUMENTED = 0.18
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 21131, "benchmarks": 6387}
+BESIDE = {"tests": 21131, "benchmarks": 6388}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""

@@ -16,8 +16,8 @@ class Stream {
     std::vector<char> data;  // [tokens, row bytes]
     std::vector<int64_t> shape;
     ONNXTensorElementDataType type;
-    size_t row, skipped;     // Bytes of a token; of what comes before in a token's new values, its queries.
-    bool cached;             // Tokens are kept one by one; else the whole is.
+    size_t row, skipped;  // Bytes of a token; of what comes before in a token's new values, its queries.
+    bool cached;          // Tokens are kept one by one; else the whole is.
   };
 
   std::vector<int64_t> choose(const std::vector<float>& change) const;

@@ -26,6 +26,7 @@ from PIL import Image
 
 from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.camera.decoder_protocol import Frame, Wanted, frame_of
+from sparsifiner_edge.camera.sources import OF_ADDRESS
 from sparsifiner_edge.process import start_program
 
 HARDWARE = (
@@ -33,7 +34,7 @@ HARDWARE = (
     *("v4l2slh264dec", "v4l2slh265dec", "v4l2h264dec", "v4l2h265dec"), *("nvh264dec", "nvh265dec", "nvav1dec"),
     *("qsvh264dec", "qsvh265dec", "qsvav1dec"),
 )  # fmt: skip
-"""Decoders of Jetsons, VA-API, V4L2, NVIDIA's and Intel's desktop GPUs, which `decodebin` prefers where they are."""
+"""Decoders of Jetsons, VA-API, V4L2, NVIDIA's and Intel's desktop GPUs, preferred where an address alone was given."""
 _TO_MEMORY = "nvvidconv"
 """Of Jetsons: what a hardware decoder gives is in memory that others cannot read."""
 _DECODER = re.compile(rb"[/:](\w[\w-]*dec[\w-]*?)-?\d+\.GstPad:src: caps = video/x-raw")
@@ -56,7 +57,7 @@ def launch_line(pipeline: str, wanted: Wanted, handle: int) -> list[str]:
     centre = f"aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false"
     scaled = f"{centre} ! {caps},width={width},height={height}"
     whole = f"videoscale ! capsfilter {frames} caps={caps}"
-    if shlex.split(pipeline)[-1].startswith("decodebin") and _inspect("--exists", _TO_MEMORY) is not None:
+    if pipeline.endswith(OF_ADDRESS) and _inspect("--exists", _TO_MEMORY) is not None:
         pipeline += f" ! {_TO_MEMORY} ! video/x-raw"
     tail = line.format(frames, scaled) if wanted.centre_alone else line.format("", whole)
     return ["gst-launch-1.0", "-v", *shlex.split(pipeline), *shlex.split(f"{tail} ! fdsink fd={handle} sync=false")]
@@ -70,7 +71,8 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
         ConfigError: the region is not within its frames.
     """
     ours, theirs = os.pipe()
-    os.environ.setdefault("GST_PLUGIN_FEATURE_RANK", ",".join(f"{name}:MAX" for name in HARDWARE))
+    if pipeline.endswith(OF_ADDRESS):  # What someone wrote chooses by itself, as it did.
+        os.environ.setdefault("GST_PLUGIN_FEATURE_RANK", ",".join(f"{name}:MAX" for name in HARDWARE))
     launched = start_program(
         launch_line(pipeline, wanted, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

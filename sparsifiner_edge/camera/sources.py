@@ -29,7 +29,7 @@ _ADDRESS = re.compile(
 )
 """What is before the last @ of user, password and host is user and password; an @ behind them may be another's part."""
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"']*")
-_RTSP = "protocols=tcp+tls tls-validation-flags=0 latency=0 ! application/x-rtp,media=video ! decodebin"
+OF_ADDRESS = "protocols=tcp+tls tls-validation-flags=0 latency=0 ! application/x-rtp,media=video ! decodebin"
 """Of a pipeline that is made of an address, what follows it. A camera's certificate is its own, as for FFmpeg."""
 _ELEMENT = re.compile(r"[a-z][a-z0-9_-]*")
 
@@ -52,7 +52,7 @@ class Source(NamedTuple):
     def clean(self, message: str) -> str:
         """A decoder's message about this source, without what `text.printable` leaves out."""
         words = shlex.split(self.location) if self.kind == "gst" else [self.location]
-        known = f"{self.shown} rtspsrc {_RTSP}" if self.location.endswith(_RTSP) else self.shown
+        known = f"{self.shown} rtspsrc {OF_ADDRESS}" if self.location.endswith(OF_ADDRESS) else self.shown
         secrets = {part for word in words for part in (word, word.partition("=")[2]) if part not in known}
         for secret in sorted(secrets, key=len, reverse=True):
             message = message.replace(secret, "***") if len(secret) > 2 else message
@@ -158,7 +158,8 @@ def _pipeline(text: str) -> Source:
         raise ConfigError("gst: names no pipeline.", 'Such as --source "gst:v4l2src device=/dev/video0 ! decodebin".')
     if len(words) == 1 and re.match(r"rtsps?://", words[0], re.IGNORECASE):
         place_of(words[0])
-        return Source("gst", f"rtspsrc {shlex.quote(f'location={words[0]}')} {_RTSP}", True, shown_address(words[0]))
+        line = f"rtspsrc {shlex.quote(f'location={words[0]}')} {OF_ADDRESS}"
+        return Source("gst", line, True, shown_address(words[0]))
     names = [word for before, word in zip(["!", *words], words, strict=False) if before == "!"]
     shown = " ! ".join(name if _ELEMENT.fullmatch(name) else "***" for name in names)
     return Source("gst", shlex.join(words), True, f"gst:{shown}")
