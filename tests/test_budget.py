@@ -15,7 +15,7 @@ BUDGET = {
 """Lines that each room may have."""
 DOCUMENTED = 0.18
 """Share of docstrings and comments, of all lines of the package, at least."""
-BESIDE = {"tests": 21131, "benchmarks": 6388}
+BESIDE = {"tests": 21139, "benchmarks": 6388}
 """Lines of code that these folders may have."""
 RESULTS = 8000
 """Lines of all committed JSON."""

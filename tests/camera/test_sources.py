@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import socket
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,13 @@ def test_a_decoder_in_hardware_is_taken_and_named(monkeypatch: pytest.MonkeyPatc
         assert found[1] == name
         assert gstreamer.describe_decoder(name.decode()) == f"{name.decode()} of GStreamer, {told}"
     assert not gstreamer._DECODER.search(path + b"GstDecodeBin:decodebin0.GstDecodePad:src_0" + raw[11:])
+
+
+def test_a_pad_that_is_told_of_twice_stands_for_the_other() -> None:
+    """What `gst-launch-1.0` 1.26 says now and then of our queue: its sink twice, its source not at all."""
+    caps = b": caps = video/x-raw, format=(string)I420, width=(int)640, height=(int)480, pixel-aspect-ratio=(fraction)2/1\n"
+    line = b"/GstPipeline:pipeline0/GstQueue:sparsifiner-frames.GstPad:sink" + caps
+    assert list(gstreamer._sizes(iter([line, line]), deque())) == [(1280, 480)] * 2
 
 
 PARTS = ("hUn", "tEr2", "t0keN")
