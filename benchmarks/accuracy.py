@@ -56,12 +56,14 @@ PAIRS = {
     "paper: trained less untrained": ("paper, trained, keep 0.25", "paper, untrained, keep 0.25"),
     "merge, 518 px: trained less untrained": ("merge, trained, 518 px", "merge, untrained, 518 px"),
     "merge, 518 px: trained less untrained, each as suits it": (
-        "merge, trained, 518 px", "merge, untrained, 518 px, dense from layer 3",
+        "merge, trained, 518 px",
+        "merge, untrained, 518 px, dense from layer 3",
     ),
-}  # fmt: skip
+}
 FASHION: dict[str, tuple[str, dict[str, Any]]] = {
-    "keep .10": ("edge", {"keep": 0.1}), "keep .25, merge 8": ("merge", {"keep": 0.25, "merge": (8,)}),
-}  # fmt: skip
+    "keep .10": ("edge", {"keep": 0.1}),
+    "keep .25, merge 8": ("merge", {"keep": 0.25, "merge": (8,)}),
+}
 """Rows of Fashion-MNIST: the training that each measures, and its budget."""
 WORK = click.option("--work", type=click.Path(path_type=Path), default=Path("build/accuracy"), show_default=True)
 
@@ -76,25 +78,37 @@ class Run(NamedTuple):
 
 RUNS = {
     "edge": Run(
-        {"keep": 0.25}, ("precision=bf16",),
+        {"keep": 0.25},
+        ("precision=bf16",),
         ({"keep": 0.25}, {"keep": 0.1}, {"keep": 0.05}, {"keep": 0.1, "token_keep": ((3, 0.7), (6, 0.7), (9, 0.7))}),
     ),
     "merge": Run(
         {"keep": 0.25, "merge": (8,)},
         # Budgets that merge nothing hold the backbone: without them the mild ones get worse from step 200 on.
-        ("budgets=" + json.dumps([
-            {"keep": keep, "merge": merge} for keep in ("0.1", "0.25", "0.5") for merge in ("0", "8", "20..0")
-        ]).replace(":", " ="), "precision=bf16", "distil.learning_rate=2e-6"),
+        (
+            "budgets="
+            + json.dumps(
+                [{"keep": keep, "merge": merge} for keep in ("0.1", "0.25", "0.5") for merge in ("0", "8", "20..0")]
+            ).replace(":", " ="),
+            "precision=bf16",
+            "distil.learning_rate=2e-6",
+        ),
         ({"keep": 0.25, "merge": (8,)}, {"keep": 1.0, "merge": (8,)}),
     ),
     # As published: predictors learn first and alone, and no mixed images. It has more to learn than the others.
     "paper": Run(
         {"preset": "paper", "keep": 0.25},
-        ("budgets=[]", "images.mixed=0", "reconstruct.steps=100", "distil.steps=300", "distil.learning_rate=1e-5",
-         "distil.predictor_learning_rate=0"),
+        (
+            "budgets=[]",
+            "images.mixed=0",
+            "reconstruct.steps=100",
+            "distil.steps=300",
+            "distil.learning_rate=1e-5",
+            "distil.predictor_learning_rate=0",
+        ),
         ({"keep": 0.25},),
     ),
-}  # fmt: skip
+}
 
 
 def untrained(work: Path, name: str) -> Path:
@@ -160,9 +174,13 @@ def long_bundle(work: Path, student: Path | None = None, label: str = "teacher",
     """A student at 518 px, or the teacher."""
     made = work / f"bundle-{'' if student is None else student.name}-{label.replace(', ', '-').replace(' ', '-')}"
     weights = weights_file() if student is None else None
-    return made if made.exists() else export_bundle(
-        student or material.DINOV2, made, model=ModelOptions(img_size=518, weights=weights), budget=Budget(**budget)
-    )  # fmt: skip
+    return (
+        made
+        if made.exists()
+        else export_bundle(
+            student or material.DINOV2, made, model=ModelOptions(img_size=518, weights=weights), budget=Budget(**budget)
+        )
+    )
 
 
 def _row(work: Path, subject: Path, **options: Any) -> dict[str, Any]:
@@ -174,9 +192,11 @@ def _row(work: Path, subject: Path, **options: Any) -> dict[str, Any]:
     assert isinstance(chosen_by, ScoresResult)
     of = write_record(published.statistics)
     return {
-        "samples": published.samples, "patches": of["patches_cosine"]["mean"], "classes": of["features_cosine"]["mean"],
+        "samples": published.samples,
+        "patches": of["patches_cosine"]["mean"],
+        "classes": of["features_cosine"]["mean"],
         "development": write_record(chosen_by.statistics)["patches_cosine"]["mean"],
-    }  # fmt: skip
+    }
 
 
 def differences(rows: dict[str, Any]) -> dict[str, Any]:
@@ -199,9 +219,7 @@ def fashion_bundle(work: Path, label: str) -> Path:
         digest = json.loads((source / "config.json").read_text())["weights_sha256"]
         name = f"{label.replace(' ', '-').replace(',', '')}-{digest[:8]}"
     made = work / f"bundle-{name}"
-    return made if made.exists() else export_bundle(
-        source, made, **group(options, model=ModelOptions, budget=Budget)
-    )  # fmt: skip
+    return made if made.exists() else export_bundle(source, made, **group(options, model=ModelOptions, budget=Budget))
 
 
 def features(bundle: Path, pictures: Clothes, tell: Any) -> Any:

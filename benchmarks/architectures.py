@@ -52,9 +52,14 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "Dinov2Model": SMALL | {"image_size": 518, "patch_size": 14},
     "Dinov2WithRegistersModel": SMALL | {"image_size": 518, "patch_size": 14},
     "DINOv3ViTModel": SMALL | {"intermediate_size": 1536, "num_register_tokens": 4},
-    "CLIPVisionModel": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-                        "num_attention_heads": 16, "patch_size": 14},
-}  # fmt: skip
+    "CLIPVisionModel": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+}
 """Of transformers' classes, where they are not its own: DINOv2 and DINOv3 ViT-S, CLIP ViT-L/14."""
 LOGIT_SPREAD = 3.0
 """Standard deviation of the attention logits: fresh weights would attend to everything alike."""
@@ -83,9 +88,14 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     backbone = backbone_of(model)
     for attention in backbone.attentions:
         packed = getattr(attention, "qkv", None)
-        parts = [packed.weight[: 2 * len(packed.weight) // 3]] if packed is not None else [
-            attention.q_proj.weight, attention.k_proj.weight,
-        ]  # fmt: skip
+        parts = (
+            [packed.weight[: 2 * len(packed.weight) // 3]]
+            if packed is not None
+            else [
+                attention.q_proj.weight,
+                attention.k_proj.weight,
+            ]
+        )
         for weight in parts:
             weight.mul_((LOGIT_SPREAD / backbone.width) ** 0.5 / float(weight.std()))
     se.sparsify_model(model, keep=0.25 if backbone.patches < 1000 else 0.10)
@@ -112,25 +122,37 @@ def short(row: dict[str, Any]) -> dict[str, Any]:
     """Its parity and costs, for the summary."""
     check, dense = row["check"], row["dense_costs"]
     return {
-        "size": row["size"], "tokens": row["prefix"] + row["patches"], "keep": row["sparsity"]["keep"],
+        "size": row["size"],
+        "tokens": row["prefix"] + row["patches"],
+        "keep": row["sparsity"]["keep"],
         "error": max(check["errors_with_equal_selection"].values()),
         "least_row_cosine": min(check["least_row_cosines"].values()),
         "differing_share": check["differing_indices"] / check["selected_indices"],
         **{name: row["costs"][name] for name in COSTS},
-        "dense_attention_macs": dense["attention_macs"], "dense_total_macs": dense["total_macs"],
-    }  # fmt: skip
+        "dense_attention_macs": dense["attention_macs"],
+        "dense_total_macs": dense["total_macs"],
+    }
 
 
 def table(rows: dict[str, dict[str, Any]]) -> None:
     cells = []
     for name, row in rows.items():
         dense, attention = row["dense_attention_macs"], ("predictor_macs", "attention_macs", "cells_macs")
-        cells.append([
-            name, f"{row['size']}", f"{row['tokens']}", f"{row['keep']:g}", f"{row['error']:.0e}",
-            f"{row['least_row_cosine']:.6f}", f"{row['differing_share']:.0e}", f"{row['predictor_macs'] / dense:.1%}",
-            f"{sum(row[kind] for kind in attention) / dense:.1%}", f"{row['dense_total_macs'] / 1e9:.2f}",
-            f"{row['total_macs'] / 1e9:.2f}",
-        ])  # fmt: skip
+        cells.append(
+            [
+                name,
+                f"{row['size']}",
+                f"{row['tokens']}",
+                f"{row['keep']:g}",
+                f"{row['error']:.0e}",
+                f"{row['least_row_cosine']:.6f}",
+                f"{row['differing_share']:.0e}",
+                f"{row['predictor_macs'] / dense:.1%}",
+                f"{sum(row[kind] for kind in attention) / dense:.1%}",
+                f"{row['dense_total_macs'] / 1e9:.2f}",
+                f"{row['total_macs'] / 1e9:.2f}",
+            ]
+        )
     columns = ["", "px", "tokens", "keep", "error", "cosine", "keys off", "pred.", "attn.", "dense", "sparse"]
     print_table(
         "Exported file against torch; predictor and attention as shares of dense attention; GMACs", columns, cells

@@ -70,10 +70,13 @@ def plain_nodes(tokens: int) -> list[Any]:
         nodes.append(make("Reshape", [name, "shape"], [f"{name}r"]))
         nodes.append(make("Transpose", [f"{name}r"], [f"{name}h"], perm=order))
     return [
-        *nodes, make("MatMul", ["qh", "kh"], ["l"]), make("Mul", ["l", "scale"], ["ls"]),
-        make("Softmax", ["ls"], ["p"], axis=-1), make("MatMul", ["p", "vh"], ["oh"]),
+        *nodes,
+        make("MatMul", ["qh", "kh"], ["l"]),
+        make("Mul", ["l", "scale"], ["ls"]),
+        make("Softmax", ["ls"], ["p"], axis=-1),
+        make("MatMul", ["p", "vh"], ["oh"]),
         make("Transpose", ["oh"], ["o"], perm=[0, 2, 1, 3]),
-    ]  # fmt: skip
+    ]
 
 
 def rivals(qkv: np.ndarray, threads: int) -> dict[str, Run]:
@@ -112,17 +115,33 @@ def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dic
     if halves is not None and halves.precision != "bfloat16":
         raise SystemExit(f"the native library runs on {native.target()}, without bfloat16")
     output = np.empty((1, tokens, channels), np.float32)
-    settings = {"num_heads": HEADS, "scale": SCALE, "num_prefix": 1, "probe": PROBE, "tile": TILE, "cell": cell,
-                "value_power": 2.0, "prefix_keys": 1}  # fmt: skip
+    settings = {
+        "num_heads": HEADS,
+        "scale": SCALE,
+        "num_prefix": 1,
+        "probe": PROBE,
+        "tile": TILE,
+        "cell": cell,
+        "value_power": 2.0,
+        "prefix_keys": 1,
+    }
     if halves is not None:
         runs[DENSE + IN_BF16] = lambda: run_by_name(halves, "DenseAttention", settings, [*given.values()], output)
         work[DENSE + IN_BF16] = work[DENSE]
     for keep in KEEPS:
         keys = math.ceil(round(keep * patches, 9))
         select = helper.make_node(
-            "KeySelect", ["qkv", "sizes", "pq", "pk"], ["i"], num_prefix=1, probe=PROBE, tile=TILE, cell=cell,
-            keys=keys, value_power=2.0, **shared,
-        )  # fmt: skip
+            "KeySelect",
+            ["qkv", "sizes", "pq", "pk"],
+            ["i"],
+            num_prefix=1,
+            probe=PROBE,
+            tile=TILE,
+            cell=cell,
+            keys=keys,
+            value_power=2.0,
+            **shared,
+        )
         attend = helper.make_node(
             "SparseAttention", ["qkv", "sizes", "i"], ["o"], num_prefix=1, tile=TILE, cell=cell, prefix_keys=1, **shared
         )
@@ -146,9 +165,13 @@ def run_by_name(
 
 
 def _in_bf16(
-    halves: Operators, given: list[np.ndarray], lists: np.ndarray, projections: dict[str, np.ndarray],
-    settings: dict[str, float], keep: str,
-) -> dict[str, Run]:  # fmt: skip
+    halves: Operators,
+    given: list[np.ndarray],
+    lists: np.ndarray,
+    projections: dict[str, np.ndarray],
+    settings: dict[str, float],
+    keep: str,
+) -> dict[str, Run]:
     """Attention in bfloat16 alone, and after selection, which is float32."""
     found, output = np.empty_like(lists), np.empty((1, given[0].shape[1], given[0].shape[2] // 3), np.float32)
 
@@ -178,13 +201,19 @@ def measure(tokens: int, cells: int, threads: int, rounds: int, tell: Any) -> tu
         name: {
             "median_ms": medians[name],
             "times_faster_than_best_dense": ratio(times[best16 if name.endswith(IN_BF16) else best], times[name]),
-            **({"times_faster_than_fp32": ratio(times[name.removesuffix(IN_BF16)], times[name])}
-               if name.endswith(IN_BF16) and name != OPENVINO16 else {}),
-            **({"gflops": 1e3 * work[name] / medians[name], "share_of_gemm": work[name] / medians[name] / peak}
-               if name in work else {}),
+            **(
+                {"times_faster_than_fp32": ratio(times[name.removesuffix(IN_BF16)], times[name])}
+                if name.endswith(IN_BF16) and name != OPENVINO16
+                else {}
+            ),
+            **(
+                {"gflops": 1e3 * work[name] / medians[name], "share_of_gemm": work[name] / medians[name] / peak}
+                if name in work
+                else {}
+            ),
         }
         for name in runs
-    }  # fmt: skip
+    }
     figures[DENSE]["times_faster_than_fused"] = ratio(times[FUSED], times[DENSE])
     found = {"cells": cells, "best_dense": best, "best_dense_any": best16, "operators": figures}
     return {n: x.tolist() for n, x in times.items()}, found

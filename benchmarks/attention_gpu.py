@@ -41,9 +41,15 @@ def settings(tokens: int, keep: float, tile: int) -> dict[str, Any]:
     sparsity = SparsityConfig(keep=keep, tile=tile, probe=min(16, tile), cells=CELLS)
     layout = sparsity.layout(tokens - 1)
     return {
-        "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": layout.cell, "scale": SCALE,
-        "probe": sparsity.probe, "keys": layout.keys, "value_power": sparsity.value_power,
-    }  # fmt: skip
+        "num_heads": HEADS,
+        "num_prefix": 1,
+        "tile": tile,
+        "cell": layout.cell,
+        "scale": SCALE,
+        "probe": sparsity.probe,
+        "keys": layout.keys,
+        "value_power": sparsity.value_power,
+    }
 
 
 def projections() -> tuple[torch.Tensor, torch.Tensor]:

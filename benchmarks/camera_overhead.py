@@ -137,9 +137,15 @@ def measure(
 @click.option("--share", type=float, help="Of a stream: of the patches, of each frame.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The result's file.")
 def main(
-    bundle: Path, video: Path, encode: str | None, rounds: int, frames: int, threads: int | None, share: float | None,
+    bundle: Path,
+    video: Path,
+    encode: str | None,
+    rounds: int,
+    frames: int,
+    threads: int | None,
+    share: float | None,
     output: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """See the module's documentation."""
     with tempfile.TemporaryDirectory() as folder:
         source = encoded(video, encode, frames, Path(folder) / "encoded.mp4") if encode else video
@@ -147,8 +153,13 @@ def main(
     click.echo(json.dumps(found | {"goal_percent": GOAL_PERCENT}, indent=2))
     if output is not None:
         subject = Subject(path=str(bundle), sha256=bundle_hash(bundle))
-        method = {"goal_percent": GOAL_PERCENT, "frames": frames, "threads": threads or available_cores(),
-                  "share": share or 1.0, "video": f"{video.name}, {encode or 'as it is'}"}  # fmt: skip
+        method = {
+            "goal_percent": GOAL_PERCENT,
+            "frames": frames,
+            "threads": threads or available_cores(),
+            "share": share or 1.0,
+            "video": f"{video.name}, {encode or 'as it is'}",
+        }
         write_summary(output, Result("evaluation", [subject], method, {}, found))
     raise SystemExit(0 if found["overhead_percent"]["value"] <= GOAL_PERCENT else 1)
 

@@ -119,8 +119,10 @@ def watch(bundle: Path, address: str, seconds: float, threads: int | None, lines
         "age_ms": [record["frame_age_ms"] for record in records],
         "median_ms": {name: float(np.median([record[name] for record in records])) for name in stages},
         "processor_s": (sum(after[:2]) - sum(before[:2])) / (len(records) + WARM_UP),
-        "captured": done["captured"], "processed": done["processed"], "bad_packets": done["bad_packets"],
-    }  # fmt: skip
+        "captured": done["captured"],
+        "processed": done["processed"],
+        "bad_packets": done["bad_packets"],
+    }
 
 
 @click.command()
@@ -155,10 +157,13 @@ def main(
     ages = [age for one in found for age in one["age_ms"]]
     goal = 2000 / rate + float(np.median(alone))
     statistics = {
-        "rate": rate, "bare_ms": alone, "goal_ms": goal, "age_p50_ms": float(np.median(ages)),
+        "rate": rate,
+        "bare_ms": alone,
+        "goal_ms": goal,
+        "age_p50_ms": float(np.median(ages)),
         "age_p95_ms": float(np.quantile(ages, 0.95)),
         "rounds": [{name: value for name, value in one.items() if name != "age_ms"} for one in found],
-    }  # fmt: skip
+    }
     click.echo(json.dumps(statistics, indent=2))
     if output is not None:
         method = {"video": f"{video.name}, {size}", "seconds": seconds, "threads": threads or available_cores()}

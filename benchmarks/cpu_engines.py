@@ -73,9 +73,12 @@ def openvino_run(model: Any, inputs: Mapping[str, np.ndarray] | list[np.ndarray]
 
 
 def time_in_turn(
-    runs: Mapping[str, Run], rounds: int, burst: int, tell: Callable[[str], None],
+    runs: Mapping[str, Run],
+    rounds: int,
+    burst: int,
+    tell: Callable[[str], None],
     after: Callable[[str], None] = lambda _: None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> dict[str, np.ndarray]:
     """Milliseconds [rounds, burst] of each engine. after: of its name, called when it was timed."""
     order = list(runs)
     draw = random.Random(0)

@@ -135,8 +135,17 @@ def main(*, bundles: Path | None, output: Path) -> None:
                     subjects.append(subject(folder))
                     rows += measure(folder)
                     save(output, subjects, rows)
-    cells = [[row["bundle"], row["compute_capability"], *(f"{row[name]:.1f}" for name in KEPT[:2]),
-              f"{row['bytes'] / 1e6:.1f}", str(row.get("kernels", ""))] for row in rows if row["built"]]  # fmt: skip
+    cells = [
+        [
+            row["bundle"],
+            row["compute_capability"],
+            *(f"{row[name]:.1f}" for name in KEPT[:2]),
+            f"{row['bytes'] / 1e6:.1f}",
+            str(row.get("kernels", "")),
+        ]
+        for row in rows
+        if row["built"]
+    ]
     print_table("Built ahead of time", ["bundle", "compute capability", *KEPT[:2], "MB", "kernels"], cells)
 
 

@@ -71,9 +71,11 @@ def main(output: Path | None, threads: int | None) -> None:
     statistics["GPU"] = dataclasses.asdict(fitting.gpu_share(gpu_values, spread, len(gpu)))
     statistics["CPU"] = dataclasses.asdict(fitting.cpu_share(cpu_values, CPU_FIT.spread, len(cpu)))
     samples: dict[str, Any] = {
-        "left_out_board": _rows(by_board), "left_out_chip": _rows(by_chip), "left_out_model_cpu": _rows(by_model),
+        "left_out_board": _rows(by_board),
+        "left_out_chip": _rows(by_chip),
+        "left_out_model_cpu": _rows(by_model),
         "checks": [_sample(p, fitting.gpu_ratio(p, gpu_values)) for p in fitting.published(fitted=False)],
-    }  # fmt: skip
+    }
     _show("Left-out boards, ms", samples["left_out_board"] + samples["checks"])
     _show("Left-out models on the recorded CPU, ms", samples["left_out_model_cpu"])
     statistics["this_machine"] = this_machine(threads or available_cores())
@@ -94,10 +96,13 @@ def _sample(point: Point, ratio: float) -> dict[str, Any]:
 
 def _show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     cells = [
-        [f"{r['board']}, {r['model']}, {r['precision']}", *(f"{r[k]:.2f}" for k in ("published_ms", "predicted_ms")),
-         f"{r['error']:+.0%}"]
+        [
+            f"{r['board']}, {r['model']}, {r['precision']}",
+            *(f"{r[k]:.2f}" for k in ("published_ms", "predicted_ms")),
+            f"{r['error']:+.0%}",
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     print_table(title, ["", "measured by others", "predicted", "error"], cells)
 
 

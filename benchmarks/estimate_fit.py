@@ -33,8 +33,16 @@ SHAPES = {"vit_small": (384, 6, 1536), "vit_base": (768, 12, 3072)}
 Values = dict[str, float]
 START_GPU: Values = {"arithmetic": 0.4, "bandwidth": 0.8, "launch_us": 8.0, "int8": 0.8}
 START_CPU: Values = {"linear": 0.8, "attention": 0.6, "predictor": 0.2, "int8": 0.6, "launch_us": 10.0, "gb_s": 20.0}
-BOUNDS = {"arithmetic": (0.05, 1.0), "bandwidth": (0.2, 1.0), "int8": (0.2, 1.0), "launch_us": (0.5, 100.0),
-          "linear": (0.2, 1.0), "attention": (0.1, 1.0), "predictor": (0.02, 1.0), "gb_s": (3.0, 100.0)}  # fmt: skip
+BOUNDS = {
+    "arithmetic": (0.05, 1.0),
+    "bandwidth": (0.2, 1.0),
+    "int8": (0.2, 1.0),
+    "launch_us": (0.5, 100.0),
+    "linear": (0.2, 1.0),
+    "attention": (0.1, 1.0),
+    "predictor": (0.02, 1.0),
+    "gb_s": (3.0, 100.0),
+}
 
 
 class Point(NamedTuple):

@@ -53,9 +53,14 @@ def measure(size: int, merge: tuple[int, ...], folder: Path, tell: Any) -> tuple
     torch.set_num_threads(threads)
     image, runs, fidelity = torch.from_numpy(images), {}, {}
     se.sparsify(
-        material.DINOV2, folder / "student", weights=weights_file(), img_size=size, keep=1.0, merge=merge,
+        material.DINOV2,
+        folder / "student",
+        weights=weights_file(),
+        img_size=size,
+        keep=1.0,
+        merge=merge,
         calibrate=linked(folder / "calibration", split.images("calibration")),
-    )  # fmt: skip
+    )
     for name, budget in (("dense", se.Budget(merge=())), ("merged", se.Budget())):
         tell(f"export {name}")
         model = deploy(se.load_student(folder / "student", budget=budget)).eval()

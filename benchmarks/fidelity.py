@@ -116,18 +116,24 @@ def run(variant: Variant, subject: Subject) -> dict[str, Any]:
 
 def row(
     group: str, name: str, subject: Subject, sparsity: SparsityConfig, found: Fidelity, source: str
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Of a configured subject."""
     shape = model_shape(subject.model)
     costs, dense = layer_costs(shape, sparsity), layer_costs(shape, SparsityConfig(keep=1))
     dense_macs, layout = sum(c["attention"].macs for c in dense), sparsity.layout(subject.patches)
     return {
-        "group": group, "name": name, "size": subject.size, "sparsity": sparsity.to_dict(), "projections": source,
+        "group": group,
+        "name": name,
+        "size": subject.size,
+        "sparsity": sparsity.to_dict(),
+        "projections": source,
         "keys_share": (layout.keys + layout.cells) / layout.patches,
         "macs_share": sum(c["predictor"].macs + c["attention"].macs + c["cells"].macs for c in costs) / dense_macs,
         "predictor_share": sum(c["predictor"].macs for c in costs) / dense_macs,
-        "features_cosine": found.features, "patches_cosine": found.patches, "layer_errors": found.errors,
-    }  # fmt: skip
+        "features_cosine": found.features,
+        "patches_cosine": found.patches,
+        "layer_errors": found.errors,
+    }
 
 
 def merged_tokens(size: int) -> dict[str, Any]:
@@ -151,12 +157,18 @@ def merged_tokens(size: int) -> dict[str, Any]:
     counts = tome.token_counts(rates, tokens)[:-1]
     whole = sum(c["attention"].macs for c in layer_costs(shape, dense))
     return {
-        "group": "baselines", "name": f"ToMe, r = {rates[0]} a layer", "size": size, "sparsity": {},
-        "projections": "none", "keys_share": sum(counts) / len(counts) / counts[0],
-        "macs_share": sum(2 * n * n * shape.width for n in counts) / whole, "predictor_share": 0.0,
-        "features_cosine": features, "patches_cosine": patches,
+        "group": "baselines",
+        "name": f"ToMe, r = {rates[0]} a layer",
+        "size": size,
+        "sparsity": {},
+        "projections": "none",
+        "keys_share": sum(counts) / len(counts) / counts[0],
+        "macs_share": sum(2 * n * n * shape.width for n in counts) / whole,
+        "predictor_share": 0.0,
+        "features_cosine": features,
+        "patches_cosine": patches,
         "layer_errors": {"unavailable": "merged tokens have no counterpart in the teacher"},
-    }  # fmt: skip
+    }
 
 
 def paper_preset(size: int) -> dict[str, Any]:
@@ -196,12 +208,15 @@ def everything(sizes: tuple[int, ...], groups: tuple[str, ...]) -> list[dict[str
 
 def table(rows: list[dict[str, Any]]) -> None:
     cells = [
-        [f"{x['group']}: {x['name']}", str(x["size"]),
-         *(f"{x[share]:.1%}" for share in ("keys_share", "macs_share", "predictor_share")),
-         f"{np.mean(x['layer_errors']):.3f}" if isinstance(x["layer_errors"], list) else "",
-         *(f"{np.mean(x[cosine]):.4f}" for cosine in ("features_cosine", "patches_cosine"))]
+        [
+            f"{x['group']}: {x['name']}",
+            str(x["size"]),
+            *(f"{x[share]:.1%}" for share in ("keys_share", "macs_share", "predictor_share")),
+            f"{np.mean(x['layer_errors']):.3f}" if isinstance(x["layer_errors"], list) else "",
+            *(f"{np.mean(x[cosine]):.4f}" for cosine in ("features_cosine", "patches_cosine")),
+        ]
         for x in rows
-    ]  # fmt: skip
+    ]
     columns = ["", "px", "keys", "MACs", "predictor", "error", "CLS", "patches"]
     print_table("Untrained DINOv2 ViT-S/14 against dense, eight photographs", columns, cells)
 

@@ -61,18 +61,30 @@ EARLY, LONG = default_keep(37 * 37, 12), default_keep(74 * 74, 12)
 """Shares of keys at 518 and 1036 px."""
 CASES = {
     224: Case(
-        tuple((rates, 1) for rates in tome.CHOSEN), 16,
-        (8, 10, 12, 14), (12, 16, 20, 24, *tome.CHOSEN[2:4]), (14, 12), (0.98, 0.985, 0.99),
+        tuple((rates, 1) for rates in tome.CHOSEN),
+        16,
+        (8, 10, 12, 14),
+        (12, 16, 20, 24, *tome.CHOSEN[2:4]),
+        (14, 12),
+        (0.98, 0.985, 0.99),
     ),
     518: Case(
-        (((140, 1), EARLY), ((160, 1), EARLY), ((200, 1.5), EARLY), ((240, 2), EARLY), ((300, 3), EARLY)), 49,
-        (), (80, 120, 140, 160, 180, (200, 1.5), (240, 2)), (34, 29), (0.98, 0.985, 0.99),
+        (((140, 1), EARLY), ((160, 1), EARLY), ((200, 1.5), EARLY), ((240, 2), EARLY), ((300, 3), EARLY)),
+        49,
+        (),
+        (80, 120, 140, 160, 180, (200, 1.5), (240, 2)),
+        (34, 29),
+        (0.98, 0.985, 0.99),
     ),
     1036: Case(
-        (((700, 1), LONG), ((900, 1.5), LONG), ((1000, 2), LONG), ((1200, 2), LONG)), 49,
-        (), (700, 800, (900, 1.5), (1000, 2)), (68,), (0.98, 0.985),
+        (((700, 1), LONG), ((900, 1.5), LONG), ((1000, 2), LONG), ((1200, 2), LONG)),
+        49,
+        (),
+        (700, 800, (900, 1.5), (1000, 2)),
+        (68,),
+        (0.98, 0.985),
     ),
-}  # fmt: skip
+}
 BURSTS = {224: 5, 518: 2, 1036: 1}
 """Calls in a round, of which the median counts."""
 FEW, NEAR = 3, 1.15
@@ -89,9 +101,13 @@ def of_base(case: Case) -> Case:
     files of a ViT-B/14 would need more than 24 GB.
     """
     return dataclasses.replace(
-        case, budgets=case.budgets[1:-1], constant=(), falling=(16, 20, tome.CHOSEN[2]), grids=(),
+        case,
+        budgets=case.budgets[1:-1],
+        constant=(),
+        falling=(16, 20, tome.CHOSEN[2]),
+        grids=(),
         compared=case.compared[:1],
-    )  # fmt: skip
+    )
 
 
 def of_front(path: Path, size: int) -> Case:
@@ -101,9 +117,12 @@ def of_front(path: Path, size: int) -> Case:
     nearest = [min(points, key=lambda p, at=at: abs(math.log((1 - p["fidelity"] + 1e-6) / (1 - at)))) for at in FRONT]
     chosen = dict.fromkeys((point["merge"], parse_keep(point["keep"])) for point in nearest)
     return dataclasses.replace(
-        case, budgets=tuple(chosen), falling=(*case.falling, *LOWER.get(size, ())), compared=FRONT,
+        case,
+        budgets=tuple(chosen),
+        falling=(*case.falling, *LOWER.get(size, ())),
+        compared=FRONT,
         start=path.parent / "start",
-    )  # fmt: skip
+    )
 
 
 def base(size: int, folder: Path) -> tuple[str, Path]:
@@ -141,8 +160,9 @@ def fidelity_of(points: list[Point], result: Path) -> dict[str, dict[str, Any]]:
         row = files.get((point.kind, point.budget)) if point.precision == "fp32" else rows.get(point.name)
         if row:
             found[point.name] = {
-                "patches_cosine": [row["patches_cosine"]["value"]], "class_cosine": [row["class_cosine"]]
-            }  # fmt: skip
+                "patches_cosine": [row["patches_cosine"]["value"]],
+                "class_cosine": [row["class_cosine"]],
+            }
     return found
 
 
@@ -212,9 +232,11 @@ class Fronts:
             chosen |= {family for family in side if self.ms(family, wanted) <= NEAR * best}
         return {
             point.name: point
-            for family in chosen for way in self.ways(family, wanted)
-            if self._median(way) <= NEAR * self.ms(family, wanted) for _, point in way
-        }  # fmt: skip
+            for family in chosen
+            for way in self.ways(family, wanted)
+            if self._median(way) <= NEAR * self.ms(family, wanted)
+            for _, point in way
+        }
 
     def compare(self, wanted: float) -> dict[str, Any]:
         """The best rival's time at a fidelity over ours, with its interval over rounds."""
@@ -223,10 +245,14 @@ class Fronts:
         pairs = [(self.ms(rival, wanted, n), self.ms(mine, wanted, n)) for n in rounds]
         ratios = [a / b if math.isfinite(b) else 0.0 for a, b in pairs]
         return {
-            "patches_cosine": wanted, "rival": rival, "ours": mine, "rival_ms": _finite(self.ms(rival, wanted)),
-            "ours_ms": _finite(self.ms(mine, wanted)), "ratio": write_record(stats.median(ratios)),
+            "patches_cosine": wanted,
+            "rival": rival,
+            "ours": mine,
+            "rival_ms": _finite(self.ms(rival, wanted)),
+            "ours_ms": _finite(self.ms(mine, wanted)),
+            "ratio": write_record(stats.median(ratios)),
             "each_ms": {kind: _finite(self.ms(family, wanted)) for kind, family in self.kinds(wanted).items()},
-        }  # fmt: skip
+        }
 
 
 def _finite(ms: float) -> Any:
@@ -234,9 +260,13 @@ def _finite(ms: float) -> Any:
 
 
 def measure(
-    case: Case, of: Setting, judge: Callable[[list[Point]], dict[str, dict[str, Any]]], rounds: int, folder: Path,
+    case: Case,
+    of: Setting,
+    judge: Callable[[list[Point]], dict[str, dict[str, Any]]],
+    rounds: int,
+    folder: Path,
     tell: Any,
-) -> tuple[dict[str, Any], dict[str, Any]] | None:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Samples and statistics, of no rounds none. judge: fidelities by the names of points, where it knows them."""
     along_a_front = case.start is not None and of.int8
     points = ours(case, of, folder, tell)
@@ -258,28 +288,37 @@ def measure(
     again = turns({name: point.run for name, point in near.items()}, rounds)
     rows = {
         point.name: {
-            "family": point.family, "budget": point.budget, "precision": point.precision, "macs": point.macs,
+            "family": point.family,
+            "budget": point.budget,
+            "precision": point.precision,
+            "macs": point.macs,
             "median_ms": float(np.median(again.get(point.name, times[point.name]))),
             "rounds": len(again.get(point.name, times[point.name])),
             "patches_cosine": write_record(stats.small_sample_mean(found[point.name]["patches_cosine"])),
             "class_cosine": float(np.mean(found[point.name]["class_cosine"])),
         }
         for point in points
-    }  # fmt: skip
+    }
     compared = {
         f"{wanted}, {kind}": Fronts.of(points, found, again, any_precision).compare(wanted)
-        for wanted in case.compared for kind, any_precision in kinds.items()
-    }  # fmt: skip
+        for wanted in case.compared
+        for kind, any_precision in kinds.items()
+    }
     samples = {name: {**found[name], "ms": again.get(name, times[name]).tolist()} for name in rows}
     return samples, {"points": rows, "at_equal_fidelity": compared, "left_out": left_out}
 
 
 def show(title: str, found: dict[str, Any]) -> None:
     rows = [
-        [name, f"{row['macs'] / 1e9:.1f}", f"{row['median_ms']:.1f}", f"{row['patches_cosine']['value']:.4f}",
-         f"{row['class_cosine']:.4f}"]
+        [
+            name,
+            f"{row['macs'] / 1e9:.1f}",
+            f"{row['median_ms']:.1f}",
+            f"{row['patches_cosine']['value']:.4f}",
+            f"{row['class_cosine']:.4f}",
+        ]
         for name, row in found["points"].items()
-    ]  # fmt: skip
+    ]
     print_table(title, ["", "G MACs", "ms", "patches", "class"], rows)
     for label, row in found["at_equal_fidelity"].items():
         ms, rival_ms = (f"{x:.1f}" if isinstance(x, float) else "?" for x in (row["ours_ms"], row["rival_ms"]))
@@ -308,14 +347,20 @@ def draw(title: str, found: dict[str, Any], path: Path) -> None:
         ordered = sorted(rows, key=lambda r: float(r["median_ms"]))
         mine = family.startswith("ours")
         axis.plot(
-            [r["median_ms"] for r in ordered], [1 - r["patches_cosine"]["value"] for r in ordered],
-            f"{next(marks)}-" if mine else "x--", label=family, color="black" if mine else f"C{number % 10}",
+            [r["median_ms"] for r in ordered],
+            [1 - r["patches_cosine"]["value"] for r in ordered],
+            f"{next(marks)}-" if mine else "x--",
+            label=family,
+            color="black" if mine else f"C{number % 10}",
             linewidth=1.6 if mine else 0.8,
-        )  # fmt: skip
+        )
     axis.set(
-        xscale="log", yscale="log", xlabel="ms", ylabel="1 - patch cosine (lower is better)",
+        xscale="log",
+        yscale="log",
+        xlabel="ms",
+        ylabel="1 - patch cosine (lower is better)",
         title=f"{title}, untrained; grey: dense",
-    )  # fmt: skip
+    )
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.xaxis.set_minor_formatter("{x:.0f}")
     axis.grid(which="both", alpha=0.3)
@@ -338,9 +383,16 @@ def draw(title: str, found: dict[str, Any], path: Path) -> None:
 @click.option("--work", type=click.Path(path_type=Path), help="Keep files and fidelities here, for another run.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for frontier_<size>.json and .png.")
 def main(
-    sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, front: Path | None, result: Path | None,
-    count: int | None, work: Path | None, output: Path | None,
-) -> None:  # fmt: skip
+    sizes: tuple[str, ...],
+    rounds: int,
+    threads: int | None,
+    int8: bool,
+    front: Path | None,
+    result: Path | None,
+    count: int | None,
+    work: Path | None,
+    output: Path | None,
+) -> None:
     """See the module's documentation."""
     if (front or result) and (len(sizes) > 1 or (front and result)):
         raise click.UsageError("--front and --base are of one size, and not of each other")
@@ -360,9 +412,13 @@ def main(
             of = Setting(size, threads or available_cores(), int8, model, weights)
             case = of_front(front, size) if front else CASES[size]
             case = of_base(case) if result else case
-            judge = functools.partial(fidelity_of, result=result) if result else functools.partial(
-                fidelity, size=size, photographs=paths, file=folder / f"{len(paths)}.json", tell=status.update
-            )  # fmt: skip
+            judge = (
+                functools.partial(fidelity_of, result=result)
+                if result
+                else functools.partial(
+                    fidelity, size=size, photographs=paths, file=folder / f"{len(paths)}.json", tell=status.update
+                )
+            )
             measured = measure(case, of, judge, rounds, folder, status.update)
         if measured is None:
             continue
@@ -370,11 +426,17 @@ def main(
         title = f"{'DINOv2 ViT-B/14, random weights' if result else 'DINOv2 ViT-S/14'}, {size} px"
         if output:
             method = {
-                "photographs": len(paths), "rounds": rounds, "rounds_of_all": FEW, "near": NEAR, "calls": BURSTS[size],
-                "size": size, "threads": of.threads, "int8": int8,
+                "photographs": len(paths),
+                "rounds": rounds,
+                "rounds_of_all": FEW,
+                "near": NEAR,
+                "calls": BURSTS[size],
+                "size": size,
+                "threads": of.threads,
+                "int8": int8,
                 "interpolation": "linear in log(1 - patch cosine) between points of one family",
                 "fidelity": "of the same budgets in ViT-S/14" if result else "of what ran",
-            }  # fmt: skip
+            }
             record = Result("comparison", [Subject(path=model, sha256="")], method, samples, statistics)
             write_summary(output / f"frontier_{size}{more}.json", record)
             draw(title, statistics, output / f"frontier_{size}{more}.png")

@@ -166,8 +166,9 @@ def quick_engines(points: list[Point], by_precision: bool, tell: Any) -> tuple[l
         point.rest()
     ratios = {
         (kind, engine): seconds / min(engines.values())
-        for (kind, _), engines in taken.items() for engine, seconds in engines.items()
-    }  # fmt: skip
+        for (kind, _), engines in taken.items()
+        for engine, seconds in engines.items()
+    }
     left = {engine for (_, engine), ratio in ratios.items() if ratio <= SLOW}
     out = {
         (kind, engine): ratio
@@ -185,9 +186,15 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     student = case.start or folder / "student"
     if not student.exists():
         sparsify(
-            of.model, student, weights=of.weights, img_size=of.size, keep=0.25, cells=case.cells,
-            merge=(case.falling[0],), calibrate=images,
-        )  # fmt: skip
+            of.model,
+            student,
+            weights=of.weights,
+            img_size=of.size,
+            keep=0.25,
+            cells=case.cells,
+            merge=(case.falling[0],),
+            calibrate=images,
+        )
     points: list[Point] = []
     depth = len(load_student(student).model.blocks)
     for rate, keep in case.budgets:
@@ -314,9 +321,14 @@ def in_torch(module: Any, images: np.ndarray) -> Any:
 
 
 def _in_engines(
-    path: Path, families: dict[str, str], budget: str, macs: float, images: np.ndarray, threads: int,
+    path: Path,
+    families: dict[str, str],
+    budget: str,
+    macs: float,
+    images: np.ndarray,
+    threads: int,
     precision: str = "",
-) -> list[Point]:  # fmt: skip
+) -> list[Point]:
     """One file by family: OpenVINO's hint, or "" for ONNX Runtime."""
     points = []
     for family, hint in families.items():
@@ -332,7 +344,7 @@ def _in_engines(
 
 def _ort_point(
     path: Path, kernels: bool, family: str, budget: str, macs: float, precision: str, images: np.ndarray, threads: int
-) -> Point:  # fmt: skip
+) -> Point:
     session = ort_session(str(path), threads, kernels)
     place = [output.name for output in session.get_outputs()].index("tokens")
     return Point(family, budget, lambda x: session.run(None, {"image": x}), place, images, macs, precision)

@@ -29,9 +29,15 @@ SHOWN = (("float16", 64, 64), ("float16", 64, 16), ("bfloat16", 64, 64))
 
 _KIB, PTX = 1024, 85
 LIMITS = {
-    80: (32, 64, 164), 86: (16, 48, 100), 87: (16, 48, 164), 89: (24, 48, 100), 90: (32, 64, 228),
-    100: (32, 64, 228), 110: (24, 48, 228), 120: (24, 48, 100),
-}  # fmt: skip
+    80: (32, 64, 164),
+    86: (16, 48, 100),
+    87: (16, 48, 164),
+    89: (24, 48, 100),
+    90: (32, 64, 228),
+    100: (32, 64, 228),
+    110: (24, 48, 228),
+    120: (24, 48, 100),
+}
 """Blocks, warps and KiB of shared memory of a multiprocessor, by compute capability times ten. Blocks and memory:
 `cuda_occupancy.h` of CUDA 13.5; warps: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
@@ -66,9 +72,15 @@ def _up(value: int, unit: int) -> int:
 def layer(dtype: str, width: int, tile: int) -> Schedule:
     """At 1025 tokens and keep .10, one image."""
     a: dict[str, Any] = {
-        "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": CELL, "scale": width**-0.5, "probe": 8, "keys": KEYS,
+        "num_heads": HEADS,
+        "num_prefix": 1,
+        "tile": tile,
+        "cell": CELL,
+        "scale": width**-0.5,
+        "probe": 8,
+        "keys": KEYS,
         "value_power": 2.0,
-    }  # fmt: skip
+    }
     return schedule_layer([(1, PATCHES + 1, 3 * HEADS * width), *[(HEADS, width, CHANNELS)] * 2], a, dtype)
 
 
@@ -76,11 +88,20 @@ def describe(dtype: str, width: int, tile: int, made: Compiled, ptxas: Path | No
     registers, spilled = resources(made, ptxas)
     resident = occupancy(made.capability, made.launch.warps, registers, made.shared)
     return {
-        "capability": made.capability, "kernel": made.launch.kernel, "dtype": dtype, "head_dimension": width,
-        "tile": tile, "warps": made.launch.warps, "registers": registers, "spilled_bytes": spilled,
-        "shared_bytes": made.shared, "resident_blocks": resident.blocks, "occupancy": resident.share,
-        "limited_by": resident.limit, "cubin_bytes": len(made.cubin),
-    }  # fmt: skip
+        "capability": made.capability,
+        "kernel": made.launch.kernel,
+        "dtype": dtype,
+        "head_dimension": width,
+        "tile": tile,
+        "warps": made.launch.warps,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": made.shared,
+        "resident_blocks": resident.blocks,
+        "occupancy": resident.share,
+        "limited_by": resident.limit,
+        "cubin_bytes": len(made.cubin),
+    }
 
 
 def measure(capabilities: tuple[int, ...], ptxas: Path | None) -> list[dict[str, Any]]:
@@ -140,9 +161,11 @@ def main(capabilities: tuple[int, ...], ptxas: Path | None, docs: bool, output: 
         sources = sorted((ROOT / "sparsifiner_edge" / "ops" / "triton").glob("*.py"))
         subjects = [Subject(path=str(p.relative_to(ROOT)), sha256=sha256(p)) for p in sources]
         method = {
-            "what": "static: compiled ahead of time, never run", "triton": package_version("triton"),
-            "patches": PATCHES, "keys": KEYS,
-        }  # fmt: skip
+            "what": "static: compiled ahead of time, never run",
+            "triton": package_version("triton"),
+            "patches": PATCHES,
+            "keys": KEYS,
+        }
         result = Result("evaluation", subjects, method, {}, {"kernels": rows})
         write_summary(output / "kernels_static.json", result)
 

@@ -83,9 +83,17 @@ class Variant:
 
 
 def pairs_by(
-    part: Merging, qkv: Tensor, sizes: Tensor, num_heads: int, *, metric: str = "keys", power: float = 1,
-    window: int | None = None, attended: float = 0, energy: float = 0,
-) -> Tensor:  # fmt: skip
+    part: Merging,
+    qkv: Tensor,
+    sizes: Tensor,
+    num_heads: int,
+    *,
+    metric: str = "keys",
+    power: float = 1,
+    window: int | None = None,
+    attended: float = 0,
+    energy: float = 0,
+) -> Tensor:
     """MatchTokens with another metric, window, or power of the sizes; attended: a power of how much the class token
     attends to a token, which weighs it besides; energy: how much it counts in a pair's score how alike its tokens are
     to all in their windows (PiToMe).
@@ -93,9 +101,12 @@ def pairs_by(
     packed = qkv.unflatten(-1, (3, num_heads, -1))
     queries, keys, values = packed.unbind(2)
     made = {
-        "keys": keys.mean(2), "all heads": keys.flatten(2), "values": values.mean(2), "features": part.seen,
+        "keys": keys.mean(2),
+        "all heads": keys.flatten(2),
+        "values": values.mean(2),
+        "features": part.seen,
         "keys and values": packed[:, :, 1:].flatten(2),
-    }[metric]  # fmt: skip
+    }[metric]
     logits = (queries[:, :1] * keys).sum(-1) * keys.shape[-1] ** -0.5
     weights = sizes**power * logits.softmax(1).mean(2).clamp_min(1e-9) ** attended
     # MatchTokens takes the mean of the heads' keys: one head holds any metric.
@@ -103,9 +114,13 @@ def pairs_by(
     partners = functools.partial(_with_energy, energy) if energy else ops._best_partners
     with unittest.mock.patch.object(ops, "_best_partners", partners):
         return ops.match_tokens(
-            packed, weights, num_heads=1, num_prefix=part.prefix,
-            window=window or part.window, merged=part.merged,
-        )  # fmt: skip
+            packed,
+            weights,
+            num_heads=1,
+            num_prefix=part.prefix,
+            window=window or part.window,
+            merged=part.merged,
+        )
 
 
 def _with_energy(share: float, metric: Tensor, sizes: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -141,17 +156,27 @@ def variants(size: int) -> list[Variant]:
     rows += [Variant("keep", "default", usual, keep) for keep in KEEPS[size]]
     if many:
         tried: dict[str, dict[str, Any]] = {
-            "all heads": {"metric": "all heads"}, "values": {"metric": "values"}, "features": {"metric": "features"},
-            "sizes do not count": {"power": 0}, "roots of sizes": {"power": 0.5}, "sizes squared": {"power": 2},
-            "window 4": {"window": 4}, "window 64": {"window": 64}, "window 256": {"window": 256},
-            "keys and values": {"metric": "keys and values"}, "attention of the class token": {"attended": 0.5},
-            "both": {"metric": "keys and values", "attended": 0.5}, "energy .1": {"energy": 0.1},
+            "all heads": {"metric": "all heads"},
+            "values": {"metric": "values"},
+            "features": {"metric": "features"},
+            "sizes do not count": {"power": 0},
+            "roots of sizes": {"power": 0.5},
+            "sizes squared": {"power": 2},
+            "window 4": {"window": 4},
+            "window 64": {"window": 64},
+            "window 256": {"window": 256},
+            "keys and values": {"metric": "keys and values"},
+            "attention of the class token": {"attended": 0.5},
+            "both": {"metric": "keys and values", "attended": 0.5},
+            "energy .1": {"energy": 0.1},
             "energy -.1": {"energy": -0.1},
-        }  # fmt: skip
+        }
         rows.append(Variant("matching", "default", usual))
         rows += [Variant("matching", name, usual, pairs=functools.partial(pairs_by, **x)) for name, x in tried.items()]
-        rows += [Variant("matching", name, usual, merged=merged)
-                 for name, merged in (("larger magnitude", larger), ("mean norm", of_mean_norm))]  # fmt: skip
+        rows += [
+            Variant("matching", name, usual, merged=merged)
+            for name, merged in (("larger magnitude", larger), ("mean norm", of_mean_norm))
+        ]
         rows += [
             Variant("sparse in one layer", f"layer {layer}", usual, ((1.0,) * layer + (0.1, 1.0))[:12])
             for layer in range(12)
@@ -163,8 +188,10 @@ def variants(size: int) -> list[Variant]:
 def teachers(size: int) -> dict[str, Teacher]:
     """What is measured on, and the dense model's tokens of it."""
     training = sorted(split.training())
-    sets = {"development": split.images("development"),
-            "training": training[:: len(training) // TRAINING_IMAGES[size]][: TRAINING_IMAGES[size]]}  # fmt: skip
+    sets = {
+        "development": split.images("development"),
+        "training": training[:: len(training) // TRAINING_IMAGES[size]][: TRAINING_IMAGES[size]],
+    }
     return {of: Teacher(size, paths[: FEW if size > 1000 else None]) for of, paths in sets.items()}
 
 
@@ -189,9 +216,14 @@ def run(variant: Variant, judges: dict[str, Teacher], students: dict[int, Path],
     with unittest.mock.patch.object(ops, "merge_tokens", variant.merged or ops.merge_tokens):
         found = cosines(judges, model, place)
     return {
-        "group": variant.group, "name": variant.name, "merge": named, "keep": keep_text(variant.keep),
-        "cells": variant.cells or CELLS[size], "macs": sum_of_layers(student), **found,
-    }  # fmt: skip
+        "group": variant.group,
+        "name": variant.name,
+        "merge": named,
+        "keep": keep_text(variant.keep),
+        "cells": variant.cells or CELLS[size],
+        "macs": sum_of_layers(student),
+        **found,
+    }
 
 
 def _remembering(part: Any, tokens: CarriedTokens, *given: Any) -> Any:
@@ -207,9 +239,14 @@ def published(size: int, judges: dict[str, Teacher], chained: bool) -> dict[str,
     whole, width = model.patch_embed.num_patches + 1, model.embed_dim
     merged = tome.ToMe(model, rates, chained).eval()
     return {
-        "group": "matching", "name": "MAT's" if chained else "ToMe's", "merge": named, "keep": "1", "cells": 0,
-        "macs": tome.macs(rates, whole, width, 4 * width), **cosines(judges, merged, 1),
-    }  # fmt: skip
+        "group": "matching",
+        "name": "MAT's" if chained else "ToMe's",
+        "merge": named,
+        "keep": "1",
+        "cells": 0,
+        "macs": tome.macs(rates, whole, width, 4 * width),
+        **cosines(judges, merged, 1),
+    }
 
 
 def measure(size: int, groups: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -222,9 +259,14 @@ def measure(size: int, groups: tuple[str, ...]) -> list[dict[str, Any]]:
         calibration, students = linked(Path(scratch) / "calibration", split.images("calibration")), {}
         for cells in {row.cells or CELLS[size] for row in rows}:
             students[cells] = sparsify(
-                material.DINOV2, Path(scratch) / f"{cells}", weights=weights_file(), img_size=size,
-                keep=0.25, cells=cells, calibrate=calibration,
-            )  # fmt: skip
+                material.DINOV2,
+                Path(scratch) / f"{cells}",
+                weights=weights_file(),
+                img_size=size,
+                keep=0.25,
+                cells=cells,
+                calibrate=calibration,
+            )
         found = (
             []
             if size > 1000 or (groups and "matching" not in groups)
@@ -249,10 +291,19 @@ def with_gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(size: int, rows: list[dict[str, Any]]) -> None:
     cells = [
-        [row["group"], row["name"], row["merge"], row["keep"], str(row["cells"]), f"{row['macs'] / 1e9:.1f}",
-         f"{row['development']:.4f}", f"{row['training']:.4f}", said(row["gain"], 5, "+") if "gain" in row else ""]
+        [
+            row["group"],
+            row["name"],
+            row["merge"],
+            row["keep"],
+            str(row["cells"]),
+            f"{row['macs'] / 1e9:.1f}",
+            f"{row['development']:.4f}",
+            f"{row['training']:.4f}",
+            said(row["gain"], 5, "+") if "gain" in row else "",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     heads = ["", "", "merge", "keep", "cells", "G MACs", "development", "training", "gain"]
     print_table(f"{size} px, patch cosine", heads, cells)
 

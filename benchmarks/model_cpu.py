@@ -54,19 +54,25 @@ from sparsifiner_edge.sparse.student import sparsify
 
 BASE = "vit_base_patch14_dinov2.lvd142m"
 CASES = (
-    f"{material.DINOV2}:224:0.25:16", f"{material.DINOV2}:518:0.1:25", f"{material.DINOV2}:1036:0.05:49",
-    f"{material.DINOV2}:224:1:24:merge=24^1", f"{material.DINOV2}:518:0.1,0.1,0.2,1:49:merge=200^1.5",
+    f"{material.DINOV2}:224:0.25:16",
+    f"{material.DINOV2}:518:0.1:25",
+    f"{material.DINOV2}:1036:0.05:49",
+    f"{material.DINOV2}:224:1:24:merge=24^1",
+    f"{material.DINOV2}:518:0.1,0.1,0.2,1:49:merge=200^1.5",
     f"{material.DINOV2}:1036:0.05,0.05,0.1,0.35,0.35,0.35,1:49:merge=900^1.5",
-    f"{BASE}:224:0.25:16", f"{BASE}:518:0.1:25", f"{BASE}:1036:0.05:49",
+    f"{BASE}:224:0.25:16",
+    f"{BASE}:518:0.1:25",
+    f"{BASE}:1036:0.05:49",
     f"{BASE}:518:0.1,0.1,0.2,1:49:merge=200^1.5",
-)  # fmt: skip
+)
 OURS, OURS8 = "ours, ONNX Runtime fp32", "ours, ONNX Runtime int8"
 ELSEWHERE = {
     "ours, ONNX Runtime int8, attention bf16": (OURS8, "onnxruntime", "bf16"),
-    "ours, OpenVINO fp32": (OURS, "openvino", "auto"), "ours, OpenVINO bf16": (OURS, "openvino", "bf16"),
+    "ours, OpenVINO fp32": (OURS, "openvino", "auto"),
+    "ours, OpenVINO bf16": (OURS, "openvino", "bf16"),
     "ours, OpenVINO int8, rest fp32": (OURS8, "openvino", "auto"),
     "ours, OpenVINO int8, rest bf16": (OURS8, "openvino", "bf16"),
-}  # fmt: skip
+}
 """Which of our files, by which backend, in which precision."""
 DENSE, DENSE8 = "ONNX Runtime fp32", "ONNX Runtime int8"
 FP32 = (DENSE, "OpenVINO fp32", "torch fp32")
@@ -108,9 +114,16 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
     pictures = linked(folder / "pictures", split.images("calibration"))
     tell("sparsify")
     student = sparsify(
-        name, folder / "student", weights=weights, img_size=size, keep=case.keep, cells=case.cells,
-        token_keep=case.pruned, merge=case.merge, calibrate=pictures,
-    )  # fmt: skip
+        name,
+        folder / "student",
+        weights=weights,
+        img_size=size,
+        keep=case.keep,
+        cells=case.cells,
+        token_keep=case.pruned,
+        merge=case.merge,
+        calibrate=pictures,
+    )
     tell(f"export {OURS}")
     made = {OURS: export_bundle(student, folder / "ours")}
     tell(f"export {OURS8}")
@@ -243,15 +256,21 @@ def measure(text: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, 
     }
     ratios = {
         f"ours at its best against the best dense engine, {kind}": {
-            "ours": own[kind], "engine": rival, **ratio(times[rival], times[own[kind]])
+            "ours": own[kind],
+            "engine": rival,
+            **ratio(times[rival], times[own[kind]]),
         }
         for kind, rival in best.items()
-    }  # fmt: skip
+    }
     statistics = {
-        "median_ms": medians, "best_dense": best, "ratios": ratios, "peak_memory": memory, "patch_cosine": agreement,
+        "median_ms": medians,
+        "best_dense": best,
+        "ratios": ratios,
+        "peak_memory": memory,
+        "patch_cosine": agreement,
         "ran in": said,
         "quantisation": {OURS8: manifests[OURS8]["quantisation"], DENSE8: rival8},
-    }  # fmt: skip
+    }
     return {label: x.tolist() for label, x in times.items()}, statistics
 
 

@@ -25,9 +25,11 @@ from sparsifiner_edge.sparse.student import Student, make_student
 
 SIZES = (448, 672, 896, 1344)
 STUDENTS = {
-    "keep .25": {"keep": 0.25}, "keep .10": {"keep": 0.10}, "merged": {"keep": 1.0, "merge": (0.12, 0.0)},
+    "keep .25": {"keep": 0.25},
+    "keep .10": {"keep": 0.10},
+    "merged": {"keep": 1.0, "merge": (0.12, 0.0)},
     "merged, keep .10": {"keep": 0.10, "merge": (0.12, 0.0)},
-}  # fmt: skip
+}
 """Settings of students; a merge is the share of the patches in the first layer, falling to the second."""
 
 

@@ -67,16 +67,20 @@ def node_ms(request: Request) -> dict[str, float]:
 def alone_ms(model: onnx.ModelProto, ours: list[str]) -> list[float]:
     """Each operator of the file by the C interface, on random arrays of its shapes."""
     inferred = onnx.shape_inference.infer_shapes(model)
-    shapes = {v.name: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
-              for v in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)}  # fmt: skip
+    shapes = {
+        v.name: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
+        for v in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)
+    }
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     random, times = np.random.default_rng(0), []
     with contextlib.closing(Operators(available_cores())) as operators:
         for node in (node for node in model.graph.node if node.domain == DOMAIN and node.op_type in ours):
             schema = OPERATORS[node.op_type]
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            given = [example(x.name, weights.get(name, shapes.get(name)), random)
-                     for x, name in zip(schema.inputs, node.input, strict=True)]  # fmt: skip
+            given = [
+                example(x.name, weights.get(name, shapes.get(name)), random)
+                for x, name in zip(schema.inputs, node.input, strict=True)
+            ]
             output = np.zeros(schema.output_shape(attributes, [x.shape for x in given]), schema_type(node.op_type))
             kinds = (*schema.inputs, schema.output)
             tensors = [
@@ -122,8 +126,10 @@ def measure(folder: Path) -> dict[str, float]:
     shape = [axis.dim_value or 1 for axis in model.graph.input[0].type.tensor_type.shape.dim]
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     with contextlib.ExitStack() as stack:
-        requests = {name: stack.enter_context(compiled(model, ours, each))
-                    for name, each in (("extension", extension), ("from_python", None))}  # fmt: skip
+        requests = {
+            name: stack.enter_context(compiled(model, ours, each))
+            for name, each in (("extension", extension), ("from_python", None))
+        }
         times: dict[str, list[dict[str, float]]] = {name: [] for name in requests}
         for _ in range(ROUNDS):
             for name, request in requests.items():

@@ -69,8 +69,16 @@ DRAWN = 25
 @click.option("--board", "boards", multiple=True, help="A board that the search is for. Repeatable.")
 @click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, help="[default: both]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder.")
-def main(size: str | None, minutes: float, loaded: bool, earlier: tuple[str, str] | None, seeds: int,
-         cases: tuple[str, ...], boards: tuple[str, ...], output: Path) -> None:  # fmt: skip
+def main(
+    size: str | None,
+    minutes: float,
+    loaded: bool,
+    earlier: tuple[str, str] | None,
+    seeds: int,
+    cases: tuple[str, ...],
+    boards: tuple[str, ...],
+    output: Path,
+) -> None:
     """See the module's documentation."""
     output.mkdir(parents=True, exist_ok=True)
     method = {"script": "benchmarks/optimize.py", "minutes": minutes, "loaded": loaded, "publication": len(published())}
@@ -123,8 +131,24 @@ def run(folder: Path, images: Sequence[Path], size: int, minutes: float, *option
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     data, out = link_images(folder / "images", images), folder / "out"
-    words = [sys.executable, "-m", "sparsifiner_edge", "optimize", material.DINOV2, "--weights", weights_file(),
-             "--img-size", size, "--data", data, "--minutes", minutes, *options, "-o", out]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "sparsifiner_edge",
+        "optimize",
+        material.DINOV2,
+        "--weights",
+        weights_file(),
+        "--img-size",
+        size,
+        "--data",
+        data,
+        "--minutes",
+        minutes,
+        *options,
+        "-o",
+        out,
+    ]
     begun = time.monotonic()
     done = subprocess.run([*map(str, words)], stdout=subprocess.DEVNULL, check=False)
     seconds = time.monotonic() - begun
@@ -173,14 +197,20 @@ def searched(case: str, size: int, minutes: float, output: Path, earlier: tuple[
     low, high = (bound if isinstance(bound, float) else ours.value for bound in (ours.low, ours.high))
     times = stats.quantity(fastest.value / ours.value, fastest.value / high, fastest.value / low, ours.interval)
     found = {
-        "wall_s": seconds, "engine": str(answer.engine), "merge": answer.merge, "keep": answer.keep,
-        "fidelity": answer.fidelity, "check_fidelity": answer.check_fidelity,
+        "wall_s": seconds,
+        "engine": str(answer.engine),
+        "merge": answer.merge,
+        "keep": answer.keep,
+        "fidelity": answer.fidelity,
+        "check_fidelity": answer.check_fidelity,
         "publication": write_record(stats.small_sample_mean(fidelities(folder, answer))),
-        "predicted_over_measured": answer.predicted_ms / answer.ms.value, "ms": write_record(ours),
+        "predicted_over_measured": answer.predicted_ms / answer.ms.value,
+        "ms": write_record(ours),
         "dense_ms": {str(one.engine): ms.value for one, ms in zip(front.dense, others, strict=False)},
-        "times": write_record(times), "over_earlier": ours.value / others[-1].value if earlier else None,
+        "times": write_record(times),
+        "over_earlier": ours.value / others[-1].value if earlier else None,
         "points": len(front.points),
-    }  # fmt: skip
+    }
     err_console.print(
         f"{size} px, {case}: {seconds:.0f} s; {found['engine']} {ours.value:.1f} ms, {said(found['times'])} times; "
         f"kept back {answer.check_fidelity:.4f}, publication {said(found['publication'], 4)}; predicted over measured "
@@ -208,17 +238,26 @@ def for_board(name: str, size: int, minutes: float, output: Path) -> dict[str, A
     merged = ms(dataclasses.replace(budget, keep=1.0))
     dense, ours = ms(dataclasses.replace(budget, keep=1.0, merge=())), ms(budget)
     found = {
-        "wall_s": seconds, "merge": answer.merge, "keep": answer.keep, "fidelity": answer.fidelity,
+        "wall_s": seconds,
+        "merge": answer.merge,
+        "keep": answer.keep,
+        "fidelity": answer.fidelity,
         "check_fidelity": answer.check_fidelity,
         "publication": write_record(stats.small_sample_mean(fidelities(folder, answer))),
-        "ms": ours, "dense_ms": dense, "times": dense / ours, "merged_alone_over_ours": merged / ours,
+        "ms": ours,
+        "dense_ms": dense,
+        "times": dense / ours,
+        "merged_alone_over_ours": merged / ours,
         "estimated_ms": answer.ms.value,
         # The answer keeps a distance from the bound, since images differ; this just meets it on those searched with.
         "at_the_bound": {
-            "merge": nearest.merge, "keep": nearest.keep, "fidelity": nearest.fidelity, "times": dense / ms(other),
+            "merge": nearest.merge,
+            "keep": nearest.keep,
+            "fidelity": nearest.fidelity,
+            "times": dense / ms(other),
             "merged_alone_over_ours": ms(dataclasses.replace(other, keep=1.0)) / ms(other),
         },
-    }  # fmt: skip
+    }
     err_console.print(f"{size} px, {name}: {found}")
     return found
 
@@ -230,9 +269,13 @@ def seeded(seed: int, minutes: float, output: Path) -> dict[str, Any]:
     result, seconds = run(folder, images, 224, minutes)
     answer = answer_of(result)
     row = {
-        "seed": seed, "engine": str(answer.engine), "wall_s": seconds, "fidelity": answer.fidelity,
-        "check_fidelity": answer.check_fidelity, "publication": fmean(fidelities(folder, answer)),
-    }  # fmt: skip
+        "seed": seed,
+        "engine": str(answer.engine),
+        "wall_s": seconds,
+        "fidelity": answer.fidelity,
+        "check_fidelity": answer.check_fidelity,
+        "publication": fmean(fidelities(folder, answer)),
+    }
     err_console.print(str(row))
     return row
 

@@ -125,11 +125,19 @@ def show(statistics: dict[str, Any]) -> bool:
     same, agreement = statistics["same"], statistics["agreement"]
     share = same["no_verdict"] / same["runs"]
     rows = [
-        ("the same on both sides, no verdict", f"{same['no_verdict']} of {same['runs']}", "19 of 20",
-         share >= REQUIRED["no_verdict_share"]),
-        ("profile over a plain loop", said(agreement, 4), "1 +- .03",
-         abs(agreement["value"] - 1) <= REQUIRED["agreement"]),
-    ]  # fmt: skip
+        (
+            "the same on both sides, no verdict",
+            f"{same['no_verdict']} of {same['runs']}",
+            "19 of 20",
+            share >= REQUIRED["no_verdict_share"],
+        ),
+        (
+            "profile over a plain loop",
+            said(agreement, 4),
+            "1 +- .03",
+            abs(agreement["value"] - 1) <= REQUIRED["agreement"],
+        ),
+    ]
     print_table(
         "Can profile be believed?",
         ["", "found", "required", ""],

@@ -93,14 +93,25 @@ TASKS: dict[str, dict[str, Contender]] = {
 TRAINED = ("classes", "saliency")
 RECIPES = {
     "classes": (
-        "distil.steps=200", "images.smallest_crop=0.8", "images.mixed=0", "losses.classes=0.06",
-        "losses.patches=0.02", "budgets=[]", "distil.learning_rate=4e-6",
+        "distil.steps=200",
+        "images.smallest_crop=0.8",
+        "images.mixed=0",
+        "losses.classes=0.06",
+        "losses.patches=0.02",
+        "budgets=[]",
+        "distil.learning_rate=4e-6",
     ),
     "saliency": (
-        "batch=2", "distil.steps=50", "distil.learning_rate=3e-6", "clip=0.25", "budgets=[]", "losses.classes=0",
-        "images.mixed=0", "check_every=25",
+        "batch=2",
+        "distil.steps=50",
+        "distil.learning_rate=3e-6",
+        "clip=0.25",
+        "budgets=[]",
+        "losses.classes=0",
+        "images.mixed=0",
+        "check_every=25",
     ),
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager
@@ -296,10 +307,17 @@ def show(found: dict[str, RobustnessResult], macs: dict[str, float], apart: dict
     for label, result in found.items():
         for score, by_name in result.statistics.items():
             clean, every = by_name[CLEAN], by_name[ALL]
-            table.append([
-                f"{label}: {score}", every.images, f"{macs[label] / 1e9:.1f}", f"{100 * clean.teacher:.1f}",
-                f"{100 * clean.subject:.1f}", f"{100 * every.teacher_lost.value:.1f}", in_points(every.extra_lost),
-            ])  # fmt: skip
+            table.append(
+                [
+                    f"{label}: {score}",
+                    every.images,
+                    f"{macs[label] / 1e9:.1f}",
+                    f"{100 * clean.teacher:.1f}",
+                    f"{100 * clean.subject:.1f}",
+                    f"{100 * every.teacher_lost.value:.1f}",
+                    in_points(every.extra_lost),
+                ]
+            )
     head = ["", "images", "G MACs", "dense, clean", "clean", "dense loses", "extra loss"]
     print_table(f"Severity {SEVERITY}, points of 100", head, table)
     print_table(

@@ -55,8 +55,12 @@ MODULE, SIZE = "sparsifiner_edge.demo.saliency", 518
 READ: Keep = (0.2, 0.2, 0.5, 1.0)
 """Chosen on the development photographs, one for all budgets."""
 BUDGETS: tuple[tuple[tuple[int, ...], Keep], ...] = (
-    ((54, 0), 1.0), ((80, 0), READ), ((122, 0), READ), ((167, 0), READ), ((182, 0), READ),
-)  # fmt: skip
+    ((54, 0), 1.0),
+    ((80, 0), READ),
+    ((122, 0), READ),
+    ((167, 0), READ),
+    ((182, 0), READ),
+)
 STAMPED = 24e9
 """Multiply-accumulates of the layers, at most, of what is held against true masks."""
 FIGURES = ("teacher_iou", "lost_iou", "lost_auroc")
@@ -65,9 +69,15 @@ FALLING, SIDES = (150, 180), (392, 336)
 """Of rivals: what merges in the first layer, and pixels."""
 ROUNDS = 11
 TRAINING = (
-    "batch=2", "distil.steps=420", "distil.learning_rate=3e-6", "clip=0.25",
-    'budgets=[{merge="122..0"},{merge="167..0"}]', "losses.classes=0", "images.mixed=0", "check_every=40",
-)  # fmt: skip
+    "batch=2",
+    "distil.steps=420",
+    "distil.learning_rate=3e-6",
+    "clip=0.25",
+    'budgets=[{merge="122..0"},{merge="167..0"}]',
+    "losses.classes=0",
+    "images.mixed=0",
+    "check_every=40",
+)
 """What differs from the recipe: images are larger, batches small (clip), shares of keys the student's own."""
 
 
@@ -268,8 +278,13 @@ def show(rows: dict[str, dict[str, Any]], timed: dict[str, Any]) -> None:
     table = []
     for name, row in rows.items():
         maps, stamps = row["photographs"], row.get("stamps", {})
-        cells = [name, f"{row['macs'] / 1e9:.1f}", f"{maps['error']['mean']['value']:.4f}",
-                 f"{maps['iou']['mean']['value']:.3f}", f"{maps['auroc']['mean']['value']:.4f}"]  # fmt: skip
+        cells = [
+            name,
+            f"{row['macs'] / 1e9:.1f}",
+            f"{maps['error']['mean']['value']:.4f}",
+            f"{maps['iou']['mean']['value']:.3f}",
+            f"{maps['auroc']['mean']['value']:.4f}",
+        ]
         for figure in FIGURES:
             cells.append(f"{stamps[figure]['mean']['value']:.4f}" if figure in stamps else "-")
         if timed:
@@ -300,8 +315,12 @@ def main(work: Path | None, student: Path | None, stamps: Path | None, timed: bo
     show(rows, found)
     samples["ms"] = {name: x.tolist() for name, x in taken.items()}
     if output:
-        method = {"photographs": len(split.images("publication")), "size": SIZE,
-                  "student": "trained" if student else "untrained", "rounds": ROUNDS if timed else 0}  # fmt: skip
+        method = {
+            "photographs": len(split.images("publication")),
+            "size": SIZE,
+            "student": "trained" if student else "untrained",
+            "rounds": ROUNDS if timed else 0,
+        }
         subject = Subject(path=MODULE, sha256="")
         result = Result("comparison", [subject], method, samples, {"budgets": rows, "times": found})
         short = {"budgets": {name: brief(row) for name, row in rows.items()}, "times": found}

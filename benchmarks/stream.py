@@ -115,12 +115,15 @@ class Way:
         moving = np.argsort(-moved, 1)[:, : moved.shape[1] // 10]
         by_frame = lost.mean(1)
         row = {
-            "patches": 1 - float(lost.mean()), "worst_frame": 1 - float(by_frame.max()),
+            "patches": 1 - float(lost.mean()),
+            "worst_frame": 1 - float(by_frame.max()),
             "moving_tenth": 1 - float(np.take_along_axis(lost, moving, 1).mean()),
-            "frames_at_98": float((by_frame <= 1 - AT_LEAST).mean()), "whole": self.whole,
-            "ms": float(np.mean(self.ms[1:])), "p99_over_dense": float(np.quantile(self.ms[1:], 0.99)) / dense_ms,
+            "frames_at_98": float((by_frame <= 1 - AT_LEAST).mean()),
+            "whole": self.whole,
+            "ms": float(np.mean(self.ms[1:])),
+            "p99_over_dense": float(np.quantile(self.ms[1:], 0.99)) / dense_ms,
             "times": dense_ms / float(np.mean(self.ms[1:])),
-        }  # fmt: skip
+        }
         return row | ({"iou": float(np.mean(self.iou[1:])), "least_iou": min(self.iou[1:])} if self.iou else {})
 
 
@@ -229,9 +232,17 @@ def measure(
 @click.option("--every", default=1, show_default=True, help="Compare one of so many frames.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for stream_MODEL_SIZE.json.")
 def main(
-    video: Path, start: int, count: int, model: str, size: int, backend: str, precision: str, int8: bool, every: int,
+    video: Path,
+    start: int,
+    count: int,
+    model: str,
+    size: int,
+    backend: str,
+    precision: str,
+    int8: bool,
+    every: int,
     output: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """See the module's documentation."""
     with tempfile.TemporaryDirectory() as scratch:
         small = round(size * FEWER / 14) * 14
@@ -240,11 +251,16 @@ def main(
         found = measure(bundles, video, start, count, Execution(backend=backend, precision=precision), every)
         subject = Subject(path=model, sha256=bundle_hash(bundles[-1]))
     rows = [
-        [name, *(f"{row[key]:.4f}" for key in ("patches", "moving_tenth", "worst_frame", "frames_at_98")),
-         f"{row['ms']:.1f}", f"{row['times']:.2f}", f"{row['p99_over_dense']:.2f}",
-         f"{row['iou']:.3f}" if "iou" in row else "-"]
+        [
+            name,
+            *(f"{row[key]:.4f}" for key in ("patches", "moving_tenth", "worst_frame", "frames_at_98")),
+            f"{row['ms']:.1f}",
+            f"{row['times']:.2f}",
+            f"{row['p99_over_dense']:.2f}",
+            f"{row['iou']:.3f}" if "iou" in row else "-",
+        ]
         for name, row in found["ways"].items()
-    ]  # fmt: skip
+    ]
     head = ["", "patches", "moving tenth", "worst frame", "at .98", "ms", "times dense", "p99 / dense", "IoU"]
     print_table(f"{video.name}, {size} px, {found['engine']}; dense {found['dense_ms']}", head, rows)
     if output:

@@ -30,9 +30,16 @@ POINTS = {  # name: fidelity, milliseconds of two rounds
 
 def fronts(any_precision: bool = False) -> Fronts:
     points = [
-        Point(*name.split(" | "), infer=lambda _: None, tokens=0, images=np.zeros(1), macs=0.0,
-              precision="bf16" if "bf16" in name else "fp32") for name in POINTS
-    ]  # fmt: skip
+        Point(
+            *name.split(" | "),
+            infer=lambda _: None,
+            tokens=0,
+            images=np.zeros(1),
+            macs=0.0,
+            precision="bf16" if "bf16" in name else "fp32",
+        )
+        for name in POINTS
+    ]
     found = {name: {"patches_cosine": [fidelity]} for name, (fidelity, _) in POINTS.items()}
     times = {name: np.array(ms, float)[:, None] for name, (_, ms) in POINTS.items()}
     return Fronts.of(points, found, times, any_precision)

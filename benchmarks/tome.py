@@ -32,9 +32,12 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Ten
 
 
 CHOSEN = (
-    "4,14,14,14,12,12,10,8,4,4,2,0", "5,16,16,16,16,16,14,10,6,4,2,0", "6,20,18,18,16,16,14,10,6,4,2,0",
-    "6,22,20,20,18,18,16,12,6,4,2,0", "8,24,22,22,20,18,16,12,6,4,2,0",
-)  # fmt: skip
+    "4,14,14,14,12,12,10,8,4,4,2,0",
+    "5,16,16,16,16,16,14,10,6,4,2,0",
+    "6,20,18,18,16,16,14,10,6,4,2,0",
+    "6,22,20,20,18,18,16,12,6,4,2,0",
+    "8,24,22,22,20,18,16,12,6,4,2,0",
+)
 """What merges of ours at 224 px, little of it in the first layer: chosen on development and training photographs."""
 
 
@@ -182,9 +185,14 @@ def export(
     example = torch.zeros(batch, size, size, 3, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.onnx.export(
-            module, (example,), input_names=["image"], output_names=outputs, opset_version=20, dynamo=True,
+            module,
+            (example,),
+            input_names=["image"],
+            output_names=outputs,
+            opset_version=20,
+            dynamo=True,
             verbose=False,
-        )  # fmt: skip
+        )
     assert program is not None
     part = path.with_suffix(".part")
     program.save(str(part))

@@ -99,10 +99,11 @@ def draw(bundles: dict[str, Path], path: Path) -> None:
         dense, sparse = maps["dense"][row], maps["sparse"][row]
         overlap = intersection_over_union(sparse > 0.5, dense > 0.5)
         shown = (
-            ("", load_image(photograph, dense.shape), "viridis"), ("dense", dense, "magma"),
+            ("", load_image(photograph, dense.shape), "viridis"),
+            ("dense", dense, "magma"),
             ("sparse", sparse, "magma"),
             (f"error {mean_absolute_error(sparse, dense):.3f}, IoU {overlap:.3f}", np.abs(sparse - dense), "gray"),
-        )  # fmt: skip
+        )
         for axis, (title, picture, colours) in zip(axes, shown, strict=True):
             axis.set_axis_off()
             axis.imshow(picture, cmap=colours, vmin=0, vmax=1)

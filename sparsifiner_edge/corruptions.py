@@ -199,8 +199,12 @@ def _contrast(x: Array, level: int, _rng: Generator, _scale: float) -> Array:
 
 def _elastic_transform(x: Array, level: int, rng: Generator, scale: float) -> Array:
     stretch, sigma, shear = (
-        (488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88),
-    )[level]  # fmt: skip
+        (488, 170.8, 24.4),
+        (488, 19.52, 48.8),
+        (12.2, 2.44, 4.88),
+        (17.08, 2.44, 4.88),
+        (29.28, 2.44, 4.88),
+    )[level]
     shape = x.shape[:2]
     # Three points about the centre move at random, which is an affine map; then everything is displaced smoothly.
     corners = np.array([(1, 1), (1, -1), (-1, -1)]) * min(shape) / 3
@@ -278,10 +282,21 @@ def _drag(x: Array, radius: float, sigma: float, degrees: float) -> Array:
 
 
 _CHANGES: dict[str, Change] = {
-    "gaussian_noise": _gaussian_noise, "shot_noise": _shot_noise, "impulse_noise": _impulse_noise,
-    "defocus_blur": _defocus_blur, "glass_blur": _glass_blur, "motion_blur": _motion_blur, "zoom_blur": _zoom_blur,
-    "snow": _snow, "frost": _frost, "fog": _fog, "brightness": _brightness, "contrast": _contrast,
-    "elastic_transform": _elastic_transform, "pixelate": _pixelate, "jpeg_compression": _jpeg_compression,
-}  # fmt: skip
+    "gaussian_noise": _gaussian_noise,
+    "shot_noise": _shot_noise,
+    "impulse_noise": _impulse_noise,
+    "defocus_blur": _defocus_blur,
+    "glass_blur": _glass_blur,
+    "motion_blur": _motion_blur,
+    "zoom_blur": _zoom_blur,
+    "snow": _snow,
+    "frost": _frost,
+    "fog": _fog,
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "elastic_transform": _elastic_transform,
+    "pixelate": _pixelate,
+    "jpeg_compression": _jpeg_compression,
+}
 COMMON = tuple(_CHANGES)
 """Names, in the order of the paper."""

@@ -84,11 +84,17 @@ def examine() -> Findings:
     return Findings(
         native_library=str(native.library_path()) if reason is None else None,
         native_library_reason=reason or f"loads, and uses {native.target()}",
-        backends=backends, cuda=device, cuda_support=support, triton=_triton(),
+        backends=backends,
+        cuda=device,
+        cuda_support=support,
+        triton=_triton(),
         telemetry={"onnxruntime": "off" if value == NO_TELEMETRY[TELEMETRY] else f"on: {TELEMETRY} is {value!r}"},
-        decoding=confinement(), extras=_extras(), warnings=_warnings(support), machine=machine(),
+        decoding=confinement(),
+        extras=_extras(),
+        warnings=_warnings(support),
+        machine=machine(),
         environment=environment(),
-    )  # fmt: skip
+    )
 
 
 def _cuda() -> Known[CudaDevice]:

@@ -29,8 +29,10 @@ METRIC_POINTS = "sparsifiner_edge.metrics"
 THRESHOLD = 0.5
 """Above which a pixel of a map from 0 to 1 belongs to the mask."""
 MAP_MEASURES: dict[str, Callable[[Array, Array], float | None]] = {
-    "error": mean_absolute_error, "iou": intersection_over_union, "auroc": auroc,
-}  # fmt: skip
+    "error": mean_absolute_error,
+    "iou": intersection_over_union,
+    "auroc": auroc,
+}
 """Of a map and what is true: its error, of masks their overlap, and how well a map's values order a mask's pixels."""
 
 

@@ -25,8 +25,17 @@ from sparsifiner_edge.text import dump_json
 
 RESULT_SCHEMA = 2
 Kind = Literal[
-    "profile", "evaluation", "comparison", "demo", "estimate", "search", "robustness", "explanation", "stream", "pace",
-]  # fmt: skip
+    "profile",
+    "evaluation",
+    "comparison",
+    "demo",
+    "estimate",
+    "search",
+    "robustness",
+    "explanation",
+    "stream",
+    "pace",
+]
 MEASURE_AGAIN = "Measure again: sparsifiner-edge profile, evaluate, explain, estimate or optimize, with -o."
 _Time = Annotated[str, Meta(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9]{2}Z\Z")]
 """In UTC, such as 2025-01-31T12:00:00Z."""

@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     import pytest
 
 SHORT = (
-    "distil.steps=6", "batch=2", "check_every=3", "save_every=2", "images.held_out=2", "ema=0.9",
+    "distil.steps=6",
+    "batch=2",
+    "check_every=3",
+    "save_every=2",
+    "images.held_out=2",
+    "ema=0.9",
     'budgets=[{keep="0.1"},{keep="0.2"}]',
-)  # fmt: skip
+)
 """Overrides of a training of a second."""
 SHORT_OPTIONS = " ".join(f"--set {override}" for override in SHORT)
 
@@ -127,9 +132,14 @@ def training(folder: Path) -> None:
 
 
 MAKERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "images": (draw_pictures, ()), "plain": (plain, ()), "keys": (make_keys, ()), "student": (student, ()),
-    "bundle": (bundle, ("student",)), "results": (results, ("bundle", "plain", "images")), "training": (training, ()),
-}  # fmt: skip
+    "images": (draw_pictures, ()),
+    "plain": (plain, ()),
+    "keys": (make_keys, ()),
+    "student": (student, ()),
+    "bundle": (bundle, ("student",)),
+    "results": (results, ("bundle", "plain", "images")),
+    "training": (training, ()),
+}
 """What a folder of this name is made by, and which others must lie beside it."""
 
 

@@ -24,8 +24,11 @@ def in_mount(tmp_path: Path, size_kb: int, prepare: str, *arguments: Any) -> tup
     )
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", script, "sh", *PROGRAM, *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     names = (tmp_path / "names").read_text().splitlines() if (tmp_path / "names").exists() else []
     return Outcome(done.returncode, done.stdout, done.stderr), sorted(str(Path(n).relative_to(disk)) for n in names)
 

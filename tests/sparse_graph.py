@@ -14,9 +14,15 @@ from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 
 HEADS, WIDTH, CHANNELS, SIDE = 2, 32, 8, 8
 SELECT = {
-    "num_heads": HEADS, "num_prefix": 1, "probe": 4, "tile": 16, "cell": 16, "keys": 12, "scale": WIDTH**-0.5,
+    "num_heads": HEADS,
+    "num_prefix": 1,
+    "probe": 4,
+    "tile": 16,
+    "cell": 16,
+    "keys": 12,
+    "scale": WIDTH**-0.5,
     "value_power": 1.0,
-}  # fmt: skip
+}
 ATTEND = {"num_heads": HEADS, "num_prefix": 1, "tile": 16, "cell": 16, "scale": WIDTH**-0.5, "prefix_keys": 1}
 MATCH = {"num_heads": HEADS, "num_prefix": 1, "window": 8, "merged": 6}
 KINDS: dict[type, str] = {np.float32: "float", np.float16: "float16"}

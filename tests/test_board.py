@@ -196,9 +196,13 @@ def test_a_malformed_table_is_a_message(bundle, tmp_path, spoil, message):
 def interpreted(folder):
     """What `interpret` prints of a bundle."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_board", str(folder)], capture_output=True, text=True, check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.test_board", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[-1])
 

@@ -213,8 +213,11 @@ def test_standard_output_on_a_full_disk(arguments: list[str], bundle: Path, pict
     with Path("/dev/full").open("w") as full:
         run = subprocess.run(
             [*PROGRAM, *(a.format(bundle=bundle, pictures=pictures) for a in arguments)],
-            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     assert run.returncode == 2
     assert run.stderr.startswith("error: the output: No space left on device.")
     assert run.stderr.count("\n") == 2

@@ -57,9 +57,12 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     steps: list[tuple[int, int]] = []
     changes = (*SHORT, "distil.steps=30", "distil.learning_rate=1e-5", "ema=0.0", "budgets=[]")
     summary = distill_student(
-        start, folder, tmp_path / "out", overrides=changes,
+        start,
+        folder,
+        tmp_path / "out",
+        overrides=changes,
         progress=lambda _, done, total: steps.append((done, total)),
-    )  # fmt: skip
+    )
     assert summary.best is not None
     assert summary.start is not None
     assert steps == [(n, 30) for n in range(1, 31)]
@@ -116,9 +119,14 @@ def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Pat
     for name in ("dogs/04.png", "dogs/06.png", "dogs/08.png"):  # of which each process meets some
         (folder / name).write_bytes(b"no image")
     steps = (
-        "reconstruct.steps=2", "distil.steps=3", "check_every=3", "images.held_out=2", "save_every=3",
-        'budgets=[{keep="0.2"}]', "images.mixed=0.0",
-    )  # fmt: skip
+        "reconstruct.steps=2",
+        "distil.steps=3",
+        "check_every=3",
+        "images.held_out=2",
+        "save_every=3",
+        'budgets=[{keep="0.2"}]',
+        "images.mixed=0.0",
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *PROGRAM[1:]]
     given = ["distill", start, "--data", folder, *(x for s in steps for x in ("--set", s))]
@@ -258,8 +266,10 @@ def test_what_merges_and_what_is_pruned_is_learnt_beside_the_whole(folder: Path,
     every = 'budgets=[{keep="0.1"},{keep="0.2",merge="6"},{keep="0.1",token_keep="1:.7,3:.6"}]'
     summary = distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "distil.steps=8", every))
     assert [(row.keep, row.merge, len(row.token_keep)) for row in summary.budgets] == [
-        (0.1, (), 0), (0.2, (6,), 0), (0.1, (), 2),
-    ]  # fmt: skip
+        (0.1, (), 0),
+        (0.2, (6,), 0),
+        (0.1, (), 2),
+    ]
     trained = load_student(tmp_path / "out")
     assert trained.sparsity == load_student(start).sparsity  # its own budget stays what it was
     assert trained.img_size == (96, 160)

@@ -107,11 +107,14 @@ def test_recipes() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("distil.step=7", "unknown key distil.step"), ("batch=0", "batch is 0"),
-        ("distil.steps", "has no value"), ("distil.epochs=2", "both steps and epochs"),
-        ("distil.steps=0", "has no training steps"), ("budgets=[{merge=4}]", "budgets[0].merge is 4, not str"),
+        ("distil.step=7", "unknown key distil.step"),
+        ("batch=0", "batch is 0"),
+        ("distil.steps", "has no value"),
+        ("distil.epochs=2", "both steps and epochs"),
+        ("distil.steps=0", "has no training steps"),
+        ("budgets=[{merge=4}]", "budgets[0].merge is 4, not str"),
     ],
-)  # fmt: skip
+)
 def test_bad_recipes_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         read_recipe("cpu", [override])
@@ -154,8 +157,9 @@ def test_budgets_are_those_of_the_student_but_for_what_they_say() -> None:
     for budget, words in (
         (RecipeBudget(token_keep="2:.5"), "token_keep is 2:.5, but this student prunes"),
         (RecipeBudget(keep="x"), "keep is 'x'"),
-        (RecipeBudget(token_keep="4"), "token_keep holds '4'"), (RecipeBudget(merge="x"), "merge is 'x'"),
-    ):  # fmt: skip
+        (RecipeBudget(token_keep="4"), "token_keep holds '4'"),
+        (RecipeBudget(merge="x"), "merge is 'x'"),
+    ):
         with pytest.raises(ConfigError, match=words):
             budget.config(pruning, plan)
 

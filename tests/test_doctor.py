@@ -140,9 +140,19 @@ def test_what_does_not_import_is_said_with_its_version(tmp_path: Path, monkeypat
 
 def test_a_bare_environment_is_enough(tmp_path: Path) -> None:
     heavy = (
-        "onnxruntime", "torch", "timm", "PIL", "matplotlib", "safetensors", "tensorrt", "tensorrt_rtx", "triton",
-        "cuda", "pycuda", "openvino",
-    )  # fmt: skip
+        "onnxruntime",
+        "torch",
+        "timm",
+        "PIL",
+        "matplotlib",
+        "safetensors",
+        "tensorrt",
+        "tensorrt_rtx",
+        "triton",
+        "cuda",
+        "pycuda",
+        "openvino",
+    )
     before = f"sys.modules.update(dict.fromkeys({heavy}))"
     found = json.loads(command("--json", before=before))
     assert not any(entry["available"] for entry in (*found["backends"].values(), found["triton"]))
@@ -175,9 +185,12 @@ def test_packages_that_do_not_go_together_are_a_warning(tmp_path: Path, monkeypa
 
 def test_extras_come_from_the_metadata(tmp_path: Path, monkeypatch: Patch) -> None:
     requires = (
-        "numpy>=1.24", 'numpy>=1.24; extra == "cpu"', 'no-such-package>=1; extra == "cpu"',
-        'sparsifiner-edge[cpu]; extra == "demo"', "rich>=13; python_version >= '3.10' and extra == 'demo'",
-    )  # fmt: skip
+        "numpy>=1.24",
+        'numpy>=1.24; extra == "cpu"',
+        'no-such-package>=1; extra == "cpu"',
+        'sparsifiner-edge[cpu]; extra == "demo"',
+        "rich>=13; python_version >= '3.10' and extra == 'demo'",
+    )
     distribution(tmp_path, "sparsifiner-edge", "0.0.1", requires)
     monkeypatch.syspath_prepend(str(tmp_path))
     extras = examine()["extras"]

@@ -84,10 +84,13 @@ def test_a_real_bundle_through_the_command_line(capsys, tmp_path: Path, tiny_bun
         assert 0 < figures[name]["low"] < figures[name]["value"] < figures[name]["high"]
     assert "no sourced power figure narrow enough" in figures["energy_j"]["unavailable"]
     for part in (
-        "ESTIMATE for Jetson Orin Nano 8 GB, Super modes · 25W · JetPack 7.2.2", "Computed, not measured",
+        "ESTIMATE for Jetson Orin Nano 8 GB, Super modes · 25W · JetPack 7.2.2",
+        "Computed, not measured",
         "Sparse operators: portable, because the bundle carries no kernels compiled for SM 87",
-        "Fits the board's 8 GB: yes", "Not confirmed by any document: tf32_tflops", "peak memory, MB",
-    ):  # fmt: skip
+        "Fits the board's 8 GB: yes",
+        "Not confirmed by any document: tf32_tflops",
+        "peak memory, MB",
+    ):
         assert part in text, text
     assert "energy" not in text
     for board, message, *arguments in (
@@ -126,14 +129,31 @@ def test_of_two_bundles_the_faster_is_said_and_where_that_is_the_dense_one(capsy
     turned = msgspec.structs.replace(board, jetpack=board.jetpack[::-1])
     assert turned.release(None) == board.release(None) == board.release("7")
     for one, other, board, jetpack, *parts in (
-        (sparse, whole, "jetson-orin-nano-8gb", "5", "TensorRT 8.5 takes no kernels of a bundle, 10.3 and later do",
-         f"Dense is faster here. Estimated for Jetson Orin Nano 8 GB, not measured: {sparse} is"),
-        (bodies, dense, "jetson-orin-nx-8gb", None, "More likely than not, dense is faster here. Estimated for",
-         f"which is faster, {bodies} or {dense}, is not certain (ratio 0."),
+        (
+            sparse,
+            whole,
+            "jetson-orin-nano-8gb",
+            "5",
+            "TensorRT 8.5 takes no kernels of a bundle, 10.3 and later do",
+            f"Dense is faster here. Estimated for Jetson Orin Nano 8 GB, not measured: {sparse} is",
+        ),
+        (
+            bodies,
+            dense,
+            "jetson-orin-nx-8gb",
+            None,
+            "More likely than not, dense is faster here. Estimated for",
+            f"which is faster, {bodies} or {dense}, is not certain (ratio 0.",
+        ),
         (sparse, whole, nano, None),
-        (merged, dense, "cpu-generic", None,
-         f"{merged} is 3.04 times as fast as {dense} (90 % interval 2.60 to 3.56)."),
-    ):  # fmt: skip
+        (
+            merged,
+            dense,
+            "cpu-generic",
+            None,
+            f"{merged} is 3.04 times as fast as {dense} (90 % interval 2.60 to 3.56).",
+        ),
+    ):
         line = ("estimate", one, "--against", other, "--board", board, *(("--jetpack", jetpack) if jetpack else ()))
         done = call(capsys, *line)
         text = " ".join(done.out.split())
@@ -258,9 +278,12 @@ def test_pruning_and_merging_cost_their_launches() -> None:
 def test_lists_pay_where_tokens_are_many_and_the_gpu_is_small() -> None:
     """Of twelve layers that see ever fewer tokens, those that the estimate has faster with dense attention."""
     for name, patches, dense in (
-        ("jetson-orin-nano-8gb-super", 5476, range(0)), ("jetson-orin-nano-8gb-super", 1369, range(5, 12)),
-        ("h100", 5476, range(3, 12)), ("h100", 1369, range(12)), ("jetson-agx-thor", 5476, range(12)),
-    ):  # fmt: skip
+        ("jetson-orin-nano-8gb-super", 5476, range(0)),
+        ("jetson-orin-nano-8gb-super", 1369, range(5, 12)),
+        ("h100", 5476, range(3, 12)),
+        ("h100", 1369, range(12)),
+        ("jetson-agx-thor", 5476, range(12)),
+    ):
         shape, sparsity = (
             dataclasses.replace(VIT_S, patches=patches),
             SparsityConfig(keep=0.1, tile=64, merge=(patches // 8, 0)),
@@ -294,13 +317,16 @@ def test_plans_that_were_found_gain_on_every_gpu() -> None:
         whole_ms, merged_ms, ms = (
             roofline.seconds(roofline.costs(Workload(shape, one, kernels="kernels"), board, "fp16", roofline.GRAPH_FIT))
             for one in (DENSE, dataclasses.replace(plan, keep=1.0), dataclasses.replace(plan, keep=mixed))
-        )  # fmt: skip
+        )
         assert ms <= 1.001 * min(whole_ms, merged_ms), name
         times[name, patches] = whole_ms / merged_ms, whole_ms / ms
     for name, patches, merged, lists_too, least in (  # As docs/gpu.md has them, and what was asked for.
-        ("h100", 1369, 1.32, 1.32, 1.25), ("jetson-agx-thor", 1369, 1.57, 1.57, 1.55),
-        ("jetson-orin-nano-8gb-super", 5476, 3.5, 4.4, 2.9), ("rtx-4090", 5476, 3.3, 4.1, 1),
-        ("h100", 5476, 2.5, 2.6, 1), ("jetson-agx-thor", 5476, 2.7, 2.7, 1),
-    ):  # fmt: skip
+        ("h100", 1369, 1.32, 1.32, 1.25),
+        ("jetson-agx-thor", 1369, 1.57, 1.57, 1.55),
+        ("jetson-orin-nano-8gb-super", 5476, 3.5, 4.4, 2.9),
+        ("rtx-4090", 5476, 3.3, 4.1, 1),
+        ("h100", 5476, 2.5, 2.6, 1),
+        ("jetson-agx-thor", 5476, 2.7, 2.7, 1),
+    ):
         assert times[name, patches] == pytest.approx((merged, lists_too), abs=0.06), name
         assert times[name, patches][1] > least

@@ -13,7 +13,7 @@ import pytest
 import sparsifiner_edge as se
 from sparsifiner_edge.cli.common import group
 from sparsifiner_edge.errors import ConfigError
-from tests.rooms import ROOT, code
+from tests.repository import ROOT, code
 
 PUBLIC = {name: getattr(se, name) for name in se.__all__}
 WITHOUT = ("SparsifinerError", "SparsityConfig")
@@ -23,9 +23,13 @@ MOST_PARAMETERS = 8
 
 @pytest.fixture(scope="module")
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, tiny_student: Path, tiny_bundle: Path, stream_bundle: Path,
-    tiny_weights: Path, pictures: Path,
-) -> Path:  # fmt: skip
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_student: Path,
+    tiny_bundle: Path,
+    stream_bundle: Path,
+    tiny_weights: Path,
+    pictures: Path,
+) -> Path:
     place = tmp_path_factory.mktemp("examples")
     for name, origin in {
         "student": tiny_student,
@@ -77,11 +81,13 @@ def test_no_public_function_takes_many_parameters() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: se.ExportOptions(labels="cat"), lambda: se.ExportOptions(boards="t4"),
+        lambda: se.ExportOptions(labels="cat"),
+        lambda: se.ExportOptions(boards="t4"),
         lambda: se.ModelOptions(trust="m"),
-        lambda: se.OptimizeOptions(backends="openvino"), lambda: se.TrainingOptions(overrides="distil.steps=1"),
+        lambda: se.OptimizeOptions(backends="openvino"),
+        lambda: se.TrainingOptions(overrides="distil.steps=1"),
     ],
-)  # fmt: skip
+)
 def test_a_text_is_no_list(make: Callable[[], Any]) -> None:
     with pytest.raises(ConfigError, match=r"is '.*'\.\n  Give a list"):
         make()

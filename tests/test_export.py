@@ -101,8 +101,10 @@ def test_manifest_and_metadata(bundle: Path) -> None:
     assert set(manifest["files"]) == {"model.onnx", "golden.npz", "labels.txt"}
     assert manifest["inputs"] == [{"name": "image", "dtype": "uint8", "shape": [1, 160, 160, 3]}]
     assert [(o["name"], o["shape"]) for o in manifest["outputs"]] == [
-        ("logits", [1, 1000]), ("features", [1, 64]), ("tokens", [1, 101, 64])
-    ]  # fmt: skip
+        ("logits", [1, 1000]),
+        ("features", [1, 64]),
+        ("tokens", [1, 101, 64]),
+    ]
     assert manifest["sparsity"]["keep"] == 0.2
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
     metadata = {e.key: e.value for e in model_of(bundle).metadata_props}
@@ -128,7 +130,8 @@ def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path) -> None:
     ("name", "options", "keep"),
     first(
         [
-            ("test_vit2", {}, 0.3), ("deit_tiny_distilled_patch16_224", {"img_size": 96}, (1, 1, 0.3)),
+            ("test_vit2", {}, 0.3),
+            ("deit_tiny_distilled_patch16_224", {"img_size": 96}, (1, 1, 0.3)),
             ("vit_small_patch14_reg4_dinov2", {"img_size": 98}, 0.3),
             ("deit3_small_patch16_224", {"img_size": 96}, 0.3),
             ("vit_small_patch16_dinov3", {"img_size": 96}, (0.3, 1, 0.3)),
@@ -136,7 +139,7 @@ def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path) -> None:
             ("vit_small_patch16_rope_mixed_224", {"img_size": 96}, 0.3),
         ]
     ),
-)  # fmt: skip
+)
 def test_architectures(name: str, options: dict[str, Any], keep: Any, tmp_path: Path) -> None:
     """Layer scale, drawn at random here, is folded; any batch gives what each image gives, as torch does."""
     made = student(name, SparsityConfig(keep=keep, cells=5, channels=8), **options)

@@ -34,9 +34,12 @@ from tests.once import Once
 KNOWN = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 STUDENTS: dict[str, dict[str, Any]] = {
     **{kind: {} for kind in ("edge", "some dense", "pruned", "paper", "dense")},
-    "batch 3": {"batch": 3}, "any batch": {"batch": "dynamic"}, "rectangle": {"img_size": (96, 160)},
-    "int8": {"precision": "int8"}, "fp16": {"precision": "fp16"},
-}  # fmt: skip
+    "batch 3": {"batch": 3},
+    "any batch": {"batch": "dynamic"},
+    "rectangle": {"img_size": (96, 160)},
+    "int8": {"precision": "int8"},
+    "fp16": {"precision": "fp16"},
+}
 """One of `KINDS`, or what differs from "edge"."""
 Bundles = Callable[[str], Path]
 """One of `STUDENTS` -> its bundle."""

@@ -138,9 +138,14 @@ def test_every_linear_layer_and_nothing_else_is_int8(
 ) -> None:
     options: dict[str, Any] = {} if sparse else {"weights": exported / "weights.safetensors"}
     made = flat.export_bundle(
-        exported / "student" if sparse else TINY, tmp_path / "int8", precision="int8", calibrate=folder,
-        tokens=True, int8_target=target, **options,
-    )  # fmt: skip
+        exported / "student" if sparse else TINY,
+        tmp_path / "int8",
+        precision="int8",
+        calibrate=folder,
+        tokens=True,
+        int8_target=target,
+        **options,
+    )
     found = manifest_of(made)["quantisation"]
     assert (found["calibrated"], found["held_out"]) == (8, 4)
     assert found["quantised"] + len(found["kept"]) == 4 * 6  # qkv, proj, fc1 and fc2; the head stays
@@ -176,9 +181,12 @@ def test_int8_products_do_not_saturate(backend: str) -> None:
     weight = np.full((64, 32), 127, np.int8)
     weight[:, ::2] = -127
     tensors = {
-        "weight": weight, "scales": np.full(32, 1 / 127, np.float32), "zeros": np.zeros(32, np.int8),
-        "scale": np.float32(1 / 255), "zero": np.uint8(0),
-    }  # fmt: skip
+        "weight": weight,
+        "scales": np.full(32, 1 / 127, np.float32),
+        "zeros": np.zeros(32, np.int8),
+        "scale": np.float32(1 / 255),
+        "zero": np.uint8(0),
+    }
     nodes = [
         helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["x"]),
@@ -186,10 +194,12 @@ def test_int8_products_do_not_saturate(backend: str) -> None:
         helper.make_node("MatMul", ["x", "w"], ["y"]),
     ]
     graph = helper.make_graph(
-        nodes, "int8", [helper.make_tensor_value_info("image", types.FLOAT, [1, 40, 64])],
+        nodes,
+        "int8",
+        [helper.make_tensor_value_info("image", types.FLOAT, [1, 40, 64])],
         [helper.make_tensor_value_info("y", types.FLOAT, [1, 40, 32])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
-    )  # fmt: skip
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     with find_backend(Execution(backend=backend)).session(Path("layer"), model.SerializeToString(), "int8") as opened:
         got = opened.infer({"image": np.ones((1, 40, 64), np.float32)})["y"]

@@ -104,10 +104,12 @@ def test_a_jetsons_release(tmp_path, name, text, release):
 @pytest.mark.parametrize(
     ("text", "exact"),
     [
-        ("flags\t\t: fpu avx2 avx512f avx512bw", False), ("flags\t\t: fpu avx2 avx_vnni", True),
-        ("Features\t: fp asimd asimddp", True), ("bogomips\t: 1", platform.machine() != "x86_64"),
+        ("flags\t\t: fpu avx2 avx512f avx512bw", False),
+        ("flags\t\t: fpu avx2 avx_vnni", True),
+        ("Features\t: fp asimd asimddp", True),
+        ("bogomips\t: 1", platform.machine() != "x86_64"),
     ],
-)  # fmt: skip
+)
 def test_where_products_of_int8_saturate(tmp_path, text, exact):
     write_tree(tmp_path, {"proc/cpuinfo": f"processor\t: 0\n{text}"})
     assert has_int8_products(tmp_path) == exact

@@ -167,10 +167,12 @@ def foreign(tmp_path, monkeypatch):
 
 def test_what_another_package_names_and_is_no_backend_is_refused(bundle, foreign):
     for name, message in (
-        ("broken", "has no 'Missing'"), ("no-backend", "is no class of Backend"),
-        ("module", "foreign is no class of Backend"), ("malformed", "^for-eign cannot be imported"),
+        ("broken", "has no 'Missing'"),
+        ("no-backend", "is no class of Backend"),
+        ("module", "foreign is no class of Backend"),
+        ("malformed", "^for-eign cannot be imported"),
         ("gone", "no module 'gone', looked for from a package.\n  Reinstall gone"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(BackendError, match=message):
             flat.open_session(bundle, name)
     with pytest.raises(BackendError, match="tensorrt-rtx, foreign, broken"):

@@ -140,9 +140,11 @@ def test_keys_that_are_none(signed: Path, tmp_path: Path) -> None:
         sign_bundle(signed, tmp_path / "locked")
     for use, key in ((sign_bundle, private), (require_signature, public)):
         for content, said in (
-            (key, "is not an Ed25519 key"), (bytes(range(256)), "is not a p[a-z]+ key"),
-            (b"-" * 100_000, "has more than"), (None, "does not exist"),
-        ):  # fmt: skip
+            (key, "is not an Ed25519 key"),
+            (bytes(range(256)), "is not a p[a-z]+ key"),
+            (b"-" * 100_000, "has more than"),
+            (None, "does not exist"),
+        ):
             path = tmp_path / said
             if content is not None:
                 path.write_bytes(content)

@@ -10,7 +10,7 @@ import pytest
 
 import sparsifiner_edge as se
 from sparsifiner_edge.cli.main import COMMANDS
-from tests.rooms import ROOT
+from tests.repository import ROOT
 
 pytestmark = pytest.mark.everything
 

@@ -76,8 +76,10 @@ def test_shares_of_keys_by_layer(tmp_path: Path) -> None:
     bundle = open_bundle(export_bundle(folder, tmp_path / "b"))
     assert bundle.manifest.sparsity == some
     assert bundle.manifest.ops == (
-        "sparsifiner::DenseAttention", "sparsifiner::KeySelect", "sparsifiner::SparseAttention",
-    )  # fmt: skip
+        "sparsifiner::DenseAttention",
+        "sparsifiner::KeySelect",
+        "sparsifiner::SparseAttention",
+    )
     other = load_student(folder, keep=(0.5, 1))
     assert [layer.layout.keys for layer in sparse_layers(other.model)] == [50]
     with pytest.raises(ConfigError, match="layer 2 is dense: it has no predictor"):

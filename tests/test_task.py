@@ -72,8 +72,23 @@ def masks(tmp_path: Path, pictures: Path) -> Path:
 
 
 def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Path) -> None:
-    done = process("evaluate", student, "--trust", FACTORY, "--data", pictures, "--metric", "task", "--masks", masks,
-                   "--map", "mask", "-o", tmp_path / "result.json", "--json")  # fmt: skip
+    done = process(
+        "evaluate",
+        student,
+        "--trust",
+        FACTORY,
+        "--data",
+        pictures,
+        "--metric",
+        "task",
+        "--masks",
+        masks,
+        "--map",
+        "mask",
+        "-o",
+        tmp_path / "result.json",
+        "--json",
+    )
     assert done.code == 0, done
     result = json.loads(done.out)
     names = {f"{of}_{name}" for of in ("subject", "teacher", "lost") for name in ("error", "iou", "auroc")}
@@ -259,9 +274,13 @@ def test_what_is_drawn_follows_from_the_seed_and_more_severe_is_further_from_cle
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.sampled_from(COMMON), st.sampled_from(SEVERITIES), st.integers(8, 70), st.integers(8, 70),
-    st.integers(0, 2**31), st.sampled_from([0, 128, 255]),
-)  # fmt: skip
+    st.sampled_from(COMMON),
+    st.sampled_from(SEVERITIES),
+    st.integers(8, 70),
+    st.integers(8, 70),
+    st.integers(0, 2**31),
+    st.sampled_from([0, 128, 255]),
+)
 def test_any_size_and_any_image(name: str, severity: int, height: int, width: int, seed: int, value: int) -> None:
     image = np.full((height, width, 3), value, np.uint8)
     found = corrupt(image, name, severity, seed)

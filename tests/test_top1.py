@@ -120,9 +120,13 @@ def test_it_is_timms_validation_to_the_last_image(
     teacher: dict[str, Any] = {"against": TINY, "weights": made["weights"]} if subject in ("bundle", "dynamic") else {}
     seen: list[tuple[float, float]] = []
     result = evaluate_student(
-        made.get(subject, student), made["data"], metric="top1", workers=workers, **teacher,
+        made.get(subject, student),
+        made["data"],
+        metric="top1",
+        workers=workers,
+        **teacher,
         progress=lambda _, done, total: seen.append((done, total)),
-    )  # fmt: skip
+    )
     assert seen == [(done, 31) for done in range(1, 32)]
     check_result(result, "test", ScoresResult)
     assert result["samples"]["subject_accuracy"] == validated(load_student(student).model, made["data"])

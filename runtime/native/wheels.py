@@ -73,10 +73,14 @@ def build(machine: str, folder: Path) -> Path:
     for name in HEADERS:
         (include / name).symlink_to(Path("/usr/include") / name)
     defined = {
-        "CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": machine, "CMAKE_CXX_COMPILER": compiler_of(machine),
-        "HWY_INCLUDE": include, "ORT_INCLUDE": include / "onnxruntime", "HWY_LIBRARY": "",
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": machine,
+        "CMAKE_CXX_COMPILER": compiler_of(machine),
+        "HWY_INCLUDE": include,
+        "ORT_INCLUDE": include / "onnxruntime",
+        "HWY_LIBRARY": "",
         "OPENVINO_ROOTS": ";".join(map(str, openvinos(machine, folder))),
-    }  # fmt: skip
+    }
     settings = [f"-Ccmake.define.{name}={value}" for name, value in defined.items()]
     pip("wheel", "--no-deps", *settings, "-w", folder, ROOT, _PYTHON_HOST_PLATFORM=f"linux-{machine}")
     (wheel,) = folder.glob("sparsifiner_edge*.whl")

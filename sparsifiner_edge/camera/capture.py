@@ -137,9 +137,12 @@ class Capture:
     def _start(self) -> subprocess.Popen[bytes]:
         """A process that knows what to read. While it imports its decoder the time to wait goes by."""
         self._process = start_python(
-            "sparsifiner_edge.camera.child", {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            "sparsifiner_edge.camera.child",
+            {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         if self._stop.wait(wait_s(self._attempts)):
             self._kill()
         self._status.enter("connecting", None, self._attempts)

@@ -85,10 +85,14 @@ def evaluate_video(
                 f"{video} has {judged.compared} frames to compare.", "Give a longer one, or a lower every."
             )
         method = StreamMethod(
-            video=Path(video).name, frames=judged.frames, every=every, share=share,
-            at_least=floor, preprocessing=str(model.framing),
+            video=Path(video).name,
+            frames=judged.frames,
+            every=every,
+            share=share,
+            at_least=floor,
+            preprocessing=str(model.framing),
             runtime=model.runtime,
-        )  # fmt: skip
+        )
     subject = open_bundle(Path(bundle)).subject("subject")
     statistics = {way: _figures(samples, floor) for way, samples in judged.samples.items()}
     return StreamResult("stream", [subject], method, judged.samples, statistics, pictures=judged.pictures())
@@ -163,9 +167,14 @@ class _Judged:
         return 1 - cosine(one["tokens"], other["tokens"])[0, -self._stream.fresh.size :]
 
     def _add(
-        self, way: str, got: dict[str, Array], wanted: dict[str, Array], moving: Array, ms: float,
+        self,
+        way: str,
+        got: dict[str, Array],
+        wanted: dict[str, Array],
+        moving: Array,
+        ms: float,
         extra: dict[str, float] | None = None,
-    ) -> float | None:  # fmt: skip
+    ) -> float | None:
         """Scores of an answer; 1 - the mean cosine of its patches, where it has any."""
         scores, lost = {"ms": ms} | (extra or {}), None
         for name, expected in wanted.items():
@@ -222,6 +231,7 @@ def _figures(samples: Samples, floor: float | None) -> dict[str, float]:
         figures |= {} if floor is None else {"reached": float((np.array(patches) >= floor).mean())}
         figures |= {
             "patches_frames": float(len(patches)),
-            "first_quarter": float(np.mean(patches[:quarter])), "last_quarter": float(np.mean(patches[-quarter:])),
-        }  # fmt: skip
+            "first_quarter": float(np.mean(patches[:quarter])),
+            "last_quarter": float(np.mean(patches[-quarter:])),
+        }
     return figures

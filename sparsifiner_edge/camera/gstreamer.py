@@ -30,10 +30,12 @@ from sparsifiner_edge.camera.sources import OF_ADDRESS
 from sparsifiner_edge.process import start_program
 
 HARDWARE = (
-    *("nvv4l2decoder", "nvjpegdec"), *("vah264dec", "vah265dec", "vaav1dec", "vavp9dec", "vajpegdec"),
-    *("v4l2slh264dec", "v4l2slh265dec", "v4l2h264dec", "v4l2h265dec"), *("nvh264dec", "nvh265dec", "nvav1dec"),
+    *("nvv4l2decoder", "nvjpegdec"),
+    *("vah264dec", "vah265dec", "vaav1dec", "vavp9dec", "vajpegdec"),
+    *("v4l2slh264dec", "v4l2slh265dec", "v4l2h264dec", "v4l2h265dec"),
+    *("nvh264dec", "nvh265dec", "nvav1dec"),
     *("qsvh264dec", "qsvh265dec", "qsvav1dec"),
-)  # fmt: skip
+)
 """Decoders of Jetsons, VA-API, V4L2, NVIDIA's and Intel's desktop GPUs, preferred where an address alone was given."""
 _TO_MEMORY = "nvvidconv"
 """Of Jetsons: what a hardware decoder gives is in memory that others cannot read."""
@@ -74,9 +76,12 @@ def read_pipeline(pipeline: str, wanted: Wanted) -> Iterator[Frame]:
     if pipeline.endswith(OF_ADDRESS):  # What someone wrote chooses by itself, as it did.
         os.environ.setdefault("GST_PLUGIN_FEATURE_RANK", ",".join(f"{name}:MAX" for name in HARDWARE))
     launched = start_program(
-        launch_line(pipeline, wanted, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        launch_line(pipeline, wanted, theirs),
+        pass_fds=[theirs],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
     os.close(theirs)
     errors: deque[bytes] = deque(maxlen=_ERRORS)
     decoders: deque[str] = deque(maxlen=1)

@@ -53,9 +53,12 @@ class LineWriter:
     """
 
     def __init__(
-        self, output: Path | TextIO | None, live: bool, stop: threading.Event | None = None,
+        self,
+        output: Path | TextIO | None,
+        live: bool,
+        stop: threading.Event | None = None,
         count: Callable[[str], object] = lambda _: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._errors: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         if isinstance(output, Path):
             self._handle, self._errors = _open(output, append=live), functools.partial(io_errors, output)

@@ -72,8 +72,9 @@ class _Fitter:
                 self._graph.add_buffer(**size, time_base=frame.time_base or Fraction(1, 1000)),
                 self._graph.add("crop", f"{across}:{down}:{x}:{y}:exact=1"),
                 self._graph.add("scale", f"{width}:{height}:flags=bicubic+full_chroma_int"),
-                self._graph.add("format", "pix_fmts=rgb24"), self._graph.add("buffersink"),
-            ).configure()  # fmt: skip
+                self._graph.add("format", "pix_fmts=rgb24"),
+                self._graph.add("buffersink"),
+            ).configure()
         self._graph.push(frame)
         scaled: Pixels = self._graph.pull().to_ndarray()
         if (width, height) == fitting.size:

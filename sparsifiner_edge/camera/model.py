@@ -46,9 +46,16 @@ class Model:
     """
 
     def __init__(
-        self, folder: Path, execution: Execution | None = None, top: int = 5, threshold: float | None = None,
-        public_key: Path | None = None, fit: Fit | None = None, region: Box | None = None, any_outputs: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        execution: Execution | None = None,
+        top: int = 5,
+        threshold: float | None = None,
+        public_key: Path | None = None,
+        fit: Fit | None = None,
+        region: Box | None = None,
+        any_outputs: bool = False,
+    ) -> None:
         bundle = checked_bundle(folder, public_key)
         fit = fit or bundle.require(bundle.manifest.preprocessing, "preprocessing").fit
         self.framing = Framing(bundle.image_size, fit, region)

@@ -118,14 +118,23 @@ def profile_camera(
         if recording.sensor.available:
             joules = energy(recording, [window], len(images))
         method = PaceMethod(
-            video=Path(video).name, rate=rate, deadline_ms=deadline, preprocessing=str(model.framing),
-            runtime=model.runtime, stream=model.stream is not None, why_whole=model.whole,
-        )  # fmt: skip
+            video=Path(video).name,
+            rate=rate,
+            deadline_ms=deadline,
+            preprocessing=str(model.framing),
+            runtime=model.runtime,
+            stream=model.stream is not None,
+            why_whole=model.whole,
+        )
     ages, dropped = np.array(samples["age_ms"]), len(images) - len(samples["age_ms"])
     figures = PaceFigures(
-        frames=len(images), dropped=dropped, missed=(dropped + int((ages > deadline).sum())) / len(images),
-        age_ms=_percentiles(samples["age_ms"]), infer_ms=_percentiles(samples["infer_ms"]), energy=joules,
-    )  # fmt: skip
+        frames=len(images),
+        dropped=dropped,
+        missed=(dropped + int((ages > deadline).sum())) / len(images),
+        age_ms=_percentiles(samples["age_ms"]),
+        infer_ms=_percentiles(samples["infer_ms"]),
+        energy=joules,
+    )
     return PaceResult("pace", [open_bundle(Path(bundle)).subject("subject")], method, samples, figures)
 
 

@@ -201,9 +201,15 @@ def _say(text: str) -> None:
 def open_model(bundle: Path, options: RunOptions, any_outputs: bool = True) -> Model:
     """A bundle as these options have it; see `Model`."""
     return Model(
-        bundle, execution_of(options.execution), options.top, options.threshold, options.public_key, options.fit,
-        options.region, any_outputs,
-    )  # fmt: skip
+        bundle,
+        execution_of(options.execution),
+        options.top,
+        options.threshold,
+        options.public_key,
+        options.fit,
+        options.region,
+        any_outputs,
+    )
 
 
 def _open(bundle: Path, source: Source, options: RunOptions, any_outputs: bool = False) -> Model:

@@ -30,17 +30,32 @@ def _batch(text: str) -> tuple[int, int, int]:
 
 @click.command()
 @common.bundle_argument
-@click.option("--compute-capability", metavar="X.Y,...",
-              help="GPUs to build for, such as 8.6,8.9; by default this machine's.")  # fmt: skip
-@click.option("--batch", metavar="SIZE|LEAST,BEST,MOST", callback=common.read_by(_batch),
-              help="For a dynamic batch: sizes that an engine takes, tuned for BEST.  [default: 1,1,8]")  # fmt: skip
-@click.option("--timeout", "timeout_s", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
-              help="Seconds that one variant of an engine may take.  [600; 1800 on a Jetson]")  # fmt: skip
+@click.option(
+    "--compute-capability", metavar="X.Y,...", help="GPUs to build for, such as 8.6,8.9; by default this machine's."
+)
+@click.option(
+    "--batch",
+    metavar="SIZE|LEAST,BEST,MOST",
+    callback=common.read_by(_batch),
+    help="For a dynamic batch: sizes that an engine takes, tuned for BEST.  [default: 1,1,8]",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
+    help="Seconds that one variant of an engine may take.  [600; 1800 on a Jetson]",
+)
 @click.option("--backend", required=True, help="tensorrt or tensorrt-rtx.")
-@click.option("--kernels", type=click.Choice(KERNEL_CHOICES), default="auto", show_default=True,
-              help="Of sparse attention and merging: the fastest, the CUDA kernels, or function bodies.")  # fmt: skip
-@click.option("--bisect", is_flag=True,
-              help="Build none; say at which layer one of bodies leaves the golden tolerance.")  # fmt: skip
+@click.option(
+    "--kernels",
+    type=click.Choice(KERNEL_CHOICES),
+    default="auto",
+    show_default=True,
+    help="Of sparse attention and merging: the fastest, the CUDA kernels, or function bodies.",
+)
+@click.option(
+    "--bisect", is_flag=True, help="Build none; say at which layer one of bodies leaves the golden tolerance."
+)
 @common.json_option
 def command(*, bundle: Path, compute_capability: str | None, bisect: bool, as_json: bool, **options: Any) -> None:
     """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""

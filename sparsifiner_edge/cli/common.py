@@ -83,25 +83,51 @@ def parse_size(text: str) -> ImageSize:
 
 bundle_argument = click.argument("bundle", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-result_option = click.option("-o", "--output", type=PATH, callback=read_by(_file_path),
-                             help="Also write the result, raw samples included, to this JSON file.")  # fmt: skip
+result_option = click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    callback=read_by(_file_path),
+    help="Also write the result, raw samples included, to this JSON file.",
+)
 
 
 def execution_options(command: Command) -> Command:
     """How a bundle is run: backend, precision, provider and kernels, each an argument of the command."""
-    for option in reversed((
-        click.option("--backend", default="auto", show_default=True,
-                     help="onnxruntime, openvino, tensorrt or tensorrt-rtx; auto: what BUNDLE is intended for, else "
-                          "the first that runs here: an engine in it, onnxruntime, openvino."),
-        click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True,
-                     help="What all that is not int8 in the file is computed in; auto: intended with it, else as "
-                          "it is stored."),
-        click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True,
-                     help="Of onnxruntime: what it runs on."),
-        click.option("--kernels", type=click.Choice(KERNEL_CHOICES), default="auto", show_default=True,
-                     help="Operators of sparse attention: auto, the native library where it can be loaded; native, "
-                          "only it; portable, function bodies."),
-    )):  # fmt: skip
+    for option in reversed(
+        (
+            click.option(
+                "--backend",
+                default="auto",
+                show_default=True,
+                help="onnxruntime, openvino, tensorrt or tensorrt-rtx; auto: what BUNDLE is intended for, else "
+                "the first that runs here: an engine in it, onnxruntime, openvino.",
+            ),
+            click.option(
+                "--precision",
+                type=click.Choice(PRECISIONS),
+                default="auto",
+                show_default=True,
+                help="What all that is not int8 in the file is computed in; auto: intended with it, else as "
+                "it is stored.",
+            ),
+            click.option(
+                "--provider",
+                type=click.Choice(PROVIDERS),
+                default="cpu",
+                show_default=True,
+                help="Of onnxruntime: what it runs on.",
+            ),
+            click.option(
+                "--kernels",
+                type=click.Choice(KERNEL_CHOICES),
+                default="auto",
+                show_default=True,
+                help="Operators of sparse attention: auto, the native library where it can be loaded; native, "
+                "only it; portable, function bodies.",
+            ),
+        )
+    ):
         command = option(command)
     return command
 
@@ -118,11 +144,18 @@ def img_size_option(command: Command) -> Command:
         return command(img_size=img_size, **options)
 
     for option in (
-        click.option("--like", metavar="VIDEO|IMAGE",
-            help="In place of --img-size: the shape of its frames, about as many patches as the model has by itself."),
-        click.option("--img-size", callback=read_by(parse_size), metavar="SIDE|HEIGHTxWIDTH",
-            help="Pixels: a square's side, or height and width; by default the model's own."),
-    ):  # fmt: skip
+        click.option(
+            "--like",
+            metavar="VIDEO|IMAGE",
+            help="In place of --img-size: the shape of its frames, about as many patches as the model has by itself.",
+        ),
+        click.option(
+            "--img-size",
+            callback=read_by(parse_size),
+            metavar="SIDE|HEIGHTxWIDTH",
+            help="Pixels: a square's side, or height and width; by default the model's own.",
+        ),
+    ):
         with_size = option(with_size)
     return cast(Command, with_size)
 
@@ -146,29 +179,57 @@ def _labels(path: Path | None) -> list[str]:
     return text.decode("utf-8", "surrogateescape").removeprefix("\ufeff").splitlines()
 
 
-labels_option = click.option("--labels", type=PATH, callback=lambda _context, _option, path: _labels(path),
-    metavar="FILE", help="Names of the classes, one a line; by default those that the model has.")  # fmt: skip
-fit_option = click.option("--fit", type=click.Choice(FITS),
+labels_option = click.option(
+    "--labels",
+    type=PATH,
+    callback=lambda _context, _option, path: _labels(path),
+    metavar="FILE",
+    help="Names of the classes, one a line; by default those that the model has.",
+)
+fit_option = click.option(
+    "--fit",
+    type=click.Choice(FITS),
     help="How an image gets the model's shape: crop, its centre; letterbox, all of it between bars; stretch, all of it "
-         "distorted. By default as the bundle says, else crop.")  # fmt: skip
-region_option = click.option("--region", callback=read_by(parse_region), metavar="X,Y,WIDTH,HEIGHT",
-    help="Read this part of an image alone, in its pixels; X and Y from the upper left corner.")  # fmt: skip
-threads_option = click.option("--threads", type=click.IntRange(1, MOST_THREADS),
-                              help="Threads; by default the cores this process may use.")  # fmt: skip
-weights_option = click.option("--weights", type=PATH,
-    help="For timm's names: weights (.safetensors or .pth); without it, timm downloads them.")  # fmt: skip
-keep_option = click.option("--keep", callback=read_by(parse_keep), metavar="SHARE|SHARE,...",
+    "distorted. By default as the bundle says, else crop.",
+)
+region_option = click.option(
+    "--region",
+    callback=read_by(parse_region),
+    metavar="X,Y,WIDTH,HEIGHT",
+    help="Read this part of an image alone, in its pixels; X and Y from the upper left corner.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads; by default the cores this process may use."
+)
+weights_option = click.option(
+    "--weights", type=PATH, help="For timm's names: weights (.safetensors or .pth); without it, timm downloads them."
+)
+keep_option = click.option(
+    "--keep",
+    callback=read_by(parse_keep),
+    metavar="SHARE|SHARE,...",
     help="Share of keys that each tile reads, 1 is dense; or shares of the layers from the first, such as .1,.1,.25,1: "
-         "the last goes on. By default the student's own; of a new one 0.25, with --merge what suits the size.",
-)  # fmt: skip
-merge_option = click.option("--merge", callback=read_by(parse_merge), metavar="N|FIRST..LAST",
+    "the last goes on. By default the student's own; of a new one 0.25, with --merge what suits the size.",
+)
+merge_option = click.option(
+    "--merge",
+    callback=read_by(parse_merge),
+    metavar="N|FIRST..LAST",
     help="Tokens that each layer merges with their like: one rate, FIRST..LAST layer's, or a list; by default the "
-         "student's own, of a new one none.",
-)  # fmt: skip
-token_keep_option = click.option("--token-keep", callback=read_by(parse_token_keep), metavar="LAYER:SHARE,...",
-    help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.')  # fmt: skip
-trust_option = click.option("--trust", multiple=True, metavar="MODULE",
-    help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
+    "student's own, of a new one none.",
+)
+token_keep_option = click.option(
+    "--token-keep",
+    callback=read_by(parse_token_keep),
+    metavar="LAYER:SHARE,...",
+    help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.',
+)
+trust_option = click.option(
+    "--trust",
+    multiple=True,
+    metavar="MODULE",
+    help="A student of a factory of your own: the module whose code may run; repeatable.",
+)
 
 
 def normalise_options(command: Command) -> Command:
@@ -184,9 +245,12 @@ def normalise_options(command: Command) -> Command:
     for option in (
         click.option("--no-normalise", is_flag=True, help="The model normalises inside, of pixels from 0 to 1."),
         click.option("--std", metavar="R,G,B", help="Their standard deviation, likewise."),
-        click.option("--mean", metavar="R,G,B",
-            help="Mean of pixels / 255 that the model expects; by default what it declares or its library records."),
-    ):  # fmt: skip
+        click.option(
+            "--mean",
+            metavar="R,G,B",
+            help="Mean of pixels / 255 that the model expects; by default what it declares or its library records.",
+        ),
+    ):
         with_normalise = option(with_normalise)
     return cast(Command, with_normalise)
 

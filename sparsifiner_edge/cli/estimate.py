@@ -12,8 +12,12 @@ from sparsifiner_edge.cli import common
 
 @click.command()
 @click.argument("bundle", type=common.PATH, required=False)
-@click.option("--board", "board", metavar="NAME|FILE.toml",
-              help="A board of this package (see --list), or your own (docs/boards.md).")  # fmt: skip
+@click.option(
+    "--board",
+    "board",
+    metavar="NAME|FILE.toml",
+    help="A board of this package (see --list), or your own (docs/boards.md).",
+)
 @click.option("--against", type=common.PATH, help="Another bundle: which is faster there, and by how much.")
 @click.option("--jetpack", metavar="6|7|VERSION", help="Of a Jetson; by default the board's newest.")
 @click.option(

@@ -25,26 +25,41 @@ if TYPE_CHECKING:
 @common.weights_option
 @click.option("--data", type=common.PATH, help="An image or a folder; labelled: one folder per class.")
 @click.option("--video", metavar="FILE|FOLDER", help="Instead: a camera's frames, which a bundle's stream follows.")
-@click.option("--metric", type=click.Choice(["cosine", "knn", "linear", "top1", "task"]), default="cosine",
-              show_default=True, help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the "
-                                      "classifier; or a task's own (see --task).")  # fmt: skip
+@click.option(
+    "--metric",
+    type=click.Choice(["cosine", "knn", "linear", "top1", "task"]),
+    default="cosine",
+    show_default=True,
+    help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the "
+    "classifier; or a task's own (see --task).",
+)
 @click.option("--gallery", type=common.PATH, help="For knn and linear: labelled images to learn from.")
 @click.option(
     "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most this many images of --data, evenly taken."
 )
-@click.option("--task", metavar="maps|NAME|package.module:class",
-              help="For task: dense maps against the teacher's, or a metric of your own.  [default: maps]")  # fmt: skip
+@click.option(
+    "--task",
+    metavar="maps|NAME|package.module:class",
+    help="For task: dense maps against the teacher's, or a metric of your own.  [default: maps]",
+)
 @click.option("--map", "map_name", metavar="NAME", help="For maps: the output that is one, where there are several.")
 @click.option("--masks", type=common.PATH, help="For maps: a folder of true masks, named as the images.")
 @click.option("--corruptions", metavar="all|NAME,..", help="Judge while images get worse, by these (docs/trust.md).")
 @click.option("--severity", type=click.IntRange(1, 5), help="Of corruptions.  [default: 3]")
-@click.option("--workers", type=click.IntRange(0, MOST_WORKERS),
-              help="Processes that read images; by default as many as cores.")  # fmt: skip
+@click.option(
+    "--workers", type=click.IntRange(0, MOST_WORKERS), help="Processes that read images; by default as many as cores."
+)
 @click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
-@click.option("--at-least", type=common.FiniteRange(0, 1, min_open=True, max_open=True),
-              help="Of a stream: fidelity of frames to the dense model.  [default: 0.98]")  # fmt: skip
-@click.option("--share", type=common.FiniteRange(0, 1, min_open=True),
-              help="Of a stream: share of the patches that every frame computes instead.")  # fmt: skip
+@click.option(
+    "--at-least",
+    type=common.FiniteRange(0, 1, min_open=True, max_open=True),
+    help="Of a stream: fidelity of frames to the dense model.  [default: 0.98]",
+)
+@click.option(
+    "--share",
+    type=common.FiniteRange(0, 1, min_open=True),
+    help="Of a stream: share of the patches that every frame computes instead.",
+)
 @click.option("--every", type=click.IntRange(1, MOST_COUNT), help="Of a stream: compare one of so many frames.")
 @click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Of a stream: stop after so many.")
 @common.fit_option
@@ -103,10 +118,15 @@ def _print_stream(result: StreamResult) -> None:
     method, heads = result.method, ("patches", "moving", "patches_least", "reached", "share", "ms", "ms_p99")
     names = [name for name in result.statistics["stream"] if name.endswith(("_iou", "features"))]
     rows = [
-        [way, *(f"{figures[name]:.1f}" if name.startswith("ms") else f"{figures[name]:.4f}" if name in figures else "-"
-                for name in (*heads, *names))]
+        [
+            way,
+            *(
+                f"{figures[name]:.1f}" if name.startswith("ms") else f"{figures[name]:.4f}" if name in figures else "-"
+                for name in (*heads, *names)
+            ),
+        ]
         for way, figures in result.statistics.items()
-    ]  # fmt: skip
+    ]
     floor = "" if method.at_least is None else f", at least {method.at_least:g}"
     title = f"{printable(method.video)}, {method.frames} frames{floor}"
     common.print_table(title, ["", *(name.replace("_", " ") for name in (*heads, *names))], rows)
@@ -175,11 +195,19 @@ def _print_robustness(result: RobustnessResult) -> None:
         for name in ("clean", *method.corruptions, "all"):
             row = by_condition[name]
             extra = row.extra_lost.times(100)
-            rows.append([
-                name, f"{100 * row.teacher:.2f}", f"{100 * row.subject:.2f}", f"{100 * row.teacher_lost.value:.2f}",
-                f"{100 * row.subject_lost.value:.2f}", f"{extra.value:+.2f}", _between(extra, "+.2f"),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    f"{100 * row.teacher:.2f}",
+                    f"{100 * row.subject:.2f}",
+                    f"{100 * row.teacher_lost.value:.2f}",
+                    f"{100 * row.subject_lost.value:.2f}",
+                    f"{extra.value:+.2f}",
+                    _between(extra, "+.2f"),
+                ]
+            )
         common.print_table(
             f"{score} of 100, {by_condition['all'].images} images, severity {method.severity}",
-            ["", "dense", "sparse", "dense loses", "sparse loses", "extra loss", "95 % interval"], rows,
-        )  # fmt: skip
+            ["", "dense", "sparse", "dense loses", "sparse loses", "extra loss", "95 % interval"],
+            rows,
+        )

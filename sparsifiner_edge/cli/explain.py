@@ -19,16 +19,23 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("student", type=common.PATH)
 @click.option("--data", type=common.PATH, required=True, help="An image or a folder.")
-@click.option("--images", "most", type=click.IntRange(1, MOST_COUNT), default=4, show_default=True,
-              help="Images at most, evenly taken.")  # fmt: skip
-@click.option("--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True,
-              help="Of the page.")  # fmt: skip
+@click.option(
+    "--images",
+    "most",
+    type=click.IntRange(1, MOST_COUNT),
+    default=4,
+    show_default=True,
+    help="Images at most, evenly taken.",
+)
+@click.option(
+    "--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True, help="Of the page."
+)
 @common.trust_option
 @common.json_option
 @common.output_option("Page to write.")
 def command(
     *, student: Path, data: Path, most: int, language: str, trust: tuple[str, ...], as_json: bool, output: Path
-) -> None:  # fmt: skip
+) -> None:
     """Show what STUDENT read and merged on images, what its features hang on, and whether it is so."""
     import sparsifiner_edge
     from sparsifiner_edge.report.explain_page import write_explanation

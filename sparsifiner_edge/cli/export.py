@@ -28,23 +28,53 @@ if TYPE_CHECKING:  # Help is light: a manifest's types bring numpy.
 @common.keep_option
 @common.merge_option
 @common.trust_option
-@click.option("--precision", type=click.Choice(STORED_PRECISIONS), default="fp32", show_default=True,
-              help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
-@click.option("--calibrate", type=common.PATH,
-              help="A folder of images: int8 is calibrated with them, a board's tile is judged by them.")  # fmt: skip
-@click.option("--check", metavar="package.module:function",
-              help="A function of yours that the file must answer as, on --data (docs/models.md).")  # fmt: skip
+@click.option(
+    "--precision",
+    type=click.Choice(STORED_PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.",
+)
+@click.option(
+    "--calibrate",
+    type=common.PATH,
+    help="A folder of images: int8 is calibrated with them, a board's tile is judged by them.",
+)
+@click.option(
+    "--check",
+    metavar="package.module:function",
+    help="A function of yours that the file must answer as, on --data (docs/models.md).",
+)
 @click.option("--data", type=common.PATH, help="For --check: an image, or a folder of them.")
-@click.option("--int8-target", "int8_target", type=click.Choice(INT8_TARGETS), default="cpu",
-              show_default=True, help="For int8: what will run it.")  # fmt: skip
-@click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
-              help="Also compile float16 kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
+@click.option(
+    "--int8-target",
+    "int8_target",
+    type=click.Choice(INT8_TARGETS),
+    default="cpu",
+    show_default=True,
+    help="For int8: what will run it.",
+)
+@click.option(
+    "--board",
+    "boards",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Also compile float16 kernels for this board (see `estimate --list`); repeatable.",
+)
 @common.labels_option
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
-@click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True,
-              help="How `run` and `evaluate` bring images to the size, unless told otherwise.")  # fmt: skip
-@click.option("--stream", is_flag=True,
-              help="Also write what computes of a camera's frames only what changed: `run` does it then.")  # fmt: skip
+@click.option(
+    "--fit",
+    type=click.Choice(FITS),
+    default="crop",
+    show_default=True,
+    help="How `run` and `evaluate` bring images to the size, unless told otherwise.",
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Also write what computes of a camera's frames only what changed: `run` does it then.",
+)
 @click.option("--tokens", is_flag=True, help="Also give the tokens of a classifier, or of a model with a decoder.")
 @common.normalise_options
 @common.json_option

@@ -25,26 +25,55 @@ _STARTED = time.monotonic()
 @click.command()
 @click.argument("source", metavar="MODEL|STUDENT")
 @click.option("--data", type=common.PATH, required=True, help="Folder of images like those that the model will see.")
-@click.option("--at-least", type=float, metavar="FIDELITY",
-              help="The fastest that is as near to the dense model.  [default: 0.98]")  # fmt: skip
+@click.option(
+    "--at-least",
+    type=float,
+    metavar="FIDELITY",
+    help="The fastest that is as near to the dense model.  [default: 0.98]",
+)
 @click.option("--at-most-ms", type=float, metavar="MS", help="The nearest to the dense model that takes no longer.")
-@click.option("--metric", default="patches", show_default=True, metavar="NAME",
-              help="Fidelity: patches or class (cosine of these tokens), maps (IoU of a decoder's map), or a metric of "
-                   "your own, package.module:class.")  # fmt: skip
+@click.option(
+    "--metric",
+    default="patches",
+    show_default=True,
+    metavar="NAME",
+    help="Fidelity: patches or class (cosine of these tokens), maps (IoU of a decoder's map), or a metric of "
+    "your own, package.module:class.",
+)
 @common.weights_option
 @common.img_size_option
 @click.option("--teacher", metavar="MODEL", help="The dense model of a student that was trained.")
-@click.option("--backend", "backends", multiple=True, type=click.Choice(ON_PROCESSOR),
-              help="Repeatable; by default all that run here.")  # fmt: skip
-@click.option("--computes", multiple=True, type=click.Choice(("auto", "bf16", "fp16")),
-              help="What a backend computes in of all that is not int8; auto: as stored. Repeatable; by default all "
-                   "that run here.")  # fmt: skip
-@click.option("--precision", "precisions", multiple=True, type=click.Choice(("fp32", "int8", "fp16")),
-              help="What files store. Repeatable; by default int8, and fp32 or on a board's GPU fp16.")  # fmt: skip
-@click.option("--board", metavar="NAME|FILE.toml",
-              help="A board that is not here: latency is estimated, as `estimate` does.")  # fmt: skip
-@click.option("--minutes", type=common.FiniteRange(min=0.1, max=10_000), default=8.0, show_default=True,
-              help="Hard cap on the time; Ctrl-C ends it earlier, with the best so far.")  # fmt: skip
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(ON_PROCESSOR),
+    help="Repeatable; by default all that run here.",
+)
+@click.option(
+    "--computes",
+    multiple=True,
+    type=click.Choice(("auto", "bf16", "fp16")),
+    help="What a backend computes in of all that is not int8; auto: as stored. Repeatable; by default all "
+    "that run here.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(("fp32", "int8", "fp16")),
+    help="What files store. Repeatable; by default int8, and fp32 or on a board's GPU fp16.",
+)
+@click.option(
+    "--board", metavar="NAME|FILE.toml", help="A board that is not here: latency is estimated, as `estimate` does."
+)
+@click.option(
+    "--minutes",
+    type=common.FiniteRange(min=0.1, max=10_000),
+    default=8.0,
+    show_default=True,
+    help="Hard cap on the time; Ctrl-C ends it earlier, with the best so far.",
+)
 @common.labels_option
 @common.fit_option
 @common.trust_option

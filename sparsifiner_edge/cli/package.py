@@ -11,8 +11,9 @@ from sparsifiner_edge.cli import common
 
 @click.command()
 @common.bundle_argument
-@click.option("--for", "target", required=True, type=click.Choice(["deepstream", "triton", "gstreamer"]),
-              help="Target system.")  # fmt: skip
+@click.option(
+    "--for", "target", required=True, type=click.Choice(["deepstream", "triton", "gstreamer"]), help="Target system."
+)
 @common.output_option("Folder to write; it must not exist.")
 @common.json_option
 def command(*, bundle: Path, target: str, output: Path, as_json: bool) -> None:

@@ -28,16 +28,28 @@ if TYPE_CHECKING:
 @click.option("--against-backend", help="What else runs that, on the CPU and in its own precision.")
 @click.option("--against-precision", type=click.Choice(PRECISIONS), help="What it computes in, likewise.")
 @common.threads_option
-@click.option("--seconds", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
-              help="Minimum measuring time per bundle.  [default: 10]")  # fmt: skip
+@click.option(
+    "--seconds",
+    type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
+    help="Minimum measuring time per bundle.  [default: 10]",
+)
 @click.option("--video", metavar="FILE|FOLDER", help="Instead: how BUNDLE keeps up with a camera that gives these.")
 @click.option(
     "--rate", type=common.FiniteRange(0, 1000, min_open=True), help="Of --video: frames a second.  [default: 25]"
 )
-@click.option("--deadline", metavar="MS", help="Of --video: until when a frame is answered, such as 40ms.  "
-              "[default: when the next one comes]")  # fmt: skip
-@click.option("--no-stream", "stream", is_flag=True, flag_value=False, default=True,
-              help="Of --video: compute every frame whole, though BUNDLE follows a stream.")  # fmt: skip
+@click.option(
+    "--deadline",
+    metavar="MS",
+    help="Of --video: until when a frame is answered, such as 40ms.  [default: when the next one comes]",
+)
+@click.option(
+    "--no-stream",
+    "stream",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Of --video: compute every frame whole, though BUNDLE follows a stream.",
+)
 @common.fit_option
 @common.region_option
 @common.json_option

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("results", nargs=-1, metavar="RESULT.json...", type=common.PATH)
-@click.option("--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True,
-              help="English or Japanese.")  # fmt: skip
+@click.option(
+    "--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True, help="English or Japanese."
+)
 @common.json_option
 @common.output_option("HTML page to write.")
 def command(*, results: tuple[Path, ...], output: Path, language: str, as_json: bool) -> None:

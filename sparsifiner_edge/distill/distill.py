@@ -233,12 +233,19 @@ def _summary(training: Training, teacher: Student, recipe: str, student: Path) -
     start, best = state.start, state.best
     rows = zip(training.budgets, start.figures, best.figures, strict=True) if start and best else ()
     return TrainingSummary(
-        recipe=recipe, settings=training.recipe, steps=state.step,
+        recipe=recipe,
+        settings=training.recipe,
+        steps=state.step,
         kept="the untrained start" if state.best_step == 0 else f"step {state.best_step}",
         metric=BY_TOP1 if training.by_top1 else BY_COSINE,
-        start=start.score if start else None, best=best.score if best else None,
+        start=start.score if start else None,
+        best=best.score if best else None,
         budgets=[BudgetFidelity(b.keep, b.token_keep, b.merge, *figures) for b, *figures in rows],
-        teacher=teacher.name, weights=teacher.provenance.weights or Weights(),
-        student=student.resolve().name, images=len(source.train), held_out=[path.name for path in source.held_out],
-        unreadable=sorted(state.unreadable), processes=training.accelerator.num_processes,
-    )  # fmt: skip
+        teacher=teacher.name,
+        weights=teacher.provenance.weights or Weights(),
+        student=student.resolve().name,
+        images=len(source.train),
+        held_out=[path.name for path in source.held_out],
+        unreadable=sorted(state.unreadable),
+        processes=training.accelerator.num_processes,
+    )

@@ -39,8 +39,15 @@ from sparsifiner_edge.sparse.weights import normalise
 RECENT, EXPLOSION = 50, 20.0
 """Losses that an explosion is measured against, and how many times their median stops a training."""
 BOUND = (
-    "seed", "epsilon", "weight_decay", "predictor_weight_decay", "ema", "freeze_decoder", "precision", "best",
-)  # fmt: skip
+    "seed",
+    "epsilon",
+    "weight_decay",
+    "predictor_weight_decay",
+    "ema",
+    "freeze_decoder",
+    "precision",
+    "best",
+)
 """Of a recipe, that may not change where a training is resumed."""
 
 
@@ -345,10 +352,14 @@ class Training:
         recipe = self.recipe
         images = msgspec.structs.replace(recipe.images, held_out=1, workers=0)
         return {name: getattr(recipe, name) for name in BOUND} | {
-            "images": self.source.fingerprint, "crops": str(images), "budgets": str(self.budgets),
-            "student": digest(student.model), "teacher": digest(teacher.model), "steps": self.total,
+            "images": self.source.fingerprint,
+            "crops": str(images),
+            "budgets": str(self.budgets),
+            "student": digest(student.model),
+            "teacher": digest(teacher.model),
+            "steps": self.total,
             "images per step": recipe.batch * self.accelerator.num_processes,
-        }  # fmt: skip
+        }
 
 
 def _with_part(part: str, tensors: dict[str, Tensor]) -> Tensors:

@@ -41,18 +41,24 @@ class ClassJudge(Judge):
     """
 
     def __init__(
-        self, queries: Labelled, metric: str, folder: str | Path | None, models: Sequence[Extractor], feed: Feed,
+        self,
+        queries: Labelled,
+        metric: str,
+        folder: str | Path | None,
+        models: Sequence[Extractor],
+        feed: Feed,
         progress: Progress | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(queries.files, feed.framing)
         self._queries, self._gallery = queries, gallery_of(metric, folder, queries)
         self.truth = f"classes, by {METRICS[metric]}"
         fit = fit_neighbours if metric == "knn" else fit_probe
         self.fits = [
-            None if self._gallery is None
+            None
+            if self._gallery is None
             else fit(_features(model, self._gallery, feed, progress), self._gallery.labels)
             for model in models
-        ]  # fmt: skip
+        ]
 
     def scores(self, image: JudgedImage) -> tuple[Scores, Scores]:
         """See `Judge`."""

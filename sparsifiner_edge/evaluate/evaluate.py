@@ -129,17 +129,22 @@ def evaluate_student(
     require(model.img_size is None, "An evaluation takes images of the subject's size.", "Leave img_size out.")
     metric, names = options.metric, () if options.corruptions is None else parse_corruptions(options.corruptions)
     compared = TeacherComparison(
-        Path(subject), against, model, budget or Budget(), execution_of(execution),
+        Path(subject),
+        against,
+        model,
+        budget or Budget(),
+        execution_of(execution),
         "logits" if metric == "top1" else None,
-    )  # fmt: skip
+    )
     with contextlib.ExitStack() as stack:
         models = open_both(compared, stack)
         framing = Framing(models[0].size, options.fit or models[0].fit, options.region)
         as_timm = metric == "top1" and options.fit is None and framing.is_centre
         feed = feed_of(models[0].timm_name if as_timm else None, framing)._replace(
-            workers=options.workers, corruptions=names,
+            workers=options.workers,
+            corruptions=names,
             severity=SEVERITY if options.severity is None else options.severity,
-        )  # fmt: skip
+        )
         if metric in METRICS:
             return _judge_classes(compared, data, options, models, feed, progress)
         files = data if isinstance(data, list) else list_images(Path(data))
@@ -150,9 +155,13 @@ def evaluate_student(
 
 
 def _judge_classes(
-    compared: TeacherComparison, data: str | Path | list[Path], options: EvaluationOptions,
-    models: tuple[Extractor, Extractor], feed: Feed, progress: Progress | None,
-) -> ScoresResult | RobustnessResult:  # fmt: skip
+    compared: TeacherComparison,
+    data: str | Path | list[Path],
+    options: EvaluationOptions,
+    models: tuple[Extractor, Extractor],
+    feed: Feed,
+    progress: Progress | None,
+) -> ScoresResult | RobustnessResult:
     """Of labelled images; the metric linear also writes its probe, where it is asked for."""
     metric, head = options.metric, None if options.head is None else Path(options.head)
     if isinstance(data, list):
@@ -177,11 +186,15 @@ def _result(
     def method() -> EvaluationMethod:
         """Once all are judged."""
         return EvaluationMethod(
-            metric=metric, truth=judge.truth, images=[path.name for path in judge.files],
+            metric=metric,
+            truth=judge.truth,
+            images=[path.name for path in judge.files],
             preprocessing=feed.text + ", then corrupted" * bool(feed.corruptions),
             runtime={role: model.runtime for role, model in zip(COMPARED, models, strict=True)},
-            corruptions=feed.corruptions, severity=feed.severity if feed.corruptions else None, **judge.details(),
-        )  # fmt: skip
+            corruptions=feed.corruptions,
+            severity=feed.severity if feed.corruptions else None,
+            **judge.details(),
+        )
 
     if feed.corruptions:
         worse = corrupted_scores(judge, judged)

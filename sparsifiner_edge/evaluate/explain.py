@@ -42,9 +42,13 @@ Layer: TypeAlias = tuple[Array, Array, LayerSummary]
 
 
 def explain_student(
-    student: str | Path, data: str | Path, *, most: int = EXPLAINED, trust: Sequence[str] = (),
+    student: str | Path,
+    data: str | Path,
+    *,
+    most: int = EXPLAINED,
+    trust: Sequence[str] = (),
     progress: Progress | None = None,
-) -> tuple[ExplainResult, list[Explained]]:  # fmt: skip
+) -> tuple[ExplainResult, list[Explained]]:
     """Explain a student's features on images.
 
     Args:
@@ -70,10 +74,11 @@ def explain_student(
         if progress:
             progress("images", number + 1, len(paths))
     method = ExplainMethod(
-        groups=groups_of(model.backbone.grid), filled="the image's mean colour",
+        groups=groups_of(model.backbone.grid),
+        filled="the image's mean colour",
         preprocessing=str(Framing(model.img_size)),
         images=[path.name for path in paths],
-    )  # fmt: skip
+    )
     named = {f"{number} {image.path.name}": image for number, image in enumerate(explained)}
     samples = {name: image.drops for name, image in named.items()}
     statistics = {name: image.summary for name, image in named.items()}
@@ -146,15 +151,18 @@ def _watch(layer: SparseLayer, records: list[Layer]) -> Iterator[None]:
         share = np.ones(patches) if read is None else np.asarray(read.numpy())
         sparse = layer.packed_attention if read is not None else None
         summary = LayerSummary(
-            layer=len(records), tokens=patches, merged=patches - layer.receive(output).positions.shape[1],
+            layer=len(records),
+            tokens=patches,
+            merged=patches - layer.receive(output).positions.shape[1],
             keys=sparse.layout.keys if isinstance(sparse, SparseAttention) else None,
-        )  # fmt: skip
+        )
         records.append((np.asarray(places[layer.curve.raster].numpy()), share, summary))
 
     hooks = [
-        layer.register_forward_pre_hook(enter), layer.packed_attention.register_forward_hook(attend),
+        layer.register_forward_pre_hook(enter),
+        layer.packed_attention.register_forward_hook(attend),
         layer.register_forward_hook(leave),
-    ]  # fmt: skip
+    ]
     try:
         yield
     finally:

@@ -155,9 +155,12 @@ def read_images(files: Sequence[Path], feed: Feed, batch: int) -> Iterator[tuple
     if workers is None:
         workers = 0 if batches == 1 else min(available_cores(), batches, MOST_WORKERS)
     loader = DataLoader(
-        _Files(files, feed), batch_size=images, num_workers=workers, collate_fn=_collate,
+        _Files(files, feed),
+        batch_size=images,
+        num_workers=workers,
+        collate_fn=_collate,
         worker_init_fn=_ignore_sigint,
-    )  # fmt: skip
+    )
     try:
         for read in loader:
             if isinstance(read, SparsifinerError):

@@ -138,9 +138,14 @@ def _compile(schedule: Schedule, sm: int, ptx_version: int, folder: Path, table:
             tensor = LaunchTensor(cast(DType, buffer.dtype), shape)
             sides[buffer.name not in known][buffer.name] = tensor
         launch = CompiledLaunch(
-            kernel=step.kernel, symbol=code.symbol, grid=code.launch.grid[:2], threads=32 * code.launch.warps,
-            shared_bytes=code.shared, inputs=sides[0], outputs=sides[1],
-        )  # fmt: skip
+            kernel=step.kernel,
+            symbol=code.symbol,
+            grid=code.launch.grid[:2],
+            threads=32 * code.launch.warps,
+            shared_bytes=code.shared,
+            inputs=sides[0],
+            outputs=sides[1],
+        )
         ptx, plain = bare_ptx(code.ptx, code.symbol, len(code.arguments)), write_record(launch)
         if [*sides[0], *sides[1]] != [buffer.name for buffer in code.arguments]:  # TensorRT passes inputs first.
             raise BackendError(f"The kernel {step.kernel} takes an output before an input.", "Report this.")

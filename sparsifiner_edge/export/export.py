@@ -192,9 +192,12 @@ def export_model(
 
 
 def export_student(
-    student: Student, output: Path, options: ExportOptions, base: FloatFile | None = None,
+    student: Student,
+    output: Path,
+    options: ExportOptions,
+    base: FloatFile | None = None,
     progress: Progress | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Export a student in memory; see `export_bundle`. base: its `float_file`, where that is there."""
     return _export(student, output, _form(options), progress, base)
 
@@ -283,9 +286,12 @@ def _export(
             board_files(file.model, student.name, board, folder, faster_dense(work, board)) for board in form.boards
         )
         manifest = msgspec.structs.replace(
-            _manifest(student, file, options), user_call=user_call, retiled=retiled, boards=kernels,
+            _manifest(student, file, options),
+            user_call=user_call,
+            retiled=retiled,
+            boards=kernels,
             stream=stream and write_stream(stream, file.deployed.output_names, student.img_size, folder, like),
-        )  # fmt: skip
+        )
         seal_bundle(folder, manifest)
     return target
 

@@ -36,13 +36,38 @@ LEAST_ROW_COSINE = 0.999
 LEAST_ROW_COSINE_INT8 = 0.99
 """The same for a file with int8 products: a value near the middle between two steps falls on either side."""
 LARGEST = float(np.finfo(np.float16).max)
-_IN_SINGLE = frozenset({
-    "Conv", "LayerNormalization", "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceL2", "Pow", "Sqrt",
-    "Reciprocal", "Exp", "Log", "TopK", "Range", "Resize",
-})  # fmt: skip
-_IN_HALF = frozenset({
-    "MatMul", "Gemm", "Gelu", "Sigmoid", "Tanh", "Erf", "Relu", "QuantizeLinear", "DequantizeLinear",
-})  # fmt: skip
+_IN_SINGLE = frozenset(
+    {
+        "Conv",
+        "LayerNormalization",
+        "Softmax",
+        "LogSoftmax",
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceL2",
+        "Pow",
+        "Sqrt",
+        "Reciprocal",
+        "Exp",
+        "Log",
+        "TopK",
+        "Range",
+        "Resize",
+    }
+)
+_IN_HALF = frozenset(
+    {
+        "MatMul",
+        "Gemm",
+        "Gelu",
+        "Sigmoid",
+        "Tanh",
+        "Erf",
+        "Relu",
+        "QuantizeLinear",
+        "DequantizeLinear",
+    }
+)
 
 
 def to_fp16(

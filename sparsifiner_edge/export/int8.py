@@ -143,11 +143,13 @@ def quantise_like(model: onnx.ModelProto, source: onnx.ModelProto, quantised: on
             rounded = producers[read.input[0]]
             if (norm := before.get(node.input[0])) is not None:  # Evened out with the weights that it is before.
                 norm.input[1:] = [take(name) for name in producers[rounded.input[0]].input[1:]]
-            for number, (kind, original, inputs) in enumerate((
-                ("QuantizeLinear", rounded, [node.input[0], *map(take, rounded.input[1:])]),
-                ("DequantizeLinear", read, [f"{node.name}.int8.0", *map(take, read.input[1:])]),
-                ("DequantizeLinear", weight, list(map(take, weight.input))),
-            )):  # fmt: skip
+            for number, (kind, original, inputs) in enumerate(
+                (
+                    ("QuantizeLinear", rounded, [node.input[0], *map(take, rounded.input[1:])]),
+                    ("DequantizeLinear", read, [f"{node.name}.int8.0", *map(take, read.input[1:])]),
+                    ("DequantizeLinear", weight, list(map(take, weight.input))),
+                )
+            ):
                 node_here = onnx.helper.make_node(kind, inputs, [f"{node.name}.int8.{number}"])
                 node_here.attribute.extend(original.attribute)
                 nodes.append(node_here)

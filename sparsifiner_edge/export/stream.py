@@ -68,9 +68,15 @@ class _Step(nn.Module):
         self.stream = stream
 
     def forward(
-        self, image: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor, places: Tensor, still: Tensor,
+        self,
+        image: Tensor,
+        tokens: Tensor,
+        rows: Tensor,
+        counts: Tensor,
+        places: Tensor,
+        still: Tensor,
         *caches: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:
         depth = len(self.stream.backbone.layers)
         read = dict(zip(self.stream.read, caches[depth:], strict=True))
         passage = Passage(rows, tokens, counts, places, still, list(caches[:depth]), read=read)
@@ -151,14 +157,24 @@ def _embedding_file(module: _Embedding, shape: StreamShape, image: Array) -> onn
 def _step_file(module: _Step, shape: StreamShape, image: Array, outputs: list[str]) -> onnx.ModelProto:
     some = shape.prefix + _SOME
     inputs = {
-        "image": torch.from_numpy(image), TOKENS: torch.zeros(1, some, shape.width), ROWS: torch.arange(some),
-        COUNTS: torch.ones(1, _SOME), PLACES: torch.arange(shape.tokens), UNCHANGED: torch.ones(1, some),
-    }  # fmt: skip
+        "image": torch.from_numpy(image),
+        TOKENS: torch.zeros(1, some, shape.width),
+        ROWS: torch.arange(some),
+        COUNTS: torch.ones(1, _SOME),
+        PLACES: torch.arange(shape.tokens),
+        UNCHANGED: torch.ones(1, some),
+    }
     sizes = {name: _SOME if name.startswith(CACHE) else shape.tokens for name in shape.caches}
     caches = {name: torch.zeros(1, sizes[name], width) for name, width in shape.caches.items()}
     rows, known = torch.export.Dim("rows"), torch.export.Dim("stored")
-    axes = {"image": None, "tokens": {1: rows}, "rows": {0: rows}, "counts": {1: known}, "places": None,
-            "still": {1: rows}}  # fmt: skip
+    axes = {
+        "image": None,
+        "tokens": {1: rows},
+        "rows": {0: rows},
+        "counts": {1: known},
+        "places": None,
+        "still": {1: rows},
+    }
     lengths = tuple({1: known} if name.startswith(CACHE) else None for name in caches)
     names = [*outputs, FINAL, *(NEW + name for name in caches)]
     model = to_onnx(module, inputs | caches, names, {**axes, "caches": lengths})

@@ -32,9 +32,13 @@ _PIXELS = {
 
 
 def hold_against(
-    call: UserFunction, images: Mapping[Path, Pixels], student: Student, model: onnx.ModelProto, tokens: bool,
+    call: UserFunction,
+    images: Mapping[Path, Pixels],
+    student: Student,
+    model: onnx.ModelProto,
+    tokens: bool,
     exact: bool,
-) -> str:  # fmt: skip
+) -> str:
     """Hold a file against a user's function. What is sparse, int8 or float16 differs by intent: there the dense model,
     given pixels as the file gives them, must answer as the function does, and of the file the least cosine is said.
 

@@ -42,9 +42,19 @@ def run_means(x: Array, run: int, sizes: Array) -> Array:
 
 
 def _key_scores(
-    qkv: Array, sizes: Array, proj_q: Array, proj_k: Array, *, num_heads: int, num_prefix: int, probe: int, tile: int,
-    cell: int, scale: float, value_power: float,
-) -> Array:  # fmt: skip
+    qkv: Array,
+    sizes: Array,
+    proj_q: Array,
+    proj_k: Array,
+    *,
+    num_heads: int,
+    num_prefix: int,
+    probe: int,
+    tile: int,
+    cell: int,
+    scale: float,
+    value_power: float,
+) -> Array:
     """Selection scores [B,H,T,P] of KeySelect."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
     patches = sizes[:, num_prefix:].astype(np.float64)
@@ -75,9 +85,19 @@ def key_select(qkv: Array, *others: Array, keys: int, **settings: Any) -> Array:
 
 
 def _landmark_scores(
-    qkv: Array, proj_q: Array, bias_q: Array, proj_k: Array, bias_k: Array, down: Array, up: Array, *, num_heads: int,
-    scale: float, top_coefficients: int, basis_threshold: float,
-) -> Array:  # fmt: skip
+    qkv: Array,
+    proj_q: Array,
+    bias_q: Array,
+    proj_k: Array,
+    bias_k: Array,
+    down: Array,
+    up: Array,
+    *,
+    num_heads: int,
+    scale: float,
+    top_coefficients: int,
+    basis_threshold: float,
+) -> Array:
     """Selection scores [B,H,N-1,N] of LandmarkKeySelect."""
     q, k, _ = split_heads(qkv, num_heads)
     projected_q = q[:, :, 1:] @ proj_q.astype(np.float64).T + bias_q
@@ -105,9 +125,17 @@ def sparse_attention(qkv: Array, sizes: Array, indices: Array, **attributes: Any
 
 
 def _sparse_attention(
-    qkv: Array, sizes: Array, indices: Array, *, num_heads: int, num_prefix: int, tile: int, cell: int, scale: float,
+    qkv: Array,
+    sizes: Array,
+    indices: Array,
+    *,
+    num_heads: int,
+    num_prefix: int,
+    tile: int,
+    cell: int,
+    scale: float,
     prefix_keys: int = 1,
-) -> Array:  # fmt: skip
+) -> Array:
     q, k, v = split_heads(qkv, num_heads)
     counts = sizes.astype(np.float64)
     out = np.empty_like(q)

@@ -25,9 +25,11 @@ _TILE = Attribute("tile", int, 1, (16, 8, 64), "consecutive patch queries that s
 _CELL = Attribute("cell", int, 0, (55, 0, 7), "consecutive patches that make one background cell; 0: none")
 _SCALE = Attribute("scale", float, 0.0, (0.125,), "factor of the logits, normally d ** -0.5")
 _SIZES = Tensor(
-    "sizes", ("float32",), ("B", "N"),
+    "sizes",
+    ("float32",),
+    ("B", "N"),
     "patches that each token stands for, at least 1: merged ones for several; of the prefix 1",
-)  # fmt: skip
+)
 _INDICES = Tensor(
     "indices", ("int32",), ("B", "H", "T", "K"), "patch keys read by each tile, counted from 0, strictly ascending"
 )

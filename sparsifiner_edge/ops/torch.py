@@ -109,9 +109,19 @@ def value_deviation(v: Tensor, cell: int, sizes: Tensor | None = None) -> Tensor
 
 @torch.no_grad()
 def _key_scores(
-    qkv: Tensor, proj_q: Tensor, proj_k: Tensor, *, num_heads: int, num_prefix: int, probe: int, tile: int, cell: int,
-    scale: float, value_power: float, sizes: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    proj_q: Tensor,
+    proj_k: Tensor,
+    *,
+    num_heads: int,
+    num_prefix: int,
+    probe: int,
+    tile: int,
+    cell: int,
+    scale: float,
+    value_power: float,
+    sizes: Tensor | None = None,
+) -> Tensor:
     """Selection scores of KeySelect: float32 [B,H,T,P]."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
     sizes = None if sizes is None else sizes[:, num_prefix:]
@@ -155,9 +165,17 @@ def sparse_attention(
 
 
 def _sparse_attention(
-    qkv: Tensor, sizes: Tensor | None, indices: Tensor, *, num_heads: int, num_prefix: int, tile: int, cell: int,
-    scale: float, prefix_keys: int,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    sizes: Tensor | None,
+    indices: Tensor,
+    *,
+    num_heads: int,
+    num_prefix: int,
+    tile: int,
+    cell: int,
+    scale: float,
+    prefix_keys: int,
+) -> Tensor:
     batch, tokens, packed = qkv.shape
     q, k, v = split_heads(qkv, num_heads)
     prefix_rows = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, _bias(sizes, q), scale=scale)
@@ -184,9 +202,16 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: f
 
 
 def _tile_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, first: int, tile: int, cell: int, scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    first: int,
+    tile: int,
+    cell: int,
+    scale: float,
     sizes: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Patch queries q [B,H,P,d] over prefix (rows before `first`), listed keys and cells -> [B,H,P,d].
 
     The mean of what a tile did not select is found from what it did: with l the logits, m selected of the s keys in a

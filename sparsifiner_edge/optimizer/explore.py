@@ -73,9 +73,14 @@ class Search:
     """
 
     def __init__(
-        self, request: SearchRequest, trial: Trial, models: WholeModels, clock: Clock, few: int,
+        self,
+        request: SearchRequest,
+        trial: Trial,
+        models: WholeModels,
+        clock: Clock,
+        few: int,
         keep: Callable[[Attempt], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.few = few
         self.request, self.bound, self.trial, self.models, self.clock = request, request.bound, trial, models, clock
         self._keep, self.count = keep, len(request.images)
@@ -168,8 +173,9 @@ class Search:
         known = engine in self.latencies
         predicted = (
             (self.model(but=plan).of(plan) + self.losses[engine], self.latencies[engine].of(plan))
-            if known else (fmean(distances[: self.count]), ms.value)
-        )  # fmt: skip
+            if known
+            else (fmean(distances[: self.count]), ms.value)
+        )
         attempt = Attempt(plan, engine, ms, distances[: self.count], distances[self.count :], predicted)
         self.attempts.append(attempt)
         if plan in self.distances:

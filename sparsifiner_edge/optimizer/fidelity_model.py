@@ -27,8 +27,15 @@ STEEP, SIZE, LEFT, FALL = 1.6, 0.5, 0.0, 1.6
 QUARTER = 0.25
 """Share that merges where a layer is measured alone."""
 SPREADS = {
-    "merge": 0.7, "keep": 0.7, "fall": 0.4, "steep": 0.5, "size": 1.0, "left": 0.7, "factor": 0.7, "exponent": 0.15,
-}  # fmt: skip
+    "merge": 0.7,
+    "keep": 0.7,
+    "fall": 0.4,
+    "steep": 0.5,
+    "size": 1.0,
+    "left": 0.7,
+    "factor": 0.7,
+    "exponent": 0.15,
+}
 """How far each parameter is expected to move, against a distance's logarithm."""
 NOISE = 0.1
 """Of a measured distance's logarithm that no model explains."""

@@ -298,19 +298,31 @@ def _result(
 
     def candidate(attempt: Attempt) -> Candidate:
         return Candidate(
-            merge=merge_text(attempt.plan.merge), keep=keep_text(attempt.plan.short_keep), **attempt.engine._asdict(),
-            fidelity=1 - fmean(attempt.distances), check_fidelity=1 - fmean(attempt.reserved),
-            predicted_fidelity=1 - attempt.predicted[0], predicted_ms=attempt.predicted[1] * drift(attempt.engine),
-            ms=attempt.ms, file_bytes=search.models.file_bytes(attempt.plan, attempt.engine),
-        )  # fmt: skip
+            merge=merge_text(attempt.plan.merge),
+            keep=keep_text(attempt.plan.short_keep),
+            **attempt.engine._asdict(),
+            fidelity=1 - fmean(attempt.distances),
+            check_fidelity=1 - fmean(attempt.reserved),
+            predicted_fidelity=1 - attempt.predicted[0],
+            predicted_ms=attempt.predicted[1] * drift(attempt.engine),
+            ms=attempt.ms,
+            file_bytes=search.models.file_bytes(attempt.plan, attempt.engine),
+        )
 
     dense_rows = [
         Candidate(
-            merge="0", keep="1", **host._asdict(), fidelity=1 - fmean(lost), check_fidelity=1 - fmean(lost),
-            predicted_fidelity=1.0, predicted_ms=ms.value, ms=ms,
+            merge="0",
+            keep="1",
+            **host._asdict(),
+            fidelity=1 - fmean(lost),
+            check_fidelity=1 - fmean(lost),
+            predicted_fidelity=1.0,
+            predicted_ms=ms.value,
+            ms=ms,
             file_bytes=search.models.file_bytes(nothing, host),
-        ) for host, (ms, lost) in dense.items()
-    ]  # fmt: skip
+        )
+        for host, (ms, lost) in dense.items()
+    ]
     finalists, best = [candidate(one) for one in ranked], ranked[0]
     why = f"no plan meets {bound.text}; the nearest has {finalists[0].fidelity:.4f} at {best.ms.value:.1f} ms"
     dense_rows.sort(key=lambda one: one.ms.value)
@@ -322,27 +334,32 @@ def _result(
     tried = [search.trial.paths[number] for number in search.trial.judges]
     images = {"searched": request.images, "tried": tried, "checked": request.reserved}
     method = SearchMethod(
-        metric=request.metric, at_least=bound.value if bound.by_fidelity else None,
+        metric=request.metric,
+        at_least=bound.value if bound.by_fidelity else None,
         at_most_ms=None if bound.by_fidelity else bound.value,
         board=None if request.board is None else request.board.name,
         images={use: [path.name for path in paths] for use, paths in images.items()},
-        minutes=options.minutes, seconds=round(search.clock.gone, 1),
-    )  # fmt: skip
+        minutes=options.minutes,
+        seconds=round(search.clock.gone, 1),
+    )
     front = Front(
-        points=_points(search, drift), finalists=finalists,
+        points=_points(search, drift),
+        finalists=finalists,
         answer=finalists[0] if met else Unavailable(why),
-        check=_check(search, best), dense=dense_rows,
+        check=_check(search, best),
+        dense=dense_rows,
         left_out=request.unavailable | {str(engine): why for engine, why in search.excluded.items()},
         remarks=remarks,
-    )  # fmt: skip
+    )
     samples = {
         f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}": [1 - lost for lost in distances]
         for plan, distances in search.distances.items()
     }
     file = Subject(
-        path=subject.path or Unavailable("it was in memory"), name=subject.student.name,
+        path=subject.path or Unavailable("it was in memory"),
+        name=subject.student.name,
         sha256=bundle_hash(search.models.bundle(best.plan, best.engine)),
-    )  # fmt: skip
+    )
     return SearchResult("search", [file], method, samples | {"check": [1 - lost for lost in best.reserved]}, front)
 
 
@@ -363,11 +380,14 @@ def _points(search: Search, drift: Callable[[Deployment], float]) -> list[Point]
     ]
     return [
         Point(
-            merge=merge_text(plan.merge), keep=keep_text(plan.short_keep), fidelity=1 - row[0],
-            predicted_ms=dict(zip(map(str, latencies), row[1:], strict=True)), on_front=undominated,
+            merge=merge_text(plan.merge),
+            keep=keep_text(plan.short_keep),
+            fidelity=1 - row[0],
+            predicted_ms=dict(zip(map(str, latencies), row[1:], strict=True)),
+            on_front=undominated,
         )
         for plan, row, undominated in zip(plans, rows, _pareto_front(rows), strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _pareto_front(rows: Sequence[tuple[float, ...]]) -> list[bool]:

@@ -52,9 +52,15 @@ class WholeModels:
     """
 
     def __init__(
-        self, folder: Path, student: Student, dense_model: Student, images: Sequence[Path], board: Board | None,
-        clock: Clock, options: ExportOptions | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        student: Student,
+        dense_model: Student,
+        images: Sequence[Path],
+        board: Board | None,
+        clock: Clock,
+        options: ExportOptions | None = None,
+    ) -> None:
         self._folder, self._student, self._dense, self._board, self._clock = folder, student, dense_model, board, clock
         self._options = dataclasses.replace(options or ExportOptions(), tokens=True)
         self.images = images
@@ -173,7 +179,7 @@ class WholeModels:
 
 def whole_ms(
     bundles: Sequence[tuple[Path, Deployment]], clock: Clock, most_s: float = THOROUGH.max_seconds
-) -> list[Quantity]:  # fmt: skip
+) -> list[Quantity]:
     """Median milliseconds of bundles in engines of this machine; see `WholeModels.times`."""
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(_side(str(n), *bundle, clock)) for n, bundle in enumerate(bundles)]

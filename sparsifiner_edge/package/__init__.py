@@ -128,10 +128,15 @@ def _write_deepstream(bundle: Bundle, folder: Path) -> None:
     precision = "fp16" if intended is not None and intended.precision == "fp16" else bundle.precision
     (height, width), labels = height_width(framing.size), bundle.labels()
     config = template(
-        "deepstream/nvinfer.txt", batch=bundle.manifest.batch or 1, precision=precision, height=height, width=width,
-        aspect=int(framing.fit != "stretch"), mode=deepstream.MODES[precision],
+        "deepstream/nvinfer.txt",
+        batch=bundle.manifest.batch or 1,
+        precision=precision,
+        height=height,
+        width=width,
+        aspect=int(framing.fit != "stretch"),
+        mode=deepstream.MODES[precision],
         outputs=";".join(output.name for output in model.graph.output),
-    ) + template(f"deepstream/{kind}.txt", channels=channels, threshold=0.5 if channels == 1 else 0.0)  # fmt: skip
+    ) + template(f"deepstream/{kind}.txt", channels=channels, threshold=0.5 if channels == 1 else 0.0)
     (folder / "config_infer.txt").write_text(config, encoding="utf-8")
     if kind == "classifier":
         classes = bundle.manifest.outputs[0].shape[-1]
@@ -159,11 +164,14 @@ def _write_triton(bundle: Bundle, folder: Path) -> None:
     if library is not None:
         shutil.copyfile(library, model / library.name)
     config = template(
-        "triton/config.pbtxt", name=name, most=most, size=_dims(bundle.manifest.inputs[0], most),
+        "triton/config.pbtxt",
+        name=name,
+        most=most,
+        size=_dims(bundle.manifest.inputs[0], most),
         outputs="".join(_output(output, most, bool(labels)) for output in bundle.manifest.outputs),
         batching="dynamic_batching {\n  max_queue_delay_microseconds: 2000\n}\n" if most else "",
         library=f'model_operations {{\n  op_library_filename: "/models/{name}/{library.name}"\n}}\n' if library else "",
-    )  # fmt: skip
+    )
     (model / "config.pbtxt").write_text(config, encoding="utf-8")
     shape = f"{bundle.manifest.batch or 1},{','.join(map(str, height_width(bundle.image_size)))},3"
     guide = template("triton/guide.md", name=name, shape=shape, framing=_framing(bundle))

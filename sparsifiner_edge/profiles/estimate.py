@@ -100,9 +100,14 @@ _Bounds: TypeAlias = tuple[float, float, float]
 
 
 def estimate_bundle(
-    bundle: str | Path, board: str | Path | Board, *, against: str | Path | None = None,
-    precision: str | None = None, power_mode: str | None = None, jetpack: str | None = None,
-) -> EstimateResult:  # fmt: skip
+    bundle: str | Path,
+    board: str | Path | Board,
+    *,
+    against: str | Path | None = None,
+    precision: str | None = None,
+    power_mode: str | None = None,
+    jetpack: str | None = None,
+) -> EstimateResult:
     """Estimate a bundle on a board, alone or beside another. Sparse operators are taken to run natively on a CPU, and
     on a GPU where the bundle carries kernels compiled for its SM that the JetPack takes; else as function bodies.
 
@@ -135,10 +140,11 @@ def estimate_bundle(
         raise ConfigError(f"{against} is the same bundle as {bundle}.", "Give --against another one, or leave it out.")
     compared = _compare(result.method, ours, other.method, theirs)
     return msgspec.structs.replace(
-        result, subjects=result.subjects + other.subjects,
+        result,
+        subjects=result.subjects + other.subjects,
         method=msgspec.structs.replace(result.method, against=other.method),
         statistics=msgspec.structs.replace(result.statistics, against=other.statistics, comparison=compared),
-    )  # fmt: skip
+    )
 
 
 def _estimate(
@@ -164,10 +170,18 @@ def _estimate(
     work = Workload(shape, sparsity, batch, run_by, materialised=cpu and kernels == "none")
     fit = CPU_FIT if cpu else GRAPH_FIT
     method = EstimateMethod(
-        board=msgspec.structs.replace(device, sources={}, power_modes=(), jetpack=()), power_mode=mode,
-        jetpack=release, dense=plan.is_dense, stored=stored, linear=chosen,
-        other=roofline.other_precision(chosen, device), kernels=kernels, because=because, batch=batch, calibration=fit,
-    )  # fmt: skip
+        board=msgspec.structs.replace(device, sources={}, power_modes=(), jetpack=()),
+        power_mode=mode,
+        jetpack=release,
+        dense=plan.is_dense,
+        stored=stored,
+        linear=chosen,
+        other=roofline.other_precision(chosen, device),
+        kernels=kernels,
+        because=because,
+        batch=batch,
+        calibration=fit,
+    )
     seconds = _latency(method, work)
     statistics = _statistics(method, work, seconds, size)
     return EstimateResult("estimate", [checked.subject(role)], method, {}, statistics), seconds

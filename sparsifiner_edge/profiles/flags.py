@@ -43,9 +43,14 @@ class Flag(msgspec.Struct, frozen=True):
 
 
 def flags_of(
-    latency_ms: Series, warm_up: WarmUp, conditions: Observation, on: str, others: float | Unavailable,
-    kernels: object, cut_short: str | None = None,
-) -> list[Flag]:  # fmt: skip
+    latency_ms: Series,
+    warm_up: WarmUp,
+    conditions: Observation,
+    on: str,
+    others: float | Unavailable,
+    kernels: object,
+    cut_short: str | None = None,
+) -> list[Flag]:
     """Of one side.
 
     Args:

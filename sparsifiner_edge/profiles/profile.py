@@ -92,7 +92,7 @@ def profile_bundle(
     with contextlib.ExitStack() as stack:
         sides = [
             stack.enter_context(open_side(role, path, executions[role], on_stage)) for role, path in folders.items()
-        ]  # fmt: skip
+        ]
         figures, method, readings = observe(sides, rules, on_stage, options.power)
     for side in sides if options.layers else ():
         on_stage(f"timing the layers of {side.role}")

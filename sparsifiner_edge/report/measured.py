@@ -13,8 +13,11 @@ from sparsifiner_edge.report.values import Figure, clean, quantity_of
 
 _LATENCY = (
     *(f"latency_ms.{name}" for name in ("p50", "p90", "p99", "mean")),
-    "throughput_per_s", "queries", "load_ms", "first_inference_ms",
-)  # fmt: skip
+    "throughput_per_s",
+    "queries",
+    "load_ms",
+    "first_inference_ms",
+)
 _JOULES = ("energy.gross_j_per_inference", "energy.net_j_per_inference")
 _WATTS = ("energy.mean_w", "energy.idle_w")
 _MEMORY = ("rss_before_load_bytes", "peak_memory_bytes", "device_bytes")
@@ -60,10 +63,11 @@ def bar_cells(
     top = max((quantity.value for _, quantity in figures if quantity), default=0.0)
     percent = 100 / top if top > 0 and not data.differences else 0.0
     return [
-        (data.texts("reason.short") if isinstance(each, Unavailable) else "–") if quantity is None else
-        (data.texts.figure(quantity.times(factor), "", digits), percent * max(quantity.value, 0.0))
+        (data.texts("reason.short") if isinstance(each, Unavailable) else "–")
+        if quantity is None
+        else (data.texts.figure(quantity.times(factor), "", digits), percent * max(quantity.value, 0.0))
         for each, quantity in figures
-    ]  # fmt: skip
+    ]
 
 
 def energy_section(data: ReportData) -> Section:

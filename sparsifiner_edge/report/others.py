@@ -153,10 +153,19 @@ def stability_section(data: ReportData) -> Section:
             rows = [(name, losses[name]) for name in (*method.corruptions[:MAX_ROWS], ALL) if name in losses]
             means = (losses[CLEAN].teacher, losses[CLEAN].subject) if CLEAN in losses else (math.nan, math.nan)
             count = max((loss.images for _, loss in rows), default=0)
-            blocks.append(Note(texts(
-                "stability.held", file=file.name, images=count, severity=method.severity,
-                truth=clean(method.truth, 120), dense=f"{100 * means[0]:.2f}", sparse=f"{100 * means[1]:.2f}",
-            )))  # fmt: skip
+            blocks.append(
+                Note(
+                    texts(
+                        "stability.held",
+                        file=file.name,
+                        images=count,
+                        severity=method.severity,
+                        truth=clean(method.truth, 120),
+                        dense=f"{100 * means[0]:.2f}",
+                        sparse=f"{100 * means[1]:.2f}",
+                    )
+                )
+            )
             title = f"{texts('stability.chart')} — {texts.get(f'score.{score}', clean(score, 40))}, {file.name}"
             heads = texts.heads("stability", ("corruption", "dense", "sparse", "dense_lost", "sparse_lost", "extra"))
             blocks.append(Table(heads, [_losses(name, loss, data) for name, loss in rows], title))

@@ -74,9 +74,12 @@ def write_report(
     data = report_data(paths, texts)
     sections = _sections(data, [_picture(Path(path)) for path in pictures])
     report = Report(
-        page=str(target), verdict=verdict_sentences(data), differences=data.differences,
-        warnings=sum(len(side.figures.flags) for side in data.sides), sections=[name for name, _ in sections],
-    )  # fmt: skip
+        page=str(target),
+        verdict=verdict_sentences(data),
+        differences=data.differences,
+        warnings=sum(len(side.figures.flags) for side in data.sides),
+        sections=[name for name, _ in sections],
+    )
     write_text(target, _html(data, sections, report))
     return report
 
@@ -86,9 +89,11 @@ def page_of(result: Result) -> tuple[list[tuple[str, Table | Note]], list[str]]:
     data = report_data([result], Texts("en"))
     blocks = [
         (block.title or data.texts(f"{name}.title") if isinstance(block, Table) else "", block)
-        for name, blocks in _sections(data, []) if name not in ("accuracy", "method")
-        for block in blocks if not isinstance(block, Strips)
-    ]  # fmt: skip
+        for name, blocks in _sections(data, [])
+        if name not in ("accuracy", "method")
+        for block in blocks
+        if not isinstance(block, Strips)
+    ]
     return blocks, verdict_sentences(data)
 
 
@@ -103,11 +108,18 @@ def _picture(path: Path) -> Note:
 
 def _sections(data: ReportData, pictures: Sequence[Note]) -> list[Section]:
     sections = [
-        others.search_section(data), others.estimate_section(data), others.accuracy_section(data, pictures),
-        others.stream_section(data), others.stability_section(data), measured.latency_section(data),
-        measured.energy_section(data), measured.memory_section(data), measured.layers_section(data),
-        measured.conditions_section(data), others.method_section(data),
-    ]  # fmt: skip
+        others.search_section(data),
+        others.estimate_section(data),
+        others.accuracy_section(data, pictures),
+        others.stream_section(data),
+        others.stability_section(data),
+        measured.latency_section(data),
+        measured.energy_section(data),
+        measured.memory_section(data),
+        measured.layers_section(data),
+        measured.conditions_section(data),
+        others.method_section(data),
+    ]
     return [(name, blocks) for name, blocks in sections if blocks]
 
 
@@ -115,13 +127,23 @@ def _html(data: ReportData, sections: Sequence[Section], report: Report) -> str:
     texts, sentences = data.texts, report.verdict
     names = list(dict.fromkeys(side.bundle_name for side in data.sides))
     verdict = next((comparison.verdict for *_, comparison in data.comparisons()), "")
-    text: str = templates().get_template("page.html").render(
-        t=texts, names=texts("names.separator").join(names[:4]) or data.files[0].name,
-        created=sorted({file.result.created[:16].replace("T", " ") for file in data.files}),
-        verdict=sentences[0], others=sentences[1:],
-        tone="refused" if data.differences else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
-        differences=[(texts(f"field.{name}"), values) for name, values in data.differences.items()],
-        sides=data.sides, warnings=report.warnings, sections=sections, bins=BINS, clean=clean,
-        version=version("sparsifiner-edge"),
-    )  # fmt: skip
+    text: str = (
+        templates()
+        .get_template("page.html")
+        .render(
+            t=texts,
+            names=texts("names.separator").join(names[:4]) or data.files[0].name,
+            created=sorted({file.result.created[:16].replace("T", " ") for file in data.files}),
+            verdict=sentences[0],
+            others=sentences[1:],
+            tone="refused" if data.differences else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
+            differences=[(texts(f"field.{name}"), values) for name, values in data.differences.items()],
+            sides=data.sides,
+            warnings=report.warnings,
+            sections=sections,
+            bins=BINS,
+            clean=clean,
+            version=version("sparsifiner-edge"),
+        )
+    )
     return text

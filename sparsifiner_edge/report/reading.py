@@ -26,10 +26,14 @@ from sparsifiner_edge.runtime.session import Runtime
 
 PROGRAM = "sparsifiner-edge"
 FORMS: dict[str, type[Result]] = {
-    "profile": ProfileResult, "comparison": ProfileResult, "evaluation": ScoresResult,
-    "robustness": RobustnessResult, "search": SearchResult, "estimate": EstimateResult,
+    "profile": ProfileResult,
+    "comparison": ProfileResult,
+    "evaluation": ScoresResult,
+    "robustness": RobustnessResult,
+    "search": SearchResult,
+    "estimate": EstimateResult,
     "stream": StreamResult,
-}  # fmt: skip
+}
 """Kind -> what the page reads of it."""
 CHOSEN = ("backend", "precision", "device", "threads")
 """Conditions that are chosen with a model: sides of one run may differ in these, of several in the first two."""
@@ -107,10 +111,12 @@ class ReportData(NamedTuple):
     def comparisons(self) -> list[tuple[Side, Side, Comparison]]:
         """Sides that one run measured in turn, the subject first, where nothing forbids to compare them."""
         return [
-            (one, other, comparison) for one, other in pairwise(self.sides)
-            if one.file is other.file and not forbids(one, other)
+            (one, other, comparison)
+            for one, other in pairwise(self.sides)
+            if one.file is other.file
+            and not forbids(one, other)
             and (comparison := one.file.result.statistics.comparison) is not None
-        ]  # fmt: skip
+        ]
 
 
 def report_data(sources: Sequence[Path | Result], texts: Texts) -> ReportData:

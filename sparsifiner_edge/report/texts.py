@@ -68,6 +68,9 @@ def templates() -> Any:
     except ImportError as error:
         raise MissingExtraError("jinja2", "report") from error
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("sparsifiner_edge.report", "template"), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.PackageLoader("sparsifiner_edge.report", "template"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

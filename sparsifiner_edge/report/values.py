@@ -42,6 +42,6 @@ def with_interval(figure: Quantity, to: str = "–", unit: str = "", digits: int
     value, low, high = (
         "?" if isinstance(x, Unavailable) else plain(x) if digits is None else f"{x:,.{digits}f}"
         for x in (figure.value, figure.low, figure.high)
-    )  # fmt: skip
+    )
     value = f"{value} {unit}" if unit else value
     return value if low == high == "?" else f"{value} ({low}{to}{high})"

@@ -73,9 +73,10 @@ def _is_judged(side: Side, data: ReportData) -> bool:
     """Whether its bundle was evaluated in its precision, or others were held against it."""
     return any(
         subject.sha256 == side.subject.sha256 and runtime.precision == side.runtime.precision
-        for file in data.of(ScoresResult) for subject in file.result.subjects
+        for file in data.of(ScoresResult)
+        for subject in file.result.subjects
         if (runtime := file.result.method.runtime.get(str(subject.role))) is not None
-    )  # fmt: skip
+    )
 
 
 def _estimated(result: EstimateResult, texts: Texts) -> list[str]:
@@ -116,8 +117,9 @@ def _scores(file: ResultFile[ScoresResult], data: ReportData) -> Iterator[str]:
         yield texts("verdict.cosine", subject=subject, value=texts.figure(statistics["features_cosine"].mean, digits=4))
     figures = [
         f"{texts(f'score.{name}')} {texts.figure(statistics[name].mean, digits=4)}"
-        for name in ("error", "iou") if name in statistics
-    ]  # fmt: skip
+        for name in ("error", "iou")
+        if name in statistics
+    ]
     if figures:
         yield texts("verdict.task", file=subject, figures=texts.join(figures))
 
@@ -128,9 +130,11 @@ def _search(file: ResultFile[SearchResult], texts: Texts) -> Iterator[str]:
         least = min((one.ms for one in dense), key=lambda ms: ms.value)
         yield texts(
             "verdict.search" if file.result.method.board is None else "verdict.search_board",
-            ms=texts.figure(answer.ms, "ms"), engine=clean(answer.engine), dense=texts.figure(least, "ms"),
+            ms=texts.figure(answer.ms, "ms"),
+            engine=clean(answer.engine),
+            dense=texts.figure(least, "ms"),
             fidelity=f"{answer.fidelity:.4f}",
-        )  # fmt: skip
+        )
 
 
 def _stability(file: ResultFile[RobustnessResult], texts: Texts) -> Iterator[str]:

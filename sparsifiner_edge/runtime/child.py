@@ -108,9 +108,13 @@ def start_child(module: str, name: str, fix: str) -> Iterator[Child]:
     with tempfile.TemporaryFile() as log, near:
         with far:
             process = start_python(
-                module, {_PIPE: str(far.fileno())}, pass_fds=[far.fileno()],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
+                module,
+                {_PIPE: str(far.fileno())},
+                pass_fds=[far.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         child = Child(name, fix, process, near.fileno(), log)
         try:
             yield child

@@ -188,14 +188,16 @@ def too_new(version: str, driver: str) -> tuple[str, str] | None:
 
 _DRIVER = "Install or update NVIDIA's driver (a Jetson's comes with JetPack); `sparsifiner-edge doctor` says what fits."
 _FIXES = {
-    "InsufficientDriver": _DRIVER, "SystemDriverMismatch|StubLibrary": _DRIVER,
+    "InsufficientDriver": _DRIVER,
+    "SystemDriverMismatch|StubLibrary": _DRIVER,
     "NoDevice": "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
     "MemoryAllocation": "The device is out of memory: end other programs on it, or take a smaller batch or image.",
     "IllegalAddress|LaunchFail|LaunchTimeout|ECCUncorrectable|HardwareStack|ContextIsDestroyed|Assert|Misaligned|"
-    "InvalidPc|IllegalInstruction|DeviceUnavailable|Unknown":
-        "The device is lost to this process: start it again; if it happens again, build the engine again.",
+    "InvalidPc|IllegalInstruction|DeviceUnavailable|Unknown": (
+        "The device is lost to this process: start it again; if it happens again, build the engine again."
+    ),
     "": "Start again; if it stays, report it with the output of `sparsifiner-edge doctor`.",
-}  # fmt: skip
+}
 """What to do, by a part of the error's name; the first that is found counts."""
 _LEAST_JETSON = 36
 """Major release of Jetson Linux in JetPack 6, the first with CUDA 12."""

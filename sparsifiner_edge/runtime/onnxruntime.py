@@ -117,9 +117,13 @@ class _OrtSession(Session):
     """
 
     def __init__(
-        self, model: Path, content: bytes | str, execution: Execution, stored: str | None = None,
+        self,
+        model: Path,
+        content: bytes | str,
+        execution: Execution,
+        stored: str | None = None,
         device: CudaDevice | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         on_cpu = device is None
         self.backend, self.model = execution.backend, model
         halves = execution.precision == "bf16" and on_cpu

@@ -17,11 +17,16 @@ import numpy as np
 from sparsifiner_edge.arrays import bytes_at
 
 _NAMES = {
-    "out of memory": "MemoryAllocation", "no device": "NoDevice", "no CUDA-capable device": "NoDevice",
-    "launch failed": "LaunchFailure", "launch failure": "LaunchFailure", "illegal memory access": "IllegalAddress",
-    "illegal instruction": "IllegalInstruction", "misaligned": "MisalignedAddress",
+    "out of memory": "MemoryAllocation",
+    "no device": "NoDevice",
+    "no CUDA-capable device": "NoDevice",
+    "launch failed": "LaunchFailure",
+    "launch failure": "LaunchFailure",
+    "illegal memory access": "IllegalAddress",
+    "illegal instruction": "IllegalInstruction",
+    "misaligned": "MisalignedAddress",
     "driver combination": "SystemDriverMismatch",
-}  # fmt: skip
+}
 """Of the runtime API, by words that pycuda has for them; other errors say what they are in its words."""
 
 

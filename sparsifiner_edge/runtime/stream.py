@@ -30,9 +30,16 @@ if TYPE_CHECKING:
     from sparsifiner_edge.bundle.store import Bundle
 
 REFERENCES, TOKENS, CHANGE, ROWS, COUNTS, PLACES, UNCHANGED, FINAL, NEW = (
-    "stream.references", "stream.tokens", "stream.change", "stream.rows", "stream.counts", "stream.places",
-    "stream.unchanged", "stream.final", "new.",
-)  # fmt: skip
+    "stream.references",
+    "stream.tokens",
+    "stream.change",
+    "stream.rows",
+    "stream.counts",
+    "stream.places",
+    "stream.unchanged",
+    "stream.final",
+    "new.",
+)
 """Names in the files; no output of a model has a dot."""
 CACHE = "cache."
 """How the names of kept keys and values begin; those of tokens that are read do otherwise."""
@@ -134,9 +141,13 @@ class StreamState:
         if changed is not None:
             still[:, shape.prefix :] = ~changed
         inputs = {
-            "image": image, TOKENS: tokens[:, rows], ROWS: rows, COUNTS: counts[:, : 1 if whole else None],
-            PLACES: places, UNCHANGED: still,
-        }  # fmt: skip
+            "image": image,
+            TOKENS: tokens[:, rows],
+            ROWS: rows,
+            COUNTS: counts[:, : 1 if whole else None],
+            PLACES: places,
+            UNCHANGED: still,
+        }
         outputs = infer(inputs | (self._none if whole else self.caches))
         for name, value in self.caches.items():
             new = outputs.pop(NEW + name)
@@ -190,8 +201,13 @@ def _require(opened: StreamSessions, bundle: Bundle) -> None:
         name: (1, None if name.startswith(CACHE) else shape.tokens, width) for name, width in shape.caches.items()
     }
     some: dict[str, Axes] = {"image": image, ROWS: (None,)}  # What not every model reads.
-    takes: dict[str, Axes] = {TOKENS: (1, None, shape.width), COUNTS: (1, None), PLACES: (shape.tokens,),
-                              UNCHANGED: (1, None), **caches}  # fmt: skip
+    takes: dict[str, Axes] = {
+        TOKENS: (1, None, shape.width),
+        COUNTS: (1, None),
+        PLACES: (shape.tokens,),
+        UNCHANGED: (1, None),
+        **caches,
+    }
     gives: dict[str, Axes] = {FINAL: (1, shape.tokens, shape.width)}
     gives |= {NEW + name: (1, n, width + shape.attended * (n is None)) for name, (_, n, width) in caches.items()}
     gives |= {spec.name: spec.shape for spec in bundle.manifest.outputs}

@@ -63,9 +63,11 @@ class Student:
 
 
 def load_source(
-    source: str, weights: Path | None = None, img_size: ImageSize | None = None,
+    source: str,
+    weights: Path | None = None,
+    img_size: ImageSize | None = None,
     normalisation: Normalisation | None = None,
-) -> Student:  # fmt: skip
+) -> Student:
     """A pretrained model, dense, that can be made sparse.
 
     Args:

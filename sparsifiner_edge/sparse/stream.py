@@ -180,9 +180,14 @@ class StreamModel(nn.Module):
         rows, (heads, dim, _) = torch.arange(self.count), self.backbone.geometry
         caches = [tokens.new_zeros(1, 1, 2 * heads * dim)] * len(self.backbone.layers)
         return Passage(
-            rows, tokens, tokens.new_zeros(1, 1), len(rows) + rows, tokens.new_zeros(1, len(rows)), caches,
+            rows,
+            tokens,
+            tokens.new_zeros(1, 1),
+            len(rows) + rows,
+            tokens.new_zeros(1, len(rows)),
+            caches,
             read=dict.fromkeys(self.read if read is None else read, torch.zeros_like(tokens)),
-        )  # fmt: skip
+        )
 
     def _find_read(self, example: Tensor) -> tuple[int, ...]:
         """By gradients: those that an output depends on; all where one has none, such as a map of classes."""

@@ -72,10 +72,16 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
 
 
 def sparsify(
-    model: str, output: str | Path, *, weights: str | Path | None = None, img_size: ImageSize | None = None,
-    calibrate: str | Path | None = None, normalise: Normalise = None, progress: Progress | None = None,
+    model: str,
+    output: str | Path,
+    *,
+    weights: str | Path | None = None,
+    img_size: ImageSize | None = None,
+    calibrate: str | Path | None = None,
+    normalise: Normalise = None,
+    progress: Progress | None = None,
     **options: Unpack[SparsityOptions],
-) -> Path:  # fmt: skip
+) -> Path:
     """Make a pretrained model sparse and write it as a student folder.
 
     Args:
@@ -130,11 +136,17 @@ def save_student(student: Student, output: Path) -> Path:
         if student.host == "transformers":
             hugging_face.write_configuration(student.model, folder)
         config = StudentConfig(
-            host=student.host, model=student.name, img_size=student.img_size, labels=student.labels,
-            num_classes=student.backbone.classes or len(student.labels), normalisation=student.normalisation,
-            outputs=student.outputs, sparsity=student.sparsity.to_dict(), provenance=student.provenance,
+            host=student.host,
+            model=student.name,
+            img_size=student.img_size,
+            labels=student.labels,
+            num_classes=student.backbone.classes or len(student.labels),
+            normalisation=student.normalisation,
+            outputs=student.outputs,
+            sparsity=student.sparsity.to_dict(),
+            provenance=student.provenance,
             weights_sha256=sha256(folder / WEIGHTS_FILE),
-        )  # fmt: skip
+        )
         (folder / STUDENT_FILE).write_text(dump_json(write_record(config)), encoding="utf-8")
     return output
 
@@ -181,9 +193,15 @@ def load_student(
     make_model_sparse(model, sparsity)
     load_exactly(model, {k: v for k, v in state.items() if is_predictor(k)}, str(weights), is_predictor)
     student = Student(
-        model, config.model, config.normalisation, sparsity, config.provenance, config.labels, config.outputs,
+        model,
+        config.model,
+        config.normalisation,
+        sparsity,
+        config.provenance,
+        config.labels,
+        config.outputs,
         config.host,
-    )  # fmt: skip
+    )
     return with_budget(student, budget.keep, budget.token_keep)
 
 

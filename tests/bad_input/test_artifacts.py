@@ -263,9 +263,11 @@ FOREIGN = "does not belong to this training"
     ],
 )
 def test_a_checkpoint_of_something_else(
-    change: Callable[[TrainingState, dict[str, torch.Tensor]], object], text: str,
-    saved: tuple[TrainingState, dict[str, torch.Tensor]], training: Training,
-) -> None:  # fmt: skip
+    change: Callable[[TrainingState, dict[str, torch.Tensor]], object],
+    text: str,
+    saved: tuple[TrainingState, dict[str, torch.Tensor]],
+    training: Training,
+) -> None:
     change(*saved)
     with pytest.raises(SparsifinerError) as caught:
         training.restore(*saved)

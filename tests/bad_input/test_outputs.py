@@ -27,10 +27,14 @@ from tests.mounts import in_mount, needs_mounts
 
 Capsys = pytest.CaptureFixture[str]
 OCCUPIED = {
-    "file": None, "link": None, "dangling link": None, "foreign": ("thesis.txt", "mine"),
-    "another's": (STUDENT_FILE, '{"kind": "vit"}'), "damaged": (STUDENT_FILE, '{"kind": "student"'),
+    "file": None,
+    "link": None,
+    "dangling link": None,
+    "foreign": ("thesis.txt", "mine"),
+    "another's": (STUDENT_FILE, '{"kind": "vit"}'),
+    "damaged": (STUDENT_FILE, '{"kind": "student"'),
     "student and more": ("notes.txt", "mine"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -167,7 +171,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
 @pytest.mark.parametrize("command", first(["sparsify", "export"]))
 def test_a_signal_at_any_moment(
     command: str, number: signal.Signals, start: list[Any], tiny_student: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     target = tmp_path / "target"
     shutil.copytree(tiny_student if command == "sparsify" else tiny_bundle, target)
     before = snapshot(target)

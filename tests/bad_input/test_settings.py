@@ -250,9 +250,14 @@ def test_what_is_no_file_or_another_programs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("where", "said"), [("missing", "does not exist"), ("empty", "holds no image")])
 def test_folders_without_images(
-    where: str, said: str, bundle: Path, tiny_student: Path, tmp_path: Path, sparsify: Callable[..., Outcome],
+    where: str,
+    said: str,
+    bundle: Path,
+    tiny_student: Path,
+    tmp_path: Path,
+    sparsify: Callable[..., Outcome],
     capsys: Capsys,
-) -> None:  # fmt: skip
+) -> None:
     folder = tmp_path / where
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no image")

@@ -33,13 +33,25 @@ from tests.commands import process
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
 AS_ROOT = os.geteuid() == 0
-USERS = [pytest.param(None, id="as started"), pytest.param(NOBODY, id="ordinary user", marks=pytest.mark.skipif(
-    not AS_ROOT, reason="only root becomes another user"))]  # fmt: skip
+USERS = [
+    pytest.param(None, id="as started"),
+    pytest.param(
+        NOBODY, id="ordinary user", marks=pytest.mark.skipif(not AS_ROOT, reason="only root becomes another user")
+    ),
+]
 pytestmark = pytest.mark.skipif(confine.confinement().landlock is None, reason="this kernel has no Landlock")
 FILES = {
-    "create", "truncate", "delete", "rename", "make a folder", "list a folder", "read a file", "read what is root's",
-    "read the user's own", "spawn",
-}  # fmt: skip
+    "create",
+    "truncate",
+    "delete",
+    "rename",
+    "make a folder",
+    "list a folder",
+    "read a file",
+    "read what is root's",
+    "read the user's own",
+    "spawn",
+}
 REFUSED = FILES | {"write its memory", "trace", "bind", "connect", "become root"}
 ALLOWED = {"its one port", "look up a host"}
 
@@ -53,9 +65,14 @@ def tried(user: int | None, landlock: int | None) -> dict[str, Any]:
         (Path(folder) / "open").chmod(0o666)
         ports = {"other": other.getsockname()[1], "port": one.getsockname()[1]}
         done = subprocess.run(
-            [sys.executable, "-m", "tests.camera.confined"], cwd=ROOT, capture_output=True, text=True, check=True,
-            input=json.dumps({"folder": folder, "user": user, "landlock": landlock} | ports), timeout=60,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.camera.confined"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            input=json.dumps({"folder": folder, "user": user, "landlock": landlock} | ports),
+            timeout=60,
+        )
         left = {path.name for path in Path(folder).iterdir()}
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     results = {key: value for line in lines if isinstance(line, dict) for key, value in line.items()}

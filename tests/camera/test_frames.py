@@ -53,8 +53,9 @@ def test_where_the_input_is_in_the_frame(
     width, height = 1 + int(shares[2] * (frame[0] - x - 1)), 1 + int(shares[3] * (frame[1] - y - 1))
     fitted = Framing(size, fit, (x, y, width, height)).of(*frame)
     for left, top, across, down, outer in (
-        (*fitted.box, (x, y, x + width, y + height)), (*fitted.inner, (0, 0, *size[::-1])),
-    ):  # fmt: skip
+        (*fitted.box, (x, y, x + width, y + height)),
+        (*fitted.inner, (0, 0, *size[::-1])),
+    ):
         assert outer[0] <= left < left + across <= outer[2]
         assert outer[1] <= top < top + down <= outer[3]
         # In the middle, as far as whole pixels allow.
@@ -161,9 +162,15 @@ def message(**fields: Any) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        b"\xff\xff\xff\xff", b"\x01\0\0\0\x80", b"\x01\0\0\0\x90", b"\x04\0\0\0\xff\xfe\xfd\xfc",
-        *(message(**GOOD | {name: value}) for name in ("captured_ns", "ready_ns", "bad_packets", "skipped")
-          for value in (-1, 1 << 63, 1.5, True, "1", None)),
+        b"\xff\xff\xff\xff",
+        b"\x01\0\0\0\x80",
+        b"\x01\0\0\0\x90",
+        b"\x04\0\0\0\xff\xfe\xfd\xfc",
+        *(
+            message(**GOOD | {name: value})
+            for name in ("captured_ns", "ready_ns", "bad_packets", "skipped")
+            for value in (-1, 1 << 63, 1.5, True, "1", None)
+        ),
         *(message(**GOOD, pts_s=value) for value in (float("nan"), 1e300, {}, "1", True)),
         *(message(**GOOD | {"pixels": value}) for value in (b"", bytes(2), bytes(4), [1, 2, 3], "abc", None)),
         *(message(**GOOD | {name: value}) for name in ("width", "height") for value in (0, 8, -1, 1 << 17, None)),
@@ -171,7 +178,7 @@ def message(**fields: Any) -> bytes:
         *(message(kind="end", reason=value) for value in (5, {}, "x" * 10_001)),
         *(message(kind=value) for value in ("other", None, 5, ["frame"], {})),
     ],
-)  # fmt: skip
+)
 def test_no_field_of_a_message_is_believed(content: bytes) -> None:
     for sent, wrong in ((message(**GOOD, pts_s=0.5), False), (content, True)):
         ours, theirs = os.pipe()
@@ -281,9 +288,12 @@ def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(
     ("sent", "reason"),
-    [("End(None)", "the stream ended"), ("End('no route')", "no route"),
-     ("Frame(bytes(8 * 8 * 3), 9, 9, -1, 0, 0, 0)", "the decoder sent what is no message: ")],
-)  # fmt: skip
+    [
+        ("End(None)", "the stream ended"),
+        ("End('no route')", "no route"),
+        ("Frame(bytes(8 * 8 * 3), 9, 9, -1, 0, 0, 0)", "the decoder sent what is no message: "),
+    ],
+)
 def test_no_word_of_a_decoder_ends_a_live_source(
     sent: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

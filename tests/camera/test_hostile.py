@@ -44,9 +44,15 @@ for file in files:
     print(json.dumps([frames, reason, time.monotonic() - start, most]), flush=True)
 """
 FORMATS = {
-    ".mp4": "libx264", ".mkv": "libx264", ".avi": "mpeg4", ".ts": "libx264", ".h264": "libx264", ".mjpeg": "mjpeg",
-    ".mov": "mpeg4", ".flv": "libx264",
-}  # fmt: skip
+    ".mp4": "libx264",
+    ".mkv": "libx264",
+    ".avi": "mpeg4",
+    ".ts": "libx264",
+    ".h264": "libx264",
+    ".mjpeg": "mjpeg",
+    ".mov": "mpeg4",
+    ".flv": "libx264",
+}
 SECRET = "this text must not be read"
 
 
@@ -126,8 +132,15 @@ def test_videos(hostile: Path) -> None:
     refused = {name: reason for name, (frames, reason, _, _) in found.items() if not frames}
     assert all(refused.values())
     assert refused.keys() >= {
-        "huge.mjpeg", "wide.y4m", "thin.y4m", "hls.mp4", "remote.ts", "concat.avi", "sdp.mp4", "dash.ts",
-    }  # fmt: skip
+        "huge.mjpeg",
+        "wide.y4m",
+        "thin.y4m",
+        "hls.mp4",
+        "remote.ts",
+        "concat.avi",
+        "sdp.mp4",
+        "dash.ts",
+    }
     # Most damage costs some frames; a reader that refused everything would pass the above.
     assert min(len(refused), len(found) - len(refused)) > 60
 

@@ -30,9 +30,14 @@ from tests.once import WORKER
 
 _PROBE = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
 PYTHON = next(
-    (python for python in ("/usr/bin/python3", sys.executable) if shutil.which(python)
-     and subprocess.run([python, "-c", _PROBE], capture_output=True, check=False).returncode == 0), "",
-)  # fmt: skip
+    (
+        python
+        for python in ("/usr/bin/python3", sys.executable)
+        if shutil.which(python)
+        and subprocess.run([python, "-c", _PROBE], capture_output=True, check=False).returncode == 0
+    ),
+    "",
+)
 pytestmark = [
     pytest.mark.everything,
     pytest.mark.skipif(not PYTHON, reason="no Python with GstRtspServer (python3-gi, gir1.2-gst-rtsp-server-1.0)"),

@@ -237,9 +237,17 @@ def test_only_what_a_key_signed_runs(cells: Path, keys: Path, pictures: Path, tm
     ],
 )
 def test_nothing_that_is_read_is_overwritten(
-    source: str, option: str, output: str, said: str, pictures: Path, cells: Path, video: Path, tmp_path: Path,
-    capsys: Any, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    source: str,
+    option: str,
+    output: str,
+    said: str,
+    pictures: Path,
+    cells: Path,
+    video: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shutil.copytree(cells, tmp_path / "bundle")
     shutil.copytree(pictures, tmp_path / "album")
     shutil.copy(video, tmp_path / "copy.mp4")

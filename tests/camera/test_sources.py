@@ -26,12 +26,16 @@ from tests.camera.conftest import get, needs_gst
         ("/dev/video12", "gst", True, "/dev/video12"),
         ("test:50", "test", True, "test"),
         ("rtsp://user:secret@h:554/x?y=1", "rtsp", True, "rtsp://h:554"),
-        ("gst:videotestsrc pattern=ball ! video/x-raw,width=64 ! identity", "gst", True,
-         "gst:videotestsrc ! *** ! identity"),
+        (
+            "gst:videotestsrc pattern=ball ! video/x-raw,width=64 ! identity",
+            "gst",
+            True,
+            "gst:videotestsrc ! *** ! identity",
+        ),
         ("gst:rtsp://user:secret@h:554/x?y=1", "gst", True, "rtsp://h:554"),
         ("missing.mp4", "images", False, "missing.mp4"),
     ],
-)  # fmt: skip
+)
 def test_sources(text: str, kind: str, live: bool, shown: str, tmp_path: Path) -> None:
     (tmp_path / "source").write_text(f"{text}\nmore")
     for given in (text, f"@{tmp_path / 'source'}"):
@@ -102,9 +106,14 @@ SOURCES = [
     "user:hUntEr2@h/x",
 ]
 UNREADABLE = [
-    "rtsp://user:hUn/tEr2@h/x", "rtsp:/user:hUntEr2@h/x", " rtsp://user:hUntEr2@h/x", "rtsp://user:hUntEr2@h:port/x",
-    "rtsp://user:hUntEr2@h/x\r\nHeader: y", "http://user:hUntEr2@h/x", "gst:rtspsrc user-pw='hUntEr2",
-]  # fmt: skip
+    "rtsp://user:hUn/tEr2@h/x",
+    "rtsp:/user:hUntEr2@h/x",
+    " rtsp://user:hUntEr2@h/x",
+    "rtsp://user:hUntEr2@h:port/x",
+    "rtsp://user:hUntEr2@h/x\r\nHeader: y",
+    "http://user:hUntEr2@h/x",
+    "gst:rtspsrc user-pw='hUntEr2",
+]
 
 
 def assert_hidden(text: str) -> None:

@@ -216,22 +216,29 @@ def install_pycuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
     def device(number: int) -> Any:
         one = call("cudaGetDeviceProperties", number)
         return SimpleNamespace(
-            name=lambda: gpu.name, compute_capability=lambda: gpu.sm, get_attribute=lambda _: one.integrated,
+            name=lambda: gpu.name,
+            compute_capability=lambda: gpu.sm,
+            get_attribute=lambda _: one.integrated,
             retain_primary_context=lambda: SimpleNamespace(push=lambda: None, pop=lambda: None),
-        )  # fmt: skip
+        )
 
     device.count = lambda: call("cudaGetDeviceCount")
     driver = ModuleType("pycuda.driver")  # which, unlike a namespace, has a hash
     vars(driver).update(
-        Error=PyCudaError, Device=device, pagelocked_empty=pinned, init=lambda: None,
+        Error=PyCudaError,
+        Device=device,
+        pagelocked_empty=pinned,
+        init=lambda: None,
         Stream=lambda flags: Made("cudaStreamCreateWithFlags", "cudaStreamDestroy", flags),
         Event=lambda: Made("cudaEventCreate", "cudaEventDestroy"),
-        host_alloc_flags=SimpleNamespace(DEVICEMAP=2), device_attribute=SimpleNamespace(INTEGRATED=18),
-        get_driver_version=lambda: call("cudaDriverGetVersion"), mem_get_info=lambda: call("cudaMemGetInfo"),
+        host_alloc_flags=SimpleNamespace(DEVICEMAP=2),
+        device_attribute=SimpleNamespace(INTEGRATED=18),
+        get_driver_version=lambda: call("cudaDriverGetVersion"),
+        mem_get_info=lambda: call("cudaMemGetInfo"),
         mem_alloc=lambda size: Made("cudaMalloc", "cudaFree", size),
         memcpy_htod_async=lambda dest, src, stream: gpu.copy(dest, src.ctypes.data, src.nbytes, stream.handle),
         memcpy_dtoh_async=lambda dest, src, stream: gpu.copy(dest.ctypes.data, src, dest.nbytes, stream.handle),
-    )  # fmt: skip
+    )
     package = SimpleNamespace(VERSION_TEXT="2026.1")
     _install(monkeypatch, ("cuda", None), ("cuda.bindings", None), ("pycuda", package), ("pycuda.driver", driver))
 

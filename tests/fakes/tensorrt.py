@@ -88,9 +88,10 @@ def _plugins(seen: dict[str, Any]) -> dict[str, Any]:
     fields = type("Fields", (), {"__init__": lambda *_: None})
     return {
         **{name: type(name, (), {}) for name in names},
-        "PluginFieldCollection": fields, "PluginFieldCollection_": fields,
+        "PluginFieldCollection": fields,
+        "PluginFieldCollection_": fields,
         "get_plugin_registry": lambda: SimpleNamespace(register_creator=register),
-    }  # fmt: skip
+    }
 
 
 def _config(seen: dict[str, Any]) -> SimpleNamespace:
@@ -154,11 +155,18 @@ def make_tensorrt(gpu: Gpu, b: Behaviour) -> SimpleNamespace:
     return SimpleNamespace(
         **_plugins(seen),
         ILogger=type("ILogger", (), {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2}),
-        Builder=builder, OnnxParser=parser, Runtime=runtime, nptype=lambda dtype: dtype,
-        IBuilderConfig=config, ICudaEngine=ICudaEngine, IExecutionContext=IExecutionContext,
-        BuilderFlag=SimpleNamespace(TF32="TF32"), MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"),
-        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=0), TensorIOMode=SimpleNamespace(INPUT="INPUT"),
-    )  # fmt: skip
+        Builder=builder,
+        OnnxParser=parser,
+        Runtime=runtime,
+        nptype=lambda dtype: dtype,
+        IBuilderConfig=config,
+        ICudaEngine=ICudaEngine,
+        IExecutionContext=IExecutionContext,
+        BuilderFlag=SimpleNamespace(TF32="TF32"),
+        MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"),
+        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=0),
+        TensorIOMode=SimpleNamespace(INPUT="INPUT"),
+    )
 
 
 class ICudaEngine:

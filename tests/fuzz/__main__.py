@@ -56,8 +56,13 @@ def main() -> int:
         print(f"{name}: {entry['tries']} tries, {entry['failures']} failures, {entry['seconds']:.0f} s")
     tries, failures = (sum(entry[name] for entry in report.values()) for name in ("tries", "failures"))
     if given.output:
-        content = {"tries": tries, "failures": failures, "classes": report, "machine": write_record(machine()),
-                   "environment": write_record(environment())}  # fmt: skip
+        content = {
+            "tries": tries,
+            "failures": failures,
+            "classes": report,
+            "machine": write_record(machine()),
+            "environment": write_record(environment()),
+        }
         given.output.mkdir(parents=True, exist_ok=True)
         (given.output / "fuzz.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"{tries} tries, {failures} failures")

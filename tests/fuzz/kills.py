@@ -78,9 +78,12 @@ def end_one(name: str, good: Path, work: Path, rng: random.Random) -> list[str]:
     """Start a command, end it at some moment, and look at what is left; what is wrong with that."""
     (line, seconds), mark = VERBS[name], f"{os.getpid()}-{rng.random()}"
     with subprocess.Popen(
-        [PROGRAM, *arguments(name, good, work)], env=os.environ | {_MARK: mark, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        [PROGRAM, *arguments(name, good, work)],
+        env=os.environ | {_MARK: mark, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.random() * seconds)
         chosen = rng.choice(_SIGNALS)

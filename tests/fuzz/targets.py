@@ -33,7 +33,7 @@ from tests.fuzz.mutate import (
     mutated_object,
     mutated_toml,
     mutated_zip,
-)  # fmt: skip
+)
 from tests.made import SHORT_OPTIONS
 from tests.seal import reseal
 
@@ -41,12 +41,13 @@ ROOT = Path(__file__).parents[2]
 ON_BUNDLES = (
     "run {work}/subject --source {good}/images/picture0.png",
     "run {work}/subject --source {good}/images/picture0.png --require-signature {good}/keys/key.pub",
-    "bundle verify {work}/subject", "bundle verify {work}/subject --json",
+    "bundle verify {work}/subject",
+    "bundle verify {work}/subject --json",
     "build {work}/subject --backend tensorrt-rtx --compute-capability 9.9",
     *(f"estimate {{work}}/subject --board jetson-orin-nano-8gb{more}" for more in ("", " --json")),
     "evaluate {work}/subject --against {work}/subject --data {good}/images",
     *(f"package {{work}}/subject --for {kind} -o {{work}}/out" for kind in ("triton", "deepstream", "gstreamer")),
-)  # fmt: skip
+)
 """Commands that open a bundle."""
 VERIFY, BUILD, TRITON = (ON_BUNDLES[place] for place in (2, 4, -3))
 
@@ -71,10 +72,20 @@ def writable(text: str) -> str:
 
 
 ODD = (
-    np.zeros(0), np.zeros((0, 8)), np.array("text"), np.array([b"x"]), np.array(1.5), np.full((1, 8), np.nan),
-    np.full((1, 8), 1e308), np.zeros((1, 8), np.complex64), np.zeros((1, 8), "M8[s]"), np.zeros((2, 8)),
-    np.array([(1, 2.0)], [("a", int), ("b", float)]), np.zeros((1, 8), object), np.zeros((1, 8, 8, 3), np.uint8),
-)  # fmt: skip
+    np.zeros(0),
+    np.zeros((0, 8)),
+    np.array("text"),
+    np.array([b"x"]),
+    np.array(1.5),
+    np.full((1, 8), np.nan),
+    np.full((1, 8), 1e308),
+    np.zeros((1, 8), np.complex64),
+    np.zeros((1, 8), "M8[s]"),
+    np.zeros((2, 8)),
+    np.array([(1, 2.0)], [("a", int), ("b", float)]),
+    np.zeros((1, 8), object),
+    np.zeros((1, 8, 8, 3), np.uint8),
+)
 
 
 def golden(one: Try) -> None:
@@ -104,10 +115,16 @@ def hostile_model(one: Try) -> None:
 
 
 ANSWERS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("ReduceSum", {"keepdims": 0}), ("Shape", {}), ("NonZero", {}), ("Transpose", {}), ("Size", {}), ("Log", {}),
+    ("ReduceSum", {"keepdims": 0}),
+    ("Shape", {}),
+    ("NonZero", {}),
+    ("Transpose", {}),
+    ("Size", {}),
+    ("Log", {}),
     *(("Cast", {"to": kind}) for kind in (1, 2, 6, 7, 8, 9, 10, 11, 16)),
-    ("SequenceConstruct", {}), ("Unsqueeze", {}),
-)  # fmt: skip
+    ("SequenceConstruct", {}),
+    ("Unsqueeze", {}),
+)
 """What could become of the features: operators with their attributes."""
 
 
@@ -167,27 +184,47 @@ def manifest(one: Try) -> None:
 
 
 INJECTED = (
-    "x\ninjected", "x]\n[injected]\ny=1", 'x"\ninjected: 1', "x;injected=1", "x}\n injected {", "x\\ninjected",
-    "$(injected)", "x\r\ninjected", "x\u2028injected", "x\x85injected", "../../injected", "x\x1b[31m", *TEXTS[10:30],
-)  # fmt: skip
+    "x\ninjected",
+    "x]\n[injected]\ny=1",
+    'x"\ninjected: 1',
+    "x;injected=1",
+    "x}\n injected {",
+    "x\\ninjected",
+    "$(injected)",
+    "x\r\ninjected",
+    "x\u2028injected",
+    "x\x85injected",
+    "../../injected",
+    "x\x1b[31m",
+    *TEXTS[10:30],
+)
 ENGINE = {
-    "backend": "tensorrt", "compute_capability": "8.7", "os": "linux", "cpu": "aarch64", "precision": "fp32",
-    "file": "engines/a.engine", "compatible": [], "details": {}, "batch": {"least": 1, "best": 1, "most": 1},
-}  # fmt: skip
+    "backend": "tensorrt",
+    "compute_capability": "8.7",
+    "os": "linux",
+    "cpu": "aarch64",
+    "precision": "fp32",
+    "file": "engines/a.engine",
+    "compatible": [],
+    "details": {},
+    "batch": {"least": 1, "best": 1, "most": 1},
+}
 
 
 def injection(one: Try) -> None:
     """Names, labels and versions that would be keys or lines in a configuration."""
     bundle, bad = one.copied("plain"), writable(one.rng.choice(INJECTED))
-    changes: dict[str, Any] = one.rng.choice([
-        {"name": bad},
-        {"precision": bad},
-        {"preprocessing": {"size": 8, "fit": bad}},
-        {"outputs": [{"name": bad, "dtype": "float32", "shape": ["batch", 8]}]},
-        {"outputs": [{"name": "features", "dtype": bad, "shape": ["batch", bad]}]},
-        {"engines": [ENGINE | {"version": bad}]},
-        {},
-    ])  # fmt: skip
+    changes: dict[str, Any] = one.rng.choice(
+        [
+            {"name": bad},
+            {"precision": bad},
+            {"preprocessing": {"size": 8, "fit": bad}},
+            {"outputs": [{"name": bad, "dtype": "float32", "shape": ["batch", 8]}]},
+            {"outputs": [{"name": "features", "dtype": bad, "shape": ["batch", bad]}]},
+            {"engines": [ENGINE | {"version": bad}]},
+            {},
+        ]
+    )
     if "engines" in changes:
         (bundle / "engines").mkdir()
         (bundle / "engines" / "a.engine").write_bytes(b"engine")
@@ -286,9 +323,24 @@ def settings(one: Try) -> None:
 
 
 NUMBERS = (
-    "nan", "inf", "-inf", "1e999", "-1", "0", "2147483648", "9" * 5000, "٣", "²", "0x10", "1_0", "", " ", "1e308", "x",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "-1",
+    "0",
+    "2147483648",
+    "9" * 5000,
+    "٣",
+    "²",
+    "0x10",
+    "1_0",
+    "",
+    " ",
+    "1e308",
+    "x",
     "\u202e1",
-)  # fmt: skip
+)
 USAGES = {
     "run {good}/plain --source {good}/images": "--threads --top --threshold --stall --metrics --frames",
     "profile {good}/plain": "--threads --seconds",

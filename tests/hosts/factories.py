@@ -45,9 +45,14 @@ def depth_anything(seed: int = 0) -> Any:
         **SIZES, image_size=140, out_indices=[1, 2, 3, 4], apply_layernorm=True, reshape_hidden_states=False
     )
     config = transformers.DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=64, neck_hidden_sizes=[16, 16, 16, 16], fusion_hidden_size=16,
-        head_hidden_size=8, patch_size=14, depth_estimation_type="metric",
-    )  # fmt: skip
+        backbone_config=backbone,
+        reassemble_hidden_size=64,
+        neck_hidden_sizes=[16, 16, 16, 16],
+        fusion_hidden_size=16,
+        head_hidden_size=8,
+        patch_size=14,
+        depth_estimation_type="metric",
+    )
     torch.manual_seed(seed)
     made = transformers.DepthAnythingForDepthEstimation(config).eval()
     for part in [*made.neck.modules(), *made.head.modules()]:

@@ -226,9 +226,19 @@ class Unused(Inside):
         (lambda: timm.create_model("vit_base_patch16_rpn_224", depth=1, dynamic_img_size=False), {}, "ResPostBlock"),
         (lambda: eva(attn_type="rope", qkv_fused=False, num_kv_heads=1), {}, "grouped-query attention, 2 query heads"),
         (lambda: student().model, {}, "sparse already"),
-        (lambda: transformers.SamVisionModel(transformers.SamVisionConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, global_attn_indexes=[1],
-        )), {}, "contains 0 vision transformers"),
+        (
+            lambda: transformers.SamVisionModel(
+                transformers.SamVisionConfig(
+                    hidden_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    image_size=64,
+                    global_attn_indexes=[1],
+                )
+            ),
+            {},
+            "contains 0 vision transformers",
+        ),
         (lambda: model("ViT", attention_probs_dropout_prob=0.1), {}, "attention dropout 0.1"),
         (lambda: nn.ModuleList([vit(), model("ViT")]), {}, "contains 2 vision transformers: 0, 1"),
         (vit, {"keep": (0.1,) * 6 + (1.0,)}, "keep has 7 shares"),
@@ -239,7 +249,7 @@ class Unused(Inside):
         (vit, {"calibrate": BLANK * torch.nan}, "NaN or infinity"),
         (Unused, {"calibrate": BLANK}, "did not use its vision transformer"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused_with_the_reason_stays_as_it_was(make: Make, settings: dict[str, Any], said: str) -> None:
     made = make()
     before = copy.deepcopy(made)

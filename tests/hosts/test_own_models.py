@@ -115,7 +115,7 @@ def test_the_whole_way_as_printed(
         ("distill bundle --data images -o out", "bundle is a bundle, not a student."),
         ("evaluate images --data images", "images is not a student or bundle."),
     ],
-)  # fmt: skip
+)
 def test_slips(line: str, said: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, outcome = snapshot(place), call(capsys, *line.split())
     assert outcome.code == (1 if "Answers differ" in outcome.err else 2)

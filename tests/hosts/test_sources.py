@@ -185,7 +185,7 @@ def _nested(folder: Path) -> None:
         (_pixels(rescale_factor=1e-320), "is (inf, inf, inf)"),
         (_weights(lambda state: state["layernorm.weight"].fill_(torch.nan)), "layernorm.weight holds NaN or infinity"),
     ],
-)  # fmt: skip
+)
 def test_folders_that_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dinov2: Path, harm: Any, said: str
 ) -> None:

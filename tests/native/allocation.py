@@ -145,9 +145,14 @@ def measured(shim: Path, count: int, seed: int) -> dict[str, Any]:
     """The same, of a process of its own."""
     command = [sys.executable, "-m", "tests.native.allocation", str(native.library_path())]
     done = subprocess.run(
-        [*command, str(count), str(seed)], env={**os.environ, "LD_PRELOAD": str(shim)}, cwd=HERE.parents[1],
-        capture_output=True, text=True, check=False, timeout=60 + LIMIT_S * count,
-    )  # fmt: skip
+        [*command, str(count), str(seed)],
+        env={**os.environ, "LD_PRELOAD": str(shim)},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60 + LIMIT_S * count,
+    )
     assert done.returncode == 0, f"ended by {done.returncode}: {done.stderr[-1000:]}"
     result: dict[str, Any] = json.loads(done.stdout)
     return result

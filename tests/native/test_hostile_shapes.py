@@ -25,14 +25,22 @@ from sparsifiner_edge.runtime.openvino import bind, converters
 from tests.ops.matrix import cases, feed, one_node, output_type
 
 LEAST: dict[str, dict[str, Any]] = {
-    "KeySelect": {"num_heads": 2, "num_prefix": 1, "probe": 1, "tile": 1, "cell": 0, "keys": 1, "scale": 1.0,
-                  "value_power": 0.0},
+    "KeySelect": {
+        "num_heads": 2,
+        "num_prefix": 1,
+        "probe": 1,
+        "tile": 1,
+        "cell": 0,
+        "keys": 1,
+        "scale": 1.0,
+        "value_power": 0.0,
+    },
     "SparseAttention": {"num_heads": 2, "num_prefix": 1, "tile": 16, "cell": 0, "scale": 1.0, "prefix_keys": 1},
     "DenseAttention": {"num_heads": 2, "scale": 1.0},
     "CachedAttention": {"num_heads": 2, "scale": 1.0},
     "MatchTokens": {"num_heads": 2, "num_prefix": 1, "window": 16, "merged": 5},
     "MergeTokens": {},
-}  # fmt: skip
+}
 NAN = float("nan")
 X, QKV, SIZES, LISTS, PROJ = [1, 64, 8], [1, 64, 24], [1, 64], [1, 2, 4, 5], [2, 4, 2]
 """What fits."""
@@ -76,7 +84,7 @@ TABLE: list[tuple[str, list[list[int]], dict[str, Any]]] = [
     ("DenseAttention", [[1, 1, 64, 24], SIZES], {}),
     ("MergeTokens", [[64, 8], SIZES, [1, 40, 2]], {}),
     ("SparseAttention", [QKV, SIZES, [2, 4, 5]], {}),
-]  # fmt: skip
+]
 
 
 def in_onnxruntime(op: str, attributes: dict[str, Any], inputs: list[np.ndarray]) -> None:

@@ -110,8 +110,16 @@ def test_keys_beyond_two_to_the_24_are_found_exactly() -> None:
     qkv[..., 0] = 1
     qkv[0, [third, -2, -1], 1] = 3, 4, 5
     one = np.ones((1, 1, 1), np.float32)
-    settings = {"num_heads": 1, "num_prefix": 0, "tile": 2**31 - 1, "probe": 2**31 - 1, "cell": 0, "keys": 3,
-                "scale": 0.2, "value_power": 0.0}  # fmt: skip
+    settings = {
+        "num_heads": 1,
+        "num_prefix": 0,
+        "tile": 2**31 - 1,
+        "probe": 2**31 - 1,
+        "cell": 0,
+        "keys": 3,
+        "scale": 0.2,
+        "value_power": 0.0,
+    }
     inputs = [qkv, np.ones((1, patches), np.float32), one, one]
     session = allocation.Bench(str(LIBRARY), {}, shim=False).open(one_node("KeySelect", settings, inputs))
     got = session.run(None, feed("KeySelect", inputs))[0]

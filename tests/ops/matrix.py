@@ -210,9 +210,12 @@ def body_model(case: Case, inputs: list[np.ndarray]) -> bytes:
 
 
 def one_node(
-    name: str, attributes: dict[str, Any], inputs: list[np.ndarray], shapes: list[Any] | None = None,
+    name: str,
+    attributes: dict[str, Any],
+    inputs: list[np.ndarray],
+    shapes: list[Any] | None = None,
     functions: list[onnx.FunctionProto] | None = None,
-) -> bytes:  # fmt: skip
+) -> bytes:
     """A model of one node, which without a body the library alone can run; shapes: what the file says of the inputs."""
     op = OPERATORS[name]
     kinds = [helper.np_dtype_to_tensor_dtype(x.dtype) for x in inputs]

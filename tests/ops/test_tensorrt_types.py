@@ -33,12 +33,20 @@ OF_ALL = (
 OF_TRUTHS = "And Not Or"
 KNOWN: dict[str, set[Any]] = {
     name: types
-    for names, types in (
-        (OF_FLOATS, FLOATS), (OF_NUMBERS, NUMBERS), (OF_ALL, NUMBERS | TRUTHS), (OF_TRUTHS, TRUTHS)
-    ) for name in names.split()
-}  # fmt: skip
-CONSTANT = {"Pad": 3, "ReduceMax": 1, "ReduceMean": 1, "ReduceMin": 1, "ReduceProd": 1, "ReduceSum": 1, "Slice": 3,
-            "Squeeze": 1, "Unsqueeze": 1}  # fmt: skip
+    for names, types in ((OF_FLOATS, FLOATS), (OF_NUMBERS, NUMBERS), (OF_ALL, NUMBERS | TRUTHS), (OF_TRUTHS, TRUTHS))
+    for name in names.split()
+}
+CONSTANT = {
+    "Pad": 3,
+    "ReduceMax": 1,
+    "ReduceMean": 1,
+    "ReduceMin": 1,
+    "ReduceProd": 1,
+    "ReduceSum": 1,
+    "Slice": 3,
+    "Squeeze": 1,
+    "Unsqueeze": 1,
+}
 """Which input, the axes, must be constant."""
 
 

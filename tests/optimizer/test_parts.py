@@ -115,8 +115,10 @@ def test_a_metric_of_the_users_own(
     with flat.open_session(bundle) as session:
         np.testing.assert_allclose(judged.distances_of(session.infer), lost, atol=0.02)
     for name, words in (
-        ("Silent", "A search needs a score"), ("Broken", "Broken.update failed"), ("Missing", "has no 'Missing'"),
-    ):  # fmt: skip
+        ("Silent", "A search needs a score"),
+        ("Broken", "Broken.update failed"),
+        ("Missing", "has no 'Missing'"),
+    ):
         with pytest.raises(ConfigError, match=words):
             Trial(load_student(start, trust=trust), teacher, paths, f"tests.hosts.metrics:{name}")
 

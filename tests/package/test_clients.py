@@ -17,7 +17,7 @@ import sparsifiner_edge as se
 from sparsifiner_edge.execution import Execution
 from sparsifiner_edge.ops import native
 from tests.flat import export_bundle
-from tests.rooms import ROOT
+from tests.repository import ROOT
 
 INCLUDE = [folder for folder in os.environ.get("TENSORRT_INCLUDE", "").split(os.pathsep) if folder]
 """See tests/tensorrt/test_plugin_v3.py."""

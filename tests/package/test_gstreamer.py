@@ -70,18 +70,27 @@ def package(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, keys: P
 
 def launch(pipeline: str, environment: dict[str, str], plugins: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["gst-launch-1.0", "-m", *shlex.split(pipeline)], cwd=folder, capture_output=True, text=True, check=False,
-        timeout=60, env=environment | {"GST_PLUGIN_PATH": str(plugins)},
-    )  # fmt: skip
+        ["gst-launch-1.0", "-m", *shlex.split(pipeline)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=environment | {"GST_PLUGIN_PATH": str(plugins)},
+    )
 
 
 def pull(pipeline: str, environment: dict[str, str], plugins: Path, folder: Path) -> tuple[list[Any], list[Any]]:
     """Messages and frames of tests/package/pipeline.py; pixels are left in `folder`."""
     script = Path(__file__).with_name("pipeline.py")
     done = subprocess.run(
-        [PYTHON, script, pipeline, folder], capture_output=True, text=True, check=False, timeout=60,
+        [PYTHON, script, pipeline, folder],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
         env=environment | {"GST_PLUGIN_PATH": str(plugins)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     messages, frames = json.loads(done.stdout.splitlines()[-1])
     return messages, frames
@@ -162,8 +171,9 @@ def test_a_gstreamer_without_analytics_and_a_model_without_classes(
         "gi.require_version = require\n"
     )
     changed = environment | {
-        "PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}", "GST_REGISTRY": str(tmp_path / "registry.bin"),
-    }  # fmt: skip
+        "PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}",
+        "GST_REGISTRY": str(tmp_path / "registry.bin"),
+    }
     pipeline = f"videotestsrc num-buffers=2 ! videoconvert ! sparsifiner bundle={dynamic_bundle} ! fakesink"
     done = launch(pipeline, changed, package / "plugins", tmp_path)
     assert done.returncode == 0, done.stderr

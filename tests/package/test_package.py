@@ -178,12 +178,30 @@ def test_what_triton_reads(name: str, tmp_path: Path, request: pytest.FixtureReq
 # ---- DeepStream
 
 KEYS = {
-    "gpu-id", "gie-unique-id", "process-mode", "batch-size", "onnx-file", "model-engine-file", "network-mode",
-    "infer-dims", "network-input-order", "model-color-format", "net-scale-factor", "maintain-aspect-ratio",
-    "symmetric-padding", "scaling-filter", "output-blob-names", "network-type", "classifier-type",
-    "classifier-threshold", "labelfile-path", "output-tensor-meta", "interval", "num-detected-classes",
+    "gpu-id",
+    "gie-unique-id",
+    "process-mode",
+    "batch-size",
+    "onnx-file",
+    "model-engine-file",
+    "network-mode",
+    "infer-dims",
+    "network-input-order",
+    "model-color-format",
+    "net-scale-factor",
+    "maintain-aspect-ratio",
+    "symmetric-padding",
+    "scaling-filter",
+    "output-blob-names",
+    "network-type",
+    "classifier-type",
+    "classifier-threshold",
+    "labelfile-path",
+    "output-tensor-meta",
+    "interval",
+    "num-detected-classes",
     "segmentation-threshold",
-}  # fmt: skip
+}
 """Of Gst-nvinfer, as documented for DeepStream 6.4 to 9."""
 
 
@@ -238,11 +256,17 @@ def make_map_bundle(folder: Path, name: str, shape: str, pixels: str) -> Path:
     image = np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), dtype=np.uint8)
     (values,) = onnxruntime.InferenceSession(str(folder / "model.onnx")).run(None, {"image": image})
     np.savez(folder / "golden.npz", **{"input.image": image, f"output.{name}": values})
-    seal_bundle(folder, {
-        "name": "brightness", "precision": "fp32", "preprocessing": {"size": [8, 12]}, "tolerances": {name: 1e-5},
-        "inputs": [{"name": "image", "dtype": "uint8", "shape": [1, 8, 12, 3]}],
-        "outputs": [{"name": name, "dtype": "float32", "shape": [*values.shape]}],
-    })  # fmt: skip
+    seal_bundle(
+        folder,
+        {
+            "name": "brightness",
+            "precision": "fp32",
+            "preprocessing": {"size": [8, 12]},
+            "tolerances": {name: 1e-5},
+            "inputs": [{"name": "image", "dtype": "uint8", "shape": [1, 8, 12, 3]}],
+            "outputs": [{"name": name, "dtype": "float32", "shape": [*values.shape]}],
+        },
+    )
     return folder
 
 
@@ -282,11 +306,15 @@ def test_the_probe_reads_what_pyds_gives(tmp_path: Path, monkeypatch: Any, capsy
     meta = it(base_meta=it(meta_type=12), user_meta_data=it(num_output_layers=1), cast=lambda data: data)
     frame = it(frame_num=7, frame_user_meta_list=Entry(data=meta))
     pyds = it(
-        NvDsFrameMeta=meta, NvDsUserMeta=meta, NvDsInferTensorMeta=meta, get_ptr=meta.cast,
-        NvDsMetaType=it(NVDSINFER_TENSOR_OUTPUT_META=12), NvDsInferDataType=it(FLOAT=0),
+        NvDsFrameMeta=meta,
+        NvDsUserMeta=meta,
+        NvDsInferTensorMeta=meta,
+        get_ptr=meta.cast,
+        NvDsMetaType=it(NVDSINFER_TENSOR_OUTPUT_META=12),
+        NvDsInferDataType=it(FLOAT=0),
         get_nvds_LayerInfo=lambda _tensors, _number: layer,
         gst_buffer_get_nvds_batch_meta=lambda _address: it(frame_meta_list=Entry(data=frame)),
-    )  # fmt: skip
+    )
     repository = it(Gst=it(PadProbeReturn=it(OK=1)))
     for name, module in {"pyds": pyds, "gi": it(require_version=print), "gi.repository": repository}.items():
         monkeypatch.setitem(sys.modules, name, module)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rooms import ROOT
+from tests.repository import ROOT
 
 pytestmark = [pytest.mark.everything, pytest.mark.long]
 AARCH64 = Path(sys.prefix) / "aarch64"

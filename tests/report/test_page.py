@@ -27,8 +27,16 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     summary, page = written([real[kind] for kind in KINDS], tmp_path / "report.html")
     assert page.open == []
     assert summary["sections"] == [
-        "estimate", "accuracy", "stability", "latency", "energy", "memory", "layers", "conditions", "method",
-    ]  # fmt: skip
+        "estimate",
+        "accuracy",
+        "stability",
+        "latency",
+        "energy",
+        "memory",
+        "layers",
+        "conditions",
+        "method",
+    ]
     assert summary["differences"] == {}
     comparison, evaluation, robustness, _ = (json.loads(real[kind].read_text())["statistics"] for kind in KINDS)
     assert f"{evaluation['features_cosine']['mean']['value']:.4f}" in page.text
@@ -158,10 +166,15 @@ def test_energy(changed, tmp_path):
         for role, joules in (("subject", 0.0072), ("against", 0.0144)):
             bounds = {"low": joules * 0.9, "high": joules * 1.1, "confidence": 0.95, "interval": "x"}
             result["statistics"][role]["energy"] = {
-                "gross_j_per_inference": {"value": joules, **bounds}, "mean_w": 7.5, "sensor": "ina",
-                "net_j_per_inference": {"unavailable": "no idle baseline"}, "idle_w": {"unavailable": "no baseline"},
-                "total": "VDD_IN", "window_s": 1.0, "readings": 9,
-            }  # fmt: skip
+                "gross_j_per_inference": {"value": joules, **bounds},
+                "mean_w": 7.5,
+                "sensor": "ina",
+                "net_j_per_inference": {"unavailable": "no idle baseline"},
+                "idle_w": {"unavailable": "no baseline"},
+                "total": "VDD_IN",
+                "window_s": 1.0,
+                "readings": 9,
+            }
 
     _, page = written([changed("comparison", change)], tmp_path / "r.html")
     for said in ("7.20 (6.48–7.92)", "14.4 (13.0–15.8)", "ina · VDD_IN", "net energy per inference, mJ not available"):

@@ -26,8 +26,20 @@ from typing import Any
 CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 1, 0x1000
 _SERVER = "10.77.0.2"
-CI = ("CI", "APPVEYOR", "BITBUCKET_BUILD_NUMBER", "BUILDKITE", "CIRCLECI", "CODEBUILD_BUILD_ID", "GITHUB_ACTIONS",
-      "GITLAB_CI", "JENKINS_URL", "TEAMCITY_VERSION", "TF_BUILD", "TRAVIS")  # fmt: skip
+CI = (
+    "CI",
+    "APPVEYOR",
+    "BITBUCKET_BUILD_NUMBER",
+    "BUILDKITE",
+    "CIRCLECI",
+    "CODEBUILD_BUILD_ID",
+    "GITHUB_ACTIONS",
+    "GITLAB_CI",
+    "JENKINS_URL",
+    "TEAMCITY_VERSION",
+    "TF_BUILD",
+    "TRAVIS",
+)
 """Where one of these is set ONNX Runtime reports nothing anyway; what is run here runs as on a user's machine."""
 
 
@@ -71,9 +83,13 @@ def run_all(handle: int, commands: list[dict[str, Any]], seconds: float) -> dict
         for command in commands:
             with (Path(logs) / command["name"]).open("wb") as log:
                 started[command["name"]] = subprocess.Popen(
-                    command["arguments"], env=users | command.get("environment", {}), stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
-                )  # fmt: skip
+                    command["arguments"],
+                    env=users | command.get("environment", {}),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    start_new_session=True,
+                )
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and any(process.poll() is None for process in started.values()):
             time.sleep(0.1)

@@ -62,11 +62,14 @@ def context(model: onnx.ModelProto, location: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        outside, outside_branch, outside_default, context,
+        outside,
+        outside_branch,
+        outside_default,
+        context,
         lambda m, x: m.graph.node.append(onnx.helper.make_node("Constant", [], ["unused"], value=other_file(x))),
         lambda m, x: m.training_info.add().algorithm.initializer.append(other_file(x)),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_names_other_files_is_refused(
     change: Callable[[Any, str], None], tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -27,9 +27,27 @@ serialization = pytest.importorskip("cryptography.hazmat.primitives.serializatio
 Capsys = pytest.CaptureFixture[str]
 SECRET = b"-----BEGIN OPENSSH PRIVATE KEY-----"
 NAMES = (
-    "../bundle/.bashrc", "a/../../.bashrc", "a/..", "..", ".", "", "/etc/hostname", "a//b", "a/", "./a", "a/./b",
-    "a\0b", "a\nb", "a\x1b[2J", "a\u202eb", "a\\..\\b", "\ud800", BUNDLE_FILE, SIGNATURE_FILE, f"{BUNDLE_FILE}/a",
-)  # fmt: skip
+    "../bundle/.bashrc",
+    "a/../../.bashrc",
+    "a/..",
+    "..",
+    ".",
+    "",
+    "/etc/hostname",
+    "a//b",
+    "a/",
+    "./a",
+    "a/./b",
+    "a\0b",
+    "a\nb",
+    "a\x1b[2J",
+    "a\u202eb",
+    "a\\..\\b",
+    "\ud800",
+    BUNDLE_FILE,
+    SIGNATURE_FILE,
+    f"{BUNDLE_FILE}/a",
+)
 
 
 def hostile(folder: Path, keys: Path, name: str, links: dict[str, str] | None = None) -> Path:
@@ -55,14 +73,17 @@ def hostile(folder: Path, keys: Path, name: str, links: dict[str, str] | None = 
 
 
 COMMANDS = (
-    "bundle verify {bundle}", "bundle verify {bundle} --public-key {keys}/key.pub",
+    "bundle verify {bundle}",
+    "bundle verify {bundle} --public-key {keys}/key.pub",
     "build {bundle} --backend tensorrt-rtx --compute-capability 9.9",
-    "bundle sign {bundle} --key {keys}/key.pem", "run {bundle} --source test --frames 1",
-    "run {bundle} --source test --require-signature {keys}/key.pub", "profile {bundle} --seconds .1 -o {place}/out",
+    "bundle sign {bundle} --key {keys}/key.pem",
+    "run {bundle} --source test --frames 1",
+    "run {bundle} --source test --require-signature {keys}/key.pub",
+    "profile {bundle} --seconds .1 -o {place}/out",
     "estimate {bundle} --board jetson-orin-nano-8gb -o {place}/out",
     "evaluate {bundle} --against {bundle} --data {place}/image.png -o {place}/out",
     *(f"package {{bundle}} --for {kind} -o {{place}}/out" for kind in ("deepstream", "triton", "gstreamer")),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,7 +108,7 @@ def test_a_name_that_could_lead_elsewhere_is_no_bundles(name: str, tmp_path: Pat
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_takes_it_or_follows_a_link_out(
     command: str, listed: str, links: dict[str, str] | None, said: str, tmp_path: Path, keys: Path, capsys: Capsys
-) -> None:  # fmt: skip
+) -> None:
     bundle = hostile(tmp_path, keys, listed, links)
     before = snapshot(tmp_path)
     line = command.format(bundle=bundle, keys=keys, place=tmp_path)

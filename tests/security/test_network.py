@@ -28,8 +28,13 @@ SECONDS = 30
 def isolated(commands: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.security.isolated", str(seconds)],
-        input=json.dumps(commands), capture_output=True, text=True, check=False, cwd=ROOT, timeout=seconds + 60,
-    )  # fmt: skip
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=seconds + 60,
+    )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 

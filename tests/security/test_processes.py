@@ -17,9 +17,19 @@ from tests.tiny import make_bundle
 
 SCRIPT = Path(sys.executable).with_name("sparsifiner-edge")
 PLANTED = (
-    "numpy", "json", "av", "PIL", "onnxruntime", "runpy", "ctypes", "subprocess", "sparsifiner_edge", "timm",
-    "sitecustomize", "usercustomize",
-)  # fmt: skip
+    "numpy",
+    "json",
+    "av",
+    "PIL",
+    "onnxruntime",
+    "runpy",
+    "ctypes",
+    "subprocess",
+    "sparsifiner_edge",
+    "timm",
+    "sitecustomize",
+    "usercustomize",
+)
 COMMANDS = {
     "test": "run {bundle} --source test --frames 1 --require-signature {keys}/key.pub",
     "video": "run {bundle} --source {place}/video.mp4 --require-signature {keys}/key.pub",
@@ -50,8 +60,12 @@ def test_no_file_of_the_working_directory_runs(
     # The parent's own PYTHONPATH is cleared by -I; what it hands on to its children is what is tested.
     done = subprocess.run(
         [sys.executable, "-I", str(SCRIPT), *line.split()],
-        cwd=hostile, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=hostile,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert not ran.exists(), ran.read_text()
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -22,13 +22,19 @@ class FakeNvml:
 
     def __getattr__(self, name):
         functions = {
-            "Name": "NVIDIA GeForce RTX 4070", "PowerUsage": self.power_mw, "TotalEnergyConsumption": self.energy_mj,
-            "Temperature": 61, "EnforcedPowerLimit": 200_000, "MemoryInfo": SimpleNamespace(used=self.used),
+            "Name": "NVIDIA GeForce RTX 4070",
+            "PowerUsage": self.power_mw,
+            "TotalEnergyConsumption": self.energy_mj,
+            "Temperature": 61,
+            "EnforcedPowerLimit": 200_000,
+            "MemoryInfo": SimpleNamespace(used=self.used),
             "CurrentClocksEventReasons": pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND),
-            "CurrentClocksThrottleReasons": self.throttle, "Count": self.cards,
+            "CurrentClocksThrottleReasons": self.throttle,
+            "Count": self.cards,
             "ClockInfo": lambda card, kind: {pynvml.NVML_CLOCK_SM: 2475, pynvml.NVML_CLOCK_MEM: 10501}[kind],
-            "HandleByIndex": self._card, "HandleByUUID": self._card,
-        }  # fmt: skip
+            "HandleByIndex": self._card,
+            "HandleByUUID": self._card,
+        }
         short = name.removeprefix("nvmlDeviceGet")
 
         def call(*arguments):

@@ -38,8 +38,11 @@ def deny(monkeypatch):
 
 
 AGX_ORIN = {
-    "VDD_GPU_SOC": 19.104 * 0.165, "VDD_CPU_CV": 19.104 * 0.749, "VIN_SYS_5V0": 4.968, "VDDQ_VDD2_1V8AO": 4.968 * 0.22,
-}  # fmt: skip
+    "VDD_GPU_SOC": 19.104 * 0.165,
+    "VDD_CPU_CV": 19.104 * 0.749,
+    "VIN_SYS_5V0": 4.968,
+    "VDDQ_VDD2_1V8AO": 4.968 * 0.22,
+}
 
 
 @pytest.mark.parametrize(
@@ -65,8 +68,11 @@ def test_rapl_counts_each_package_once_and_is_for_the_processor(tmp_path):
     sensor = find_sensor(trees.x86(tmp_path), on="cpu")
     assert (sensor.name, sensor.counts) == ("rapl", True)
     assert sensor.read() == {
-        "package-0": 1000.0, "dram (package-0)": 200.0, "package-1": 3000.0, "dram (package-1)": 500.0,
-    }  # fmt: skip
+        "package-0": 1000.0,
+        "dram (package-0)": 200.0,
+        "package-1": 3000.0,
+        "dram (package-1)": 500.0,
+    }
     assert sensor.wraps_j["dram (package-1)"] == pytest.approx(65712.999613)
     assert "card alone" in sensor.not_used["nvml"]
     assert "processor alone" in find_sensor(tmp_path, on="gpu").not_used["rapl"]
@@ -143,8 +149,9 @@ def test_conditions_of_a_pc_and_of_an_empty_machine(tmp_path):
 
 def test_throttling_and_clocks_are_those_within_the_windows(tmp_path):
     trees.orin_nano(tmp_path)
-    clock, alert = (tmp_path / "sys/class" / file for file in (
-        "devfreq/17000000.gpu/cur_freq", "thermal/cooling_device1/cur_state"))  # fmt: skip
+    clock, alert = (
+        tmp_path / "sys/class" / file for file in ("devfreq/17000000.gpu/cur_freq", "thermal/cooling_device1/cur_state")
+    )
     with Recording(often(find_sensor(tmp_path)), tmp_path, conditions_period_s=0.03) as recording:
         recording.stay_idle(0.15)
         clock.write_text("1020000000")

@@ -35,10 +35,16 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 SYMBOLS = (
-    "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
-    "createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry",
-    "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins",
-)  # fmt: skip
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getNvOnnxParserVersion",
+    "getPluginRegistry",
+    "initLibNvInferPlugins",
+)
 """What the bindings link: a stub that exports them is enough to import the module and to look at it."""
 
 
@@ -85,10 +91,14 @@ def test_the_real_module_has_every_name_and_takes_the_plugins(tmp_path, version,
         launch = table.launches[name]
         outputs = launch.outputs.values()
         assert found == {
-            "inputs": list(launch.inputs), "types": [kinds[x.dtype] for x in outputs],
-            "ranks": [1 + len(x.shape) for x in outputs], "symbol": launch.symbol, "kind": "KernelLaunchParams",
-            "extra": 0, "in ptx": True,
-        }  # fmt: skip
+            "inputs": list(launch.inputs),
+            "types": [kinds[x.dtype] for x in outputs],
+            "ranks": [1 + len(x.shape) for x in outputs],
+            "symbol": launch.symbol,
+            "kind": "KernelLaunchParams",
+            "extra": 0,
+            "in ptx": True,
+        }
 
 
 ORIN = CudaDevice("Orin", "8.7", True, "12.6")
@@ -110,10 +120,14 @@ def called(trt: Any, identifier: str, launch: CompiledLaunch) -> dict[str, Any]:
     outputs = definition.register_func(*inputs)
     symbol, ptx, parameters, extra = definition.aot_impl_func(*inputs, outputs, 0)
     return {
-        "inputs": definition.input_tensor_names, "types": [o.dtype.name for o in outputs],
-        "ranks": [o.ndim for o in outputs], "symbol": symbol, "kind": type(parameters).__name__, "extra": len(extra),
+        "inputs": definition.input_tensor_names,
+        "types": [o.dtype.name for o in outputs],
+        "ranks": [o.ndim for o in outputs],
+        "symbol": symbol,
+        "kind": type(parameters).__name__,
+        "extra": len(extra),
         "in ptx": f".entry {symbol}(" in ptx,
-    }  # fmt: skip
+    }
 
 
 def result(folder: Path) -> dict[str, Any]:

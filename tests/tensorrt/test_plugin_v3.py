@@ -69,9 +69,13 @@ def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 LAUNCH = CompiledLaunch(
-    symbol="twice", grid=(5, 3), threads=64, shared_bytes=64 << 10,
-    inputs={"x": LaunchTensor("float16", (7,))}, outputs={"y": LaunchTensor("float32", (7,))},
-)  # fmt: skip
+    symbol="twice",
+    grid=(5, 3),
+    threads=64,
+    shared_bytes=64 << 10,
+    inputs={"x": LaunchTensor("float16", (7,))},
+    outputs={"y": LaunchTensor("float32", (7,))},
+)
 PTX = b".visible .entry twice(\n"
 
 
@@ -140,8 +144,11 @@ class _Tensor(ctypes.Structure):
     """`Tensor` of nvinfer.cc."""
 
     _fields_ = (
-        ("type", ctypes.c_int32), ("rank", ctypes.c_int32), ("sizes", ctypes.c_int64 * 8), ("data", ctypes.c_void_p),
-    )  # fmt: skip
+        ("type", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("sizes", ctypes.c_int64 * 8),
+        ("data", ctypes.c_void_p),
+    )
 
 
 def live(name: str, launch: CompiledLaunch, inputs: list[np.ndarray]) -> tuple[str | None, list[np.ndarray]]:

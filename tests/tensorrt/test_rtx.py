@@ -74,10 +74,12 @@ def make_vit_bundle(folder: Path, kind: str, precision: str, batch: int | None) 
     outputs = {f"output.{name}": value for name, value in file_runner(model)(image).items()}
     np.savez(folder / "golden.npz", **{"input.image": image}, **outputs)
     entries = {
-        "precision": precision, "ops": [f"sparsifiner::{function.name}" for function in model.functions],
-        "inputs": [{"name": "image", "dtype": "uint8", "shape": [batch or "batch", 160, 160, 3]}], "outputs": [],
+        "precision": precision,
+        "ops": [f"sparsifiner::{function.name}" for function in model.functions],
+        "inputs": [{"name": "image", "dtype": "uint8", "shape": [batch or "batch", 160, 160, 3]}],
+        "outputs": [],
         "tolerances": dict.fromkeys(deployed.output_names, 5e-2),
-    }  # fmt: skip
+    }
     seal_bundle(folder, entries | ({} if precision == "fp32" else {"float16": {}}))
 
 
@@ -85,13 +87,19 @@ def make_vit_bundle(folder: Path, kind: str, precision: str, batch: int | None) 
     ("kind", "precision", "batch", "capability"),
     first(
         [
-            ("edge", "fp16", DYNAMIC, "12.0"), ("merged", "fp32", 1, "8.9"), ("edge", "int8", 2, "8.9"),
-            ("dense", "fp32", DYNAMIC, "8.0"), ("dense", "int8", 1, "8.6"), ("paper", "fp16", 1, "8.9"),
-            ("pruned", "fp16", DYNAMIC, "8.6"), ("merged", "int8", 1, "12.0"),
-            ("merged alone", "fp32", DYNAMIC, "8.6"), ("merged alone", "int8", 2, "8.9"),
+            ("edge", "fp16", DYNAMIC, "12.0"),
+            ("merged", "fp32", 1, "8.9"),
+            ("edge", "int8", 2, "8.9"),
+            ("dense", "fp32", DYNAMIC, "8.0"),
+            ("dense", "int8", 1, "8.6"),
+            ("paper", "fp16", 1, "8.9"),
+            ("pruned", "fp16", DYNAMIC, "8.6"),
+            ("merged", "int8", 1, "12.0"),
+            ("merged alone", "fp32", DYNAMIC, "8.6"),
+            ("merged alone", "int8", 2, "8.9"),
         ]
     ),
-)  # fmt: skip
+)
 def test_every_kind_of_file_builds(vit_bundle, kind, precision, batch, capability):
     bundle = vit_bundle(kind, precision, batch)
     stages = []
@@ -226,8 +234,9 @@ def test_the_commands_of_the_documentation(tiny_student: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     engines = manifest_of(tmp_path / "bundle")["engines"]
     assert [(e["compute_capability"], e["precision"], e["batch"]["most"]) for e in engines] == [
-        ("8.6", "fp16", 1), ("12.0", "fp16", 1)
-    ]  # fmt: skip
+        ("8.6", "fp16", 1),
+        ("12.0", "fp16", 1),
+    ]
     assert re.search("golden pair.*onnxruntime", done.stdout)
     assert done.stdout.count("dense: not built: nothing can be timed here (") == 2
     assert done.stdout.count("kept: bodies, nothing was measured") == 2

@@ -54,12 +54,16 @@ def bundle(tmp_path_factory):
         if shared is not None:
             table = folder / "kernels" / "sm87.json"
             table.write_text(re.sub(r'"shared": \d+', f'"shared": {shared}', table.read_text()))
-        seal_bundle(folder, {
-            "precision": "fp16", "ops": [f"{DOMAIN}::{name}" for name in OPERATORS[graph]],
-            "inputs": [{"name": "image", "dtype": "uint8", "shape": ["batch", 8, 8, 3]}],
-            "outputs": [{"name": "features", "dtype": "float16", "shape": ["batch", 64]}],
-            "tolerances": {"features": 1e-4},
-        })  # fmt: skip
+        seal_bundle(
+            folder,
+            {
+                "precision": "fp16",
+                "ops": [f"{DOMAIN}::{name}" for name in OPERATORS[graph]],
+                "inputs": [{"name": "image", "dtype": "uint8", "shape": ["batch", 8, 8, 3]}],
+                "outputs": [{"name": "features", "dtype": "float16", "shape": ["batch", 64]}],
+                "tolerances": {"features": 1e-4},
+            },
+        )
         return folder
 
     return make
@@ -92,8 +96,11 @@ def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, bundle, machine
     times = {name: entry.compute_ms for name, entry in found.variants.items()}
     assert times == {"bodies": 3.0, "plugin": 1.0, "dense": 1.5}
     assert verdict(found) == [
-        "bodies: 3.000 ms", "plugin: 1.000 ms", "dense: 1.500 ms", "kept: plugin, the fastest of those"
-    ]  # fmt: skip
+        "bodies: 3.000 ms",
+        "plugin: 1.000 ms",
+        "dense: 1.500 ms",
+        "kept: plugin, the fastest of those",
+    ]
     assert behaviour.seen["aot_impl"] == behaviour.seen["register"]
     assert any(name.startswith(f"{NAMESPACE}::attend_") for name in behaviour.seen["register"])
     with open_session(folder, "tensorrt") as session:

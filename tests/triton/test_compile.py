@@ -21,10 +21,13 @@ from tests.everything import first
 
 PATCHES, HEADS, KEYS = 1024, 6, 103
 LAYERS: list[tuple[int, dict[str, Any]]] = [
-    (87, {"tile": 64}), (90, {"tile": 64}), (90, {"dtype": "bfloat16", "tile": 64}), (87, {"tile": 128}),
+    (87, {"tile": 64}),
+    (90, {"tile": 64}),
+    (90, {"dtype": "bfloat16", "tile": 64}),
+    (87, {"tile": 128}),
     (89, {"dtype": "bfloat16", "width": 32}),
     *((sm, {"tile": 64, **x}) for sm in (87, 90) for x in ({"prefix": 0}, {"merged": True}, {"batch": 8, "probe": 16})),
-]  # fmt: skip
+]
 """Capability, and what differs: without prefix, over merged tokens, with many tiles to a program."""
 
 
@@ -42,9 +45,15 @@ def layer(dtype: str = "float16", width: int = 64, tile: int = 16, **changes: An
     cell = settings.pop("cell", 41)
     qkv = (settings["batch"], PATCHES + settings["prefix"], 3 * HEADS * width)
     a: dict[str, Any] = {
-        "num_heads": HEADS, "num_prefix": settings["prefix"], "tile": tile, "cell": cell, "scale": width**-0.5,
-        "probe": settings["probe"], "keys": KEYS, "value_power": 2.0,
-    }  # fmt: skip
+        "num_heads": HEADS,
+        "num_prefix": settings["prefix"],
+        "tile": tile,
+        "cell": cell,
+        "scale": width**-0.5,
+        "probe": settings["probe"],
+        "keys": KEYS,
+        "value_power": 2.0,
+    }
     shapes = [qkv, *([qkv[:2]] if settings["merged"] else []), *[(HEADS, width, 24)] * 2]
     assert refusals("KeySelect", a, [qkv, qkv[:2], *shapes[-2:]], dtype, 87) == []
     return schedule_layer(shapes, a, dtype)

@@ -25,9 +25,13 @@ KINDS = {"STG": "store", "LDG": "load", "BAR": "barrier"}
 
 
 MOST_CLOCKS = {
-    ("select", 87): 280, ("attend", 87): 680, ("select", 90): 270, ("attend", 90): 570, ("select", 120): 300,
+    ("select", 87): 280,
+    ("attend", 87): 680,
+    ("select", 90): 270,
+    ("attend", 90): 570,
+    ("select", 120): 300,
     ("attend", 120): 1180,
-}  # fmt: skip
+}
 """Of the longest loop that multiplies matrices, as compiled when this was written and a twentieth more."""
 
 

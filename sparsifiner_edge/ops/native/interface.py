@@ -30,9 +30,12 @@ def _fields(whole: str, single: str = "") -> tuple[tuple[str, Any], ...]:
 
 class _Call(Structure):
     _fields_ = (
-        ("version", c_int32), ("precision", c_int32), ("parallel_for", c_void_p), ("threads", c_void_p),
+        ("version", c_int32),
+        ("precision", c_int32),
+        ("parallel_for", c_void_p),
+        ("threads", c_void_p),
         ("message", c_char * 512),
-    )  # fmt: skip
+    )
 
 
 class _Tensor(Structure):
@@ -65,8 +68,11 @@ class _Match(Structure):
 
 class _Pairs(Structure):
     _fields_ = (
-        ("x", _Tensor), ("sizes", _Tensor), ("pairs", _Tensor), *_fields("batch tokens channels merged_tokens"),
-    )  # fmt: skip
+        ("x", _Tensor),
+        ("sizes", _Tensor),
+        ("pairs", _Tensor),
+        *_fields("batch tokens channels merged_tokens"),
+    )
 
 
 _FUNCTIONS: dict[str, tuple[str, type[Structure] | None]] = {

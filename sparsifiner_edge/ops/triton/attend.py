@@ -88,9 +88,10 @@ def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.cons
 def _no_softmax(block_m: tl.constexpr, block_d: tl.constexpr):
     """State before the first block of a list."""
     return (
-        tl.full([block_m], LOWEST, tl.float32), tl.zeros([block_m, LEAST], tl.float32),
+        tl.full([block_m], LOWEST, tl.float32),
+        tl.zeros([block_m, LEAST], tl.float32),
         tl.zeros([block_m, block_d], tl.float32),
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -261,17 +262,45 @@ def _prefix_row(base, partial_out, partial_stats, row, s, cells: tl.constexpr, b
 
 @triton.jit
 def attend_kernel(
-    qkv, sizes, indices, cell_sums, cell_sizes, partial_out, partial_stats, output,
-    tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, tile: tl.constexpr,
-    tiles: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, cells: tl.constexpr, factor: tl.constexpr,
-    unit: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_t: tl.constexpr, block_f: tl.constexpr,
+    qkv,
+    sizes,
+    indices,
+    cell_sums,
+    cell_sizes,
+    partial_out,
+    partial_stats,
+    output,
+    tokens: tl.constexpr,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    prefix: tl.constexpr,
+    tile: tl.constexpr,
+    tiles: tl.constexpr,
+    keys: tl.constexpr,
+    cell: tl.constexpr,
+    cells: tl.constexpr,
+    factor: tl.constexpr,
+    unit: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_t: tl.constexpr,
+    block_f: tl.constexpr,
     block_d: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (prefix + T, H, B): output [B,N,C]. None: sizes where all are 1, partial_* without prefix."""
     s: tl.constexpr = _Sizes(
-        heads * width, 3 * heads * width, width, block_d, prefix, tokens - prefix, keys, cell, cells + prefix, factor,
+        heads * width,
+        3 * heads * width,
+        width,
+        block_d,
+        prefix,
+        tokens - prefix,
+        keys,
+        cell,
+        cells + prefix,
+        factor,
         unit,
-    )  # fmt: skip
+    )
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = image * heads + head
     base = qkv + image * tokens * s.stride + head * width
@@ -308,6 +337,15 @@ def attend_kernel(
             state = _add_listed(q, base, weights, lists, start, split, state, s, block_n, False, False)
         if not _store_attended(output, q, cell_sums, cell_sizes, state, rows, real_rows, s, False):
             _tile_again(
-                base, weights, lists, cell_sums, cell_sizes, output, rows, real_rows, block_m,
-                block_n if block_n <= FOLLOWED else block_t, s,
-            )  # fmt: skip
+                base,
+                weights,
+                lists,
+                cell_sums,
+                cell_sizes,
+                output,
+                rows,
+                real_rows,
+                block_m,
+                block_n if block_n <= FOLLOWED else block_t,
+                s,
+            )

@@ -83,9 +83,14 @@ def _middle(low, high):
 
 @triton.jit
 def _thresholds(
-    values, keys: tl.constexpr, normal: tl.constexpr, rarity: tl.constexpr, blocks: tl.constexpr, share: tl.constexpr,
+    values,
+    keys: tl.constexpr,
+    normal: tl.constexpr,
+    rarity: tl.constexpr,
+    blocks: tl.constexpr,
+    share: tl.constexpr,
     lanes: tl.constexpr,
-):  # fmt: skip
+):
     """Of each tile a score that at least K reach, how many at it are wanted beside those above, K + 1 means all, and
     then how many of each lane's reach it.
 
@@ -171,9 +176,15 @@ def _list_with_ties(rows, lists, score, wanted, blocks: tl.constexpr, share: tl.
 
 @triton.jit
 def list_best(
-    rows, lists, keys: tl.constexpr, normal: tl.constexpr, rarity: tl.constexpr, blocks: tl.constexpr,
-    share: tl.constexpr, lanes: tl.constexpr,
-):  # fmt: skip
+    rows,
+    lists,
+    keys: tl.constexpr,
+    normal: tl.constexpr,
+    rarity: tl.constexpr,
+    blocks: tl.constexpr,
+    share: tl.constexpr,
+    lanes: tl.constexpr,
+):
     """Write the indices of the K highest of `share` tiles, whose scores begin at `rows`, ties to the lower index."""
     values = ()
     for n in tl.static_range(blocks):

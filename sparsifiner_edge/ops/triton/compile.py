@@ -92,9 +92,14 @@ def compile_launch(schedule: Schedule, launch: Launch, capability: int, ptx_vers
             "Try another tile; `ops/triton/schedule.py` lists the limits.",
         ) from error
     return Compiled(
-        launch=launch, symbol=code.metadata.name, capability=capability, cubin=code.asm["cubin"], ptx=code.asm["ptx"],
-        shared=code.metadata.shared, arguments=tuple(buffers[n] for n in names if n in buffers),
-    )  # fmt: skip
+        launch=launch,
+        symbol=code.metadata.name,
+        capability=capability,
+        cubin=code.asm["cubin"],
+        ptx=code.asm["ptx"],
+        shared=code.metadata.shared,
+        arguments=tuple(buffers[n] for n in names if n in buffers),
+    )
 
 
 def resources(code: Compiled, program: Path | None = None) -> tuple[int, int]:

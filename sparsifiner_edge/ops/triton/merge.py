@@ -32,9 +32,15 @@ TOGETHER = tl.constexpr(4)
 
 @triton.jit
 def metric_kernel(
-    qkv, metric, tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr,
-    block_p: tl.constexpr, block_d: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    metric,
+    tokens: tl.constexpr,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    prefix: tl.constexpr,
+    block_p: tl.constexpr,
+    block_d: tl.constexpr,
+):
     """Grid (P / block_p, 1, B): [B,P,d], the mean of each patch's keys over the heads, divided by its length."""
     patches: tl.constexpr = tokens - prefix
     stride: tl.constexpr = 3 * heads * width
@@ -54,9 +60,18 @@ def metric_kernel(
 
 @triton.jit
 def partners_kernel(
-    metric, sizes, best, partner, tokens: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, half: tl.constexpr,
-    block_e: tl.constexpr, block_o: tl.constexpr, block_d: tl.constexpr,
-):  # fmt: skip
+    metric,
+    sizes,
+    best,
+    partner,
+    tokens: tl.constexpr,
+    width: tl.constexpr,
+    prefix: tl.constexpr,
+    half: tl.constexpr,
+    block_e: tl.constexpr,
+    block_o: tl.constexpr,
+    block_d: tl.constexpr,
+):
     """Grid (E / block_e, 1, B): of each seeker how alike its best partner is, and which of the sought that is [B,E]."""
     patches: tl.constexpr = tokens - prefix
     seekers: tl.constexpr = (patches + 1) // 2
@@ -90,9 +105,15 @@ def partners_kernel(
 
 @triton.jit
 def suitors_kernel(
-    best, partner, score, suitor, patches: tl.constexpr, half: tl.constexpr, block_j: tl.constexpr,
+    best,
+    partner,
+    score,
+    suitor,
+    patches: tl.constexpr,
+    half: tl.constexpr,
+    block_j: tl.constexpr,
     block_o: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (O / block_j, 1, B): of each sought its best suitor, or -1, and how alike that is, as an integer of the same
     order [B,O].
     """
@@ -134,9 +155,18 @@ def _winners(score, real, merged: tl.constexpr):
 
 @triton.jit
 def pairs_kernel(
-    partner, score, suitor, chosen, free, pairs, after, tokens: tl.constexpr, prefix: tl.constexpr,
-    merged: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
+    partner,
+    score,
+    suitor,
+    chosen,
+    free,
+    pairs,
+    after,
+    tokens: tl.constexpr,
+    prefix: tl.constexpr,
+    merged: tl.constexpr,
+    block: tl.constexpr,
+):
     """Grid (1, 1, B): who merges with whom. chosen [B,O]: suitor of a winner, or -1. free [B,E]: seekers left over.
     after [B,P], if it is there: the new token, counted from the first patch, that each patch is in.
     """
@@ -183,10 +213,23 @@ def pairs_kernel(
 
 @triton.jit
 def merge_kernel(
-    x, sizes, pairs, after, places, output, sizes_out, places_out, tokens: tl.constexpr, channels: tl.constexpr,
-    rows: tl.constexpr, patches: tl.constexpr, whole: tl.constexpr, block_m: tl.constexpr, block_c: tl.constexpr,
+    x,
+    sizes,
+    pairs,
+    after,
+    places,
+    output,
+    sizes_out,
+    places_out,
+    tokens: tl.constexpr,
+    channels: tl.constexpr,
+    rows: tl.constexpr,
+    patches: tl.constexpr,
+    whole: tl.constexpr,
+    block_m: tl.constexpr,
+    block_c: tl.constexpr,
     block_w: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (M / block_m x C / block_c, 1, B): each pair's mean by size. Places out of range are brought into it. If
     they are there, sizes_out [B,M] is the pairs' sums, and places_out [B,whole] where each original patch is now,
     which was at `places`, or where none merged before at its own place.

@@ -39,10 +39,11 @@ def schedule_merging(shapes: Shapes, attributes: Attributes, dtype: str) -> Sche
         *match.launches[:-1],
         dataclasses.replace(pairs, arguments=pairs.arguments | {"after": "after"}),
         dataclasses.replace(
-            last, arguments=last.arguments | dict(zip(_CARRIED, names, strict=True)),
+            last,
+            arguments=last.arguments | dict(zip(_CARRIED, names, strict=True)),
             constants={**last.constants, "patches": patches, "whole": whole or patches, "block_w": each},
         ),
-    )  # fmt: skip
+    )
     buffers = (
         Buffer("after", "int32", (batch, patches), "scratch"),
         Buffer("sizes_out", "float32", (batch, rows), "output"),
@@ -71,19 +72,25 @@ def schedule_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Schedu
     launches = (
         launch("metric", math.ceil(patches / BLOCK_P), "qkv metric", {**sizes, "heads": heads, "block_p": BLOCK_P}),
         launch(
-            "partners", math.ceil(seekers / block_e), "metric sizes best partner",
+            "partners",
+            math.ceil(seekers / block_e),
+            "metric sizes best partner",
             {**sizes, **window, "block_e": block_e},
         ),
         launch(
-            "suitors", math.ceil(sought / BLOCK_J), "best partner score suitor",
+            "suitors",
+            math.ceil(sought / BLOCK_J),
+            "best partner score suitor",
             {**window, "patches": patches, "block_j": BLOCK_J},
         ),
         launch(
-            "pairs", 1, "partner score suitor chosen free pairs after",
+            "pairs",
+            1,
+            "partner score suitor chosen free pairs after",
             {"tokens": tokens, "prefix": prefix, "merged": merged, "block": block},
             power_of_two(block // SEEKERS_OF_WARP, least=4, most=MOST_WARPS),
         ),
-    )  # fmt: skip
+    )
     buffers = (
         Buffer("qkv", dtype, (batch, tokens, packed), "input"),
         Buffer("sizes", "float32", (batch, tokens), "input"),

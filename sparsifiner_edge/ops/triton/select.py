@@ -109,12 +109,31 @@ def _store_scores(queries, projected, sizes, deviation, rows, start, lse, real_t
 
 @triton.jit
 def select_kernel(
-    sizes, probes, projected, deviation, scores, indices,
-    tokens: tl.constexpr, heads: tl.constexpr, prefix: tl.constexpr, probe: tl.constexpr, per_tile: tl.constexpr,
-    tiles: tl.constexpr, keys: tl.constexpr, depth: tl.constexpr, normal: tl.constexpr, rarity: tl.constexpr,
-    share: tl.constexpr, beside: tl.constexpr, pitch: tl.constexpr, group: tl.constexpr, lanes: tl.constexpr,
-    block_g: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr,
-):  # fmt: skip
+    sizes,
+    probes,
+    projected,
+    deviation,
+    scores,
+    indices,
+    tokens: tl.constexpr,
+    heads: tl.constexpr,
+    prefix: tl.constexpr,
+    probe: tl.constexpr,
+    per_tile: tl.constexpr,
+    tiles: tl.constexpr,
+    keys: tl.constexpr,
+    depth: tl.constexpr,
+    normal: tl.constexpr,
+    rarity: tl.constexpr,
+    share: tl.constexpr,
+    beside: tl.constexpr,
+    pitch: tl.constexpr,
+    group: tl.constexpr,
+    lanes: tl.constexpr,
+    block_g: tl.constexpr,
+    block_n: tl.constexpr,
+    block_c: tl.constexpr,
+):
     """Grid (T / share, H, B): the K highest scores of each tile, ties to the lower index, ascending.
 
     A program has `share` tiles of the block_g probes that it asks by. Scores of a tile are `pitch` apart, whole blocks,
@@ -150,6 +169,12 @@ def select_kernel(
         # What there is no tile for does as the last one does, and writes the same.
         chosen = tl.minimum(before + number + tl.arange(0, group), tiles - 1)
         list_best(
-            scores + lane * tiles * pitch + chosen * pitch, indices + lane * tiles * keys + chosen * keys, keys, normal,
-            rarity, blocks, group, lanes,
-        )  # fmt: skip
+            scores + lane * tiles * pitch + chosen * pitch,
+            indices + lane * tiles * keys + chosen * keys,
+            keys,
+            normal,
+            rarity,
+            blocks,
+            group,
+            lanes,
+        )

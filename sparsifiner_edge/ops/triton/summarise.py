@@ -218,9 +218,21 @@ def _store_softmax(state, partial_out, partial_stats, number, s):
 
 @triton.jit
 def _cell(
-    base, sizes, proj_k, head, projected, deviation, sums, counts, partial_out, partial_stats, number, s,
-    cell: tl.constexpr, cells: tl.constexpr,
-):  # fmt: skip
+    base,
+    sizes,
+    proj_k,
+    head,
+    projected,
+    deviation,
+    sums,
+    counts,
+    partial_out,
+    partial_stats,
+    number,
+    s,
+    cell: tl.constexpr,
+    cells: tl.constexpr,
+):
     """All of one cell; pointers are those of a head of an image."""
     start = number * cell
     count = tl.minimum(cell, s.patches - start)
@@ -233,9 +245,10 @@ def _cell(
     k = base + s.channels + (s.prefix + start) * s.stride
     weights = None if sizes is None else sizes + start
     softmax = (
-        tl.full([s.block_f], LOWEST_PEAK, tl.float32), tl.zeros([s.block_f], tl.float32),
+        tl.full([s.block_f], LOWEST_PEAK, tl.float32),
+        tl.zeros([s.block_f], tl.float32),
         tl.zeros([s.block_d, s.block_f], tl.float32),
-    )  # fmt: skip
+    )
     none = tl.zeros([s.block_d, COLUMNS], tl.float32)
     state = softmax, none, none, tl.zeros([], tl.float32)
     for before in range(0, count, s.block_p):
@@ -252,29 +265,75 @@ def _cell(
 
 @triton.jit
 def summarise_kernel(
-    qkv, sizes, proj_q, proj_k, probes, projected, deviation, cell_sums, cell_sizes, partial_out, partial_stats,
-    tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, channels: tl.constexpr,
-    probe: tl.constexpr, cell: tl.constexpr, cells: tl.constexpr, value_power: tl.constexpr, floor: tl.constexpr,
-    factor: tl.constexpr, unit: tl.constexpr, depth: tl.constexpr, block_p: tl.constexpr, block_g: tl.constexpr,
-    block_f: tl.constexpr, block_d: tl.constexpr, block_c: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    sizes,
+    proj_q,
+    proj_k,
+    probes,
+    projected,
+    deviation,
+    cell_sums,
+    cell_sizes,
+    partial_out,
+    partial_stats,
+    tokens: tl.constexpr,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    prefix: tl.constexpr,
+    channels: tl.constexpr,
+    probe: tl.constexpr,
+    cell: tl.constexpr,
+    cells: tl.constexpr,
+    value_power: tl.constexpr,
+    floor: tl.constexpr,
+    factor: tl.constexpr,
+    unit: tl.constexpr,
+    depth: tl.constexpr,
+    block_p: tl.constexpr,
+    block_g: tl.constexpr,
+    block_f: tl.constexpr,
+    block_d: tl.constexpr,
+    block_c: tl.constexpr,
+):
     """Grid (cells + probes by block_g, H, B). None: sizes where all are 1, partial_* without prefix."""
     s: tl.constexpr = _Sizes(
-        heads * width, 3 * heads * width, width, prefix, tokens - prefix, channels, depth, factor, unit, value_power,
-        floor, block_p, block_f, block_d, block_c,
-    )  # fmt: skip
+        heads * width,
+        3 * heads * width,
+        width,
+        prefix,
+        tokens - prefix,
+        channels,
+        depth,
+        factor,
+        unit,
+        value_power,
+        floor,
+        block_p,
+        block_f,
+        block_d,
+        block_c,
+    )
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane, block = image * heads + head, tl.program_id(0)
     base = qkv + image * tokens * s.stride + head * width
     weights = None if sizes is None else sizes + image * tokens + prefix
     if block < cells:
         _cell(
-            base, weights, proj_k, head, projected + lane * s.patches * depth, deviation + lane * s.patches,
-            cell_sums + lane * (cells + prefix) * 2 * width, cell_sizes + lane * (cells + prefix),
+            base,
+            weights,
+            proj_k,
+            head,
+            projected + lane * s.patches * depth,
+            deviation + lane * s.patches,
+            cell_sums + lane * (cells + prefix) * 2 * width,
+            cell_sizes + lane * (cells + prefix),
             None if partial_out is None else partial_out + lane * cells * prefix * width,
             None if partial_stats is None else partial_stats + lane * cells * prefix * 2,
-            block, s, cell, cells,
-        )  # fmt: skip
+            block,
+            s,
+            cell,
+            cells,
+        )
     else:
         place = probes + lane * ((s.patches + probe - 1) // probe) * depth
         first = (block - cells) * block_g

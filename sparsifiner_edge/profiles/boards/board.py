@@ -208,8 +208,18 @@ def _board(content: Mapping[str, Any], origin: str) -> Board:
 
 
 BOARD_COLUMNS = (
-    "board", "SM", "GHz", "fp32", "fp16", "int8", "memory, GB", "GB/s", "W", "power modes", "JetPack",
-)  # fmt: skip
+    "board",
+    "SM",
+    "GHz",
+    "fp32",
+    "fp16",
+    "int8",
+    "memory, GB",
+    "GB/s",
+    "W",
+    "power modes",
+    "JetPack",
+)
 _FIGURES = ("sm", "clock_ghz", "fp32_tflops", "fp16_tflops", "int8_tops", "memory_gb", "bandwidth_gb_s", "tdp_w")
 
 

@@ -49,7 +49,7 @@ def observe(
     figures = {
         side.role: _figures(side, peak, recording, method, others, where)
         for side, peak, where in zip(sides, peaks, on, strict=True)
-    }  # fmt: skip
+    }
     return figures, method, recording.samples()
 
 
@@ -74,12 +74,19 @@ def _figures(
     latency_ms, throughput = stats.summarise(side.latency_ms)
     conditions, kernels = method.conditions[side.role], method.runtime[side.role].kernels
     return Figures(
-        latency_ms=latency_ms, throughput_per_s=throughput, queries=side.queries, load_ms=side.loaded.load_ms,
-        first_inference_ms=side.loaded.first_ms, rss_before_load_bytes=side.loaded.rss_before_load_bytes,
-        peak_memory_bytes=peak, device_bytes=side.device[0], device_source=side.device[1],
-        energy=_joules(recording, side), other_cores=others,
+        latency_ms=latency_ms,
+        throughput_per_s=throughput,
+        queries=side.queries,
+        load_ms=side.loaded.load_ms,
+        first_inference_ms=side.loaded.first_ms,
+        rss_before_load_bytes=side.loaded.rss_before_load_bytes,
+        peak_memory_bytes=peak,
+        device_bytes=side.device[0],
+        device_source=side.device[1],
+        energy=_joules(recording, side),
+        other_cores=others,
         flags=flags_of(side.latency_ms, side.warm_up, conditions, on, others, kernels, method.cut_short),
-    )  # fmt: skip
+    )
 
 
 def _share(rules: Rules, share: float, bounds: tuple[float, float]) -> float:

@@ -76,10 +76,11 @@ def conditions(root: Path = Path("/")) -> Conditions:
         clocks_mhz={name: max(values) * CLOCKS[name][0] for name, values in clocks.items() if values},
         temperature_c={name: celsius for name, celsius in zones if celsius > _COLDEST_C},
         throttled_by=[kind for kind, state in devices if state and not _NOT_PASSIVE.search(kind)]
-        if devices else Unavailable("the kernel names no cooling device"),
+        if devices
+        else Unavailable("the kernel names no cooling device"),
         throttle_counts=dict(_read(root, lambda file: (file.name, int(read_number(file))), *THROTTLE_COUNTERS)),
         power_mode=_power_mode(root),
-    )  # fmt: skip
+    )
     with contextlib.suppress(UnavailableError):
         return _with_card(here)
     return here

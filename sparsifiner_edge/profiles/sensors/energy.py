@@ -98,9 +98,15 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
         else:
             net = _joules(mean_w - idle, None if reach is None else math.hypot(reach, drift), seconds)
     return Energy(
-        sensor=recording.sensor.name, total=recording.sensor.total, window_s=window_s, readings=len(inside.watts),
-        gross_j_per_inference=gross, net_j_per_inference=net, mean_w=mean_w, idle_w=idle,
-    )  # fmt: skip
+        sensor=recording.sensor.name,
+        total=recording.sensor.total,
+        window_s=window_s,
+        readings=len(inside.watts),
+        gross_j_per_inference=gross,
+        net_j_per_inference=net,
+        mean_w=mean_w,
+        idle_w=idle,
+    )
 
 
 def _spans(recording: Recording, windows: Sequence[Window], pause_s: float = _PAUSE_S) -> Spans:

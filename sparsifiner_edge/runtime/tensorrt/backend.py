@@ -164,9 +164,12 @@ class TensorRtBackend(Backend):
             session = EngineSession(self.load(), output, content, engine, bundle.manifest)
             timed = time_engine(session, bundle, engine.batch.best)
         return Details(
-            kernels=kernels, variants={kernels: timed}, bytes=len(content), build_seconds=seconds,
+            kernels=kernels,
+            variants={kernels: timed},
+            bytes=len(content),
+            build_seconds=seconds,
             cpu_seconds=processor,
-        )  # fmt: skip
+        )
 
     def require_driver(self, device: CudaDevice) -> CudaDevice:
         """The device, where its driver takes this TensorRT: one for a newer CUDA still makes its objects, and

@@ -98,9 +98,10 @@ def with_plugins(trt: Any, model: onnx.ModelProto, bundle: Bundle, device: CudaD
         here = {node.name for node in model.graph.node} - set(table.dense)
         here |= {tensor.name for tensor in model.graph.initializer}
         table = msgspec.structs.replace(
-            table, nodes={node: parts for node, parts in table.nodes.items() if node in here},
+            table,
+            nodes={node: parts for node, parts in table.nodes.items() if node in here},
             float32={name: origin for name, origin in table.float32.items() if origin in here},
-        )  # fmt: skip
+        )
     rewritten: onnx.ModelProto = kernel_model(model, table)
     if is_in_python(trt):
         return rewritten
@@ -133,9 +134,12 @@ def _implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
     def implementation(*arguments: Any) -> Any:
         wide, high = launch.grid
         sizes = trtp.KernelLaunchParams(
-            grid_x=wide, grid_y=high, grid_z=arguments[0].shape_expr[0],
-            block_x=launch.threads, shared_mem=launch.shared_bytes,
-        )  # fmt: skip
+            grid_x=wide,
+            grid_y=high,
+            grid_z=arguments[0].shape_expr[0],
+            block_x=launch.threads,
+            shared_mem=launch.shared_bytes,
+        )
         return launch.symbol, ptx, sizes, trtp.SymIntExprs(0)
 
     parameters = [(name, trtp.TensorDesc) for name in launch.inputs]

@@ -75,9 +75,16 @@ def _load(cuda: Any, launch: CompiledLaunch, ptx: bytes) -> ctypes.c_void_p:
     module, function, log = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.create_string_buffer(_LOG_LENGTH)
     options, values = (ctypes.c_int * 2)(_LOG, _LOG_BYTES), (ctypes.c_void_p * 2)(ctypes.addressof(log), _LOG_LENGTH)
     _call(
-        cuda, f"to load {launch.symbol}", "cuModuleLoadDataEx", ctypes.byref(module), ctypes.c_char_p(ptx), 2, options,
-        values, said=lambda: log.value.decode("utf-8", "replace"),
-    )  # fmt: skip
+        cuda,
+        f"to load {launch.symbol}",
+        "cuModuleLoadDataEx",
+        ctypes.byref(module),
+        ctypes.c_char_p(ptx),
+        2,
+        options,
+        values,
+        said=lambda: log.value.decode("utf-8", "replace"),
+    )
     symbol = launch.symbol.encode()
     _call(cuda, f"to find {launch.symbol}", "cuModuleGetFunction", ctypes.byref(function), module, symbol)
     if launch.shared_bytes > _PLAIN_SHARED_BYTES:

@@ -24,9 +24,11 @@ from sparsifiner_edge.runtime.tensorrt.errors import make_logger, run_error
 Shape = tuple[int, ...]
 _AGAIN = "Build the engine again on this machine."
 _KERNELS = {
-    PLUGIN: "CUDA kernels, as a plugin", MIXED: "CUDA kernels, as a plugin, and dense attention in some layers",
-    DENSE: "dense attention", UNMERGED: "dense attention, and nothing merges",
-}  # fmt: skip
+    PLUGIN: "CUDA kernels, as a plugin",
+    MIXED: "CUDA kernels, as a plugin, and dense attention in some layers",
+    DENSE: "dense attention",
+    UNMERGED: "dense attention, and nothing merges",
+}
 
 
 class EngineSession(Session):

@@ -97,9 +97,15 @@ def load(
             pixels = _pixels(processor, source)
         # Sizes that do not match are ignored to say which.
         model, loading = kind.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            dtype=torch.float32, ignore_mismatched_sizes=True, attn_implementation=_ATTENTION,
-        )  # fmt: skip
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            attn_implementation=_ATTENTION,
+        )
         for what in ("missing_keys", "mismatched_keys"):
             if loading[what]:
                 some = f"{what.replace('_', ' ')} {', '.join(sorted(map(str, loading[what]))[:3])}"

@@ -44,10 +44,15 @@ class Timm(Backbone):
             return None
         vit = cast(Any, module)
         return cls(
-            module=vit, layers_name="blocks", embedding=vit.patch_embed.proj, grid=tuple(vit.patch_embed.grid_size),
-            prefix=vit.num_prefix_tokens, class_token=vit.cls_token is not None, width=vit.embed_dim,
+            module=vit,
+            layers_name="blocks",
+            embedding=vit.patch_embed.proj,
+            grid=tuple(vit.patch_embed.grid_size),
+            prefix=vit.num_prefix_tokens,
+            class_token=vit.cls_token is not None,
+            width=vit.embed_dim,
             rotary=getattr(vit, "rope", None) is not None,
-        )  # fmt: skip
+        )
 
     def refusal(self) -> str | None:
         """See `Backbone`."""

@@ -80,10 +80,15 @@ class Transformers(Backbone):
         prefix, size = family.prefix(config), getattr(module, _SIZE, None) or config.image_size
         (height, width), (down, across) = (size, size) if isinstance(size, int) else size, embedding.kernel_size
         return cls(
-            module=module, layers_name=family.layers, embedding=embedding,
-            grid=(int(height) // int(down), int(width) // int(across)), prefix=prefix, class_token=prefix > 0,
-            width=int(config.hidden_size), rotary=family.rotary,
-        )  # fmt: skip
+            module=module,
+            layers_name=family.layers,
+            embedding=embedding,
+            grid=(int(height) // int(down), int(width) // int(across)),
+            prefix=prefix,
+            class_token=prefix > 0,
+            width=int(config.hidden_size),
+            rotary=family.rotary,
+        )
 
     @property
     def _is_clip(self) -> bool:
