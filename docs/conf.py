@@ -1,4 +1,4 @@
-"""The documentation as a site: `make site`."""
+"""Sphinx configuration of the documentation: `make site`."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = project
 myst_heading_anchors = 3
-napoleon_use_ivar = True  # The attributes of a class are described once.
+napoleon_use_ivar = True  # Describe the attributes of a class only once.
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -17,9 +17,9 @@ llms_txt_summary = (
     "Sparse attention and token merging for pretrained vision transformers, exported, measured and run at the edge."
 )
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)]*)\)")
-"""Links to what lies in the repository and not in the site: the site gives their paths."""
+"""Links to files of the repository that are not part of the site; the site shows their paths."""
 TOGETHER = re.compile(r"^(\s*)(\w+(?:, \w+)+): ")
-"""Names that a docstring describes together: with blanks between them Sphinx takes all but the last for a type."""
+"""Names that a docstring describes together. With blanks between them, Sphinx takes all but the last for a type."""
 
 
 def _as_paths(_app: Any, _page: str, source: list[str]) -> None:
@@ -33,6 +33,6 @@ def _together(_app: Any, _what: str, _name: str, _thing: Any, _options: Any, lin
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx."""
+    """Register the hooks; Sphinx calls this."""
     app.connect("autodoc-process-docstring", _together, priority=100)
     app.connect("source-read", _as_paths)
